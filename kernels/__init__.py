@@ -1,0 +1,36 @@
+"""Fused kernels for multiway transformers: one set of operations, several backends.
+
+Shape letters, used in every file of this package:
+
+    B batch   L sequence   T tokens (B * L)   D model     F hidden
+    E experts H heads      K head dim         N attention length
+
+Every operation takes ``backend="cuda" | "triton" | "reference"``; without one, :func:`use_backend`,
+then the environment variable ``VLMO_KERNELS``, then the first backend that can run decides. A
+backend asked for by name never falls back: it runs or raises its reason.
+"""
+
+if __name__ != "vlmo.kernels":
+    raise ImportError(
+        f"this package is vlmo.kernels, not {__name__!r}: imported under two names, every "
+        "operation would be registered twice. Use `from vlmo.kernels import ...`."
+    )
+
+from vlmo.kernels.attention.api import shared_attention
+from vlmo.kernels.attention.bias import RelativePositionBias, RelativePositionIndex
+from vlmo.kernels.dispatch import BACKEND_NAMES, use_backend
+from vlmo.kernels.moe_ffn.api import moe_ffn
+from vlmo.kernels.routing.api import ModalityRouting, RoutingIndex
+from vlmo.kernels.support import why_not
+
+__all__ = [
+    "BACKEND_NAMES",
+    "ModalityRouting",
+    "RelativePositionBias",
+    "RelativePositionIndex",
+    "RoutingIndex",
+    "moe_ffn",
+    "shared_attention",
+    "use_backend",
+    "why_not",
+]

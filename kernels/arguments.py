@@ -1,0 +1,76 @@
+"""Checks of arguments, so that every operation refuses bad input in the same words.
+
+A message names the argument and the offending value. A wrong type or dtype raises TypeError; a wrong
+shape, device or value raises ValueError. All of it happens on the host, before anything is launched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    *,
+    shape: Sequence[int] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Check one tensor argument.
+
+    Args:
+        name: the argument's name, as the caller wrote it.
+        value: what was passed.
+        shape: the shape it must have; -1 stands for any size.
+        dtypes: the dtypes it may have.
+        device: the device it must be on.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if shape is not None:
+        fits = value.dim() == len(shape) and all(
+            want in (-1, have) for have, want in zip(value.shape, shape, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join("any" if size == -1 else str(size) for size in shape)
+            raise ValueError(f"{name}: shape {tuple(value.shape)} does not fit ({wanted})")
+    if dtypes is not None and value.dtype not in dtypes:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(
+            f"{name}: dtype {str(value.dtype).removeprefix('torch.')} is not one of: {allowed}"
+        )
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: on {value.device}, but the other tensors are on {device}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Check that ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}: {value!r} is not one of {tuple(choices)}")
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype autocast asks matrix products to run in on this device, or None outside autocast."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def check_values(name: str, values: Tensor, wrong: Tensor, complaint: str) -> None:
+    """Refuse values marked ``wrong``.
+
+    On the CPU this raises ValueError at once. On a GPU, and in a compiled graph, where looking would
+    wait for the device, the same words become an assertion that the device itself checks.
+    """
+    if values.device.type == "cpu" and not torch.compiler.is_compiling():
+        if bool(wrong.any()):
+            value = values.reshape(-1)[wrong.reshape(-1).nonzero()[0, 0]].item()
+            raise ValueError(f"{name}: {value} is {complaint}")
+    elif values.device.type != "meta":
+        torch._assert_async(~wrong.any(), f"{name}: a value is {complaint}")

@@ -1,0 +1,1 @@
+"""Self-attention over all modalities, with a relative position bias looked up in a table."""

@@ -1,0 +1,165 @@
+"""shared_attention: contract, checks and dispatch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vlmo.kernels.arguments import FLOATS, autocast_dtype, check_tensor, check_values
+from vlmo.kernels.attention import ops
+from vlmo.kernels.attention.bias import RelativePositionBias
+from vlmo.kernels.dispatch import choose
+
+_INTEGERS = (torch.int32, torch.int64)
+
+
+def shared_attention(
+    q: Tensor,  # [B, N, H, K], or [T, H, K] with offsets; packed [B, N, 3, H, K] or [T, 3, H, K]
+    k: Tensor | None = None,  # as q
+    v: Tensor | None = None,  # as q
+    *,
+    bias: RelativePositionBias | None = None,
+    key_mask: Tensor | None = None,  # [B, N] bool
+    key_lengths: Tensor | None = None,  # [B]
+    offsets: Tensor | None = None,  # [B + 1]
+    max_length: int = 0,
+    positions: Tensor | None = None,  # [B, N] or [T]
+    causal: bool = False,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:  # [B, N, H, K] or [T, H, K]
+    r"""Self-attention over the tokens of all modalities: softmax(scale * q k^T + bias) v.
+
+    Two layouts: dense ``[B, N, H, K]``, and packed sequences ``[T, H, K]`` laid end to end without
+    padding, where sequence b owns rows ``offsets[b]`` to ``offsets[b + 1]``. q, k and v may have any
+    strides, and may come as one tensor q with a dimension of 3 before H (then k and v are None).
+
+    Args:
+        q, k, v: queries, keys and values, of one shape and dtype.
+        bias: relative position bias: a table and the index that (query, key) pairs read it by.
+        key_mask: True where a key may be attended to.
+        key_lengths: number of leading keys that may be attended to; int32 or int64.
+        offsets: first row of each sequence and T at the end, int32 or int64 (``cu_seqlens``;
+            :attr:`ModalityRouting.offsets`).
+        max_length: at least the length of the longest sequence; needed with ``offsets``.
+        positions: row of ``bias.index`` of each token; by default its place in its sequence.
+        causal: let a query attend to keys at its own place and before only.
+        scale: factor of the scores, ``K ** -0.5`` by default; applied to q before the product.
+        backend: ``"cuda"``, ``"triton"`` or ``"reference"``; see :mod:`vlmo.kernels`.
+
+    Returns:
+        The attention output, in the shape and dtype of q. A query without a valid key gets zeros.
+
+    Scores, bias and softmax are computed in float32 (float64 for float64); probabilities are rounded
+    to the dtype of v before the second product, as the official code does. Under autocast, q, k and
+    v are cast to its dtype; the table is not.
+
+    Differentiable with respect to q, k, v and ``bias.table``. Second derivatives are not available.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, device or value.
+        NotImplementedError: the backend asked for cannot run this call (with its reason).
+    """
+    q, k, v = _unpack(q, k, v, packed=offsets is not None)
+    dtype = autocast_dtype(q.device.type)
+    if dtype is not None:
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    check_tensor("q", q, dtypes=FLOATS)
+    for name, tensor in (("k", k), ("v", v)):
+        check_tensor(name, tensor, shape=q.shape, dtypes=(q.dtype,), device=q.device)
+    _check_keys(q, key_mask, key_lengths)
+    _check_offsets(q, offsets, max_length, key_mask, key_lengths)
+    length = max_length if offsets is not None else q.shape[1]
+    _check_bias(q, bias, positions, length)
+
+    table, index = (None, None) if bias is None else (bias.table, bias.index.matrix)
+    name = choose("shared_attention", ops.BACKENDS, backend, q.device, q.dtype, q.shape[-1])
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    out, _ = ops.attention_fwd(
+        *(q, k, v, table, index, key_mask, key_lengths),
+        *(offsets, max_length, positions, causal, scale, name),
+    )
+    return out
+
+
+def _unpack(
+    q: Tensor, k: Tensor | None, v: Tensor | None, packed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_tensor("q", q)
+    dims = 3 if packed else 4
+    if k is None and v is None:
+        if q.dim() != dims + 1 or q.shape[-3] != 3:
+            raise ValueError(
+                f"q: shape {tuple(q.shape)} does not hold q, k and v in a dimension of 3 before H, "
+                "and k and v are missing"
+            )
+        q, k, v = q.unbind(-3)
+    if k is None or v is None:
+        raise TypeError(f"{'k' if k is None else 'v'}: missing; give both k and v, or neither")
+    if q.dim() != dims or 0 in q.shape[-2:]:
+        layout = "[T, H, K], because offsets are given" if packed else "[B, N, H, K]"
+        raise ValueError(f"q: shape {tuple(q.shape)} is not {layout}")
+    return q, k, v
+
+
+def _check_keys(q: Tensor, key_mask: Tensor | None, key_lengths: Tensor | None) -> None:
+    if key_mask is not None:
+        check_tensor(
+            "key_mask", key_mask, shape=q.shape[:2], dtypes=(torch.bool,), device=q.device
+        )
+    if key_lengths is not None:
+        check_tensor(
+            "key_lengths", key_lengths, shape=q.shape[:1], dtypes=_INTEGERS, device=q.device
+        )
+        wrong = (key_lengths < 0) | (key_lengths > q.shape[1])
+        check_values("key_lengths", key_lengths, wrong, f"outside 0..{q.shape[1]}")
+
+
+def _check_offsets(
+    q: Tensor,
+    offsets: Tensor | None,
+    max_length: int,
+    key_mask: Tensor | None,
+    key_lengths: Tensor | None,
+) -> None:
+    if offsets is None:
+        if max_length:
+            raise ValueError(f"max_length: {max_length} was given without offsets")
+        return
+    for name, value in (("key_mask", key_mask), ("key_lengths", key_lengths)):
+        if value is not None:
+            raise ValueError(f"{name}: has no meaning beside offsets, which give each length")
+    check_tensor("offsets", offsets, shape=(-1,), dtypes=_INTEGERS, device=q.device)
+    if offsets.numel() < 2:
+        raise ValueError(f"offsets: {offsets.numel()} entries hold no sequence")
+    ends = torch.zeros_like(offsets, dtype=torch.bool)
+    ends[0], ends[-1] = offsets[0] != 0, offsets[-1] != q.shape[0]
+    check_values("offsets", offsets, ends, f"not 0 at the start or not {q.shape[0]} at the end")
+    lengths = offsets.diff()
+    wrong = (lengths < 0) | (lengths > max_length)
+    check_values("offsets", lengths, wrong, f"a sequence length outside 0..max_length {max_length}")
+
+
+def _check_bias(
+    q: Tensor, bias: RelativePositionBias | None, positions: Tensor | None, length: int
+) -> None:
+    if bias is None:
+        if positions is not None:
+            raise ValueError("positions: given without a bias, which alone reads them")
+        return
+    if not isinstance(bias, RelativePositionBias):
+        raise TypeError(f"bias: expected a RelativePositionBias, got {type(bias).__name__}")
+    table_shape = (bias.index.entries, q.shape[-2])
+    dtypes = tuple({torch.float32, q.dtype})
+    check_tensor("bias.table", bias.table, shape=table_shape, dtypes=dtypes, device=q.device)
+    size = bias.index.matrix.shape[0]
+    check_tensor("bias.index.matrix", bias.index.matrix, device=q.device)
+    if positions is None:
+        fits = length <= size if q.dim() == 3 else length == size
+        if not fits:
+            raise ValueError(f"bias.index: made for length {size}, but the sequences have {length}")
+        return
+    check_tensor("positions", positions, shape=q.shape[:-2], dtypes=_INTEGERS, device=q.device)
+    wrong = (positions < 0) | (positions >= size)
+    check_values("positions", positions, wrong, f"outside 0..{size - 1}, the rows of bias.index")

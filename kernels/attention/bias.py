@@ -1,0 +1,143 @@
+"""The relative position bias: a learned table and the index that spreads it over (query, key)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+_TEXT_SPECIALS = 3  # CLS to any, any to CLS, CLS to CLS; the image run has as many
+_CROSS = 2  # text to image, image to text
+
+
+class RelativePositionIndex(nn.Module):
+    """Which row of a bias table each (query, key) pair reads.
+
+    A module without parameters, so that its matrix moves with the model that owns it; nothing of it
+    goes into a state dict.
+
+    Attributes:
+        matrix: ``[N, N]`` int32, row = query, column = key.
+        entries: rows the table must have.
+    """
+
+    matrix: Tensor
+
+    def __init__(self, matrix: Tensor, entries: int):
+        """Any index matrix, with entries in ``0..entries-1``.
+
+        Raises:
+            TypeError: ``matrix`` is not an integer tensor.
+            ValueError: it is not square, or holds a value outside ``0..entries-1``.
+        """
+        super().__init__()
+        if not isinstance(matrix, Tensor) or matrix.dtype.is_floating_point:
+            raise TypeError("matrix: expected an integer tensor")
+        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"matrix: shape {tuple(matrix.shape)} is not square")
+        if matrix.numel() and not matrix.is_meta:
+            low, high = (int(bound) for bound in matrix.aminmax())
+            if low < 0 or high >= entries:
+                value = low if low < 0 else high
+                raise ValueError(f"matrix: value {value} is outside 0..{entries - 1}")
+        self.entries = entries
+        self.register_buffer("matrix", matrix.to(torch.int32), persistent=False)
+
+    def extra_repr(self) -> str:
+        return f"length={self.matrix.shape[0]}, entries={self.entries}"
+
+    @staticmethod
+    def table_entries(grid: int | tuple[int, int], text_capacity: int) -> int:
+        """Rows of VLMo's table: image offsets and specials, text offsets, two cross scalars.
+
+        1126 for a 14 x 14 grid and a text capacity of 196.
+        """
+        return _image_entries(_pair(grid)) + 2 * text_capacity + _CROSS
+
+    @classmethod
+    def image(cls, grid: int | tuple[int, int], text_capacity: int = 196) -> RelativePositionIndex:
+        """Image-only sequence [CLS, patches row by row]: N = height * width + 1."""
+        matrix = _image_matrix(_pair(grid))
+        return cls(matrix, cls.table_entries(grid, text_capacity))
+
+    @classmethod
+    def text(
+        cls, grid: int | tuple[int, int], length: int, text_capacity: int = 196
+    ) -> RelativePositionIndex:
+        """Text-only sequence [CLS, tokens]: N = length. ``grid`` places the rows in the table."""
+        matrix = _text_matrix(_pair(grid), length, text_capacity)
+        return cls(matrix, cls.table_entries(grid, text_capacity))
+
+    @classmethod
+    def joint(
+        cls, grid: int | tuple[int, int], text_length: int, text_capacity: int = 196
+    ) -> RelativePositionIndex:
+        """VLMo's joint sequence, text before image: N = text_length + height * width + 1.
+
+        Two more rows serve all pairs across the modalities: one for text queries, one for image
+        queries (official code: ``vlmo_module.py``, ``build_relative_position_embed``).
+        """
+        pair = _pair(grid)
+        text = _text_matrix(pair, text_length, text_capacity)
+        image = _image_matrix(pair)
+        cross = _image_entries(pair)
+        right = torch.full((text.shape[0], image.shape[0]), cross)
+        left = torch.full((image.shape[0], text.shape[0]), cross + 1)
+        matrix = torch.cat([torch.cat([text, right], 1), torch.cat([left, image], 1)])
+        return cls(matrix, cls.table_entries(grid, text_capacity))
+
+
+class RelativePositionBias(NamedTuple):
+    """What :func:`vlmo.kernels.shared_attention` adds to its scores: ``table[index.matrix]``.
+
+    Attributes:
+        table: ``[index.entries, H]``, any strides. A layer of VLMo's model-wide table
+            ``[entries, layers * H]`` is one of ``table.view(entries, layers, H).unbind(1)``: no copy
+            forward, and one stack for all layers backward.
+        index: the rows that (query, key) pairs read.
+    """
+
+    table: Tensor
+    index: RelativePositionIndex
+
+
+def _pair(grid: int | tuple[int, int]) -> tuple[int, int]:
+    height, width = (grid, grid) if isinstance(grid, int) else grid
+    if height < 1 or width < 1:
+        raise ValueError(f"grid: {grid} has no patch")
+    return height, width
+
+
+def _image_entries(grid: tuple[int, int]) -> int:
+    return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+
+
+def _with_specials(inner: Tensor, last: int) -> Tensor:
+    """``inner`` with a CLS row and column; ``last`` is the table row of (CLS, CLS)."""
+    matrix = inner.new_empty(inner.shape[0] + 1, inner.shape[1] + 1)
+    matrix[1:, 1:] = inner
+    matrix[0, :] = last - 2
+    matrix[:, 0] = last - 1
+    matrix[0, 0] = last
+    return matrix
+
+
+def _image_matrix(grid: tuple[int, int]) -> Tensor:
+    """Query minus key, row-major over (dy, dx), as in BEiT."""
+    height, width = grid
+    position = torch.arange(height * width)
+    y, x = position // width, position % width
+    dy = y[:, None] - y[None, :] + height - 1
+    dx = x[:, None] - x[None, :] + width - 1
+    return _with_specials(dy * (2 * width - 1) + dx, _image_entries(grid) - 1)
+
+
+def _text_matrix(grid: tuple[int, int], length: int, capacity: int) -> Tensor:
+    """Key minus query: the sign is opposite to the image's, as in the official code."""
+    if not 1 <= length <= capacity:
+        raise ValueError(f"text length: {length} is not within 1..{capacity} (text_capacity)")
+    image = _image_entries(grid)
+    position = torch.arange(1, length)
+    inner = image + capacity + position[None, :] - position[:, None]
+    return _with_specials(inner, image + 2 * capacity + _CROSS - 1)

@@ -1,0 +1,99 @@
+"""Which backend runs a call: argument > use_backend() > VLMO_KERNELS > first that can."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+BACKEND_NAMES = ("cuda", "triton", "reference")
+
+# A plain module global: Dynamo guards on it, so a compiled model recompiles when it changes.
+_forced: str | None = None
+
+
+class Backend(Protocol):
+    """What an implementation module offers to the dispatch, besides forward and backward."""
+
+    def why_not(self, *facts: Any) -> str | None:
+        """None if the call described by ``facts`` can run, else one sentence with the reason."""
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A backend that an operation does not have; its reason is all there is of it."""
+
+    reason: str
+
+    def why_not(self, *facts: Any) -> str | None:
+        return self.reason
+
+
+def check_name(name: str | None, source: str) -> None:
+    """Raise ValueError if ``name`` is no backend; ``source`` says who gave it."""
+    if name is not None and name not in BACKEND_NAMES:
+        raise ValueError(f"{source}: {name!r} is not a backend; choose from {BACKEND_NAMES}")
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Run every operation inside the ``with`` block on the backend ``name``.
+
+    None gives the choice back to ``VLMO_KERNELS`` and the order of preference. The setting is
+    process-wide, not per thread.
+
+    Raises:
+        ValueError: ``name`` is no backend.
+    """
+    global _forced
+    check_name(name, "use_backend")
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def requested(argument: str | None) -> str | None:
+    """The backend that was asked for by name, or None; the first of the three sources that speaks."""
+    check_name(argument, "backend")
+    if argument is not None:
+        return argument
+    if _forced is not None:
+        return _forced
+    variable = os.environ.get("VLMO_KERNELS") or None
+    check_name(variable, "VLMO_KERNELS")
+    return variable
+
+
+def choose(
+    operation: str, backends: Mapping[str, Backend], argument: str | None, *facts: Any
+) -> str:
+    """Name the backend for one call.
+
+    Args:
+        operation: name of the operation, for messages.
+        backends: implementations in order of preference.
+        argument: the call's own ``backend=`` argument.
+        facts: what ``why_not`` of the implementations judges by.
+
+    Raises:
+        ValueError: the name asked for is no backend.
+        NotImplementedError: the backend asked for cannot run this call (with its reason), or none
+            can (with every backend's reason).
+    """
+    name = requested(argument)
+    if name is not None:
+        reason = backends[name].why_not(*facts)
+        if reason is not None:
+            raise NotImplementedError(f"{operation}: backend {name!r} cannot run this call: {reason}")
+        return name
+    reasons = []
+    for candidate, implementation in backends.items():
+        reason = implementation.why_not(*facts)
+        if reason is None:
+            return candidate
+        reasons.append(f"{candidate}: {reason}")
+    raise NotImplementedError(f"{operation}: no backend can run this call. " + " ".join(reasons))

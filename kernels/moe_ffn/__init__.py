@@ -1,0 +1,1 @@
+"""The feed-forward layer with one expert per modality."""

@@ -1,0 +1,182 @@
+"""moe_ffn: contract, checks and dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlmo.kernels.arguments import FLOATS, autocast_dtype, check_choice, check_tensor
+from vlmo.kernels.dispatch import choose
+from vlmo.kernels.moe_ffn import ops
+from vlmo.kernels.moe_ffn.reference import ACTIVATIONS, GATED, NORMS
+from vlmo.kernels.routing.api import ModalityRouting
+
+
+def moe_ffn(
+    x: Tensor,  # [..., D]
+    routing: ModalityRouting,
+    w1: Sequence[Tensor],  # E x [F, D], or E x [2 F, D] for a gated activation
+    w2: Sequence[Tensor],  # E x [D, F]
+    *,
+    b1: Sequence[Tensor] | None = None,  # E x [F] or [2 F]
+    b2: Sequence[Tensor] | None = None,  # E x [D]
+    norm: str = "none",
+    norm_weight: Sequence[Tensor] | None = None,  # E x [D]
+    norm_bias: Sequence[Tensor] | None = None,  # E x [D]
+    norm_eps: float = 1e-6,
+    activation: str = "gelu",
+    layer_scale: Tensor | None = None,  # [D]
+    token_scale: Tensor | None = None,  # x.shape[:-1]
+    residual: Tensor | None = None,  # [..., D]
+    backend: str | None = None,
+) -> Tensor:  # [..., D]
+    r"""Feed-forward layer whose tokens go to the expert of their modality, in one operation.
+
+    For a token t that ``routing`` sends to expert e:
+
+    .. math:: y_t = residual_t + token\_scale_t \cdot layer\_scale \odot
+              (W2_e \; act(W1_e \, norm_e(x_t) + b1_e) + b2_e)
+
+    Every part but the two products and the activation is optional. Tokens keep their order. Experts
+    may be empty and may differ in hidden width F.
+
+    Args:
+        x: input, floating point; the last dimension is D.
+        routing: the expert of each token of ``x.shape[:-1]``.
+        w1, w2: one matrix per expert, laid out as :class:`torch.nn.Linear` lays out its weight. For
+            a gated activation the first F rows of ``w1`` make the gate, the last F the value.
+        b1, b2: one bias per expert, for all experts or none.
+        norm: ``"none"``, ``"layer"`` (LayerNorm) or ``"rms"`` (RMSNorm) of x, with one
+            ``norm_weight`` per expert and, for LayerNorm, optionally one ``norm_bias``.
+        norm_eps: added to the variance (or mean square).
+        activation: ``"gelu"`` (exact, erf), ``"gelu_tanh"``, ``"swiglu"`` or ``"geglu"`` (exact).
+        layer_scale: learned scale of each channel (``gamma_2`` of VLMo).
+        token_scale: factor of each token's branch, for stochastic depth; not differentiable.
+        residual: added at the end; often x itself.
+        backend: ``"cuda"``, ``"triton"`` or ``"reference"``; see :mod:`vlmo.kernels`.
+
+    Returns:
+        y, in the shape of x; its dtype is that of ``residual`` if given, else that of ``w2``.
+
+    Dtypes: float16, bfloat16, float32 or float64. x, weights and biases share one dtype; norm
+    parameters, ``layer_scale``, ``token_scale`` and ``residual`` may be float32 beside a 16-bit x.
+    Under autocast, ``w1``, ``w2``, ``b1``, ``b2`` (and x, if there is no norm) are cast to
+    autocast's dtype; norm, scales and residual stay as they are. Products accumulate in float32
+    (float64 for float64), norms and activations are computed in float32 or better.
+
+    Differentiable with respect to x, every weight and bias, the norm parameters, ``layer_scale``
+    and ``residual``. An expert whose parameters do not require gradients costs none. Second
+    derivatives are not available.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, device or value, or the number of weights is
+            not the routing's number of experts.
+        NotImplementedError: the backend asked for cannot run this call (with its reason).
+    """
+    if not isinstance(routing, ModalityRouting):
+        raise TypeError(f"routing: expected a ModalityRouting, got {type(routing).__name__}")
+    check_tensor("x", x, dtypes=FLOATS)
+    if x.dim() < 2:
+        raise ValueError(f"x: shape {tuple(x.shape)} has no token dimension before the model's")
+    check_choice("activation", activation, ACTIVATIONS)
+    check_choice("norm", norm, NORMS)
+    routing.check_tokens(x.shape[:-1], x.device)
+
+    experts = Experts(w1, w2, b1 or (), b2 or (), norm_weight or (), norm_bias or ())
+    experts = experts.autocast(x.device.type)
+    operand_dtype = autocast_dtype(x.device.type)
+    if operand_dtype is not None and norm == "none":
+        x = x.to(operand_dtype)
+    experts.check(x, routing.num_experts, activation, norm, cast=operand_dtype is not None)
+    _check_vectors(x, layer_scale, token_scale, residual)
+
+    width = x.shape[-1]
+    hidden = tuple(weight.shape[1] for weight in experts.w2)
+    facts = (x.device, experts.w1[0].dtype, width, hidden, activation)
+    name = choose("moe_ffn", ops.BACKENDS, backend, *facts)
+    y, _ = ops.moe_ffn_fwd(
+        x.reshape(-1, width),
+        *(list(tensors) for tensors in experts),
+        layer_scale,
+        None if token_scale is None else token_scale.reshape(-1),
+        None if residual is None else residual.reshape(-1, width),
+        routing.ids,
+        [number for piece in routing.pieces for number in piece],
+        norm,
+        norm_eps,
+        activation,
+        name,
+    )
+    return y.view(x.shape)
+
+
+class Experts(NamedTuple):
+    """The parameters of all experts: six lists, each of E tensors or empty."""
+
+    w1: Sequence[Tensor]
+    w2: Sequence[Tensor]
+    b1: Sequence[Tensor]
+    b2: Sequence[Tensor]
+    norm_weight: Sequence[Tensor]
+    norm_bias: Sequence[Tensor]
+
+    def autocast(self, device_type: str) -> Experts:
+        """The operands of the products in autocast's dtype; unchanged outside autocast."""
+        dtype = autocast_dtype(device_type)
+        if dtype is None:
+            return self
+        operands = (
+            [t.to(dtype) if isinstance(t, Tensor) else t for t in tensors] for tensors in self[:4]
+        )
+        return Experts(*operands, self.norm_weight, self.norm_bias)
+
+    def check(self, x: Tensor, num_experts: int, activation: str, norm: str, cast: bool) -> None:
+        """Raise TypeError or ValueError unless every parameter fits x and the routing."""
+        for name, tensors in zip(self._fields, self, strict=True):
+            if isinstance(tensors, Tensor):
+                raise TypeError(f"{name}: expected a sequence of one tensor per expert, got a tensor")
+            optional = name not in ("w1", "w2") and len(tensors) == 0
+            if len(tensors) != num_experts and not optional:
+                raise ValueError(f"{name}: {len(tensors)} tensors for {num_experts} experts")
+        if norm == "none" and (self.norm_weight or self.norm_bias):
+            raise ValueError("norm: 'none', but norm_weight or norm_bias was given")
+        if norm != "none" and not self.norm_weight:
+            raise ValueError(f"norm_weight: missing for norm {norm!r}")
+        if norm == "rms" and self.norm_bias:
+            raise ValueError("norm_bias: RMSNorm has none")
+
+        width = x.shape[-1]
+        operand = self.w1[0].dtype if cast and isinstance(self.w1[0], Tensor) else x.dtype
+        vectors = tuple({x.dtype, torch.float32, operand})
+        for e in range(num_experts):
+            check_tensor(f"w2[{e}]", self.w2[e], shape=(width, -1), dtypes=(operand,), device=x.device)
+            rows = self.w2[e].shape[1] * (2 if activation in GATED else 1)
+            shapes = {"w1": (rows, width), "b1": (rows,)}
+            for name, tensors in zip(self._fields, self, strict=True):
+                if name == "w2" or not tensors:
+                    continue
+                shape = shapes.get(name, (width,))
+                dtypes = vectors if name.startswith("norm") else (operand,)
+                check_tensor(f"{name}[{e}]", tensors[e], shape=shape, dtypes=dtypes, device=x.device)
+
+
+def _check_vectors(
+    x: Tensor, layer_scale: Tensor | None, token_scale: Tensor | None, residual: Tensor | None
+) -> None:
+    dtypes = tuple({x.dtype, torch.float32})
+    if layer_scale is not None:
+        check_tensor(
+            "layer_scale", layer_scale, shape=x.shape[-1:], dtypes=dtypes, device=x.device
+        )
+    if token_scale is not None:
+        check_tensor(
+            "token_scale", token_scale, shape=x.shape[:-1], dtypes=dtypes, device=x.device
+        )
+        if token_scale.requires_grad:
+            raise ValueError("token_scale: requires a gradient, but moe_ffn gives it none")
+    if residual is not None:
+        check_tensor("residual", residual, shape=x.shape, dtypes=FLOATS, device=x.device)

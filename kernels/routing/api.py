@@ -1,0 +1,233 @@
+"""ModalityRouting: which expert each token goes to, built once per batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlmo.kernels.arguments import check_tensor, check_values
+from vlmo.kernels.dispatch import choose
+from vlmo.kernels.routing.ops import BACKENDS, routing_index
+
+Piece = tuple[int, int]
+
+
+class RoutingIndex(NamedTuple):
+    """Token rows grouped by expert, and the tiles that cover them. All int32, on the device.
+
+    Five tokens with ``ids = [1, 0, 1, 3, 1]``, four experts and tiles of two rows give::
+
+        rows      = [1, 0, 2, 4, 3]       token numbers, expert by expert, ascending within one
+        offsets   = [0, 1, 4, 4, 5]       expert e owns rows[offsets[e] : offsets[e + 1]]
+        tiles     = [[0, 0],              (expert, first entry of rows) of each tile;
+                     [1, 1], [1, 3],      a tile never spans two experts
+                     [3, 4],
+                     [-1, 0], ...]        unused entries up to the host's bound ceil(T / tile) + E
+        num_tiles = [4]
+    """
+
+    rows: Tensor  # [T]
+    offsets: Tensor  # [E + 1]
+    tiles: Tensor  # [ceil(T / tile) + E, 2]
+    num_tiles: Tensor  # [1]
+
+
+@dataclass(frozen=True, eq=False)
+class ModalityRouting:
+    """Which of ``num_experts`` experts each token goes to.
+
+    Built once per batch by one of three constructors, then shared by every layer and operation:
+
+    * :meth:`segments`: every sequence is the same run of pieces. Rows are found by arithmetic.
+    * :meth:`packed`: sequences of different lengths laid end to end, each a run of pieces.
+    * :meth:`from_ids`: one expert id per token, in any order.
+
+    Experts may be empty. Token order is never changed: operations read and write rows in place.
+
+    Attributes:
+        num_experts: number of experts E.
+        pieces: ``(expert, length)`` runs of every sequence; empty except for :meth:`segments`.
+        ids: ``[T]`` int32, the expert of each token; None for :meth:`segments`.
+        offsets: ``[B + 1]`` int32, first token of each sequence and T at the end (``cu_seqlens``);
+            only for :meth:`packed`. :func:`vlmo.kernels.shared_attention` takes the same tensor.
+        max_length: length of the longest sequence; 0 for :meth:`from_ids`, which has none.
+    """
+
+    num_experts: int
+    pieces: tuple[Piece, ...] = ()
+    ids: Tensor | None = None
+    offsets: Tensor | None = None
+    max_length: int = 0
+    _index: dict[tuple[int, str], RoutingIndex] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def segments(
+        cls, pieces: Sequence[Piece], *, num_experts: int | None = None
+    ) -> ModalityRouting:
+        """Every sequence is the same run of ``(expert, length)`` pieces.
+
+        VLMo's joint forward at 224 pixels is ``ModalityRouting.segments([(0, 40), (1, 197)])``:
+        40 text tokens to expert 0, then 197 image tokens to expert 1.
+
+        Raises:
+            TypeError, ValueError: a piece is not a pair of integers, a length is negative, an
+                expert is out of range, or the sequence is empty.
+        """
+        pieces = _check_pieces("pieces", pieces)
+        num_experts = _check_experts(num_experts, pieces)
+        length = sum(length for _, length in pieces)
+        if length == 0:
+            raise ValueError(f"pieces: {list(pieces)} hold no token")
+        return cls(num_experts, pieces=pieces, max_length=length)
+
+    @classmethod
+    def packed(
+        cls,
+        sequences: Sequence[Sequence[Piece]],
+        *,
+        num_experts: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> ModalityRouting:
+        """Sequences of different lengths laid end to end without padding.
+
+        A caption of 7 tokens with its image and a caption of 12 alone:
+        ``ModalityRouting.packed([[(0, 7), (1, 197)], [(0, 12)]])``.
+
+        Raises:
+            TypeError, ValueError: as for :meth:`segments`.
+        """
+        runs = [_check_pieces(f"sequences[{i}]", pieces) for i, pieces in enumerate(sequences)]
+        flat = tuple(piece for run in runs for piece in run)
+        num_experts = _check_experts(num_experts, flat)
+        experts = torch.tensor([expert for expert, _ in flat], dtype=torch.int32)
+        counts = torch.tensor([length for _, length in flat], dtype=torch.int64)
+        lengths = [sum(length for _, length in run) for run in runs]
+        offsets = torch.zeros(len(runs) + 1, dtype=torch.int32)
+        offsets[1:] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
+        return cls(
+            num_experts,
+            ids=experts.repeat_interleave(counts).to(device, non_blocking=True),
+            offsets=offsets.to(device, non_blocking=True),
+            max_length=max(lengths, default=0),
+        )
+
+    @classmethod
+    def from_ids(cls, ids: Tensor, num_experts: int) -> ModalityRouting:
+        """One expert id per token, in any order; ``ids`` of any shape is read row by row.
+
+        Ids on the CPU are checked here. Ids on a GPU are checked there without waiting for it: an
+        id out of range stops the device with an assertion that names the argument.
+
+        Raises:
+            TypeError: ``ids`` is not an integer tensor.
+            ValueError: ``num_experts`` is not positive, or an id is outside ``0..num_experts-1``.
+        """
+        check_tensor("ids", ids)
+        if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+            raise TypeError(f"ids: dtype {ids.dtype} is not an integer type")
+        num_experts = _check_experts(num_experts, ())
+        flat = ids.reshape(-1)
+        wrong = (flat < 0) | (flat >= num_experts)
+        check_values("ids", flat, wrong, f"outside the experts 0..{num_experts - 1}")
+        return cls(num_experts, ids=flat.to(torch.int32))
+
+    @property
+    def sequence_length(self) -> int | None:
+        """Tokens of each sequence in the segment form, None in the others."""
+        return self.max_length if self.pieces else None
+
+    def to(self, device: torch.device | str) -> ModalityRouting:
+        """The same routing with its tensors on ``device``."""
+        if self.ids is None or self.ids.device == torch.device(device):
+            return self
+        offsets = None if self.offsets is None else self.offsets.to(device, non_blocking=True)
+        ids = self.ids.to(device, non_blocking=True)
+        return ModalityRouting(self.num_experts, (), ids, offsets, self.max_length)
+
+    def expert_ids(self, num_tokens: int, device: torch.device | str) -> Tensor:
+        """``[num_tokens]`` int32 expert of each token, in any form."""
+        if self.ids is not None:
+            return self.ids
+        experts = torch.tensor([e for e, _ in self.pieces], dtype=torch.int32, device=device)
+        lengths = torch.tensor([n for _, n in self.pieces], device=device)
+        one = experts.repeat_interleave(lengths, output_size=self.max_length)
+        return one.repeat(num_tokens // self.max_length)
+
+    def check_tokens(self, shape: torch.Size, device: torch.device) -> None:
+        """Raise ValueError unless tokens of this shape (``x.shape[:-1]``) fit the routing."""
+        tokens = shape.numel()
+        if self.ids is not None:
+            if self.ids.numel() != tokens:
+                raise ValueError(
+                    f"routing: made for {self.ids.numel()} tokens, but x has {tokens} "
+                    f"(shape {tuple(shape)} before the model dimension)"
+                )
+            if self.ids.device != device:
+                raise ValueError(f"routing: on {self.ids.device}, but x is on {device}")
+        elif tokens % self.max_length or (len(shape) > 1 and shape[-1] != self.max_length):
+            raise ValueError(
+                f"routing: made for sequences of {self.max_length} tokens, but x has shape "
+                f"{tuple(shape)} before the model dimension"
+            )
+
+    def index(
+        self,
+        tile: int,
+        *,
+        num_tokens: int | None = None,
+        device: torch.device | str = "cpu",
+        backend: str | None = None,
+    ) -> RoutingIndex:
+        """Rows grouped by expert and the tile schedule for tiles of ``tile`` rows, kept for reuse.
+
+        Args:
+            tile: rows per tile.
+            num_tokens: tokens of the batch; needed in the segment form only.
+            device: where to build it; the ids' own device if there are ids.
+            backend: as everywhere.
+
+        Raises:
+            ValueError: ``tile`` is not positive, or ``num_tokens`` is missing or does not fit.
+            NotImplementedError: the backend asked for cannot run.
+        """
+        if tile <= 0:
+            raise ValueError(f"tile: {tile} is not positive")
+        if self.ids is None and (num_tokens is None or num_tokens % self.max_length):
+            raise ValueError(
+                f"num_tokens: {num_tokens} is not a multiple of the sequence length {self.max_length}"
+            )
+        ids = self.expert_ids(num_tokens or 0, device)
+        name = choose("routing_index", BACKENDS, backend, ids, self.num_experts, tile)
+        key = (tile, f"{name} {ids.device} {ids.numel()}")
+        if key not in self._index:
+            self._index[key] = RoutingIndex(*routing_index(ids, self.num_experts, tile, name))
+        return self._index[key]
+
+
+def _check_pieces(name: str, pieces: Iterable[Piece]) -> tuple[Piece, ...]:
+    checked = []
+    for piece in pieces:
+        if not (isinstance(piece, (tuple, list)) and len(piece) == 2):
+            raise TypeError(f"{name}: {piece!r} is not an (expert, length) pair")
+        if not all(isinstance(number, int) for number in piece):
+            raise TypeError(f"{name}: {piece!r} is not a pair of integers")
+        if piece[1] < 0:
+            raise ValueError(f"{name}: length {piece[1]} of {piece!r} is negative")
+        checked.append((piece[0], piece[1]))
+    return tuple(checked)
+
+
+def _check_experts(num_experts: int | None, pieces: Iterable[Piece]) -> int:
+    """The number of experts, given or one more than the largest that occurs."""
+    experts = [expert for expert, _ in pieces]
+    count = max(experts, default=0) + 1 if num_experts is None else num_experts
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"num_experts: {num_experts!r} is not a positive integer")
+    for expert in experts:
+        if not 0 <= expert < count:
+            raise ValueError(f"pieces: expert {expert} is outside 0..{count - 1}")
+    return count

@@ -1,0 +1,39 @@
+"""What this machine can run, asked without running it."""
+
+from __future__ import annotations
+
+import torch
+
+from vlmo.kernels.arguments import check_choice
+from vlmo.kernels.attention import ops as attention_ops
+from vlmo.kernels.dispatch import BACKEND_NAMES
+from vlmo.kernels.moe_ffn import ops as moe_ffn_ops
+from vlmo.kernels.routing import ops as routing_ops
+
+OPERATIONS = ("moe_ffn", "shared_attention", "routing_index")
+
+
+def why_not(
+    operation: str,
+    backend: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> str | None:
+    """Why ``backend`` cannot run ``operation`` on ``device`` in ``dtype``; None if it can.
+
+    The question is put for the published base model: D 768, F 3072, 12 heads of 64.
+
+    Raises:
+        ValueError: the operation or the backend does not exist.
+    """
+    check_choice("operation", operation, OPERATIONS)
+    check_choice("backend", backend, BACKEND_NAMES)
+    device = torch.device(device)
+    if operation == "moe_ffn":
+        facts = (device, dtype, 768, (3072, 3072), "gelu")
+        return moe_ffn_ops.BACKENDS[backend].why_not(*facts)
+    if operation == "shared_attention":
+        return attention_ops.BACKENDS[backend].why_not(device, dtype, 64)
+    ids = torch.empty(0, dtype=torch.int32, device=device)
+    return routing_ops.BACKENDS[backend].why_not(ids, 2, 128)

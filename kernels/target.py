@@ -1,0 +1,36 @@
+"""The only file that asks which GPU this is."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def compute_capability(device: torch.device | str) -> tuple[int, int] | None:
+    """Compute capability of an NVIDIA GPU, e.g. (7, 0) for a V100; None for any other device."""
+    device = torch.device(device)
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def describe(device: torch.device | str) -> str:
+    """One line about a device, e.g. ``NVIDIA V100 (sm_70, 32 GiB)``."""
+    capability = compute_capability(device)
+    if capability is None:
+        return torch.device(device).type
+    properties = torch.cuda.get_device_properties(device)
+    memory = properties.total_memory / 2**30
+    return f"{properties.name} (sm_{capability[0]}{capability[1]}, {memory:.0f} GiB)"
+
+
+def devices() -> list[torch.device]:
+    """The devices this machine can run operations on: the CPU, then every visible GPU."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    return [torch.device("cpu"), *(torch.device("cuda", index) for index in gpus)]

@@ -1,0 +1,234 @@
+"""The parts of VLMo: embeddings, the multiway block, heads. Parameter names are the official ones."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlmo.config import VLMoConfig
+from vlmo.kernels import ModalityRouting, RelativePositionBias, moe_ffn, shared_attention
+
+EXPERTS = {"text": ("text",), "image": ("imag",), "joint": ("text", "imag")}
+
+
+class PatchEmbedding(nn.Module):
+    """``[B, 3, S, S]`` pixels to ``[B, (S / patch)^2, D]`` patches, row by row."""
+
+    def __init__(self, config: VLMoConfig):
+        super().__init__()
+        self.proj = nn.Conv2d(3, config.dim, config.patch_size, stride=config.patch_size)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.proj(image).flatten(2).transpose(1, 2)
+
+
+class TextEmbeddings(nn.Module):
+    """``[B, T]`` token ids to ``[B, T, D]``: BERT's embeddings, without the outer token type.
+
+    The position embedding is added in models with absolute positions only; elsewhere it is there for
+    the checkpoints' sake and gets no gradient. The dropout rate is the drop-path rate, as in the
+    official code.
+    """
+
+    position_ids: Tensor
+
+    def __init__(self, config: VLMoConfig):
+        super().__init__()
+        self.absolute = config.absolute_position
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.dim, padding_idx=0)
+        self.position_embeddings = nn.Embedding(config.max_text_length, config.dim)
+        self.token_type_embeddings = nn.Embedding(2, config.dim)
+        self.LayerNorm = nn.LayerNorm(config.dim, eps=1e-12)
+        self.dropout = nn.Dropout(config.drop_path)
+        self.register_buffer("position_ids", torch.arange(config.max_text_length)[None])
+
+    def forward(self, text_ids: Tensor) -> Tensor:
+        x = self.word_embeddings(text_ids) + self.token_type_embeddings.weight[0]
+        if self.absolute:
+            x = x + self.position_embeddings.weight[: text_ids.shape[1]]
+        return self.dropout(self.LayerNorm(x))
+
+
+class Attention(nn.Module):
+    """The projections of self-attention: queries and values have biases, keys have none."""
+
+    def __init__(self, config: VLMoConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(config.dim))
+        self.v_bias = nn.Parameter(torch.zeros(config.dim))
+        self.proj = nn.Linear(config.dim, config.dim)
+
+    def project(self, x: Tensor) -> Tensor:
+        """``[B, N, D]`` to packed queries, keys and values ``[B, N, 3, H, K]``."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        return F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
+
+
+class Mlp(nn.Module):
+    """The weights of one expert; :func:`vlmo.kernels.moe_ffn` runs them."""
+
+    def __init__(self, config: VLMoConfig):
+        super().__init__()
+        hidden = int(config.dim * config.mlp_ratio)
+        self.fc1 = nn.Linear(config.dim, hidden)
+        self.fc2 = nn.Linear(hidden, config.dim)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: shared self-attention, then the expert of each token's modality."""
+
+    def __init__(self, config: VLMoConfig, number: int):
+        super().__init__()
+        self.kernels = config.kernels
+        self.has_vl = number >= config.first_vl_block
+        self.drop_path = config.drop_path * number / max(config.depth - 1, 1)
+        self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.attn = Attention(config)
+        self.attn_text: Attention | None = None
+        if config.separate_attention and not self.has_vl:
+            self.attn_text = Attention(config)
+        for expert in ("text", "imag", *(("vl",) if self.has_vl else ())):
+            self.add_module(f"norm2_{expert}", nn.LayerNorm(config.dim, eps=1e-6))
+            self.add_module(f"mlp_{expert}", Mlp(config))
+        self.gamma_1 = self.gamma_2 = None
+        if config.layer_scale is not None:
+            self.gamma_1 = nn.Parameter(torch.full((config.dim,), config.layer_scale))
+            self.gamma_2 = nn.Parameter(torch.full((config.dim,), config.layer_scale))
+
+    def forward(
+        self,
+        x: Tensor,  # [B, N, D]
+        stream: str,  # "text", "image" or "joint"
+        use_vl: bool,  # run the vision-language expert where the block has one
+        text_length: int,  # leading tokens that are text
+        bias: RelativePositionBias | None,
+        key_mask: Tensor | None,  # [B, N] bool
+    ) -> Tensor:
+        attended = self._attend(self.norm1(x), text_length, bias, key_mask)
+        if self.gamma_1 is not None:
+            attended = attended * self.gamma_1
+        dropped = self._drop_path(x, [x.shape[1]])
+        x = x + (attended if dropped is None else attended * dropped[..., None])
+
+        experts = ("vl",) if use_vl and self.has_vl else EXPERTS[stream]
+        lengths = [x.shape[1]] if len(experts) == 1 else [text_length, x.shape[1] - text_length]
+        mlps = [self.get_submodule(f"mlp_{expert}") for expert in experts]
+        norms = [self.get_submodule(f"norm2_{expert}") for expert in experts]
+        return moe_ffn(
+            x,
+            ModalityRouting.segments(list(enumerate(lengths))),
+            [mlp.fc1.weight for mlp in mlps],
+            [mlp.fc2.weight for mlp in mlps],
+            b1=[mlp.fc1.bias for mlp in mlps],
+            b2=[mlp.fc2.bias for mlp in mlps],
+            norm="layer",
+            norm_weight=[norm.weight for norm in norms],
+            norm_bias=[norm.bias for norm in norms],
+            norm_eps=1e-6,
+            layer_scale=self.gamma_2,
+            token_scale=self._drop_path(x, lengths),
+            residual=x,
+            backend=self.kernels,
+        )
+
+    def _attend(
+        self, x: Tensor, text_length: int, bias: RelativePositionBias | None, mask: Tensor | None
+    ) -> Tensor:
+        if self.attn_text is None:
+            out = shared_attention(
+                self.attn.project(x), bias=bias, key_mask=mask, backend=self.kernels
+            )
+            return self.attn.proj(out.flatten(2))
+        # Each modality through its own projections; every token still attends to every other.
+        runs = ((self.attn_text, slice(0, text_length)), (self.attn, slice(text_length, None)))
+        qkv = torch.cat([attention.project(x[:, run]) for attention, run in runs], dim=1)
+        out = shared_attention(qkv, bias=bias, key_mask=mask, backend=self.kernels).flatten(2)
+        return torch.cat([attention.proj(out[:, run]) for attention, run in runs], dim=1)
+
+    def _drop_path(self, x: Tensor, lengths: list[int]) -> Tensor | None:
+        """Factor of each token's branch ``[B, N]``: one draw per sample and run of tokens."""
+        if not self.training or self.drop_path == 0:
+            return None
+        keep = 1 - self.drop_path
+        draws = [
+            torch.rand(x.shape[0], 1, device=x.device).add(keep).floor().div(keep).expand(-1, length)
+            for length in lengths
+        ]
+        return torch.cat(draws, dim=1)
+
+
+class MultiwayTransformer(nn.Module):
+    """Patch embedding, blocks and the final norm, which all streams share."""
+
+    def __init__(self, config: VLMoConfig):
+        super().__init__()
+        self.patch_embed = PatchEmbedding(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
+        self.pos_embed = None
+        if config.absolute_position:
+            self.pos_embed = nn.Parameter(torch.zeros(1, config.grid**2 + 1, config.dim))
+        self.blocks = nn.ModuleList(Block(config, number) for number in range(config.depth))
+        self.norm = nn.LayerNorm(config.dim, eps=1e-6)
+
+    def embed(self, image: Tensor) -> Tensor:
+        """``[B, 3, S, S]`` to ``[B, patches + 1, D]``, CLS first."""
+        patches = self.patch_embed(image)
+        x = torch.cat([self.cls_token.expand(len(patches), -1, -1).to(patches), patches], dim=1)
+        return x if self.pos_embed is None else x + self.pos_embed
+
+
+class Pooler(nn.Module):
+    """tanh(dense(first token)): ``[B, N, D]`` to ``[B, D]``."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dense = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.dense(x[:, 0]))
+
+
+class MLMTransform(nn.Module):
+    """Dense, GELU, LayerNorm in front of the vocabulary."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dense = nn.Linear(dim, dim)
+        self.LayerNorm = nn.LayerNorm(dim, eps=1e-12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.LayerNorm(F.gelu(self.dense(x)))
+
+
+class MLMHead(nn.Module):
+    """``[..., D]`` to ``[..., vocabulary]`` logits; the decoder is not tied to the embedding."""
+
+    def __init__(self, dim: int, vocab_size: int):
+        super().__init__()
+        self.transform = MLMTransform(dim)
+        self.decoder = nn.Linear(dim, vocab_size, bias=False)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.transform(x)) + self.bias
+
+
+class Projection(nn.Module):
+    """One linear layer under the name ``fc``: the ITC projections and the ITM head."""
+
+    def __init__(self, dim: int, out: int, bias: bool):
+        super().__init__()
+        self.fc = nn.Linear(dim, out, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+def classifier(dim: int, hidden: int, out: int) -> nn.Sequential:
+    """The heads of VQA and NLVR2."""
+    return nn.Sequential(
+        nn.Linear(dim, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, out)
+    )

@@ -1,0 +1,222 @@
+"""VLMo: one multiway transformer that is a text encoder, an image encoder and a fusion encoder.
+
+Bao et al., "VLMo: Unified Vision-Language Pre-Training with Mixture-of-Modality-Experts", NeurIPS
+2022. State dicts have the keys and shapes of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlmo import objectives
+from vlmo.config import VLMoConfig
+from vlmo.kernels import RelativePositionBias, RelativePositionIndex
+from vlmo.layers import MLMHead, MultiwayTransformer, Pooler, Projection, TextEmbeddings, classifier
+
+
+class FusionOutput(NamedTuple):
+    """Features of joint text-image sequences, after the final norm."""
+
+    text: Tensor  # [B, T, D]
+    image: Tensor  # [B, patches + 1, D], CLS first
+    pooled: Tensor  # [B, D], tanh(dense(text [CLS]))
+    cls: Tensor  # [B, D], text [CLS]
+
+
+class StreamOutput(NamedTuple):
+    """Features of text-only or image-only sequences."""
+
+    tokens: Tensor  # [B, N, D], after the final norm
+    embedding: Tensor  # [B, D], unit length: the dual encoder's output
+    vl_embedding: Tensor | None  # [B, D], unit length, through the vision-language tail
+    cls: Tensor  # [B, D], first token, before the final norm
+
+
+class VLMo(nn.Module):
+    """The VLMo model with the heads of ``config.tasks``.
+
+    Texts are ``[B, config.max_text_length]`` int64 ids with a mask of the same shape (1 or True for
+    tokens, 0 or False for padding). Images are ``[B, 3, S, S]`` with S = ``config.image_size``.
+
+    Args:
+        config: sizes, tasks and the backend of the kernels.
+    """
+
+    def __init__(self, config: VLMoConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = MultiwayTransformer(config)
+        self.text_embeddings = TextEmbeddings(config)
+        self.token_type_embeddings = nn.Embedding(config.token_types, config.dim)
+        self.pooler = Pooler(config.dim)
+        self.relative_position_bias_table = None
+        if config.relative_position_bias:
+            grid, capacity = config.grid, config.text_capacity
+            entries = RelativePositionIndex.table_entries(grid, capacity)
+            self.relative_position_bias_table = nn.Parameter(
+                torch.zeros(entries, config.heads * config.depth)
+            )
+            self.relative_position_indices = nn.ModuleDict(
+                {
+                    "text": RelativePositionIndex.text(grid, config.max_text_length, capacity),
+                    "image": RelativePositionIndex.image(grid, capacity),
+                    "joint": RelativePositionIndex.joint(grid, config.max_text_length, capacity),
+                }
+            )
+        self._add_heads(config)
+        self.init_weights()
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, **changes: Any) -> VLMo:
+        """The model a checkpoint file holds; ``changes`` replace fields of the configuration found.
+
+        See :func:`vlmo.load_checkpoint` for the layouts and errors, and call it yourself for its
+        report.
+        """
+        from vlmo.checkpoint import config_of, load_checkpoint
+
+        model = cls(config_of(path, **changes))
+        load_checkpoint(model, path)
+        return model
+
+    def _add_heads(self, config: VLMoConfig) -> None:
+        tasks, dim = set(config.tasks), config.dim
+        if tasks & {"mlm", "textmlm"}:
+            self.mlm_score = MLMHead(dim, config.vocab_size)
+        if "itm" in tasks:
+            self.itm_score = Projection(dim, 2, bias=True)
+        if tasks & {"itc", "irtr"}:
+            self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+            self.itc_text_proj = Projection(dim, dim, bias=False)
+            self.itc_image_proj = Projection(dim, dim, bias=False)
+        if "itc" in tasks:
+            self.logit_vl_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+            self.itc_vl_text_proj = Projection(dim, dim, bias=False)
+            self.itc_vl_image_proj = Projection(dim, dim, bias=False)
+        if "vqa" in tasks:
+            self.vqa_classifier = classifier(dim, 2 * dim, config.vqa_labels)
+        if "nlvr2" in tasks:
+            self.nlvr2_classifier = classifier(2 * dim, 2 * dim, 2)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """The official initialisation: truncated normal in the transformer, normal elsewhere."""
+        for name, module in self.named_modules():
+            inside = name.startswith("transformer.")
+            if isinstance(module, nn.Linear):
+                if inside:
+                    nn.init.trunc_normal_(module.weight, std=0.02, a=-2.0, b=2.0)
+                else:
+                    nn.init.normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.trunc_normal_(self.transformer.cls_token, std=0.02, a=-2.0, b=2.0)
+        if self.transformer.pos_embed is not None:
+            nn.init.trunc_normal_(self.transformer.pos_embed, std=0.02, a=-2.0, b=2.0)
+        if self.config.token_types == 3:
+            self.token_type_embeddings.weight[2] = self.token_type_embeddings.weight[1]
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Losses, logits and labels of every task of ``config.tasks``, and their sum ``"loss"``.
+
+        See :mod:`vlmo.objectives` for what each task reads from ``batch`` and returns.
+        """
+        return objectives.compute(self, batch)
+
+    def fuse(
+        self, text_ids: Tensor, text_mask: Tensor, image: Tensor, *, image_type: int = 1
+    ) -> FusionOutput:
+        """Encode texts and images jointly; ``image_type`` is 2 for NLVR2's second image."""
+        text = self._embed_text(text_ids, text_mask)
+        image = self._embed_image(image, image_type)
+        if len(text) != len(image):
+            raise ValueError(f"image: {len(image)} images for {len(text)} texts")
+        mask = torch.cat([text_mask.bool(), text_mask.new_ones(image.shape[:2]).bool()], dim=1)
+        x = self._run(torch.cat([text, image], dim=1), "joint", mask, use_vl=True)
+        x = self.transformer.norm(x)
+        length = text.shape[1]
+        return FusionOutput(x[:, :length], x[:, length:], self.pooler(x), x[:, 0])
+
+    def encode_text(
+        self, text_ids: Tensor, text_mask: Tensor, *, vl_tail: bool = False
+    ) -> StreamOutput:
+        """Encode texts alone; with ``vl_tail``, also through the vision-language experts."""
+        x = self._embed_text(text_ids, text_mask)
+        return self._encode(x, "text", text_mask.bool(), vl_tail)
+
+    def encode_image(self, image: Tensor, *, vl_tail: bool = False) -> StreamOutput:
+        """Encode images alone; with ``vl_tail``, also through the vision-language experts."""
+        return self._encode(self._embed_image(image, 1), "image", None, vl_tail)
+
+    def text_features(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+        """``[B, T, D]`` features of texts alone, after the final norm (text-only MLM)."""
+        x = self._embed_text(text_ids, text_mask)
+        return self.transformer.norm(self._run(x, "text", text_mask.bool()))
+
+    def _encode(self, x: Tensor, stream: str, mask: Tensor | None, vl_tail: bool) -> StreamOutput:
+        """All layers with the stream's own expert and, from the first VL block on, again with VL."""
+        start = self.config.first_vl_block
+        middle = self._run(x, stream, mask, stop=start)
+        last = self._run(middle, stream, mask, start=start)
+        tokens = self.transformer.norm(last)
+        embedding = F.normalize(self.get_submodule(f"itc_{stream}_proj")(tokens[:, 0]), dim=-1)
+        vl_embedding = None
+        if vl_tail:
+            vl = self.transformer.norm(self._run(middle, stream, mask, use_vl=True, start=start))
+            vl_embedding = F.normalize(
+                self.get_submodule(f"itc_vl_{stream}_proj")(vl[:, 0]), dim=-1
+            )
+        return StreamOutput(tokens, embedding, vl_embedding, last[:, 0])
+
+    def _run(
+        self,
+        x: Tensor,
+        stream: str,
+        mask: Tensor | None,
+        *,
+        use_vl: bool = False,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Tensor:
+        """Blocks ``start`` to ``stop`` on one stream."""
+        biases = self._biases(stream)
+        text_length = {"text": x.shape[1], "image": 0, "joint": self.config.max_text_length}[stream]
+        for number in range(start, self.config.depth if stop is None else stop):
+            block = self.transformer.blocks[number]
+            x = block(x, stream, use_vl, text_length, biases[number], mask)
+        return x
+
+    def _biases(self, stream: str) -> list[RelativePositionBias | None]:
+        """One bias per layer: strided views of the model-wide table."""
+        table, depth = self.relative_position_bias_table, self.config.depth
+        if table is None:
+            return [None] * depth
+        index = self.relative_position_indices[stream]
+        tables = table.view(len(table), depth, self.config.heads).unbind(1)
+        return [RelativePositionBias(layer, index) for layer in tables]
+
+    def _embed_text(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+        wanted = (len(text_ids), self.config.max_text_length)
+        for name, tensor in (("text_ids", text_ids), ("text_mask", text_mask)):
+            if tensor.shape != wanted:
+                raise ValueError(f"{name}: shape {tuple(tensor.shape)} is not {wanted}")
+        return self.text_embeddings(text_ids) + self.token_type_embeddings.weight[0]
+
+    def _embed_image(self, image: Tensor, image_type: int) -> Tensor:
+        size = self.config.image_size
+        if image.dim() != 4 or image.shape[1:] != (3, size, size):
+            raise ValueError(f"image: shape {tuple(image.shape)} is not (batch, 3, {size}, {size})")
+        if not 1 <= image_type < self.config.token_types:
+            raise ValueError(
+                f"image_type: {image_type} is not within 1..{self.config.token_types - 1}"
+            )
+        return self.transformer.embed(image) + self.token_type_embeddings.weight[image_type]
