@@ -1,7 +1,7 @@
 """Checks of arguments, so that every operation refuses bad input in the same words.
 
-A message names the argument and the offending value. A wrong type or dtype raises TypeError; a wrong
-shape, device or value raises ValueError. All of it happens on the host, before anything is launched.
+A message names the argument and the offending value. A wrong type or dtype raises TypeError; a
+wrong shape, device or value raises ValueError. All of it happens before anything is launched.
 """
 
 from __future__ import annotations
@@ -56,17 +56,26 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype autocast asks matrix products to run in on this device, or None outside autocast."""
+    """The dtype autocast runs matrix products in on this device, or None outside autocast."""
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 
 
+def without_autocast(device: torch.device) -> torch.autocast:
+    """A context for the body of an operation: dtypes were settled by the caller.
+
+    Autocast stays active inside a torch.library operation, and would round the operands of products
+    that are meant to be float32.
+    """
+    return torch.autocast(device.type, enabled=False)
+
+
 def check_values(name: str, values: Tensor, wrong: Tensor, complaint: str) -> None:
     """Refuse values marked ``wrong``.
 
-    On the CPU this raises ValueError at once. On a GPU, and in a compiled graph, where looking would
-    wait for the device, the same words become an assertion that the device itself checks.
+    On the CPU this raises ValueError at once. On a GPU, and in a compiled graph, where looking
+    would wait for the device, the same words become an assertion that the device itself checks.
     """
     if values.device.type == "cpu" and not torch.compiler.is_compiling():
         if bool(wrong.any()):

@@ -57,7 +57,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def requested(argument: str | None) -> str | None:
-    """The backend that was asked for by name, or None; the first of the three sources that speaks."""
+    """The backend asked for by name, or None: the first of the three sources that speaks."""
     check_name(argument, "backend")
     if argument is not None:
         return argument
@@ -88,7 +88,9 @@ def choose(
     if name is not None:
         reason = backends[name].why_not(*facts)
         if reason is not None:
-            raise NotImplementedError(f"{operation}: backend {name!r} cannot run this call: {reason}")
+            raise NotImplementedError(
+                f"{operation}: backend {name!r} cannot run this call: {reason}"
+            )
         return name
     reasons = []
     for candidate, implementation in backends.items():

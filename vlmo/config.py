@@ -65,18 +65,16 @@ class VLMoConfig:
         if unknown:
             raise ValueError(f"tasks: {unknown} are not among {TASKS}")
         for small, large in (("heads", "dim"), ("patch_size", "image_size")):
-            if getattr(self, large) % getattr(self, small):
-                raise ValueError(
-                    f"{large}: {getattr(self, large)} is not a multiple of {small} {getattr(self, small)}"
-                )
+            part, whole = getattr(self, small), getattr(self, large)
+            if part < 1 or whole % part:
+                raise ValueError(f"{large}: {whole} is not a multiple of {small} {part}")
         if not 0 <= self.vl_start <= self.depth:
             raise ValueError(f"vl_start: {self.vl_start} is not within 0..depth ({self.depth})")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path: {self.drop_path} is not within [0, 1)")
         if self.relative_position_bias and self.max_text_length > self.text_capacity:
-            raise ValueError(
-                f"max_text_length: {self.max_text_length} exceeds text_capacity {self.text_capacity}"
-            )
+            length, capacity = self.max_text_length, self.text_capacity
+            raise ValueError(f"max_text_length: {length} exceeds text_capacity {capacity}")
 
     @property
     def grid(self) -> int:

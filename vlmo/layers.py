@@ -1,4 +1,4 @@
-"""The parts of VLMo: embeddings, the multiway block, heads. Parameter names are the official ones."""
+"""The parts of VLMo: embeddings, the multiway block, heads. Parameter names are official."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class PatchEmbedding(nn.Module):
 class TextEmbeddings(nn.Module):
     """``[B, T]`` token ids to ``[B, T, D]``: BERT's embeddings, without the outer token type.
 
-    The position embedding is added in models with absolute positions only; elsewhere it is there for
-    the checkpoints' sake and gets no gradient. The dropout rate is the drop-path rate, as in the
-    official code.
+    The position embedding is added in models with absolute positions only; elsewhere it is there
+    for the checkpoints' sake and gets no gradient. The dropout rate is the drop-path rate, as in
+    the official code.
     """
 
     position_ids: Tensor
@@ -78,7 +78,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: shared self-attention, then the expert of each token's modality."""
+    """Pre-norm block: shared self-attention, then the expert of each token's modality."""
 
     def __init__(self, config: VLMoConfig, number: int):
         super().__init__()
@@ -115,8 +115,8 @@ class Block(nn.Module):
 
         experts = ("vl",) if use_vl and self.has_vl else EXPERTS[stream]
         lengths = [x.shape[1]] if len(experts) == 1 else [text_length, x.shape[1] - text_length]
-        mlps = [self.get_submodule(f"mlp_{expert}") for expert in experts]
-        norms = [self.get_submodule(f"norm2_{expert}") for expert in experts]
+        mlps = [getattr(self, f"mlp_{expert}") for expert in experts]
+        norms = [getattr(self, f"norm2_{expert}") for expert in experts]
         return moe_ffn(
             x,
             ModalityRouting.segments(list(enumerate(lengths))),
@@ -154,7 +154,11 @@ class Block(nn.Module):
             return None
         keep = 1 - self.drop_path
         draws = [
-            torch.rand(x.shape[0], 1, device=x.device).add(keep).floor().div(keep).expand(-1, length)
+            torch.rand(x.shape[0], 1, device=x.device)
+            .add(keep)
+            .floor()
+            .div(keep)
+            .expand(-1, length)
             for length in lengths
         ]
         return torch.cat(draws, dim=1)

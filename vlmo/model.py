@@ -163,7 +163,7 @@ class VLMo(nn.Module):
         return self.transformer.norm(self._run(x, "text", text_mask.bool()))
 
     def _encode(self, x: Tensor, stream: str, mask: Tensor | None, vl_tail: bool) -> StreamOutput:
-        """All layers with the stream's own expert and, from the first VL block on, again with VL."""
+        """All layers with the stream's own expert; from the first VL block on, again with VL."""
         start = self.config.first_vl_block
         middle = self._run(x, stream, mask, stop=start)
         last = self._run(middle, stream, mask, start=start)

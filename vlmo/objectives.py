@@ -99,7 +99,7 @@ def irtr(model: VLMo, batch: Batch) -> Output:
 
 
 def contrast(image: Tensor, text: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Image-to-text logits ``[B, B]`` of unit vectors ``[B, D]`` and the mean of both directions."""
+    """Image-to-text logits ``[B, B]`` of unit vectors ``[B, D]``, and the loss of both ways."""
     i2t = log_scale.exp() * image @ text.T
     label = torch.arange(len(i2t), device=i2t.device)
     loss = F.cross_entropy(i2t.float(), label) + F.cross_entropy(i2t.T.float(), label)
@@ -119,9 +119,7 @@ def itm(model: VLMo, batch: Batch, i2t: Tensor, t2i: Tensor) -> Output:
     own = torch.arange(count, device=i2t.device)
     texts = torch.cat([own, own, wrong_text])
     images = torch.cat([own, wrong_image, own])
-    fused = model.fuse(
-        batch["text_ids"][texts], batch["text_masks"][texts], batch["image"][images]
-    )
+    fused = model.fuse(batch["text_ids"][texts], batch["text_masks"][texts], batch["image"][images])
     logits = model.itm_score(fused.pooled)
     labels = (torch.arange(3 * count, device=i2t.device) < count).long()
     loss = F.cross_entropy(logits.float(), labels)

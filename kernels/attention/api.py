@@ -31,8 +31,8 @@ def shared_attention(
     r"""Self-attention over the tokens of all modalities: softmax(scale * q k^T + bias) v.
 
     Two layouts: dense ``[B, N, H, K]``, and packed sequences ``[T, H, K]`` laid end to end without
-    padding, where sequence b owns rows ``offsets[b]`` to ``offsets[b + 1]``. q, k and v may have any
-    strides, and may come as one tensor q with a dimension of 3 before H (then k and v are None).
+    padding, where sequence b owns rows ``offsets[b]`` to ``offsets[b + 1]``. q, k and v may have
+    any strides, and may come as one tensor q with a dimension of 3 before H (then k and v are None).
 
     Args:
         q, k, v: queries, keys and values, of one shape and dtype.
@@ -50,9 +50,9 @@ def shared_attention(
     Returns:
         The attention output, in the shape and dtype of q. A query without a valid key gets zeros.
 
-    Scores, bias and softmax are computed in float32 (float64 for float64); probabilities are rounded
-    to the dtype of v before the second product, as the official code does. Under autocast, q, k and
-    v are cast to its dtype; the table is not.
+    Scores, bias and softmax are computed in float32 (float64 for float64); probabilities are
+    rounded to the dtype of v before the second product, as the official code does. Under autocast,
+    q, k and v are cast to its dtype; the table is not.
 
     Differentiable with respect to q, k, v and ``bias.table``. Second derivatives are not available.
 
@@ -68,8 +68,14 @@ def shared_attention(
     check_tensor("q", q, dtypes=FLOATS)
     for name, tensor in (("k", k), ("v", v)):
         check_tensor(name, tensor, shape=q.shape, dtypes=(q.dtype,), device=q.device)
+    if offsets is not None:
+        for name, value in (("key_mask", key_mask), ("key_lengths", key_lengths)):
+            if value is not None:
+                raise ValueError(f"{name}: has no meaning beside offsets, which give each length")
+        _check_offsets(q, offsets, max_length)
+    elif max_length:
+        raise ValueError(f"max_length: {max_length} was given without offsets")
     _check_keys(q, key_mask, key_lengths)
-    _check_offsets(q, offsets, max_length, key_mask, key_lengths)
     length = max_length if offsets is not None else q.shape[1]
     _check_bias(q, bias, positions, length)
 
@@ -105,9 +111,7 @@ def _unpack(
 
 def _check_keys(q: Tensor, key_mask: Tensor | None, key_lengths: Tensor | None) -> None:
     if key_mask is not None:
-        check_tensor(
-            "key_mask", key_mask, shape=q.shape[:2], dtypes=(torch.bool,), device=q.device
-        )
+        check_tensor("key_mask", key_mask, shape=q.shape[:2], dtypes=(torch.bool,), device=q.device)
     if key_lengths is not None:
         check_tensor(
             "key_lengths", key_lengths, shape=q.shape[:1], dtypes=_INTEGERS, device=q.device
@@ -116,20 +120,7 @@ def _check_keys(q: Tensor, key_mask: Tensor | None, key_lengths: Tensor | None) 
         check_values("key_lengths", key_lengths, wrong, f"outside 0..{q.shape[1]}")
 
 
-def _check_offsets(
-    q: Tensor,
-    offsets: Tensor | None,
-    max_length: int,
-    key_mask: Tensor | None,
-    key_lengths: Tensor | None,
-) -> None:
-    if offsets is None:
-        if max_length:
-            raise ValueError(f"max_length: {max_length} was given without offsets")
-        return
-    for name, value in (("key_mask", key_mask), ("key_lengths", key_lengths)):
-        if value is not None:
-            raise ValueError(f"{name}: has no meaning beside offsets, which give each length")
+def _check_offsets(q: Tensor, offsets: Tensor, max_length: int) -> None:
     check_tensor("offsets", offsets, shape=(-1,), dtypes=_INTEGERS, device=q.device)
     if offsets.numel() < 2:
         raise ValueError(f"offsets: {offsets.numel()} entries hold no sequence")

@@ -93,8 +93,8 @@ class RelativePositionBias(NamedTuple):
 
     Attributes:
         table: ``[index.entries, H]``, any strides. A layer of VLMo's model-wide table
-            ``[entries, layers * H]`` is one of ``table.view(entries, layers, H).unbind(1)``: no copy
-            forward, and one stack for all layers backward.
+            ``[entries, layers * H]`` is one of ``table.view(entries, layers, H).unbind(1)``: no
+            copy forward, and one stack for all layers backward.
         index: the rows that (query, key) pairs read.
     """
 

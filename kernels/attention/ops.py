@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlmo.kernels.arguments import without_autocast
 from vlmo.kernels.attention import reference
 from vlmo.kernels.attention.reference import Call
 from vlmo.kernels.dispatch import Absent, Backend
@@ -41,7 +42,8 @@ def attention_fwd(
         *(q, k, v, table, index, key_mask, key_lengths),
         *(offsets, max_length, positions, causal, scale),
     )
-    return _IMPLEMENTATIONS[backend].forward(call)
+    with without_autocast(q.device):
+        return _IMPLEMENTATIONS[backend].forward(call)
 
 
 @attention_fwd.register_fake
@@ -75,7 +77,8 @@ def attention_bwd(
         *(q, k, v, table, index, key_mask, key_lengths),
         *(offsets, max_length, positions, causal, scale),
     )
-    return _IMPLEMENTATIONS[backend].backward(dout, out, call, needs_table)
+    with without_autocast(q.device):
+        return _IMPLEMENTATIONS[backend].backward(dout, out, lse, call, needs_table)
 
 
 @attention_bwd.register_fake

@@ -42,17 +42,21 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     return _unpad(out.transpose(1, 2), call), _unpad(lse.transpose(1, 2), call)
 
 
-def backward(dout: Tensor, out: Tensor, call: Call, needs_table: bool) -> list[Tensor]:
-    """Gradients of q, k, v and the table (empty unless wanted)."""
+def backward(dout: Tensor, out: Tensor, lse: Tensor, call: Call, needs_table: bool) -> list[Tensor]:
+    """Gradients of q, k, v and the table (empty unless wanted).
+
+    ``out`` and ``lse`` are for kernels that rebuild probabilities; the oracle starts from scratch.
+    """
     dense = _pad(call)
     q, k, v = (t.transpose(1, 2) for t in (dense.q, dense.k, dense.v))  # [B, H, N, K]
     wide = _accumulator(q)
-    dout, out = (_pad_rows(t, call).transpose(1, 2) for t in (dout, out))
+    dout = _pad_rows(dout, call).transpose(1, 2)
     p, _ = _probabilities(dense)
 
     dv = p.to(v.dtype).transpose(2, 3) @ dout
     dp = (dout @ v.transpose(2, 3)).to(wide)
-    delta = (dout.to(wide) * out.to(wide)).sum(3, keepdim=True)
+    # Equal to rowsum(dout * out), but free of the rounding of out: a lone key gets exactly 0.
+    delta = (p * dp).sum(3, keepdim=True)
     ds = p * (dp - delta)  # [B, H, N, N]
     dq = (ds @ k.to(wide)) * call.scale
     dk = ds.transpose(2, 3) @ (q * call.scale).to(wide)
@@ -66,9 +70,9 @@ def backward(dout: Tensor, out: Tensor, call: Call, needs_table: bool) -> list[T
 
 
 def _probabilities(call: Call) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T * scale + bias) [B, H, N, N] and its log-sum-exp [B, H, N], in float32 or better.
+    """softmax(q k^T * scale + bias) [B, H, N, N] and its log-sum-exp [B, H, N].
 
-    A query without a valid key gets zeros and a log-sum-exp of -inf.
+    In float32 or better. A query without a valid key gets zeros and a log-sum-exp of -inf.
     """
     q, k = call.q.transpose(1, 2), call.k.transpose(1, 2)
     wide = _accumulator(q)

@@ -138,7 +138,9 @@ class Experts(NamedTuple):
         """Raise TypeError or ValueError unless every parameter fits x and the routing."""
         for name, tensors in zip(self._fields, self, strict=True):
             if isinstance(tensors, Tensor):
-                raise TypeError(f"{name}: expected a sequence of one tensor per expert, got a tensor")
+                raise TypeError(
+                    f"{name}: expected a sequence of one tensor per expert, got a tensor"
+                )
             optional = name not in ("w1", "w2") and len(tensors) == 0
             if len(tensors) != num_experts and not optional:
                 raise ValueError(f"{name}: {len(tensors)} tensors for {num_experts} experts")
@@ -153,7 +155,9 @@ class Experts(NamedTuple):
         operand = self.w1[0].dtype if cast and isinstance(self.w1[0], Tensor) else x.dtype
         vectors = tuple({x.dtype, torch.float32, operand})
         for e in range(num_experts):
-            check_tensor(f"w2[{e}]", self.w2[e], shape=(width, -1), dtypes=(operand,), device=x.device)
+            check_tensor(
+                f"w2[{e}]", self.w2[e], shape=(width, -1), dtypes=(operand,), device=x.device
+            )
             rows = self.w2[e].shape[1] * (2 if activation in GATED else 1)
             shapes = {"w1": (rows, width), "b1": (rows,)}
             for name, tensors in zip(self._fields, self, strict=True):
@@ -161,7 +165,9 @@ class Experts(NamedTuple):
                     continue
                 shape = shapes.get(name, (width,))
                 dtypes = vectors if name.startswith("norm") else (operand,)
-                check_tensor(f"{name}[{e}]", tensors[e], shape=shape, dtypes=dtypes, device=x.device)
+                check_tensor(
+                    f"{name}[{e}]", tensors[e], shape=shape, dtypes=dtypes, device=x.device
+                )
 
 
 def _check_vectors(
@@ -169,13 +175,9 @@ def _check_vectors(
 ) -> None:
     dtypes = tuple({x.dtype, torch.float32})
     if layer_scale is not None:
-        check_tensor(
-            "layer_scale", layer_scale, shape=x.shape[-1:], dtypes=dtypes, device=x.device
-        )
+        check_tensor("layer_scale", layer_scale, shape=x.shape[-1:], dtypes=dtypes, device=x.device)
     if token_scale is not None:
-        check_tensor(
-            "token_scale", token_scale, shape=x.shape[:-1], dtypes=dtypes, device=x.device
-        )
+        check_tensor("token_scale", token_scale, shape=x.shape[:-1], dtypes=dtypes, device=x.device)
         if token_scale.requires_grad:
             raise ValueError("token_scale: requires a gradient, but moe_ffn gives it none")
     if residual is not None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vlmo.kernels.arguments import without_autocast
 from vlmo.kernels.dispatch import Absent, Backend
 from vlmo.kernels.moe_ffn import reference
 from vlmo.kernels.moe_ffn.reference import Call
@@ -49,7 +50,8 @@ def moe_ffn_fwd(
     call = Call(
         x, *lists, layer_scale, token_scale, residual, ids, pieces, norm, norm_eps, activation
     )
-    return _IMPLEMENTATIONS[backend].forward(call)
+    with without_autocast(x.device):
+        return _IMPLEMENTATIONS[backend].forward(call)
 
 
 @moe_ffn_fwd.register_fake
@@ -88,7 +90,8 @@ def moe_ffn_bwd(
     """
     lists = (w1, w2, b1, b2, norm_weight, norm_bias)
     call = Call(x, *lists, layer_scale, token_scale, None, ids, pieces, norm, norm_eps, activation)
-    return _IMPLEMENTATIONS[backend].backward(dy, pre, call, needs)
+    with without_autocast(x.device):
+        return _IMPLEMENTATIONS[backend].backward(dy, pre, call, needs)
 
 
 def _differentiable(call: Call) -> list[Tensor]:
@@ -141,7 +144,9 @@ def _backward(ctx, dy, _):
     dlists = [[next(grads) for _ in range(count)] for count in ctx.counts]
     dlayer_scale = next(grads) if layer_scale is not None else None
     dresidual = dy if wanted[9] else None  # y has the residual's dtype
-    return dx, *dlists, dlayer_scale, None, dresidual, *([None] * 6)
+    # torch.library takes an empty list of integers for an empty list of tensors.
+    dpieces = None if pieces else []
+    return dx, *dlists, dlayer_scale, None, dresidual, None, dpieces, *([None] * 4)
 
 
 moe_ffn_fwd.register_autograd(_backward, setup_context=_save)

@@ -185,7 +185,9 @@ def _segment_rows(e: int, pieces: Sequence[int], x: Tensor) -> slice | Tensor:
     lengths = pieces[1::2]
     total = sum(lengths)
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    runs = [(s, n) for expert, s, n in zip(pieces[::2], starts, lengths, strict=True) if expert == e]
+    runs = [
+        (s, n) for expert, s, n in zip(pieces[::2], starts, lengths, strict=True) if expert == e
+    ]
     if sum(n for _, n in runs) == total:
         return slice(None)
     local = torch.cat([torch.arange(s, s + n) for s, n in runs] or [torch.arange(0)])

@@ -198,7 +198,7 @@ class ModalityRouting:
             raise ValueError(f"tile: {tile} is not positive")
         if self.ids is None and (num_tokens is None or num_tokens % self.max_length):
             raise ValueError(
-                f"num_tokens: {num_tokens} is not a multiple of the sequence length {self.max_length}"
+                f"num_tokens: {num_tokens} is no multiple of the sequence length {self.max_length}"
             )
         ids = self.expert_ids(num_tokens or 0, device)
         name = choose("routing_index", BACKENDS, backend, ids, self.num_experts, tile)
@@ -224,7 +224,7 @@ def _check_pieces(name: str, pieces: Iterable[Piece]) -> tuple[Piece, ...]:
 def _check_experts(num_experts: int | None, pieces: Iterable[Piece]) -> int:
     """The number of experts, given or one more than the largest that occurs."""
     experts = [expert for expert, _ in pieces]
-    count = max(experts, default=0) + 1 if num_experts is None else num_experts
+    count = max([0, *experts]) + 1 if num_experts is None else num_experts
     if not isinstance(count, int) or count < 1:
         raise ValueError(f"num_experts: {num_experts!r} is not a positive integer")
     for expert in experts:

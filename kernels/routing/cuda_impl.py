@@ -27,7 +27,9 @@ def why_not(ids: Tensor, num_experts: int, tile: int) -> str | None:
         return f"{ids.device} is not an NVIDIA GPU."
     if _C.target_for(_CUBIN, *capability) is None:
         built = ", ".join(name for cubin, name in _C.cubins() if cubin == _CUBIN)
-        return f"{ids.device} is sm_{capability[0]}{capability[1]}; the kernel is built for {built}."
+        return (
+            f"{ids.device} is sm_{capability[0]}{capability[1]}; the kernel is built for {built}."
+        )
     if ids.dtype != torch.int32:
         return f"ids are {ids.dtype}; the kernel reads int32."
     if not 1 <= num_experts <= MAX_EXPERTS:

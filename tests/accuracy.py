@@ -1,0 +1,36 @@
+"""The error rule: at most twice as wrong as eager PyTorch of the same dtype."""
+
+import torch
+from torch import Tensor
+
+
+def assert_as_accurate_as(
+    name: str, actual: Tensor, exact: Tensor, baseline: Tensor, factor: float = 2.0
+) -> None:
+    """Compare ``actual`` with a float64 result, allowing ``factor`` times the baseline's error.
+
+    Args:
+        name: for the message.
+        actual: what the kernel gave.
+        exact: the same in float64.
+        baseline: eager PyTorch in the dtype of ``actual``.
+
+    One rounding unit of the largest value comes on top. The relative L2 error is bounded by the
+    same factor, so that a part that is small everywhere cannot be missing.
+    """
+    assert actual.shape == exact.shape, f"{name}: shape {actual.shape}, expected {exact.shape}"
+    assert actual.dtype == baseline.dtype, f"{name}: {actual.dtype}, expected {baseline.dtype}"
+    assert torch.isfinite(actual).all(), f"{name}: non-finite"
+    if actual.numel() == 0:
+        return
+    exact, eps = exact.double(), torch.finfo(actual.dtype).eps
+    ours, theirs = (t.double() - exact for t in (actual, baseline))
+
+    error, allowed, band = ours.abs().max(), theirs.abs().max(), eps * exact.abs().max()
+    assert error <= factor * (allowed + band), (
+        f"{name}: error {error:.2e}, eager {allowed:.2e}, rounding {band:.2e}"
+    )
+    error, allowed, band = ours.norm(), theirs.norm(), eps * exact.norm()
+    assert error <= factor * (allowed + band), (
+        f"{name}: L2 error {error:.2e}, eager {allowed:.2e}, rounding {band:.2e}"
+    )

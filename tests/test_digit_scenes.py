@@ -1,0 +1,436 @@
+"""Digit scenes: what they say is true of what they show, and no split sees another's scans."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("sklearn")
+pytest.importorskip("tokenizers")
+
+from vlmo.data import (
+    ANSWERS,
+    DigitScenes,
+    DistinctBatches,
+    Scene,
+    collate,
+    digit_tokenizer,
+    normalise,
+    retrieval_gallery,
+)
+from vlmo.data.digit_language import all_meanings, all_texts, captions
+from vlmo.data.digit_scans import SPLITS, load_scans, split_scans
+
+WORDS = "zero one two three four five six seven eight nine".split()
+NUMBER = {word: n for n, word in enumerate(WORDS)}
+NUMBER |= {"a": 1, "an": 1}
+LONGEST_TEXT = 12
+FIRST_TEST_SCANS = [465, 757, 1704]
+GROUP = r"(a|an|two) (\w+)"
+
+
+def digit_named(word: str) -> int:
+    """Class of a digit's name in the singular or plural."""
+    return WORDS.index({"sixes": "six"}.get(word, word if word in WORDS else word[:-1]))
+
+
+def boxes(scene: Scene, digit: int) -> list[tuple[int, int, int, int]]:
+    """(top, left, bottom, right) of the digits of one class."""
+    size = scene.digit_size
+    return [
+        (top, left, top + size, left + size)
+        for member, (top, left) in zip(scene.digits, scene.positions, strict=True)
+        if member == digit
+    ]
+
+
+def related(scene: Scene, first: int, relation: str, second: int) -> bool:
+    """Whether every digit of one class stands in a relation to every one of another class."""
+    if relation in ("right of", "below"):
+        opposite = {"right of": "left of", "below": "above"}[relation]
+        return related(scene, second, opposite, first)
+    start, end = (1, 3) if relation == "left of" else (0, 2)
+    pairs = list(itertools.product(boxes(scene, first), boxes(scene, second)))
+    return bool(pairs) and all(one[end] <= other[start] for one, other in pairs)
+
+
+def caption_holds(scene: Scene, text: str) -> bool:
+    """Truth of a caption, from the positions and the classes of the scans alone."""
+    relation = re.fullmatch(rf"{GROUP} (left of|right of|above|below) {GROUP}", text)
+    if relation is None:
+        word = re.fullmatch(r"only an? (\w+)|an? (\w+) and nothing else", text)
+        return scene.digits == (digit_named(word[1] or word[2]),)
+    count_1, word_1, where, count_2, word_2 = relation.groups()
+    first, second = digit_named(word_1), digit_named(word_2)
+    listed = [first] * NUMBER[count_1] + [second] * NUMBER[count_2]
+    return sorted(listed) == sorted(scene.digits) and related(scene, first, where, second)
+
+
+def expected_answer(scene: Scene, question: str) -> str:
+    """The answer, from the positions and the classes of the scans alone."""
+    if question == "which digit is shown?":
+        (digit,) = scene.digits
+        return WORDS[digit]
+    if match := re.fullmatch(r"how many (\w+) are there\?", question):
+        return WORDS[scene.digits.count(digit_named(match[1]))]
+    if match := re.fullmatch(r"is there an? (\w+)\?", question):
+        return "yes" if digit_named(match[1]) in scene.digits else "no"
+    where = r"(left of|right of|above|below)"
+    if match := re.fullmatch(rf"what is {where} the (\w+)\?", question):
+        other = digit_named(match[2])
+        (digit,) = {d for d in scene.digits if d != other and related(scene, d, match[1], other)}
+        return WORDS[digit]
+    match = re.fullmatch(rf"(?:is|are) the (\w+) {where} the (\w+)\?", question)
+    holds = related(scene, digit_named(match[1]), match[2], digit_named(match[3]))
+    return "yes" if holds else "no"
+
+
+def statement_holds(left: Scene, right: Scene, text: str) -> bool:
+    """Truth of a statement about two scenes."""
+    if match := re.fullmatch(r"the (left|right) image shows (.+)", text):
+        return caption_holds(left if match[1] == "left" else right, match[2])
+    patterns = {
+        r"both images contain": 2,
+        r"exactly one image contains": 1,
+        r"neither image contains": 0,
+    }
+    for pattern, images in patterns.items():
+        if match := re.fullmatch(rf"{pattern} an? (\w+)", text):
+            digit = digit_named(match[1])
+            return (digit in left.digits) + (digit in right.digits) == images
+    raise AssertionError(f"unknown statement {text!r}")
+
+
+@pytest.fixture(scope="module")
+def scenes() -> DigitScenes:
+    return DigitScenes("train", 4096)
+
+
+def test_splits_share_no_scan_and_hold_all():
+    parts = {split: np.concatenate(split_scans(split)) for split in SPLITS}
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(1797))
+    # Equal pixels under two numbers would be the same leak.
+    pixels, _ = load_scans()
+    assert len(np.unique(pixels.reshape(len(pixels), -1), axis=0)) == len(pixels)
+    for split, share in (("train", 0.7), ("val", 0.15), ("test", 0.15)):
+        assert len(parts[split]) / 1797 == pytest.approx(share, abs=0.005)
+
+
+def test_splits_are_stratified_and_fixed():
+    _, classes = load_scans()
+    for split in SPLITS:
+        by_class = split_scans(split)
+        assert all((classes[members] == digit).all() for digit, members in enumerate(by_class))
+    assert [split_scans("test")[digit][0] for digit in (0, 4, 9)] == FIRST_TEST_SCANS
+    with pytest.raises(ValueError, match="'dev'"):
+        split_scans("dev")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("task", ["pretrain", "nlvr2"])
+def test_scenes_use_scans_of_their_split(split, task):
+    allowed = set(np.concatenate(split_scans(split)).tolist())
+    data = DigitScenes(split, 500, task=task)
+    used = {
+        scan
+        for image in range(len(data._tables))
+        for row in range(len(data))
+        for scan in data.scene(row, image).scans
+    }
+    assert used <= allowed
+    assert len(used) > 0.5 * min(len(allowed), 500)
+
+
+@pytest.mark.parametrize("task", ["pretrain", "vqa", "nlvr2"])
+def test_samples_depend_on_index_and_seed_only(task):
+    short, long = DigitScenes("val", 20, task=task), DigitScenes("val", 50, task=task)
+    other = DigitScenes("val", 20, task=task, seed=1)
+    for index in range(20):
+        one, two = short[index], long[index]
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            same = torch.equal(value, two[name]) if torch.is_tensor(value) else value == two[name]
+            assert same, name
+    assert [short.text(n) for n in range(20)] != [other.text(n) for n in range(20)]
+    with pytest.raises(IndexError, match="20 of 20"):
+        short[20]
+
+
+def test_no_two_splits_or_images_repeat():
+    first = {split: DigitScenes(split, 200).images(range(200)) for split in SPLITS}
+    flat = torch.cat(list(first.values())).flatten(1)
+    assert len(torch.unique(flat, dim=0)) == len(flat)
+
+
+def test_every_true_caption_is_given_and_no_other(scenes):
+    texts = {text for meaning in all_meanings() for text in captions(meaning)}
+    assert len(texts) == 2 * len(all_meanings()) == 1100
+    seen = {}
+    for row in range(len(scenes)):
+        seen.setdefault(scenes.scene(row).key, scenes.scene(row))
+    assert len(seen) > 500
+    for scene in itertools.islice(seen.values(), 120):
+        assert {text for text in texts if caption_holds(scene, text)} == set(scene.captions())
+
+
+def test_training_captions_are_true(scenes):
+    for row in range(1000):
+        scene = scenes.scene(row)
+        assert scenes.text(row) in scene.captions()
+        assert caption_holds(scene, scenes.text(row))
+    canonical = [scenes.text(row) == scenes.scene(row).captions()[0] for row in range(1000)]
+    assert 0.4 < np.mean(canonical) < 0.6
+
+
+def test_evaluation_uses_the_canonical_caption():
+    data = DigitScenes("val", 200)
+    assert all(data.text(row) == data.scene(row).captions()[0] for row in range(200))
+
+
+def test_classes_are_those_of_the_scans(scenes):
+    _, classes = load_scans()
+    for row in range(200):
+        scene = scenes.scene(row)
+        assert scene.digits == tuple(classes[list(scene.scans)])
+        assert len(set(scene.scans)) == len(scene.scans)
+        shown = [digit for count, digit in scene.key.groups for _ in range(count)]
+        assert list(scene.digits) == shown
+
+
+def test_scene_kinds_have_their_shares(scenes):
+    sizes = np.bincount([len(scenes.scene(row).digits) for row in range(len(scenes))], minlength=4)
+    assert sizes[1:] / len(scenes) == pytest.approx([0.1, 0.4, 0.5], abs=0.03)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    image_size=st.integers(4, 10).map(lambda n: 8 * n),
+    share=st.floats(0, 1),
+    displacement=st.floats(0, 1),
+    seed=st.integers(0, 2**32 - 1),
+    split=st.sampled_from(SPLITS),
+)
+def test_digits_lie_inside_and_apart(image_size, share, displacement, seed, split):
+    digit_size = image_size // 4 + 1 + int(share * (image_size // 4 - 1))
+    jitter = int(displacement * ((image_size // 2 - digit_size) // 2))
+    sizes = {"image_size": image_size, "digit_size": digit_size, "jitter": jitter}
+    data = DigitScenes(split, 8, seed=seed, **sizes)
+    for row in range(8):
+        scene = data.scene(row)
+        covered = np.zeros((image_size, image_size), dtype=int)
+        for top, left in scene.positions:
+            assert 0 <= min(top, left) <= max(top, left) <= image_size - digit_size
+            covered[top : top + digit_size, left : left + digit_size] += 1
+        assert covered.max() == 1
+        assert all(caption_holds(scene, text) for text in scene.captions())
+        picture = data[row]["image"]
+        grey = ((picture[0] + 1) * 127.5).round()
+        assert (grey[torch.from_numpy(covered == 0)] == scene.background).all()
+
+
+def test_images_are_the_scans():
+    """Halved, a digit is its own scan, blurred by the resizing, and none of the 1,796 others."""
+    data = DigitScenes("test", 50, digit_size=16)
+    blurred = np.pad(load_scans()[0].astype(float), ((0, 0), (1, 1), (1, 1)), mode="edge")
+    for axis in (1, 2):
+        before, same, after = (np.take(blurred, range(n, n + 8), axis) for n in range(3))
+        blurred = 0.125 * before + 0.75 * same + 0.125 * after
+    for row in range(50):
+        scene, image = data.scene(row), data[row]["image"]
+        grey = (image[1] + 1) * 127.5
+        for scan, (top, left) in zip(scene.scans, scene.positions, strict=True):
+            drawn = grey[top : top + 16, left : left + 16].reshape(8, 2, 8, 2).mean((1, 3)).numpy()
+            distance = np.abs(drawn - np.maximum(blurred, scene.background)).mean((1, 2))
+            assert distance.argmin() == scan
+            assert distance[scan] < 5
+
+
+@pytest.mark.parametrize("image_size", [32, 40, 64, 224])
+def test_images_are_in_range_and_not_trivial(image_size):
+    data = DigitScenes("train", 64, image_size=image_size)
+    images = data.images(range(64))
+    assert images.shape == (64, 3, image_size, image_size)
+    assert images.dtype == torch.float32
+    assert images.min() >= -1
+    assert images.max() <= 1
+    assert (images.flatten(1).std(1) > 0.1).all()
+    assert images.amax((1, 2, 3)).min() > 0.5
+    assert data[0]["image"].is_contiguous()
+
+
+def test_jitter_reaches_all_places_around_the_centre():
+    data = DigitScenes("train", 300, jitter=1)
+    offsets = {place % 16 for row in range(300) for place in sum(data.scene(row).positions, ())}
+    assert offsets == {0, 1, 2}
+    still = DigitScenes("train", 300)
+    assert {p % 16 for row in range(300) for p in sum(still.scene(row).positions, ())} == {1}
+
+
+def test_gallery_meanings_are_unique_and_captions_exclusive():
+    gallery = retrieval_gallery("test", 256)
+    scenes = [gallery.scene(row) for row in range(len(gallery))]
+    assert len({scene.key for scene in scenes}) == 256
+    for row, scene in enumerate(scenes[:100]):
+        true = [n for n in range(256) if caption_holds(scene, gallery.text(n))]
+        assert true == [row]
+    assert len(retrieval_gallery("val", 550)) == 550
+    with pytest.raises(ValueError, match="550"):
+        retrieval_gallery("val", 551)
+
+
+def test_all_questions_have_the_right_answer(scenes):
+    for row in range(150):
+        scene = scenes.scene(row)
+        asked = scene.questions()
+        assert len({question.text for question in asked}) == len(asked) >= 21
+        for question in asked:
+            assert question.answer == expected_answer(scene, question.text), question.text
+
+
+def test_vqa_answers_are_right_and_balanced():
+    data = DigitScenes("train", 6000, task="vqa")
+    answers: dict[str, list[str]] = {}
+    for row in range(len(data)):
+        text, answer = data.text(row), ANSWERS[data.target(row)]
+        assert answer == expected_answer(data.scene(row), text), text
+        answers.setdefault(re.match(r"how many|is there|what|which|is|are", text)[0], []).append(
+            answer
+        )
+    for opening in ("is", "are", "is there"):
+        share = np.mean([answer == "yes" for answer in answers[opening]])
+        assert 0.44 < share < 0.56, opening
+    for opening, options in (("how many", 3), ("what", 10), ("which", 10)):
+        counts = np.unique(answers[opening], return_counts=True)[1]
+        assert len(counts) == options
+        share, total = 1 / options, counts.sum()
+        noise = np.sqrt(share * (1 - share) / total)
+        assert counts.max() / total < share + 4 * noise, opening
+
+
+def test_vqa_questions_do_not_give_their_answers_away():
+    """The most frequent answer to each exact question is right little more often than chance."""
+    data = DigitScenes("train", 20000, task="vqa")
+    by_text: dict[str, list[int]] = {}
+    for row in range(len(data)):
+        by_text.setdefault(data.text(row), []).append(data.target(row))
+    often = {text: found for text, found in by_text.items() if len(found) >= 100}
+    assert len(often) >= 20
+    for text, found in often.items():
+        share = np.bincount(found).max() / len(found)
+        assert share < (0.5 if text.startswith("how many") else 0.68), text
+
+
+def test_nlvr2_labels_are_right_and_balanced():
+    data = DigitScenes("train", 6000, task="nlvr2")
+    labels: dict[str, list[int]] = {}
+    for row in range(len(data)):
+        text, label = data.text(row), data.target(row)
+        assert statement_holds(data.scene(row, 0), data.scene(row, 1), text) == bool(label), text
+        labels.setdefault(" ".join(text.split()[:2]), []).append(label)
+    assert np.mean([label for found in labels.values() for label in found]) == 0.5
+    assert len(labels) == 5
+    assert all(0.45 < np.mean(found) < 0.55 for found in labels.values())
+
+
+def test_pretraining_has_no_target():
+    with pytest.raises(ValueError, match="'pretrain' has no targets"):
+        DigitScenes("train", 4).target(0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "dev"}, "'dev'"),
+        ({"size": 0}, "size: 0"),
+        ({"image_size": 24}, "image_size: 24"),
+        ({"image_size": 36}, "image_size: 36"),
+        ({"task": "caption"}, "'caption'"),
+        ({"digit_size": 17}, "digit_size: 17 is not within 9..16"),
+        ({"digit_size": 8}, "digit_size: 8"),
+        ({"jitter": 2}, "jitter: 2 is not within 0..1"),
+        ({"task": "nlvr2", "distinct": True}, "distinct"),
+    ],
+)
+def test_arguments_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        DigitScenes(**options)
+
+
+@pytest.mark.parametrize("task", ["pretrain", "vqa", "nlvr2"])
+def test_materialised_equals_the_samples(task):
+    data, tokenizer = DigitScenes("train", 100, task=task), digit_tokenizer(16)
+    tensors = data.materialise(tokenizer)
+    batch = collate([data[row] for row in range(100)], tokenizer)
+    for name, value in tensors.items():
+        actual = normalise(value) if name.startswith("image") else value
+        assert torch.equal(actual, batch[name]), name
+    assert tensors.keys() | {"text"} == batch.keys()
+
+
+def test_loader_with_masking():
+    tokenizer = digit_tokenizer(16)
+    function = functools.partial(collate, tokenizer=tokenizer, mlm_probability=0.15)
+    loader = torch.utils.data.DataLoader(
+        DigitScenes("train", 64), 32, shuffle=True, collate_fn=function
+    )
+    for batch in loader:
+        assert batch["image"].shape == (32, 3, 32, 32)
+        assert batch["text_ids"].shape == batch["text_labels_mlm"].shape == (32, 16)
+        hidden = batch["text_labels_mlm"] != -100
+        assert hidden.any(1).all()
+        assert torch.equal(batch["text_labels_mlm"][hidden], batch["text_ids"][hidden])
+        assert torch.equal(batch["text_ids_mlm"][~hidden], batch["text_ids"][~hidden])
+
+
+def test_distinct_batches_hold_each_sample_once_and_each_meaning_once():
+    data = DigitScenes("train", 4096)
+    sampler = DistinctBatches(data, 128, generator=torch.Generator().manual_seed(0))
+    batches = list(sampler)
+    assert all(
+        len({data.scene(row).key for row in batch}) == len(batch) == 128 for batch in batches
+    )
+    used = [row for batch in batches for row in batch]
+    assert len(set(used)) == len(used) > 0.85 * len(data)
+    assert list(sampler) != batches
+    again = DistinctBatches(data, 128, generator=torch.Generator().manual_seed(0))
+    assert list(again) == batches
+    with pytest.raises(ValueError, match="batch_size: 600"):
+        DistinctBatches(data, 600)
+
+
+def test_meaning_ids_are_the_keys(scenes):
+    pairs = {(n, scenes.scene(row).key) for row, n in enumerate(scenes.meaning_ids().tolist())}
+    assert len(pairs) == len({n for n, _ in pairs}) == len({key for _, key in pairs})
+
+
+def test_tokenizer_knows_every_text():
+    texts = list(dict.fromkeys(all_texts()))
+    tokenizer = digit_tokenizer(16)
+    encoded = tokenizer.encode(texts)
+    assert not (encoded["text_ids"] == tokenizer.unk_id).any()
+    # Every word is one token, and [CLS] and [SEP] are two.
+    words = [len(text.replace("?", " ?").split()) + 2 for text in texts]
+    assert encoded["text_masks"].sum(1).tolist() == words
+    assert max(words) == LONGEST_TEXT
+
+
+def test_drawn_texts_are_among_all_texts():
+    known = set(all_texts())
+    for task in ("pretrain", "vqa", "nlvr2"):
+        data = DigitScenes("train", 500, task=task)
+        assert {data.text(row) for row in range(500)} <= known
+
+
+def test_vocabulary_is_the_same_in_another_process():
+    code = "from vlmo.data import digit_tokenizer; print(digit_tokenizer()._tokens)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == f"{digit_tokenizer()._tokens}\n"

@@ -1,0 +1,119 @@
+"""Which backend runs: argument, use_backend(), VLMO_KERNELS, first that can; no fallback."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlmo.kernels import ModalityRouting, moe_ffn, use_backend, why_not
+from vlmo.kernels.dispatch import Absent, choose, requested
+from vlmo.kernels.support import OPERATIONS
+
+
+class Runs:
+    def why_not(self, *facts):
+        return None
+
+
+BACKENDS = {"cuda": Absent("no GPU."), "triton": Runs(), "reference": Runs()}
+
+
+def test_the_first_that_can_runs():
+    assert choose("op", BACKENDS, None) == "triton"
+
+
+def test_precedence(monkeypatch):
+    monkeypatch.setenv("VLMO_KERNELS", "triton")
+    assert requested(None) == "triton"
+    with use_backend("reference"):
+        assert requested(None) == "reference"
+        assert requested("triton") == "triton"
+        with use_backend(None):
+            assert requested(None) == "triton"
+        assert choose("op", BACKENDS, None) == "reference"
+    assert choose("op", BACKENDS, None) == "triton"
+
+
+def test_use_backend_is_undone_by_an_exception():
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    assert requested(None) is None
+
+
+def test_a_named_backend_never_falls_back():
+    with pytest.raises(
+        NotImplementedError, match="op: backend 'cuda' cannot run this call: no GPU"
+    ):
+        choose("op", BACKENDS, "cuda")
+
+
+def test_every_reason_is_told_when_none_can_run():
+    nobody = {"cuda": Absent("no GPU."), "triton": Absent("too old.")}
+    with pytest.raises(NotImplementedError, match=r"cuda: no GPU\. triton: too old\."):
+        choose("op", nobody, None)
+
+
+def test_unknown_names_are_refused(monkeypatch):
+    with (
+        pytest.raises(ValueError, match="use_backend: 'cudnn' is not a backend"),
+        use_backend("cudnn"),
+    ):
+        pass
+    monkeypatch.setenv("VLMO_KERNELS", "Reference")
+    with pytest.raises(ValueError, match="VLMO_KERNELS: 'Reference' is not a backend"):
+        requested(None)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_why_not_on_the_cpu(operation):
+    assert why_not(operation, "reference") is None
+    for backend in ("cuda", "triton"):
+        reason = why_not(operation, backend)
+        assert reason is not None
+        assert reason.endswith(".")
+        assert "\n" not in reason
+
+
+def test_why_not_checks_its_arguments():
+    with pytest.raises(ValueError, match="operation: 'ffn' is not one of"):
+        why_not("ffn", "cuda")
+    with pytest.raises(ValueError, match="backend: 'hip' is not one of"):
+        why_not("moe_ffn", "hip")
+
+
+def test_compiled_code_follows_use_backend():
+    routing = ModalityRouting.segments([(0, 4)])
+    x, w = torch.randn(4, 8), [torch.randn(8, 8)]
+    compiled = torch.compile(lambda x: moe_ffn(x, routing, w, w), backend="eager", fullgraph=True)
+    with use_backend("reference"):
+        expected = compiled(x)
+    torch.testing.assert_close(compiled(x), expected)
+    with use_backend("cuda"), pytest.raises(Exception, match="no CUDA kernel"):
+        compiled(x)
+
+
+def test_import_needs_neither_gpu_nor_driver():
+    code = (
+        "from vlmo.kernels import moe_ffn, shared_attention, ModalityRouting; import vlmo._C as c;"
+    )
+    code += "print(sorted(c.cubins()))"
+    environment = {"CUDA_VISIBLE_DEVICES": "", "PATH": "", "HOME": "/nonexistent"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "sm_70" in result.stdout
+
+
+def test_the_package_has_one_name():
+    """Imported as plain `kernels`, every operation would be registered twice."""
+    result = subprocess.run(
+        [sys.executable, "-c", "import kernels"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert result.returncode != 0
+    assert "this package is vlmo.kernels" in result.stderr

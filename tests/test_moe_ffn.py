@@ -1,0 +1,412 @@
+"""moe_ffn: parity with eager PyTorch, gradients, the operation's registration, bad input."""
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from accuracy import assert_as_accurate_as
+from vlmo.kernels import ModalityRouting, moe_ffn
+from vlmo.kernels.moe_ffn import ops
+
+GATED = ("swiglu", "geglu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call; the defaults are VLMo's lower layers in small."""
+
+    pieces: tuple = ((0, 7), (1, 13))  # (expert, length) of every sequence
+    form: str = "segments"  # "segments", "ids" or "packed"
+    batch: int = 3
+    dim: int = 24
+    hidden: tuple = (40, 40)
+    activation: str = "gelu"
+    norm: str = "layer"
+    bias: bool = True
+    norm_bias: bool = True
+    layer_scale: bool = True
+    token_scale: bool = True
+    residual: bool = True
+    tags: tuple = field(default=())
+
+    def __str__(self):
+        changed = [f"{k}={v}" for k, v in vars(self).items() if v != getattr(Case, k, ())]
+        return ",".join(changed).replace(" ", "") or "vlmo"
+
+
+CASES = [
+    Case(),
+    Case(form="ids"),
+    Case(form="packed"),
+    # one expert; three; four with one empty and unequal widths; an expert in two pieces
+    Case(pieces=((0, 20),), hidden=(40,)),
+    Case(pieces=((0, 3), (1, 5), (2, 11)), hidden=(40, 40, 40)),
+    Case(pieces=((0, 3), (3, 5), (1, 4)), hidden=(17, 64, 8, 33)),
+    Case(pieces=((0, 3), (3, 5), (1, 4)), hidden=(17, 64, 8, 33), form="ids", activation="geglu"),
+    Case(pieces=((1, 2), (0, 5), (1, 9)), form="packed"),
+    # odd primes, one token, all tokens in one expert, no token at all
+    Case(pieces=((0, 31), (1, 37)), dim=59, hidden=(101, 101), batch=2),
+    Case(pieces=((1, 1),), batch=1),
+    Case(pieces=((1, 1),), batch=1, form="ids"),
+    Case(pieces=((0, 9), (1, 0)), form="ids"),
+    Case(batch=0),
+    Case(batch=0, form="ids"),
+    # activations, gated without biases as in Mixture-of-Transformers
+    Case(activation="gelu_tanh"),
+    Case(activation="swiglu", norm="rms", bias=False, norm_bias=False, layer_scale=False),
+    Case(activation="geglu"),
+    # optional parts one by one, and none of them
+    Case(norm="none"),
+    Case(norm="rms", norm_bias=False),
+    Case(norm_bias=False),
+    Case(bias=False),
+    Case(layer_scale=False),
+    Case(token_scale=False),
+    Case(residual=False),
+    Case(
+        norm="none",
+        bias=False,
+        norm_bias=False,
+        layer_scale=False,
+        token_scale=False,
+        residual=False,
+    ),
+]
+
+
+def expert_ids(case: Case) -> Tensor:
+    one = [expert for expert, length in case.pieces for _ in range(length)]
+    return torch.tensor(one * case.batch, dtype=torch.int64)
+
+
+def make_routing(case: Case, device) -> ModalityRouting:
+    experts = len(case.hidden)
+    if case.form == "segments":
+        return ModalityRouting.segments(case.pieces, num_experts=experts)
+    if case.form == "packed":
+        sequences = [case.pieces] * case.batch
+        return ModalityRouting.packed(sequences, num_experts=experts, device=device)
+    ids = expert_ids(case)
+    generator = torch.Generator().manual_seed(1)
+    return ModalityRouting.from_ids(
+        ids[torch.randperm(len(ids), generator=generator)].to(device), experts
+    )
+
+
+def make_tensors(case: Case, device, dtype) -> dict:
+    """Inputs by argument name, values drawn in float64; lists hold one tensor per expert."""
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(*shape, scale=1.0, shift=0.0):
+        values = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale + shift
+        return values.to(device, dtype)
+
+    length = sum(n for _, n in case.pieces)
+    leading = (case.batch, length) if case.form == "segments" else (case.batch * length,)
+    dim, rows = case.dim, [h * (2 if case.activation in GATED else 1) for h in case.hidden]
+    tensors = {
+        "x": draw(*leading, dim),
+        "w1": [draw(r, dim, scale=dim**-0.5) for r in rows],
+        "w2": [draw(dim, h, scale=h**-0.5) for h in case.hidden],
+    }
+    if case.bias:
+        tensors |= {"b1": [draw(r) for r in rows], "b2": [draw(dim) for _ in rows]}
+    if case.norm != "none":
+        tensors["norm_weight"] = [draw(dim, scale=0.1, shift=1.0) for _ in rows]
+        if case.norm_bias:
+            tensors["norm_bias"] = [draw(dim, scale=0.1) for _ in rows]
+    if case.layer_scale:
+        tensors["layer_scale"] = draw(dim, scale=0.1, shift=0.3)
+    if case.residual:
+        tensors["residual"] = draw(*leading, dim)
+    if case.token_scale:
+        tensors["token_scale"] = (draw(*leading) > 0).to(dtype) * 2
+    return tensors
+
+
+def leaves(tensors: dict) -> dict[str, Tensor]:
+    """The differentiable tensors of make_tensors by name, with requires_grad set."""
+    flat = {}
+    for name, value in tensors.items():
+        if name == "token_scale":
+            continue
+        items = (
+            {f"{name}[{e}]": t for e, t in enumerate(value)}
+            if isinstance(value, list)
+            else {name: value}
+        )
+        flat |= {key: t.requires_grad_() for key, t in items.items()}
+    return flat
+
+
+def eager(case: Case, ids: Tensor, tensors: dict) -> Tensor:
+    """moe_ffn as everybody writes it today: boolean masks, F.linear, F.layer_norm, autograd."""
+    x = tensors["x"].reshape(-1, case.dim)
+    out = torch.zeros_like(x)
+    for e in range(len(case.hidden)):
+        mask = (ids == e).to(x.device)
+        at = {k: v[e] if isinstance(v, list) else v for k, v in tensors.items()}
+        h = x[mask]
+        if case.norm == "layer":
+            h = F.layer_norm(h, (case.dim,), at["norm_weight"], at.get("norm_bias"), 1e-6)
+        elif case.norm == "rms":
+            h = F.rms_norm(h, (case.dim,), at["norm_weight"], 1e-6)
+        h = F.linear(h, at["w1"], at.get("b1"))
+        if case.activation in GATED:
+            gate, value = h.chunk(2, -1)
+            h = (F.silu(gate) if case.activation == "swiglu" else F.gelu(gate)) * value
+        else:
+            h = F.gelu(h, approximate="tanh" if case.activation == "gelu_tanh" else "none")
+        out = out.masked_scatter(mask[:, None], F.linear(h, at["w2"], at.get("b2")))
+    if case.layer_scale:
+        out = out * tensors["layer_scale"]
+    if case.token_scale:
+        out = out * tensors["token_scale"].reshape(-1, 1)
+    if case.residual:
+        out = tensors["residual"].reshape(-1, case.dim) + out
+    return out.view(tensors["x"].shape)
+
+
+def call(case: Case, routing: ModalityRouting, tensors: dict, **options) -> Tensor:
+    arguments = {k: v for k, v in tensors.items() if k not in ("x", "w1", "w2")}
+    return moe_ffn(
+        *(tensors["x"], routing, tensors["w1"], tensors["w2"]),
+        **arguments,
+        norm=case.norm,
+        activation=case.activation,
+        **options,
+    )
+
+
+def outputs_and_gradients(function, tensors: dict) -> dict[str, Tensor]:
+    flat = leaves(tensors)
+    y = function(tensors)
+    generator = torch.Generator().manual_seed(3)
+    dy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
+    y.backward(dy)
+    zeros = {name: torch.zeros_like(t) for name, t in flat.items()}
+    grads = {name: zeros[name] if t.grad is None else t.grad for name, t in flat.items()}
+    return {"y": y.detach(), **grads}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_parity(case, dtype, device):
+    routing = make_routing(case, device)
+    ids = routing.expert_ids(expert_ids(case).numel(), device)
+    assert ids.numel() == expert_ids(case).numel()
+
+    def run(function, to):
+        # The same rounded values in every dtype: drawn in the tested one, then widened.
+        tensors = make_tensors(case, device, dtype)
+        wide = {
+            k: [t.to(to) for t in v] if isinstance(v, list) else v.to(to)
+            for k, v in tensors.items()
+        }
+        return outputs_and_gradients(function, wide)
+
+    exact = run(lambda t: eager(case, ids, t), torch.float64)
+    baseline = run(lambda t: eager(case, ids, t), dtype)
+    actual = run(lambda t: call(case, routing, t), dtype)
+    for name, value in actual.items():
+        assert_as_accurate_as(name, value, exact[name], baseline[name])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if c.batch and c.dim == 24 and sum(n for _, n in c.pieces) < 21],
+    ids=str,
+)
+def test_gradcheck(case):
+    case = replace(case, dim=5, hidden=tuple(h % 7 + 2 for h in case.hidden), batch=1)
+    tensors = make_tensors(case, "cpu", torch.float64)
+    routing, flat = make_routing(case, "cpu"), leaves(tensors)
+
+    def function(*_):
+        return call(case, routing, tensors)
+
+    assert torch.autograd.gradcheck(function, tuple(flat.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("form", ["segments", "ids", "packed"])
+def test_opcheck(form, device):
+    case = Case(form=form, dim=8, hidden=(6, 10))
+    tensors = make_tensors(case, device, torch.float32)
+    leaves(tensors)
+    x, residual, scale = tensors["x"], tensors["residual"], tensors["token_scale"]
+    routing = make_routing(case, device)
+    arguments = (
+        x.detach().reshape(-1, 8).requires_grad_(),
+        *(tensors[k] for k in ("w1", "w2", "b1", "b2", "norm_weight", "norm_bias", "layer_scale")),
+        scale.reshape(-1),
+        residual.detach().reshape(-1, 8).requires_grad_(),
+        routing.ids,
+        [n for piece in routing.pieces for n in piece],
+        *("layer", 1e-6, "gelu", "reference"),
+    )
+    torch.library.opcheck(ops.moe_ffn_fwd, arguments)
+
+
+def test_compile_fullgraph(device):
+    case = Case()
+    routing = make_routing(case, device)
+    compiled = torch.compile(lambda t: call(case, routing, t), fullgraph=True, backend="aot_eager")
+    expected = outputs_and_gradients(
+        lambda t: call(case, routing, t), make_tensors(case, device, torch.float32)
+    )
+    actual = outputs_and_gradients(compiled, make_tensors(case, device, torch.float32))
+    for name, value in actual.items():
+        torch.testing.assert_close(value, expected[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("norm", ["none", "layer"])
+def test_autocast(norm, device):
+    """Weights are cast, the residual stream stays float32, gradients come in the leaves' dtype."""
+    case = Case(norm=norm)
+    routing = make_routing(case, device)
+    ids = routing.expert_ids(60, device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        actual = outputs_and_gradients(
+            lambda t: call(case, routing, t), make_tensors(case, device, torch.float32)
+        )
+        baseline = outputs_and_gradients(
+            lambda t: eager_autocast(case, ids, t), make_tensors(case, device, torch.float32)
+        )
+    exact = outputs_and_gradients(
+        lambda t: eager(case, ids, t),
+        {
+            k: [t.double() for t in v] if isinstance(v, list) else v.double()
+            for k, v in make_tensors(case, device, torch.float32).items()
+        },
+    )
+    for name, value in actual.items():
+        assert value.dtype == torch.float32, name
+        assert_as_accurate_as(name, value, exact[name], baseline[name])
+    no_residual = make_tensors(replace(case, residual=False), device, torch.float32)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert call(case, routing, no_residual).dtype == torch.bfloat16
+
+
+def eager_autocast(case: Case, ids: Tensor, tensors: dict) -> Tensor:
+    """eager() without its masked_scatter, which autocast does not promote."""
+    x = tensors["x"].reshape(-1, case.dim)
+    parts = []
+    for e in range(len(case.hidden)):
+        at = {k: v[e] if isinstance(v, list) else v for k, v in tensors.items()}
+        h = x[ids == e]
+        if case.norm == "layer":
+            h = F.layer_norm(h, (case.dim,), at["norm_weight"], at["norm_bias"], 1e-6)
+        parts.append(F.linear(F.gelu(F.linear(h, at["w1"], at["b1"])), at["w2"], at["b2"]))
+    order = torch.cat([(ids == e).nonzero()[:, 0] for e in range(len(case.hidden))]).argsort()
+    out = torch.cat(parts)[order] * tensors["layer_scale"]
+    out = tensors["residual"].reshape(-1, case.dim) + out * tensors["token_scale"].reshape(-1, 1)
+    return out.view(tensors["x"].shape)
+
+
+def test_frozen_expert_gets_no_gradient_and_costs_none(monkeypatch):
+    case = Case()
+    tensors, routing = make_tensors(case, "cpu", torch.float32), make_routing(case, "cpu")
+    leaves(tensors)
+    for name in ("w1", "w2", "b1", "b2", "norm_weight", "norm_bias"):
+        tensors[name][0].requires_grad_(False)
+    seen = []
+    reference = ops._IMPLEMENTATIONS["reference"]
+    backward = reference.backward
+
+    def spy(dy, pre, args, needs):
+        grads = backward(dy, pre, args, needs)
+        seen.append([tuple(g.shape) for g in grads])
+        return grads
+
+    monkeypatch.setattr(reference, "backward", spy)
+    call(case, routing, tensors).sum().backward()
+    assert tensors["w1"][0].grad is None
+    assert tensors["w1"][1].grad is not None
+    shapes = seen[0]  # x, w1 x 2, w2 x 2, ...
+    assert shapes[1] == (0,)
+    assert shapes[2] == (40, 24)
+    assert shapes[3] == (0,)
+
+
+def test_non_contiguous_inputs(device):
+    case = Case()
+    routing = make_routing(case, device)
+    tensors = make_tensors(case, device, torch.float32)
+    expected = call(case, routing, tensors)
+    odd = dict(tensors)
+    odd["x"] = tensors["x"].transpose(0, 1).contiguous().transpose(0, 1)
+    odd["residual"] = torch.stack([tensors["residual"]] * 2, dim=-1)[..., 0]
+    odd["w1"] = [w.T.contiguous().T for w in tensors["w1"]]
+    odd["w2"] = [torch.cat([w, w], 1)[:, : w.shape[1]] for w in tensors["w2"]]
+    assert not any(t.is_contiguous() for t in (odd["x"], odd["residual"], *odd["w1"], *odd["w2"]))
+    torch.testing.assert_close(call(case, routing, odd), expected)
+
+
+def test_experts_do_not_see_each_other(device):
+    """NaN in one modality's tokens stays there, forward and backward."""
+    case = Case(residual=False)
+    for form in ("segments", "ids"):
+        routing = make_routing(replace(case, form=form), device)
+        tensors = make_tensors(replace(case, form=form), device, torch.float32)
+        ids = routing.expert_ids(60, device).view(tensors["x"].shape[:-1])
+        tensors["x"][ids == 0] = float("nan")
+        leaves(tensors)
+        y = call(case, routing, tensors)
+        assert y[ids == 1].isfinite().all()
+        y[ids == 1].sum().backward()
+        assert tensors["w1"][1].grad.isfinite().all()
+
+
+GOOD = Case()
+BAD = {
+    "x: expected a tensor": (TypeError, dict(x=[1.0])),
+    "x: dtype int64": (TypeError, dict(x=torch.zeros(3, 20, 24, dtype=torch.int64))),
+    r"x: shape \(24,\) has no token dimension": (ValueError, dict(x=torch.zeros(24))),
+    "routing: made for sequences of 20 tokens": (ValueError, dict(x=torch.zeros(3, 19, 24))),
+    "routing: expected a ModalityRouting": (TypeError, dict(routing=((0, 20),))),
+    "w1: 1 tensors for 2 experts": (ValueError, dict(w1=[torch.zeros(40, 24)])),
+    "w1: expected a sequence": (TypeError, dict(w1=torch.zeros(2, 40, 24))),
+    r"w1\[1\]: shape \(40, 25\) does not fit \(40, 24\)": (
+        ValueError,
+        dict(w1=[torch.zeros(40, 24), torch.zeros(40, 25)]),
+    ),
+    r"w2\[0\]: dtype float64 is not one of: float32": (
+        TypeError,
+        dict(w2=[torch.zeros(24, 40, dtype=torch.float64)] * 2),
+    ),
+    r"w2\[0\]: on meta, but the other tensors are on cpu": (
+        ValueError,
+        dict(w2=[torch.zeros(24, 40, device="meta")] * 2),
+    ),
+    r"b1\[0\]: shape \(41,\)": (ValueError, dict(b1=[torch.zeros(41)] * 2)),
+    "b2: 3 tensors for 2 experts": (ValueError, dict(b2=[torch.zeros(24)] * 3)),
+    "norm: 'batch' is not one of": (ValueError, dict(norm="batch")),
+    "norm_weight: missing for norm 'layer'": (ValueError, dict(norm_weight=None)),
+    "norm: 'none', but norm_weight": (ValueError, dict(norm="none")),
+    "norm_bias: RMSNorm has none": (ValueError, dict(norm="rms")),
+    "activation: 'relu' is not one of": (ValueError, dict(activation="relu")),
+    r"layer_scale: shape \(23,\)": (ValueError, dict(layer_scale=torch.zeros(23))),
+    r"token_scale: shape \(3, 19\)": (ValueError, dict(token_scale=torch.zeros(3, 19))),
+    "token_scale: requires a gradient": (
+        ValueError,
+        dict(token_scale=torch.zeros(3, 20, requires_grad=True)),
+    ),
+    r"residual: shape \(3, 20, 23\)": (ValueError, dict(residual=torch.zeros(3, 20, 23))),
+    "backend: 'tritn' is not a backend": (ValueError, dict(backend="tritn")),
+    "backend 'cuda' cannot run this call: .*no CUDA kernel": (
+        NotImplementedError,
+        dict(backend="cuda"),
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(message):
+    error, changes = BAD[message]
+    arguments = make_tensors(GOOD, "cpu", torch.float32)
+    arguments |= {"routing": make_routing(GOOD, "cpu"), "norm": "layer", "activation": "gelu"}
+    with pytest.raises(error, match=message):
+        moe_ffn(**(arguments | changes))

@@ -1,0 +1,174 @@
+"""ModalityRouting: three forms of one thing, its index, and bad input."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlmo.kernels import ModalityRouting, RoutingIndex
+
+
+def oracle(ids: list[int], experts: int, tile: int) -> RoutingIndex:
+    """The index, token by token."""
+    rows = [t for e in range(experts) for t, i in enumerate(ids) if i == e]
+    offsets, tiles = [0], []
+    for e in range(experts):
+        count = ids.count(e)
+        tiles += [[e, offsets[-1] + first] for first in range(0, count, tile)]
+        offsets.append(offsets[-1] + count)
+    number = len(tiles)
+    tiles += [[-1, 0]] * (-(-len(ids) // tile) + experts - number)
+    return RoutingIndex(
+        *(torch.tensor(v, dtype=torch.int32) for v in (rows, offsets)),
+        torch.tensor(tiles, dtype=torch.int32).view(-1, 2),
+        torch.tensor([number], dtype=torch.int32),
+    )
+
+
+def assert_equal(actual: RoutingIndex, expected: RoutingIndex) -> None:
+    for name, a, b in zip(RoutingIndex._fields, actual, expected, strict=True):
+        assert a.dtype == torch.int32, name
+        assert torch.equal(a.cpu(), b), f"{name}: {a.tolist()}, expected {b.tolist()}"
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    experts=st.integers(1, 5),
+    tile=st.integers(1, 9),
+    seed=st.integers(0, 2**31 - 1),
+    tokens=st.integers(0, 70),
+)
+def test_index_of_ids(experts, tile, seed, tokens):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, experts, (tokens,), generator=generator)
+    routing = ModalityRouting.from_ids(ids, experts)
+    assert_equal(routing.index(tile, backend="reference"), oracle(ids.tolist(), experts, tile))
+
+
+def test_docstring_example(device):
+    routing = ModalityRouting.from_ids(torch.tensor([1, 0, 1, 3, 1], device=device), 4)
+    index = routing.index(2)
+    assert index.rows.tolist() == [1, 0, 2, 4, 3]
+    assert index.offsets.tolist() == [0, 1, 4, 4, 5]
+    assert index.tiles.tolist() == [[0, 0], [1, 1], [1, 3], [3, 4], [-1, 0], [-1, 0], [-1, 0]]
+    assert index.num_tiles.tolist() == [4]
+    assert routing.index(2) is index  # built once
+
+
+@pytest.mark.parametrize("pieces", [[(0, 3), (1, 5)], [(2, 4), (0, 1), (2, 2)], [(0, 0), (1, 6)]])
+def test_forms_agree(pieces, device):
+    batch, experts = 3, 3
+    ids = [expert for expert, length in pieces for _ in range(length)] * batch
+    segments = ModalityRouting.segments(pieces, num_experts=experts)
+    packed = ModalityRouting.packed([pieces] * batch, num_experts=experts, device=device)
+    by_id = ModalityRouting.from_ids(torch.tensor(ids, device=device), experts)
+    expected = oracle(ids, experts, 4)
+    assert_equal(segments.index(4, num_tokens=len(ids), device=device), expected)
+    assert_equal(packed.index(4), expected)
+    assert_equal(by_id.index(4), expected)
+    length = len(ids) // batch
+    assert segments.sequence_length == length
+    assert packed.offsets.tolist() == [0, length, 2 * length, 3 * length]
+    assert packed.max_length == length
+
+
+def test_packed_sequences_of_different_lengths():
+    routing = ModalityRouting.packed([[(0, 2), (1, 3)], [], [(1, 1)]])
+    assert routing.ids.tolist() == [0, 0, 1, 1, 1, 1]
+    assert routing.offsets.tolist() == [0, 5, 5, 6]
+    assert routing.max_length == 5
+    assert routing.num_experts == 2
+
+
+def test_index_under_fake_tensors_has_the_real_shapes():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from vlmo.kernels.routing.ops import routing_index
+
+    real = routing_index(torch.tensor([0, 1, 1], dtype=torch.int32), 2, 2, "reference")
+    with FakeTensorMode() as mode:
+        ids = mode.from_tensor(torch.tensor([0, 1, 1], dtype=torch.int32))
+        fake = routing_index(ids, 2, 2, "reference")
+    assert [(t.shape, t.dtype) for t in fake] == [(t.shape, t.dtype) for t in real]
+
+
+def test_opcheck(device):
+    from vlmo.kernels.routing.ops import routing_index
+
+    ids = torch.tensor([0, 2, 1, 1], dtype=torch.int32, device=device)
+    torch.library.opcheck(routing_index, (ids, 3, 2, "reference"))
+
+
+def test_ids_of_any_shape_are_read_row_by_row():
+    routing = ModalityRouting.from_ids(torch.tensor([[0, 1], [1, 0]], dtype=torch.uint8), 2)
+    assert routing.ids.tolist() == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: ModalityRouting.segments([]), ValueError, "pieces: .* hold no token"),
+        (lambda: ModalityRouting.segments([(0, 0)]), ValueError, "hold no token"),
+        (lambda: ModalityRouting.segments([(0, -1)]), ValueError, "length -1"),
+        (lambda: ModalityRouting.segments([0, 5]), TypeError, "0 is not an"),
+        (lambda: ModalityRouting.segments([(0, 1.5)]), TypeError, "not a pair of integers"),
+        (
+            lambda: ModalityRouting.segments([(2, 5)], num_experts=2),
+            ValueError,
+            r"expert 2 is outside 0\.\.1",
+        ),
+        (lambda: ModalityRouting.segments([(-1, 5)]), ValueError, "expert -1 is outside"),
+        (
+            lambda: ModalityRouting.packed([[(0, 3)], [(1, -2)]]),
+            ValueError,
+            r"sequences\[1\]: length -2",
+        ),
+        (
+            lambda: ModalityRouting.from_ids(torch.tensor([0, 1, 3]), 3),
+            ValueError,
+            r"ids: 3 is outside the experts 0\.\.2",
+        ),
+        (lambda: ModalityRouting.from_ids(torch.tensor([-1]), 3), ValueError, "ids: -1 is outside"),
+        (
+            lambda: ModalityRouting.from_ids(torch.tensor([0.5]), 3),
+            TypeError,
+            "dtype torch.float32",
+        ),
+        (lambda: ModalityRouting.from_ids([0, 1], 3), TypeError, "ids: expected a tensor"),
+        (
+            lambda: ModalityRouting.from_ids(torch.tensor([0]), 0),
+            ValueError,
+            "num_experts: 0 is not a positive integer",
+        ),
+        (
+            lambda: ModalityRouting.from_ids(torch.tensor([0]), 1).index(0),
+            ValueError,
+            "tile: 0 is not positive",
+        ),
+        (
+            lambda: ModalityRouting.segments([(0, 5)]).index(4, num_tokens=7),
+            ValueError,
+            "num_tokens: 7 is no multiple",
+        ),
+        (
+            lambda: ModalityRouting.from_ids(torch.tensor([0]), 1).index(4, backend="triton"),
+            NotImplementedError,
+            "no Triton kernel",
+        ),
+    ],
+)
+def test_bad_input(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_wrong_number_of_tokens_or_device():
+    from vlmo.kernels import moe_ffn
+
+    x, w1, w2 = torch.zeros(6, 4), [torch.zeros(8, 4)] * 2, [torch.zeros(4, 8)] * 2
+    with pytest.raises(ValueError, match="routing: made for 5 tokens, but x has 6"):
+        moe_ffn(x, ModalityRouting.from_ids(torch.zeros(5).long(), 2), w1, w2)
+    routing = ModalityRouting.packed([[(0, 6)]], num_experts=2, device="meta")
+    with pytest.raises(ValueError, match="routing: on meta, but x is on cpu"):
+        moe_ffn(x, routing, w1, w2)
+    assert torch.equal(moe_ffn(x, ModalityRouting.segments([(1, 3)]), w1, w2), x)

@@ -1,0 +1,112 @@
+"""Whole-word masking for masked language modelling."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vlmo.data.tokenizer import TextTokenizer
+
+IGNORE = -100  # label of tokens that are not to be predicted
+MASK_SHARE, RANDOM_SHARE = 0.8, 0.1  # of the chosen tokens; the rest stay as they are
+
+
+def mask_whole_words(
+    ids: Tensor,  # [B, T]
+    tokenizer: TextTokenizer,
+    probability: float = 0.15,
+    *,
+    generator: torch.Generator | None = None,
+    official: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Choose words, hide their tokens and label them.
+
+    A word is a token and the "##" pieces after it; special tokens are never chosen. Words are
+    taken in random order until ``round(probability * n)`` of a text's n ordinary tokens, and at
+    least one, are chosen. A word that would exceed that number is passed over, except the first:
+    otherwise long words of short texts would never be learned. Of the chosen tokens 80 % become
+    [MASK], 10 % a random ordinary token, and 10 % stay.
+
+    With ``official`` the choice is that of the published code (``DataCollatorForWholeWordMask``):
+    n is the padded length T, [PAD] and [UNK] can be drawn and are then left alone, no exception is
+    made for the first word, and random tokens come from the whole vocabulary. A short text may
+    then have nothing to predict.
+
+    Args:
+        ids: int64 on the CPU; not changed.
+        tokenizer: tells special tokens and "##" pieces apart.
+        probability: share of the tokens to predict, in (0, 1].
+        generator: of random numbers; None for torch's own.
+        official: see above.
+
+    Returns:
+        masked ids int64 [B, T], labels int64 [B, T] with -100 where nothing is to be predicted.
+
+    Raises:
+        ValueError: ``ids`` is not an int64 matrix, or ``probability`` is outside (0, 1].
+    """
+    if ids.dim() != 2 or ids.dtype != torch.int64:
+        raise ValueError(f"ids: {ids.dtype} {tuple(ids.shape)} is not an int64 [B, T]")
+    if not 0 < probability <= 1:
+        raise ValueError(f"probability: {probability} is not within (0, 1]")
+    special = tokenizer.is_special[ids]
+    if official:
+        candidates = (ids != tokenizer.cls_id) & (ids != tokenizer.sep_id)
+        lengths = torch.full((len(ids),), ids.shape[1], dtype=torch.float64)
+    else:
+        candidates = ~special
+        lengths = candidates.sum(1).double()
+    budget = (probability * lengths).round().long().clamp(min=1)
+    word, is_start = _word_numbers(candidates, tokenizer.is_continuation[ids])
+    chosen_words = _draw_words(word, candidates, is_start, budget, generator, not official)
+    chosen = chosen_words.gather(1, word) & candidates & ~special
+
+    labels = ids.masked_fill(~chosen, IGNORE)
+    fate = torch.rand(ids.shape, generator=generator)
+    masked = ids.masked_fill(chosen & (fate < MASK_SHARE), tokenizer.mask_id)
+    randomised = chosen & (fate >= MASK_SHARE) & (fate < MASK_SHARE + RANDOM_SHARE)
+    pool = torch.arange(tokenizer.vocab_size)
+    if not official:
+        pool = pool[~tokenizer.is_special]
+    strangers = pool[torch.randint(len(pool), ids.shape, generator=generator)]
+    return torch.where(randomised, strangers, masked), labels
+
+
+def _word_numbers(candidates: Tensor, continuation: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of each token's word within its text, and which tokens begin one, both [B, T]."""
+    earlier = candidates.cumsum(1) - candidates.long()
+    is_start = candidates & (~continuation | (earlier == 0))
+    return (is_start.cumsum(1) - 1).clamp(min=0), is_start
+
+
+def _draw_words(
+    word: Tensor,  # [B, T]
+    candidates: Tensor,  # [B, T]
+    is_start: Tensor,  # [B, T]
+    budget: Tensor,  # [B]
+    generator: torch.Generator | None,
+    first_always: bool,
+) -> Tensor:
+    """Which words are chosen, bool [B, T]; columns beyond a text's words are False."""
+    batch, length = word.shape
+    sizes = torch.zeros(batch, length, dtype=torch.long)
+    sizes.scatter_add_(1, word, candidates.long())
+    exists = torch.arange(length) < is_start.sum(1, keepdim=True)
+    keys = torch.rand(batch, length, generator=generator).masked_fill(~exists, 2.0)
+    order = keys.argsort(1)
+    sizes = sizes.gather(1, order)
+    taken = torch.zeros(batch, length, dtype=torch.bool)
+    total = torch.zeros(batch, dtype=torch.long)
+    for rank in range(length):
+        size = sizes[:, rank]
+        fits = total + size <= budget
+        if first_always and rank == 0:
+            fits = torch.ones_like(fits)
+        taken[:, rank] = fits & (size > 0)
+        total += size * taken[:, rank]
+        if bool((total >= budget).all()):
+            break
+    return torch.zeros_like(taken).scatter_(1, order, taken)

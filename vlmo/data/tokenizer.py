@@ -1,0 +1,205 @@
+"""WordPiece tokenizer: BERT's rules, trained here or read from a vocab.txt."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+
+PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+CONTINUATION = "##"
+
+
+def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learn a WordPiece vocabulary; the same texts give the same ids on every run.
+
+    Pieces are merged by frequency as in ``tokenizers.trainers.WordPieceTrainer``, which is not used
+    because its ids, and with ties its pieces, change from process to process. The special tokens
+    are 0 to 4, [PAD] first, then come all characters in order, then merged pieces.
+
+    Args:
+        texts: to learn from.
+        vocab_size: upper bound; fewer when every word has become one piece.
+
+    Returns:
+        A lower-casing tokenizer without padding or truncation, for :class:`TextTokenizer`.
+
+    Raises:
+        ValueError: ``vocab_size`` does not hold the special tokens and single characters.
+    """
+    bare = _assemble({token: n for n, token in enumerate(SPECIAL_TOKENS)})
+    counts: Counter[str] = Counter()
+    for text, repeats in Counter(texts).items():
+        normalised = bare.normalizer.normalize_str(text)
+        for word, _ in bare.pre_tokenizer.pre_tokenize_str(normalised):
+            counts[word] += repeats
+    pieces = _learn_pieces(sorted(counts.items()), vocab_size - len(SPECIAL_TOKENS))
+    return _assemble({token: n for n, token in enumerate((*SPECIAL_TOKENS, *pieces))})
+
+
+def load_vocabulary(path: str | os.PathLike) -> Tokenizer:
+    """Tokenizer of a BERT vocabulary file.
+
+    Args:
+        path: vocab.txt, one token a line; the id is the line's number from 0.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: special tokens are missing, or a token stands on two lines.
+    """
+    # Not splitlines(): published vocabularies hold characters that it takes for line ends.
+    tokens = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    tokens = [token.removesuffix("\r") for token in tokens]
+    vocabulary = {token: n for n, token in enumerate(tokens)}
+    missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
+    if missing:
+        raise ValueError(f"{path}: the vocabulary lacks {', '.join(missing)}")
+    if len(vocabulary) < len(tokens):
+        line = next(n for n, token in enumerate(tokens) if vocabulary[token] != n)
+        raise ValueError(
+            f"{path}: token {tokens[line]!r} of line {line + 1} stands on line "
+            f"{vocabulary[tokens[line]] + 1} as well"
+        )
+    return _assemble(vocabulary)
+
+
+class TextTokenizer:
+    """Texts to tensors of one length: [CLS] words [SEP] [PAD] ...
+
+    Args:
+        tokenizer: of :func:`train_wordpiece` or :func:`load_vocabulary`; it is copied.
+        max_length: T, [CLS] and [SEP] included; longer texts lose their end.
+
+    Attributes:
+        max_length: T.
+        vocab_size: number of ids V.
+        pad_id, unk_id, cls_id, sep_id, mask_id: ids of the special tokens.
+        is_special: bool [V], the special tokens.
+        is_continuation: bool [V], pieces "##x" that belong to the word before.
+
+    Raises:
+        ValueError: ``max_length`` below 3.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_length: int):
+        if max_length < 3:
+            raise ValueError(f"max_length: {max_length} leaves no room between [CLS] and [SEP]")
+        self.max_length = max_length
+        self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
+        self._tokenizer.enable_truncation(max_length)
+        vocabulary = self._tokenizer.get_vocab()
+        self._tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+        self.vocab_size = len(self._tokens)
+        ids = [vocabulary[token] for token in SPECIAL_TOKENS]
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids
+        self.is_special = torch.zeros(self.vocab_size, dtype=torch.bool)
+        self.is_special[ids] = True
+        self.is_continuation = torch.zeros(self.vocab_size, dtype=torch.bool)
+        continuations = [n for token, n in vocabulary.items() if token.startswith(CONTINUATION)]
+        self.is_continuation[continuations] = True
+
+    def encode(self, texts: str | Sequence[str]) -> dict[str, Tensor]:
+        """Tokenise texts.
+
+        Args:
+            texts: B texts; one string is B = 1. "[MASK]" in a text becomes the mask token.
+
+        Returns:
+            text_ids int64 [B, T]; text_masks int64 [B, T], 1 for tokens and 0 for padding.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        ids = np.full((len(texts), self.max_length), self.pad_id, dtype=np.int64)
+        masks = np.zeros_like(ids)
+        for row, encoding in enumerate(self._tokenizer.encode_batch(texts)):
+            ids[row, : len(encoding.ids)] = encoding.ids
+            masks[row, : len(encoding.ids)] = 1
+        return {"text_ids": torch.from_numpy(ids), "text_masks": torch.from_numpy(masks)}
+
+    def decode(self, ids: Tensor) -> list[str]:
+        """Texts of ids [B, T], lower case and without special tokens."""
+        return self._tokenizer.decode_batch(ids.tolist(), skip_special_tokens=True)
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """The pieces behind some ids."""
+        return [self._tokens[n] for n in ids]
+
+    def save_vocabulary(self, path: str | os.PathLike) -> None:
+        """Write a vocab.txt that :func:`load_vocabulary` reads; it appears whole or not at all."""
+        lines = "".join(f"{token}\n" for token in self._tokens)
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(lines, encoding="utf-8", newline="\n")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _assemble(vocabulary: dict[str, int]) -> Tokenizer:
+    """BERT's normaliser, splitter and [CLS] ... [SEP] around a vocabulary."""
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=UNK))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(
+        (SEP, vocabulary[SEP]), (CLS, vocabulary[CLS])
+    )
+    tokenizer.decoder = decoders.WordPiece(prefix=CONTINUATION)
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return tokenizer
+
+
+def _learn_pieces(word_counts: Sequence[tuple[str, int]], capacity: int) -> list[str]:
+    """Characters in order, then the most frequent pairs merged, ties by spelling."""
+    words = [[word[0], *(CONTINUATION + letter for letter in word[1:])] for word, _ in word_counts]
+    pieces = dict.fromkeys(sorted({piece for word in words for piece in word}))
+    if len(pieces) > capacity:
+        raise ValueError(
+            f"vocab_size: {capacity + len(SPECIAL_TOKENS)} does not hold {len(SPECIAL_TOKENS)} "
+            f"special tokens and {len(pieces)} single characters"
+        )
+    frequency: Counter[tuple[str, str]] = Counter()
+    where = defaultdict(set)
+    for n, word in enumerate(words):
+        for pair in itertools.pairwise(word):
+            frequency[pair] += word_counts[n][1]
+            where[pair].add(n)
+    heap = [(-count, pair) for pair, count in frequency.items()]
+    heapq.heapify(heap)
+    while heap and len(pieces) < capacity:
+        count, pair = heapq.heappop(heap)
+        if -count != frequency[pair]:
+            continue  # outdated: the pair's present count is in the heap as well
+        merged = pair[0] + pair[1].removeprefix(CONTINUATION)
+        pieces[merged] = None
+        changed = set()
+        for n in where.pop(pair):
+            before, after = words[n], _merge(words[n], pair, merged)
+            words[n] = after
+            for sign, word in ((-1, before), (1, after)):
+                for neighbours in itertools.pairwise(word):
+                    frequency[neighbours] += sign * word_counts[n][1]
+                    changed.add(neighbours)
+            for neighbours in itertools.pairwise(after):
+                where[neighbours].add(n)
+        for neighbours in changed:
+            if frequency[neighbours] > 0:
+                heapq.heappush(heap, (-frequency[neighbours], neighbours))
+    return list(pieces)
+
+
+def _merge(word: list[str], pair: tuple[str, str], merged: str) -> list[str]:
+    result: list[str] = []
+    for piece in word:
+        if result and (result[-1], piece) == pair:
+            result[-1] = merged
+        else:
+            result.append(piece)
+    return result

@@ -1,0 +1,223 @@
+"""What a checkpoint file holds, whatever layout it came in, as tensors under official keys.
+
+Nothing in a file is ever executed: pickles go through ``torch.load(weights_only=True)``.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+Source = str | os.PathLike[str] | Mapping[str, Any]
+
+TABLE = "relative_position_bias_table"
+POSITION_IDS = "text_embeddings.position_ids"
+
+WRAPPERS = ("state_dict", "module", "model")
+KEY_PREFIXES = ("module.", "_orig_mod.")
+INDEX_BUFFERS = (
+    "relative_position_index",
+    "text_relative_position_index",
+    "text_imag_relative_position_index",
+)
+SAFETENSORS_SUFFIX = ".safetensors"
+# A zip file ends in this signature, 22 bytes and a comment of up to 64 KiB.
+ZIP_END = b"PK\x05\x06"
+ZIP_END_REACH = 22 + 2**16
+
+# Where save_checkpoint records the configuration, in the metadata that both formats have room for.
+CONFIG_RECORD = "vlmo_config"
+
+
+class CheckpointError(ValueError):
+    """A file is no checkpoint of this model; the message names it and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """A file after unwrapping: official keys (or an image table, if ``beit``) to tensors."""
+
+    name: str
+    state: dict[str, Tensor]
+    converted: tuple[str, ...]
+    ignored: tuple[str, ...]
+    record: str | None
+    beit: bool
+
+
+def read_content(source: Source) -> Content:
+    """Open, unwrap and convert a checkpoint to official keys."""
+    record: str | None = None
+    raw: Any = source
+    name = "state dict"
+    if not isinstance(source, Mapping):
+        path = Path(source)
+        name = str(path)
+        kind = _kind(path)
+        raw, record = _open_safetensors(path) if kind == "safetensors" else _open_torch(path, kind)
+    if not isinstance(raw, Mapping):
+        raise CheckpointError(f"{name}: holds a {type(raw).__name__}, not a dict of tensors")
+    converted: list[str] = []
+    wrapper = next((w for w in WRAPPERS if isinstance(raw.get(w), Mapping)), None)
+    if wrapper is not None:
+        raw = raw[wrapper]
+        converted.append(f'wrapped in "{wrapper}"')
+    record = record or _attached_record(raw)
+    state: dict[str, Tensor] = {}
+    ignored: list[str] = []
+    for key, value in raw.items():
+        official = str(key)
+        for prefix in KEY_PREFIXES:
+            if official.startswith(prefix):
+                official = official.removeprefix(prefix)
+                note = f'prefix "{prefix}"'
+                converted.extend([note] if note not in converted else [])
+        last = official.rsplit(".", 1)[-1]
+        if not isinstance(value, Tensor) or last in INDEX_BUFFERS or official == POSITION_IDS:
+            ignored.append(official)
+        else:
+            state[official] = value
+    if not state:
+        raise CheckpointError(f"{name}: holds no tensors (entries: {summary(list(raw))})")
+    beit = any(re.match(r"blocks\.\d+\.mlp\.", key) for key in state)
+    if beit:
+        state, more = _from_beit(name, state)
+        ignored += more
+        converted.append("BEiT")
+    return Content(name, state, tuple(converted), tuple(ignored), record, beit)
+
+
+def _kind(path: Path) -> str:
+    """How to open a file: "safetensors", "zip" or "pickle"; raises for anything else."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a directory, not a checkpoint")
+    with path.open("rb") as handle:
+        head = handle.read(256)
+        size = handle.seek(0, os.SEEK_END)
+        handle.seek(max(0, size - ZIP_END_REACH))
+        tail = handle.read()
+    if not head:
+        raise CheckpointError(f"{path}: the file is empty")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise CheckpointError(f"{path}: a web page, not a checkpoint (the download was refused?)")
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path}: a Git LFS pointer, not the file it stands for")
+    if path.suffix.lower() == SAFETENSORS_SUFFIX:
+        return "safetensors"
+    if head.startswith(b"PK\x03\x04"):
+        if ZIP_END not in tail:
+            raise CheckpointError(f"{path}: truncated, the zip file has no end")
+        return "zip"
+    if head.startswith(b"\x80"):
+        return "pickle"
+    raise CheckpointError(f"{path}: not a torch checkpoint, it starts with {head[:16]!r}")
+
+
+def _open_torch(path: Path, kind: str) -> tuple[Any, str | None]:
+    """Content of a ``torch.save`` file; its storages stay on disk until used where they can."""
+    # Arbitrary bytes make torch raise nearly any exception; the caller gets one, with the path.
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip"), None
+    except Exception as error:
+        # torch wraps what its unpickler found in advice to load the file unsafely, which we do not
+        # pass on.
+        inner = error.__context__ if isinstance(error, pickle.UnpicklingError) else None
+        raise CheckpointError(f"{path}: {_complaint(inner or error)}") from (inner or error)
+
+
+def _complaint(error: BaseException) -> str:
+    """Why ``torch.load`` gave up, in one sentence."""
+    reason = str(error).strip()
+    refused = re.search(r"(?:GLOBAL|Unsupported class) (\S+)", reason)
+    if refused is not None:
+        return (
+            f"refused, because it is a pickle with {refused[1]} besides tensors, and loading that "
+            "could run code; where it was written, save the state dict alone"
+        )
+    cause = ": ".join([type(error).__name__, *reason.splitlines()[:1]])
+    return f"damaged, or no torch checkpoint ({cause})"
+
+
+def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Tensors of a safetensors file, and the recorded configuration."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            record = (file.metadata() or {}).get(CONFIG_RECORD)
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, record
+    except Exception as error:
+        raise CheckpointError(f"{path}: damaged, or no safetensors file: {error}") from error
+
+
+def _from_beit(name: str, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """BEiT keys as official VLMo keys, and the keys of BEiT that VLMo has no use for.
+
+    The tables of the layers become one under ``TABLE``, ``[image offsets + 3, heads * depth]``:
+    image rows only, for :func:`vlmo.resize.fit_tensor` to lay out.
+    """
+    unused = ("fc_norm.", "head.", "lm_head.", "mask_token")
+    shared_key = f"rel_pos_bias.{TABLE}"
+    converted: dict[str, Tensor] = {}
+    ignored: list[str] = []
+    tables: dict[int, Tensor] = {}
+    for key, value in state.items():
+        layer = re.fullmatch(rf"blocks\.(\d+)\.attn\.{TABLE}", key)
+        if layer:
+            tables[int(layer[1])] = value
+        elif key.startswith(unused):
+            ignored.append(key)
+        elif key != shared_key:
+            official = key.replace(".mlp.", ".mlp_imag.").replace(".norm2.", ".norm2_imag.")
+            converted[f"transformer.{official}"] = value
+    layers = sorted(blocks_with(converted, ""))
+    if shared_key in state and not tables:
+        tables = dict.fromkeys(layers, state[shared_key])
+    if tables:
+        shapes = {tuple(table.shape) for table in tables.values()}
+        if sorted(tables) != layers or len(shapes) != 1 or len(*shapes) != 2:
+            raise CheckpointError(
+                f"{name}: BEiT's layers {layers} have tables in {sorted(tables)} of shapes "
+                f"{sorted(shapes)}; each needs one, all of one shape [rows, heads]"
+            )
+        converted[TABLE] = torch.cat([tables[layer] for layer in layers], dim=1)
+    return converted, ignored
+
+
+def _attached_record(raw: Mapping[str, Any]) -> str | None:
+    """The configuration that :func:`save_checkpoint` put beside the tensors, if any."""
+    metadata = getattr(raw, "_metadata", None)
+    root = metadata.get("") if isinstance(metadata, Mapping) else None
+    record = root.get(CONFIG_RECORD) if isinstance(root, Mapping) else None
+    return record if isinstance(record, str) else None
+
+
+def blocks_with(state: Mapping[str, Any], part: str) -> set[int]:
+    """Numbers of the transformer blocks that have a key starting with ``part``."""
+    found = (re.match(rf"transformer\.blocks\.(\d+)\.{re.escape(part)}", key) for key in state)
+    return {int(match[1]) for match in found if match}
+
+
+def summary(keys: Sequence[Any], limit: int = 12) -> str:
+    """Keys in few words: one entry per head or kind of block tensor, with its count."""
+    groups: dict[str, list[str]] = {}
+    for key in map(str, keys):
+        parts = re.sub(r"blocks\.\d+\.", "blocks.*.", key).split(".")
+        depth = 4 if parts[:2] == ["transformer", "blocks"] else 1
+        groups.setdefault(".".join(parts[:depth]), []).append(key)
+    shown = [
+        members[0] if len(members) == 1 else f"{group}.* ({len(members)})"
+        for group, members in groups.items()
+    ]
+    more = [f"and {len(shown) - limit} more kinds"] if len(shown) > limit else []
+    return ", ".join(shown[:limit] + more) or "none"
