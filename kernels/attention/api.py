@@ -32,7 +32,7 @@ def shared_attention(
 
     Two layouts: dense ``[B, N, H, K]``, and packed sequences ``[T, H, K]`` laid end to end without
     padding, where sequence b owns rows ``offsets[b]`` to ``offsets[b + 1]``. q, k and v may have
-    any strides, and may come as one tensor q with a dimension of 3 before H (then k and v are None).
+    any strides, and may come as one tensor q with a dimension of 3 before H, without k and v.
 
     Args:
         q, k, v: queries, keys and values, of one shape and dtype.
