@@ -14,9 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-pytest.importorskip("sklearn")
-pytest.importorskip("tokenizers")
-
+from vlmo import VLMo, VLMoConfig
 from vlmo.data import (
     ANSWERS,
     DigitScenes,
@@ -434,3 +432,31 @@ def test_vocabulary_is_the_same_in_another_process():
     code = "from vlmo.data import digit_tokenizer; print(digit_tokenizer()._tokens)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == f"{digit_tokenizer()._tokens}\n"
+
+
+@pytest.mark.parametrize(
+    ("task", "goal"), [("vqa", "vqa"), ("nlvr2", "nlvr2"), ("retrieval", "irtr")]
+)
+def test_batches_feed_the_model(task, goal):
+    """What collate and materialise give is what the objectives read."""
+    tokenizer = digit_tokenizer(12)
+    data = DigitScenes("train", 8, task=task)
+    config = VLMoConfig(
+        dim=16,
+        depth=2,
+        heads=2,
+        vl_start=1,
+        image_size=32,
+        patch_size=8,
+        max_text_length=12,
+        vocab_size=tokenizer.vocab_size,
+        vqa_labels=len(ANSWERS),
+        tasks=(goal,),
+    )
+    model = VLMo(config)
+    loss = model(collate([data[i] for i in range(8)], tokenizer))["loss"]
+    memory = data.materialise(tokenizer)
+    batch = {k: normalise(v) if k.startswith("image") else v for k, v in memory.items()}
+    model.eval()
+    assert loss.isfinite()
+    torch.testing.assert_close(model(batch)["loss"], model(collate([*data], tokenizer))["loss"])

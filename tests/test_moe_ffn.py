@@ -382,6 +382,7 @@ BAD = {
         dict(w2=[torch.zeros(24, 40, device="meta")] * 2),
     ),
     r"b1\[0\]: shape \(41,\)": (ValueError, dict(b1=[torch.zeros(41)] * 2)),
+    "b1: expected a sequence": (TypeError, dict(b1=torch.zeros(2, 40))),
     "b2: 3 tensors for 2 experts": (ValueError, dict(b2=[torch.zeros(24)] * 3)),
     "norm: 'batch' is not one of": (ValueError, dict(norm="batch")),
     "norm_weight: missing for norm 'layer'": (ValueError, dict(norm_weight=None)),

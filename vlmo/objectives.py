@@ -8,7 +8,7 @@ mlm        ``image`` [B, 3, S, S], ``text_ids_mlm``, ``text_labels_mlm`` [B, T]
 textmlm    ``text_ids_mlm``, ``text_labels_mlm`` [B, T]
 itc, irtr  ``image``
 itm        ``image``; needs itc in the same step, which weighs the hard negatives
-vqa        ``image``, ``vqa_targets`` [B, answers] in [0, 1]
+vqa        ``image``, ``vqa_targets`` [B, answers] in [0, 1], or ``answers`` [B], one right each
 nlvr2      ``image_0``, ``image_1``, ``answers`` [B] (1 for true)
 =========  ==============================================================================
 
@@ -144,7 +144,11 @@ def draw_negatives(logits: Tensor) -> Tensor:
 def vqa(model: VLMo, batch: Batch) -> Output:
     """VQA as classification with soft targets: mean BCE times the number of answers."""
     fused = model.fuse(batch["text_ids"], batch["text_masks"], batch["image"])
-    logits, targets = model.vqa_classifier(fused.pooled), batch["vqa_targets"]
+    logits = model.vqa_classifier(fused.pooled)
+    if "vqa_targets" in batch:
+        targets = batch["vqa_targets"]
+    else:
+        targets = F.one_hot(batch["answers"], logits.shape[1]).to(logits.dtype)
     if targets.shape != logits.shape:
         raise ValueError(f"vqa_targets: shape {tuple(targets.shape)} is not {tuple(logits.shape)}")
     loss = F.binary_cross_entropy_with_logits(logits.float(), targets.float())

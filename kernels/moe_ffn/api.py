@@ -86,7 +86,8 @@ def moe_ffn(
     check_choice("norm", norm, NORMS)
     routing.check_tokens(x.shape[:-1], x.device)
 
-    experts = Experts(w1, w2, b1 or (), b2 or (), norm_weight or (), norm_bias or ())
+    optional = (() if tensors is None else tensors for tensors in (b1, b2, norm_weight, norm_bias))
+    experts = Experts(w1, w2, *optional)
     experts = experts.autocast(x.device.type)
     operand_dtype = autocast_dtype(x.device.type)
     if operand_dtype is not None and norm == "none":

@@ -190,9 +190,10 @@ def _segment_rows(e: int, pieces: Sequence[int], x: Tensor) -> slice | Tensor:
     ]
     if sum(n for _, n in runs) == total:
         return slice(None)
-    local = torch.cat([torch.arange(s, s + n) for s, n in runs] or [torch.arange(0)])
-    first = torch.arange(0, x.shape[0], total)
-    return (first[:, None] + local[None, :]).flatten().to(x.device, non_blocking=True)
+    # Made on the device: a copy from the host is not allowed while a CUDA graph is captured.
+    local = torch.cat([torch.arange(s, s + n, device=x.device) for s, n in runs or [(0, 0)]])
+    first = torch.arange(0, x.shape[0], total, device=x.device)
+    return (first[:, None] + local[None, :]).flatten()
 
 
 def _take(t: Tensor, rows: Any) -> Tensor:

@@ -152,10 +152,8 @@ class ModalityRouting:
         """``[num_tokens]`` int32 expert of each token, in any form."""
         if self.ids is not None:
             return self.ids
-        experts = torch.tensor([e for e, _ in self.pieces], dtype=torch.int32, device=device)
-        lengths = torch.tensor([n for _, n in self.pieces], device=device)
-        one = experts.repeat_interleave(lengths, output_size=self.max_length)
-        return one.repeat(num_tokens // self.max_length)
+        runs = [torch.full((n,), e, dtype=torch.int32, device=device) for e, n in self.pieces]
+        return torch.cat(runs).repeat(num_tokens // self.max_length)
 
     def check_tokens(self, shape: torch.Size, device: torch.device) -> None:
         """Raise ValueError unless tokens of this shape (``x.shape[:-1]``) fit the routing."""

@@ -88,7 +88,7 @@ def collate(
 
     Returns:
         image (or image_0, image_1) float32 [B, 3, S, S]; text, list of B; text_ids, text_masks
-        int64 [B, T]; answer or label int64 [B]; with masking text_ids_mlm, text_labels_mlm
+        int64 [B, T]; answers int64 [B]; with masking text_ids_mlm, text_labels_mlm
         int64 [B, T].
     """
     batch: dict[str, Any] = {}

@@ -134,8 +134,8 @@ class DigitScenes(Dataset):
     not on ``size``. Samples are dictionaries:
 
     - pretrain, retrieval: image float32 [3, S, S] in [-1, 1], text (a caption)
-    - vqa: image, text (a question), answer (index into ``ANSWERS``)
-    - nlvr2: image_0, image_1, text (a statement), label (1 true, 0 false; even samples are true)
+    - vqa: image, text (a question), answers (index into ``ANSWERS``)
+    - nlvr2: image_0, image_1, text (a statement), answers (1 true, 0 false; even ones are true)
 
     The train split uses all true captions of a scene, the others the canonical one.
 
@@ -241,7 +241,7 @@ class DigitScenes(Dataset):
             sample: dict[str, Any] = {name: images[n] for name, images in pictures.items()}
             sample["text"], target = self._text_and_target(index)
             if target is not None:
-                sample[self._target_name()] = target
+                sample["answers"] = target
             samples.append(sample)
         return samples
 
@@ -250,7 +250,7 @@ class DigitScenes(Dataset):
 
         Returns:
             image (or image_0 and image_1) uint8 [N, S, S], for :func:`normalise`; text_ids and
-            text_masks int64 [N, T]; answer or label int64 [N] where the task has it.
+            text_masks int64 [N, T]; answers int64 [N] where the task has them.
         """
         rows = np.arange(len(self))
         tensors = {
@@ -263,7 +263,7 @@ class DigitScenes(Dataset):
         order = torch.tensor([numbers[text] for text in texts])
         tensors |= {name: value[order] for name, value in encoded.items()}
         if targets[0] is not None:
-            tensors[self._target_name()] = torch.tensor(targets)
+            tensors["answers"] = torch.tensor(targets)
         return tensors
 
     def _pictures(self, indices: Sequence[int] | np.ndarray, image: int) -> Tensor:
@@ -271,9 +271,6 @@ class DigitScenes(Dataset):
 
     def _image_names(self) -> tuple[str, ...]:
         return ("image_0", "image_1") if self.task == "nlvr2" else ("image",)
-
-    def _target_name(self) -> str:
-        return "label" if self.task == "nlvr2" else "answer"
 
     def _text_and_target(self, index: int) -> tuple[str, int | None]:
         draws = self._text_draws[index].tolist()
