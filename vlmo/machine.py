@@ -8,6 +8,7 @@ from importlib import metadata
 from typing import NamedTuple
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -41,13 +42,8 @@ def answers() -> Iterator[Answer]:
 
 def versions() -> dict[str, str]:
     """Versions of what a result can depend on."""
-    found = {"vlmo": vlmo.__version__, "python": platform.python_version()}
-    for name in _VERSIONS_OF:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    installed = {name: _version(name) for name in _VERSIONS_OF}
+    return {"vlmo": vlmo.__version__, "python": platform.python_version()} | installed
 
 
 def cubins() -> dict[str, list[str]]:
@@ -72,7 +68,7 @@ def show_machine(console: Console) -> None:
         facts.add_row("cubin", f"{name}: {', '.join(targets)}")
     console.print(facts)
 
-    table = Table(title="What can run here", title_justify="left")
+    table = Table(title="What can run here", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("operation", "device", "backend"):
         table.add_column(column, no_wrap=True)
     table.add_column("runs")
@@ -86,6 +82,13 @@ def show_machine(console: Console) -> None:
         table.add_row(*shown, answer.backend, verdict)
         before = place
     console.print(table)
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -1,7 +1,7 @@
 """Image-text retrieval: encode, recall, and re-ranking with the fusion encoder.
 
-Scores are ``[J, I]`` matrices of J texts against I images. A text belongs to one image; an image may
-have several texts, as in COCO.
+Scores are ``[J, I]`` matrices of J texts against I images. A text belongs to one image; an image
+may have several texts, as in COCO.
 """
 
 from __future__ import annotations
@@ -82,12 +82,15 @@ class Recall(NamedTuple):
 def encode(model: VLMo, gallery: Gallery, *, batch_size: int = 256) -> Directions:
     """Unit vectors of the dual encoder: images ``[I, D]`` and texts ``[J, D]``, on the CPU."""
     device = next(model.parameters()).device
-    images, texts = [], []
     with evaluating(model):
-        for rows in _slices(len(gallery.images), batch_size):
-            images.append(model.encode_image(gallery.pixels(rows, device)).embedding)
-        for rows in _slices(len(gallery.text_ids), batch_size):
-            texts.append(model.encode_text(*gallery.texts(rows, device)).embedding)
+        images = [
+            model.encode_image(gallery.pixels(rows, device)).embedding
+            for rows in _slices(len(gallery.images), batch_size)
+        ]
+        texts = [
+            model.encode_text(*gallery.texts(rows, device)).embedding
+            for rows in _slices(len(gallery.text_ids), batch_size)
+        ]
     return Directions(torch.cat(images).float().cpu(), torch.cat(texts).float().cpu())
 
 
@@ -156,7 +159,7 @@ def recall_at(
     texts, images = both.image.shape
     if image_of_text.shape != (texts,):
         raise ValueError(f"image_of_text: shape {tuple(image_of_text.shape)} is not ({texts},)")
-    if texts and not (0 <= int(image_of_text.min()) and int(image_of_text.max()) < images):
+    if ((image_of_text < 0) | (image_of_text >= images)).any():
         raise ValueError(f"image_of_text: holds a value outside 0..{images - 1}")
     found_image = _ranks(both.image, image_of_text, image_of_text.new_tensor(range(images)))
     found_text = _ranks(both.text.T, None, image_of_text)

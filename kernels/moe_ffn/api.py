@@ -137,7 +137,7 @@ class Experts(NamedTuple):
 
     def check(self, x: Tensor, num_experts: int, activation: str, norm: str, cast: bool) -> None:
         """Raise TypeError or ValueError unless every parameter fits x and the routing."""
-        for name, tensors in zip(self._fields, self, strict=True):
+        for name, tensors in zip(Experts._fields, self, strict=True):
             if isinstance(tensors, Tensor):
                 raise TypeError(
                     f"{name}: expected a sequence of one tensor per expert, got a tensor"
@@ -161,7 +161,7 @@ class Experts(NamedTuple):
             )
             rows = self.w2[e].shape[1] * (2 if activation in GATED else 1)
             shapes = {"w1": (rows, width), "b1": (rows,)}
-            for name, tensors in zip(self._fields, self, strict=True):
+            for name, tensors in zip(Experts._fields, self, strict=True):
                 if name == "w2" or not tensors:
                     continue
                 shape = shapes.get(name, (width,))
