@@ -129,7 +129,8 @@ def itm(model: VLMo, batch: Batch, i2t: Tensor, t2i: Tensor) -> Output:
 def draw_negatives(logits: Tensor) -> Tensor:
     """For each row of ``[B, B]`` logits, a column other than its own, drawn by softmax weight.
 
-    One draw per row, in row order, as the official code draws them; nothing waits for the device.
+    Nothing waits for the device. On the CPU the draws are those of the official code's one call per
+    row, from the same seed.
     With a single row there is no negative, and its own column is returned.
     """
     weights = logits.detach().float().softmax(dim=1)
@@ -138,7 +139,7 @@ def draw_negatives(logits: Tensor) -> Tensor:
     empty = weights.sum(1, keepdim=True) == 0
     uniform = 1 - torch.eye(len(weights), device=weights.device, dtype=weights.dtype)
     weights = torch.where(empty, uniform if len(weights) > 1 else torch.ones_like(weights), weights)
-    return torch.cat([torch.multinomial(row, 1) for row in weights])
+    return torch.multinomial(weights, 1)[:, 0]
 
 
 def vqa(model: VLMo, batch: Batch) -> Output:

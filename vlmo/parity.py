@@ -126,7 +126,7 @@ def _compare(
     for name, target in exact.items():
         errors = [float((t[name].double() - target).abs().max()) for t in (actual, eager)]
         allowed = 2 * errors[1] + unit * float(target.abs().max())
-        deviations.append(Deviation(name, *errors, allowed))
+        deviations.append(Deviation(name, errors[0], errors[1], allowed))
     return Parity(operation, backend, device, dtype, deviations)
 
 

@@ -94,6 +94,7 @@ def _save(ctx, inputs, output):
     # max_length stands between the tensors of the schema; the optional ones may be None.
     ctx.save_for_backward(*output, *call[:8], call.positions)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, _):

@@ -123,6 +123,7 @@ def _save(ctx, inputs, output):
     optional = [t for t in (call.token_scale, call.ids) if t is not None]
     ctx.save_for_backward(output[1], *_differentiable(call), *optional)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or the pre-activation would get zeros of its size
 
 
 def _backward(ctx, dy, _):
