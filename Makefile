@@ -1,0 +1,43 @@
+# make demo, make test: each does its own set-up in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# What an editable install depends on; Python files are used where they lie.
+BUILD_FILES := pyproject.toml constraints.txt setup.py CMakeLists.txt tests/sm70/compile.py \
+	$(shell find csrc -type f)
+PYTEST_ARGS ?= -n auto --dist loadfile
+
+.PHONY: install demo test lint clean
+.DELETE_ON_ERROR:
+
+install: $(VENV)/.installed-test
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/python -m vlmo demo
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	# mypy does not know that the folder kernels/ is vlmo.kernels: show it a tree where it is.
+	rm -rf build/typing && mkdir -p build/typing
+	cp -rs $(CURDIR)/vlmo build/typing/vlmo && rm -f build/typing/vlmo/kernels.pyi
+	ln -s $(CURDIR)/kernels build/typing/vlmo/kernels
+	cd build/typing && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
+		--cache-dir $(CURDIR)/.mypy_cache -p vlmo
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-demo: $(BUILD_FILES) | $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo]'
+	touch $@
+
+$(VENV)/.installed-test: $(BUILD_FILES) | $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo,test]'
+	touch $(VENV)/.installed-demo $@

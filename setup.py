@@ -1,0 +1,48 @@
+"""Builds vlmo._C with CMake and maps the folder kernels/ to the package vlmo.kernels."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    """Configures and builds the CMake project; the extension itself lists no sources."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import cmake
+        import ninja
+        import pybind11
+
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve() / ext.name
+        cmake_program = str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
+        # --fresh: a kept cache would name the isolated environment of an earlier build.
+        configure = [
+            *(cmake_program, "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+            f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}",
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DVLMO_MODULE_DIR={output.parent}",
+        ]
+        subprocess.run(configure, check=True)
+        subprocess.run([cmake_program, "--build", str(build)], check=True)
+
+
+setup(
+    packages=[
+        *find_packages(str(ROOT), include=["vlmo", "vlmo.*"]),
+        "vlmo.kernels",
+        *(f"vlmo.kernels.{name}" for name in find_packages(str(ROOT / "kernels"))),
+    ],
+    package_dir={"vlmo.kernels": "kernels"},
+    # A stub for editors, which do not know package_dir; beside the real package it would hide it.
+    exclude_package_data={"vlmo": ["kernels.pyi"]},
+    ext_modules=[Extension("vlmo._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
