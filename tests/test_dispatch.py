@@ -90,7 +90,7 @@ def test_compiled_code_follows_use_backend():
     with use_backend("reference"):
         expected = compiled(x)
     torch.testing.assert_close(compiled(x), expected)
-    with use_backend("cuda"), pytest.raises(Exception, match="no CUDA kernel|NotImplementedError"):
+    with use_backend("cuda"), pytest.raises(Exception, match=r"no CUDA kernel|NotImplementedError"):
         compiled(x)
 
 

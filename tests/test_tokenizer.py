@@ -10,7 +10,6 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-
 from vlmo.data import TextTokenizer, load_vocabulary, mask_whole_words, train_wordpiece
 
 TEXTS = ["The cat sat on the mat.", "a catalogue of mats", "unbelievable cats, unbelievable mats!"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -200,7 +200,7 @@ class VLMo(nn.Module):
         table, depth = self.relative_position_bias_table, self.config.depth
         if table is None:
             return [None] * depth
-        index = self.relative_position_indices[stream]
+        index = cast(RelativePositionIndex, self.relative_position_indices[stream])
         tables = table.view(len(table), depth, self.config.heads).unbind(1)
         return [RelativePositionBias(layer, index) for layer in tables]
 

@@ -15,12 +15,12 @@ class Call(NamedTuple):
     k: Tensor
     v: Tensor
     table: Tensor | None  # [entries, H]
-    index: Tensor | None  # [M, M] int32
+    matrix: Tensor | None  # [M, M] int32, rows of table
     key_mask: Tensor | None  # [B, N] bool
     key_lengths: Tensor | None  # [B]
     offsets: Tensor | None  # [B + 1]
     max_length: int
-    positions: Tensor | None  # q.shape[:-2]; rows of index
+    positions: Tensor | None  # q.shape[:-2]; rows of matrix
     causal: bool
     scale: float
 
@@ -109,11 +109,11 @@ def _mask(call: Call) -> Tensor | None:
 
 def _index(call: Call) -> Tensor:
     """The table row of each pair: [N, N], or [B, N, N] with positions."""
-    assert call.index is not None
+    assert call.matrix is not None
     if call.positions is None:
         length = call.q.shape[1]
-        return call.index[:length, :length]
-    return call.index[call.positions[:, :, None], call.positions[:, None, :]]
+        return call.matrix[:length, :length]
+    return call.matrix[call.positions[:, :, None], call.positions[:, None, :]]
 
 
 def _table_gradient(ds: Tensor, call: Call) -> Tensor:

@@ -86,8 +86,8 @@ def moe_ffn(
     check_choice("norm", norm, NORMS)
     routing.check_tokens(x.shape[:-1], x.device)
 
-    optional = (() if tensors is None else tensors for tensors in (b1, b2, norm_weight, norm_bias))
-    experts = Experts(w1, w2, *optional)
+    given = (w1, w2, b1, b2, norm_weight, norm_bias)
+    experts = Experts(*(() if tensors is None else tensors for tensors in given))
     experts = experts.autocast(x.device.type)
     operand_dtype = autocast_dtype(x.device.type)
     if operand_dtype is not None and norm == "none":
@@ -130,10 +130,11 @@ class Experts(NamedTuple):
         dtype = autocast_dtype(device_type)
         if dtype is None:
             return self
-        operands = (
-            [t.to(dtype) if isinstance(t, Tensor) else t for t in tensors] for tensors in self[:4]
-        )
-        return Experts(*operands, self.norm_weight, self.norm_bias)
+
+        def cast(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+            return [t.to(dtype) if isinstance(t, Tensor) else t for t in tensors]
+
+        return self._replace(w1=cast(self.w1), w2=cast(self.w2), b1=cast(self.b1), b2=cast(self.b2))
 
     def check(self, x: Tensor, num_experts: int, activation: str, norm: str, cast: bool) -> None:
         """Raise TypeError or ValueError unless every parameter fits x and the routing."""

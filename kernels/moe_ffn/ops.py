@@ -146,7 +146,7 @@ def _backward(ctx, dy, _):
     dlayer_scale = next(grads) if layer_scale is not None else None
     dresidual = dy if wanted[9] else None  # y has the residual's dtype
     # torch.library takes an empty list of integers for an empty list of tensors.
-    dpieces = None if pieces else []
+    dpieces: list | None = None if pieces else []
     return dx, *dlists, dlayer_scale, None, dresidual, None, dpieces, *([None] * 4)
 
 
