@@ -98,6 +98,8 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dout, _):
+    if dout is None:  # out was not used
+        return (None,) * 13
     out, lse, *tensors, positions = ctx.saved_tensors
     max_length, causal, scale, backend = ctx.constants
     needs_table = ctx.needs_input_grad[3]

@@ -5,7 +5,8 @@ One schema, one fake and one autograd formula for all backends: the backend is a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -136,11 +137,13 @@ def _backward(ctx, dy, _):
     needs += [wanted[7]] if layer_scale is not None else []
     pieces, norm, norm_eps, activation, backend = ctx.call_constants
 
-    flat = moe_ffn_bwd(
-        *(dy.contiguous(), pre, x, *lists, layer_scale, token_scale, ids, pieces),
-        *(norm, norm_eps, activation, needs, backend),
-    )
-    grads = iter([grad if need else None for grad, need in zip(flat, needs, strict=True)])
+    grads: Iterator[Tensor | None] = itertools.repeat(None)  # y was not used
+    if dy is not None:
+        flat = moe_ffn_bwd(
+            *(dy.contiguous(), pre, x, *lists, layer_scale, token_scale, ids, pieces),
+            *(norm, norm_eps, activation, needs, backend),
+        )
+        grads = (grad if need else None for grad, need in zip(flat, needs, strict=True))
     dx = next(grads)
     dlists = [[next(grads) for _ in range(count)] for count in ctx.counts]
     dlayer_scale = next(grads) if layer_scale is not None else None
