@@ -19,7 +19,6 @@ import dataclasses
 import json
 import math
 import os
-import secrets
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlmo.config import TASKS, VLMoConfig
+from vlmo.files import replacing
 from vlmo.layouts import (
     CONFIG_RECORD,
     KEY_PREFIXES,
@@ -215,7 +215,7 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write ``model`` as a flat official state dict, ``text_embeddings.position_ids`` included.
 
     The file appears under its name only when it is complete and on disk: a failed save leaves an
-    older file of that name as it was and no other trace (a killed one, a hidden ``.tmp`` beside
+    older file of that name as it was and no other trace (a killed one, a hidden file beside
     it). The configuration is recorded in the file's metadata, where :func:`config_of` finds it and
     others do not look.
 
@@ -227,14 +227,10 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: another suffix, or a model on the meta device.
         OSError: the folder does not exist, the disk is full, ``path`` is a directory.
     """
-    # A link is followed, or os.replace would put a file in its place.
-    final = Path(os.path.realpath(path))
-    suffix = final.suffix.lower()
+    suffix = Path(path).suffix.lower()
     if suffix not in (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX):
         known = ", ".join((*TORCH_SUFFIXES, SAFETENSORS_SUFFIX))
-        raise ValueError(f"{final}: suffix {final.suffix!r} is none of {known}")
-    if final.is_dir():
-        raise IsADirectoryError(f"{final}: is a directory")
+        raise ValueError(f"{path}: suffix {suffix!r} is none of {known}")
     inner = _inner(model)
     state = _official_state(inner)
     fields = dataclasses.asdict(inner.config)
@@ -242,16 +238,14 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     del fields["kernels"]
     record = json.dumps(fields)
 
-    temporary = final.with_name(f".{final.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
+    with replacing(path) as temporary:
         if suffix == SAFETENSORS_SUFFIX:
             _write_safetensors(state, record, temporary)
         else:
-            _write_torch(state, record, temporary)
-        os.replace(temporary, final)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(final.parent)
+            # nn.Module.state_dict() carries versions in the same attribute; load_state_dict reads
+            # only the entries it knows, so the official code never sees ours.
+            vars(state)["_metadata"] = {"": {"version": 1, CONFIG_RECORD: record}}
+            torch.save(state, temporary)
 
 
 def config_of(
@@ -326,16 +320,6 @@ def _official_state(model: nn.Module) -> OrderedDict[str, Tensor]:
     return state
 
 
-def _write_torch(state: OrderedDict[str, Tensor], record: str, path: Path) -> None:
-    # nn.Module.state_dict() carries versions in the same attribute; load_state_dict reads only
-    # the entries it knows, so the official code never sees ours.
-    vars(state)["_metadata"] = {"": {"version": 1, CONFIG_RECORD: record}}
-    with path.open("xb") as handle:
-        torch.save(state, handle)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
 def _write_safetensors(state: OrderedDict[str, Tensor], record: str, path: Path) -> None:
     # safetensors makes files that only their owner may read; the mode of an ordinary new file is
     # the user's choice.
@@ -343,17 +327,6 @@ def _write_safetensors(state: OrderedDict[str, Tensor], record: str, path: Path)
         mode = os.fstat(handle.fileno()).st_mode & 0o777
     save_file(state, path, metadata={"format": "pt", CONFIG_RECORD: record})
     os.chmod(path, mode)
-    with path.open("r+b") as handle:
-        os.fsync(handle.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put the new name of a file on disk as well."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # Recognising

@@ -13,16 +13,32 @@ from pathlib import Path
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its name when the block ends without an error.
 
-    The suffix is kept, for writers that choose a format by it. After an error an older file of that
-    name is as it was, and the temporary one is gone.
+    It is on disk before it takes the name. The suffix is kept, for writers that choose a format by
+    it. After an error an older file of that name is as it was, and the temporary one is gone; after
+    a kill, a hidden file may be left.
 
     Raises:
-        OSError: the folder does not exist or the disk is full.
+        OSError: the folder does not exist, the disk is full, ``path`` is a directory.
     """
-    final = Path(path)
+    # A link is followed, or os.replace would put a file in its place.
+    final = Path(os.path.realpath(path))
+    if final.is_dir():
+        raise IsADirectoryError(f"{final}: is a directory")
+    if not final.parent.is_dir():
+        raise FileNotFoundError(f"{final}: its folder does not exist")
     temporary = final.with_name(f".{final.stem}.{os.getpid()}-{secrets.token_hex(4)}{final.suffix}")
     try:
         yield temporary
+        _sync(temporary)
         os.replace(temporary, final)
     finally:
         temporary.unlink(missing_ok=True)
+    _sync(final.parent)  # the new name as well
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
