@@ -460,3 +460,11 @@ def test_batches_feed_the_model(task, goal):
     model.eval()
     assert loss.isfinite()
     torch.testing.assert_close(model(batch)["loss"], model(collate([*data], tokenizer))["loss"])
+
+
+def test_captions_without_paraphrase_are_canonical():
+    data = DigitScenes("train", 200, paraphrase=False)
+    assert all(data.text(row) == data.scene(row).captions()[0] for row in range(200))
+    free = DigitScenes("train", 200)
+    assert any(free.text(row) != data.text(row) for row in range(200))
+    assert [free.scene(row) for row in range(9)] == [data.scene(row) for row in range(9)]

@@ -102,18 +102,29 @@ def dual_scores(model: VLMo, gallery: Gallery, *, batch_size: int = 256) -> Tens
 
 @torch.no_grad()
 def rerank(
-    model: VLMo, gallery: Gallery, scores: Tensor, k: int = 32, *, batch_size: int = 256
+    model: VLMo,
+    gallery: Gallery,
+    scores: Tensor,
+    k: int = 32,
+    *,
+    scale: float = 1.0,
+    batch_size: int = 256,
 ) -> Directions:
     """Score the best k candidates of each query anew with the fusion encoder.
 
-    The new score is the raw matching logit plus the old score (official ``compute_irtr_rerank``);
-    everything else gets -inf. A pair that is a candidate in both directions is fused once.
+    The new score is the raw matching logit plus ``scale`` times the old score; everything else gets
+    -inf. A pair that is a candidate in both directions is fused once.
+
+    The official code (``compute_irtr_rerank``) adds the plain cosine: scale 1. A logit says far
+    more than a cosine then, so the dual encoder's opinion is nearly lost. With the temperature
+    that contrast was trained with, ``model.logit_scale.exp()``, both terms are log-odds.
 
     Args:
         model: with the head of ITM.
         gallery: of I images and J texts.
         scores: ``[J, I]``, of :func:`dual_scores`.
         k: candidates of each text among the images, and of each image among the texts.
+        scale: factor of ``scores``.
         batch_size: pairs fused at a time.
 
     Returns:
@@ -136,7 +147,7 @@ def rerank(
             pixels = gallery.pixels(images[rows], device)
             pooled = model.fuse(*gallery.texts(texts[rows], device), pixels).pooled
             logits.append(model.itm_score(pooled)[:, 1].float().cpu())
-    fused = scores.clone()
+    fused = scale * scores
     fused[texts, images] += torch.cat(logits)
     return Directions(*(fused.masked_fill(~mask, float("-inf")) for mask in chosen))
 

@@ -1,0 +1,75 @@
+"""The command line: what it shows, and how it fails."""
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from vlmo.cli import app, main
+from vlmo.kernels import BACKEND_NAMES, why_not
+
+
+def vlmo(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "vlmo", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_info_shows_what_can_run_and_why_not_the_rest():
+    result = vlmo("info")
+    assert result.returncode == 0, result.stderr
+    assert "torch" in result.stdout
+    assert "yes" in result.stdout
+    words = set(result.stdout.split())
+    for operation in ("moe_ffn", "shared_attention", "routing_index"):
+        assert operation in words
+        for backend in BACKEND_NAMES:
+            assert backend in words
+            reason = why_not(operation, backend, device="cpu")
+            # The table may break a sentence into lines, but not a word.
+            assert set((reason or "").split()) <= words
+
+
+def test_help_does_not_import_torch():
+    code = "import sys; from vlmo.cli import app; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--backend", "numpy"], "'numpy' is not one of"),
+        (["demo", "--output", __file__], "exists"),
+    ],
+)
+def test_user_errors_are_one_line_and_exit_code_2(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["vlmo", *arguments])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_backend_that_cannot_run_is_refused_with_its_reason(tmp_path, monkeypatch, capsys):
+    reason = why_not("moe_ffn", "cuda", device="cpu")
+    assert reason is not None
+    arguments = ["demo", "--backend", "cuda", "--device", "cpu", "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["vlmo", *arguments])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == 2
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["demo", "--steps", "0"], ["demo", "--device", "tpu"], ["x"]]
+)
+def test_wrong_options_exit_with_2(arguments):
+    assert CliRunner().invoke(app, arguments).exit_code == 2

@@ -1,0 +1,5 @@
+"""``python -m vlmo``."""
+
+from vlmo.cli import main
+
+main()

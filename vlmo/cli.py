@@ -1,0 +1,78 @@
+"""The command line: ``vlmo`` or ``python -m vlmo``."""
+
+from __future__ import annotations
+
+import enum
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+# The commands import what they need, so that --help does not wait for torch.
+
+app = typer.Typer(
+    help="Fused kernels for multiway transformers, and the VLMo model on top of them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# What a user can cause and mend; anything else is a defect and keeps its traceback.
+_USER_ERRORS = (ValueError, NotImplementedError, OSError, ImportError)
+
+
+class Device(str, enum.Enum):
+    """Where to run; auto is the GPU if there is one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@app.command()
+def info() -> None:
+    """Show versions, devices, built kernels, and what can run here."""
+    from vlmo.machine import show_machine
+
+    show_machine(Console())
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("vlmo-demo"),
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Train so many steps only; the results are then not judged."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of data, weights and training.")] = 0,
+    device: Annotated[Device, typer.Option(help="Where to run.")] = Device.auto,
+    backend: Annotated[
+        str | None, typer.Option(help="cuda, triton or reference; default: the first that can.")
+    ] = None,
+) -> None:
+    """Check the kernels, train a small VLMo, and search pictures with it.
+
+    Exits with 1 if a kernel is less exact than it must be, if retrieval is not far above chance, or
+    if re-ranking makes it worse.
+    """
+    # GNU OpenMP reads this when torch is loaded. Its threads otherwise spin while they wait: with
+    # one core taken by another program, a training step then takes forty times as long.
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    from vlmo.demo import Settings, run
+
+    settings = Settings(output, seed=seed, device=device.value, backend=backend, steps=steps)
+    failures = run(settings, Console())
+    if failures:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Console entry point: errors a user can mend are one line and exit code 2."""
+    try:
+        app()
+    except _USER_ERRORS as error:
+        print(f"vlmo: {error}", file=sys.stderr)
+        sys.exit(2)

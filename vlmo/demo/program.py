@@ -1,0 +1,344 @@
+"""``vlmo demo``: check the kernels, train a small VLMo on digit scenes, search pictures with it.
+
+The demo is a check as well: :func:`run` returns what was not as it must be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+from vlmo import VLMo, save_checkpoint
+from vlmo.data import DigitScenes, TextTokenizer, digit_tokenizer, normalise, retrieval_gallery
+from vlmo.demo.figures import draw_losses, draw_retrieval
+from vlmo.demo.training import (
+    Recipe,
+    autocast_dtype,
+    pretrain_batches,
+    pretrain_steps,
+    tiny_config,
+    tiny_model,
+)
+from vlmo.files import replacing
+from vlmo.kernels import use_backend, why_not
+from vlmo.kernels.target import describe, devices
+from vlmo.machine import show_machine
+from vlmo.parity import Parity, check_backends
+from vlmo.retrieval import Directions, Gallery, Recall, chance, dual_scores, recall_at, rerank
+from vlmo.train import StepRecord, write_log
+
+TEXT_LENGTH = 8  # of the longest caption, [CLS] and [SEP] included
+SCENES = 16384
+GALLERY = 256
+CANDIDATES = 16
+FARTHER_THAN_CHANCE = 5  # times chance, or the demo has failed
+SHOWN, SHOWN_WRONG = 2, 4  # first queries in the picture, and first wrong ones of the dual encoder
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line decides.
+
+    Attributes:
+        output: folder for the results; made if missing.
+        seed: of data, weights and training.
+        device: "auto", "cpu" or "cuda".
+        backend: of every operation; None for the first that can run.
+        steps: train so many steps instead of the recipe's, and do not judge the model.
+    """
+
+    output: Path
+    seed: int = 0
+    device: str = "auto"
+    backend: str | None = None
+    steps: int | None = None
+
+
+def run(settings: Settings, console: Console) -> list[str]:
+    """The whole demo; returns one sentence for each thing that was not as it must be.
+
+    Raises:
+        ValueError: the device or the backend does not exist.
+        NotImplementedError: the backend asked for cannot run here.
+        OSError: the output folder cannot be made or written.
+        ImportError: an extra of ``vlmo[demo]`` is missing.
+    """
+    device = _device(settings.device)
+    _require_backend(settings.backend, device)
+    settings.output.mkdir(parents=True, exist_ok=True)
+    console.rule("This machine")
+    show_machine(console)
+    with use_backend(settings.backend):
+        console.rule("Kernels against float64")
+        failures = _check_kernels(settings, device, console)
+        console.rule("Training")
+        model, tokenizer = _train(settings, device, console)
+        console.rule("Retrieval on held-out pictures")
+        failures += _search(model, tokenizer, settings, console)
+    for failure in failures:
+        console.print(f"[bold red]FAILED[/] {failure}")
+    if not failures and settings.steps is None:
+        console.print("[bold green]All checks passed.[/]")
+    return failures
+
+
+def _device(name: str) -> torch.device:
+    available = {device.type for device in devices()}
+    if name == "auto":
+        name = "cuda" if "cuda" in available else "cpu"
+    if name not in available:
+        raise ValueError(f"device: {name!r} is not one of this machine's {sorted(available)}")
+    return torch.device(name)
+
+
+def _require_backend(backend: str | None, device: torch.device) -> None:
+    """Raise now what would otherwise come up in the middle of the demo."""
+    if backend is None:
+        return
+    dtype = autocast_dtype(device) or torch.float32
+    for operation in ("moe_ffn", "shared_attention"):
+        reason = why_not(operation, backend, device=device, dtype=dtype)
+        if reason is not None:
+            raise NotImplementedError(
+                f"backend {backend!r} cannot run {operation} on {device}: {reason}"
+            )
+
+
+def _check_kernels(settings: Settings, device: torch.device, console: Console) -> list[str]:
+    # Everything this machine can run, unless the user has narrowed it.
+    where = devices() if settings.device == "auto" else [device]
+    rows = list(check_backends(where, backend=settings.backend, seed=settings.seed))
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        # All columns on a terminal of 80.
+        padding=0,
+        show_edge=False,
+        caption="Largest errors against float64; for gradients, of the one nearest to its limit.",
+        caption_justify="left",
+    )
+    for column in ("operation", "backend", "device", "dtype"):
+        table.add_column(column, no_wrap=True)
+    for column in ("output\nerror", "\neager", "gradient\nerror", "\neager", "\nok"):
+        table.add_column(column, no_wrap=True, justify="right")
+    for row in rows:
+        errors = (
+            value
+            for worst in (row.output, row.worst_gradient)
+            for value in (worst.actual, worst.eager)
+        )
+        table.add_row(
+            row.operation,
+            row.backend,
+            str(row.device),
+            str(row.dtype).removeprefix("torch."),
+            *(f"{value:.1e}" for value in errors),
+            "[green]yes[/]" if row.ok else "[bold red]NO[/]",
+        )
+    console.print(table)
+    return [_inexact(row) for row in rows if not row.ok]
+
+
+def _inexact(row: Parity) -> str:
+    worst = row.output if not row.output.ok else row.worst_gradient
+    return (
+        f"{row.operation} on {row.backend}, {row.device}, {row.dtype}: error {worst.actual:.2e} of "
+        f"{worst.name} exceeds {worst.allowed:.2e}."
+    )
+
+
+def _train(
+    settings: Settings, device: torch.device, console: Console
+) -> tuple[VLMo, TextTokenizer]:
+    recipe = Recipe() if settings.steps is None else Recipe(settings.steps)
+    tokenizer = digit_tokenizer(TEXT_LENGTH)
+    scenes = DigitScenes("train", SCENES, seed=settings.seed, paraphrase=False)
+    model = tiny_model(tiny_config(tokenizer, kernels=settings.backend), settings.seed).to(device)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    console.print(f"VLMo with {count:,} parameters on {describe(device)}, {SCENES:,} scenes")
+    batches = pretrain_batches(
+        scenes,
+        tokenizer,
+        batch_size=recipe.batch_size,
+        steps=recipe.steps,
+        mask_share=recipe.mask_share,
+        seed=settings.seed,
+        device=device,
+    )
+    records: list[StepRecord] = []
+    try:
+        _follow(pretrain_steps(model, batches, recipe), recipe.steps, records, console)
+    finally:  # an interrupted training leaves its log as well
+        rows = [record.row() for record in records]
+        write_log(settings.output / "losses.csv", rows)
+    draw_losses(settings.output / "loss.png", rows)
+    save_checkpoint(model, settings.output / "model.safetensors")
+    last = records[-1]
+    console.print(
+        f"{last.samples:,} samples in {last.seconds:.0f} s, {last.samples / last.seconds:.0f} a "
+        f"second; losses: {_summary(rows)}"
+    )
+    return model, tokenizer
+
+
+def _follow(
+    steps: Iterator[StepRecord], total: int, records: list[StepRecord], console: Console
+) -> None:
+    """Run through the steps with a progress bar; ``records`` gets them all."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:.0f} samples/s"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("training", total=total, loss=math.nan, rate=0.0)
+        for record in steps:
+            records.append(record)
+            # Reading a loss waits for the device, so not every step.
+            if record.step % 10 == 0 or record.step == total:
+                loss = float(record.losses["loss"])
+                if not math.isfinite(loss):
+                    raise FloatingPointError(f"the loss of step {record.step} is {loss}")
+                rate = record.samples / record.seconds
+                progress.update(bar, completed=record.step, loss=loss, rate=rate)
+
+
+def _summary(rows: Sequence[Mapping[str, float]]) -> str:
+    """Each task's loss, mean of the last tenth of the steps."""
+    tail = rows[-max(1, len(rows) // 10) :]
+    names = [name for name in tail[-1] if name.endswith("_loss")]
+    means = {name: sum(row.get(name, math.nan) for row in tail) / len(tail) for name in names}
+    return ", ".join(f"{name.removesuffix('_loss')} {mean:.3f}" for name, mean in means.items())
+
+
+def _search(
+    model: VLMo, tokenizer: TextTokenizer, settings: Settings, console: Console
+) -> list[str]:
+    pairs = retrieval_gallery("test", GALLERY, seed=settings.seed)
+    stored = pairs.materialise(tokenizer)
+    gallery = Gallery(
+        images=stored["image"],
+        text_ids=stored["text_ids"],
+        text_masks=stored["text_masks"],
+        image_of_text=torch.arange(GALLERY),
+        prepare=normalise,
+    )
+    with _evaluation_precision(next(model.parameters()).device):
+        scores = dual_scores(model, gallery)
+        scale = float(model.logit_scale.detach().exp())
+        reranked = rerank(model, gallery, scores, CANDIDATES, scale=scale, batch_size=512)
+    guess = chance(gallery.image_of_text, GALLERY)
+    dual = recall_at(scores, gallery.image_of_text)
+    fused = recall_at(reranked, gallery.image_of_text)
+    console.print(_recall_table(guess, dual, fused))
+    failures = [] if settings.steps is not None else judge(guess, dual, fused)
+    if settings.steps is not None:
+        console.print("[yellow]--steps was given: the recall above is not judged.[/]")
+    captions = [pairs.text(row) for row in range(GALLERY)]
+    _write_results(settings, captions, gallery, scores, reranked, (guess, dual, fused), failures)
+    console.print(f"written to {settings.output}: " + ", ".join(_RESULTS))
+    return failures
+
+
+_RESULTS = ("retrieval.png", "loss.png", "losses.csv", "metrics.json", "model.safetensors")
+
+
+def judge(guess: Recall, dual: Recall, fused: Recall) -> list[str]:
+    """What is not as it must be, one sentence each; empty if all is well."""
+    failures = []
+    for name, recall in (("dual encoder", dual), ("fusion encoder", fused)):
+        for direction, found, by_chance in (
+            ("text to image", recall.image[1], guess.image[1]),
+            ("image to text", recall.text[1], guess.text[1]),
+        ):
+            if not found >= FARTHER_THAN_CHANCE * by_chance:
+                failures.append(
+                    f"R@1 of the {name}, {direction}, is {found:.1%}, less than "
+                    f"{FARTHER_THAN_CHANCE} times chance ({by_chance:.1%})."
+                )
+    if fused.mean < dual.mean:
+        failures.append(
+            f"Re-ranking lowers the mean recall from {dual.mean:.1%} to {fused.mean:.1%}."
+        )
+    return failures
+
+
+def _recall_table(guess: Recall, dual: Recall, fused: Recall) -> Table:
+    table = Table(
+        title=f"Recall among {GALLERY} pairs, in percent", title_justify="left", box=box.SIMPLE_HEAD
+    )
+    for column in ("find", "by"):
+        table.add_column(column)
+    for k in guess.image:
+        table.add_column(f"R@{k}", justify="right")
+    methods = {
+        "chance": guess,
+        "dual encoder": dual,
+        f"top {CANDIDATES} re-ranked": fused,
+    }
+    for title, direction in (("the image of a text", "image"), ("the text of an image", "text")):
+        table.add_section()
+        for n, (name, recall) in enumerate(methods.items()):
+            values = (f"{100 * value:.1f}" for value in getattr(recall, direction).values())
+            table.add_row("" if n else title, name, *values)
+    return table
+
+
+def _write_results(
+    settings: Settings,
+    captions: Sequence[str],
+    gallery: Gallery,
+    scores: Tensor,
+    reranked: Directions,
+    recalls: tuple[Recall, Recall, Recall],
+    failures: Sequence[str],
+) -> None:
+    draw_retrieval(
+        settings.output / "retrieval.png",
+        captions,
+        gallery.images,
+        scores,
+        reranked,
+        queries=_shown(scores),
+    )
+    named = dict(zip(("chance", "dual_encoder", "reranked"), recalls, strict=True))
+    metrics = {
+        "settings": asdict(settings) | {"output": os.fspath(settings.output)},
+        "recall": {
+            name: {"text_to_image": recall.image, "image_to_text": recall.text}
+            for name, recall in named.items()
+        },
+        "candidates": CANDIDATES,
+        "gallery": GALLERY,
+        "judged": settings.steps is None,
+        "failures": list(failures),
+    }
+    with replacing(settings.output / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def _shown(scores: Tensor) -> list[int]:
+    """The first queries, and the first of the others whose best image is not theirs."""
+    wrong = (scores.argmax(1) != torch.arange(len(scores))).nonzero()[:, 0].tolist()
+    return [*range(SHOWN), *[query for query in wrong if query >= SHOWN][:SHOWN_WRONG]]
+
+
+def _evaluation_precision(device: torch.device) -> contextlib.AbstractContextManager:
+    """As in training, so that a backend asked for by name meets the dtype it was asked about."""
+    dtype = autocast_dtype(device)
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
