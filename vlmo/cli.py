@@ -58,9 +58,10 @@ def demo(
     Exits with 1 if a kernel is less exact than it must be, if retrieval is not far above chance, or
     if re-ranking makes it worse.
     """
-    # GNU OpenMP reads this when torch is loaded. Its threads otherwise spin while they wait: with
-    # one core taken by another program, a training step then takes forty times as long.
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    # GNU OpenMP reads this when torch is loaded: how long its threads spin for work before they
+    # sleep. Left to spin, a step takes forty times as long when another program has one of two
+    # cores; put to sleep at once (OMP_WAIT_POLICY=passive), three times as long when none has.
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     from vlmo.demo import Settings, run
 
     settings = Settings(output, seed=seed, device=device.value, backend=backend, steps=steps)
