@@ -43,6 +43,7 @@ TEXT_LENGTH = 8  # of the longest caption, [CLS] and [SEP] included
 SCENES = 16384
 GALLERY = 256
 CANDIDATES = 16
+SCALES = (1.0, 2.0, 4.0)  # times the temperature: candidates for the weight of the cosine
 FARTHER_THAN_CHANCE = 5  # times chance, or the demo has failed
 SHOWN, SHOWN_WRONG = 2, 4  # first queries in the picture, and first wrong ones of the dual encoder
 
@@ -227,19 +228,13 @@ def _summary(rows: Sequence[Mapping[str, float]]) -> str:
 def _search(
     model: VLMo, tokenizer: TextTokenizer, settings: Settings, console: Console
 ) -> list[str]:
-    pairs = retrieval_gallery("test", GALLERY, seed=settings.seed)
-    stored = pairs.materialise(tokenizer)
-    gallery = Gallery(
-        images=stored["image"],
-        text_ids=stored["text_ids"],
-        text_masks=stored["text_masks"],
-        image_of_text=torch.arange(GALLERY),
-        prepare=normalise,
-    )
+    pairs, gallery = _gallery("test", tokenizer, settings.seed)
+    _, held_out = _gallery("val", tokenizer, settings.seed)
     with _evaluation_precision(next(model.parameters()).device):
+        scale = _choose_scale(model, held_out)
         scores = dual_scores(model, gallery)
-        scale = float(model.logit_scale.detach().exp())
         reranked = rerank(model, gallery, scores, CANDIDATES, scale=scale, batch_size=512)
+    console.print(f"Weight of the cosine beside the matching logit, by the val split: {scale:.0f}")
     guess = chance(gallery.image_of_text, GALLERY)
     dual = recall_at(scores, gallery.image_of_text)
     fused = recall_at(reranked, gallery.image_of_text)
@@ -248,9 +243,40 @@ def _search(
     if settings.steps is not None:
         console.print("[yellow]--steps was given: the recall above is not judged.[/]")
     captions = [pairs.text(row) for row in range(GALLERY)]
-    _write_results(settings, captions, gallery, scores, reranked, (guess, dual, fused), failures)
+    recalls = (guess, dual, fused)
+    _write_results(settings, captions, gallery, scores, reranked, scale, recalls, failures)
     console.print(f"written to {settings.output}: " + ", ".join(_RESULTS))
     return failures
+
+
+def _gallery(split: str, tokenizer: TextTokenizer, seed: int) -> tuple[DigitScenes, Gallery]:
+    pairs = retrieval_gallery(split, GALLERY, seed=seed)
+    stored = pairs.materialise(tokenizer)
+    gallery = Gallery(
+        images=stored["image"],
+        text_ids=stored["text_ids"],
+        text_masks=stored["text_masks"],
+        image_of_text=torch.arange(GALLERY),
+        prepare=normalise,
+    )
+    return pairs, gallery
+
+
+def _choose_scale(model: VLMo, gallery: Gallery) -> float:
+    """How much the dual encoder's cosine counts beside a matching logit: what serves ``gallery``.
+
+    At the temperature of contrast both are log-odds, but how sure matching is of itself differs
+    from training to training.
+    """
+    scores = dual_scores(model, gallery)
+    logits = rerank(model, gallery, scores, CANDIDATES, scale=0.0, batch_size=512)
+    temperature = float(model.logit_scale.detach().exp())
+
+    def recalled(scale: float) -> float:
+        fused = Directions(*(logit + scale * scores for logit in logits))
+        return recall_at(fused, gallery.image_of_text).mean
+
+    return max((factor * temperature for factor in SCALES), key=recalled)
 
 
 _RESULTS = ("retrieval.png", "loss.png", "losses.csv", "metrics.json", "model.safetensors")
@@ -303,6 +329,7 @@ def _write_results(
     gallery: Gallery,
     scores: Tensor,
     reranked: Directions,
+    scale: float,
     recalls: tuple[Recall, Recall, Recall],
     failures: Sequence[str],
 ) -> None:
@@ -322,6 +349,7 @@ def _write_results(
             for name, recall in named.items()
         },
         "candidates": CANDIDATES,
+        "cosine_weight": scale,
         "gallery": GALLERY,
         "judged": settings.steps is None,
         "failures": list(failures),
