@@ -149,12 +149,12 @@ class DigitScenes(Dataset):
         digit_size: side of a digit in pixels, more than S / 4 so that digits side by side are not
             also one above the other, and at most S / 2; default 7 S / 16.
         jitter: pixels by which a digit may lie off the centre of its quadrant in each direction,
-            at most half of what the digit leaves free. One pixel makes a small model need about
-            1.5 times the steps, so the default is 0.
+            at most half of what the digit leaves free. One pixel makes scenes harder for a small
+            model, so the default is 0.
         distinct: give every sample another meaning; not for nlvr2.
         paraphrase: say the same in all true ways in the train split. Without it every split uses
-            the canonical way only ("a one below a two" is always "a two above a one"), and a small
-            model learns the arrangement in about half the steps.
+            the canonical way only ("a one below a two" is always "a two above a one"), which is
+            easier: with paraphrases the demo's model does not learn the arrangement in its steps.
 
     Raises:
         ValueError: an argument outside what is listed, or more distinct samples than meanings.
