@@ -27,10 +27,10 @@ def assert_as_accurate_as(
     ours, theirs = (t.double() - exact for t in (actual, baseline))
 
     error, allowed, band = ours.abs().max(), theirs.abs().max(), eps * exact.abs().max()
-    assert error <= factor * (allowed + band), (
+    assert error <= factor * allowed + band, (
         f"{name}: error {error:.2e}, eager {allowed:.2e}, rounding {band:.2e}"
     )
     error, allowed, band = ours.norm(), theirs.norm(), eps * exact.norm()
-    assert error <= factor * (allowed + band), (
+    assert error <= factor * allowed + band, (
         f"{name}: L2 error {error:.2e}, eager {allowed:.2e}, rounding {band:.2e}"
     )
