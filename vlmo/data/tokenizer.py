@@ -14,6 +14,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
+from vlmo.files import replacing
+
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONTINUATION = "##"
 
@@ -134,13 +136,8 @@ class TextTokenizer:
     def save_vocabulary(self, path: str | os.PathLike) -> None:
         """Write a vocab.txt that :func:`load_vocabulary` reads; it appears whole or not at all."""
         lines = "".join(f"{token}\n" for token in self._tokens)
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(path) as temporary:
             temporary.write_text(lines, encoding="utf-8", newline="\n")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def _assemble(vocabulary: dict[str, int]) -> Tokenizer:
