@@ -57,9 +57,13 @@ def compute(model: VLMo, batch: Batch) -> Output:
         output |= nlvr2(model, batch)
     if "irtr" in tasks:
         output |= irtr(model, batch)
+    return with_total(output)
+
+
+def with_total(output: Output) -> Output:
+    """``output`` and, as ``"loss"``, the sum of its losses."""
     losses = [value for key, value in output.items() if key.endswith("_loss")]
-    output["loss"] = torch.stack(losses).sum()
-    return output
+    return output | {"loss": torch.stack(losses).sum()}
 
 
 def mlm(model: VLMo, batch: Batch) -> Output:

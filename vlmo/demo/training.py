@@ -207,8 +207,7 @@ def pretrain_steps(
             pairs = objectives.itm(model, batch, logits, logits.T)
             pairs["itm_loss"] = recipe.itm_weight * pairs["itm_loss"]
             output |= words | pairs
-        losses = [value for name, value in output.items() if name.endswith("_loss")]
-        return output | {"loss": torch.stack(losses).sum()}
+        return objectives.with_total(output)
 
     model.train()
     return train_steps(
