@@ -38,15 +38,6 @@ CPU = torch.device("cpu")
 RESULTS = {"retrieval.png", "loss.png", "losses.csv", "metrics.json", "model.safetensors"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for a core another program has taken make small models far slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def small_training(seed: int, recipe: Recipe) -> list[dict[str, float]]:
     tokenizer = digit_tokenizer(program.TEXT_LENGTH)
     config = tiny_config(tokenizer, dim=32, depth=2, heads=2, vl_start=1)

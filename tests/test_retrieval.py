@@ -12,15 +12,6 @@ from vlmo.retrieval import Directions, Gallery, chance, dual_scores, encode, rec
 IMAGE_OF_TEXT = torch.tensor([0, 0, 1, 3, 3])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for a core another program has taken make small models far slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def model() -> VLMo:
     torch.manual_seed(0)
