@@ -100,8 +100,8 @@ def test_the_fitting_cubin_is_loaded(fake_driver, capability, loaded):
 
 
 def test_no_cubin_fits(fake_driver):
-    log = calls(fake_driver, "launch()", "90")
-    assert log[-1] == "RuntimeError routing_index_kernel: no cubin 'routing_index' for sm_90"
+    log = calls(fake_driver, "launch()", "61")
+    assert log[-1] == "RuntimeError routing_index_kernel: no cubin 'routing_index' for sm_61"
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,11 @@ def test_why_no_driver(fake_driver, tmp_path):
 
 
 def test_target_for():
-    fitting = {(7, 0): "sm_70", (7, 2): "sm_70", (7, 5): "sm_75", (6, 1): None, (8, 0): None}
+    fitting = {
+        **{(6, 1): None, (7, 0): "sm_70", (7, 2): "sm_70", (7, 5): "sm_75"},
+        **{(8, 0): "sm_80", (8, 9): "sm_80", (9, 0): "sm_90"},
+        **{(10, 3): "sm_100", (11, 0): None, (12, 1): "sm_120"},
+    }
     for capability, expected in fitting.items():
         assert _C.target_for("routing_index", *capability) == expected
     assert _C.target_for("no such kernel", 7, 0) is None

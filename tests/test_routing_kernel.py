@@ -16,6 +16,7 @@ from vlmo.kernels import target
 from vlmo.kernels.routing import cuda_impl
 
 UNWRITTEN = -77
+TARGETS = ("sm_70", "sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def test_parameter_block_matches_the_kernel(volta_kernel):
     assert layout == [*((8 * i, 8) for i in range(5)), *((40 + 4 * i, 4) for i in range(3))]
 
 
-@pytest.mark.parametrize("built", ["sm_70", "sm_75"])
+@pytest.mark.parametrize("built", TARGETS)
 def test_kernel_keeps_to_registers(built):
     assert _C.image("routing_index", built).startswith(b"\x7fELF")
     kernel = json.loads(_C.resources("routing_index", built))["routing_index_kernel"]
@@ -156,8 +157,10 @@ def test_why_not_names_the_obstacle(monkeypatch):
 
     device = torch.device("cuda", 0)
     ids = SimpleNamespace(device=device, dtype=torch.int32, numel=lambda: 3)
-    monkeypatch.setattr(target, "compute_capability", lambda device: (9, 0))
-    assert cuda_impl.why_not(ids, 2, 64) == "cuda:0 is sm_90; the kernel is built for sm_70, sm_75."
+    monkeypatch.setattr(target, "compute_capability", lambda device: (6, 1))
+    assert cuda_impl.why_not(ids, 2, 64) == (
+        f"cuda:0 is sm_61; the kernel is built for {', '.join(TARGETS)}."
+    )
     monkeypatch.setattr(target, "compute_capability", lambda device: (7, 2))
     assert cuda_impl.why_not(ids, 33, 64) == "33 experts; the kernel takes 1 to 32."
     assert "tiles of 0 rows" in cuda_impl.why_not(ids, 2, 0)
