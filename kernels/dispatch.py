@@ -92,6 +92,11 @@ def choose(
                 f"{operation}: backend {name!r} cannot run this call: {reason}"
             )
         return name
+    return first_that_can(operation, backends, *facts)
+
+
+def first_that_can(operation: str, backends: Mapping[str, Backend], *facts: Any) -> str:
+    """Name the first backend that can run, whatever was asked for; arguments as for choose()."""
     reasons = []
     for candidate, implementation in backends.items():
         reason = implementation.why_not(*facts)

@@ -231,8 +231,9 @@ def test_gradcheck(case):
     assert torch.autograd.gradcheck(function, tuple(flat.values()), fast_mode=True)
 
 
+@pytest.mark.parametrize("save_pre", [True, False])
 @pytest.mark.parametrize("form", ["segments", "ids", "packed"])
-def test_opcheck(form, device):
+def test_opcheck(form, save_pre, device):
     case = Case(form=form, dim=8, hidden=(6, 10))
     tensors = make_tensors(case, device, torch.float32)
     leaves(tensors)
@@ -244,8 +245,9 @@ def test_opcheck(form, device):
         scale.reshape(-1),
         residual.detach().reshape(-1, 8).requires_grad_(),
         routing.ids,
+        *(None, None),
         [n for piece in routing.pieces for n in piece],
-        *("layer", 1e-6, "gelu", "reference"),
+        *("layer", 1e-6, "gelu", save_pre, "reference"),
     )
     torch.library.opcheck(ops.moe_ffn_fwd, arguments)
 
@@ -329,6 +331,67 @@ def test_frozen_expert_gets_no_gradient_and_costs_none(monkeypatch):
     assert shapes[1] == (0,)
     assert shapes[2] == (40, 24)
     assert shapes[3] == (0,)
+
+
+class Spy:
+    """A backend that notes its calls and lets the reference answer them."""
+
+    def __init__(self):
+        self.calls = []
+
+    def why_not(self, *facts):
+        return None
+
+    def forward(self, call):
+        self.calls.append(call)
+        return ops.reference.forward(call)
+
+    def backward(self, dy, pre, call, needs):
+        self.calls.append(call)
+        return ops.reference.backward(dy, pre, call, needs)
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    spy = Spy()
+    monkeypatch.setitem(ops.BACKENDS, "triton", spy)
+    monkeypatch.setitem(ops._IMPLEMENTATIONS, "triton", spy)
+    return spy
+
+
+@pytest.mark.parametrize(
+    ("case", "arithmetic"),
+    [
+        (Case(), True),
+        (Case(pieces=((0, 0), (1, 2), (1, 5), (0, 3))), True),
+        (Case(pieces=((1, 2), (0, 5), (1, 9))), False),
+        (Case(form="ids"), False),
+        (Case(form="packed"), False),
+    ],
+    ids=str,
+)
+def test_a_kernel_gets_one_run_per_expert_or_rows_and_offsets(case, arithmetic, spy):
+    routing = make_routing(case, "cpu")
+    actual = outputs_and_gradients(
+        lambda t: call(case, routing, t, backend="triton"), make_tensors(case, "cpu", torch.float64)
+    )
+    expected = outputs_and_gradients(
+        lambda t: call(case, routing, t, backend="reference"),
+        make_tensors(case, "cpu", torch.float64),
+    )
+    torch.testing.assert_close(actual, expected)
+    assert len(spy.calls) == 2  # forward and backward
+    ids = routing.expert_ids(expert_ids(case).numel(), "cpu")
+    for seen in spy.calls:
+        if arithmetic:
+            assert seen.ids is seen.rows is seen.offsets is None
+            assert len(set(seen.pieces[::2])) == len(seen.pieces[::2])
+            assert 0 not in seen.pieces[1::2]
+        else:
+            assert len(seen.pieces) == 0
+            assert seen.ids.tolist() == ids.tolist()
+            assert seen.rows.tolist() == ids.argsort(stable=True).tolist()
+            assert seen.offsets.tolist() == [0, int((ids == 0).sum()), ids.numel()]
 
 
 def test_non_contiguous_inputs(device):

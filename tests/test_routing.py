@@ -72,6 +72,40 @@ def test_forms_agree(pieces, device):
     assert packed.max_length == length
 
 
+def test_the_index_of_segments_is_looked_up_before_anything_is_built(monkeypatch):
+    routing = ModalityRouting.segments([(0, 3), (1, 5)])
+    index = routing.index(4, num_tokens=16)
+    grouping = routing.grouping(16, torch.device("cpu"))
+    monkeypatch.setattr(ModalityRouting, "expert_ids", None)
+    assert routing.index(4, num_tokens=16) is index
+    assert routing.grouping(16, torch.device("cpu")) is grouping
+    with pytest.raises(TypeError):
+        routing.index(4, num_tokens=24)
+
+
+def test_pieces_are_merged_and_tell_whether_arithmetic_finds_the_rows():
+    routing = ModalityRouting.segments([(0, 0), (1, 2), (0, 0), (1, 3), (0, 1), (2, 0)])
+    assert routing.pieces == ((1, 5), (0, 1))
+    assert routing.num_experts == 3
+    assert routing.by_arithmetic
+    assert not ModalityRouting.segments([(1, 2), (0, 1), (1, 3)]).by_arithmetic
+    assert not ModalityRouting.packed([[(0, 2), (1, 3)]]).by_arithmetic
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_grouping_ignores_the_backend_that_was_asked_for(backend, device):
+    """It is for another operation's kernel; the index itself has no Triton kernel, for example."""
+    from vlmo.kernels import use_backend
+
+    ids = [1, 0, 1, 3, 1]
+    routing = ModalityRouting.from_ids(torch.tensor(ids, device=device), 4)
+    with use_backend(backend):
+        grouping = routing.grouping(5, device)
+    assert grouping.ids is routing.ids
+    assert grouping.rows.tolist() == [1, 0, 2, 4, 3]
+    assert grouping.offsets.tolist() == [0, 1, 4, 4, 5]
+
+
 def test_packed_sequences_of_different_lengths():
     routing = ModalityRouting.packed([[(0, 2), (1, 3)], [], [(1, 1)]])
     assert routing.ids.tolist() == [0, 0, 1, 1, 1, 1]

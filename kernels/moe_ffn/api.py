@@ -99,17 +99,22 @@ def moe_ffn(
     hidden = tuple(weight.shape[1] for weight in experts.w2)
     facts = (x.device, experts.w1[0].dtype, width, hidden, activation)
     name = choose("moe_ffn", ops.BACKENDS, backend, *facts)
+    ids, rows, offsets, pieces = routing.ids, None, None, routing.pieces
+    if name != "reference" and not routing.by_arithmetic:
+        ids, rows, offsets = routing.grouping(x.shape[:-1].numel(), x.device)
+        pieces = ()
     y, _ = ops.moe_ffn_fwd(
         x.reshape(-1, width),
         *(list(tensors) for tensors in experts),
         layer_scale,
         None if token_scale is None else token_scale.reshape(-1),
         None if residual is None else residual.reshape(-1, width),
-        routing.ids,
-        [number for piece in routing.pieces for number in piece],
+        *(ids, rows, offsets),
+        [number for piece in pieces for number in piece],
         norm,
         norm_eps,
         activation,
+        True,
         name,
     )
     return y.view(x.shape)

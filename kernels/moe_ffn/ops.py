@@ -14,7 +14,7 @@ from torch import Tensor
 from vlmo.kernels.arguments import without_autocast
 from vlmo.kernels.dispatch import Absent, Backend
 from vlmo.kernels.moe_ffn import reference
-from vlmo.kernels.moe_ffn.reference import Call
+from vlmo.kernels.moe_ffn.reference import Call, pre_shape
 
 BACKENDS: dict[str, Backend] = {
     "cuda": Absent("moe_ffn has no CUDA kernel in this version."),
@@ -40,28 +40,30 @@ def moe_ffn_fwd(
     token_scale: Tensor | None,  # [T]
     residual: Tensor | None,  # [T, D]
     ids: Tensor | None,  # [T] int32
+    rows: Tensor | None,  # [T] int32
+    offsets: Tensor | None,  # [E + 1] int32
     pieces: Sequence[int],  # expert, length, expert, length, ...
     norm: str,
     norm_eps: float,
     activation: str,
+    save_pre: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """y [T, D] and the pre-activation [T, max F] (max 2 F if gated) that the backward reads."""
-    lists = (w1, w2, b1, b2, norm_weight, norm_bias)
+    """y [T, D] and the pre-activation that the backward reads, of pre_shape."""
     call = Call(
-        x, *lists, layer_scale, token_scale, residual, ids, pieces, norm, norm_eps, activation
+        *(x, w1, w2, b1, b2, norm_weight, norm_bias, layer_scale, token_scale, residual),
+        *(ids, rows, offsets, pieces, norm, norm_eps, activation, save_pre),
     )
     with without_autocast(x.device):
         return _IMPLEMENTATIONS[backend].forward(call)
 
 
 @moe_ffn_fwd.register_fake
-def _(
-    x, w1, w2, b1, b2, norm_weight, norm_bias, layer_scale, token_scale, residual, ids, pieces, *_
-):
-    y = x.new_empty(x.shape, dtype=w2[0].dtype if residual is None else residual.dtype)
-    pre = x.new_empty((x.shape[0], max(weight.shape[0] for weight in w1)), dtype=w1[0].dtype)
-    return y, pre
+def _(*inputs):
+    call = Call(*inputs[:-1])
+    dtype = call.w2[0].dtype if call.residual is None else call.residual.dtype
+    y = call.x.new_empty(call.x.shape, dtype=dtype)
+    return y, call.x.new_empty(pre_shape(call), dtype=call.w1[0].dtype)
 
 
 @torch.library.custom_op("vlmo::moe_ffn_bwd", mutates_args=())
@@ -78,6 +80,8 @@ def moe_ffn_bwd(
     layer_scale: Tensor | None,
     token_scale: Tensor | None,
     ids: Tensor | None,
+    rows: Tensor | None,
+    offsets: Tensor | None,
     pieces: Sequence[int],
     norm: str,
     norm_eps: float,
@@ -87,26 +91,22 @@ def moe_ffn_bwd(
 ) -> list[Tensor]:
     """Gradients of x, w1.., w2.., b1.., b2.., norm_weight.., norm_bias.., layer_scale, in order.
 
-    ``needs`` says which of them are wanted; the others come back empty, of shape (0,).
+    ``needs`` says which of them are wanted; the others come back empty, of shape (0,). An empty
+    ``pre`` was not kept by the forward and is computed again.
     """
-    lists = (w1, w2, b1, b2, norm_weight, norm_bias)
-    call = Call(x, *lists, layer_scale, token_scale, None, ids, pieces, norm, norm_eps, activation)
+    call = Call(
+        *(x, w1, w2, b1, b2, norm_weight, norm_bias, layer_scale, token_scale, None),
+        *(ids, rows, offsets, pieces, norm, norm_eps, activation, pre.numel() > 0),
+    )
     with without_autocast(x.device):
         return _IMPLEMENTATIONS[backend].backward(dy, pre, call, needs)
 
 
-def _differentiable(call: Call) -> list[Tensor]:
-    """The tensors of ``call`` in the order in which moe_ffn_bwd returns their gradients."""
-    tensors = [call.x, *(tensor for name in _LISTS for tensor in getattr(call, name))]
-    return tensors if call.layer_scale is None else [*tensors, call.layer_scale]
-
-
 @moe_ffn_bwd.register_fake
-def _(dy, pre, x, w1, w2, b1, b2, norm_weight, norm_bias, layer_scale, token_scale, *rest):
+def _(dy, pre, x, w1, w2, b1, b2, norm_weight, norm_bias, layer_scale, *rest):
     needs = rest[-2]
-    lists = (w1, w2, b1, b2, norm_weight, norm_bias)
-    call = Call(x, *lists, layer_scale, token_scale, None, None, (), "none", 0.0, "gelu")
-    tensors = _differentiable(call)
+    tensors = [x, *w1, *w2, *b1, *b2, *norm_weight, *norm_bias]
+    tensors += [] if layer_scale is None else [layer_scale]
     return [
         torch.empty_like(tensor, memory_format=torch.contiguous_format)
         if need
@@ -119,10 +119,9 @@ def _save(ctx, inputs, output):
     call, backend = Call(*inputs[:-1]), inputs[-1]
     ctx.call_constants = (call.pieces, call.norm, call.norm_eps, call.activation, backend)
     ctx.counts = [len(getattr(call, name)) for name in _LISTS]
-    ctx.has = (call.layer_scale is not None, call.token_scale is not None, call.ids is not None)
-    ctx.residual_dtype = None if call.residual is None else call.residual.dtype
-    optional = [t for t in (call.token_scale, call.ids) if t is not None]
-    ctx.save_for_backward(output[1], *_differentiable(call), *optional)
+    optional = (call.layer_scale, call.token_scale, call.ids, call.rows, call.offsets)
+    lists = (tensor for name in _LISTS for tensor in getattr(call, name))
+    ctx.save_for_backward(output[1], call.x, *lists, *optional)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # or the pre-activation would get zeros of its size
 
@@ -131,7 +130,7 @@ def _backward(ctx, dy, _):
     pre, x, *saved = ctx.saved_tensors
     saved = iter(saved)
     lists = [[next(saved) for _ in range(count)] for count in ctx.counts]
-    layer_scale, token_scale, ids = (next(saved) if has else None for has in ctx.has)
+    layer_scale, token_scale, ids, rows, offsets = saved
     wanted = ctx.needs_input_grad
     needs = [wanted[0], *(need for flags in wanted[1:7] for need in flags or [])]
     needs += [wanted[7]] if layer_scale is not None else []
@@ -140,8 +139,8 @@ def _backward(ctx, dy, _):
     grads: Iterator[Tensor | None] = itertools.repeat(None)  # y was not used
     if dy is not None:
         flat = moe_ffn_bwd(
-            *(dy.contiguous(), pre, x, *lists, layer_scale, token_scale, ids, pieces),
-            *(norm, norm_eps, activation, needs, backend),
+            *(dy.contiguous(), pre, x, *lists, layer_scale, token_scale, ids, rows, offsets),
+            *(pieces, norm, norm_eps, activation, needs, backend),
         )
         grads = (grad if need else None for grad, need in zip(flat, needs, strict=True))
     dx = next(grads)
@@ -150,7 +149,7 @@ def _backward(ctx, dy, _):
     dresidual = dy if wanted[9] else None  # y has the residual's dtype
     # torch.library takes an empty list of integers for an empty list of tensors.
     dpieces: list | None = None if pieces else []
-    return dx, *dlists, dlayer_scale, None, dresidual, None, dpieces, *([None] * 4)
+    return dx, *dlists, dlayer_scale, None, dresidual, *([None] * 3), dpieces, *([None] * 5)
 
 
 moe_ffn_fwd.register_autograd(_backward, setup_context=_save)

@@ -27,11 +27,23 @@ class Call(NamedTuple):
     layer_scale: Tensor | None  # [D]
     token_scale: Tensor | None  # [T]
     residual: Tensor | None  # [T, D]
-    ids: Tensor | None  # [T]
+    # The rows of each expert: ids, or else pieces. Every backend but this one also gets, with ids,
+    # rows and offsets of a RoutingIndex, and pieces only if no expert has two in one sequence.
+    ids: Tensor | None  # [T] int32
+    rows: Tensor | None  # [T] int32
+    offsets: Tensor | None  # [E + 1] int32
     pieces: Sequence[int]  # expert, length, expert, length, ...
     norm: str
     norm_eps: float
     activation: str
+    save_pre: bool
+
+
+def pre_shape(call: Call) -> tuple[int, int]:
+    """[T, max F] (max 2 F if gated) of the kept pre-activation; (0, 0) if it is not kept."""
+    if not call.save_pre:
+        return (0, 0)
+    return (call.x.shape[0], max(weight.shape[0] for weight in call.w1))
 
 
 def why_not(*facts: Any) -> str | None:
@@ -44,14 +56,12 @@ def moe_ffn_reference(call: Call) -> Tensor:
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """y [T, D] and the pre-activation [T, max F]."""
+    """y [T, D] and the pre-activation, of :func:`pre_shape`."""
     dtype = call.w2[0].dtype if call.residual is None else call.residual.dtype
     y = call.x.new_zeros(call.x.shape, dtype=dtype)
-    pre = call.x.new_zeros(
-        (call.x.shape[0], max(weight.shape[0] for weight in call.w1)), dtype=call.w1[0].dtype
-    )
+    pre = call.x.new_zeros(pre_shape(call), dtype=call.w1[0].dtype)
     for e, rows in _rows_of_experts(call):
-        h1 = F.linear(_norm(_take(call.x, rows), e, call), call.w1[e], _at(call.b1, e))
+        h1 = _pre(_norm(_take(call.x, rows), e, call), e, call)
         h2 = F.linear(_act(h1, call.activation), call.w2[e], _at(call.b2, e))
         branch = h2 if call.layer_scale is None else h2 * call.layer_scale
         if call.token_scale is not None:
@@ -59,12 +69,16 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         if call.residual is not None:
             branch = _take(call.residual, rows) + branch
         y = _put(y, rows, branch.to(dtype))
-        pre = _put(pre, rows, F.pad(h1, (0, pre.shape[1] - h1.shape[1])))
+        if call.save_pre:
+            pre = _put(pre, rows, F.pad(h1, (0, pre.shape[1] - h1.shape[1])))
     return y, pre
 
 
 def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list[Tensor]:
-    """The gradients that ``needs`` asks for, in the order of the schema; empty ones elsewhere."""
+    """The gradients that ``needs`` asks for, in the order of the schema; empty ones elsewhere.
+
+    An empty ``pre`` was not kept and is computed again.
+    """
     parameters = [list(tensors) for tensors in call[1:7]]
     wanted = _split(needs[1:], [len(tensors) for tensors in parameters])
     dx = torch.zeros_like(call.x, memory_format=torch.contiguous_format)
@@ -72,8 +86,10 @@ def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list
     dscale = None if call.layer_scale is None else torch.zeros_like(call.layer_scale)
     for e, rows in _rows_of_experts(call):
         wants = [bool(flags) and flags[e] for flags in wanted]
-        act, act_vjp = _act_vjp(_take(pre, rows)[:, : call.w1[e].shape[0]], call.activation)
         normed, norm_vjp = _norm_vjp(_take(call.x, rows), e, call)
+        kept = pre.numel() > 0
+        h1 = _take(pre, rows)[:, : call.w1[e].shape[0]] if kept else _pre(normed, e, call)
+        act, act_vjp = _act_vjp(h1, call.activation)
 
         dbranch = _take(dy, rows)
         if call.token_scale is not None:
@@ -141,6 +157,11 @@ def _norm_vjp(x: Tensor, e: int, call: Call) -> tuple[Tensor, Callable[[Tensor],
         return dx * inverse, (d * xhat).sum(0), d.sum(0)
 
     return normed, vjp
+
+
+def _pre(normed: Tensor, e: int, call: Call) -> Tensor:
+    """The pre-activation [rows, F] or, gated, [rows, 2 F]."""
+    return F.linear(normed, call.w1[e], _at(call.b1, e))
 
 
 def _act(h: Tensor, activation: str) -> Tensor:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from vlmo.kernels.arguments import check_tensor, check_values
-from vlmo.kernels.dispatch import choose
+from vlmo.kernels.dispatch import choose, first_that_can, requested
 from vlmo.kernels.routing.ops import BACKENDS, routing_index
 
 Piece = tuple[int, int]
+_ANY_TILE = 128  # rows and offsets are the same for every tile
 
 
 class RoutingIndex(NamedTuple):
@@ -36,13 +37,22 @@ class RoutingIndex(NamedTuple):
     num_tiles: Tensor  # [1]
 
 
+class Grouping(NamedTuple):
+    """What a kernel needs to find the rows of each expert where arithmetic cannot."""
+
+    ids: Tensor  # [T] int32
+    rows: Tensor  # [T], as in RoutingIndex
+    offsets: Tensor  # [E + 1], as in RoutingIndex
+
+
 @dataclass(frozen=True, eq=False)
 class ModalityRouting:
     """Which of ``num_experts`` experts each token goes to.
 
     Built once per batch by one of three constructors, then shared by every layer and operation:
 
-    * :meth:`segments`: every sequence is the same run of pieces. Rows are found by arithmetic.
+    * :meth:`segments`: every sequence is the same run of pieces. Rows are found by arithmetic,
+      unless an expert has two pieces that do not touch.
     * :meth:`packed`: sequences of different lengths laid end to end, each a run of pieces.
     * :meth:`from_ids`: one expert id per token, in any order.
 
@@ -50,7 +60,8 @@ class ModalityRouting:
 
     Attributes:
         num_experts: number of experts E.
-        pieces: ``(expert, length)`` runs of every sequence; empty except for :meth:`segments`.
+        pieces: ``(expert, length)`` runs of every sequence, none of them empty, neighbours of
+            different experts; only for :meth:`segments`, else there are none.
         ids: ``[T]`` int32, the expert of each token; None for :meth:`segments`.
         offsets: ``[B + 1]`` int32, first token of each sequence and T at the end (``cu_seqlens``);
             only for :meth:`packed`. :func:`vlmo.kernels.shared_attention` takes the same tensor.
@@ -62,7 +73,8 @@ class ModalityRouting:
     ids: Tensor | None = None
     offsets: Tensor | None = None
     max_length: int = 0
-    _index: dict[tuple[int, str], RoutingIndex] = field(default_factory=dict, repr=False)
+    _index: dict[tuple, RoutingIndex] = field(default_factory=dict, repr=False)
+    _grouping: dict[tuple, Grouping] = field(default_factory=dict, repr=False)
 
     @classmethod
     def segments(
@@ -82,7 +94,7 @@ class ModalityRouting:
         length = sum(length for _, length in pieces)
         if length == 0:
             raise ValueError(f"pieces: {list(pieces)} hold no token")
-        return cls(num_experts, pieces=pieces, max_length=length)
+        return cls(num_experts, pieces=_merge(pieces), max_length=length)
 
     @classmethod
     def packed(
@@ -198,12 +210,34 @@ class ModalityRouting:
             raise ValueError(
                 f"num_tokens: {num_tokens} is no multiple of the sequence length {self.max_length}"
             )
-        ids = self.expert_ids(num_tokens or 0, device)
-        name = choose("routing_index", BACKENDS, backend, ids, self.num_experts, tile)
-        key = (tile, f"{name} {ids.device} {ids.numel()}")
-        if key not in self._index:
-            self._index[key] = RoutingIndex(*routing_index(ids, self.num_experts, tile, name))
-        return self._index[key]
+        key = (tile, requested(backend), num_tokens, str(device))
+        index = self._index.get(key)
+        if index is None:
+            ids = self.expert_ids(num_tokens or 0, device)
+            name = choose("routing_index", BACKENDS, backend, ids, self.num_experts, tile)
+            index = RoutingIndex(*routing_index(ids, self.num_experts, tile, name))
+            self._index[key] = index
+        return index
+
+    @property
+    def by_arithmetic(self) -> bool:
+        """Whether each expert has at most one run of tokens, the same one in every sequence."""
+        return self.ids is None and len({e for e, _ in self.pieces}) == len(self.pieces)
+
+    def grouping(self, num_tokens: int, device: torch.device) -> Grouping:
+        """Rows grouped by expert on ``device``, for another operation's kernel; kept for reuse.
+
+        The choice of a backend was for that operation. This one takes the first that can.
+        """
+        key = (num_tokens, device)
+        grouping = self._grouping.get(key)
+        if grouping is None:
+            ids = self.expert_ids(num_tokens, device)
+            facts = (ids, self.num_experts, _ANY_TILE)
+            name = first_that_can("routing_index", BACKENDS, *facts)
+            rows, offsets, *_ = routing_index(*facts, name)
+            grouping = self._grouping[key] = Grouping(ids, rows, offsets)
+        return grouping
 
 
 def _check_pieces(name: str, pieces: Iterable[Piece]) -> tuple[Piece, ...]:
@@ -217,6 +251,17 @@ def _check_pieces(name: str, pieces: Iterable[Piece]) -> tuple[Piece, ...]:
             raise ValueError(f"{name}: length {piece[1]} of {piece!r} is negative")
         checked.append((piece[0], piece[1]))
     return tuple(checked)
+
+
+def _merge(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
+    """The same runs without empty ones, and with neighbours of one expert made one."""
+    merged: list[Piece] = []
+    for expert, length in pieces:
+        if merged and merged[-1][0] == expert:
+            length += merged.pop()[1]
+        if length:
+            merged.append((expert, length))
+    return tuple(merged)
 
 
 def _check_experts(num_experts: int | None, pieces: Iterable[Piece]) -> int:
