@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
+
 BACKEND_NAMES = ("cuda", "triton", "reference")
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 # A plain module global: Dynamo guards on it, so a compiled model recompiles when it changes.
 _forced: str | None = None
@@ -104,3 +108,13 @@ def first_that_can(operation: str, backends: Mapping[str, Backend], *facts: Any)
             return candidate
         reasons.append(f"{candidate}: {reason}")
     raise NotImplementedError(f"{operation}: no backend can run this call. " + " ".join(reasons))
+
+
+def runs_eagerly(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a call runs at once on these plain tensors, traced and replaced by nothing."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack()  # a mode: fake tensors, a FLOP counter
+        or torch._C._are_functorch_transforms_active()
+    ) and _PLAIN.issuperset(map(type, tensors))

@@ -106,6 +106,21 @@ def test_grouping_ignores_the_backend_that_was_asked_for(backend, device):
     assert grouping.offsets.tolist() == [0, 1, 4, 4, 5]
 
 
+def test_what_inference_mode_or_a_trace_made_does_no_harm_later():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    ids = torch.tensor([1, 0, 1, 3, 1])
+    routing = ModalityRouting.from_ids(ids, 4)
+    with torch.inference_mode():
+        assert not routing.grouping(5, ids.device).rows.is_inference()
+    routing = ModalityRouting.segments([(0, 1), (1, 1), (0, 1)])
+    with FakeTensorMode():
+        routing.grouping(3, ids.device)
+        routing.index(2, num_tokens=3)
+    assert type(routing.grouping(3, ids.device).rows) is torch.Tensor
+    assert routing.index(2, num_tokens=3).rows.tolist() == [0, 2, 1]
+
+
 def test_packed_sequences_of_different_lengths():
     routing = ModalityRouting.packed([[(0, 2), (1, 3)], [], [(1, 1)]])
     assert routing.ids.tolist() == [0, 0, 1, 1, 1, 1]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmo.kernels.arguments import check_tensor, check_values
-from vlmo.kernels.dispatch import choose, first_that_can, requested
+from vlmo.kernels.dispatch import choose, first_that_can, requested, runs_eagerly
 from vlmo.kernels.routing.ops import BACKENDS, routing_index
 
 Piece = tuple[int, int]
@@ -216,7 +216,10 @@ class ModalityRouting:
             ids = self.expert_ids(num_tokens or 0, device)
             name = choose("routing_index", BACKENDS, backend, ids, self.num_experts, tile)
             index = RoutingIndex(*routing_index(ids, self.num_experts, tile, name))
-            self._index[key] = index
+            # Not while tracing: a compiled graph that writes here cannot be checkpointed, and its
+            # buffers are not its own once it is a CUDA graph.
+            if runs_eagerly(index):
+                self._index[key] = index
         return index
 
     @property
@@ -232,11 +235,15 @@ class ModalityRouting:
         key = (num_tokens, device)
         grouping = self._grouping.get(key)
         if grouping is None:
-            ids = self.expert_ids(num_tokens, device)
-            facts = (ids, self.num_experts, _ANY_TILE)
-            name = first_that_can("routing_index", BACKENDS, *facts)
-            rows, offsets, *_ = routing_index(*facts, name)
-            grouping = self._grouping[key] = Grouping(ids, rows, offsets)
+            # What an evaluation leaves here, a training step must be able to save for its backward.
+            with torch.inference_mode(False):
+                ids = self.expert_ids(num_tokens, device)
+                facts = (ids, self.num_experts, _ANY_TILE)
+                name = first_that_can("routing_index", BACKENDS, *facts)
+                rows, offsets, *_ = routing_index(*facts, name)
+            grouping = Grouping(ids, rows, offsets)
+            if runs_eagerly(grouping):  # as in index()
+                self._grouping[key] = grouping
         return grouping
 
 
