@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ def moe_ffn(
     layer_scale: Tensor | None = None,  # [D]
     token_scale: Tensor | None = None,  # x.shape[:-1]
     residual: Tensor | None = None,  # [..., D]
+    recompute: bool = False,
     backend: str | None = None,
 ) -> Tensor:  # [..., D]
     r"""Feed-forward layer whose tokens go to the expert of their modality, in one operation.
@@ -56,6 +58,9 @@ def moe_ffn(
         layer_scale: learned scale of each channel (``gamma_2`` of VLMo).
         token_scale: factor of each token's branch, for stochastic depth; not differentiable.
         residual: added at the end; often x itself.
+        recompute: keep only x for the backward and compute ``W1_e norm_e(x) + b1_e`` again there,
+            at the cost of one more product. By default it is kept, as F numbers per token (2 F if
+            gated), unless no gradient is recorded. Gradients are the same.
         backend: ``"cuda"``, ``"triton"`` or ``"reference"``; see :mod:`vlmo.kernels`.
 
     Returns:
@@ -103,6 +108,8 @@ def moe_ffn(
     if name != "reference" and not routing.by_arithmetic:
         ids, rows, offsets = routing.grouping(x.shape[:-1].numel(), x.device)
         pieces = ()
+    leaves = itertools.chain((x, layer_scale, residual), *experts)
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     y, _ = ops.moe_ffn_fwd(
         x.reshape(-1, width),
         *(list(tensors) for tensors in experts),
@@ -114,7 +121,7 @@ def moe_ffn(
         norm,
         norm_eps,
         activation,
-        True,
+        recorded and not recompute,
         name,
     )
     return y.view(x.shape)
