@@ -7,6 +7,7 @@ wrong shape, device or value raises ValueError. All of it happens before anythin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ def check_tensor(
     shape: Sequence[int] | None = None,
     dtypes: Sequence[torch.dtype] | None = None,
     device: torch.device | None = None,
+    item: int | None = None,
 ) -> None:
     """Check one tensor argument.
 
@@ -30,23 +32,34 @@ def check_tensor(
         shape: the shape it must have; -1 stands for any size.
         dtypes: the dtypes it may have.
         device: the device it must be on.
+        item: its number in the list ``name``, if it is in one.
     """
+    # A call has some twenty tensors and nearly all of them are right: words are made last.
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if shape is not None:
-        fits = value.dim() == len(shape) and all(
-            want in (-1, have) for have, want in zip(value.shape, shape, strict=True)
-        )
-        if not fits:
-            wanted = ", ".join("any" if size == -1 else str(size) for size in shape)
-            raise ValueError(f"{name}: shape {tuple(value.shape)} does not fit ({wanted})")
+        raise TypeError(f"{_item(name, item)}: expected a tensor, got {type(value).__name__}")
+    if shape is not None and value.shape != shape and not _fits(value.shape, shape):
+        wanted = ", ".join("any" if size == -1 else str(size) for size in shape)
+        raise ValueError(f"{_item(name, item)}: shape {tuple(value.shape)} does not fit ({wanted})")
     if dtypes is not None and value.dtype not in dtypes:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(
-            f"{name}: dtype {str(value.dtype).removeprefix('torch.')} is not one of: {allowed}"
+            f"{_item(name, item)}: dtype {str(value.dtype).removeprefix('torch.')} is not one of: "
+            f"{allowed}"
         )
     if device is not None and value.device != device:
-        raise ValueError(f"{name}: on {value.device}, but the other tensors are on {device}")
+        raise ValueError(
+            f"{_item(name, item)}: on {value.device}, but the other tensors are on {device}"
+        )
+
+
+def _fits(shape: torch.Size, wanted: Sequence[int]) -> bool:
+    return len(shape) == len(wanted) and all(
+        want in (-1, have) for have, want in zip(shape, wanted, strict=True)
+    )
+
+
+def _item(name: str, item: int | None) -> str:
+    return name if item is None else f"{name}[{item}]"
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -62,12 +75,14 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return None
 
 
-def without_autocast(device: torch.device) -> torch.autocast:
+def without_autocast(device: torch.device) -> AbstractContextManager:
     """A context for the body of an operation: dtypes were settled by the caller.
 
     Autocast stays active inside a torch.library operation, and would round the operands of products
     that are meant to be float32.
     """
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 

@@ -1,4 +1,4 @@
-"""The torch.library operations vlmo::moe_ffn_fwd and vlmo::moe_ffn_bwd.
+"""The torch.library operations vlmo::moe_ffn_fwd and vlmo::moe_ffn_bwd, and a shorter way to them.
 
 One schema, one fake and one autograd formula for all backends: the backend is an argument.
 """
@@ -6,13 +6,13 @@ One schema, one fake and one autograd formula for all backends: the backend is a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from vlmo.kernels.arguments import without_autocast
-from vlmo.kernels.dispatch import Absent, Backend
+from vlmo.kernels.dispatch import Absent, Backend, runs_eagerly
 from vlmo.kernels.moe_ffn import reference
 from vlmo.kernels.moe_ffn.reference import Call, pre_shape
 
@@ -23,12 +23,34 @@ BACKENDS: dict[str, Backend] = {
 }
 _IMPLEMENTATIONS = {"reference": reference}
 
-# The tensors that may get a gradient: lists over experts first, then single ones.
-_LISTS = ("w1", "w2", "b1", "b2", "norm_weight", "norm_bias")
+
+def run(call: Call, backend: str) -> Tensor:
+    """y [T, D], differentiable; ``call.save_pre`` counts only if autograd records the call.
+
+    torch.library costs more time on the host than a kernel takes on a GPU. It is for those who
+    need to see an operation: torch.compile, modes, subclasses of tensors. Other calls go past it.
+    """
+    leaves = (call.residual, *_leaves(call))
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+    if call.save_pre and not recorded:
+        call = call._replace(save_pre=False)
+    if not runs_eagerly((*leaves, *_constants(call))):
+        return moe_ffn_fwd(*call, backend)[0]
+    if recorded:
+        return _Direct.apply(call, backend, *leaves)
+    return _forward(*call, backend)[0]
 
 
-@torch.library.custom_op("vlmo::moe_ffn_fwd", mutates_args=())
-def moe_ffn_fwd(
+def _leaves(call: Call) -> tuple[Tensor | None, ...]:
+    """The tensors that may get a gradient from the backward, in the order of its schema."""
+    return (call.x, *itertools.chain.from_iterable(call[1:7]), call.layer_scale)
+
+
+def _constants(call: Call) -> tuple[Tensor | None, ...]:
+    return (call.token_scale, call.ids, call.rows, call.offsets)
+
+
+def _forward(
     x: Tensor,  # [T, D]
     w1: Sequence[Tensor],
     w2: Sequence[Tensor],
@@ -58,6 +80,9 @@ def moe_ffn_fwd(
         return _IMPLEMENTATIONS[backend].forward(call)
 
 
+moe_ffn_fwd = torch.library.custom_op("vlmo::moe_ffn_fwd", _forward, mutates_args=())
+
+
 @moe_ffn_fwd.register_fake
 def _(*inputs):
     call = Call(*inputs[:-1])
@@ -66,8 +91,7 @@ def _(*inputs):
     return y, call.x.new_empty(pre_shape(call), dtype=call.w1[0].dtype)
 
 
-@torch.library.custom_op("vlmo::moe_ffn_bwd", mutates_args=())
-def moe_ffn_bwd(
+def _backward(
     dy: Tensor,  # [T, D]
     pre: Tensor,
     x: Tensor,
@@ -102,6 +126,9 @@ def moe_ffn_bwd(
         return _IMPLEMENTATIONS[backend].backward(dy, pre, call, needs)
 
 
+moe_ffn_bwd = torch.library.custom_op("vlmo::moe_ffn_bwd", _backward, mutates_args=())
+
+
 @moe_ffn_bwd.register_fake
 def _(dy, pre, x, w1, w2, b1, b2, norm_weight, norm_bias, layer_scale, *rest):
     needs = rest[-2]
@@ -115,41 +142,72 @@ def _(dy, pre, x, w1, w2, b1, b2, norm_weight, norm_bias, layer_scale, *rest):
     ]
 
 
-def _save(ctx, inputs, output):
-    call, backend = Call(*inputs[:-1]), inputs[-1]
-    ctx.call_constants = (call.pieces, call.norm, call.norm_eps, call.activation, backend)
-    ctx.counts = [len(getattr(call, name)) for name in _LISTS]
-    optional = (call.layer_scale, call.token_scale, call.ids, call.rows, call.offsets)
-    lists = (tensor for name in _LISTS for tensor in getattr(call, name))
-    ctx.save_for_backward(output[1], call.x, *lists, *optional)
-    ctx.mark_non_differentiable(output[1])
+def _save(ctx, call: Call, pre: Tensor, backend: str) -> None:
+    """Leave in ``ctx`` what _gradients needs."""
+    ctx.settings = (call.pieces, call.norm, call.norm_eps, call.activation, backend)
+    ctx.counts = [len(tensors) for tensors in call[1:7]]
+    ctx.save_for_backward(pre, *_leaves(call), *_constants(call))
     ctx.set_materialize_grads(False)  # or the pre-activation would get zeros of its size
 
 
-def _backward(ctx, dy, _):
-    pre, x, *saved = ctx.saved_tensors
-    saved = iter(saved)
-    lists = [[next(saved) for _ in range(count)] for count in ctx.counts]
-    layer_scale, token_scale, ids, rows, offsets = saved
-    wanted = ctx.needs_input_grad
-    needs = [wanted[0], *(need for flags in wanted[1:7] for need in flags or [])]
-    needs += [wanted[7]] if layer_scale is not None else []
-    pieces, norm, norm_eps, activation, backend = ctx.call_constants
+def _gradients(ctx, dy: Tensor | None, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients of _leaves(), None for those that are not ``wanted``."""
+    if dy is None or not any(wanted):  # dy is None if y was not used
+        return [None] * len(wanted)
+    saved = ctx.saved_tensors
+    pre, x, *tensors = saved
+    rest = iter(tensors)
+    lists = [list(itertools.islice(rest, count)) for count in ctx.counts]
+    layer_scale, *constants = rest
+    needs = list(wanted if layer_scale is not None else wanted[:-1])
+    *settings, backend = ctx.settings
+    # With create_graph the registered operation is needed: autograd refuses to differentiate it.
+    direct = not torch.is_grad_enabled() and runs_eagerly((dy, *saved))
+    flat = (_backward if direct else moe_ffn_bwd)(
+        *(dy.contiguous(), pre, x, *lists, layer_scale, *constants, *settings, needs, backend)
+    )
+    grads = [grad if need else None for grad, need in zip(flat, needs, strict=True)]
+    return grads if layer_scale is not None else [*grads, None]
 
-    grads: Iterator[Tensor | None] = itertools.repeat(None)  # y was not used
-    if dy is not None:
-        flat = moe_ffn_bwd(
-            *(dy.contiguous(), pre, x, *lists, layer_scale, token_scale, ids, rows, offsets),
-            *(pieces, norm, norm_eps, activation, needs, backend),
-        )
-        grads = (grad if need else None for grad, need in zip(flat, needs, strict=True))
+
+class _Direct(torch.autograd.Function):
+    """The operation without torch.library. Autograd sees ``leaves``, but not inside ``call``."""
+
+    @staticmethod
+    def forward(ctx, call, backend, residual, *leaves):
+        y, pre = _forward(*call, backend)
+        _save(ctx, call, pre, backend)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        _, _, wants_residual, *wanted = ctx.needs_input_grad
+        # y has the residual's dtype
+        return None, None, dy if wants_residual else None, *_gradients(ctx, dy, wanted)
+
+
+def _setup(ctx, inputs, output):
+    _save(ctx, Call(*inputs[:-1]), output[1], inputs[-1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _nested_gradients(ctx, dy, _):
+    wanted = Call(*ctx.needs_input_grad[:-1])
+    flags = [flag for flags in wanted[1:7] for flag in flags or ()]
+    grads = iter(_gradients(ctx, dy, [wanted.x, *flags, wanted.layer_scale]))
     dx = next(grads)
-    dlists = [[next(grads) for _ in range(count)] for count in ctx.counts]
-    dlayer_scale = next(grads) if layer_scale is not None else None
-    dresidual = dy if wanted[9] else None  # y has the residual's dtype
+    lists = [list(itertools.islice(grads, count)) for count in ctx.counts]
+    dresidual = dy if wanted.residual else None
     # torch.library takes an empty list of integers for an empty list of tensors.
-    dpieces: list | None = None if pieces else []
-    return dx, *dlists, dlayer_scale, None, dresidual, *([None] * 3), dpieces, *([None] * 5)
+    dpieces: list | None = None if ctx.settings[0] else []
+    return dx, *lists, next(grads), None, dresidual, *([None] * 3), dpieces, *([None] * 5)
 
 
-moe_ffn_fwd.register_autograd(_backward, setup_context=_save)
+moe_ffn_fwd.register_autograd(_nested_gradients, setup_context=_setup)
+
+
+def _refuse(ctx, *_):
+    raise NotImplementedError("moe_ffn: second derivatives are not available.")
+
+
+moe_ffn_bwd.register_autograd(_refuse)
