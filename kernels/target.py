@@ -20,6 +20,16 @@ def compute_capability(device: torch.device | str) -> tuple[int, int] | None:
     return _capability(torch.cuda.current_device() if device.index is None else device.index)
 
 
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of an NVIDIA GPU."""
+    return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
+
+
 def describe(device: torch.device | str) -> str:
     """One line about a device, e.g. ``NVIDIA V100 (sm_70, 32 GiB)``."""
     capability = compute_capability(device)

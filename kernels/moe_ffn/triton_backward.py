@@ -1,0 +1,309 @@
+"""The backward of moe_ffn by rows, in one launch: everything but the gradients of w1 and w2.
+
+Four phases a row tile, in the order of :class:`schedule.Banded`:
+
+0. dbranch = token_scale * dy, dh2 = layer_scale * dbranch and norm(x), to grouped scratch.
+1. dpre = act'(pre) * (dh2 W2) and the hidden activations again, from the saved pre-activation, or
+   from norm(x) W1^T + b1, made on the spot.
+2. dnormed = dpre W1; without a norm this is dx.
+3. dx through the norm.
+
+The sums over tokens that biases, norm parameters and layer scale need are left as one row of
+partial sums per task; the kernel of the weights adds them up in a fixed order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vlmo.kernels.moe_ffn.triton_parts import (
+    count_tiles,
+    find_tile,
+    gate_with_slope,
+    leave,
+    locate,
+    normalise,
+    preactivation,
+    product_nn,
+    select,
+    signal,
+    tokens_of,
+    unit_rows,
+    wait,
+)
+
+
+@triton.jit
+def moe_ffn_bwd_rows_kernel(
+    DY,  # [T, D]
+    X,  # [T, D]
+    PRE,  # [T, P] grouped, P = max F or, gated, max 2 F; None: made again
+    # Scratch in grouped order, None where not needed
+    DBRANCH,  # [T, D]
+    DH2,  # [T, D]; None if it is dy
+    NORMED,  # [T, D]
+    HIDDEN,  # [T, max F]
+    DPRE,  # [T, P]
+    DNORMED,  # [T, D]
+    # Partial sums, one row per task, None where not needed
+    SUM_DBRANCH,  # [.., D]
+    SUM_DPRE,  # [.., P]
+    SUM_NORM,  # [.., 2 D]: of the norm's weight, then of its bias
+    DX,  # [T, D]
+    W1,  # E pointers, as all tuples in capitals
+    W2,
+    B1,
+    NORM_WEIGHT,
+    NORM_BIAS,
+    LAYER_SCALE,
+    TOKEN_SCALE,
+    rows,
+    COUNTERS,  # [2 + 3 * bound on the row tiles]: ticket, leavers, phases 0 to 2
+    bound,
+    band,
+    norm_eps,
+    C: tl.constexpr,
+):
+    tiles = count_tiles(rows, C)
+    total = tiles * (C.tasks[0] + C.tasks[1] + C.tasks[2] + C.tasks[3])
+    prepared = COUNTERS + 2
+    differentiated = prepared + bound
+    multiplied = differentiated + bound
+
+    ticket = tl.atomic_add(COUNTERS, 1, sem="relaxed")
+    while ticket < total:
+        following = tl.atomic_add(COUNTERS, 1, sem="relaxed")
+        phase, tile, part = locate(ticket, tiles, band, C)
+        expert, start, begin, end = find_tile(rows, tile, C)
+        if phase == 0:
+            if C.tasks[0] > 0:
+                prepare(
+                    *(DY, X, DBRANCH, DH2, NORMED, SUM_DBRANCH),
+                    *(NORM_WEIGHT, NORM_BIAS, LAYER_SCALE, TOKEN_SCALE),
+                    *(rows, tile, part, expert, start, begin, end, norm_eps, C),
+                )
+                signal(prepared + tile)
+        elif phase == 1:
+            if part * C.block_f < select(C.hidden, expert, C):
+                if C.tasks[0] > 0:
+                    wait(prepared + tile, C.tasks[0])
+                differentiate(
+                    *(DY if DH2 is None else DH2, X if NORMED is None else NORMED, PRE),
+                    *(HIDDEN, DPRE, SUM_DPRE, W1, W2, B1),
+                    *(rows, tile, part, expert, start, begin, end, DH2 is None, NORMED is None, C),
+                )
+            signal(differentiated + tile)
+        elif phase == 2:
+            if C.tasks[2] > 0:
+                wait(differentiated + tile, C.tasks[1])
+                multiply(DPRE, DNORMED, DX, W1, rows, part, expert, start, begin, end, C)
+                signal(multiplied + tile)
+        else:
+            if C.tasks[3] > 0:
+                wait(multiplied + tile, C.tasks[2])
+                undo_norm(
+                    *(X, DNORMED, DX, SUM_NORM, NORM_WEIGHT),
+                    *(rows, tile, part, expert, start, begin, end, norm_eps, C),
+                )
+        ticket = following
+    leave(COUNTERS, 2 + 3 * bound)
+
+
+@triton.jit
+def prepare(
+    DY,
+    X,
+    DBRANCH,
+    DH2,
+    NORMED,
+    SUM_DBRANCH,
+    NORM_WEIGHT,
+    NORM_BIAS,
+    LAYER_SCALE,
+    TOKEN_SCALE,
+    rows,
+    tile,
+    part,
+    expert,
+    start,
+    begin,
+    end,
+    norm_eps,
+    C: tl.constexpr,
+):
+    """Phase 0: block_r * row_steps rows."""
+    BLOCK_D: tl.constexpr = C.block_d
+    columns = tl.arange(0, BLOCK_D)
+    within = columns < C.dim
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for step in range(C.row_steps):
+        grouped = start + (part * C.row_steps + step) * C.block_r + tl.arange(0, C.block_r)
+        token = tokens_of(rows, grouped, expert, begin, end, C)
+        inside = (grouped[:, None] < end) & within[None, :]
+        at = grouped[:, None].to(tl.int64) * C.dim + columns[None, :]
+
+        dy = tl.load(DY + token[:, None] * C.dim + columns[None, :], mask=inside, other=0.0)
+        dbranch = dy.to(tl.float32)
+        if TOKEN_SCALE is not None:
+            dbranch *= tl.load(TOKEN_SCALE + token).to(tl.float32)[:, None]
+        if SUM_DBRANCH is not None:
+            total += tl.sum(dbranch, 0)
+        if DBRANCH is not None:
+            tl.store(DBRANCH + at, dbranch.to(DBRANCH.dtype.element_ty), mask=inside)
+        if DH2 is not None:
+            if LAYER_SCALE is not None:
+                scale = tl.load(LAYER_SCALE + columns, mask=within, other=0.0)
+                dbranch *= scale.to(tl.float32)[None, :]
+            tl.store(DH2 + at, dbranch.to(DH2.dtype.element_ty), mask=inside)
+        if NORMED is not None:
+            normalise(
+                *(X, NORMED, NORM_WEIGHT, NORM_BIAS),
+                *(token, grouped, end, expert, norm_eps, C),
+            )
+    if SUM_DBRANCH is not None:
+        row = (tile * C.tasks[0] + part).to(tl.int64)
+        tl.store(SUM_DBRANCH + row * C.dim + columns, total, mask=within)
+
+
+@triton.jit
+def differentiate(
+    DH2,
+    NORMED,
+    PRE,
+    HIDDEN,
+    DPRE,
+    SUM_DPRE,
+    W1,
+    W2,
+    B1,
+    rows,
+    tile,
+    part,
+    expert,
+    start,
+    begin,
+    end,
+    DH2_BY_TOKEN: tl.constexpr,
+    NORMED_BY_TOKEN: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Phase 1: block_t rows, block_f hidden columns."""
+    P_MAX: tl.constexpr = 2 * C.max_hidden if C.gated else C.max_hidden
+    width = select(C.hidden, expert, C)
+    first = part * C.block_f
+    columns = first + tl.arange(0, C.block_f)
+    grouped = start + tl.arange(0, C.block_t)
+    in_order = tl.minimum(grouped, end - 1).to(tl.int64)
+    by_token = in_order
+    if DH2_BY_TOKEN or NORMED_BY_TOKEN:
+        by_token = tokens_of(rows, grouped, expert, begin, end, C)
+    inside = (grouped[:, None] < end) & (columns[None, :] < width)
+    at = grouped[:, None].to(tl.int64) * P_MAX + columns[None, :]
+
+    if PRE is None:
+        # Rounded as a saved one is, which also leaves registers for the product that follows.
+        h, value = preactivation(
+            NORMED, by_token if NORMED_BY_TOKEN else in_order, W1, B1, expert, first, width, C
+        )
+        h = h.to(DPRE.dtype.element_ty)
+        value = value.to(DPRE.dtype.element_ty)
+    dhidden = product_nn(
+        *(DH2, by_token if DH2_BY_TOKEN else in_order, select(W2, expert, C), first, width),
+        *(C.dim, C.dim, width, C.even, C.block_f, C),
+    )
+    if PRE is not None:
+        h = tl.load(PRE + at, mask=inside, other=0.0)
+        value = h
+        if C.gated:
+            value = tl.load(PRE + at + width, mask=inside, other=0.0)
+
+    dhidden = tl.where(inside, dhidden, 0.0)
+    hidden, slope = gate_with_slope(h.to(tl.float32), C)
+    if C.gated:
+        dvalue = dhidden * hidden
+        dhidden *= value.to(tl.float32)
+        hidden *= value.to(tl.float32)
+        tl.store(DPRE + at + width, dvalue.to(DPRE.dtype.element_ty), mask=inside)
+        if SUM_DPRE is not None:
+            sums = SUM_DPRE + tile.to(tl.int64) * P_MAX + width + columns
+            tl.store(sums, tl.sum(dvalue, 0), mask=columns < width)
+    dpre = dhidden * slope
+    tl.store(DPRE + at, dpre.to(DPRE.dtype.element_ty), mask=inside)
+    if SUM_DPRE is not None:
+        sums = SUM_DPRE + tile.to(tl.int64) * P_MAX + columns
+        tl.store(sums, tl.sum(dpre, 0), mask=columns < width)
+    if HIDDEN is not None:
+        at = grouped[:, None].to(tl.int64) * C.max_hidden + columns[None, :]
+        tl.store(HIDDEN + at, hidden.to(HIDDEN.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def multiply(DPRE, DNORMED, DX, W1, rows, part, expert, start, begin, end, C: tl.constexpr):
+    """Phase 2: block_t rows, block_n columns."""
+    HALVES: tl.constexpr = 2 if C.gated else 1
+    first = part * C.block_n
+    grouped = start + tl.arange(0, C.block_t)
+    dpre_rows = tl.minimum(grouped, end - 1).to(tl.int64)
+    acc = product_nn(
+        *(DPRE, dpre_rows, select(W1, expert, C), first, C.dim),
+        *(select(C.hidden, expert, C) * HALVES, C.max_hidden * HALVES, C.dim),
+        *(C.even, C.block_n, C),
+    )
+    columns = first + tl.arange(0, C.block_n)
+    inside = (grouped[:, None] < end) & (columns[None, :] < C.dim)
+    if DNORMED is not None:
+        at = DNORMED + grouped[:, None].to(tl.int64) * C.dim + columns[None, :]
+        tl.store(at, acc.to(DNORMED.dtype.element_ty), mask=inside)
+    else:
+        token = tokens_of(rows, grouped, expert, begin, end, C)
+        at = DX + token[:, None] * C.dim + columns[None, :]
+        tl.store(at, acc.to(DX.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def undo_norm(
+    X,
+    DNORMED,
+    DX,
+    SUM_NORM,
+    NORM_WEIGHT,
+    rows,
+    tile,
+    part,
+    expert,
+    start,
+    begin,
+    end,
+    norm_eps,
+    C: tl.constexpr,
+):
+    """Phase 3: block_r * row_steps rows."""
+    columns = tl.arange(0, C.block_d)
+    within = columns < C.dim
+    weight = tl.load(select(NORM_WEIGHT, expert, C) + columns, mask=within, other=0.0)
+    BLOCK_D: tl.constexpr = C.block_d
+    dweight = tl.zeros((BLOCK_D,), tl.float32)
+    dbias = tl.zeros((BLOCK_D,), tl.float32)
+    for step in range(C.row_steps):
+        grouped = start + (part * C.row_steps + step) * C.block_r + tl.arange(0, C.block_r)
+        token = tokens_of(rows, grouped, expert, begin, end, C)
+        inside = (grouped[:, None] < end) & within[None, :]
+
+        at = token[:, None] * C.dim + columns[None, :]
+        x = tl.load(X + at, mask=within[None, :], other=0.0)
+        unit, inverse = unit_rows(x.to(tl.float32), columns, norm_eps, C)
+        dnormed = DNORMED + grouped[:, None].to(tl.int64) * C.dim + columns[None, :]
+        d = tl.load(dnormed, mask=inside, other=0.0).to(tl.float32)
+        dweight += tl.sum(d * unit, 0)
+        dbias += tl.sum(d, 0)
+        if DX is not None:
+            d *= weight.to(tl.float32)[None, :]
+            dx = d - unit * (tl.sum(d * unit, 1) / C.dim)[:, None]
+            if C.norm == "layer":
+                dx -= (tl.sum(d, 1) / C.dim)[:, None]
+            tl.store(DX + at, (dx * inverse[:, None]).to(DX.dtype.element_ty), mask=inside)
+    if SUM_NORM is not None:
+        sums = SUM_NORM + (tile * C.tasks[3] + part).to(tl.int64) * (2 * C.dim) + columns
+        tl.store(sums, dweight, mask=within)
+        tl.store(sums + C.dim, dbias, mask=within)

@@ -1,0 +1,101 @@
+"""moe_ffn in Triton: the host's side of the three kernels."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Sequence
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+from vlmo.kernels import target
+from vlmo.kernels.moe_ffn import tiles
+from vlmo.kernels.moe_ffn.reference import Call, pre_shape
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_OLDEST_TRITON = (3, 4)  # the first that takes a NamedTuple of constants
+_MAX_DIM = 16384  # the phases without products hold a whole row in registers
+
+
+def why_not(
+    device: torch.device, dtype: torch.dtype, width: int, hidden: Sequence[int], activation: str
+) -> str | None:
+    """One sentence that says why :func:`forward` cannot run, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed."
+    if _triton_version() < _OLDEST_TRITON:
+        return f"Triton {metadata.version('triton')} is older than 3.4."
+    if dtype not in _DTYPES:
+        return f"it has no kernel for {str(dtype).removeprefix('torch.')}."
+    if width > _MAX_DIM:
+        return f"model dimension {width} is above {_MAX_DIM}."
+    if _interpreted():
+        return None
+    if device.type != "cuda":
+        return (
+            f"{device.type} tensors need Triton's interpreter (TRITON_INTERPRET=1, for tests only)."
+        )
+    capability = target.compute_capability(device)
+    if capability is None:
+        return f"{device} is not an NVIDIA GPU."
+    if capability < (8, 0):
+        return f"{device} is sm_{capability[0]}{capability[1]}; Triton has no tensor cores below sm_80."
+    return None
+
+
+@functools.cache
+def _triton_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in metadata.version("triton").split(".")[:2])
+
+
+@functools.cache
+def _interpreted() -> bool:
+    """Whether Triton runs its kernels on the CPU in this process; it decides so when imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """y [T, D], and the pre-activation in the kernels' own order of rows; one launch."""
+    from vlmo.kernels.moe_ffn import triton_launch as host
+    from vlmo.kernels.moe_ffn.triton_forward import moe_ffn_fwd_kernel
+
+    half, device = call.w1[0].dtype, call.x.device
+    num_tokens, dim = call.x.shape
+    y_dtype = call.w2[0].dtype if call.residual is None else call.residual.dtype
+    y = call.x.new_empty(num_tokens, dim, dtype=y_dtype)
+    pre = call.x.new_empty(pre_shape(call), dtype=half)
+    if num_tokens == 0:
+        return y, pre
+
+    tile = tiles.choose(device, half).forward
+    config, rows = host.config_of(call, tile), host.rows_of(call)
+    config = config._replace(
+        tasks=(
+            0 if call.norm == "none" else -(-tile.block_t // config.block_r),
+            -(-config.max_hidden // config.block_f),
+            -(-dim // tile.block_n),
+        )
+    )
+    bound, workers = host.bound_on_tiles(call, rows, tile.block_t), host.workers_on(device, tile)
+    band = host.band_of(bound, config, workers, (None, dim, config.max_hidden))
+    normed = call.x.new_empty(num_tokens, dim, dtype=half) if config.tasks[0] else None
+    hidden = call.x.new_empty(num_tokens, config.max_hidden, dtype=half)
+    with host.COUNTERS.take(device, 2 + 2 * bound) as counters:
+        host.launch(
+            *(moe_ffn_fwd_kernel, device, min(workers, bound * sum(config.tasks)), tile),
+            *(call.x.contiguous(), normed, pre if call.save_pre else None, hidden, y),
+            *(host.pointers(tensors) for tensors in call[1:7]),
+            *(host.contiguous(t) for t in (call.layer_scale, call.token_scale, call.residual)),
+            *(rows, counters, bound, band, call.norm_eps, config),
+        )
+    return y, pre
+
+
+def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list[Tensor]:
+    """The gradients that ``needs`` asks for, in the order of the schema; empty ones elsewhere."""
+    from vlmo.kernels.moe_ffn.triton_gradients import Gradients
+
+    return Gradients(dy, pre, call, needs).compute()

@@ -1,0 +1,401 @@
+"""The backward of moe_ffn by weights, in one launch: every gradient that sums over tokens.
+
+    dw1 = dpre^T norm(x)         dw2 = layer_scale * G, G = dbranch^T hidden
+    dlayer_scale = rows of (w2 * G), summed, + b2 * sum of dbranch
+
+so the layer scale needs no third product. Two or three experts give too few tiles of dw1 and dw2 to
+fill a GPU evenly, so :class:`schedule.Split` divides them: whole tiles as long as they fill all
+programs, then one equal share of the remaining steps for each program. A share may begin or end
+inside a tile. Who has a tile's first step owns it and adds the others' partial tiles in their
+order, so the result is the same in every run. The shares are taken last one first: an owner then
+waits for programs with earlier tickets only.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from vlmo.kernels.moe_ffn.triton_parts import (
+    dot,
+    expert_offset,
+    leave,
+    select,
+    signal,
+    tokens_of,
+    wait,
+)
+
+SUM_COLUMNS = tl.constexpr(128)
+SUM_ROWS = tl.constexpr(32)
+
+
+class Work(NamedTuple):
+    """What is to be done, compiled into the kernel. Tuples are over experts."""
+
+    w1_tiles: tuple[int, ...]  # 0 where no gradient is wanted
+    w2_tiles: tuple[int, ...]
+    whole: tuple[int, ...]  # tiles that are not divided
+    workers: int  # shares of the rest
+    # Which gradients to store
+    w1: tuple[bool, ...]
+    w2: tuple[bool, ...]
+    b1: tuple[bool, ...]
+    b2: tuple[bool, ...]
+    norm_weight: tuple[bool, ...]
+    norm_bias: tuple[bool, ...]
+    # Column blocks of each kind of sum, over all experts, and its rows per row tile
+    sum_blocks: tuple[int, ...]  # dpre, dbranch, norm weight, norm bias
+    dbranch_rows: int
+    norm_rows: int
+    rows_block_t: int  # rows of the row tiles that made the sums
+    scale_signals: int  # that complete what dlayer_scale needs
+    scale_rows: int  # of SUM_SCALE
+
+
+@triton.jit
+def steps_of(rows, e: tl.constexpr, C: tl.constexpr):
+    """Steps of a tile of expert ``e``; at least one, so that an empty expert gets its zeros."""
+    count = expert_offset(rows, e + 1) - expert_offset(rows, e)
+    return tl.maximum(tl.cdiv(count, C.block_k), 1)
+
+
+@triton.jit
+def total_steps(rows, C: tl.constexpr, W: tl.constexpr):
+    """Steps of the whole tiles, and of the rest."""
+    whole, rest = 0, 0
+    for e in tl.static_range(len(C.hidden)):
+        steps = steps_of(rows, e, C)
+        whole += W.whole[e] * steps
+        rest += (W.w1_tiles[e] + W.w2_tiles[e] - W.whole[e]) * steps
+    return whole, rest
+
+
+@triton.jit
+def find_work(position, rows, C: tl.constexpr, W: tl.constexpr):
+    """Expert, tile and step of a position: :meth:`schedule.Split.locate`."""
+    expert, tile, step, steps = -1, 0, 0, 1
+    for divided in tl.static_range(2):
+        for e in tl.static_range(len(C.hidden)):
+            if divided == 0:
+                first = 0
+                count = W.whole[e]
+            else:
+                first = W.whole[e]
+                count = W.w1_tiles[e] + W.w2_tiles[e] - W.whole[e]
+            each = steps_of(rows, e, C)
+            inside = (expert < 0) & (position < count * each)
+            tile = tl.where(inside, first + position // each, tile)
+            step = tl.where(inside, position % each, step)
+            steps = tl.where(inside, each, steps)
+            expert = tl.where(inside, e, expert)
+            position -= count * each
+    return expert, tile, step, steps
+
+
+@triton.jit
+def find_range(ticket, rows, C: tl.constexpr, W: tl.constexpr):
+    """First and last position of a ticket, and its share's number: :meth:`schedule.Split.range`."""
+    whole_steps, rest = total_steps(rows, C, W)
+    share = tl.cdiv(rest, W.workers)
+    whole_tiles = 0
+    for e in tl.static_range(len(C.hidden)):
+        whole_tiles += W.whole[e]
+    if ticket < whole_tiles:
+        position = 0
+        stop = 0
+        before = 0
+        for e in tl.static_range(len(C.hidden)):
+            each = steps_of(rows, e, C)
+            inside = (ticket >= 0) & (ticket < W.whole[e])
+            position = tl.where(inside, before + ticket * each, position)
+            stop = tl.where(inside, before + (ticket + 1) * each, stop)
+            before += W.whole[e] * each
+            ticket -= W.whole[e]
+        number = -1
+    else:
+        number = W.workers - 1 - (ticket - whole_tiles)
+        position = whole_steps + tl.minimum(number * share, rest)
+        stop = whole_steps + tl.minimum((number + 1) * share, rest)
+    return position, stop, number, share
+
+
+@triton.jit
+def moe_ffn_bwd_weights_kernel(
+    DPRE,  # [T, P] grouped
+    NORMED,  # [T, D] grouped, or x by token if NORMED_BY_TOKEN
+    DBRANCH,  # [T, D] grouped, or dy by token if DBRANCH_BY_TOKEN
+    HIDDEN,  # [T, max F] grouped
+    SUM_DPRE,  # partial sums, as the kernel of the rows left them
+    SUM_DBRANCH,
+    SUM_NORM,
+    PARTIAL,  # [workers, block_t, block_n] float32 scratch
+    SUM_SCALE,  # [scale_rows, D] float32 scratch, None if dlayer_scale is not wanted
+    SUM_BIAS,  # [E, D] float32 scratch: b2 * sum of dbranch; None if not needed
+    DW1,  # E pointers, as all tuples in capitals
+    DW2,
+    DB1,
+    DB2,
+    DNORM_WEIGHT,
+    DNORM_BIAS,
+    DLAYER_SCALE,
+    W2,
+    B2,
+    LAYER_SCALE,
+    rows,
+    COUNTERS,  # [3 + workers]: ticket, leavers, what dlayer_scale needs, partial tiles
+    NORMED_BY_TOKEN: tl.constexpr,
+    DBRANCH_BY_TOKEN: tl.constexpr,
+    C: tl.constexpr,
+    W: tl.constexpr,
+):
+    partial_ready = COUNTERS + 3
+    ranges = W.workers
+    for e in tl.static_range(len(C.hidden)):
+        ranges += W.whole[e]
+    total = ranges + W.sum_blocks[0] + W.sum_blocks[1] + W.sum_blocks[2] + W.sum_blocks[3]
+
+    ticket = tl.atomic_add(COUNTERS, 1, sem="relaxed")
+    while ticket < total:
+        following = tl.atomic_add(COUNTERS, 1, sem="relaxed")
+        if ticket < ranges:
+            position, stop, number, share = find_range(ticket, rows, C, W)
+            while position < stop:
+                expert, tile, step, steps = find_work(position, rows, C, W)
+                last = tl.minimum(steps, step + stop - position)
+                position += last - step
+                is_w1 = tile < select(W.w1_tiles, expert, C)
+                first_m, first_n, tile_rows, tile_columns = tile_corner(expert, tile, is_w1, C, W)
+                acc = weight_product(
+                    *(DPRE, NORMED, DBRANCH, HIDDEN, rows, expert, is_w1, first_m, first_n),
+                    *(tile_rows, tile_columns, step, last, NORMED_BY_TOKEN, DBRANCH_BY_TOKEN, C),
+                )
+                m = tl.arange(0, C.block_t)
+                n = tl.arange(0, C.block_n)
+                in_slot = m[:, None] * C.block_n + n[None, :]
+                if step > 0:
+                    slot = PARTIAL + number.to(tl.int64) * (C.block_t * C.block_n)
+                    tl.store(slot + in_slot, acc)
+                    signal(partial_ready + number)
+                else:
+                    # Its later steps are the first of the shares behind this one.
+                    peer = number + 1
+                    while last < steps:
+                        wait(partial_ready + peer, 1)
+                        slot = PARTIAL + peer.to(tl.int64) * (C.block_t * C.block_n)
+                        acc += tl.load(slot + in_slot)
+                        last += share
+                        peer += 1
+                    finish_tile(
+                        *(acc, DW1, DW2, SUM_SCALE, W2, LAYER_SCALE),
+                        *(expert, is_w1, first_m, first_n, tile_rows, tile_columns, C, W),
+                    )
+                    if SUM_SCALE is not None:
+                        if not is_w1:
+                            finish_scale(SUM_SCALE, SUM_BIAS, DLAYER_SCALE, COUNTERS + 2, C, W)
+        else:
+            block = ticket - ranges
+            if block < W.sum_blocks[0]:
+                if SUM_DPRE is not None:
+                    P_MAX: tl.constexpr = C.max_hidden * (2 if C.gated else 1)
+                    expert, columns, sums = add_up(
+                        SUM_DPRE, 0, P_MAX, 1, block, W.sum_blocks[0], rows, C, W
+                    )
+                    width = select(C.hidden, expert, C) * (2 if C.gated else 1)
+                    store_sum(DB1, W.b1, expert, columns, width, sums, C)
+            elif block < W.sum_blocks[0] + W.sum_blocks[1]:
+                if SUM_DBRANCH is not None:
+                    block -= W.sum_blocks[0]
+                    expert, columns, sums = add_up(
+                        SUM_DBRANCH, 0, C.dim, W.dbranch_rows, block, W.sum_blocks[1], rows, C, W
+                    )
+                    within = columns < C.dim
+                    if SUM_BIAS is not None:
+                        b2 = tl.load(select(B2, expert, C) + columns, mask=within, other=0.0)
+                        at = SUM_BIAS + expert * C.dim + columns
+                        tl.store(at, sums * b2.to(tl.float32), mask=within)
+                        finish_scale(SUM_SCALE, SUM_BIAS, DLAYER_SCALE, COUNTERS + 2, C, W)
+                    if LAYER_SCALE is not None:
+                        scale = tl.load(LAYER_SCALE + columns, mask=within, other=0.0)
+                        sums *= scale.to(tl.float32)
+                    store_sum(DB2, W.b2, expert, columns, C.dim, sums, C)
+            else:
+                if SUM_NORM is not None:
+                    block -= W.sum_blocks[0] + W.sum_blocks[1]
+                    of_bias = block >= W.sum_blocks[2]
+                    block -= tl.where(of_bias, W.sum_blocks[2], 0)
+                    offset = tl.where(of_bias, C.dim, 0)
+                    expert, columns, sums = add_up(
+                        *(SUM_NORM, offset, 2 * C.dim, W.norm_rows, block),
+                        *(tl.where(of_bias, W.sum_blocks[3], W.sum_blocks[2]), rows, C, W),
+                    )
+                    if of_bias:
+                        if DNORM_BIAS is not None:
+                            store_sum(DNORM_BIAS, W.norm_bias, expert, columns, C.dim, sums, C)
+                    else:
+                        store_sum(DNORM_WEIGHT, W.norm_weight, expert, columns, C.dim, sums, C)
+        ticket = following
+    leave(COUNTERS, 3 + W.workers)
+
+
+@triton.jit
+def tile_corner(expert, tile, is_w1, C: tl.constexpr, W: tl.constexpr):
+    """First row and column of a tile of dw1 [F or 2 F, D] or dw2 [D, F], and that shape."""
+    hidden = select(C.hidden, expert, C)
+    tile_rows = tl.where(is_w1, hidden * (2 if C.gated else 1), C.dim)
+    tile_columns = tl.where(is_w1, C.dim, hidden)
+    local = tile - tl.where(is_w1, 0, select(W.w1_tiles, expert, C))
+    across = tl.cdiv(tile_columns, C.block_n)
+    return (local // across) * C.block_t, (local % across) * C.block_n, tile_rows, tile_columns
+
+
+@triton.jit
+def weight_product(
+    DPRE,
+    NORMED,
+    DBRANCH,
+    HIDDEN,
+    rows,
+    expert,
+    is_w1,
+    first_m,
+    first_n,
+    tile_rows,
+    tile_columns,
+    step,
+    last,
+    NORMED_BY_TOKEN: tl.constexpr,
+    DBRANCH_BY_TOKEN: tl.constexpr,
+    C: tl.constexpr,
+):
+    """dpre^T norm(x), or dbranch^T hidden, over the tokens of steps [step, last)."""
+    A = tl.where(is_w1, DPRE, DBRANCH)
+    B = tl.where(is_w1, NORMED, HIDDEN)
+    stride_a = tl.where(is_w1, C.max_hidden * (2 if C.gated else 1), C.dim)
+    stride_b = tl.where(is_w1, C.dim, C.max_hidden)
+    begin, end = 0, 0
+    for e in tl.static_range(len(C.hidden)):
+        begin = tl.where(expert == e, expert_offset(rows, e), begin)
+        end = tl.where(expert == e, expert_offset(rows, e + 1), end)
+    m = first_m + tl.arange(0, C.block_t)
+    n = first_n + tl.arange(0, C.block_n)
+
+    BLOCK_T: tl.constexpr = C.block_t
+    BLOCK_N: tl.constexpr = C.block_n
+    acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    for k in tl.range(step, last):
+        grouped = begin + k * C.block_k + tl.arange(0, C.block_k)
+        a_rows = grouped.to(tl.int64)
+        b_rows = a_rows
+        if NORMED_BY_TOKEN or DBRANCH_BY_TOKEN:
+            token = tokens_of(rows, grouped, expert, begin, end, C)
+            if DBRANCH_BY_TOKEN:
+                a_rows = tl.where(is_w1, a_rows, token)
+            if NORMED_BY_TOKEN:
+                b_rows = tl.where(is_w1, token, b_rows)
+        # [block_k, block_t], [block_k, block_n]
+        inside_a = grouped[:, None] < end
+        inside_b = inside_a
+        if not C.even:
+            inside_a = inside_a & (m[None, :] < tile_rows)
+            inside_b = inside_b & (n[None, :] < tile_columns)
+        a = tl.load(A + a_rows[:, None] * stride_a + m[None, :], mask=inside_a, other=0.0)
+        b = tl.load(B + b_rows[:, None] * stride_b + n[None, :], mask=inside_b, other=0.0)
+        acc = dot(tl.trans(a), b, acc, C)
+    return acc
+
+
+@triton.jit
+def finish_tile(
+    acc,
+    DW1,
+    DW2,
+    SUM_SCALE,
+    W2,
+    LAYER_SCALE,
+    expert,
+    is_w1,
+    first_m,
+    first_n,
+    tile_rows,
+    tile_columns,
+    C: tl.constexpr,
+    W: tl.constexpr,
+):
+    """Store a tile of dw1 or dw2, and what dlayer_scale needs of it."""
+    m = first_m + tl.arange(0, C.block_t)
+    n = first_n + tl.arange(0, C.block_n)
+    inside = (m[:, None] < tile_rows) & (n[None, :] < tile_columns)
+    at = m[:, None].to(tl.int64) * tile_columns + n[None, :]
+    if LAYER_SCALE is not None:
+        if SUM_SCALE is not None:
+            if not is_w1:
+                w2 = tl.load(select(W2, expert, C) + at, mask=inside, other=0.0)
+                row = first_n // C.block_n
+                for e in tl.static_range(len(C.hidden)):
+                    row += tl.where(e < expert, tl.cdiv(C.hidden[e], C.block_n), 0)
+                sums = SUM_SCALE + row * C.dim + m
+                tl.store(sums, tl.sum(acc * w2.to(tl.float32), 1), mask=m < C.dim)
+        of_w2 = (m < tile_rows) & (not is_w1)
+        scale = tl.load(LAYER_SCALE + m, mask=of_w2, other=1.0)
+        acc *= scale.to(tl.float32)[:, None]
+    if is_w1:
+        if DW1 is not None:
+            out = select(DW1, expert, C) + at
+            tl.store(out, acc.to(out.dtype.element_ty), mask=inside & select(W.w1, expert, C))
+    else:
+        if DW2 is not None:
+            out = select(DW2, expert, C) + at
+            tl.store(out, acc.to(out.dtype.element_ty), mask=inside & select(W.w2, expert, C))
+
+
+@triton.jit
+def finish_scale(SUM_SCALE, SUM_BIAS, DLAYER_SCALE, counter, C: tl.constexpr, W: tl.constexpr):
+    """Count one contribution to dlayer_scale; whoever brings the last one adds all of them up."""
+    tl.debug_barrier()
+    if tl.atomic_add(counter, 1, sem="acq_rel") == W.scale_signals - 1:
+        for first in range(0, C.dim, SUM_COLUMNS):
+            columns = first + tl.arange(0, SUM_COLUMNS)
+            within = columns < C.dim
+            total = sum_rows(SUM_SCALE, 0, W.scale_rows, C.dim, columns, within)
+            if SUM_BIAS is not None:
+                total += sum_rows(SUM_BIAS, 0, len(C.hidden), C.dim, columns, within)
+            out = DLAYER_SCALE + columns
+            tl.store(out, total.to(out.dtype.element_ty), mask=within)
+
+
+@triton.jit
+def sum_rows(SOURCE, begin, end, stride, columns, within):
+    """Sums over the rows [begin, end) of some columns, always in the same order."""
+    total = tl.zeros((SUM_COLUMNS,), tl.float32)
+    for first in range(begin, end, SUM_ROWS):
+        r = first + tl.arange(0, SUM_ROWS)
+        at = SOURCE + r[:, None].to(tl.int64) * stride + columns[None, :]
+        inside = (r[:, None] < end) & within[None, :]
+        total += tl.sum(tl.load(at, mask=inside, other=0.0), 0)
+    return total
+
+
+@triton.jit
+def add_up(SOURCE, offset, stride, per_tile, block, blocks, rows, C: tl.constexpr, W: tl.constexpr):
+    """One block of columns of the partial sums of one expert: expert, columns, sums."""
+    each = blocks // len(C.hidden)
+    expert = block // each
+    columns = (block % each) * SUM_COLUMNS + tl.arange(0, SUM_COLUMNS)
+    begin, end, tiles = 0, 0, 0
+    for e in tl.static_range(len(C.hidden)):
+        begin = tl.where(expert == e, tiles, begin)
+        tiles += tl.cdiv(expert_offset(rows, e + 1) - expert_offset(rows, e), W.rows_block_t)
+        end = tl.where(expert == e, tiles, end)
+    within = columns < tl.where(stride == 2 * C.dim, C.dim, stride)
+    sums = sum_rows(SOURCE + offset, begin * per_tile, end * per_tile, stride, columns, within)
+    return expert, columns, sums
+
+
+@triton.jit
+def store_sum(OUT, wanted, expert, columns, width, sums, C: tl.constexpr):
+    out = select(OUT, expert, C) + columns
+    inside = (columns < width) & select(wanted, expert, C)
+    tl.store(out, sums.to(out.dtype.element_ty), mask=inside)
