@@ -98,6 +98,7 @@ def moe_ffn(
         x = x.to(operand_dtype)
     experts.check(x, routing.num_experts, activation, norm, cast=operand_dtype is not None)
     _check_vectors(x, layer_scale, token_scale, residual)
+    experts = Experts(*(list(tensors) for tensors in experts))
 
     width = x.shape[-1]
     hidden = tuple(weight.shape[1] for weight in experts.w2)
@@ -111,7 +112,7 @@ def moe_ffn(
         pieces = ()
     call = Call(
         x.reshape(-1, width),
-        *map(list, experts),
+        *experts,
         layer_scale,
         None if token_scale is None else token_scale.reshape(-1),
         None if residual is None else residual.reshape(-1, width),

@@ -174,7 +174,7 @@ class _Direct(torch.autograd.Function):
     """The operation without torch.library. Autograd sees ``leaves``, but not inside ``call``."""
 
     @staticmethod
-    def forward(ctx, call, backend, residual, *leaves):
+    def forward(ctx, call: Call, backend: str, residual: Tensor | None, *leaves: Tensor | None):
         y, pre = _forward(*call, backend)
         _save(ctx, call, pre, backend)
         return y
@@ -192,12 +192,12 @@ def _setup(ctx, inputs, output):
 
 
 def _nested_gradients(ctx, dy, _):
-    wanted = Call(*ctx.needs_input_grad[:-1])
+    wanted = ctx.needs_input_grad
     flags = [flag for flags in wanted[1:7] for flag in flags or ()]
-    grads = iter(_gradients(ctx, dy, [wanted.x, *flags, wanted.layer_scale]))
+    grads = iter(_gradients(ctx, dy, [wanted[0], *flags, wanted[7]]))
     dx = next(grads)
     lists = [list(itertools.islice(grads, count)) for count in ctx.counts]
-    dresidual = dy if wanted.residual else None
+    dresidual = dy if wanted[9] else None
     # torch.library takes an empty list of integers for an empty list of tensors.
     dpieces: list | None = None if ctx.settings[0] else []
     return dx, *lists, next(grads), None, dresidual, *([None] * 3), dpieces, *([None] * 5)
