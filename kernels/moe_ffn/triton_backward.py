@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from vlmo.kernels.moe_ffn.triton_parts import (
+    add_bias_and_split,
     count_tiles,
     find_tile,
     gate_with_slope,
@@ -26,6 +27,7 @@ from vlmo.kernels.moe_ffn.triton_parts import (
     normalise,
     preactivation,
     product_nn,
+    eighths,
     select,
     signal,
     tokens_of,
@@ -192,50 +194,62 @@ def differentiate(
     P_MAX: tl.constexpr = 2 * C.max_hidden if C.gated else C.max_hidden
     width = select(C.hidden, expert, C)
     first = part * C.block_f
-    columns = first + tl.arange(0, C.block_f)
     grouped = start + tl.arange(0, C.block_t)
     in_order = tl.minimum(grouped, end - 1).to(tl.int64)
     by_token = in_order
     if DH2_BY_TOKEN or NORMED_BY_TOKEN:
         by_token = tokens_of(rows, grouped, expert, begin, end, C)
-    inside = (grouped[:, None] < end) & (columns[None, :] < width)
-    at = grouped[:, None].to(tl.int64) * P_MAX + columns[None, :]
 
     if PRE is None:
-        # Rounded as a saved one is, which also leaves registers for the product that follows.
-        h, value = preactivation(
-            NORMED, by_token if NORMED_BY_TOKEN else in_order, W1, B1, expert, first, width, C
+        again = preactivation(
+            NORMED, by_token if NORMED_BY_TOKEN else in_order, W1, expert, first, width, C
         )
-        h = h.to(DPRE.dtype.element_ty)
-        value = value.to(DPRE.dtype.element_ty)
-    dhidden = product_nn(
-        *(DH2, by_token if DH2_BY_TOKEN else in_order, select(W2, expert, C), first, width),
-        *(C.dim, C.dim, width, C.even, C.block_f, C),
+        # Rounded early, to leave registers for the product that follows.
+        again = eighths(again.to(DPRE.dtype.element_ty))
+    dhidden = eighths(
+        product_nn(
+            *(DH2, by_token if DH2_BY_TOKEN else in_order, select(W2, expert, C), first, width),
+            *(C.dim, C.dim, width, C.even, C.block_f, C),
+        )
     )
-    if PRE is not None:
-        h = tl.load(PRE + at, mask=inside, other=0.0)
-        value = h
-        if C.gated:
-            value = tl.load(PRE + at + width, mask=inside, other=0.0)
 
-    dhidden = tl.where(inside, dhidden, 0.0)
-    hidden, slope = gate_with_slope(h.to(tl.float32), C)
-    if C.gated:
-        dvalue = dhidden * hidden
-        dhidden *= value.to(tl.float32)
-        hidden *= value.to(tl.float32)
-        tl.store(DPRE + at + width, dvalue.to(DPRE.dtype.element_ty), mask=inside)
+    EIGHTH: tl.constexpr = C.block_f // 8
+    local = tl.arange(0, C.block_t)[:, None]
+    pre_base = start.to(tl.int64) * P_MAX
+    hidden_base = start.to(tl.int64) * C.max_hidden
+    for i in tl.static_range(8):
+        columns = first + i * EIGHTH + tl.arange(0, EIGHTH)
+        inside = (grouped[:, None] < end) & (columns[None, :] < width)
+        at = local * P_MAX + columns[None, :]
+        if PRE is None:
+            h, value = add_bias_and_split(
+                again[i].to(tl.float32), B1, expert, columns, width, C
+            )
+        else:
+            h = tl.load(PRE + pre_base + at, mask=inside, other=0.0).to(tl.float32)
+            value = h
+            if C.gated:
+                value = tl.load(PRE + pre_base + width + at, mask=inside, other=0.0).to(tl.float32)
+
+        dh = tl.where(inside, dhidden[i], 0.0)
+        hidden, slope = gate_with_slope(h, C)
+        sums = SUM_DPRE
         if SUM_DPRE is not None:
-            sums = SUM_DPRE + tile.to(tl.int64) * P_MAX + width + columns
-            tl.store(sums, tl.sum(dvalue, 0), mask=columns < width)
-    dpre = dhidden * slope
-    tl.store(DPRE + at, dpre.to(DPRE.dtype.element_ty), mask=inside)
-    if SUM_DPRE is not None:
-        sums = SUM_DPRE + tile.to(tl.int64) * P_MAX + columns
-        tl.store(sums, tl.sum(dpre, 0), mask=columns < width)
-    if HIDDEN is not None:
-        at = grouped[:, None].to(tl.int64) * C.max_hidden + columns[None, :]
-        tl.store(HIDDEN + at, hidden.to(HIDDEN.dtype.element_ty), mask=inside)
+            sums = SUM_DPRE + tile.to(tl.int64) * P_MAX + columns
+        if C.gated:
+            dvalue = dh * hidden
+            dh *= value
+            hidden *= value
+            tl.store(DPRE + pre_base + width + at, dvalue.to(DPRE.dtype.element_ty), mask=inside)
+            if SUM_DPRE is not None:
+                tl.store(sums + width, tl.sum(dvalue, 0), mask=columns < width)
+        dpre = dh * slope
+        tl.store(DPRE + pre_base + at, dpre.to(DPRE.dtype.element_ty), mask=inside)
+        if SUM_DPRE is not None:
+            tl.store(sums, tl.sum(dpre, 0), mask=columns < width)
+        if HIDDEN is not None:
+            out = HIDDEN + hidden_base + local * C.max_hidden + columns[None, :]
+            tl.store(out, hidden.to(HIDDEN.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -245,20 +259,25 @@ def multiply(DPRE, DNORMED, DX, W1, rows, part, expert, start, begin, end, C: tl
     first = part * C.block_n
     grouped = start + tl.arange(0, C.block_t)
     dpre_rows = tl.minimum(grouped, end - 1).to(tl.int64)
-    acc = product_nn(
-        *(DPRE, dpre_rows, select(W1, expert, C), first, C.dim),
-        *(select(C.hidden, expert, C) * HALVES, C.max_hidden * HALVES, C.dim),
-        *(C.even, C.block_n, C),
+    acc = eighths(
+        product_nn(
+            *(DPRE, dpre_rows, select(W1, expert, C), first, C.dim),
+            *(select(C.hidden, expert, C) * HALVES, C.max_hidden * HALVES, C.dim),
+            *(C.even, C.block_n, C),
+        )
     )
-    columns = first + tl.arange(0, C.block_n)
-    inside = (grouped[:, None] < end) & (columns[None, :] < C.dim)
+    EIGHTH: tl.constexpr = C.block_n // 8
     if DNORMED is not None:
-        at = DNORMED + grouped[:, None].to(tl.int64) * C.dim + columns[None, :]
-        tl.store(at, acc.to(DNORMED.dtype.element_ty), mask=inside)
+        OUT = DNORMED
+        row = grouped.to(tl.int64)
     else:
-        token = tokens_of(rows, grouped, expert, begin, end, C)
-        at = DX + token[:, None] * C.dim + columns[None, :]
-        tl.store(at, acc.to(DX.dtype.element_ty), mask=inside)
+        OUT = DX
+        row = tokens_of(rows, grouped, expert, begin, end, C)
+    for i in tl.static_range(8):
+        columns = first + i * EIGHTH + tl.arange(0, EIGHTH)
+        inside = (grouped[:, None] < end) & (columns[None, :] < C.dim)
+        at = OUT + row[:, None] * C.dim + columns[None, :]
+        tl.store(at, acc[i].to(OUT.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from vlmo.kernels.moe_ffn.triton_parts import (
+    add_bias_and_split,
     count_tiles,
     find_tile,
     gate,
@@ -21,6 +22,7 @@ from vlmo.kernels.moe_ffn.triton_parts import (
     normalise,
     preactivation,
     product_nt,
+    eighths,
     select,
     signal,
     tokens_of,
@@ -133,20 +135,26 @@ def hidden_tile(
         a_rows = tokens_of(rows, grouped, expert, begin, end, C)
     else:
         a_rows = tl.minimum(grouped, end - 1).to(tl.int64)
-    h, value = preactivation(NORMED, a_rows, W1, B1, expert, first, width, C)
+    acc = eighths(preactivation(NORMED, a_rows, W1, expert, first, width, C))
 
-    columns = first + tl.arange(0, C.block_f)
-    inside = (grouped[:, None] < end) & (columns[None, :] < width)
-    if PRE is not None:
-        pre = PRE + grouped[:, None].to(tl.int64) * P_MAX + columns[None, :]
-        tl.store(pre, h.to(PRE.dtype.element_ty), mask=inside)
+    EIGHTH: tl.constexpr = C.block_f // 8
+    local = tl.arange(0, C.block_t)[:, None]
+    pre_base = start.to(tl.int64) * P_MAX
+    hidden_base = start.to(tl.int64) * C.max_hidden
+    for i in tl.static_range(8):
+        columns = first + i * EIGHTH + tl.arange(0, EIGHTH)
+        inside = (grouped[:, None] < end) & (columns[None, :] < width)
+        h, value = add_bias_and_split(acc[i], B1, expert, columns, width, C)
+        if PRE is not None:
+            pre = PRE + pre_base + local * P_MAX + columns[None, :]
+            tl.store(pre, h.to(PRE.dtype.element_ty), mask=inside)
+            if C.gated:
+                tl.store(pre + width, value.to(PRE.dtype.element_ty), mask=inside)
+        h = gate(h, C)
         if C.gated:
-            tl.store(pre + width, value.to(PRE.dtype.element_ty), mask=inside)
-    h = gate(h, C)
-    if C.gated:
-        h *= value
-    hidden = HIDDEN + grouped[:, None].to(tl.int64) * C.max_hidden + columns[None, :]
-    tl.store(hidden, h.to(HIDDEN.dtype.element_ty), mask=inside)
+            h *= value
+        hidden = HIDDEN + hidden_base + local * C.max_hidden + columns[None, :]
+        tl.store(hidden, h.to(HIDDEN.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -172,23 +180,31 @@ def output_tile(
     columns = part * C.block_n + tl.arange(0, C.block_n)
     h_rows = tl.minimum(grouped, end - 1).to(tl.int64)
     w2_rows = tl.minimum(columns, C.dim - 1).to(tl.int64)
-    acc = product_nt(
-        *(HIDDEN, h_rows, select(W2, expert, C), w2_rows, width, C.max_hidden, width),
-        *(C.even_hidden, C.block_n, C),
+    acc = eighths(
+        product_nt(
+            *(HIDDEN, h_rows, select(W2, expert, C), w2_rows, width, C.max_hidden, width),
+            *(C.even_hidden, C.block_n, C),
+        )
     )
 
-    within = columns < C.dim
-    if B2 is not None:
-        b2 = tl.load(select(B2, expert, C) + columns, mask=within, other=0.0)
-        acc += b2.to(tl.float32)[None, :]
-    if LAYER_SCALE is not None:
-        scale = tl.load(LAYER_SCALE + columns, mask=within, other=0.0)
-        acc *= scale.to(tl.float32)[None, :]
+    EIGHTH: tl.constexpr = C.block_n // 8
     token = tokens_of(rows, grouped, expert, begin, end, C)
     if TOKEN_SCALE is not None:
-        acc *= tl.load(TOKEN_SCALE + token).to(tl.float32)[:, None]
-    inside = (grouped[:, None] < end) & within[None, :]
-    out = token[:, None] * C.dim + columns[None, :]
-    if RESIDUAL is not None:
-        acc += tl.load(RESIDUAL + out, mask=inside, other=0.0).to(tl.float32)
-    tl.store(Y + out, acc.to(Y.dtype.element_ty), mask=inside)
+        token_scale = tl.load(TOKEN_SCALE + token).to(tl.float32)
+    for i in tl.static_range(8):
+        columns = part * C.block_n + i * EIGHTH + tl.arange(0, EIGHTH)
+        within = columns < C.dim
+        y = acc[i]
+        if B2 is not None:
+            b2 = tl.load(select(B2, expert, C) + columns, mask=within, other=0.0)
+            y += b2.to(tl.float32)[None, :]
+        if LAYER_SCALE is not None:
+            scale = tl.load(LAYER_SCALE + columns, mask=within, other=0.0)
+            y *= scale.to(tl.float32)[None, :]
+        if TOKEN_SCALE is not None:
+            y *= token_scale[:, None]
+        inside = (grouped[:, None] < end) & within[None, :]
+        out = token[:, None] * C.dim + columns[None, :]
+        if RESIDUAL is not None:
+            y += tl.load(RESIDUAL + out, mask=inside, other=0.0).to(tl.float32)
+        tl.store(Y + out, y.to(Y.dtype.element_ty), mask=inside)

@@ -281,26 +281,69 @@ def gate_with_slope(x, C: tl.constexpr):
 
 
 @triton.jit
-def preactivation(A, a_rows, W1, B1, expert, first, width, C: tl.constexpr):
-    """A[a_rows] W1^T + b1 for block_f hidden columns: twice the same, or the gate and the value.
-
-    Gate and value of a column lie side by side in the tile, so that one thread holds both.
-    """
+def preactivation(A, a_rows, W1, expert, first, width, C: tl.constexpr):
+    """A[a_rows] W1^T for block_f hidden columns; gate and value of a column lie side by side."""
     HALVES: tl.constexpr = 2 if C.gated else 1
-    BLOCK_T: tl.constexpr = C.block_t
-    BLOCK_F: tl.constexpr = C.block_f
     BLOCK_N: tl.constexpr = C.block_f * HALVES
     lane = tl.arange(0, BLOCK_N)
     columns = tl.minimum(first + lane // HALVES, width - 1) + (lane % HALVES) * width
     w1 = select(W1, expert, C)
-    h = product_nt(A, a_rows, w1, columns.to(tl.int64), C.dim, C.dim, C.dim, C.even_dim, BLOCK_N, C)
-    if B1 is not None:
-        h += tl.load(select(B1, expert, C) + columns).to(tl.float32)[None, :]
+    return product_nt(
+        A, a_rows, w1, columns.to(tl.int64), C.dim, C.dim, C.dim, C.even_dim, BLOCK_N, C
+    )
+
+
+@triton.jit
+def halves(tile):
+    """The left and the right half of a tile's columns."""
+    ROWS: tl.constexpr = tile.shape[0]
+    HALF: tl.constexpr = tile.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
+def join(left, right):
+    """What :func:`halves` took apart."""
+    ROWS: tl.constexpr = left.shape[0]
+    WIDTH: tl.constexpr = left.shape[1] * 2
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (ROWS, WIDTH))
+
+
+@triton.jit
+def eighths(tile):
+    """Eight parts of a tile's columns, from left to right.
+
+    Epilogues work on one part after the other: addresses, masks and intermediate values of a tile
+    of 128 x 256 do not fit in the registers beside its accumulators. In one piece the kernels spill
+    528 (forward), 1720 (rows) and 360 (weights) bytes a thread on sm_90; in quarters the backward's
+    still spill.
+    """
+    left, right = halves(tile)
+    a, b = halves(left)
+    c, d = halves(right)
+    a0, a1 = halves(a)
+    b0, b1 = halves(b)
+    c0, c1 = halves(c)
+    d0, d1 = halves(d)
+    return a0, a1, b0, b1, c0, c1, d0, d1
+
+
+@triton.jit
+def add_bias_and_split(h, B1, expert, columns, width, C: tl.constexpr):
+    """h + b1 from the columns that :func:`preactivation` laid side by side: gate, value.
+
+    Without a gate both are the same.
+    """
     if C.gated:
-        left, right = tl.split(tl.reshape(h, (BLOCK_T, BLOCK_F, 2)))
-        return left, right
+        left, right = tl.split(tl.reshape(h, (h.shape[0], columns.shape[0], 2)))
     else:
-        return h, h
+        left, right = h, h
+    if B1 is not None:
+        b1 = select(B1, expert, C) + columns
+        left += tl.load(b1, mask=columns < width, other=0.0).to(tl.float32)[None, :]
+        if C.gated:
+            right += tl.load(b1 + width, mask=columns < width, other=0.0).to(tl.float32)[None, :]
+    return left, right
 
 
 @triton.jit

@@ -20,7 +20,9 @@ import triton.language as tl
 
 from vlmo.kernels.moe_ffn.triton_parts import (
     dot,
+    eighths,
     expert_offset,
+    join,
     leave,
     select,
     signal,
@@ -172,20 +174,15 @@ def moe_ffn_bwd_weights_kernel(
                     *(DPRE, NORMED, DBRANCH, HIDDEN, rows, expert, is_w1, first_m, first_n),
                     *(tile_rows, tile_columns, step, last, NORMED_BY_TOKEN, DBRANCH_BY_TOKEN, C),
                 )
-                m = tl.arange(0, C.block_t)
-                n = tl.arange(0, C.block_n)
-                in_slot = m[:, None] * C.block_n + n[None, :]
                 if step > 0:
-                    slot = PARTIAL + number.to(tl.int64) * (C.block_t * C.block_n)
-                    tl.store(slot + in_slot, acc)
+                    save_partial(acc, PARTIAL, number, C)
                     signal(partial_ready + number)
                 else:
                     # Its later steps are the first of the shares behind this one.
                     peer = number + 1
                     while last < steps:
                         wait(partial_ready + peer, 1)
-                        slot = PARTIAL + peer.to(tl.int64) * (C.block_t * C.block_n)
-                        acc += tl.load(slot + in_slot)
+                        acc = add_partial(acc, PARTIAL, peer, C)
                         last += share
                         peer += 1
                     finish_tile(
@@ -241,6 +238,30 @@ def moe_ffn_bwd_weights_kernel(
 
 
 @triton.jit
+def save_partial(acc, PARTIAL, number, C: tl.constexpr):
+    EIGHTH: tl.constexpr = C.block_n // 8
+    parts = eighths(acc)
+    slot = PARTIAL + number.to(tl.int64) * (C.block_t * C.block_n)
+    at = tl.arange(0, C.block_t)[:, None] * EIGHTH + tl.arange(0, EIGHTH)[None, :]
+    for i in tl.static_range(8):
+        tl.store(slot + i * C.block_t * EIGHTH + at, parts[i])
+
+
+@triton.jit
+def add_partial(acc, PARTIAL, number, C: tl.constexpr):
+    EIGHTH: tl.constexpr = C.block_n // 8
+    SIZE: tl.constexpr = C.block_t * EIGHTH
+    a, b, c, d, e, f, g, h = eighths(acc)
+    slot = PARTIAL + number.to(tl.int64) * (C.block_t * C.block_n)
+    at = slot + tl.arange(0, C.block_t)[:, None] * EIGHTH + tl.arange(0, EIGHTH)[None, :]
+    ab = join(a + tl.load(at), b + tl.load(at + SIZE))
+    cd = join(c + tl.load(at + 2 * SIZE), d + tl.load(at + 3 * SIZE))
+    ef = join(e + tl.load(at + 4 * SIZE), f + tl.load(at + 5 * SIZE))
+    gh = join(g + tl.load(at + 6 * SIZE), h + tl.load(at + 7 * SIZE))
+    return join(join(ab, cd), join(ef, gh))
+
+
+@triton.jit
 def tile_corner(expert, tile, is_w1, C: tl.constexpr, W: tl.constexpr):
     """First row and column of a tile of dw1 [F or 2 F, D] or dw2 [D, F], and that shape."""
     hidden = select(C.hidden, expert, C)
@@ -284,26 +305,37 @@ def weight_product(
 
     BLOCK_T: tl.constexpr = C.block_t
     BLOCK_N: tl.constexpr = C.block_n
+    k = tl.arange(0, C.block_k)
+    a_at = k[None, :] * stride_a + m[:, None]
+    b_at = k[:, None] * stride_b + n[None, :]
+
     acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    for k in tl.range(step, last):
-        grouped = begin + k * C.block_k + tl.arange(0, C.block_k)
-        a_rows = grouped.to(tl.int64)
-        b_rows = a_rows
+    for number in tl.range(step, last):
+        first = begin + number * C.block_k
+        a_base = A
+        b_base = B
         if NORMED_BY_TOKEN or DBRANCH_BY_TOKEN:
-            token = tokens_of(rows, grouped, expert, begin, end, C)
-            if DBRANCH_BY_TOKEN:
-                a_rows = tl.where(is_w1, a_rows, token)
-            if NORMED_BY_TOKEN:
-                b_rows = tl.where(is_w1, token, b_rows)
-        # [block_k, block_t], [block_k, block_n]
-        inside_a = grouped[:, None] < end
-        inside_b = inside_a
+            token = tokens_of(rows, first + k, expert, begin, end, C)
+            in_order = (first + k).to(tl.int64)
+        if DBRANCH_BY_TOKEN:
+            a_at = tl.where(is_w1, in_order, token)[None, :] * stride_a + m[:, None]
+        else:
+            a_base += first.to(tl.int64) * stride_a
+        if NORMED_BY_TOKEN:
+            b_at = tl.where(is_w1, token, in_order)[:, None] * stride_b + n[None, :]
+        else:
+            b_base += first.to(tl.int64) * stride_b
+        # [block_t, block_k], [block_k, block_n]
+        inside_a = k[None, :] < end - first
+        inside_b = k[:, None] < end - first
         if not C.even:
-            inside_a = inside_a & (m[None, :] < tile_rows)
+            inside_a = inside_a & (m[:, None] < tile_rows)
             inside_b = inside_b & (n[None, :] < tile_columns)
-        a = tl.load(A + a_rows[:, None] * stride_a + m[None, :], mask=inside_a, other=0.0)
-        b = tl.load(B + b_rows[:, None] * stride_b + n[None, :], mask=inside_b, other=0.0)
-        acc = dot(tl.trans(a), b, acc, C)
+        # Loaded as it is multiplied: of an operand that is transposed after its load, Triton keeps
+        # one buffer instead of num_stages - 1 on sm_80.
+        a = tl.load(a_base + a_at, mask=inside_a, other=0.0)
+        b = tl.load(b_base + b_at, mask=inside_b, other=0.0)
+        acc = dot(a, b, acc, C)
     return acc
 
 
@@ -325,30 +357,38 @@ def finish_tile(
     W: tl.constexpr,
 ):
     """Store a tile of dw1 or dw2, and what dlayer_scale needs of it."""
+    BLOCK_T: tl.constexpr = C.block_t
+    EIGHTH: tl.constexpr = C.block_n // 8
+    parts = eighths(acc)
     m = first_m + tl.arange(0, C.block_t)
-    n = first_n + tl.arange(0, C.block_n)
-    inside = (m[:, None] < tile_rows) & (n[None, :] < tile_columns)
-    at = m[:, None].to(tl.int64) * tile_columns + n[None, :]
+    row = m[:, None] * tile_columns
+    factor = tl.full((BLOCK_T,), 1.0, tl.float32)
     if LAYER_SCALE is not None:
-        if SUM_SCALE is not None:
-            if not is_w1:
+        scale = tl.load(LAYER_SCALE + m, mask=(m < tile_rows) & (not is_w1), other=1.0)
+        factor = scale.to(tl.float32)
+    of_scale = tl.zeros((BLOCK_T,), tl.float32)
+    for i in tl.static_range(8):
+        n = first_n + i * EIGHTH + tl.arange(0, EIGHTH)
+        inside = (m[:, None] < tile_rows) & (n[None, :] < tile_columns)
+        at = row + n[None, :]
+        part = parts[i]
+        if is_w1:
+            if DW1 is not None:
+                out = select(DW1, expert, C) + at
+                tl.store(out, part.to(out.dtype.element_ty), mask=inside & select(W.w1, expert, C))
+        else:
+            if SUM_SCALE is not None:
                 w2 = tl.load(select(W2, expert, C) + at, mask=inside, other=0.0)
-                row = first_n // C.block_n
-                for e in tl.static_range(len(C.hidden)):
-                    row += tl.where(e < expert, tl.cdiv(C.hidden[e], C.block_n), 0)
-                sums = SUM_SCALE + row * C.dim + m
-                tl.store(sums, tl.sum(acc * w2.to(tl.float32), 1), mask=m < C.dim)
-        of_w2 = (m < tile_rows) & (not is_w1)
-        scale = tl.load(LAYER_SCALE + m, mask=of_w2, other=1.0)
-        acc *= scale.to(tl.float32)[:, None]
-    if is_w1:
-        if DW1 is not None:
-            out = select(DW1, expert, C) + at
-            tl.store(out, acc.to(out.dtype.element_ty), mask=inside & select(W.w1, expert, C))
-    else:
-        if DW2 is not None:
-            out = select(DW2, expert, C) + at
-            tl.store(out, acc.to(out.dtype.element_ty), mask=inside & select(W.w2, expert, C))
+                of_scale += tl.sum(part * w2.to(tl.float32), 1)
+            if DW2 is not None:
+                part *= factor[:, None]
+                out = select(DW2, expert, C) + at
+                tl.store(out, part.to(out.dtype.element_ty), mask=inside & select(W.w2, expert, C))
+    if SUM_SCALE is not None:
+        line = first_n // C.block_n
+        for e in tl.static_range(len(C.hidden)):
+            line += tl.where(e < expert, tl.cdiv(C.hidden[e], C.block_n), 0)
+        tl.store(SUM_SCALE + line * C.dim + m, of_scale, mask=(m < C.dim) & (not is_w1))
 
 
 @triton.jit
