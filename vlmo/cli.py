@@ -32,6 +32,14 @@ class Device(str, enum.Enum):
     cuda = "cuda"
 
 
+class Dtype(str, enum.Enum):
+    """Of the operands of the products."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
 @app.command()
 def info() -> None:
     """Show versions, devices, built kernels, and what can run here."""
@@ -68,6 +76,39 @@ def demo(
     failures = run(settings, Console())
     if failures:
         raise typer.Exit(1)
+
+
+@app.command()
+def tune(
+    dim: Annotated[int | None, typer.Option(min=1, help="Model dimension.  [default: 768]")] = None,
+    hidden: Annotated[
+        int | None, typer.Option(min=1, help="Hidden width of an expert.  [default: 3072]")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the batch.  [default: 32768]")
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="Tokens of each expert in one sequence.  [default: 40:197]"),
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of weights and activations.  [default: bfloat16]")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(help="Table to write; rows of other GPUs in it are kept.")
+    ] = Path("vlmo-tiles.json"),
+    quick: Annotated[bool, typer.Option("--quick", help="Try the likeliest tiles only.")] = False,
+) -> None:
+    """Search the tile shapes of moe_ffn's Triton kernels on this GPU and write them to a file.
+
+    The variable VLMO_TILES makes the library use the file. Without a GPU, TRITON_INTERPRET=1 runs
+    the search at a tiny size, as a check of itself: its times mean nothing.
+    """
+    from vlmo.tune import parse_problem, tune
+
+    given = dict(dim=dim, hidden=hidden, tokens=tokens, split=split, dtype=dtype and dtype.value)
+    problem = parse_problem({name: value for name, value in given.items() if value is not None})
+    tune(problem, output, Console(), quick=quick)
 
 
 def main() -> None:
