@@ -115,7 +115,9 @@ class Gradients:
         dim = config.dim
         split = work.w1_tiles, work.w2_tiles, work.whole
         divided = any(w1 + w2 - whole for w1, w2, whole in zip(*split, strict=True))
-        partial = (workers, tile.block_t, tile.block_n)
+        shape = (workers, tile.block_t, tile.block_n) if divided else 1
+        partial = self.x.new_empty(shape, dtype=torch.float32)
+        sums = (self.sum_dpre, self.sum_dbranch, self.sum_norm)
         scales = _given(self.dlayer_scale)
         dbranch = self.dbranch if self.dbranch is not None else self.dh2
         tickets = sum(work.whole) + workers + sum(work.sum_blocks)
@@ -125,8 +127,8 @@ class Gradients:
                 *(self.dpre, self.x if self.normed is None else self.normed),
                 self.dy if dbranch is None else dbranch,
                 self.dpre if self.hidden is None else self.hidden,
-                *(self.sum_dpre, self.sum_dbranch, self.sum_norm),
-                self.x.new_empty(partial if divided else 0, dtype=torch.float32),
+                *(partial if tensor is None else tensor for tensor in sums),
+                partial,
                 self._sums(work.scale_rows, dim, scales),
                 self._sums(len(call.w1), dim, scales and bool(call.b2)),
                 *(tuple(self.grads[name]) or None for name in _LISTS),

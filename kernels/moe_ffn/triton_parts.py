@@ -302,14 +302,6 @@ def halves(tile):
 
 
 @triton.jit
-def join(left, right):
-    """What :func:`halves` took apart."""
-    ROWS: tl.constexpr = left.shape[0]
-    WIDTH: tl.constexpr = left.shape[1] * 2
-    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (ROWS, WIDTH))
-
-
-@triton.jit
 def eighths(tile):
     """Eight parts of a tile's columns, from left to right.
 

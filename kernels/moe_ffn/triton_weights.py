@@ -22,7 +22,6 @@ from vlmo.kernels.moe_ffn.triton_parts import (
     dot,
     eighths,
     expert_offset,
-    join,
     leave,
     select,
     signal,
@@ -130,7 +129,7 @@ def moe_ffn_bwd_weights_kernel(
     NORMED,  # [T, D] grouped, or x by token if NORMED_BY_TOKEN
     DBRANCH,  # [T, D] grouped, or dy by token if DBRANCH_BY_TOKEN
     HIDDEN,  # [T, max F] grouped
-    SUM_DPRE,  # partial sums, as the kernel of the rows left them
+    SUM_DPRE,  # partial sums, as the kernel of the rows left them; anything where not needed
     SUM_DBRANCH,
     SUM_NORM,
     PARTIAL,  # [workers, block_t, block_n] float32 scratch
@@ -161,7 +160,7 @@ def moe_ffn_bwd_weights_kernel(
 
     ticket = tl.atomic_add(COUNTERS, 1, sem="relaxed")
     while ticket < total:
-        following = tl.atomic_add(COUNTERS, 1, sem="relaxed")
+        brought = 0  # contributions to dlayer_scale
         if ticket < ranges:
             position, stop, number, share = find_range(ticket, rows, C, W)
             while position < stop:
@@ -179,86 +178,60 @@ def moe_ffn_bwd_weights_kernel(
                     signal(partial_ready + number)
                 else:
                     # Its later steps are the first of the shares behind this one.
-                    peer = number + 1
-                    while last < steps:
+                    peers = tl.where(last < steps, tl.cdiv(steps - last, tl.maximum(share, 1)), 0)
+                    for peer in range(number + 1, number + 1 + peers):
                         wait(partial_ready + peer, 1)
-                        acc = add_partial(acc, PARTIAL, peer, C)
-                        last += share
-                        peer += 1
                     finish_tile(
-                        *(acc, DW1, DW2, SUM_SCALE, W2, LAYER_SCALE),
+                        *(acc, PARTIAL, number, peers, DW1, DW2, SUM_SCALE, W2, LAYER_SCALE),
                         *(expert, is_w1, first_m, first_n, tile_rows, tile_columns, C, W),
                     )
-                    if SUM_SCALE is not None:
-                        if not is_w1:
-                            finish_scale(SUM_SCALE, SUM_BIAS, DLAYER_SCALE, COUNTERS + 2, C, W)
+                    brought += tl.where(is_w1, 0, 1)
         else:
-            block = ticket - ranges
-            if block < W.sum_blocks[0]:
-                if SUM_DPRE is not None:
-                    P_MAX: tl.constexpr = C.max_hidden * (2 if C.gated else 1)
-                    expert, columns, sums = add_up(
-                        SUM_DPRE, 0, P_MAX, 1, block, W.sum_blocks[0], rows, C, W
-                    )
+            kind, expert, columns, sums = add_up(
+                SUM_DPRE, SUM_DBRANCH, SUM_NORM, ticket - ranges, rows, C, W
+            )
+            if kind == 0:
+                if DB1 is not None:
                     width = select(C.hidden, expert, C) * (2 if C.gated else 1)
                     store_sum(DB1, W.b1, expert, columns, width, sums, C)
-            elif block < W.sum_blocks[0] + W.sum_blocks[1]:
-                if SUM_DBRANCH is not None:
-                    block -= W.sum_blocks[0]
-                    expert, columns, sums = add_up(
-                        SUM_DBRANCH, 0, C.dim, W.dbranch_rows, block, W.sum_blocks[1], rows, C, W
-                    )
-                    within = columns < C.dim
-                    if SUM_BIAS is not None:
-                        b2 = tl.load(select(B2, expert, C) + columns, mask=within, other=0.0)
-                        at = SUM_BIAS + expert * C.dim + columns
-                        tl.store(at, sums * b2.to(tl.float32), mask=within)
-                        finish_scale(SUM_SCALE, SUM_BIAS, DLAYER_SCALE, COUNTERS + 2, C, W)
+            elif kind == 1:
+                within = columns < C.dim
+                if SUM_BIAS is not None:
+                    b2 = tl.load(select(B2, expert, C) + columns, mask=within, other=0.0)
+                    at = SUM_BIAS + expert * C.dim + columns
+                    tl.store(at, sums * b2.to(tl.float32), mask=within)
+                    brought += 1
+                if DB2 is not None:
                     if LAYER_SCALE is not None:
                         scale = tl.load(LAYER_SCALE + columns, mask=within, other=0.0)
                         sums *= scale.to(tl.float32)
                     store_sum(DB2, W.b2, expert, columns, C.dim, sums, C)
+            elif kind == 2:
+                if DNORM_WEIGHT is not None:
+                    store_sum(DNORM_WEIGHT, W.norm_weight, expert, columns, C.dim, sums, C)
             else:
-                if SUM_NORM is not None:
-                    block -= W.sum_blocks[0] + W.sum_blocks[1]
-                    of_bias = block >= W.sum_blocks[2]
-                    block -= tl.where(of_bias, W.sum_blocks[2], 0)
-                    offset = tl.where(of_bias, C.dim, 0)
-                    expert, columns, sums = add_up(
-                        *(SUM_NORM, offset, 2 * C.dim, W.norm_rows, block),
-                        *(tl.where(of_bias, W.sum_blocks[3], W.sum_blocks[2]), rows, C, W),
-                    )
-                    if of_bias:
-                        if DNORM_BIAS is not None:
-                            store_sum(DNORM_BIAS, W.norm_bias, expert, columns, C.dim, sums, C)
-                    else:
-                        store_sum(DNORM_WEIGHT, W.norm_weight, expert, columns, C.dim, sums, C)
-        ticket = following
+                if DNORM_BIAS is not None:
+                    store_sum(DNORM_BIAS, W.norm_bias, expert, columns, C.dim, sums, C)
+        if SUM_SCALE is not None:
+            if brought > 0:
+                finish_scale(SUM_SCALE, SUM_BIAS, DLAYER_SCALE, COUNTERS + 2, brought, C, W)
+        ticket = tl.atomic_add(COUNTERS, 1, sem="relaxed")
     leave(COUNTERS, 3 + W.workers)
 
 
 @triton.jit
 def save_partial(acc, PARTIAL, number, C: tl.constexpr):
-    EIGHTH: tl.constexpr = C.block_n // 8
     parts = eighths(acc)
-    slot = PARTIAL + number.to(tl.int64) * (C.block_t * C.block_n)
-    at = tl.arange(0, C.block_t)[:, None] * EIGHTH + tl.arange(0, EIGHTH)[None, :]
     for i in tl.static_range(8):
-        tl.store(slot + i * C.block_t * EIGHTH + at, parts[i])
+        tl.store(partial_at(PARTIAL, number, i, C), parts[i])
 
 
 @triton.jit
-def add_partial(acc, PARTIAL, number, C: tl.constexpr):
+def partial_at(PARTIAL, number, i: tl.constexpr, C: tl.constexpr):
+    """Where eighth ``i`` of the partial tile of share ``number`` lies."""
     EIGHTH: tl.constexpr = C.block_n // 8
-    SIZE: tl.constexpr = C.block_t * EIGHTH
-    a, b, c, d, e, f, g, h = eighths(acc)
-    slot = PARTIAL + number.to(tl.int64) * (C.block_t * C.block_n)
-    at = slot + tl.arange(0, C.block_t)[:, None] * EIGHTH + tl.arange(0, EIGHTH)[None, :]
-    ab = join(a + tl.load(at), b + tl.load(at + SIZE))
-    cd = join(c + tl.load(at + 2 * SIZE), d + tl.load(at + 3 * SIZE))
-    ef = join(e + tl.load(at + 4 * SIZE), f + tl.load(at + 5 * SIZE))
-    gh = join(g + tl.load(at + 6 * SIZE), h + tl.load(at + 7 * SIZE))
-    return join(join(ab, cd), join(ef, gh))
+    slot = PARTIAL + (number * 8 + i) * (C.block_t * EIGHTH)
+    return slot + tl.arange(0, C.block_t)[:, None] * EIGHTH + tl.arange(0, EIGHTH)[None, :]
 
 
 @triton.jit
@@ -342,6 +315,9 @@ def weight_product(
 @triton.jit
 def finish_tile(
     acc,
+    PARTIAL,
+    number,
+    peers,
     DW1,
     DW2,
     SUM_SCALE,
@@ -356,7 +332,7 @@ def finish_tile(
     C: tl.constexpr,
     W: tl.constexpr,
 ):
-    """Store a tile of dw1 or dw2, and what dlayer_scale needs of it."""
+    """Add the peers' partial tiles; store a tile of dw1 or dw2, and what dlayer_scale needs."""
     BLOCK_T: tl.constexpr = C.block_t
     EIGHTH: tl.constexpr = C.block_n // 8
     parts = eighths(acc)
@@ -372,6 +348,8 @@ def finish_tile(
         inside = (m[:, None] < tile_rows) & (n[None, :] < tile_columns)
         at = row + n[None, :]
         part = parts[i]
+        for peer in range(number + 1, number + 1 + peers):
+            part += tl.load(partial_at(PARTIAL, peer, i, C))
         if is_w1:
             if DW1 is not None:
                 out = select(DW1, expert, C) + at
@@ -392,10 +370,13 @@ def finish_tile(
 
 
 @triton.jit
-def finish_scale(SUM_SCALE, SUM_BIAS, DLAYER_SCALE, counter, C: tl.constexpr, W: tl.constexpr):
-    """Count one contribution to dlayer_scale; whoever brings the last one adds all of them up."""
+def finish_scale(
+    SUM_SCALE, SUM_BIAS, DLAYER_SCALE, counter, brought, C: tl.constexpr, W: tl.constexpr
+):
+    """Count contributions to dlayer_scale; whoever brings the last one adds all of them up."""
     tl.debug_barrier()
-    if tl.atomic_add(counter, 1, sem="acq_rel") == W.scale_signals - 1:
+    before = tl.atomic_add(counter, brought, sem="acq_rel")
+    if before + brought == W.scale_signals:
         for first in range(0, C.dim, SUM_COLUMNS):
             columns = first + tl.arange(0, SUM_COLUMNS)
             within = columns < C.dim
@@ -409,29 +390,45 @@ def finish_scale(SUM_SCALE, SUM_BIAS, DLAYER_SCALE, counter, C: tl.constexpr, W:
 @triton.jit
 def sum_rows(SOURCE, begin, end, stride, columns, within):
     """Sums over the rows [begin, end) of some columns, always in the same order."""
-    total = tl.zeros((SUM_COLUMNS,), tl.float32)
+    total = tl.zeros((SUM_ROWS, SUM_COLUMNS), tl.float32)
     for first in range(begin, end, SUM_ROWS):
         r = first + tl.arange(0, SUM_ROWS)
         at = SOURCE + r[:, None].to(tl.int64) * stride + columns[None, :]
         inside = (r[:, None] < end) & within[None, :]
-        total += tl.sum(tl.load(at, mask=inside, other=0.0), 0)
-    return total
+        total += tl.load(at, mask=inside, other=0.0)
+    return tl.sum(total, 0)
 
 
 @triton.jit
-def add_up(SOURCE, offset, stride, per_tile, block, blocks, rows, C: tl.constexpr, W: tl.constexpr):
-    """One block of columns of the partial sums of one expert: expert, columns, sums."""
+def add_up(SUM_DPRE, SUM_DBRANCH, SUM_NORM, block, rows, C: tl.constexpr, W: tl.constexpr):
+    """One block of columns of one kind of partial sums of one expert: kind, expert, columns, sums.
+
+    Kinds: 0 dpre, 1 dbranch, 2 the norm's weight, 3 its bias.
+    """
+    P_MAX: tl.constexpr = C.max_hidden * (2 if C.gated else 1)
+    kind = 0
+    blocks = W.sum_blocks[0]
+    for i in tl.static_range(1, 4):
+        behind = (kind == i - 1) & (block >= blocks)
+        block -= tl.where(behind, blocks, 0)
+        kind = tl.where(behind, i, kind)
+        blocks = tl.where(behind, W.sum_blocks[i], blocks)
     each = blocks // len(C.hidden)
     expert = block // each
     columns = (block % each) * SUM_COLUMNS + tl.arange(0, SUM_COLUMNS)
+
+    source = tl.where(kind == 0, SUM_DPRE, tl.where(kind == 1, SUM_DBRANCH, SUM_NORM))
+    source += tl.where(kind == 3, C.dim, 0)
+    stride = tl.where(kind == 0, P_MAX, tl.where(kind == 1, C.dim, 2 * C.dim))
+    per_tile = tl.where(kind == 0, 1, tl.where(kind == 1, W.dbranch_rows, W.norm_rows))
     begin, end, tiles = 0, 0, 0
     for e in tl.static_range(len(C.hidden)):
         begin = tl.where(expert == e, tiles, begin)
         tiles += tl.cdiv(expert_offset(rows, e + 1) - expert_offset(rows, e), W.rows_block_t)
         end = tl.where(expert == e, tiles, end)
-    within = columns < tl.where(stride == 2 * C.dim, C.dim, stride)
-    sums = sum_rows(SOURCE + offset, begin * per_tile, end * per_tile, stride, columns, within)
-    return expert, columns, sums
+    within = columns < tl.where(kind == 0, P_MAX, C.dim)
+    sums = sum_rows(source, begin * per_tile, end * per_tile, stride, columns, within)
+    return kind, expert, columns, sums
 
 
 @triton.jit
