@@ -1,7 +1,14 @@
-"""What every test gets: the device it runs on, and a seeded generator."""
+"""What every test gets: the device and the backend it runs on, and a seeded generator."""
+
+import os
+from typing import NamedTuple
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton's kernels then run in its interpreter. Triton reads this when it is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items):
@@ -17,6 +24,47 @@ def pytest_collection_modifyitems(items):
 def device(request) -> torch.device:
     """The CPU, and the GPU where there is one: the very same test runs on both."""
     return torch.device(request.param)
+
+
+class Place(NamedTuple):
+    """Where a test of moe_ffn runs."""
+
+    device: torch.device
+    backend: str
+
+
+def _convert_float(values, source, target, rounding):
+    """Round as every GPU does; Triton's interpreter cuts float32 down to bfloat16 (Triton 3.7)."""
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    bits = torch.tensor(values).view(dtypes[source.name])
+    return (
+        bits.to(dtypes[target.name]).view(getattr(torch, f"int{target.primitive_bitwidth}")).numpy()
+    )
+
+
+@pytest.fixture(
+    params=[
+        ("cpu", "reference"),
+        ("cpu", "triton"),
+        pytest.param(("cuda", "reference"), marks=pytest.mark.gpu),
+        pytest.param(("cuda", "triton"), marks=pytest.mark.gpu),
+    ],
+    ids="-".join,
+)
+def place(request, monkeypatch) -> Place:
+    """Every backend of moe_ffn on the CPU, and on the GPU where there is one."""
+    from vlmo.kernels import why_not
+
+    device, backend = request.param
+    if request.param == ("cpu", "triton"):
+        if torch.cuda.is_available():
+            pytest.skip("Triton's interpreter is not used beside a GPU")
+        from triton.runtime import interpreter
+
+        monkeypatch.setattr(interpreter, "_convert_float", _convert_float)
+    if device == "cuda" and (reason := why_not("moe_ffn", backend, device=device)):
+        pytest.skip(reason)
+    return Place(torch.device(device), backend)
 
 
 @pytest.fixture(autouse=True, scope="session")

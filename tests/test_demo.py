@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -62,6 +63,9 @@ def short_demo(tmp_path_factory):
         context.setattr(program, "SCENES", 256)
         context.setattr(program, "GALLERY", 24)
         context.setattr(program, "CANDIDATES", 4)
+        # Triton's interpreter would take a minute for what the tests of moe_ffn check anyway.
+        only = functools.partial(check_backends, backend="reference")
+        context.setattr(program, "check_backends", only)
         arguments = ["demo", "--steps", "4", "--device", "cpu", "--output", str(folder)]
         yield CliRunner().invoke(app, arguments, catch_exceptions=False), folder
 
@@ -198,7 +202,7 @@ def test_demo_fails_when_a_kernel_or_the_retrieval_does(tmp_path, monkeypatch):
     monkeypatch.setattr(program, "Recipe", lambda: Recipe(1, 8))
     monkeypatch.setattr(program, "FARTHER_THAN_CHANCE", 1000)
     wrong = Deviation("y", 2.0, 0.1, 0.3), Deviation("x", 0.1, 0.1, 0.3)
-    row = dataclasses.replace(next(check_backends([CPU])), deviations=wrong)
+    row = dataclasses.replace(next(check_backends([CPU], backend="reference")), deviations=wrong)
     monkeypatch.setattr(program, "check_backends", lambda *_, **__: [row])
     result = CliRunner().invoke(app, ["demo", "--device", "cpu", "--output", str(tmp_path)])
     assert result.exit_code == 1

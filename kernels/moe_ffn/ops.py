@@ -13,15 +13,15 @@ from torch import Tensor
 
 from vlmo.kernels.arguments import without_autocast
 from vlmo.kernels.dispatch import Absent, Backend, runs_eagerly
-from vlmo.kernels.moe_ffn import reference
+from vlmo.kernels.moe_ffn import reference, triton_impl
 from vlmo.kernels.moe_ffn.reference import Call, pre_shape
 
 BACKENDS: dict[str, Backend] = {
     "cuda": Absent("moe_ffn has no CUDA kernel in this version."),
-    "triton": Absent("moe_ffn has no Triton kernel in this version."),
+    "triton": triton_impl,
     "reference": reference,
 }
-_IMPLEMENTATIONS = {"reference": reference}
+_IMPLEMENTATIONS = {"triton": triton_impl, "reference": reference}
 
 
 def run(call: Call, backend: str) -> Tensor:
