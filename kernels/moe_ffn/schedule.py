@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,6 +51,8 @@ class Banded:
         return sum(self._begin(step - p) * count for p, count in enumerate(self.tasks))
 
     def locate(self, ticket: int) -> Task:
+        if not 0 <= ticket < self.total:
+            raise IndexError(f"ticket: {ticket} is outside [0, {self.total})")
         step = ticket // (self.band * sum(self.tasks))
         while self.first_ticket(step + 1) <= ticket:
             step += 1
@@ -61,15 +63,21 @@ class Banded:
             if offset < size * count:
                 return Task(phase, first + offset % size, offset // size)
             offset -= size * count
-        raise ValueError(f"ticket: {ticket} is outside 0..{self.total - 1}")
+        raise AssertionError(ticket)
 
-    def __iter__(self) -> Iterator[Task]:
-        """The tasks in the order of their tickets."""
+    def runs(self) -> Iterator[tuple[int, range, int]]:
+        """Phase, row tiles and number of parts of the tickets that lie together, in their order."""
         for step in range(-(-self.tiles // self.band) + len(self.tasks) - 1):
             for phase, count in enumerate(self.tasks):
                 band = range(self._begin(step - phase), self._begin(step - phase + 1))
-                for part in range(count):
-                    yield from (Task(phase, tile, part) for tile in band)
+                if band and count:
+                    yield phase, band, count
+
+    def __iter__(self) -> Iterator[Task]:
+        """The tasks in the order of their tickets."""
+        for phase, band, count in self.runs():
+            for part in range(count):
+                yield from (Task(phase, tile, part) for tile in band)
 
     def _begin(self, band: int) -> int:
         """First row tile of a band."""
@@ -87,53 +95,65 @@ class Replay(NamedTuple):
 def replay(schedule: Banded, workers: int, costs: Sequence[float]) -> Replay:
     """Play the tickets in order, each taken by the first worker that is free.
 
+    A worker takes no ticket before it is done with its last one. Taken ahead, a ticket would lie
+    behind a long task while others have nothing to do: that costs a fifth of the time at 8k tokens.
+
     Args:
         costs: time of one task of each phase.
 
     Raises:
         AssertionError: a task waits for one with a later ticket, which could hang.
     """
-    free = [0.0] * workers
-    done = [[0] * schedule.tiles for _ in schedule.tasks]
+    free = [0.0] * workers  # a heap
     ready = [[0.0] * schedule.tiles for _ in schedule.tasks]
-    before = [
-        max((q for q in range(p) if schedule.tasks[q]), default=None)
-        for p in range(len(schedule.tasks))
-    ]
-    waiting = busy = 0.0
-    for phase, tile, _ in schedule:
-        start = heapq.heappop(free)
-        source = before[phase]
-        if source is not None:
-            assert done[source][tile] == schedule.tasks[source], (phase, tile)
-            waiting += max(ready[source][tile] - start, 0.0)
-            start = max(ready[source][tile], start)
-        end = start + costs[phase]
-        busy += costs[phase]
-        done[phase][tile] += 1
-        ready[phase][tile] = max(ready[phase][tile], end)
-        heapq.heappush(free, end)
-    makespan = max(free)
-    if makespan == 0.0:
-        return Replay(0.0, 1.0, 0.0)
-    return Replay(makespan, busy / (workers * makespan), waiting / (workers * makespan))
+    done = [[0] * schedule.tiles for _ in schedule.tasks]
+    waiting = 0.0
+    # The innermost loop is what the host spends its time on when it chooses a band.
+    for phase, band, parts in schedule.runs():
+        cost, ends, before = costs[phase], ready[phase], _phase_before(phase, schedule.tasks)
+        starts = [0.0] * schedule.tiles if before is None else ready[before]
+        for tile in band:
+            assert before is None or done[before][tile] == schedule.tasks[before], (phase, tile)
+            done[phase][tile] += parts
+        for _ in range(parts):
+            for tile in band:
+                start = free[0]
+                if starts[tile] > start:
+                    waiting += starts[tile] - start
+                    start = starts[tile]
+                end = start + cost
+                if end > ends[tile]:
+                    ends[tile] = end
+                heapq.heapreplace(free, end)
+    busy = schedule.tiles * sum(c * n for c, n in zip(costs, schedule.tasks, strict=True))
+    return _shares(max(free), busy, waiting, workers)
 
 
-# Usually a band's longest tasks keep half of the workers busy, and leave as many for the others.
-_BANDS = (4, 6, 8, 11, 14, 16, 18, 20, 22, 24, 26, 28, 30, 33, 36, 40, 44, 52, 64)
+def _phase_before(phase: int, tasks: Sequence[int]) -> int | None:
+    """The phase that a task of ``phase`` waits for: the last one before it that has tasks."""
+    return max((p for p in range(phase) if tasks[p]), default=None)
+
+
+def _shares(makespan: float, busy: float, waiting: float, workers: int) -> Replay:
+    time = workers * makespan
+    return Replay(makespan, busy / time, waiting / time) if time else Replay(0.0, 1.0, 0.0)
+
+
+# In twelfths of what keeps half of the workers busy with a band's longest tasks, and leaves as many
+# for the others. The best band is seldom more than a percent better than the best of these.
+_BANDS = (4, 6, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 20, 22, 24, 36)
 # Above this many tickets a launch is so long that the choice of band hardly matters, and replaying
 # it would take the host longer than it saves.
-_REPLAYED = 3000
+_REPLAYED = 6000
 
 
 @functools.lru_cache(maxsize=1024)
 def choose_band(tiles: int, tasks: tuple[int, ...], workers: int, costs: tuple[float, ...]) -> int:
     """Row tiles of a band: by replay for short launches, else half of the workers' worth."""
-    longest = max(cost for cost, count in zip(costs, tasks, strict=True) if count)
-    usual = max(1, workers // (2 * tasks[costs.index(longest)]))
-    if tiles * sum(tasks) > _REPLAYED or tiles <= 1:
-        return usual
-    bands = [*(band for band in _BANDS if band < tiles), tiles]
+    _, longest = max((cost, n) for cost, n in zip(costs, tasks, strict=True) if n)
+    if tiles * sum(tasks) > _REPLAYED:
+        return max(1, workers // (2 * longest))
+    bands = sorted({min(max(workers * n // (24 * longest), 1), max(tiles, 1)) for n in _BANDS})
     return min(bands, key=lambda b: replay(Banded(tiles, b, tasks), workers, costs).makespan)
 
 
@@ -179,13 +199,17 @@ class Split:
     def total(self) -> int:
         return sum(self.whole) + self.workers
 
+    def share_of(self, ticket: int) -> int:
+        """Number of a ticket's share; a ticket for a whole tile gets one that no share has."""
+        return self.total - 1 - ticket
+
     def pieces(self, ticket: int) -> list[Piece]:
         """What the program with this ticket works on, in order."""
+        number = self.share_of(ticket)
         for expert, whole in enumerate(self.whole):
             if ticket < whole:
                 return [Piece(expert, ticket, 0, self.steps[expert])]
             ticket -= whole
-        number = self.workers - 1 - ticket
         first, last = number * self.share, (number + 1) * self.share
         found, position = [], 0
         for expert, steps in enumerate(self.steps):
@@ -195,3 +219,43 @@ class Split:
                     found.append(Piece(expert, tile, begin, end))
                 position += steps
         return found
+
+    def peers(self, number: int, piece: Piece) -> range:
+        """The shares that go on where an owner's ``piece``, the last of its share, breaks off."""
+        missing = self.steps[piece.expert] - piece.last
+        return range(number + 1, number + 1 + (-(-missing // self.share) if missing else 0))
+
+
+def replay_split(split: Split, overhead: float, addition: float) -> Replay:
+    """Play the tickets in order; a step costs 1.
+
+    Args:
+        overhead: what each piece costs beside its steps.
+        addition: what it costs an owner to add one partial tile to its own.
+
+    Raises:
+        AssertionError: an owner waits for a share with a later ticket, which could hang.
+    """
+    free = [0.0] * split.workers
+    ready: dict[int, float] = {}  # when the partial tile of a share is there
+    busy = waiting = 0.0
+    for ticket in range(split.total):
+        time = free[0]
+        share = split.share_of(ticket)
+        for piece in split.pieces(ticket):
+            cost = piece.last - piece.first + overhead
+            time, busy = time + cost, busy + cost
+            if piece.first > 0:
+                ready[share] = time
+                continue
+            for peer in split.peers(share, piece):
+                assert peer in ready, (ticket, peer)
+                waiting += max(ready[peer] - time, 0.0)
+                time, busy = max(ready[peer], time) + addition, busy + addition
+        heapq.heapreplace(free, time)
+    return _shares(max(free), busy, waiting, split.workers)
+
+
+def in_waves(launches: Iterable[tuple[int, float]], workers: int) -> float:
+    """Makespan of separate launches of (tiles, cost of one): what a loop over experts gives."""
+    return sum(-(-tiles // workers) * cost for tiles, cost in launches)
