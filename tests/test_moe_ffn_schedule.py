@@ -1,11 +1,15 @@
-"""The order of moe_ffn's tickets: its model is right, and is what the kernels do."""
+"""The order of moe_ffn's tickets: its model is right, is what the kernels do, and fills a GPU."""
 
 from __future__ import annotations
 
 import heapq
 import itertools
+import json
+import runpy
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +31,8 @@ from vlmo.kernels.moe_ffn.schedule import (
 from vlmo.kernels.moe_ffn.tiles import Tile
 from vlmo.kernels.moe_ffn.triton_parts import Rows, locate
 from vlmo.kernels.moe_ffn.triton_weights import Work, find_range, find_work
+
+MODEL_FILE = Path(__file__).parents[1] / "benchmarks" / "model_moe_ffn_schedule.py"
 
 BANDED = [
     Banded(1, 1, (0, 1, 1)),
@@ -314,3 +320,48 @@ def test_kernels_find_the_same_pieces(weights, indexed, gpu_or_interpreter):
     count = torch.zeros(1, dtype=torch.int32, device=gpu_or_interpreter)
     dump_pieces[(1,)](out, count, split.total, rows, compiled, work)
     assert [tuple(line) for line in out[: count.item()].tolist()] == expected
+
+
+@pytest.fixture(scope="module")
+def model() -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(MODEL_FILE)))
+
+
+@pytest.fixture(scope="module")
+def rows(model):
+    return model.model()
+
+
+def test_committed_table_is_what_the_model_gives(model, rows):
+    file = model.RESULTS / "moe_ffn_schedule"
+    assert file.with_suffix(".md").read_text() == model.markdown(rows)
+    assert file.with_suffix(".json").read_text() == model.as_json(rows)
+    assert len(json.loads(model.as_json(rows))["rows"]) == len(rows) == 2 * 2 * 3 * 3
+
+
+def test_one_launch_uses_the_gpu(rows):
+    """Where tiles cost nothing but their main loop."""
+    used = {row[:4]: row.ideal.ours for row in rows}
+    for split in ("40:197", "50:50", "5:55:40"):
+        assert used["forward", "base", "8k", split] >= 0.95
+    assert min(fraction for key, fraction in used.items() if key[0] == "forward") >= 0.95
+    assert min(fraction for key, fraction in used.items() if key[0] != "forward") >= 0.98
+
+
+# Where separate launches lose less than pieces of tiles cost: one tile width suits both products of
+# an even split exactly, and the large model's weights fill 1.94 waves.
+LOST = {
+    ("forward", "base", "8k", "50:50"),
+    ("weight gradients", "large", "8k", "40:197"),
+    ("weight gradients", "large", "8k", "5:55:40"),
+    ("weight gradients", "large", "32k", "5:55:40"),
+}
+
+
+def test_one_launch_is_at_least_as_fast_as_the_best_loop(rows):
+    """With the overhead of tiles."""
+    assert {row[:4] for row in rows if row.speedup < 0.995} <= LOST
+    weights_of_base = [row for row in rows if row[:2] == ("weight gradients", "base")]
+    assert min(row.speedup for row in weights_of_base) > 1.1
+    forward = [row for row in rows if row.kernel == "forward"]
+    assert all(row.usual.ours > row.usual.loop - 1e-9 for row in forward)
