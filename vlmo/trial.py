@@ -49,7 +49,7 @@ class Trial:
     """One call with every optional part of VLMo's, and what must come out of it."""
 
     def __init__(self, problem: Problem, device: torch.device) -> None:
-        self.device, self.call = device, _make_call(problem, device)
+        self.device, self.call = device, make_call(problem, device)
         self.dy = torch.randn_like(self.call.x)
         self.needs = [True] * (2 + sum(len(tensors) for tensors in self.call[1:7]))
         self.eager = self._reference(self.call, self.dy)
@@ -100,7 +100,8 @@ class Trial:
         return {"y": y} | {f"gradient {i}": gradient for i, gradient in enumerate(gradients)}
 
 
-def _make_call(problem: Problem, device: torch.device) -> Call:
+def make_call(problem: Problem, device: torch.device) -> Call:
+    """A random call of the problem's size, with layer scale and residual."""
     experts, dim, hidden = range(len(problem.split)), problem.dim, problem.hidden
     tokens = max(1, problem.tokens // sum(problem.split)) * sum(problem.split)
     generator = torch.Generator(device).manual_seed(0)
