@@ -1,0 +1,150 @@
+#!/usr/bin/env bash
+# Everything a machine with a GPU should do for moe_ffn, in at most 25 minutes and without a network.
+#
+#   benchmarks/gpu.sh OUTPUT [SECTION...]
+#
+# Sections, in this order: tests sanitizer bench tune profile. Without one, all; name those that are
+# left to go on after an interruption. Each writes OUTPUT/SECTION.log; OUTPUT/summary.txt has a line
+# for each. Exits with 1 if one failed.
+#
+# PYTHON   interpreter (python3)
+# WHEELS   folder with a wheel of vlmo, installed without its dependencies if vlmo is not (dist)
+# COMMIT   what is being measured, where git cannot tell
+# SANITIZE -k expression of the tests that run under compute-sanitizer
+# SECONDS_OF_BENCH  benchmarks that would begin later are skipped (480)
+set -uo pipefail
+
+if [ $# -lt 1 ]; then
+    sed -n '2,15s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
+mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
+shift
+sections=("${@:-}")
+[ -n "${sections[0]}" ] || sections=(tests sanitizer bench tune profile)
+for section in "${sections[@]}"; do
+    case $section in
+        tests | sanitizer | bench | tune | profile) ;;
+        *) echo "gpu.sh: no section $section" >&2 && exit 2 ;;
+    esac
+done
+
+cd "$(dirname "$0")/.." || exit 2
+python=${PYTHON:-python3}
+# The folder vlmo/ of the tree has no kernels/ in it: only the installed package is whole.
+export PYTHONSAFEPATH=1
+export TRITON_INTERPRET=0
+unset VLMO_TILES VLMO_KERNELS
+
+if ! "$python" -c 'import vlmo.kernels, vlmo._C' 2>/dev/null; then
+    "$python" -m pip install --no-index --no-deps --force-reinstall "${WHEELS:-dist}"/vlmo-*.whl || exit 2
+fi
+"$python" - >"$out/machine.txt" 2>&1 <<'EOF' || { cat "$out/machine.txt" >&2 && exit 2; }
+import sys
+import torch
+from vlmo.kernels import why_not
+from vlmo.kernels.target import describe
+from vlmo.machine import versions
+
+if not torch.cuda.is_available():
+    sys.exit("gpu.sh: torch finds no GPU")
+print(describe("cuda"), versions(), "CUDA", torch.version.cuda)
+if reason := why_not("moe_ffn", "triton", device="cuda", dtype=torch.bfloat16):
+    sys.exit(f"gpu.sh: moe_ffn cannot run in Triton: {reason}")
+EOF
+installed=$("$python" -c 'import vlmo.kernels as k; print(k.__path__[0])')
+package=$("$python" -c 'import vlmo; print(vlmo.__path__[0])')
+# What is measured is what is installed, which may be older than the tree.
+if ! { diff -rq -x __pycache__ kernels "$installed" &&
+    diff -rq -x __pycache__ -x kernels -x kernels.pyi -x '_C*' vlmo "$package"; } \
+    >>"$out/machine.txt"; then
+    echo "WARNING: the installed package is not this tree; see machine.txt" | tee -a "$out/summary.txt"
+fi
+
+# run SECTION SECONDS COMMAND...: adds to the section's log; its status is the command's.
+run() {
+    local section=$1 limit=$2 status
+    shift 2
+    printf '\n$ %s\n' "$*" >>"$out/$section.log"
+    timeout --kill-after=10 "$limit" "$@" >>"$out/$section.log" 2>&1
+    status=$?
+    [ $status -eq 124 ] && echo "stopped after $limit s" >>"$out/$section.log"
+    return $status
+}
+
+tests() {
+    # Nearly all of the time goes into compiling, which one process does on one core.
+    local shards=$(($(nproc) < 12 ? $(nproc) : 12)) status=0 shard pids=()
+    local collect=("$python" -m pytest --collect-only -q -p no:cacheprovider)
+    # Tests of other parts may need packages that are not here: what cannot be collected is in the log.
+    {
+        "${collect[@]}" tests -m gpu --continue-on-collection-errors
+        "${collect[@]}" tests/test_moe_ffn*.py
+    } >"$out/tests.log" 2>&1
+    grep '^tests/.*::' "$out/tests.log" | sort -u >"$out/tests.txt"
+    if [ ! -s "$out/tests.txt" ]; then
+        echo "nothing was collected" >>"$out/tests.log"
+        return 1
+    fi
+    for ((shard = 0; shard < shards; shard++)); do
+        awk -v n="$shards" -v i="$shard" 'NR % n == i' "$out/tests.txt" >"$out/tests-$shard.txt"
+        : >"$out/tests-$shard.log"
+        run "tests-$shard" 360 xargs -r -d '\n' -a "$out/tests-$shard.txt" \
+            "$python" -m pytest -q -p no:cacheprovider &
+        pids+=($!)
+    done
+    for shard in "${!pids[@]}"; do
+        wait "${pids[$shard]}" || status=1
+        cat "$out/tests-$shard.log" >>"$out/tests.log"
+        rm "$out/tests-$shard.log" "$out/tests-$shard.txt"
+    done
+    return $status
+}
+
+sanitizer() {
+    local status=0 tool
+    if ! command -v compute-sanitizer >/dev/null; then
+        echo "compute-sanitizer is not on PATH" >"$out/sanitizer.log"
+        return 3
+    fi
+    for tool in memcheck racecheck; do
+        # An allocation of its own for each tensor, or memcheck would not see its end.
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 run sanitizer 110 \
+            compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
+            "$python" -m pytest tests/test_moe_ffn.py -q -x -p no:cacheprovider \
+            -k "${SANITIZE:-test_parity and cuda-triton and bfloat16 and (vlmo or ids)}" || status=1
+    done
+    return $status
+}
+
+bench() {
+    local seconds=${SECONDS_OF_BENCH:-480}
+    # bfloat16 whole, float16 where it is most used.
+    run bench $((seconds + 40)) "$python" -m pytest benchmarks -q -p no:cacheprovider \
+        --benchmark-enable --benchmark-columns=median --time-limit "$seconds" \
+        --save-results="$out" ${COMMIT:+--commit "$COMMIT"} \
+        -k "bfloat16 or (float16 and 32768 and 40:197)"
+}
+
+tune() {
+    run tune 270 "$python" -m vlmo tune --quick --dtype bfloat16 --output "$out/tiles.json"
+}
+
+profile() {
+    run profile 60 env PYTHONPATH=benchmarks "$python" benchmarks/profile_moe_ffn.py triton
+}
+
+failed=0
+for section in "${sections[@]}"; do
+    : >"$out/$section.log"
+    start=$SECONDS
+    "$section"
+    status=$?
+    case $status in
+        0) verdict=passed ;;
+        3) verdict="not run: $(head -n 1 "$out/$section.log")" ;;
+        *) verdict="FAILED" && failed=1 ;;
+    esac
+    echo "$section: $verdict ($((SECONDS - start)) s)" | tee -a "$out/summary.txt"
+done
+exit $failed
