@@ -34,10 +34,11 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The three kernels: the forward, the backward of the rows, the backward of the weights."""
+    """The forward, the backward of the rows (as it is, or with ``recompute``), and of the weights."""
 
     forward: Tile
     rows: Tile
+    recompute: Tile
     weights: Tile
 
 
@@ -56,17 +57,65 @@ GENERATIONS = {
     "sm_120": Generation((12, 0), 99 * 1024),
 }
 
+# No row has been timed yet: no GPU has been at hand. They were chosen from what ptxas says, and
+# tests/test_moe_ffn_compiled.py holds them to it: tensor cores in every product, no spill, shared
+# memory within the limit. Wider tiles read less from L2 for each product (128 x 256: 11.7 bytes for
+# 1000 FLOP; 128 x 128: 15.6), so each row has the widest that do not spill. Bytes spilt a thread by
+# some that were rejected, for D 768, F 3072, bfloat16:
+#
+#   sm_90    recompute  128 x 256 x 64, 8 warps    1848
+#   sm_100   recompute  128 x 256 x 64, 8 warps      32  (swiglu)
+#   sm_100   weights    128 x 256 x 64, 8 warps     256
+#   sm_80    rows       128 x 256 x 32, 8 warps       8  (swiglu)
+#   sm_80    recompute  128 x 128 x 32, 8 warps     240
+#   sm_80    weights    128 x 256 x 32, 8 warps       8
+#   sm_86    rows       128 x 128 x 32, 8 warps      16
+#
+# float32 without TF32 has no tensor cores, and small tiles keep its operands in registers.
+_SINGLE = Tiles(
+    forward=Tile(64, 64, 32, 8, 3),
+    rows=Tile(64, 64, 32, 8, 3),
+    recompute=Tile(64, 64, 32, 8, 3),
+    weights=Tile(128, 64, 32, 8, 3),
+)
 TABLE: dict[tuple[str, str], Tiles] = {
-    ("sm_90", "16-bit"): Tiles(
-        forward=Tile(128, 256, 64, 8, 3),
-        rows=Tile(128, 256, 64, 8, 3),
-        weights=Tile(128, 256, 64, 8, 3),
+    ("sm_80", "16-bit"): Tiles(
+        forward=Tile(128, 256, 32, 8, 4),
+        rows=Tile(128, 128, 32, 8, 4),
+        recompute=Tile(64, 128, 32, 8, 4),
+        weights=Tile(256, 128, 32, 8, 4),
     ),
+    ("sm_86", "16-bit"): Tiles(
+        forward=Tile(128, 128, 32, 8, 3),
+        rows=Tile(64, 128, 32, 8, 4),
+        recompute=Tile(64, 128, 32, 8, 4),
+        weights=Tile(128, 128, 32, 8, 3),
+    ),
+    ("sm_90", "16-bit"): Tiles(
+        forward=Tile(128, 256, 64, 8, 4),
+        rows=Tile(128, 256, 64, 8, 4),
+        recompute=Tile(128, 128, 64, 8, 4),
+        weights=Tile(128, 256, 64, 8, 4),
+    ),
+    ("sm_100", "16-bit"): Tiles(
+        forward=Tile(128, 256, 64, 8, 4),
+        rows=Tile(128, 256, 64, 8, 4),
+        recompute=Tile(128, 128, 64, 8, 4),
+        weights=Tile(128, 128, 64, 8, 4),
+    ),
+    ("sm_120", "16-bit"): Tiles(
+        forward=Tile(128, 128, 32, 8, 3),
+        rows=Tile(128, 128, 32, 8, 3),
+        recompute=Tile(128, 64, 32, 8, 3),
+        weights=Tile(128, 128, 32, 8, 3),
+    ),
+    **{(name, "32-bit"): _SINGLE for name in GENERATIONS},
 }
 
 INTERPRETED = Tiles(
     forward=Tile(32, 64, 32, 4, 1),
     rows=Tile(32, 64, 32, 4, 1),
+    recompute=Tile(32, 64, 32, 4, 1),
     weights=Tile(32, 64, 32, 4, 1),
 )
 

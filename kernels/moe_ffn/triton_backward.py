@@ -222,9 +222,7 @@ def differentiate(
         inside = (grouped[:, None] < end) & (columns[None, :] < width)
         at = local * P_MAX + columns[None, :]
         if PRE is None:
-            h, value = add_bias_and_split(
-                again[i].to(tl.float32), B1, expert, columns, width, C
-            )
+            h, value = add_bias_and_split(again[i].to(tl.float32), B1, expert, columns, width, C)
         else:
             h = tl.load(PRE + pre_base + at, mask=inside, other=0.0).to(tl.float32)
             value = h

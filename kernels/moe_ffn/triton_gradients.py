@@ -55,8 +55,8 @@ class Gradients:
 
     def _launch_rows(self) -> None:
         """dx, and everything that sums over tokens need; see triton_backward.py."""
-        call, tile = self.call, self.tiles.rows
-        num_tokens, dim = self.x.shape
+        call, dim = self.call, self.x.shape[1]
+        tile = self.tiles.rows if self.pre.numel() else self.tiles.recompute
         config = host.config_of(call, tile)
         scaled = call.layer_scale is not None or call.token_scale is not None
         normed = call.norm != "none"

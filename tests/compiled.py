@@ -1,0 +1,131 @@
+"""Compiles the Triton kernels of moe_ffn for a GPU that is not there, and says what came out.
+
+``python tests/compiled.py sm_90`` prints one JSON line per kernel: what the launcher of the library
+would launch on that GPU for one case, with the tensor-core instructions in the PTX, the bytes of
+local memory and the registers in the machine code, and the shared memory. Run without
+TRITON_INTERPRET; nothing is launched.
+"""
+
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from vlmo.kernels.moe_ffn import tiles, triton_impl, triton_launch
+from vlmo.kernels.moe_ffn.reference import GATED, Call
+
+INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
+SEQUENCES, DIM, HIDDEN = 32, 768, 3072
+CASES = {  # VLMo's layer; a decoder's, routed by ids; both without a saved pre-activation
+    "vlmo": dict(activation="gelu", norm="layer", ids=False, save_pre=True),
+    "decoder": dict(activation="swiglu", norm="rms", ids=True, save_pre=True),
+    "vlmo, recomputed": dict(activation="gelu", norm="layer", ids=False, save_pre=False),
+    "decoder, recomputed": dict(activation="swiglu", norm="rms", ids=True, save_pre=False),
+}
+
+
+class NoDriver:
+    """Stands for the driver of a GPU, as far as compiling asks for one."""
+
+    def __init__(self, generation: str) -> None:
+        self.target = GPUTarget("cuda", int(generation.removeprefix("sm_")), 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def run_case(dtype, activation, norm, ids, save_pre):
+    """Forward and backward of one call on tensors without storage."""
+    experts, halves = 2, 2 if activation in GATED else 1
+    tokens = SEQUENCES * 237
+
+    def new(*shape, of=dtype):
+        return torch.empty(shape, dtype=of, device="meta")
+
+    def each(*shape):
+        return [new(*shape) for _ in range(experts)]
+
+    index = [new(tokens, of=torch.int32)] * 2 + [new(experts + 1, of=torch.int32)]
+    call = Call(
+        *(new(tokens, DIM), each(halves * HIDDEN, DIM), each(DIM, HIDDEN)),
+        *(each(halves * HIDDEN), each(DIM), each(DIM), each(DIM) if norm == "layer" else []),
+        *(new(DIM), new(tokens), new(tokens, DIM)),
+        *(index if ids else [None] * 3),
+        *([] if ids else [0, 40, 1, 197], norm, 1e-6, activation, save_pre),
+    )
+    y, pre = triton_impl.forward(call)
+    needs = [True] * (2 + sum(len(tensors) for tensors in call[1:7]))
+    triton_impl.backward(y, pre, call, needs)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, LOCAL and SHARED of the only kernel in a cubin."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (line,) = [line for line in text.splitlines() if "REG:" in line]
+    return {name: int(value) for name, value in (part.split(":") for part in line.split())}
+
+
+def main(generation: str) -> None:
+    driver.set_active(NoDriver(generation))
+    capability = divmod(int(generation.removeprefix("sm_")), 10)
+    facts: dict = {}
+
+    def compile_only(kernel, device, programs, tile, *args):
+        name = kernel.fn.__name__.removeprefix("moe_ffn_").removesuffix("_kernel")
+        if not facts["wanted"](name):
+            return
+        options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+        compiled = kernel.warmup(*args, grid=(programs,), **options)
+        ptx, found = compiled.asm["ptx"], resources(compiled.asm["cubin"])
+        counts = {name: ptx.count(name) for name in INSTRUCTIONS}
+        report = dict(
+            kernel=name,
+            case=facts["case"],
+            dtype=facts["dtype"],
+            tile=str(tile),
+            registers=found["REG"],
+            local_bytes=found["STACK"] + found["LOCAL"],
+            shared_bytes=compiled.metadata.shared,
+            products=compiled.asm["ttgir"].count("dot"),
+            async_copies=ptx.count("cp.async.c"),
+            **counts,
+        )
+        print(json.dumps(report), flush=True)
+
+    with (
+        mock.patch.object(triton_launch, "launch", compile_only),
+        mock.patch.object(triton_launch, "workers_on", lambda device, tile: 132 * tile.programs),
+        mock.patch.object(tiles, "choose", lambda device, dtype: tiles.lookup(capability, dtype)),
+    ):
+        for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True)):
+            torch.backends.cuda.matmul.allow_tf32 = tf32
+            for case, options in CASES.items():
+                saved = options["save_pre"]
+                if tf32 and case != "vlmo":
+                    continue
+                facts["wanted"] = (lambda name: True) if saved else (lambda name: "rows" in name)
+                facts["case"], facts["dtype"] = case, str(dtype) + " tf32" * tf32
+                run_case(dtype, **options)
+
+
+if __name__ == "__main__":
+    main(*itertools.islice(sys.argv, 1, None))

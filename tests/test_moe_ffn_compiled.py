@@ -1,0 +1,47 @@
+"""Every row of the tile table, compiled for its GPU: tensor cores, no spills, shared memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlmo.kernels.moe_ffn.tiles import GENERATIONS, OPERANDS, TABLE
+
+PRODUCTS = {  # the instruction of the main loops, by generation and dtype
+    "sm_80": "mma.sync",
+    "sm_86": "mma.sync",
+    "sm_90": "wgmma.mma_async",
+    "sm_100": "tcgen05.mma",
+    "sm_120": "mma.sync",
+}
+
+
+def test_the_table_is_complete():
+    assert set(TABLE) == {(name, kind) for name in GENERATIONS for kind in OPERANDS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_compiled(generation):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("compiled.py")), generation]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    reports = [json.loads(line) for line in run.stdout.splitlines()]
+    # Three kernels of two layers and two kernels that recompute, in two dtypes; TF32 once.
+    assert len(reports) == 19
+    for report in reports:
+        assert report["local_bytes"] == 0, report
+        assert report["shared_bytes"] <= GENERATIONS[generation].shared_bytes, report
+        assert report["async_copies"] > 0, report
+        found = report[PRODUCTS[generation]]
+        if report["dtype"] == "torch.float32":  # exact products have no tensor cores
+            assert found == 0, report
+        else:
+            # Each product has its own main loop: two forward, two or three by rows, one by weights.
+            recomputes = report["case"].endswith("recomputed")
+            loops = {"fwd": 2, "bwd_rows": 3 if recomputes else 2, "bwd_weights": 1}
+            assert found >= loops[report["kernel"]], report
