@@ -64,7 +64,7 @@ class Trial:
             if kernel == "forward":
                 actual = {"y": triton_impl.forward(self.call)[0]}
             else:
-                gradients = triton_impl.backward(self.dy, self.pre, self.call, self.needs)
+                gradients = triton_impl.backward(*self._backward_inputs(kernel))
                 actual = {f"gradient {i}": gradient for i, gradient in enumerate(gradients)}
         exact = {name: self.exact[name] for name in actual}
         for deviation in deviations(actual, self.eager, exact):
@@ -88,11 +88,15 @@ class Trial:
         from vlmo.kernels.moe_ffn.triton_gradients import Gradients
 
         with use_tiles(row):
-            gradients = Gradients(self.dy, self.pre, self.call, self.needs)
-        if kernel == "rows":
+            gradients = Gradients(*self._backward_inputs(kernel))
+        if kernel != "weights":
             return gradients._launch_rows
         gradients._launch_rows()  # what the kernel of the weights reads
         return gradients._launch_weights
+
+    def _backward_inputs(self, kernel: str) -> tuple[Tensor, Tensor, Call, list[bool]]:
+        pre = self.pre.new_empty(0, 0) if kernel == "recompute" else self.pre
+        return self.dy, pre, self.call._replace(save_pre=pre.numel() > 0), self.needs
 
     def _reference(self, call: Call, dy: Tensor) -> dict[str, Tensor]:
         y, pre = reference.forward(call)

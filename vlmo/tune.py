@@ -1,6 +1,6 @@
 """``vlmo tune``: search tile shapes of the routed feed-forward layer on this GPU.
 
-The three kernels are searched one after the other. Every candidate is compiled, run, held against
+The kernels are searched one after the other. Every candidate is compiled, run, held against
 float64 by the rule of :mod:`vlmo.parity`, and timed in turn with all others; the table that comes
 out is what ``VLMO_TILES`` names (see :mod:`vlmo.kernels.moe_ffn.tiles`).
 """
@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from vlmo.machine import versions
 from vlmo.timing import median_seconds
 from vlmo.trial import TINY, Problem, Trial
 
-KERNELS = ("forward", "rows", "weights")
+KERNELS = tuple(kernel.name for kernel in fields(Tiles))
 _REGISTERS = 65536  # of 32 bits, on a multiprocessor of every generation
 
 
@@ -49,7 +49,7 @@ def parse_problem(given: Mapping[str, Any]) -> Problem:
 
 
 def tune(problem: Problem, output: Path, console: Console, *, quick: bool = False) -> Tiles:
-    """Search all three kernels and write the row into ``output``, beside rows of other GPUs.
+    """Search all kernels and write the row into ``output``, beside rows of other GPUs.
 
     Raises:
         NotImplementedError: there is nothing here to tune for.
@@ -110,7 +110,7 @@ class Search:
 def search(
     trial: Trial, kernel: str, base: Tiles, candidates: Sequence[Tile], console: Console
 ) -> Search:
-    """Time every candidate that runs and is right; the other two kernels stay as in ``base``.
+    """Time every candidate that runs and is right; the other kernels stay as in ``base``.
 
     Raises:
         RuntimeError: no candidate is left.
