@@ -52,9 +52,10 @@ banded = st.builds(
 )
 # (tiles, steps) of each expert
 splits = st.builds(
-    lambda experts, workers: Split(*map(tuple, zip(*experts, strict=True)), workers),
+    lambda experts, *rest: Split(*map(tuple, zip(*experts, strict=True)), *rest),
     st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20)), min_size=1, max_size=3),
     st.integers(1, 12),
+    st.integers(0, 4),
 )
 
 
@@ -194,10 +195,10 @@ def test_owner_waits_for_earlier_tickets_which_have_just_its_missing_steps(split
 @pytest.mark.parametrize(
     ("split", "share", "makespan"),
     [
-        (Split((8, 4), (5, 3), 4), 0, 13),  # nothing is left to share
-        (Split((0, 3), (9, 4), 4), 3, 3 + 1 + 2 + 1),  # an owner has 3 of 4 steps
-        (Split((1, 0), (3, 9), 8), 1, 1 + 1 + 2 * 2),  # fewer steps than workers
-        (Split((0, 0), (1, 1), 4), 0, 0),
+        (Split((8, 4), (5, 3), 4, 0), 0, 13),  # nothing is left to share
+        (Split((0, 3), (9, 4), 4, 0), 3, 3 + 1 + 2 + 1),  # an owner has 3 of 4 steps
+        (Split((1, 0), (3, 9), 8, 0), 1, 1 + 1 + 2 * 2),  # fewer steps than workers
+        (Split((0, 0), (1, 1), 4, 0), 0, 0),
     ],
 )
 def test_replay_of_a_split(split, share, makespan):
@@ -212,7 +213,7 @@ def test_replay_of_a_split_finds_a_wait_for_a_later_ticket():
             return ticket - sum(self.whole)
 
     with pytest.raises(AssertionError):
-        replay_split(Forwards((3,), (4,), 4), 0, 0)
+        replay_split(Forwards((3,), (4,), 4, 0), 0, 0)
 
 
 def test_separate_launches_run_in_waves():
@@ -235,17 +236,16 @@ def dump_pieces(OUT, COUNT, total, rows, C: tl.constexpr, W: tl.constexpr):
     for ticket in range(total):
         position, stop, number, share = find_range(ticket, rows, C, W)
         while position < stop:
-            expert, tile, step, steps = find_work(position, rows, C, W)
-            last = tl.minimum(steps, step + stop - position)
-            position += last - step
-            line = OUT + 6 * count
-            tl.store(line, number)
-            tl.store(line + 1, share)
-            tl.store(line + 2, expert)
-            tl.store(line + 3, tile)
-            tl.store(line + 4, step)
-            tl.store(line + 5, last)
-            count += 1
+            expert, tile, step, last, _, position = find_work(position, stop, rows, C, W)
+            if step < last:
+                line = OUT + 6 * count
+                tl.store(line, number)
+                tl.store(line + 1, share)
+                tl.store(line + 2, expert)
+                tl.store(line + 3, tile)
+                tl.store(line + 4, step)
+                tl.store(line + 5, last)
+                count += 1
     tl.store(COUNT, count)
 
 
@@ -345,17 +345,11 @@ def test_one_launch_uses_the_gpu(rows):
     for split in ("40:197", "50:50", "5:55:40"):
         assert used["forward", "base", "8k", split] >= 0.95
     assert min(fraction for key, fraction in used.items() if key[0] == "forward") >= 0.95
-    assert min(fraction for key, fraction in used.items() if key[0] != "forward") >= 0.98
+    assert min(fraction for key, fraction in used.items() if key[0] != "forward") >= 0.96
 
 
-# Where separate launches lose less than pieces of tiles cost: one tile width suits both products of
-# an even split exactly, and the large model's weights fill 1.94 waves.
-LOST = {
-    ("forward", "base", "8k", "50:50"),
-    ("weight gradients", "large", "8k", "40:197"),
-    ("weight gradients", "large", "8k", "5:55:40"),
-    ("weight gradients", "large", "32k", "5:55:40"),
-}
+# Where one tile width suits both products of separate launches exactly.
+LOST = {("forward", "base", "8k", "50:50")}
 
 
 def test_one_launch_is_at_least_as_fast_as_the_best_loop(rows):

@@ -90,9 +90,9 @@ class Trial:
         with use_tiles(row):
             gradients = Gradients(*self._backward_inputs(kernel))
         if kernel != "weights":
-            return gradients._launch_rows
-        gradients._launch_rows()  # what the kernel of the weights reads
-        return gradients._launch_weights
+            return gradients.launch_rows
+        gradients.launch_rows()  # what the kernel of the weights reads
+        return gradients.launch_weights
 
     def _backward_inputs(self, kernel: str) -> tuple[Tensor, Tensor, Call, list[bool]]:
         pre = self.pre.new_empty(0, 0) if kernel == "recompute" else self.pre

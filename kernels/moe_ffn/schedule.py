@@ -157,6 +157,11 @@ def choose_band(tiles: int, tasks: tuple[int, ...], workers: int, costs: tuple[f
     return min(bands, key=lambda b: replay(Banded(tiles, b, tasks), workers, costs).makespan)
 
 
+# What the prologue and epilogue of a piece of a tile cost, in steps: a guess, for shares that take
+# equally long. Without it, a share of many short tiles is the last to end.
+PIECE_OVERHEAD = 3
+
+
 class Piece(NamedTuple):
     """Steps [first, last) of one tile of one expert."""
 
@@ -171,18 +176,20 @@ class Split:
     """Tickets of a launch whose tiles are sums over tokens, long and few.
 
     As many whole tiles of each expert as fill all workers evenly come first: they run side by side
-    through the same tokens, which are read from DRAM once. What is left is laid end to end and cut
-    into one share per worker, the last share first.
+    through the same tokens, which are read from DRAM once. What is left is laid end to end, each
+    tile behind some empty positions, and cut into one share per worker, the last share first.
 
     Attributes:
         tiles: tiles of each expert.
         steps: steps of one tile of each expert.
         workers: programs that are resident together.
+        overhead: empty positions before each tile that is divided.
     """
 
     tiles: tuple[int, ...]
     steps: tuple[int, ...]
     workers: int
+    overhead: int = PIECE_OVERHEAD
 
     @property
     def whole(self) -> tuple[int, ...]:
@@ -191,9 +198,10 @@ class Split:
 
     @property
     def share(self) -> int:
-        """Steps of each share of the rest; the last ones may be shorter."""
+        """Positions of each share of the rest; the last ones may be shorter."""
         rest = zip(self.tiles, self.whole, self.steps, strict=True)
-        return -(-sum((count - whole) * steps for count, whole, steps in rest) // self.workers)
+        positions = sum((tiles - whole) * (steps + self.overhead) for tiles, whole, steps in rest)
+        return -(-positions // self.workers)
 
     @property
     def total(self) -> int:
@@ -214,6 +222,7 @@ class Split:
         found, position = [], 0
         for expert, steps in enumerate(self.steps):
             for tile in range(self.whole[expert], self.tiles[expert]):
+                position += self.overhead
                 begin, end = max(first - position, 0), min(last - position, steps)
                 if begin < end:
                     found.append(Piece(expert, tile, begin, end))

@@ -34,7 +34,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The forward, the backward of the rows (as it is, or with ``recompute``), and of the weights."""
+    """The forward, the backward of the rows (also with ``recompute``), that of the weights."""
 
     forward: Tile
     rows: Tile

@@ -20,6 +20,7 @@ import triton.language as tl
 from vlmo.kernels.moe_ffn.triton_parts import (
     add_bias_and_split,
     count_tiles,
+    eighths,
     find_tile,
     gate_with_slope,
     leave,
@@ -27,7 +28,6 @@ from vlmo.kernels.moe_ffn.triton_parts import (
     normalise,
     preactivation,
     product_nn,
-    eighths,
     select,
     signal,
     tokens_of,
@@ -75,7 +75,6 @@ def moe_ffn_bwd_rows_kernel(
 
     ticket = tl.atomic_add(COUNTERS, 1, sem="relaxed")
     while ticket < total:
-        following = tl.atomic_add(COUNTERS, 1, sem="relaxed")
         phase, tile, part = locate(ticket, tiles, band, C)
         expert, start, begin, end = find_tile(rows, tile, C)
         if phase == 0:
@@ -108,7 +107,8 @@ def moe_ffn_bwd_rows_kernel(
                     *(X, DNORMED, DX, SUM_NORM, NORM_WEIGHT),
                     *(rows, tile, part, expert, start, begin, end, norm_eps, C),
                 )
-        ticket = following
+        # Not sooner: a ticket held while working waits, and with it all that waits for its tile.
+        ticket = tl.atomic_add(COUNTERS, 1, sem="relaxed")
     leave(COUNTERS, 2 + 3 * bound)
 
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from vlmo.kernels.moe_ffn.triton_parts import (
     add_bias_and_split,
     count_tiles,
+    eighths,
     find_tile,
     gate,
     leave,
@@ -22,7 +23,6 @@ from vlmo.kernels.moe_ffn.triton_parts import (
     normalise,
     preactivation,
     product_nt,
-    eighths,
     select,
     signal,
     tokens_of,
@@ -60,7 +60,6 @@ def moe_ffn_fwd_kernel(
 
     ticket = tl.atomic_add(COUNTERS, 1, sem="relaxed")
     while ticket < total:
-        following = tl.atomic_add(COUNTERS, 1, sem="relaxed")
         phase, tile, part = locate(ticket, tiles, band, C)
         expert, start, begin, end = find_tile(rows, tile, C)
         if phase == 0:
@@ -85,7 +84,8 @@ def moe_ffn_fwd_kernel(
                 *(HIDDEN, Y, W2, B2, LAYER_SCALE, TOKEN_SCALE, RESIDUAL),
                 *(rows, part, expert, start, begin, end, C),
             )
-        ticket = following
+        # Not sooner: a ticket held while working waits, and with it all that waits for its tile.
+        ticket = tl.atomic_add(COUNTERS, 1, sem="relaxed")
     leave(COUNTERS, 2 + 2 * bound)
 
 

@@ -44,16 +44,16 @@ class Gradients:
     def compute(self) -> list[Tensor]:
         if self.dy.shape[0] == 0:
             return [gradient.zero_() for gradient in self._flat()]
-        self._launch_rows()
+        self.launch_rows()
         if any(gradient.numel() for gradient in self._flat()[1:]):
-            self._launch_weights()
+            self.launch_weights()
         return self._flat()
 
     def wants(self, *names: str) -> bool:
         """Whether any expert's gradient of one of these parameters is wanted."""
         return any(gradient.numel() for name in names for gradient in self.grads[name])
 
-    def _launch_rows(self) -> None:
+    def launch_rows(self) -> None:
         """dx, and everything that sums over tokens need; see triton_backward.py."""
         call, dim = self.call, self.x.shape[1]
         tile = self.tiles.rows if self.pre.numel() else self.tiles.recompute
@@ -68,7 +68,8 @@ class Gradients:
         self.dh2 = self._scratch(dim, scaled or self.dy.dtype != self.half)
         self.dbranch = self._scratch(dim, call.layer_scale is not None and of_g)
         self.hidden = self._scratch(config.max_hidden, of_g)
-        self.dpre = self._scratch(config.max_hidden * (2 if config.gated else 1), True)
+        pre_width = config.max_hidden * (2 if config.gated else 1)
+        self.dpre = self.x.new_empty(self.x.shape[0], pre_width, dtype=self.half)
         dnormed = self._scratch(dim, normed and through)
 
         block_r = max(1, min(tile.block_t, _HELD // config.block_d))
@@ -107,7 +108,7 @@ class Gradients:
                 *(self.rows, counters, bound, band, call.norm_eps, config),
             )
 
-    def _launch_weights(self) -> None:
+    def launch_weights(self) -> None:
         """The gradients that sum over tokens; see triton_weights.py."""
         call, tile, device = self.call, self.tiles.weights, self.x.device
         config, workers = host.config_of(call, tile), host.workers_on(device, tile)

@@ -42,7 +42,8 @@ def why_not(
     if capability is None:
         return f"{device} is not an NVIDIA GPU."
     if capability < (8, 0):
-        return f"{device} is sm_{capability[0]}{capability[1]}; Triton has no tensor cores below sm_80."
+        name = "sm_{}{}".format(*capability)
+        return f"{device} is {name}; Triton has no tensor cores below sm_80."
     return None
 
 

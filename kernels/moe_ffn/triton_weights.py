@@ -18,6 +18,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from vlmo.kernels.moe_ffn import schedule
 from vlmo.kernels.moe_ffn.triton_parts import (
     dot,
     eighths,
@@ -29,6 +30,7 @@ from vlmo.kernels.moe_ffn.triton_parts import (
     wait,
 )
 
+PIECE_OVERHEAD = tl.constexpr(schedule.PIECE_OVERHEAD)
 SUM_COLUMNS = tl.constexpr(128)
 SUM_ROWS = tl.constexpr(32)
 
@@ -65,40 +67,51 @@ def steps_of(rows, e: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def total_steps(rows, C: tl.constexpr, W: tl.constexpr):
-    """Steps of the whole tiles, and of the rest."""
+    """Positions of the whole tiles, and of the rest."""
     whole, rest = 0, 0
     for e in tl.static_range(len(C.hidden)):
         steps = steps_of(rows, e, C)
         whole += W.whole[e] * steps
-        rest += (W.w1_tiles[e] + W.w2_tiles[e] - W.whole[e]) * steps
+        rest += (W.w1_tiles[e] + W.w2_tiles[e] - W.whole[e]) * (steps + PIECE_OVERHEAD)
     return whole, rest
 
 
 @triton.jit
-def find_work(position, rows, C: tl.constexpr, W: tl.constexpr):
-    """Expert, tile and step of a position: :meth:`schedule.Split.locate`."""
-    expert, tile, step, steps = -1, 0, 0, 1
+def find_work(position, stop, rows, C: tl.constexpr, W: tl.constexpr):
+    """What :meth:`schedule.Split.pieces` says of the tile at a position.
+
+    Expert, tile, first and last step of the piece before ``stop`` (the same if it is empty), steps
+    of the tile, and the first position behind the tile.
+    """
+    expert, tile, first, steps, behind = -1, 0, 0, 1, 0
+    before = 0
     for divided in tl.static_range(2):
         for e in tl.static_range(len(C.hidden)):
-            if divided == 0:
-                first = 0
-                count = W.whole[e]
-            else:
-                first = W.whole[e]
-                count = W.w1_tiles[e] + W.w2_tiles[e] - W.whole[e]
             each = steps_of(rows, e, C)
-            inside = (expert < 0) & (position < count * each)
-            tile = tl.where(inside, first + position // each, tile)
-            step = tl.where(inside, position % each, step)
+            if divided == 0:
+                skipped = 0
+                count = W.whole[e]
+                length = each
+            else:
+                skipped = W.whole[e]
+                count = W.w1_tiles[e] + W.w2_tiles[e] - W.whole[e]
+                length = each + PIECE_OVERHEAD
+            inside = (expert < 0) & (position < before + count * length)
+            number = (position - before) // length
+            end = before + (number + 1) * length
+            tile = tl.where(inside, skipped + number, tile)
+            first = tl.where(inside, tl.maximum(position - (end - each), 0), first)
             steps = tl.where(inside, each, steps)
+            behind = tl.where(inside, end, behind)
             expert = tl.where(inside, e, expert)
-            position -= count * each
-    return expert, tile, step, steps
+            before += count * length
+    last = tl.maximum(steps - tl.maximum(behind - stop, 0), first)
+    return expert, tile, first, last, steps, behind
 
 
 @triton.jit
 def find_range(ticket, rows, C: tl.constexpr, W: tl.constexpr):
-    """First and last position of a ticket, and its share's number: :meth:`schedule.Split.range`."""
+    """Positions [first, last) of a ticket, its share's number or -1, and a share's length."""
     whole_steps, rest = total_steps(rows, C, W)
     share = tl.cdiv(rest, W.workers)
     whole_tiles = 0
@@ -164,28 +177,27 @@ def moe_ffn_bwd_weights_kernel(
         if ticket < ranges:
             position, stop, number, share = find_range(ticket, rows, C, W)
             while position < stop:
-                expert, tile, step, steps = find_work(position, rows, C, W)
-                last = tl.minimum(steps, step + stop - position)
-                position += last - step
-                is_w1 = tile < select(W.w1_tiles, expert, C)
-                first_m, first_n, tile_rows, tile_columns = tile_corner(expert, tile, is_w1, C, W)
-                acc = weight_product(
-                    *(DPRE, NORMED, DBRANCH, HIDDEN, rows, expert, is_w1, first_m, first_n),
-                    *(tile_rows, tile_columns, step, last, NORMED_BY_TOKEN, DBRANCH_BY_TOKEN, C),
-                )
-                if step > 0:
-                    save_partial(acc, PARTIAL, number, C)
-                    signal(partial_ready + number)
-                else:
-                    # Its later steps are the first of the shares behind this one.
-                    peers = tl.where(last < steps, tl.cdiv(steps - last, tl.maximum(share, 1)), 0)
-                    for peer in range(number + 1, number + 1 + peers):
-                        wait(partial_ready + peer, 1)
-                    finish_tile(
-                        *(acc, PARTIAL, number, peers, DW1, DW2, SUM_SCALE, W2, LAYER_SCALE),
-                        *(expert, is_w1, first_m, first_n, tile_rows, tile_columns, C, W),
+                expert, tile, step, last, steps, position = find_work(position, stop, rows, C, W)
+                if step < last:
+                    is_w1 = tile < select(W.w1_tiles, expert, C)
+                    corner = tile_corner(expert, tile, is_w1, C, W)
+                    acc = weight_product(
+                        *(DPRE, NORMED, DBRANCH, HIDDEN, rows, expert, is_w1, corner),
+                        *(step, last, NORMED_BY_TOKEN, DBRANCH_BY_TOKEN, C),
                     )
-                    brought += tl.where(is_w1, 0, 1)
+                    if step > 0:
+                        save_partial(acc, PARTIAL, number, C)
+                        signal(partial_ready + number)
+                    else:
+                        # Its later steps are the first of the shares behind this one.
+                        peers = tl.cdiv(steps - last, tl.maximum(share, 1))
+                        for peer in range(number + 1, number + 1 + peers):
+                            wait(partial_ready + peer, 1)
+                        finish_tile(
+                            *(acc, PARTIAL, number, peers, DW1, DW2, SUM_SCALE, W2, LAYER_SCALE),
+                            *(expert, is_w1, corner, C, W),
+                        )
+                        brought += tl.where(is_w1, 0, 1)
         else:
             kind, expert, columns, sums = add_up(
                 SUM_DPRE, SUM_DBRANCH, SUM_NORM, ticket - ranges, rows, C, W
@@ -212,7 +224,7 @@ def moe_ffn_bwd_weights_kernel(
             else:
                 if DNORM_BIAS is not None:
                     store_sum(DNORM_BIAS, W.norm_bias, expert, columns, C.dim, sums, C)
-        if SUM_SCALE is not None:
+        if SUM_SCALE is not None:  # noqa: SIM102 (decided when compiled, the next when run)
             if brought > 0:
                 finish_scale(SUM_SCALE, SUM_BIAS, DLAYER_SCALE, COUNTERS + 2, brought, C, W)
         ticket = tl.atomic_add(COUNTERS, 1, sem="relaxed")
@@ -254,10 +266,7 @@ def weight_product(
     rows,
     expert,
     is_w1,
-    first_m,
-    first_n,
-    tile_rows,
-    tile_columns,
+    corner,
     step,
     last,
     NORMED_BY_TOKEN: tl.constexpr,
@@ -265,6 +274,7 @@ def weight_product(
     C: tl.constexpr,
 ):
     """dpre^T norm(x), or dbranch^T hidden, over the tokens of steps [step, last)."""
+    first_m, first_n, tile_rows, tile_columns = corner
     A = tl.where(is_w1, DPRE, DBRANCH)
     B = tl.where(is_w1, NORMED, HIDDEN)
     stride_a = tl.where(is_w1, C.max_hidden * (2 if C.gated else 1), C.dim)
@@ -325,14 +335,12 @@ def finish_tile(
     LAYER_SCALE,
     expert,
     is_w1,
-    first_m,
-    first_n,
-    tile_rows,
-    tile_columns,
+    corner,
     C: tl.constexpr,
     W: tl.constexpr,
 ):
     """Add the peers' partial tiles; store a tile of dw1 or dw2, and what dlayer_scale needs."""
+    first_m, first_n, tile_rows, tile_columns = corner
     BLOCK_T: tl.constexpr = C.block_t
     EIGHTH: tl.constexpr = C.block_n // 8
     parts = eighths(acc)
