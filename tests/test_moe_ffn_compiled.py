@@ -33,8 +33,9 @@ def test_compiled(generation):
     reports = [json.loads(line) for line in run.stdout.splitlines()]
     # Three kernels of two layers and two kernels that recompute, in two dtypes; TF32 once.
     assert len(reports) == 19
+    spilt = [report for report in reports if report["local_bytes"]]
+    assert not spilt
     for report in reports:
-        assert report["local_bytes"] == 0, report
         assert report["shared_bytes"] <= GENERATIONS[generation].shared_bytes, report
         assert report["async_copies"] > 0, report
         found = report[PRODUCTS[generation]]

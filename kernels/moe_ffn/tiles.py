@@ -11,7 +11,7 @@ import functools
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,10 +66,9 @@ GENERATIONS = {
 #   sm_90    recompute  128 x 256 x 64, 8 warps    1848
 #   sm_100   recompute  128 x 256 x 64, 8 warps      32  (swiglu)
 #   sm_100   weights    128 x 256 x 64, 8 warps     256
-#   sm_80    rows       128 x 256 x 32, 8 warps       8  (swiglu)
 #   sm_80    recompute  128 x 128 x 32, 8 warps     240
 #   sm_80    weights    128 x 256 x 32, 8 warps       8
-#   sm_86    rows       128 x 128 x 32, 8 warps      16
+#   sm_100   weights    128 x 64 x 32, 8 warps       16  (float32)
 #
 # float32 without TF32 has no tensor cores, and small tiles keep its operands in registers.
 _SINGLE = Tiles(
@@ -81,13 +80,13 @@ _SINGLE = Tiles(
 TABLE: dict[tuple[str, str], Tiles] = {
     ("sm_80", "16-bit"): Tiles(
         forward=Tile(128, 256, 32, 8, 4),
-        rows=Tile(128, 128, 32, 8, 4),
+        rows=Tile(128, 256, 32, 8, 4),
         recompute=Tile(64, 128, 32, 8, 4),
         weights=Tile(256, 128, 32, 8, 4),
     ),
     ("sm_86", "16-bit"): Tiles(
         forward=Tile(128, 128, 32, 8, 3),
-        rows=Tile(64, 128, 32, 8, 4),
+        rows=Tile(128, 128, 32, 8, 3),
         recompute=Tile(64, 128, 32, 8, 4),
         weights=Tile(128, 128, 32, 8, 3),
     ),
@@ -110,6 +109,7 @@ TABLE: dict[tuple[str, str], Tiles] = {
         weights=Tile(128, 128, 32, 8, 3),
     ),
     **{(name, "32-bit"): _SINGLE for name in GENERATIONS},
+    ("sm_100", "32-bit"): replace(_SINGLE, weights=Tile(64, 64, 32, 4, 4)),
 }
 
 INTERPRETED = Tiles(

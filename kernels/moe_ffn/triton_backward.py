@@ -36,7 +36,7 @@ from vlmo.kernels.moe_ffn.triton_parts import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bound", "band"])
 def moe_ffn_bwd_rows_kernel(
     DY,  # [T, D]
     X,  # [T, D]

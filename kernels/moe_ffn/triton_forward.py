@@ -30,7 +30,7 @@ from vlmo.kernels.moe_ffn.triton_parts import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bound", "band"])
 def moe_ffn_fwd_kernel(
     X,  # [T, D]
     NORMED,  # [T, D] grouped scratch; None without norm

@@ -15,9 +15,9 @@ from vlmo.kernels.moe_ffn.triton_backward import moe_ffn_bwd_rows_kernel
 from vlmo.kernels.moe_ffn.triton_weights import SUM_COLUMNS, Work, moe_ffn_bwd_weights_kernel
 
 _LISTS = ("w1", "w2", "b1", "b2", "norm_weight", "norm_bias")
-# Elements that a task without products holds at once of each of its tensors, and the rows it goes
-# through: the more, the fewer partial sums.
-_HELD = 8192
+# Elements that a task without products holds at once of each of its tensors (with twice as many the
+# kernel spills on sm_80), and the rows it goes through: the more, the fewer partial sums.
+_HELD = 4096
 _ROWS_PER_TASK = 64
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -136,12 +136,12 @@ class Counters:
         self._kept: dict[tuple[torch.device, int], Tensor] = {}
 
     @contextlib.contextmanager
-    def take(self, device: torch.device, size: int):
+    def take(self, device: torch.device, size: int) -> Iterator[Tensor]:
         """A zeroed buffer of at least ``size`` counters, for one launch inside the block."""
-        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        if _capturing(device):
             yield torch.zeros(size, dtype=torch.int32, device=device)
             return
-        key = (device, torch.cuda.current_stream(device).cuda_stream)
+        key = (device, _stream(device))
         # Taken out while in use: if the launch raises, the buffer is not put back.
         buffer = self._kept.pop(key, None)
         if buffer is not None and buffer.numel() >= size:
@@ -154,7 +154,17 @@ class Counters:
         self._kept[key] = buffer
 
 
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 def _in_private_pool(tensor: Tensor) -> bool:
+    if tensor.device.type != "cuda":
+        return False
     address = tensor.data_ptr()
     for segment in torch.cuda.memory_snapshot():
         if segment["address"] <= address < segment["address"] + segment["total_size"]:

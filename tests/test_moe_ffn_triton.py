@@ -1,0 +1,160 @@
+"""moe_ffn's Triton kernels: launches, counters, repeatability, what is not computed."""
+
+import pytest
+import torch
+
+from moe_ffn_cases import Case, call, leaves, make_routing, make_tensors, outputs_and_gradients
+from vlmo.kernels.moe_ffn import tiles, triton_launch
+from vlmo.kernels.moe_ffn.tiles import Tile, Tiles
+
+SMALL = Tile(16, 32, 16, 4, 1)
+
+
+@pytest.fixture
+def triton_place(place):
+    if place.backend != "triton":
+        pytest.skip("of the Triton backend")
+    return place
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names and arguments of the kernels that are launched."""
+    seen = []
+    launch = triton_launch.launch
+
+    def spy(kernel, device, programs, tile, *args):
+        seen.append((kernel.fn.__name__, args))
+        launch(kernel, device, programs, tile, *args)
+
+    monkeypatch.setattr(triton_launch, "launch", spy)
+    return seen
+
+
+@pytest.mark.parametrize("form", ["segments", "ids", "packed"])
+def test_one_launch_forward_two_backward(form, triton_place, launches):
+    device, backend = triton_place
+    case = Case(form=form)
+    tensors = make_tensors(case, device, torch.float32)
+    leaves(tensors)
+    y = call(case, make_routing(case, device), tensors, backend=backend)
+    assert [name for name, _ in launches] == ["moe_ffn_fwd_kernel"]
+    y.sum().backward()
+    assert [name for name, _ in launches[1:]] == [
+        "moe_ffn_bwd_rows_kernel",
+        "moe_ffn_bwd_weights_kernel",
+    ]
+
+
+def test_frozen_weights_cost_no_launch(triton_place, launches):
+    device, backend = triton_place
+    case = Case()
+    tensors = make_tensors(case, device, torch.float32)
+    tensors["x"].requires_grad_()
+    call(case, make_routing(case, device), tensors, backend=backend).sum().backward()
+    assert [name for name, _ in launches[1:]] == ["moe_ffn_bwd_rows_kernel"]
+
+
+def test_frozen_expert_has_no_tiles(triton_place, launches):
+    device, backend = triton_place
+    case = Case(layer_scale=False)
+    tensors = make_tensors(case, device, torch.float32)
+    leaves(tensors)
+    for name in ("w1", "w2", "b1", "b2", "norm_weight", "norm_bias"):
+        tensors[name][0].requires_grad_(False)
+    call(case, make_routing(case, device), tensors, backend=backend).sum().backward()
+    work = launches[-1][1][-1]
+    assert work.w1_tiles[0] == work.w2_tiles[0] == 0
+    assert work.w1_tiles[1] > 0 and work.w2_tiles[1] > 0
+    assert work.w1 == work.b1 == work.norm_weight == (False, True)
+
+
+# Many small tiles: several bands, and tiles of weights that several programs share.
+MANY_TILES = [
+    Case(batch=4),
+    Case(batch=4, form="ids", hidden=(48, 48)),
+    Case(batch=3, form="ids", activation="swiglu", norm="rms", norm_bias=False, hidden=(48, 33)),
+    Case(batch=3, norm="none", token_scale=False, layer_scale=False, hidden=(48, 32)),
+]
+
+
+@pytest.mark.parametrize("case", MANY_TILES, ids=str)
+def test_many_tiles_agree_with_the_reference_and_repeat(case, triton_place, launches):
+    """Bitwise the same in every run; a gradient of D = F / 2 columns among them."""
+    device, backend = triton_place
+    routing = make_routing(case, device)
+
+    def run(name):
+        return outputs_and_gradients(
+            lambda tensors: call(case, routing, tensors, backend=name),
+            make_tensors(case, device, torch.float32),
+        )
+
+    expected = run("reference")
+    with tiles.use_tiles(Tiles(SMALL, SMALL, SMALL, SMALL)):
+        first, second = run(backend), run(backend)
+    work = launches[-1][1][-1]
+    counts = zip(work.w1_tiles, work.w2_tiles, work.whole, strict=True)
+    assert any(w1 + w2 > whole for w1, w2, whole in counts), "no tile is shared"
+    for name, value in first.items():
+        torch.testing.assert_close(value, expected[name], rtol=2e-5, atol=2e-5)
+        assert torch.equal(value, second[name]), name
+
+
+def test_every_launch_zeroes_its_counters(triton_place):
+    device, backend = triton_place
+    counters = triton_launch.Counters()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_launch, "COUNTERS", counters)
+        for case in (Case(), Case(form="ids", norm="none")):
+            tensors = make_tensors(case, device, torch.float32)
+            leaves(tensors)
+            call(case, make_routing(case, device), tensors, backend=backend).sum().backward()
+            (buffer,) = counters._kept.values()
+            assert not buffer.any()
+
+
+def test_counters_of_an_aborted_launch_are_thrown_away():
+    counters, device = triton_launch.Counters(), torch.device("cpu")
+    with counters.take(device, 10) as first:
+        first.zero_()
+    with counters.take(device, 10) as again:
+        assert again.data_ptr() == first.data_ptr()
+
+    def abort():
+        with counters.take(device, 10) as dirty:
+            dirty.fill_(7)
+            raise RuntimeError("aborted")
+
+    with pytest.raises(RuntimeError, match="aborted"):
+        abort()
+    with counters.take(device, 10) as fresh:
+        assert not fresh.any()
+    with counters.take(device, 2 * fresh.numel()) as larger:
+        assert larger.numel() >= 2 * fresh.numel() and not larger.any()
+
+
+def test_calls_inside_calls_do_not_share_counters():
+    """As when another thread launches on the same stream: each takes a buffer of its own."""
+    counters, device = triton_launch.Counters(), torch.device("cpu")
+    with counters.take(device, 10) as one, counters.take(device, 10) as two:
+        assert one.data_ptr() != two.data_ptr()
+
+
+@pytest.mark.parametrize("save", [True, False])
+def test_saved_pre_activation(save, triton_place):
+    """What the forward keeps beside x: the pre-activation, T x F numbers, or nothing."""
+    device, backend = triton_place
+    case = Case(residual=False, layer_scale=False)
+    tensors = make_tensors(case, device, torch.bfloat16)
+    leaves(tensors)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        routing = make_routing(case, device)
+        call(case, routing, tensors, backend=backend, recompute=not save)
+    x = tensors["x"]
+    parameters = {t.data_ptr() for name in tensors if name != "x" for t in tensors[name]}
+    others = [t for t in kept if t.data_ptr() not in parameters and t.numel()]
+    numbers = sum({t.data_ptr(): t.numel() for t in others if t.dtype == x.dtype}.values())
+    tokens = x.numel() // case.dim
+    assert numbers == tokens * (case.dim + (max(case.hidden) if save else 0))
