@@ -101,6 +101,24 @@ def test_many_tiles_agree_with_the_reference_and_repeat(case, triton_place, laun
         assert torch.equal(value, second[name]), name
 
 
+def test_norms_of_two_dtypes(triton_place):
+    """One expert's norm in float32 beside a 16-bit x, the other's in 16 bits."""
+    device, backend = triton_place
+    case = Case(norm_bias=False)
+    routing = make_routing(case, device)
+
+    def run(name):
+        tensors = make_tensors(case, device, torch.float16)
+        tensors["norm_weight"][1] = tensors["norm_weight"][1].float()
+        return outputs_and_gradients(lambda t: call(case, routing, t, backend=name), tensors)
+
+    expected, actual = run("reference"), run(backend)
+    assert actual["norm_weight[0]"].dtype == torch.float16
+    assert actual["norm_weight[1]"].dtype == torch.float32
+    for name, value in actual.items():
+        torch.testing.assert_close(value, expected[name], rtol=0.02, atol=0.02)
+
+
 def test_every_launch_zeroes_its_counters(triton_place):
     device, backend = triton_place
     counters = triton_launch.Counters()

@@ -68,6 +68,7 @@ GENERATIONS = {
 #   sm_100   weights    128 x 256 x 64, 8 warps     256
 #   sm_80    recompute  128 x 128 x 32, 8 warps     240
 #   sm_80    weights    128 x 256 x 32, 8 warps       8
+#   sm_86    rows       64 x 64 x 32, 8 warps        64  (float32)
 #   sm_100   weights    128 x 64 x 32, 8 warps       16  (float32)
 #
 # float32 without TF32 has no tensor cores, and small tiles keep its operands in registers.
@@ -109,6 +110,9 @@ TABLE: dict[tuple[str, str], Tiles] = {
         weights=Tile(128, 128, 32, 8, 3),
     ),
     **{(name, "32-bit"): _SINGLE for name in GENERATIONS},
+    ("sm_86", "32-bit"): replace(
+        _SINGLE, rows=Tile(64, 64, 16, 8, 3), recompute=Tile(64, 64, 16, 8, 3)
+    ),
     ("sm_100", "32-bit"): replace(_SINGLE, weights=Tile(64, 64, 32, 4, 4)),
 }
 

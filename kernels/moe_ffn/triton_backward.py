@@ -33,6 +33,7 @@ from vlmo.kernels.moe_ffn.triton_parts import (
     tokens_of,
     unit_rows,
     wait,
+    width_of,
 )
 
 
@@ -86,7 +87,7 @@ def moe_ffn_bwd_rows_kernel(
                 )
                 signal(prepared + tile)
         elif phase == 1:
-            if part * C.block_f < select(C.hidden, expert, C):
+            if part * C.block_f < width_of(expert, C):
                 if C.tasks[0] > 0:
                     wait(prepared + tile, C.tasks[0])
                 differentiate(
@@ -192,7 +193,7 @@ def differentiate(
 ):
     """Phase 1: block_t rows, block_f hidden columns."""
     P_MAX: tl.constexpr = 2 * C.max_hidden if C.gated else C.max_hidden
-    width = select(C.hidden, expert, C)
+    width = width_of(expert, C)
     first = part * C.block_f
     grouped = start + tl.arange(0, C.block_t)
     in_order = tl.minimum(grouped, end - 1).to(tl.int64)
@@ -260,7 +261,7 @@ def multiply(DPRE, DNORMED, DX, W1, rows, part, expert, start, begin, end, C: tl
     acc = eighths(
         product_nn(
             *(DPRE, dpre_rows, select(W1, expert, C), first, C.dim),
-            *(select(C.hidden, expert, C) * HALVES, C.max_hidden * HALVES, C.dim),
+            *(width_of(expert, C) * HALVES, C.max_hidden * HALVES, C.dim),
             *(C.even, C.block_n, C),
         )
     )

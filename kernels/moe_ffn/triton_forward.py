@@ -27,6 +27,7 @@ from vlmo.kernels.moe_ffn.triton_parts import (
     signal,
     tokens_of,
     wait,
+    width_of,
 )
 
 
@@ -70,7 +71,7 @@ def moe_ffn_fwd_kernel(
                 )
                 signal(normed_rows + tile)
         elif phase == 1:
-            if part * C.block_f < select(C.hidden, expert, C):
+            if part * C.block_f < width_of(expert, C):
                 if NORMED is not None:
                     wait(normed_rows + tile, C.tasks[0])
                 hidden_tile(
@@ -128,7 +129,7 @@ def hidden_tile(
 ):
     """Phase 1: block_t rows, block_f hidden columns."""
     P_MAX: tl.constexpr = 2 * C.max_hidden if C.gated else C.max_hidden
-    width = select(C.hidden, expert, C)
+    width = width_of(expert, C)
     first = part * C.block_f
     grouped = start + tl.arange(0, C.block_t)
     if BY_TOKEN:
@@ -175,7 +176,7 @@ def output_tile(
     C: tl.constexpr,
 ):
     """Phase 2: block_t rows, block_n columns of y."""
-    width = select(C.hidden, expert, C)
+    width = width_of(expert, C)
     grouped = start + tl.arange(0, C.block_t)
     columns = part * C.block_n + tl.arange(0, C.block_n)
     h_rows = tl.minimum(grouped, end - 1).to(tl.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -32,9 +33,11 @@ class Gradients:
         self.tiles = tiles.choose(dy.device, self.half)
 
         flags, params = iter(needs), [getattr(call, name) for name in _LISTS]
+        leaves = (call.x, *itertools.chain(*params), call.layer_scale)
+        self.dtypes = [leaf.dtype for leaf in leaves if leaf is not None]
         self.dx = self._wanted(call.x, next(flags))
         self.grads = {
-            name: [self._wanted(t, next(flags)) for t in tensors]
+            name: [self._wanted(t, next(flags), host.common_dtype(tensors)) for t in tensors]
             for name, tensors in zip(_LISTS, params, strict=True)
         }
         self.dlayer_scale = None
@@ -42,12 +45,15 @@ class Gradients:
             self.dlayer_scale = self._wanted(call.layer_scale, next(flags))
 
     def compute(self) -> list[Tensor]:
+        flat = self._flat()
         if self.dy.shape[0] == 0:
-            return [gradient.zero_() for gradient in self._flat()]
-        self.launch_rows()
-        if any(gradient.numel() for gradient in self._flat()[1:]):
-            self.launch_weights()
-        return self._flat()
+            for gradient in flat:
+                gradient.zero_()
+        else:
+            self.launch_rows()
+            if any(gradient.numel() for gradient in flat[1:]):
+                self.launch_weights()
+        return [gradient.to(dtype) for gradient, dtype in zip(flat, self.dtypes, strict=True)]
 
     def wants(self, *names: str) -> bool:
         """Whether any expert's gradient of one of these parameters is wanted."""
@@ -176,9 +182,9 @@ class Gradients:
             scale_rows=sum(hidden_blocks),
         )
 
-    def _wanted(self, tensor: Tensor, need: bool) -> Tensor:
+    def _wanted(self, tensor: Tensor, need: bool, dtype: torch.dtype | None = None) -> Tensor:
         shape = tensor.shape if need else (0,)
-        return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+        return torch.empty(shape, dtype=dtype or tensor.dtype, device=tensor.device)
 
     def _scratch(self, width: int, needed: bool) -> Tensor | None:
         return self.x.new_empty(self.x.shape[0], width, dtype=self.half) if needed else None

@@ -24,9 +24,17 @@ _ROWS_COST = 2
 _INTERPRETED_PROGRAMS = 5
 
 
+def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """A kernel takes the tensors of all experts in one dtype, also where their norms differ."""
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+
+
 def pointers(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-    """One contiguous tensor per expert, or None where the call has none."""
-    return tuple(tensor.contiguous() for tensor in tensors) if tensors else None
+    """One contiguous tensor per expert, all of one dtype, or None where the call has none."""
+    if not tensors:
+        return None
+    dtype = common_dtype(tensors)
+    return tuple(tensor.to(dtype).contiguous() for tensor in tensors)
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:

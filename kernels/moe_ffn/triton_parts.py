@@ -62,6 +62,13 @@ def select(values, index, C: tl.constexpr):
 
 
 @triton.jit
+def width_of(expert, C: tl.constexpr):
+    """F of an expert."""
+    HIDDEN: tl.constexpr = C.hidden  # up to Triton 3.6 a field cannot be passed on as it is
+    return select(HIDDEN, expert, C)
+
+
+@triton.jit
 def expert_offset(rows, i: tl.constexpr):
     """Grouped row at which expert ``i`` begins; T for ``i`` = E."""
     if rows.offsets is None:

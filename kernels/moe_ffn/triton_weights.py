@@ -28,6 +28,7 @@ from vlmo.kernels.moe_ffn.triton_parts import (
     signal,
     tokens_of,
     wait,
+    width_of,
 )
 
 PIECE_OVERHEAD = tl.constexpr(schedule.PIECE_OVERHEAD)
@@ -165,6 +166,11 @@ def moe_ffn_bwd_weights_kernel(
     C: tl.constexpr,
     W: tl.constexpr,
 ):
+    W1_TILES: tl.constexpr = W.w1_tiles
+    B1_WANTED: tl.constexpr = W.b1
+    B2_WANTED: tl.constexpr = W.b2
+    NORM_WEIGHT_WANTED: tl.constexpr = W.norm_weight
+    NORM_BIAS_WANTED: tl.constexpr = W.norm_bias
     partial_ready = COUNTERS + 3
     ranges = W.workers
     for e in tl.static_range(len(C.hidden)):
@@ -179,7 +185,7 @@ def moe_ffn_bwd_weights_kernel(
             while position < stop:
                 expert, tile, step, last, steps, position = find_work(position, stop, rows, C, W)
                 if step < last:
-                    is_w1 = tile < select(W.w1_tiles, expert, C)
+                    is_w1 = tile < select(W1_TILES, expert, C)
                     corner = tile_corner(expert, tile, is_w1, C, W)
                     acc = weight_product(
                         *(DPRE, NORMED, DBRANCH, HIDDEN, rows, expert, is_w1, corner),
@@ -204,8 +210,8 @@ def moe_ffn_bwd_weights_kernel(
             )
             if kind == 0:
                 if DB1 is not None:
-                    width = select(C.hidden, expert, C) * (2 if C.gated else 1)
-                    store_sum(DB1, W.b1, expert, columns, width, sums, C)
+                    width = width_of(expert, C) * (2 if C.gated else 1)
+                    store_sum(DB1, B1_WANTED, expert, columns, width, sums, C)
             elif kind == 1:
                 within = columns < C.dim
                 if SUM_BIAS is not None:
@@ -217,13 +223,13 @@ def moe_ffn_bwd_weights_kernel(
                     if LAYER_SCALE is not None:
                         scale = tl.load(LAYER_SCALE + columns, mask=within, other=0.0)
                         sums *= scale.to(tl.float32)
-                    store_sum(DB2, W.b2, expert, columns, C.dim, sums, C)
+                    store_sum(DB2, B2_WANTED, expert, columns, C.dim, sums, C)
             elif kind == 2:
                 if DNORM_WEIGHT is not None:
-                    store_sum(DNORM_WEIGHT, W.norm_weight, expert, columns, C.dim, sums, C)
+                    store_sum(DNORM_WEIGHT, NORM_WEIGHT_WANTED, expert, columns, C.dim, sums, C)
             else:
                 if DNORM_BIAS is not None:
-                    store_sum(DNORM_BIAS, W.norm_bias, expert, columns, C.dim, sums, C)
+                    store_sum(DNORM_BIAS, NORM_BIAS_WANTED, expert, columns, C.dim, sums, C)
         if SUM_SCALE is not None:  # noqa: SIM102 (decided when compiled, the next when run)
             if brought > 0:
                 finish_scale(SUM_SCALE, SUM_BIAS, DLAYER_SCALE, COUNTERS + 2, brought, C, W)
@@ -249,10 +255,11 @@ def partial_at(PARTIAL, number, i: tl.constexpr, C: tl.constexpr):
 @triton.jit
 def tile_corner(expert, tile, is_w1, C: tl.constexpr, W: tl.constexpr):
     """First row and column of a tile of dw1 [F or 2 F, D] or dw2 [D, F], and that shape."""
-    hidden = select(C.hidden, expert, C)
+    W1_TILES: tl.constexpr = W.w1_tiles
+    hidden = width_of(expert, C)
     tile_rows = tl.where(is_w1, hidden * (2 if C.gated else 1), C.dim)
     tile_columns = tl.where(is_w1, C.dim, hidden)
-    local = tile - tl.where(is_w1, 0, select(W.w1_tiles, expert, C))
+    local = tile - tl.where(is_w1, 0, select(W1_TILES, expert, C))
     across = tl.cdiv(tile_columns, C.block_n)
     return (local // across) * C.block_t, (local % across) * C.block_n, tile_rows, tile_columns
 
@@ -341,6 +348,8 @@ def finish_tile(
 ):
     """Add the peers' partial tiles; store a tile of dw1 or dw2, and what dlayer_scale needs."""
     first_m, first_n, tile_rows, tile_columns = corner
+    W1_WANTED: tl.constexpr = W.w1
+    W2_WANTED: tl.constexpr = W.w2
     BLOCK_T: tl.constexpr = C.block_t
     EIGHTH: tl.constexpr = C.block_n // 8
     parts = eighths(acc)
@@ -361,7 +370,9 @@ def finish_tile(
         if is_w1:
             if DW1 is not None:
                 out = select(DW1, expert, C) + at
-                tl.store(out, part.to(out.dtype.element_ty), mask=inside & select(W.w1, expert, C))
+                tl.store(
+                    out, part.to(out.dtype.element_ty), mask=inside & select(W1_WANTED, expert, C)
+                )
         else:
             if SUM_SCALE is not None:
                 w2 = tl.load(select(W2, expert, C) + at, mask=inside, other=0.0)
@@ -369,7 +380,9 @@ def finish_tile(
             if DW2 is not None:
                 part *= factor[:, None]
                 out = select(DW2, expert, C) + at
-                tl.store(out, part.to(out.dtype.element_ty), mask=inside & select(W.w2, expert, C))
+                tl.store(
+                    out, part.to(out.dtype.element_ty), mask=inside & select(W2_WANTED, expert, C)
+                )
     if SUM_SCALE is not None:
         line = first_n // C.block_n
         for e in tl.static_range(len(C.hidden)):
