@@ -2,8 +2,9 @@
 
 ``python tests/compiled.py sm_90`` prints one JSON line per kernel: what the launcher of the library
 would launch on that GPU for one case, with the tensor-core instructions in the PTX, the bytes of
-local memory and the registers in the machine code, and the shared memory. Run without
-TRITON_INTERPRET; nothing is launched.
+local memory and the registers in the machine code, and the shared memory. With ``options`` behind
+it, it compiles the cases of the parity tests instead, in small tiles: the interpreter that runs
+them does not check types. Run without TRITON_INTERPRET; nothing is launched.
 """
 
 import itertools
@@ -11,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -19,12 +21,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from moe_ffn_cases import CASES, make_tensors
 from vlmo.kernels.moe_ffn import tiles, triton_impl, triton_launch
 from vlmo.kernels.moe_ffn.reference import GATED, Call
 
 INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
+LISTS = ("w1", "w2", "b1", "b2", "norm_weight", "norm_bias")
 SEQUENCES, DIM, HIDDEN = 32, 768, 3072
-CASES = {  # VLMo's layer; a decoder's, routed by ids; both without a saved pre-activation
+LAYERS = {  # VLMo's layer; a decoder's, routed by ids; both without a saved pre-activation
     "vlmo": dict(activation="gelu", norm="layer", ids=False, save_pre=True),
     "decoder": dict(activation="swiglu", norm="rms", ids=True, save_pre=True),
     "vlmo, recomputed": dict(activation="gelu", norm="layer", ids=False, save_pre=False),
@@ -72,6 +76,45 @@ def run_case(dtype, activation, norm, ids, save_pre):
     triton_impl.backward(y, pre, call, needs)
 
 
+def run_options(case, x_dtype, half, save_pre, needs):
+    """Forward and backward of a case of the parity tests; ``needs`` names the wanted gradients."""
+    tensors = make_tensors(case, "meta", half)
+    tokens, experts = tensors["x"].numel() // case.dim, len(case.hidden)
+    index = [
+        torch.empty(n, dtype=torch.int32, device="meta") for n in (tokens, tokens, experts + 1)
+    ]
+    runs = [expert for expert, _ in case.pieces]
+    indexed = case.form != "segments" or len(runs) > len(set(runs))
+    lists = [tensors.get(name, []) for name in LISTS]
+    call = Call(
+        *(tensors["x"].reshape(-1, case.dim).to(x_dtype), *lists, tensors.get("layer_scale")),
+        tensors["token_scale"].reshape(-1) if case.token_scale else None,
+        tensors["residual"].reshape(-1, case.dim).to(x_dtype) if case.residual else None,
+        *(index if indexed else [None] * 3),
+        [] if indexed else [number for piece in case.pieces for number in piece],
+        *(case.norm, 1e-6, case.activation, save_pre),
+    )
+    y, pre = triton_impl.forward(call)
+    wanted = ["x" in needs, *(n in needs for n, t in zip(LISTS, lists, strict=True) for _ in t)]
+    wanted += ["layer_scale" in needs] if case.layer_scale else []
+    triton_impl.backward(y, pre, call, wanted)
+
+
+def all_options(facts) -> None:
+    everything = ("x", *LISTS, "layer_scale")
+    half = torch.bfloat16
+    facts["wanted"], facts["dtype"] = (lambda name: True), str(half)
+    for case in CASES:
+        if case.batch:
+            facts["case"] = str(case)
+            run_options(case, half, half, True, everything)
+    plain = replace(CASES[0], norm="none", layer_scale=False, token_scale=False)
+    for case, x_dtype in ((CASES[0], torch.float32), (plain, half)):
+        for needs in (("x",), ("w1",), ("w2",), ("b1", "b2"), ("layer_scale",), ("norm_weight",)):
+            facts["case"] = f"{case}, {x_dtype} x, gradients of {needs}"
+            run_options(case, x_dtype, half, len(needs) > 1, needs)
+
+
 def resources(cubin: bytes) -> dict[str, int]:
     """REG, STACK, LOCAL and SHARED of the only kernel in a cubin."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -84,10 +127,13 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in (part.split(":") for part in line.split())}
 
 
-def main(generation: str) -> None:
+def main(generation: str, what: str = "table") -> None:
     driver.set_active(NoDriver(generation))
     capability = divmod(int(generation.removeprefix("sm_")), 10)
     facts: dict = {}
+
+    def choose(device, dtype):
+        return tiles.INTERPRETED if what == "options" else tiles.lookup(capability, dtype)
 
     def compile_only(kernel, device, programs, tile, *args):
         name = kernel.fn.__name__.removeprefix("moe_ffn_").removesuffix("_kernel")
@@ -114,11 +160,14 @@ def main(generation: str) -> None:
     with (
         mock.patch.object(triton_launch, "launch", compile_only),
         mock.patch.object(triton_launch, "workers_on", lambda device, tile: 132 * tile.programs),
-        mock.patch.object(tiles, "choose", lambda device, dtype: tiles.lookup(capability, dtype)),
+        mock.patch.object(tiles, "choose", choose),
     ):
+        if what == "options":
+            all_options(facts)
+            return
         for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True)):
             torch.backends.cuda.matmul.allow_tf32 = tf32
-            for case, options in CASES.items():
+            for case, options in LAYERS.items():
                 saved = options["save_pre"]
                 if tf32 and case != "vlmo":
                     continue

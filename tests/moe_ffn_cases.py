@@ -35,6 +35,46 @@ class Case:
         return ",".join(changed).replace(" ", "") or "vlmo"
 
 
+CASES = [
+    Case(),
+    Case(form="ids"),
+    Case(form="packed"),
+    # one expert; three; four with one empty and unequal widths; an expert in two pieces
+    Case(pieces=((0, 20),), hidden=(40,)),
+    Case(pieces=((0, 3), (1, 5), (2, 11)), hidden=(40, 40, 40)),
+    Case(pieces=((0, 3), (3, 5), (1, 4)), hidden=(17, 64, 8, 33)),
+    Case(pieces=((0, 3), (3, 5), (1, 4)), hidden=(17, 64, 8, 33), form="ids", activation="geglu"),
+    Case(pieces=((1, 2), (0, 5), (1, 9)), form="packed"),
+    # odd primes, one token, all tokens in one expert, no token at all
+    Case(pieces=((0, 31), (1, 37)), dim=59, hidden=(101, 101), batch=2),
+    Case(pieces=((1, 1),), batch=1),
+    Case(pieces=((1, 1),), batch=1, form="ids"),
+    Case(pieces=((0, 9), (1, 0)), form="ids"),
+    Case(batch=0),
+    Case(batch=0, form="ids"),
+    # activations, gated without biases as in Mixture-of-Transformers
+    Case(activation="gelu_tanh"),
+    Case(activation="swiglu", norm="rms", bias=False, norm_bias=False, layer_scale=False),
+    Case(activation="geglu"),
+    # optional parts one by one, and none of them
+    Case(norm="none"),
+    Case(norm="rms", norm_bias=False),
+    Case(norm_bias=False),
+    Case(bias=False),
+    Case(layer_scale=False),
+    Case(token_scale=False),
+    Case(residual=False),
+    Case(
+        norm="none",
+        bias=False,
+        norm_bias=False,
+        layer_scale=False,
+        token_scale=False,
+        residual=False,
+    ),
+]
+
+
 def expert_ids(case: Case) -> Tensor:
     one = [expert for expert, length in case.pieces for _ in range(length)]
     return torch.tensor(one * case.batch, dtype=torch.int64)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import triton
 
+from moe_ffn_cases import CASES
 from vlmo.kernels.moe_ffn.tiles import GENERATIONS, OPERANDS, TABLE
 
 PRODUCTS = {  # the instruction of the main loops, by generation and dtype
@@ -24,14 +25,29 @@ def test_the_table_is_complete():
     assert set(TABLE) == {(name, kind) for name in GENERATIONS for kind in OPERANDS}
 
 
+def compiled(*arguments) -> list[dict]:
+    """What tests/compiled.py says, in a process in which Triton compiles."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("compiled.py")), *arguments]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.mark.slow
+def test_every_option_compiles():
+    """What the interpreter runs in the parity tests, with the types that a compiler asks for."""
+    reports = compiled("sm_90", "options")
+    names = [report["kernel"] for report in reports]
+    calls = sum(case.batch > 0 for case in CASES) + 12
+    assert names.count("fwd") == names.count("bwd_rows") == calls
+    assert names.count("bwd_weights") == calls - 4  # where only dx, or nothing there, is wanted
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_compiled(generation):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name("compiled.py")), generation]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-4000:]
-    reports = [json.loads(line) for line in run.stdout.splitlines()]
+    reports = compiled(generation)
     # Three kernels of two layers and two kernels that recompute, in two dtypes; TF32 once.
     assert len(reports) == 19
     # The table is chosen for the Triton that is tested; another's ptxas may spill a little.

@@ -126,12 +126,14 @@ class Gradients:
         partial = self.x.new_empty(shape, dtype=torch.float32)
         sums = (self.sum_dpre, self.sum_dbranch, self.sum_norm)
         scales = _given(self.dlayer_scale)
+        # Where a tensor is not there, one of the same dtype stands for it; it is not read.
+        normed = self.dpre if self.normed is None else self.normed
         dbranch = self.dbranch if self.dbranch is not None else self.dh2
         tickets = sum(work.whole) + workers + sum(work.sum_blocks)
         with host.COUNTERS.take(device, 3 + workers) as counters:
             host.launch(
                 *(moe_ffn_bwd_weights_kernel, device, min(workers, tickets), tile),
-                *(self.dpre, self.x if self.normed is None else self.normed),
+                *(self.dpre, self.x if call.norm == "none" else normed),
                 self.dy if dbranch is None else dbranch,
                 self.dpre if self.hidden is None else self.hidden,
                 *(partial if tensor is None else tensor for tensor in sums),
@@ -142,7 +144,7 @@ class Gradients:
                 self.dlayer_scale if scales else None,
                 *(host.pointers(t) for t in (call.w2, call.b2)),
                 *(host.contiguous(call.layer_scale), self.rows, counters),
-                *(self.normed is None, dbranch is None, config, work),
+                *(call.norm == "none", dbranch is None, config, work),
             )
 
     def _work(self, config: host.Config, workers: int) -> Work:

@@ -296,25 +296,24 @@ def weight_product(
     BLOCK_T: tl.constexpr = C.block_t
     BLOCK_N: tl.constexpr = C.block_n
     k = tl.arange(0, C.block_k)
-    a_at = k[None, :] * stride_a + m[:, None]
-    b_at = k[:, None] * stride_b + n[None, :]
+    a_local = k[None, :] * stride_a + m[:, None]
+    b_local = k[:, None] * stride_b + n[None, :]
 
     acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for number in tl.range(step, last):
         first = begin + number * C.block_k
-        a_base = A
-        b_base = B
+        in_order = (first + k).to(tl.int64)
+        token = in_order
         if NORMED_BY_TOKEN or DBRANCH_BY_TOKEN:
             token = tokens_of(rows, first + k, expert, begin, end, C)
-            in_order = (first + k).to(tl.int64)
         if DBRANCH_BY_TOKEN:
-            a_at = tl.where(is_w1, in_order, token)[None, :] * stride_a + m[:, None]
+            a_at = A + (tl.where(is_w1, in_order, token)[None, :] * stride_a + m[:, None])
         else:
-            a_base += first.to(tl.int64) * stride_a
+            a_at = A + first.to(tl.int64) * stride_a + a_local
         if NORMED_BY_TOKEN:
-            b_at = tl.where(is_w1, token, in_order)[:, None] * stride_b + n[None, :]
+            b_at = B + (tl.where(is_w1, token, in_order)[:, None] * stride_b + n[None, :])
         else:
-            b_base += first.to(tl.int64) * stride_b
+            b_at = B + first.to(tl.int64) * stride_b + b_local
         # [block_t, block_k], [block_k, block_n]
         inside_a = k[None, :] < end - first
         inside_b = k[:, None] < end - first
@@ -323,8 +322,8 @@ def weight_product(
             inside_b = inside_b & (n[None, :] < tile_columns)
         # Loaded as it is multiplied: of an operand that is transposed after its load, Triton keeps
         # one buffer instead of num_stages - 1 on sm_80.
-        a = tl.load(a_base + a_at, mask=inside_a, other=0.0)
-        b = tl.load(b_base + b_at, mask=inside_b, other=0.0)
+        a = tl.load(a_at, mask=inside_a, other=0.0)
+        b = tl.load(b_at, mask=inside_b, other=0.0)
         acc = dot(a, b, acc, C)
     return acc
 
