@@ -108,6 +108,8 @@ def all_options(facts) -> None:
         if case.batch:
             facts["case"] = str(case)
             run_options(case, half, half, True, everything)
+    facts["case"] = "a residual of float64"
+    run_options(CASES[0], torch.float64, torch.float32, True, everything)
     plain = replace(CASES[0], norm="none", layer_scale=False, token_scale=False)
     for case, x_dtype in ((CASES[0], torch.float32), (plain, half)):
         for needs in (("x",), ("w1",), ("w2",), ("b1", "b2"), ("layer_scale",), ("norm_weight",)):

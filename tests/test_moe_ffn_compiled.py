@@ -39,7 +39,7 @@ def test_every_option_compiles():
     """What the interpreter runs in the parity tests, with the types that a compiler asks for."""
     reports = compiled("sm_90", "options")
     names = [report["kernel"] for report in reports]
-    calls = sum(case.batch > 0 for case in CASES) + 12
+    calls = sum(case.batch > 0 for case in CASES) + 13
     assert names.count("fwd") == names.count("bwd_rows") == calls
     assert names.count("bwd_weights") == calls - 4  # where only dx, or nothing there, is wanted
 

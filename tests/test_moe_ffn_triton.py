@@ -119,6 +119,17 @@ def test_norms_of_two_dtypes(triton_place):
         torch.testing.assert_close(value, expected[name], rtol=0.02, atol=0.02)
 
 
+def test_residual_keeps_its_float64(triton_place):
+    device, backend = triton_place
+    case = Case()
+    tensors = make_tensors(case, device, torch.float32)
+    tensors["residual"] = tensors["residual"].double() + 1e6 + 1e-6
+    routing = make_routing(case, device)
+    actual, expected = (call(case, routing, tensors, backend=b) for b in (backend, "reference"))
+    assert actual.dtype == torch.float64
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
 def test_every_launch_zeroes_its_counters(triton_place):
     device, backend = triton_place
     counters = triton_launch.Counters()

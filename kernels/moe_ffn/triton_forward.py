@@ -207,5 +207,9 @@ def output_tile(
         inside = (grouped[:, None] < end) & within[None, :]
         out = token[:, None] * C.dim + columns[None, :]
         if RESIDUAL is not None:
-            y += tl.load(RESIDUAL + out, mask=inside, other=0.0).to(tl.float32)
+            residual = tl.load(RESIDUAL + out, mask=inside, other=0.0)
+            if Y.dtype.element_ty == tl.float64:
+                y = y.to(tl.float64) + residual
+            else:
+                y += residual.to(tl.float32)
         tl.store(Y + out, y.to(Y.dtype.element_ty), mask=inside)
