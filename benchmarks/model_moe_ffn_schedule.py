@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from vlmo.files import replacing
 from vlmo.kernels.moe_ffn.schedule import (
+    TILE_OVERHEAD,
     Banded,
     Split,
     choose_band,
@@ -30,7 +31,7 @@ SPLITS = {"40:197": (40, 197), "50:50": (50, 50), "5:55:40": (5, 55, 40)}
 
 ROWS, COLUMNS, DEPTH = 128, 256, 64  # of a tile, and of one step of its main loop
 LOOP_COLUMNS = (256, 192, 128)  # what the loop may choose from for each product
-OVERHEAD = 3  # steps that a tile's start and end take, as the launcher assumes
+OVERHEAD = TILE_OVERHEAD
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 
@@ -28,6 +29,11 @@ def _multiprocessors(index: int) -> int:
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of an NVIDIA GPU."""
     return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels on the CPU in this process; it decides so when imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def describe(device: torch.device | str) -> str:

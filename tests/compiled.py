@@ -131,11 +131,12 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def main(generation: str, what: str = "table") -> None:
     driver.set_active(NoDriver(generation))
-    capability = divmod(int(generation.removeprefix("sm_")), 10)
     facts: dict = {}
 
     def choose(device, dtype):
-        return tiles.INTERPRETED if what == "options" else tiles.lookup(capability, dtype)
+        if what == "options":
+            return tiles.INTERPRETED
+        return tiles.TABLE[generation, tiles.operands_of(dtype)]
 
     def compile_only(kernel, device, programs, tile, *args):
         name = kernel.fn.__name__.removeprefix("moe_ffn_").removesuffix("_kernel")

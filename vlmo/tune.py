@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -22,17 +21,13 @@ from rich.console import Console
 from vlmo.files import replacing
 from vlmo.kernels.moe_ffn import tiles, triton_impl
 from vlmo.kernels.moe_ffn.tiles import Tile, Tiles
-from vlmo.kernels.target import describe
+from vlmo.kernels.target import describe, interpreted
 from vlmo.machine import versions
 from vlmo.timing import median_seconds
 from vlmo.trial import TINY, Problem, Trial
 
 KERNELS = tuple(kernel.name for kernel in fields(Tiles))
 _REGISTERS = 65536  # of 32 bits, on a multiprocessor of every generation
-
-
-def interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def parse_problem(given: Mapping[str, Any]) -> Problem:

@@ -12,6 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+# What the prologue and epilogue of a tile, or of a piece of one, cost in steps of its main loop: a
+# guess. It steers the choice of the band and the shares of Split.
+TILE_OVERHEAD = 3
+
 
 class Task(NamedTuple):
     """What one ticket stands for: one part of one row tile in one phase."""
@@ -157,11 +161,6 @@ def choose_band(tiles: int, tasks: tuple[int, ...], workers: int, costs: tuple[f
     return min(bands, key=lambda b: replay(Banded(tiles, b, tasks), workers, costs).makespan)
 
 
-# What the prologue and epilogue of a piece of a tile cost, in steps: a guess, for shares that take
-# equally long. Without it, a share of many short tiles is the last to end.
-PIECE_OVERHEAD = 3
-
-
 class Piece(NamedTuple):
     """Steps [first, last) of one tile of one expert."""
 
@@ -183,13 +182,14 @@ class Split:
         tiles: tiles of each expert.
         steps: steps of one tile of each expert.
         workers: programs that are resident together.
-        overhead: empty positions before each tile that is divided.
+        overhead: empty positions before each tile that is divided, or a share of many short tiles
+            would be the last to end.
     """
 
     tiles: tuple[int, ...]
     steps: tuple[int, ...]
     workers: int
-    overhead: int = PIECE_OVERHEAD
+    overhead: int = TILE_OVERHEAD
 
     @property
     def whole(self) -> tuple[int, ...]:

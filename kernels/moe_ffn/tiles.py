@@ -187,11 +187,6 @@ def operands_of(dtype: torch.dtype) -> str:
     return "32-bit" if dtype == torch.float32 else "16-bit"
 
 
-def lookup(capability: tuple[int, int], dtype: torch.dtype) -> Tiles:
-    """The row of TABLE for a compute capability."""
-    return TABLE[generation_of(capability), operands_of(dtype)]
-
-
 def load(path: str | os.PathLike[str]) -> dict[tuple[str, str], Tiles]:
     """The rows of a file of ``vlmo tune``, by generation and kind of operand.
 

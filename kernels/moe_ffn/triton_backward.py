@@ -192,7 +192,6 @@ def differentiate(
     C: tl.constexpr,
 ):
     """Phase 1: block_t rows, block_f hidden columns."""
-    P_MAX: tl.constexpr = 2 * C.max_hidden if C.gated else C.max_hidden
     width = width_of(expert, C)
     first = part * C.block_f
     grouped = start + tl.arange(0, C.block_t)
@@ -216,12 +215,12 @@ def differentiate(
 
     EIGHTH: tl.constexpr = C.block_f // 8
     local = tl.arange(0, C.block_t)[:, None]
-    pre_base = start.to(tl.int64) * P_MAX
+    pre_base = start.to(tl.int64) * C.max_pre
     hidden_base = start.to(tl.int64) * C.max_hidden
     for i in tl.static_range(8):
         columns = first + i * EIGHTH + tl.arange(0, EIGHTH)
         inside = (grouped[:, None] < end) & (columns[None, :] < width)
-        at = local * P_MAX + columns[None, :]
+        at = local * C.max_pre + columns[None, :]
         if PRE is None:
             h, value = add_bias_and_split(again[i].to(tl.float32), B1, expert, columns, width, C)
         else:
@@ -234,7 +233,7 @@ def differentiate(
         hidden, slope = gate_with_slope(h, C)
         sums = SUM_DPRE
         if SUM_DPRE is not None:
-            sums = SUM_DPRE + tile.to(tl.int64) * P_MAX + columns
+            sums = SUM_DPRE + tile.to(tl.int64) * C.max_pre + columns
         if C.gated:
             dvalue = dh * hidden
             dh *= value
@@ -254,14 +253,13 @@ def differentiate(
 @triton.jit
 def multiply(DPRE, DNORMED, DX, W1, rows, part, expert, start, begin, end, C: tl.constexpr):
     """Phase 2: block_t rows, block_n columns."""
-    HALVES: tl.constexpr = 2 if C.gated else 1
     first = part * C.block_n
     grouped = start + tl.arange(0, C.block_t)
     dpre_rows = tl.minimum(grouped, end - 1).to(tl.int64)
     acc = eighths(
         product_nn(
             *(DPRE, dpre_rows, select(W1, expert, C), first, C.dim),
-            *(width_of(expert, C) * HALVES, C.max_hidden * HALVES, C.dim),
+            *(width_of(expert, C) * C.halves, C.max_pre, C.dim),
             *(C.even, C.block_n, C),
         )
     )

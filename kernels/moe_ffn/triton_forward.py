@@ -128,7 +128,6 @@ def hidden_tile(
     C: tl.constexpr,
 ):
     """Phase 1: block_t rows, block_f hidden columns."""
-    P_MAX: tl.constexpr = 2 * C.max_hidden if C.gated else C.max_hidden
     width = width_of(expert, C)
     first = part * C.block_f
     grouped = start + tl.arange(0, C.block_t)
@@ -140,14 +139,14 @@ def hidden_tile(
 
     EIGHTH: tl.constexpr = C.block_f // 8
     local = tl.arange(0, C.block_t)[:, None]
-    pre_base = start.to(tl.int64) * P_MAX
+    pre_base = start.to(tl.int64) * C.max_pre
     hidden_base = start.to(tl.int64) * C.max_hidden
     for i in tl.static_range(8):
         columns = first + i * EIGHTH + tl.arange(0, EIGHTH)
         inside = (grouped[:, None] < end) & (columns[None, :] < width)
         h, value = add_bias_and_split(acc[i], B1, expert, columns, width, C)
         if PRE is not None:
-            pre = PRE + pre_base + local * P_MAX + columns[None, :]
+            pre = PRE + pre_base + local * C.max_pre + columns[None, :]
             tl.store(pre, h.to(PRE.dtype.element_ty), mask=inside)
             if C.gated:
                 tl.store(pre + width, value.to(PRE.dtype.element_ty), mask=inside)

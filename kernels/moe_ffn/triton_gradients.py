@@ -36,10 +36,10 @@ class Gradients:
         leaves = (call.x, *itertools.chain(*params), call.layer_scale)
         self.dtypes = [leaf.dtype for leaf in leaves if leaf is not None]
         self.dx = self._wanted(call.x, next(flags))
-        self.grads = {
-            name: [self._wanted(t, next(flags), host.common_dtype(tensors)) for t in tensors]
-            for name, tensors in zip(_LISTS, params, strict=True)
-        }
+        self.grads: dict[str, list[Tensor]] = {}
+        for name, tensors in zip(_LISTS, params, strict=True):
+            dtype = host.common_dtype(tensors) if tensors else None
+            self.grads[name] = [self._wanted(tensor, next(flags), dtype) for tensor in tensors]
         self.dlayer_scale = None
         if call.layer_scale is not None:
             self.dlayer_scale = self._wanted(call.layer_scale, next(flags))
@@ -74,8 +74,7 @@ class Gradients:
         self.dh2 = self._scratch(dim, scaled or self.dy.dtype != self.half)
         self.dbranch = self._scratch(dim, call.layer_scale is not None and of_g)
         self.hidden = self._scratch(config.max_hidden, of_g)
-        pre_width = config.max_hidden * (2 if config.gated else 1)
-        self.dpre = self.x.new_empty(self.x.shape[0], pre_width, dtype=self.half)
+        self.dpre = self.x.new_empty(self.x.shape[0], config.max_pre, dtype=self.half)
         dnormed = self._scratch(dim, normed and through)
 
         block_r = max(1, min(tile.block_t, _HELD // config.block_d))
@@ -95,12 +94,12 @@ class Gradients:
         )
         bound = host.bound_on_tiles(call, self.rows, tile.block_t)
         self.sum_dbranch = self._sums(bound * config.tasks[0], dim, of_b2)
-        self.sum_dpre = self._sums(bound, self.dpre.shape[1], self.wants("b1"))
+        self.sum_dpre = self._sums(bound, config.max_pre, self.wants("b1"))
         self.sum_norm = self._sums(bound * config.tasks[3], 2 * dim, of_norm)
         self.row_config = config
 
         device, workers = self.x.device, host.workers_on(self.x.device, tile)
-        band = host.band_of(bound, config, workers, (None, dim, self.dpre.shape[1], None))
+        band = host.band_of(bound, config, workers, (None, dim, config.max_pre, None))
         with host.COUNTERS.take(device, 2 + 3 * bound) as counters:
             host.launch(
                 *(moe_ffn_bwd_rows_kernel, device, min(workers, bound * sum(config.tasks)), tile),
@@ -165,7 +164,7 @@ class Gradients:
         tile_counts = tuple(a + b for a, b in zip(w1_tiles, w2_tiles, strict=True))
         per_dim = len(call.w1) * -(-config.dim // SUM_COLUMNS.value)
         sum_blocks = (
-            len(call.w1) * -(-self.dpre.shape[1] // SUM_COLUMNS.value) if self.wants("b1") else 0,
+            len(call.w1) * -(-config.max_pre // SUM_COLUMNS.value) if self.wants("b1") else 0,
             per_dim if self.sum_dbranch is not None else 0,
             per_dim if self.wants("norm_weight") else 0,
             per_dim if self.wants("norm_bias") else 0,

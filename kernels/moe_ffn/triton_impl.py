@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 from collections.abc import Sequence
 from importlib import metadata
 
@@ -36,7 +35,7 @@ def why_not(
     elements = width * max(hidden) * (2 if activation in GATED else 1)
     if elements >= _MAX_WEIGHT:
         return f"a weight of {elements} elements is not below 2**31."
-    if _interpreted():
+    if target.interpreted():
         return None
     if device.type != "cuda":
         return (
@@ -54,12 +53,6 @@ def why_not(
 @functools.cache
 def _triton_version() -> tuple[int, ...]:
     return tuple(int(part) for part in metadata.version("triton").split(".")[:2])
-
-
-@functools.cache
-def _interpreted() -> bool:
-    """Whether Triton runs its kernels on the CPU in this process; it decides so when imported."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from vlmo.kernels import target
 from vlmo.kernels.moe_ffn.reference import GATED, Call
-from vlmo.kernels.moe_ffn.schedule import choose_band
+from vlmo.kernels.moe_ffn.schedule import TILE_OVERHEAD, choose_band
 from vlmo.kernels.moe_ffn.tiles import Tile
 from vlmo.kernels.moe_ffn.triton_parts import INTERPRETED, Config, Rows
 
-# A tile's prologue and epilogue in steps of its main loop, and a task without products: guesses
-# that only steer the choice of the band.
-_TILE_OVERHEAD = 3
+# What a task without products costs in steps of a main loop: a guess that only steers the choice of
+# the band.
 _ROWS_COST = 2
 # The interpreter runs one program after the other; more than one, so that work is divided.
 _INTERPRETED_PROGRAMS = 5
@@ -67,7 +66,7 @@ def make_config(
 ) -> Config:
     """What is compiled into a kernel; its phases are left to the kernel's launcher."""
     gated = activation in GATED
-    block_f = tile.block_n // 2 if gated else tile.block_n
+    halves = 2 if gated else 1
     block_d = 1 << (dim - 1).bit_length()
     return Config(
         dim=dim,
@@ -76,6 +75,8 @@ def make_config(
         norm=norm,
         activation=activation,
         gated=gated,
+        halves=halves,
+        max_pre=max(hidden) * halves,
         precision=precision,
         tasks=(),
         even_dim=dim % tile.block_k == 0,
@@ -87,7 +88,7 @@ def make_config(
         ),
         block_t=tile.block_t,
         block_n=tile.block_n,
-        block_f=block_f,
+        block_f=tile.block_n // halves,
         block_k=tile.block_k,
         block_d=block_d,
         block_r=max(1, min(tile.block_t, 16384 // block_d)),
@@ -104,7 +105,7 @@ def config_of(call: Call, tile: Tile) -> Config:
 def band_of(tiles: int, config: Config, workers: int, depths: Sequence[int | None]) -> int:
     """Row tiles of a band; ``depths`` is the length of each phase's products, None without."""
     costs = tuple(
-        _ROWS_COST if depth is None else -(-depth // config.block_k) + _TILE_OVERHEAD
+        _ROWS_COST if depth is None else -(-depth // config.block_k) + TILE_OVERHEAD
         for depth in depths
     )
     return choose_band(tiles, config.tasks, workers, costs)

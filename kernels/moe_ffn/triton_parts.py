@@ -8,14 +8,15 @@ contiguous; x, dy, residual, y and dx are addressed by token.
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
+from vlmo.kernels import target
+
 # The interpreter multiplies 16-bit operands wrongly (bfloat16) or as float16 (both up to 3.9).
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+INTERPRETED = tl.constexpr(target.interpreted())
 
 
 class Config(NamedTuple):
@@ -27,6 +28,8 @@ class Config(NamedTuple):
     norm: str
     activation: str
     gated: bool
+    halves: int  # of a pre-activation: gate and value, or 1
+    max_pre: int  # columns of a pre-activation that has room for every expert's: P
     precision: str  # of products of float32: "ieee" or "tf32"
     tasks: tuple[int, ...]  # of each phase, for one row tile
     even_dim: bool  # block_k divides D
@@ -290,7 +293,7 @@ def gate_with_slope(x, C: tl.constexpr):
 @triton.jit
 def preactivation(A, a_rows, W1, expert, first, width, C: tl.constexpr):
     """A[a_rows] W1^T for block_f hidden columns; gate and value of a column lie side by side."""
-    HALVES: tl.constexpr = 2 if C.gated else 1
+    HALVES: tl.constexpr = C.halves
     BLOCK_N: tl.constexpr = C.block_f * HALVES
     lane = tl.arange(0, BLOCK_N)
     columns = tl.minimum(first + lane // HALVES, width - 1) + (lane % HALVES) * width

@@ -31,7 +31,7 @@ from vlmo.kernels.moe_ffn.triton_parts import (
     width_of,
 )
 
-PIECE_OVERHEAD = tl.constexpr(schedule.PIECE_OVERHEAD)
+TILE_OVERHEAD = tl.constexpr(schedule.TILE_OVERHEAD)
 SUM_COLUMNS = tl.constexpr(128)
 SUM_ROWS = tl.constexpr(32)
 
@@ -73,7 +73,7 @@ def total_steps(rows, C: tl.constexpr, W: tl.constexpr):
     for e in tl.static_range(len(C.hidden)):
         steps = steps_of(rows, e, C)
         whole += W.whole[e] * steps
-        rest += (W.w1_tiles[e] + W.w2_tiles[e] - W.whole[e]) * (steps + PIECE_OVERHEAD)
+        rest += (W.w1_tiles[e] + W.w2_tiles[e] - W.whole[e]) * (steps + TILE_OVERHEAD)
     return whole, rest
 
 
@@ -96,7 +96,7 @@ def find_work(position, stop, rows, C: tl.constexpr, W: tl.constexpr):
             else:
                 skipped = W.whole[e]
                 count = W.w1_tiles[e] + W.w2_tiles[e] - W.whole[e]
-                length = each + PIECE_OVERHEAD
+                length = each + TILE_OVERHEAD
             inside = (expert < 0) & (position < before + count * length)
             number = (position - before) // length
             end = before + (number + 1) * length
@@ -210,7 +210,7 @@ def moe_ffn_bwd_weights_kernel(
             )
             if kind == 0:
                 if DB1 is not None:
-                    width = width_of(expert, C) * (2 if C.gated else 1)
+                    width = width_of(expert, C) * C.halves
                     store_sum(DB1, B1_WANTED, expert, columns, width, sums, C)
             elif kind == 1:
                 within = columns < C.dim
@@ -257,7 +257,7 @@ def tile_corner(expert, tile, is_w1, C: tl.constexpr, W: tl.constexpr):
     """First row and column of a tile of dw1 [F or 2 F, D] or dw2 [D, F], and that shape."""
     W1_TILES: tl.constexpr = W.w1_tiles
     hidden = width_of(expert, C)
-    tile_rows = tl.where(is_w1, hidden * (2 if C.gated else 1), C.dim)
+    tile_rows = tl.where(is_w1, hidden * C.halves, C.dim)
     tile_columns = tl.where(is_w1, C.dim, hidden)
     local = tile - tl.where(is_w1, 0, select(W1_TILES, expert, C))
     across = tl.cdiv(tile_columns, C.block_n)
@@ -284,7 +284,7 @@ def weight_product(
     first_m, first_n, tile_rows, tile_columns = corner
     A = tl.where(is_w1, DPRE, DBRANCH)
     B = tl.where(is_w1, NORMED, HIDDEN)
-    stride_a = tl.where(is_w1, C.max_hidden * (2 if C.gated else 1), C.dim)
+    stride_a = tl.where(is_w1, C.max_pre, C.dim)
     stride_b = tl.where(is_w1, C.dim, C.max_hidden)
     begin, end = 0, 0
     for e in tl.static_range(len(C.hidden)):
@@ -425,7 +425,6 @@ def add_up(SUM_DPRE, SUM_DBRANCH, SUM_NORM, block, rows, C: tl.constexpr, W: tl.
 
     Kinds: 0 dpre, 1 dbranch, 2 the norm's weight, 3 its bias.
     """
-    P_MAX: tl.constexpr = C.max_hidden * (2 if C.gated else 1)
     kind = 0
     blocks = W.sum_blocks[0]
     for i in tl.static_range(1, 4):
@@ -439,14 +438,14 @@ def add_up(SUM_DPRE, SUM_DBRANCH, SUM_NORM, block, rows, C: tl.constexpr, W: tl.
 
     source = tl.where(kind == 0, SUM_DPRE, tl.where(kind == 1, SUM_DBRANCH, SUM_NORM))
     source += tl.where(kind == 3, C.dim, 0)
-    stride = tl.where(kind == 0, P_MAX, tl.where(kind == 1, C.dim, 2 * C.dim))
+    stride = tl.where(kind == 0, C.max_pre, tl.where(kind == 1, C.dim, 2 * C.dim))
     per_tile = tl.where(kind == 0, 1, tl.where(kind == 1, W.dbranch_rows, W.norm_rows))
     begin, end, tiles = 0, 0, 0
     for e in tl.static_range(len(C.hidden)):
         begin = tl.where(expert == e, tiles, begin)
         tiles += tl.cdiv(expert_offset(rows, e + 1) - expert_offset(rows, e), W.rows_block_t)
         end = tl.where(expert == e, tiles, end)
-    within = columns < tl.where(kind == 0, P_MAX, C.dim)
+    within = columns < tl.where(kind == 0, C.max_pre, C.dim)
     sums = sum_rows(source, begin * per_tile, end * per_tile, stride, columns, within)
     return kind, expert, columns, sums
 
