@@ -29,7 +29,8 @@ from vlmo.kernels.moe_ffn.schedule import (
     replay_split,
 )
 from vlmo.kernels.moe_ffn.tiles import Tile
-from vlmo.kernels.moe_ffn.triton_parts import Rows, locate
+from vlmo.kernels.moe_ffn.rows import Rows
+from vlmo.kernels.moe_ffn.triton_parts import locate
 from vlmo.kernels.moe_ffn.triton_weights import Work, find_range, find_work
 
 MODEL_FILE = Path(__file__).parents[1] / "benchmarks" / "model_moe_ffn_schedule.py"

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from moe_ffn_cases import Case, call, leaves, make_routing, make_tensors, outputs_and_gradients
+from vlmo.kernels.moe_ffn import counters as launch_counters
 from vlmo.kernels.moe_ffn import tiles, triton_launch
+from vlmo.kernels.moe_ffn.counters import Counters
 from vlmo.kernels.moe_ffn.tiles import Tile, Tiles
 
 SMALL = Tile(16, 32, 16, 4, 1)
@@ -132,9 +134,9 @@ def test_residual_keeps_its_float64(triton_place):
 
 def test_every_launch_zeroes_its_counters(triton_place):
     device, backend = triton_place
-    counters = triton_launch.Counters()
+    counters = Counters()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_launch, "COUNTERS", counters)
+        patch.setattr(launch_counters, "COUNTERS", counters)
         for case in (Case(), Case(form="ids", norm="none")):
             tensors = make_tensors(case, device, torch.float32)
             leaves(tensors)
@@ -144,7 +146,7 @@ def test_every_launch_zeroes_its_counters(triton_place):
 
 
 def test_counters_of_an_aborted_launch_are_thrown_away():
-    counters, device = triton_launch.Counters(), torch.device("cpu")
+    counters, device = Counters(), torch.device("cpu")
     with counters.take(device, 10) as first:
         first.zero_()
     with counters.take(device, 10) as again:
@@ -165,7 +167,7 @@ def test_counters_of_an_aborted_launch_are_thrown_away():
 
 def test_calls_inside_calls_do_not_share_counters():
     """As when another thread launches on the same stream: each takes a buffer of its own."""
-    counters, device = triton_launch.Counters(), torch.device("cpu")
+    counters, device = Counters(), torch.device("cpu")
     with counters.take(device, 10) as one, counters.take(device, 10) as two:
         assert one.data_ptr() != two.data_ptr()
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from vlmo.kernels.moe_ffn import tiles
 from vlmo.kernels.moe_ffn import triton_launch as host
+from vlmo.kernels.moe_ffn.counters import take_counters
 from vlmo.kernels.moe_ffn.reference import Call
+from vlmo.kernels.moe_ffn.rows import bound_on_tiles, rows_of
 from vlmo.kernels.moe_ffn.schedule import Split
 from vlmo.kernels.moe_ffn.triton_backward import moe_ffn_bwd_rows_kernel
 from vlmo.kernels.moe_ffn.triton_weights import SUM_COLUMNS, Work, moe_ffn_bwd_weights_kernel
@@ -29,7 +31,7 @@ class Gradients:
         self.call, self.pre = call, pre
         self.half = call.w1[0].dtype
         self.dy, self.x = dy.contiguous(), call.x.contiguous()
-        self.rows = host.rows_of(call)
+        self.rows = rows_of(call)
         self.tiles = tiles.choose(dy.device, self.half)
 
         flags, params = iter(needs), [getattr(call, name) for name in _LISTS]
@@ -92,7 +94,7 @@ class Gradients:
             block_r=block_r,
             row_steps=row_steps,
         )
-        bound = host.bound_on_tiles(call, self.rows, tile.block_t)
+        bound = bound_on_tiles(call, self.rows, tile.block_t)
         self.sum_dbranch = self._sums(bound * config.tasks[0], dim, of_b2)
         self.sum_dpre = self._sums(bound, config.max_pre, self.wants("b1"))
         self.sum_norm = self._sums(bound * config.tasks[3], 2 * dim, of_norm)
@@ -100,7 +102,7 @@ class Gradients:
 
         device, workers = self.x.device, host.workers_on(self.x.device, tile)
         band = host.band_of(bound, config, workers, (None, dim, config.max_pre, None))
-        with host.COUNTERS.take(device, 2 + 3 * bound) as counters:
+        with take_counters(device, 2 + 3 * bound) as counters:
             host.launch(
                 *(moe_ffn_bwd_rows_kernel, device, min(workers, bound * sum(config.tasks)), tile),
                 *(self.dy, self.x, self.pre if self.pre.numel() else None),
@@ -129,7 +131,7 @@ class Gradients:
         normed = self.dpre if self.normed is None else self.normed
         dbranch = self.dbranch if self.dbranch is not None else self.dh2
         tickets = sum(work.whole) + workers + sum(work.sum_blocks)
-        with host.COUNTERS.take(device, 3 + workers) as counters:
+        with take_counters(device, 3 + workers) as counters:
             host.launch(
                 *(moe_ffn_bwd_weights_kernel, device, min(workers, tickets), tile),
                 *(self.dpre, self.x if call.norm == "none" else normed),

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from vlmo.kernels import target
 from vlmo.kernels.moe_ffn import tiles
+from vlmo.kernels.moe_ffn.counters import take_counters
 from vlmo.kernels.moe_ffn.reference import GATED, Call, pre_shape
+from vlmo.kernels.moe_ffn.rows import bound_on_tiles, rows_of
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _OLDEST_TRITON = (3, 4)  # the first that takes a NamedTuple of constants
@@ -69,7 +71,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         return y, pre
 
     tile = tiles.choose(device, half).forward
-    config, rows = host.config_of(call, tile), host.rows_of(call)
+    config, rows = host.config_of(call, tile), rows_of(call)
     config = config._replace(
         tasks=(
             0 if call.norm == "none" else -(-tile.block_t // config.block_r),
@@ -77,11 +79,11 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
             -(-dim // tile.block_n),
         )
     )
-    bound, workers = host.bound_on_tiles(call, rows, tile.block_t), host.workers_on(device, tile)
+    bound, workers = bound_on_tiles(call, rows, tile.block_t), host.workers_on(device, tile)
     band = host.band_of(bound, config, workers, (None, dim, config.max_hidden))
     normed = call.x.new_empty(num_tokens, dim, dtype=half) if config.tasks[0] else None
     hidden = call.x.new_empty(num_tokens, config.max_hidden, dtype=half)
-    with host.COUNTERS.take(device, 2 + 2 * bound) as counters:
+    with take_counters(device, 2 + 2 * bound) as counters:
         host.launch(
             *(moe_ffn_fwd_kernel, device, min(workers, bound * sum(config.tasks)), tile),
             *(call.x.contiguous(), normed, pre if call.save_pre else None, hidden, y),

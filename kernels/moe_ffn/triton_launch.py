@@ -1,10 +1,10 @@
-"""From a call to a launch: rows, constants, counters, and the one place that launches."""
+"""From a call to a launch: constants, the band, and the one place that launches."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from vlmo.kernels import target
 from vlmo.kernels.moe_ffn.reference import GATED, Call
 from vlmo.kernels.moe_ffn.schedule import TILE_OVERHEAD, choose_band
 from vlmo.kernels.moe_ffn.tiles import Tile
-from vlmo.kernels.moe_ffn.triton_parts import INTERPRETED, Config, Rows
+from vlmo.kernels.moe_ffn.triton_parts import INTERPRETED, Config
 
 # What a task without products costs in steps of a main loop: a guess that only steers the choice of
 # the band.
@@ -38,26 +38,6 @@ def pointers(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def rows_of(call: Call) -> Rows:
-    """How the kernels find the rows of each expert."""
-    if call.rows is not None:
-        return Rows(None, None, 0, 0, call.rows, call.offsets)
-    starts, lengths, length = [0] * len(call.w1), [0] * len(call.w1), 0
-    for expert, count in zip(call.pieces[::2], call.pieces[1::2], strict=True):
-        if count:
-            starts[expert], lengths[expert] = length, count
-            length += count
-    sequences = call.x.shape[0] // length
-    return Rows(tuple(starts), tuple(lengths), sequences, length, None, None)
-
-
-def bound_on_tiles(call: Call, rows: Rows, block_t: int) -> int:
-    """Row tiles: their number in the segment form, else as many as there can be."""
-    if rows.offsets is not None:
-        return -(-call.x.shape[0] // block_t) + len(call.w1)
-    return sum(-(-rows.sequences * length // block_t) for length in rows.lengths)
 
 
 @functools.lru_cache(maxsize=256)
@@ -130,55 +110,3 @@ def _tf32_allowed() -> bool:
     if hasattr(matmul, "fp32_precision"):  # since torch 2.9, where reading the other may raise
         return matmul.fp32_precision == "tf32"
     return matmul.allow_tf32
-
-
-class Counters:
-    """int32 counters that are zero between launches, because every launch zeroes them again.
-
-    One buffer per device and stream, as launches on a stream come one after another; so a call
-    costs one launch, not two. While a graph is captured, and in the private pool that surrounds
-    such a capture, a buffer is made for the call alone: the graph may be replayed on any stream,
-    and nothing of a pool may outlive it. A launch that raised leaves its buffer to be thrown away.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[tuple[torch.device, int], Tensor] = {}
-
-    @contextlib.contextmanager
-    def take(self, device: torch.device, size: int) -> Iterator[Tensor]:
-        """A zeroed buffer of at least ``size`` counters, for one launch inside the block."""
-        if _capturing(device):
-            yield torch.zeros(size, dtype=torch.int32, device=device)
-            return
-        key = (device, _stream(device))
-        # Taken out while in use: if the launch raises, the buffer is not put back.
-        buffer = self._kept.pop(key, None)
-        if buffer is not None and buffer.numel() >= size:
-            yield buffer
-        else:
-            buffer = torch.zeros(max(size, 4096), dtype=torch.int32, device=device)
-            yield buffer
-            if _in_private_pool(buffer):
-                return
-        self._kept[key] = buffer
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def _in_private_pool(tensor: Tensor) -> bool:
-    if tensor.device.type != "cuda":
-        return False
-    address = tensor.data_ptr()
-    for segment in torch.cuda.memory_snapshot():
-        if segment["address"] <= address < segment["address"] + segment["total_size"]:
-            return tuple(segment["segment_pool_id"]) != (0, 0)
-    return False
-
-
-COUNTERS = Counters()

@@ -44,17 +44,6 @@ class Config(NamedTuple):
     row_steps: int  # and how often it does so in one task
 
 
-class Rows(NamedTuple):
-    """How a kernel finds its rows: the segment form by arithmetic, the others by the index."""
-
-    starts: Any  # E x first token of the expert's run in a sequence; None with an index
-    lengths: Any  # E x tokens of the run
-    sequences: Any  # sequences in the batch
-    length: Any  # tokens of a sequence
-    tokens: Any  # [T] int32, token of each grouped row; None in the segment form
-    offsets: Any  # [E + 1] int32
-
-
 @triton.jit
 def select(values, index, C: tl.constexpr):
     """``values[index]`` for an index that is only known at run time."""

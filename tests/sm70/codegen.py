@@ -1,6 +1,6 @@
 """Translate sm_70 SASS to C++.
 
-Every instruction becomes one `case` of the interpreter loop in runtime.cpp. Three tables handle the
+Every instruction becomes one `case` of a `switch`; the interpreter loop is in runtime.cpp. Three tables handle the
 opcodes:
 
   EXPRESSIONS  one 32-bit result per lane, given as a C++ expression with operand placeholders
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from .disasm import PT, Instruction
 
 RZ = 255
+GROUP = 64  # instructions of one C++ function: g++ takes a square of its length
 
 IGNORED = {"NOP", "ERRBAR", "CCTL", "CCTLL", "DEPBAR", "PREEXIT", "BPT"}
 
@@ -1189,16 +1190,26 @@ def translate(instructions) -> Translation:
             missing.append(
                 Unimplemented(".".join([inst.op, *inst.mods]), inst.pc, inst.text, str(error))
             )
-            body = "if (em) { report(UNIMPLEMENTED, pc, 0, w, c, pc); w.live = 0; goto pick; }"
+            body = "if (em) { report(UNIMPLEMENTED, pc, 0, w, c, pc); w.live = 0; repick = true; }"
         comment = inst.text.replace("\\", "")
         cases.append(f"case {k}: {{ {body} }} break;  // {comment}")
     guards = ", ".join(str(x.guard) for x in instructions)
     negated = ", ".join(str(int(x.guard_negated)) for x in instructions)
+    groups = [cases[i : i + GROUP] for i in range(0, len(cases), GROUP)]
+    functions = [
+        f"static void group_{k}(Step& s) {{ SM70_LOCALS\nswitch (s.index) {{\n"
+        + "\n".join(group)
+        + "\n} }"
+        for k, group in enumerate(groups)
+    ]
+    table = ", ".join(f"group_{k}" for k in range(len(groups)))
     source = (
         f"#ifdef SM70_TABLES\n"
-        f"enum {{ NUM_INSTRUCTIONS = {len(instructions)} }};\n"
+        f"enum {{ NUM_INSTRUCTIONS = {len(instructions)}, GROUP = {GROUP} }};\n"
         f"static const unsigned char GUARD[] = {{{guards}}};\n"
         f"static const unsigned char GUARD_NEG[] = {{{negated}}};\n"
-        f"#endif\n#ifdef SM70_CASES\n" + "\n".join(cases) + "\n#endif\n"
+        f"#endif\n#ifdef SM70_CASES\n"
+        + "\n".join(functions)
+        + f"\nstatic void (*const GROUPS[])(Step&) = {{{table}}};\n#endif\n"
     )
     return Translation(source, missing)

@@ -325,6 +325,7 @@ class Kernel:
         max_instructions=10**10,
         hang_instructions=20_000_000,
         trace=None,
+        buffers=(),
     ) -> LaunchResult:
         """Run the kernel; arrays are updated in place.
 
@@ -343,6 +344,8 @@ class Kernel:
         ctas          (first, last): run only these CTAs
         hang_instructions   give up after so many warp instructions without a store, barrier or exit
         trace         callback(cta, warp, records, addresses), used by the timing model
+        buffers       arrays whose memory the kernel may access where it lies, by pointers inside a
+                      struct; in reports they count on behind the arguments
         """
         grid, block = dim3(grid), dim3(block)
         threads, total = int(np.prod(block)), int(np.prod(grid))
@@ -358,10 +361,14 @@ class Kernel:
         first, last = ctas or (0, total)
         if resident is None:
             resident = 1 if seed is None else min(last - first, 64)
-        parameters, buffers = self._pack_arguments(args)
+        parameters, copies = self._pack_arguments(args)
+        in_place = [
+            (len(args) + k, array, None, array.reshape(-1).view(np.uint8))
+            for k, array in enumerate(buffers)
+        ]
         lib = self._lib
         lib.emu_reset()
-        for _, _, _, view in buffers:
+        for _, _, _, view in copies + in_place:
             lib.emu_buffer(view.ctypes.data, view.nbytes)
         for _, view in self._globals.values():
             lib.emu_buffer(view.ctypes.data, view.nbytes)
@@ -386,8 +393,8 @@ class Kernel:
             hang_instructions,
         )
         lib.emu_run(ctypes.byref(config))
-        result = self._collect(buffers)
-        for _, array, _, view in buffers:
+        result = self._collect(copies + in_place)
+        for _, array, _, view in copies:
             array.reshape(-1).view(np.uint8)[:] = view
         if check and not result.ok:
             raise KernelFault(result)

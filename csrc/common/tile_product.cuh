@@ -1,0 +1,337 @@
+// C[128, 128] = A[128, K] B[K, 128] by one CTA, half precision with float accumulators.
+//
+// 2 x 2 warps own 64 x 64 of C each: 128 accumulators a thread. Both operands go from global memory
+// through registers into one of two stages of shared memory, 32 k at a time, and from there as
+// fragments into registers, 8 k ahead of the products. Two CTAs fit on a multiprocessor, so that one
+// multiplies while the other starts or ends a tile.
+//
+// Floor, for each 32 k of a CTA: 1024 cycles of the tensor cores; of the load/store unit 512 for
+// fragments, 128 for stores and 128 (rows of k: 256) for loads.
+#pragma once
+
+#include "common/memory.cuh"
+#include "common/volta_mma.cuh"
+
+constexpr int kTile = 128;     // rows and columns of a CTA's tile
+constexpr int kWarpTile = 64;  // and of a warp's
+constexpr int kThreads = 128;
+constexpr int kStepK = 32;  // k of one step of the main loop
+constexpr int kChunk = 8;   // halves in 16 bytes, what a thread moves at a time
+constexpr int kMoves = kTile * kStepK / kChunk / kThreads;  // chunks of an operand per thread, step
+
+// Blocks of 16 x 16 of a warp's tile, and the registers of each.
+using Accumulators = float[kWarpTile / 16][kWarpTile / 16][8];
+
+// An operand in shared memory. Rows are padded so that no access has bank conflicts: the 8 lanes of
+// a phase of a 16-byte access take all 8 groups of banks.
+template <Major>
+struct Layout;
+
+// One row of 32 k for each m or n.
+template <>
+struct Layout<Major::kK> {
+  static constexpr int kPitch = (kStepK + kChunk) * 2;  // bytes
+  static constexpr int kBytes = kTile * kPitch;
+  static constexpr int kRowsPerMove = kThreads / 4;
+  // Four lanes move a row; a phase moves rows s and s + 4.
+  __device__ static int first_row() {
+    const int quad = threadIdx.x / 4;
+    return quad / 8 * 8 + quad % 2 * 4 + quad / 2 % 4;
+  }
+  __device__ static int first_chunk() { return threadIdx.x % 4; }
+};
+
+// One row of 128 m or n for each k.
+template <>
+struct Layout<Major::kMN> {
+  static constexpr int kPitch = (kTile + 2 * kChunk) * 2;
+  static constexpr int kBytes = kStepK * kPitch;
+  static constexpr int kRowsPerMove = kThreads / 16;
+  __device__ static int first_row() { return threadIdx.x / 16; }
+  __device__ static int first_chunk() { return threadIdx.x % 16; }
+};
+
+constexpr int kOperandBytes = Layout<Major::kK>::kBytes;
+static_assert(Layout<Major::kMN>::kBytes <= kOperandBytes, "A's stage runs into B's");
+constexpr int kStageBytes = 2 * kOperandBytes;  // A, then B
+constexpr int kSharedBytes = 2 * kStageBytes;
+
+// The column of C whose k lie in row s of B's shared memory: permuted so that the 8 columns for
+// which a thread has accumulators of a row are neighbours.
+__device__ inline int column_in_row(int s) {
+  return (s & ~31) + (s & 2) * 8 + (s & 4) * 2 + (s & 16) / 4 + (s & 8) / 4 + (s & 1);
+}
+
+// What a thread loads of one operand. Behind the last k it loads again what it loaded before, and
+// zeros take its place in shared memory: a load under a condition costs registers and time.
+template <Major kM>
+struct Source {
+  static constexpr Major kMajor = kM;
+  const char* rows[kMoves];
+  long long offset;  // in bytes, of the next step
+  long long pitch;   // from a step to the next
+  int left;          // k from this thread's first to the end, in the next step
+
+  __device__ uint4 load(int move) const {
+    const bool back = kM == Major::kMN && outside(move, 0);
+    return load_global(rows[move] + (back ? offset - pitch : offset));
+  }
+  // To the next step, if there is one for this thread.
+  __device__ void advance(bool more) {
+    if (kM == Major::kK) more = left > kStepK;
+    offset += more ? pitch : 0;
+    left -= kStepK;
+  }
+  // Whether a move of some steps ago was behind the end.
+  __device__ bool outside(int move, int steps_ago) const {
+    const int first = kM == Major::kK ? 0 : move * Layout<kM>::kRowsPerMove;
+    return left + steps_ago * kStepK <= first;
+  }
+};
+
+// Rows with contiguous k; row_pointer(s) is the one for row s of shared memory, valid for every s.
+template <class RowPointer>
+__device__ inline Source<Major::kK> rows_of_k(RowPointer row_pointer, int depth) {
+  using L = Layout<Major::kK>;
+  Source<Major::kK> source;
+  const int k = L::first_chunk() * kChunk;
+  source.offset = 0;
+  source.pitch = kStepK * 2;
+  source.left = depth - k;
+#pragma unroll
+  for (int i = 0; i < kMoves; ++i) {
+    const __half* const row = row_pointer(L::first_row() + i * L::kRowsPerMove);
+    source.rows[i] = reinterpret_cast<const char*>(row + (k < depth ? k : 0));
+  }
+  return source;
+}
+
+// `depth` rows of k, `pitch` elements apart, with `columns` contiguous m or n, a multiple of 8.
+__device__ inline Source<Major::kMN> columns_of_k(const __half* first, long long pitch, int columns,
+                                                  int depth) {
+  using L = Layout<Major::kMN>;
+  Source<Major::kMN> source;
+  const int k = L::first_row(), column = L::first_chunk() * kChunk;
+  source.offset = 0;
+  source.pitch = depth > kStepK ? kStepK * 2 * pitch : 0;
+  source.left = depth - k;
+#pragma unroll
+  for (int i = 0; i < kMoves; ++i) {
+    const __half* const row = first + min(k + i * L::kRowsPerMove, depth - 1) * pitch;
+    source.rows[i] = reinterpret_cast<const char*>(row + (column < columns ? column : 0));
+  }
+  return source;
+}
+
+// Where a thread puts its chunks of an operand.
+template <Major kMajor>
+struct Writer {
+  unsigned base;
+
+  __device__ Writer(unsigned operand)
+      : base(operand + Layout<kMajor>::first_row() * Layout<kMajor>::kPitch +
+             Layout<kMajor>::first_chunk() * kChunk * 2) {}
+  __device__ void write(int move, uint4 chunk) const {
+    store_shared(base + move * Layout<kMajor>::kRowsPerMove * Layout<kMajor>::kPitch, chunk);
+  }
+  __device__ void write_zeros(const Source<kMajor>& source, int steps_ago) const {
+#pragma unroll
+    for (int i = 0; i < kMoves; ++i) {
+      if (source.outside(i, steps_ago)) write(i, make_uint4(0, 0, 0, 0));
+    }
+  }
+};
+
+// What a thread multiplies of one operand: 8 k of 4 blocks of 16 rows or columns, [block][k / 4].
+using Fragments = uint2[4][2];
+
+template <Major kMajor>
+struct Reader {
+  unsigned base;
+
+  // first: row or column at which the warp's tile begins; half: the quad pair's place in a block.
+  __device__ Reader(unsigned operand, int first, int half) {
+    const QuadPair at;
+    if constexpr (kMajor == Major::kK) {
+      base = operand + (first + at.high * 8 + half * 4 + at.low) * Layout<kMajor>::kPitch;
+    } else {
+      base = operand + at.low * Layout<kMajor>::kPitch + (first + at.high * 16 + half * 8) * 2;
+    }
+  }
+  // One of the 4 accesses for k = 8 octet..8 octet + 7.
+  __device__ void read(int octet, int access, Fragments& fragments) const {
+    if constexpr (kMajor == Major::kK) {
+      const uint4 v = load_shared(base + access * 16 * Layout<kMajor>::kPitch + octet * 16);
+      fragments[access][0] = make_uint2(v.x, v.y);
+      fragments[access][1] = make_uint2(v.z, v.w);
+    } else {
+      const int pair = access % 2, quad = access / 2;  // of blocks, of k
+      const unsigned row = (octet * 2 + quad) * 4 * Layout<kMajor>::kPitch;
+      const uint4 v = load_shared(base + row + pair * 64);
+      fragments[pair * 2][quad] = make_uint2(v.x, v.y);
+      fragments[pair * 2 + 1][quad] = make_uint2(v.z, v.w);
+    }
+  }
+};
+
+// When in a step of 128 products of a warp something else is done; see docs/volta.md for how these
+// were found. ptxas moves instructions about, but not far.
+struct Pace {
+  static constexpr int kStoreB = 33;  // loaded in the step before
+  static constexpr int kLoadA = 52;
+  static constexpr int kStoreA = 79;
+  static constexpr int kLoadB = 99;
+  static constexpr int kMove = 3;       // products from one chunk to the next
+  static constexpr int kRead = 5;       // in each octet: the first fragment for the next one
+  static constexpr int kReadLast = 13;  // in the last octet, which reads from the next stage
+  static constexpr int kSync = 6;       // in the last octet
+  static constexpr int kReadEvery = 2;
+};
+static_assert(Pace::kStoreA + 4 * Pace::kMove <= 96 + Pace::kSync, "stored behind the barrier");
+static_assert(Pace::kReadLast >= Pace::kSync, "read before the barrier");
+
+// acc += A B. The caller synchronises before the next write to `shared`, kSharedBytes.
+template <class SourceA, class SourceB>
+__device__ inline void multiply(Accumulators& acc, SourceA a, SourceB b, int depth, char* shared) {
+  constexpr Major kA = SourceA::kMajor, kB = SourceB::kMajor;
+  const unsigned stage = shared_address(shared);
+  const int warp_m = warp_index() / 2 * kWarpTile, warp_n = warp_index() % 2 * kWarpTile;
+  const QuadPair at;
+  Reader<kA> read_a(stage, warp_m, at.m);
+  Reader<kB> read_b(stage + kOperandBytes, warp_n, at.n);
+  Writer<kA> write_a(stage);
+  Writer<kB> write_b(stage + kOperandBytes);
+  const int steps = (depth + kStepK - 1) / kStepK, whole = depth / kStepK;
+  uint4 moved_a[kMoves], moved_b[kMoves];
+  Fragments fa[2], fb[2];
+
+#pragma unroll
+  for (int i = 0; i < kMoves; ++i) moved_a[i] = a.load(i);
+#pragma unroll
+  for (int i = 0; i < kMoves; ++i) moved_b[i] = b.load(i);
+  a.advance(1 < steps);
+  b.advance(1 < steps);
+#pragma unroll
+  for (int i = 0; i < kMoves; ++i) write_a.write(i, moved_a[i]);
+#pragma unroll
+  for (int i = 0; i < kMoves; ++i) write_b.write(i, moved_b[i]);
+  if (whole == 0) {
+    write_a.write_zeros(a, 1);
+    write_b.write_zeros(b, 1);
+  }
+#pragma unroll
+  for (int i = 0; i < kMoves; ++i) moved_b[i] = b.load(i);
+  b.advance(2 < steps);
+  __syncthreads();
+
+  int flip = kStageBytes;
+  write_a.base += flip;
+  write_b.base += flip;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) read_a.read(0, i, fa[0]);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) read_b.read(0, i, fb[0]);
+
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    // Not a memory access, but a place for one: every kMove products, four times.
+    const auto due = [](int t, int first) {
+      return t >= first && t < first + 4 * Pace::kMove && (t - first) % Pace::kMove == 0;
+    };
+#pragma unroll
+    for (int octet = 0; octet < 4; ++octet) {
+      const int now = octet % 2, then = 1 - now;
+      const int read_at = octet == 3 ? Pace::kReadLast : Pace::kRead;
+#pragma unroll
+      for (int j = 0; j < 32; ++j) {
+        const int t = octet * 32 + j;
+        if (octet == 3 && j == Pace::kSync) {
+          if (step + 1 >= whole) {
+            write_a.write_zeros(a, 1);
+            write_b.write_zeros(b, 2);
+          }
+          __syncthreads();
+          read_a.base += flip;
+          read_b.base += flip;
+          flip = -flip;
+          write_a.base += flip;
+          write_b.base += flip;
+        }
+        if (j >= read_at && j < read_at + 8 * Pace::kReadEvery &&
+            (j - read_at) % Pace::kReadEvery == 0) {
+          const int access = (j - read_at) / Pace::kReadEvery;
+          if (access % 2 == 0) {
+            read_a.read((octet + 1) % 4, access / 2, fa[then]);
+          } else {
+            read_b.read((octet + 1) % 4, access / 2, fb[then]);
+          }
+        }
+        if (due(t, Pace::kStoreB)) {
+          const int i = (t - Pace::kStoreB) / Pace::kMove;
+          write_b.write(i, moved_b[i]);
+        }
+        if (due(t, Pace::kStoreA)) {
+          const int i = (t - Pace::kStoreA) / Pace::kMove;
+          write_a.write(i, moved_a[i]);
+        }
+        if (due(t, Pace::kLoadA)) {
+          const int i = (t - Pace::kLoadA) / Pace::kMove;
+          moved_a[i] = a.load(i);
+          if (i == 3) a.advance(step + 2 < steps);
+        }
+        if (due(t, Pace::kLoadB)) {
+          const int i = (t - Pace::kLoadB) / Pace::kMove;
+          moved_b[i] = b.load(i);
+          if (i == 3) b.advance(step + 3 < steps);
+        }
+        // Back and forth, so that of two neighbours one operand is the same.
+        const int k = j / 16, n = j / 4 % 4, m = n % 2 ? 3 - j % 4 : j % 4;
+        mma<kA, kB>(acc[m][n], fa[now][m][k], fb[now][n][k]);
+      }
+    }
+  }
+}
+
+// Visits all accumulators of a thread in octets: v[0..7] lie in neighbouring columns of a row of the
+// CTA's tile, from a multiple of 8 on. at_column(column) is called once for each of a thread's two
+// octets of columns and returns visit(row, v).
+template <Major kA, Major kB, class AtColumn>
+__device__ inline void for_each_octet(const Accumulators& acc, AtColumn at_column) {
+  const QuadPair at;
+  const int warp_m = warp_index() / 2 * kWarpTile, warp_n = warp_index() % 2 * kWarpTile;
+  const bool right = at.low & 2;
+#pragma unroll
+  for (int pair = 0; pair < 2; ++pair) {
+    const auto visit = at_column(warp_n + pair * 32 + (at.low & 2) * 8 + at.n * 8);
+#pragma unroll
+    for (int block = 0; block < 4; ++block) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int local = (at.low & 1) + 2 * half;
+        const int row =
+            kA == Major::kK
+                ? block * 16 + at.high * 8 + at.m * 4 + local
+                : block / 2 * 32 + at.high * 16 + at.m * 8 + block % 2 * 4 + local;
+        float v[8];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float* const left_block = acc[block][pair * 2];
+          const float* const right_block = acc[block][pair * 2 + 1];
+          if constexpr (kB == Major::kK) {
+            const int i = (e & 2) * 2 + half * 2 + (e & 1);
+            v[e] = left_block[i];
+            v[4 + e] = right_block[i];
+          } else {
+            // The lane has half of two octets, and lane ^ 2 the other halves.
+            const float* const from = e & 2 ? right_block : left_block;
+            const float low = from[half * 2 + (e & 1)], high = from[4 + half * 2 + (e & 1)];
+            const float other = __shfl_xor_sync(kFullWarp, right ? low : high, 2);
+            v[(e & 2) * 2 + (e & 1)] = right ? other : low;
+            v[(e & 2) * 2 + 2 + (e & 1)] = right ? high : other;
+          }
+        }
+        visit(warp_m + row, v);
+      }
+    }
+  }
+}

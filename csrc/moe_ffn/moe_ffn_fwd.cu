@@ -1,0 +1,196 @@
+// The forward of moe_ffn in one launch: norm, first product and activation, second product.
+//
+// Three phases a row tile: 0 normalises rows into scratch, 1 makes tiles of the hidden activations,
+// 2 makes tiles of y. A persistent CTA takes tickets in the order of schedule.Banded; a tile waits
+// until the phase before it has finished the same row tile.
+
+#include "common/activation.cuh"
+#include "moe_ffn/norm.cuh"
+#include "moe_ffn/parts.cuh"
+
+struct Forward {
+  Call call;
+  const void* x;         // [T, D]
+  const void* residual;  // [T, D] in the dtype of y; null without
+  __half* normed;        // [T, D] grouped scratch; null without norm
+  __half* pre;           // [T, P] grouped; null if not kept
+  __half* hidden;        // [T, max F] grouped scratch
+  void* y;               // [T, D]
+  int x_is_half, y_is_half;
+};
+
+struct Shared {
+  alignas(16) char stages[kSharedBytes];
+  int tokens[kTile];  // of the tile's rows; those behind the end repeat the last
+  RowStatistics statistics;
+  Task task;
+};
+
+// The operands of phase 1, 128 rows and 128 hidden columns or, gated, 64; or of phase 2, 128 rows
+// and 128 columns of y.
+template <bool kGated>
+__device__ inline Source<Major::kK> left_operand(const Forward& f, const Shared& shared,
+                                                 const Task& task, int depth) {
+  const bool by_token = task.phase == 1 && f.normed == nullptr;
+  const __half* const base = task.phase == 2  ? f.hidden
+                             : by_token       ? static_cast<const __half*>(f.x)
+                                              : f.normed;
+  const long long pitch = task.phase == 2 ? f.call.max_hidden : f.call.dim;
+  return rows_of_k(
+      [&](int s) {
+        const int row = by_token ? shared.tokens[s] : min(task.start + s, task.end - 1);
+        return base + row * pitch;
+      },
+      depth);
+}
+
+template <bool kGated>
+__device__ inline Source<Major::kK> right_operand(const Forward& f, const Task& task, int depth) {
+  const Expert& expert = f.call.experts[task.expert];
+  const int width = static_cast<int>(expert.hidden);
+  const bool interleaved = kGated && task.phase == 1;
+  const __half* const base = task.phase == 1 ? expert.w1 : expert.w2;
+  const int last = (task.phase == 1 ? width : f.call.dim) - 1;
+  const int first = task.part * (interleaved ? kTile / 2 : kTile);
+  return rows_of_k(
+      [&](int s) {
+        // Interleaved: of 8 neighbouring columns, 4 of the gate and the same 4 of the value.
+        const int c = column_in_row(s);
+        const int column = min(first + (interleaved ? c / 8 * 4 + c % 4 : c), last);
+        const int row = column + (interleaved && (c & 4) ? width : 0);
+        return base + static_cast<long long>(row) * depth;
+      },
+      depth);
+}
+
+template <Activation kKind>
+__device__ inline void store_hidden(const Forward& f, const Task& task, const Accumulators& acc) {
+  constexpr bool kGated = is_gated(kKind);
+  const Call& call = f.call;
+  const Expert& expert = call.experts[task.expert];
+  const int width = static_cast<int>(expert.hidden);
+  for_each_octet<Major::kK, Major::kK>(acc, [&](int c) {
+    const int column = task.part * (kGated ? kTile / 2 : kTile) + (kGated ? c / 2 : c);
+    const int end = column < width ? task.end : 0;
+    uint4 packed_bias = make_uint4(0, 0, 0, 0);
+    if (expert.b1 != nullptr && column < width) {
+      if constexpr (kGated) {
+        const uint2 gate = *reinterpret_cast<const uint2*>(expert.b1 + column);
+        const uint2 value = *reinterpret_cast<const uint2*>(expert.b1 + width + column);
+        packed_bias = make_uint4(gate.x, gate.y, value.x, value.y);
+      } else {
+        packed_bias = *reinterpret_cast<const uint4*>(expert.b1 + column);
+      }
+    }
+    return [=, &f](int row, float(&v)[8]) {
+      const long long grouped = task.start + row;
+      if (grouped >= end) return;
+      float bias[8];
+      unpack(packed_bias, bias);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] += bias[i];
+      __half* const hidden = f.hidden + grouped * f.call.max_hidden + column;
+      __half* const pre = f.pre + grouped * f.call.max_pre + column;
+      if constexpr (kGated) {
+        if (f.pre != nullptr) {
+          const uint4 both = pack(v);
+          *reinterpret_cast<uint2*>(pre) = make_uint2(both.x, both.y);
+          *reinterpret_cast<uint2*>(pre + width) = make_uint2(both.z, both.w);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) v[i] = activate<kKind>(v[i]) * v[4 + i];
+        const uint4 packed = pack(v);
+        *reinterpret_cast<uint2*>(hidden) = make_uint2(packed.x, packed.y);
+      } else {
+        if (f.pre != nullptr) *reinterpret_cast<uint4*>(pre) = pack(v);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) v[i] = activate<kKind>(v[i]);
+        *reinterpret_cast<uint4*>(hidden) = pack(v);
+      }
+    };
+  });
+}
+
+__device__ inline void store_output(const Forward& f, const Shared& shared, const Task& task,
+                                    const Accumulators& acc) {
+  const Call& call = f.call;
+  const Expert& expert = call.experts[task.expert];
+  for_each_octet<Major::kK, Major::kK>(acc, [&](int c) {
+    const int column = task.part * kTile + c;
+    const int end = column < call.dim ? task.end : 0;
+    float bias[8] = {}, scale[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+    if (end > 0 && expert.b2 != nullptr) load_octet(expert.b2, true, column, bias);
+    if (end > 0 && call.layer_scale != nullptr) {
+      load_octet(call.layer_scale, call.layer_scale_is_half, column, scale);
+    }
+    return [=, &f, &shared](int row, float(&v)[8]) {
+      if (task.start + row >= end) return;
+      const long long token = shared.tokens[row], at = token * f.call.dim + column;
+      float of_token = 1.0f, residual[8] = {};
+      if (f.call.token_scale != nullptr) {
+        of_token = load_one(f.call.token_scale, f.call.token_scale_is_half, token);
+      }
+      if (f.residual != nullptr) load_octet(f.residual, f.y_is_half, at, residual);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        v[i] = fmaf((v[i] + bias[i]) * scale[i], of_token, residual[i]);
+      }
+      store_octet(f.y, f.y_is_half, at, v);
+    };
+  });
+}
+
+template <Activation kKind>
+__device__ inline void run(const Forward& f) {
+  __shared__ Shared shared;
+  const Call& call = f.call;
+  constexpr bool kGated = is_gated(kKind);
+  int* const normed_rows = call.counters + 2;
+  int* const hidden_rows = normed_rows + call.bound;
+
+  while (true) {
+    __syncthreads();  // the last task is done with shared memory
+    if (threadIdx.x == 0) shared.task = locate(call, atomicAdd(call.counters, 1));
+    __syncthreads();
+    const Task task = shared.task;
+    if (task.phase < 0) break;
+    if (task.phase == 0) {
+      normalise(call, f.x, f.x_is_half, f.normed, task, shared.statistics);
+      signal(normed_rows + task.tile);
+      continue;
+    }
+
+    const int row = min(task.start + static_cast<int>(threadIdx.x), task.end - 1);
+    shared.tokens[threadIdx.x] = static_cast<int>(token_of(call, task.expert, task.begin, row));
+    if (task.phase == 1) {
+      wait(normed_rows + task.tile, call.tasks[0]);
+    } else {
+      wait(hidden_rows + task.tile, call.tasks[1]);
+    }
+    const int width = static_cast<int>(call.experts[task.expert].hidden);
+    const bool beyond = task.phase == 1 && task.part * (kGated ? kTile / 2 : kTile) >= width;
+    if (!beyond) {
+      const int depth = task.phase == 1 ? call.dim : width;
+      Accumulators acc = {};
+      multiply(acc, left_operand<kGated>(f, shared, task, depth),
+               right_operand<kGated>(f, task, depth), depth, shared.stages);
+      if (task.phase == 1) {
+        store_hidden<kKind>(f, task, acc);
+      } else {
+        store_output(f, shared, task, acc);
+      }
+    }
+    if (task.phase == 1) signal(hidden_rows + task.tile);
+  }
+  leave(call);
+}
+
+#define VLMO_FORWARD(name, kind)                                     \
+  extern "C" __global__ void __launch_bounds__(kThreads, 2)          \
+      moe_ffn_fwd_##name(const __grid_constant__ Forward arguments) { \
+    run<Activation::kind>(arguments);                                \
+  }
+VLMO_FORWARD(gelu, kGelu)
+VLMO_FORWARD(gelu_tanh, kGeluTanh)
+VLMO_FORWARD(swiglu, kSwiglu)
+VLMO_FORWARD(geglu, kGeglu)

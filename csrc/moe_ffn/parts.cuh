@@ -1,0 +1,224 @@
+// What the kernels of moe_ffn share: their argument, rows, tickets, counters, vectors.
+//
+// Rows come in two numberings. A *token* is a row of x and y. A *grouped* row counts the tokens
+// expert by expert: expert e owns the grouped rows of [offset_e, offset_e + count_e), in token order,
+// and a row tile never spans two experts. Scratch tensors lie in grouped order.
+#pragma once
+
+#include "common/tile_product.cuh"
+
+constexpr int kMaxExperts = 32;
+constexpr int kMaxPhases = 4;
+
+enum Norm { kNoNorm, kLayerNorm, kRmsNorm };
+
+// The structs below have twins in kernels/moe_ffn/cuda_launch.py.
+
+struct Expert {
+  const __half* w1;         // [F, D] or, gated, [2 F, D]
+  const __half* w2;         // [D, F]
+  const __half* b1;         // [F] or [2 F]; null without
+  const __half* b2;         // [D]; null without
+  const void* norm_weight;  // [D]
+  const void* norm_bias;    // [D]; null without
+  long long hidden;         // F
+};
+
+// How a kernel finds its rows: by arithmetic where every sequence is the same run of pieces, else by
+// an index.
+struct Rows {
+  const int* tokens;        // [T] token of each grouped row; null without an index
+  const int* offsets;       // [E + 1]
+  int starts[kMaxExperts];  // first token of an expert's piece in a sequence
+  int lengths[kMaxExperts];
+  int sequences;
+  int length;  // tokens of a sequence
+};
+
+struct Call {
+  Expert experts[kMaxExperts];
+  Rows rows;
+  const void* layer_scale;  // [D]; null without
+  const void* token_scale;  // [T]; null without
+  int* counters;            // ticket, leavers, then `bound` for each phase that is waited for
+  int num_experts;
+  int dim;         // D
+  int max_hidden;  // columns of scratch for hidden activations
+  int max_pre;     // and of pre-activations
+  int norm;
+  float norm_eps;
+  int norm_is_half, layer_scale_is_half, token_scale_is_half;  // or else float
+  int bound;                                                   // on the number of row tiles
+  int band;                                                    // row tiles of a band
+  int tasks[kMaxPhases];                                       // of one row tile in each phase
+  int num_counters;
+};
+
+// ---- rows
+
+// Grouped row at which expert e begins; T for e = E.
+__device__ inline int expert_offset(const Call& call, int e) {
+  if (call.rows.offsets != nullptr) return call.rows.offsets[e];
+  int before = 0;
+  for (int i = 0; i < e; ++i) before += call.rows.lengths[i];
+  return before * call.rows.sequences;
+}
+
+__device__ inline int tiles_of(int begin, int end) { return (end - begin + kTile - 1) / kTile; }
+
+__device__ inline int count_tiles(const Call& call) {
+  int tiles = 0;
+  for (int e = 0; e < call.num_experts; ++e) {
+    tiles += tiles_of(expert_offset(call, e), expert_offset(call, e + 1));
+  }
+  return tiles;
+}
+
+__device__ inline long long token_of(const Call& call, int expert, int begin, int grouped) {
+  if (call.rows.tokens != nullptr) return call.rows.tokens[grouped];
+  const int length = call.rows.lengths[expert], local = grouped - begin;
+  return static_cast<long long>(local / length) * call.rows.length + call.rows.starts[expert] +
+         local % length;
+}
+
+// ---- tickets, as in schedule.Banded
+
+// One part of one row tile in one phase; phase -1 behind the last.
+struct Task {
+  int phase, tile, part;
+  int expert, start, begin, end;  // grouped rows: the tile's first, the expert's first and end
+};
+
+__device__ inline int first_of_band(const Call& call, int band, int tiles) {
+  return min(max(band, 0) * call.band, tiles);
+}
+
+__device__ inline int first_ticket(const Call& call, int step, int tiles) {
+  int tickets = 0;
+  for (int p = 0; p < kMaxPhases; ++p) {
+    tickets += first_of_band(call, step - p, tiles) * call.tasks[p];
+  }
+  return tickets;
+}
+
+__device__ inline Task locate(const Call& call, int ticket) {
+  Task task = {-1, 0, 0, 0, 0, 0, 0};
+  const int tiles = count_tiles(call);
+  int per_tile = 0;
+  for (int p = 0; p < kMaxPhases; ++p) per_tile += call.tasks[p];
+  if (ticket >= tiles * per_tile) return task;
+
+  int step = ticket / (call.band * per_tile);
+  while (first_ticket(call, step + 1, tiles) <= ticket) ++step;
+  int offset = ticket - first_ticket(call, step, tiles);
+  for (int p = 0; p < kMaxPhases && task.phase < 0; ++p) {
+    const int first = first_of_band(call, step - p, tiles);
+    const int size = first_of_band(call, step - p + 1, tiles) - first;
+    if (offset < size * call.tasks[p]) {
+      task.phase = p;
+      task.tile = first + offset % size;
+      task.part = offset / size;
+    }
+    offset -= size * call.tasks[p];
+  }
+
+  int before = 0;
+  for (int e = 0; e < call.num_experts; ++e) {
+    const int begin = expert_offset(call, e), end = expert_offset(call, e + 1);
+    const int of_expert = tiles_of(begin, end);
+    if (task.tile >= before && task.tile < before + of_expert) {
+      task.expert = e;
+      task.start = begin + (task.tile - before) * kTile;
+      task.begin = begin;
+      task.end = end;
+    }
+    before += of_expert;
+  }
+  return task;
+}
+
+// ---- counters
+//
+// Who waits holds a later ticket than all that it waits for, so the CTA with the earliest unfinished
+// ticket never waits: no number of resident CTAs can hang.
+
+// Publish what this CTA has stored, to be seen by who waits on the counter.
+__device__ inline void signal(int* counter) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    atomicAdd(counter, 1);
+  }
+}
+
+// Until `expected` signals have come.
+__device__ inline void wait(const int* counter, int expected) {
+  if (threadIdx.x == 0) {
+    while (*static_cast<const volatile int*>(counter) < expected) {
+    }
+    __threadfence();  // it also drops what this multiprocessor's L1 holds
+  }
+  __syncthreads();
+}
+
+// The last CTA to leave zeroes all counters, for the next launch.
+__device__ inline void leave(const Call& call) {
+  __shared__ bool last;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(&call.counters[1], 1) == static_cast<int>(gridDim.x) - 1;
+  }
+  __syncthreads();
+  if (!last) return;
+  for (int i = threadIdx.x; i < call.num_counters; i += kThreads) call.counters[i] = 0;
+}
+
+// ---- eight neighbouring elements
+
+__device__ inline void unpack(uint4 chunk, float (&v)[8]) {
+  const __half2* const pairs = reinterpret_cast<const __half2*>(&chunk);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = __half22float2(pairs[i]);
+    v[2 * i] = pair.x;
+    v[2 * i + 1] = pair.y;
+  }
+}
+
+__device__ inline uint4 pack(const float (&v)[8]) {
+  uint4 chunk;
+  __half2* const pairs = reinterpret_cast<__half2*>(&chunk);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) pairs[i] = __floats2half2_rn(v[2 * i], v[2 * i + 1]);
+  return chunk;
+}
+
+// Elements first..first + 7 of a tensor of halves or floats; first is a multiple of 8.
+__device__ inline void load_octet(const void* tensor, bool is_half, long long first,
+                                  float (&v)[8]) {
+  if (is_half) {
+    unpack(*reinterpret_cast<const uint4*>(static_cast<const __half*>(tensor) + first), v);
+    return;
+  }
+  const float4* const quads =
+      reinterpret_cast<const float4*>(static_cast<const float*>(tensor) + first);
+  const float4 a = quads[0], b = quads[1];
+  v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
+  v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+}
+
+__device__ inline void store_octet(void* tensor, bool is_half, long long first,
+                                   const float (&v)[8]) {
+  if (is_half) {
+    *reinterpret_cast<uint4*>(static_cast<__half*>(tensor) + first) = pack(v);
+    return;
+  }
+  float4* const quads = reinterpret_cast<float4*>(static_cast<float*>(tensor) + first);
+  quads[0] = make_float4(v[0], v[1], v[2], v[3]);
+  quads[1] = make_float4(v[4], v[5], v[6], v[7]);
+}
+
+__device__ inline float load_one(const void* tensor, bool is_half, long long at) {
+  return is_half ? __half2float(static_cast<const __half*>(tensor)[at])
+                 : static_cast<const float*>(tensor)[at];
+}
