@@ -37,9 +37,9 @@ def emulated(**options):
     """Run ``backend="cuda"`` on CPU tensors; ``options`` go to every launch of the emulator."""
 
     def launch(cubin, name, device, programs, argument, tensors):
-        options.setdefault("resident", programs)
         kernel(cubin, name).launch(
-            programs, cuda_launch.THREADS, [bytes(argument)], buffers=memory_of(tensors), **options
+            *(programs, cuda_launch.THREADS, [bytes(argument)]),
+            **{"resident": programs, "buffers": memory_of(tensors), **options},
         )
 
     def why_not(device, dtype, width, hidden, activation):

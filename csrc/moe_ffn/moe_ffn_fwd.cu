@@ -22,8 +22,10 @@ struct Forward {
 struct Shared {
   alignas(16) char stages[kSharedBytes];
   int tokens[kTile];  // of the tile's rows; those behind the end repeat the last
+  float scales[kTile];  // of these tokens
   RowStatistics statistics;
-  Task task;
+  Tickets tickets;
+  Task tasks[2];  // this one and, from the end of the products on, the next
 };
 
 // The operands of phase 1, 128 rows and 128 hidden columns or, gated, 64; or of phase 2, 128 rows
@@ -72,27 +74,27 @@ __device__ inline void store_hidden(const Forward& f, const Task& task, const Ac
   for_each_octet<Major::kK, Major::kK>(acc, [&](int c) {
     const int column = task.part * (kGated ? kTile / 2 : kTile) + (kGated ? c / 2 : c);
     const int end = column < width ? task.end : 0;
-    uint4 packed_bias = make_uint4(0, 0, 0, 0);
+    uint4 packed = make_uint4(0, 0, 0, 0);
     if (expert.b1 != nullptr && column < width) {
       if constexpr (kGated) {
         const uint2 gate = *reinterpret_cast<const uint2*>(expert.b1 + column);
         const uint2 value = *reinterpret_cast<const uint2*>(expert.b1 + width + column);
-        packed_bias = make_uint4(gate.x, gate.y, value.x, value.y);
+        packed = make_uint4(gate.x, gate.y, value.x, value.y);
       } else {
-        packed_bias = *reinterpret_cast<const uint4*>(expert.b1 + column);
+        packed = *reinterpret_cast<const uint4*>(expert.b1 + column);
       }
     }
+    float bias[8];
+    unpack(packed, bias);
     return [=, &f](int row, float(&v)[8]) {
       const long long grouped = task.start + row;
-      if (grouped >= end) return;
-      float bias[8];
-      unpack(packed_bias, bias);
+      const bool inside = grouped < end;
 #pragma unroll
       for (int i = 0; i < 8; ++i) v[i] += bias[i];
       __half* const hidden = f.hidden + grouped * f.call.max_hidden + column;
       __half* const pre = f.pre + grouped * f.call.max_pre + column;
       if constexpr (kGated) {
-        if (f.pre != nullptr) {
+        if (f.pre != nullptr && inside) {
           const uint4 both = pack(v);
           *reinterpret_cast<uint2*>(pre) = make_uint2(both.x, both.y);
           *reinterpret_cast<uint2*>(pre + width) = make_uint2(both.z, both.w);
@@ -100,87 +102,110 @@ __device__ inline void store_hidden(const Forward& f, const Task& task, const Ac
 #pragma unroll
         for (int i = 0; i < 4; ++i) v[i] = activate<kKind>(v[i]) * v[4 + i];
         const uint4 packed = pack(v);
-        *reinterpret_cast<uint2*>(hidden) = make_uint2(packed.x, packed.y);
+        if (inside) *reinterpret_cast<uint2*>(hidden) = make_uint2(packed.x, packed.y);
       } else {
-        if (f.pre != nullptr) *reinterpret_cast<uint4*>(pre) = pack(v);
+        if (f.pre != nullptr && inside) *reinterpret_cast<uint4*>(pre) = pack(v);
 #pragma unroll
         for (int i = 0; i < 8; ++i) v[i] = activate<kKind>(v[i]);
-        *reinterpret_cast<uint4*>(hidden) = pack(v);
+        const uint4 packed = pack(v);
+        if (inside) *reinterpret_cast<uint4*>(hidden) = packed;
       }
     };
   });
 }
 
+template <bool kHalf>
 __device__ inline void store_output(const Forward& f, const Shared& shared, const Task& task,
                                     const Accumulators& acc) {
   const Call& call = f.call;
   const Expert& expert = call.experts[task.expert];
   for_each_octet<Major::kK, Major::kK>(acc, [&](int c) {
     const int column = task.part * kTile + c;
-    const int end = column < call.dim ? task.end : 0;
+    const int end = column < call.dim ? task.end - task.start : 0;
     float bias[8] = {}, scale[8] = {1, 1, 1, 1, 1, 1, 1, 1};
     if (end > 0 && expert.b2 != nullptr) load_octet(expert.b2, true, column, bias);
     if (end > 0 && call.layer_scale != nullptr) {
       load_octet(call.layer_scale, call.layer_scale_is_half, column, scale);
     }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) bias[i] *= scale[i];
     return [=, &f, &shared](int row, float(&v)[8]) {
-      if (task.start + row >= end) return;
-      const long long token = shared.tokens[row], at = token * f.call.dim + column;
-      float of_token = 1.0f, residual[8] = {};
-      if (f.call.token_scale != nullptr) {
-        of_token = load_one(f.call.token_scale, f.call.token_scale_is_half, token);
-      }
-      if (f.residual != nullptr) load_octet(f.residual, f.y_is_half, at, residual);
+      const bool inside = row < end;
+      const long long at = static_cast<long long>(shared.tokens[row]) * f.call.dim + column;
+      const float of_token = shared.scales[row];
+      float residual[8] = {};
+      if (inside && f.residual != nullptr) load_octet(f.residual, kHalf, at, residual);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        v[i] = fmaf((v[i] + bias[i]) * scale[i], of_token, residual[i]);
+        v[i] = fmaf(fmaf(v[i], scale[i], bias[i]), of_token, residual[i]);
       }
-      store_octet(f.y, f.y_is_half, at, v);
+      if (inside) store_octet(f.y, kHalf, at, v);
     };
   });
+}
+
+template <bool kGated>
+__device__ inline bool has_columns(const Call& call, const Task& task) {
+  const int first = task.part * (kGated ? kTile / 2 : kTile);
+  return task.phase != 1 || first < call.experts[task.expert].hidden;
+}
+
+// Tokens of the tile's rows and their scales, for all threads once the CTA has synchronised.
+__device__ inline void find_tokens(const Call& call, const Task& task, Shared& shared) {
+  const int row = min(task.start + static_cast<int>(threadIdx.x), task.end - 1);
+  const long long token = token_of(call, task.expert, task.begin, row);
+  shared.tokens[threadIdx.x] = static_cast<int>(token);
+  shared.scales[threadIdx.x] =
+      call.token_scale != nullptr ? load_one(call.token_scale, call.token_scale_is_half, token)
+                                  : 1.0f;
+}
+
+// What phases 1 and 2 multiply, once the phase before has finished the tile's rows.
+template <bool kGated>
+__device__ inline void products(const Forward& f, Shared& shared, const Task& task,
+                                Accumulators& acc) {
+  const Call& call = f.call;
+  find_tokens(call, task, shared);
+  const int* const ready = call.counters + 2 + (task.phase - 1) * call.bound;
+  wait(ready + task.tile, call.tasks[task.phase - 1]);
+  __syncthreads();
+  const int depth =
+      task.phase == 1 ? call.dim : static_cast<int>(call.experts[task.expert].hidden);
+  multiply(acc, left_operand<kGated>(f, shared, task, depth),
+           right_operand<kGated>(f, task, depth), depth, shared.stages);
 }
 
 template <Activation kKind>
 __device__ inline void run(const Forward& f) {
   __shared__ Shared shared;
-  const Call& call = f.call;
   constexpr bool kGated = is_gated(kKind);
-  int* const normed_rows = call.counters + 2;
-  int* const hidden_rows = normed_rows + call.bound;
-
-  while (true) {
-    __syncthreads();  // the last task is done with shared memory
-    if (threadIdx.x == 0) shared.task = locate(call, atomicAdd(call.counters, 1));
-    __syncthreads();
-    const Task task = shared.task;
-    if (task.phase < 0) break;
+  const Call& call = f.call;
+  if (threadIdx.x == 0) {
+    shared.tickets = {count_tiles(call), 0, 0};
+    shared.tasks[0] = take_ticket(call, shared.tickets);
+  }
+  __syncthreads();
+  for (int slot = 0; shared.tasks[slot].phase >= 0; slot = 1 - slot) {
+    // Read again behind the products: held in registers it would cost some of theirs.
+    const Task& task = shared.tasks[slot];
+    Accumulators acc = {};
     if (task.phase == 0) {
       normalise(call, f.x, f.x_is_half, f.normed, task, shared.statistics);
-      signal(normed_rows + task.tile);
-      continue;
+    } else if (has_columns<kGated>(call, task)) {
+      products<kGated>(f, shared, task, acc);
     }
-
-    const int row = min(task.start + static_cast<int>(threadIdx.x), task.end - 1);
-    shared.tokens[threadIdx.x] = static_cast<int>(token_of(call, task.expert, task.begin, row));
-    if (task.phase == 1) {
-      wait(normed_rows + task.tile, call.tasks[0]);
+    // Taken here, the ticket's latency hides behind the epilogue. Not sooner: a ticket held while
+    // multiplying waits, and with it all that waits for its tile.
+    if (threadIdx.x == 0) shared.tasks[1 - slot] = take_ticket(call, shared.tickets);
+    const Task done = task;
+    if (done.phase == 1 && has_columns<kGated>(call, done)) store_hidden<kKind>(f, done, acc);
+    if (done.phase == 2 && f.y_is_half) store_output<true>(f, shared, done, acc);
+    if (done.phase == 2 && !f.y_is_half) store_output<false>(f, shared, done, acc);
+    if (done.phase < 2) {
+      signal(call.counters + 2 + done.phase * call.bound + done.tile);
     } else {
-      wait(hidden_rows + task.tile, call.tasks[1]);
+      __syncthreads();
     }
-    const int width = static_cast<int>(call.experts[task.expert].hidden);
-    const bool beyond = task.phase == 1 && task.part * (kGated ? kTile / 2 : kTile) >= width;
-    if (!beyond) {
-      const int depth = task.phase == 1 ? call.dim : width;
-      Accumulators acc = {};
-      multiply(acc, left_operand<kGated>(f, shared, task, depth),
-               right_operand<kGated>(f, task, depth), depth, shared.stages);
-      if (task.phase == 1) {
-        store_hidden<kKind>(f, task, acc);
-      } else {
-        store_output(f, shared, task, acc);
-      }
-    }
-    if (task.phase == 1) signal(hidden_rows + task.tile);
   }
   leave(call);
 }

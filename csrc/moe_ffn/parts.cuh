@@ -64,12 +64,20 @@ __device__ inline int expert_offset(const Call& call, int e) {
   return before * call.rows.sequences;
 }
 
+// Grouped row behind the last of expert e, which begins at `begin`.
+__device__ inline int expert_end(const Call& call, int e, int begin) {
+  const Rows& rows = call.rows;
+  return rows.offsets != nullptr ? rows.offsets[e + 1] : begin + rows.lengths[e] * rows.sequences;
+}
+
 __device__ inline int tiles_of(int begin, int end) { return (end - begin + kTile - 1) / kTile; }
 
 __device__ inline int count_tiles(const Call& call) {
   int tiles = 0;
-  for (int e = 0; e < call.num_experts; ++e) {
-    tiles += tiles_of(expert_offset(call, e), expert_offset(call, e + 1));
+  for (int e = 0, begin = 0; e < call.num_experts; ++e) {
+    const int end = expert_end(call, e, begin);
+    tiles += tiles_of(begin, end);
+    begin = end;
   }
   return tiles;
 }
@@ -89,8 +97,56 @@ struct Task {
   int expert, start, begin, end;  // grouped rows: the tile's first, the expert's first and end
 };
 
+// What the thread that takes tickets remembers between them.
+struct Tickets {
+  int tiles, step, first;  // the step of the last ticket, and the first ticket of that step
+};
+
 __device__ inline int first_of_band(const Call& call, int band, int tiles) {
   return min(max(band, 0) * call.band, tiles);
+}
+
+// Takes a ticket and finds its task; for one thread. Tickets of a CTA rise, so that the step is
+// looked for from the last one on.
+__device__ inline Task take_ticket(const Call& call, Tickets& last) {
+  Task task = {-1, 0, 0, 0, 0, 0, 0};
+  const int ticket = atomicAdd(call.counters, 1);
+  int offset = 0;
+  while (task.phase < 0) {
+    offset = ticket - last.first;
+    int bands = 0;
+    for (int p = 0; p < kMaxPhases && task.phase < 0; ++p) {
+      const int first = first_of_band(call, last.step - p, last.tiles);
+      const int size = first_of_band(call, last.step - p + 1, last.tiles) - first;
+      bands += size;
+      if (offset < size * call.tasks[p]) {
+        task.phase = p;
+        task.part = offset / size;
+        task.tile = first + offset - task.part * size;
+      }
+      offset -= size * call.tasks[p];
+    }
+    if (task.phase >= 0) break;
+    if (bands == 0) return task;  // behind the last step
+    last.first = ticket - offset;
+    ++last.step;
+  }
+
+  int end = 0, before = 0;
+  for (int e = 0; e < call.num_experts; ++e) {
+    const int begin = end;
+    end = expert_end(call, e, begin);
+    const int of_expert = tiles_of(begin, end);
+    if (task.tile >= before && task.tile < before + of_expert) {
+      task.expert = e;
+      task.start = begin + (task.tile - before) * kTile;
+      task.begin = begin;
+      task.end = end;
+      break;
+    }
+    before += of_expert;
+  }
+  return task;
 }
 
 __device__ inline int first_ticket(const Call& call, int step, int tiles) {
@@ -153,6 +209,7 @@ __device__ inline void signal(int* counter) {
 
 // Until `expected` signals have come.
 __device__ inline void wait(const int* counter, int expected) {
+  if (expected == 0) return;
   if (threadIdx.x == 0) {
     while (*static_cast<const volatile int*>(counter) < expected) {
     }

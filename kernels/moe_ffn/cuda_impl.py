@@ -10,11 +10,10 @@ from torch import Tensor
 from vlmo import _C
 from vlmo.kernels import target
 from vlmo.kernels.moe_ffn import cuda_launch as host
-from vlmo.kernels.moe_ffn.counters import take_counters
+from vlmo.kernels.moe_ffn.cuda_forward import CUBIN, launch_forward
+from vlmo.kernels.moe_ffn.cuda_gradients import CudaGradients
 from vlmo.kernels.moe_ffn.reference import GATED, Call, pre_shape
-from vlmo.kernels.moe_ffn.rows import bound_on_tiles, rows_of
 
-_CUBIN = "moe_ffn_fwd"
 _MAX_WEIGHT = 2**31  # elements of w1: a tile's rows are addressed in int64, its columns in int32
 
 
@@ -28,8 +27,8 @@ def why_not(
     if capability is None:
         return f"{device} is not an NVIDIA GPU."
     name = "sm_{}{}".format(*capability)
-    if _C.target_for(_CUBIN, *capability) is None:
-        built = ", ".join(built for cubin, built in _C.cubins() if cubin == _CUBIN)
+    if _C.target_for(CUBIN, *capability) is None:
+        built = ", ".join(built for cubin, built in _C.cubins() if cubin == CUBIN)
         return f"{device} is {name}; the kernels are built for {built}."
     if dtype == torch.bfloat16:
         return f"{name} has no bf16 tensor cores; use float16."
@@ -54,63 +53,20 @@ def _why_not_sizes(width: int, hidden: Sequence[int], activation: str) -> str | 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """y [T, D], and the pre-activation in the kernels' own order of rows; one launch."""
-    residual, num_tokens = call.residual, call.x.shape[0]
+    residual = call.residual
     # A residual that the kernel cannot read is added behind it.
     fused = residual is None or residual.dtype in (torch.float16, torch.float32)
     y_dtype = torch.float32 if not fused else (call.w2[0] if residual is None else residual).dtype
     y = call.x.new_empty(call.x.shape, dtype=y_dtype)
     pre = call.x.new_empty(pre_shape(call), dtype=torch.float16)
-    if num_tokens > 0:
-        _launch_forward(call._replace(residual=residual if fused else None), y, pre)
+    if call.x.shape[0] > 0:
+        launch_forward(call if fused else call._replace(residual=None), y, pre)
     if not fused:
         assert residual is not None
         y = residual + y.to(residual.dtype)
     return y, pre
 
 
-def _launch_forward(call: Call, y: Tensor | None, pre: Tensor | None) -> None:
-    """The forward's launch; without y only its first product, into ``pre``."""
-    call, device = host.readable_call(call), call.x.device
-    num_tokens, dim = call.x.shape
-    rows = rows_of(call)
-    bound, workers = bound_on_tiles(call, rows, host.TILE), host.workers_on(device)
-    max_hidden = host.max_hidden(call)
-    tasks = (
-        0 if call.norm == "none" else host.TILE // host.NORM_ROWS,
-        -(-max_hidden // host.hidden_columns(call)),
-        0 if y is None else -(-dim // host.TILE),
-        0,
-    )
-    depths = (None, dim, max_hidden, None)
-    if pre is not None and pre.numel() == 0:
-        pre = None
-    residual = None if call.residual is None else call.residual.contiguous()
-    normed = call.x.new_empty(num_tokens, dim, dtype=torch.float16) if tasks[0] else None
-    hidden = call.x.new_empty(num_tokens, max_hidden, dtype=torch.float16)
-    num_counters = 2 + 2 * bound
-    with take_counters(device, num_counters) as counters:
-        argument = host.ForwardArgument(
-            call=host.call_argument(
-                *(call, rows, counters, num_counters, bound),
-                *(host.band_of(bound, tasks, workers, depths), tasks),
-            ),
-            x=host.pointer(call.x),
-            residual=host.pointer(residual),
-            normed=host.pointer(normed),
-            pre=host.pointer(pre),
-            hidden=host.pointer(hidden),
-            y=host.pointer(y),
-            x_is_half=host.is_half(call.x),
-            y_is_half=host.is_half(y),
-        )
-        host.launch(
-            *(_CUBIN, f"moe_ffn_fwd_{call.activation}", device),
-            min(workers, bound * sum(tasks)),
-            argument,
-            [*host.tensors_of(call, rows), counters, residual, normed, pre, hidden, y],
-        )
-
-
 def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list[Tensor]:
     """The gradients that ``needs`` asks for, in the order of the schema; empty ones elsewhere."""
-    raise NotImplementedError
+    return CudaGradients(dy, pre, call, needs).compute()

@@ -1,4 +1,4 @@
-"""The CUDA kernels' arguments, field by field as in csrc/moe_ffn, and the one place that launches."""
+"""The CUDA kernels' arguments, field by field as in csrc, and the one place that launches."""
 
 from __future__ import annotations
 
@@ -68,20 +68,6 @@ class CallArgument(ctypes.Structure):
         ("band", ctypes.c_int32),
         ("tasks", ctypes.c_int32 * MAX_PHASES),
         ("num_counters", ctypes.c_int32),
-    ]
-
-
-class ForwardArgument(ctypes.Structure):
-    """``Forward`` of csrc/moe_ffn/moe_ffn_fwd.cu."""
-
-    _fields_ = [
-        ("call", CallArgument),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("x", "residual", "normed", "pre", "hidden", "y")
-        ),
-        ("x_is_half", ctypes.c_int32),
-        ("y_is_half", ctypes.c_int32),
     ]
 
 

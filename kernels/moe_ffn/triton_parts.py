@@ -8,7 +8,7 @@ contiguous; x, dy, residual, y and dx are addressed by token.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
