@@ -68,24 +68,19 @@ template <Major kM>
 struct Source {
   static constexpr Major kMajor = kM;
   const char* rows[kMoves];
-  long long offset;  // in bytes, of the next step
-  long long pitch;   // from a step to the next
-  int left;          // k from this thread's first to the end, in the next step
+  int pitch;  // from a step to the next, in bytes
+  int left;   // k from this thread's first to the end
 
-  __device__ uint4 load(int move) const {
-    const bool back = kM == Major::kMN && outside(move, 0);
-    return load_global(rows[move] + (back ? offset - pitch : offset));
+  // Of k that one move has and another has not.
+  __device__ static constexpr int first_k(int move) {
+    return kM == Major::kK ? 0 : move * Layout<kM>::kRowsPerMove;
   }
-  // To the next step, if there is one for this thread.
-  __device__ void advance(bool more) {
-    if (kM == Major::kK) more = left > kStepK;
-    offset += more ? pitch : 0;
-    left -= kStepK;
+  __device__ uint4 load(int move, int step) const {
+    const int last = max((left - first_k(move) - 1) / kStepK, 0);
+    return load_global(rows[move] + static_cast<long long>(min(step, last)) * pitch);
   }
-  // Whether a move of some steps ago was behind the end.
-  __device__ bool outside(int move, int steps_ago) const {
-    const int first = kM == Major::kK ? 0 : move * Layout<kM>::kRowsPerMove;
-    return left + steps_ago * kStepK <= first;
+  __device__ bool outside(int move, int step) const {
+    return step * kStepK + first_k(move) >= left;
   }
 };
 
@@ -95,7 +90,6 @@ __device__ inline Source<Major::kK> rows_of_k(RowPointer row_pointer, int depth)
   using L = Layout<Major::kK>;
   Source<Major::kK> source;
   const int k = L::first_chunk() * kChunk;
-  source.offset = 0;
   source.pitch = kStepK * 2;
   source.left = depth - k;
 #pragma unroll
@@ -107,18 +101,18 @@ __device__ inline Source<Major::kK> rows_of_k(RowPointer row_pointer, int depth)
 }
 
 // `depth` rows of k, `pitch` elements apart, with `columns` contiguous m or n, a multiple of 8.
-__device__ inline Source<Major::kMN> columns_of_k(const __half* first, long long pitch, int columns,
+__device__ inline Source<Major::kMN> columns_of_k(const __half* first, int pitch, int columns,
                                                   int depth) {
   using L = Layout<Major::kMN>;
   Source<Major::kMN> source;
   const int k = L::first_row(), column = L::first_chunk() * kChunk;
-  source.offset = 0;
-  source.pitch = depth > kStepK ? kStepK * 2 * pitch : 0;
+  source.pitch = kStepK * 2 * pitch;
   source.left = depth - k;
 #pragma unroll
   for (int i = 0; i < kMoves; ++i) {
-    const __half* const row = first + min(k + i * L::kRowsPerMove, depth - 1) * pitch;
-    source.rows[i] = reinterpret_cast<const char*>(row + (column < columns ? column : 0));
+    const int row = min(k + i * L::kRowsPerMove, depth - 1);
+    source.rows[i] = reinterpret_cast<const char*>(first + static_cast<long long>(row) * pitch +
+                                                   (column < columns ? column : 0));
   }
   return source;
 }
@@ -134,10 +128,11 @@ struct Writer {
   __device__ void write(int move, uint4 chunk) const {
     store_shared(base + move * Layout<kMajor>::kRowsPerMove * Layout<kMajor>::kPitch, chunk);
   }
-  __device__ void write_zeros(const Source<kMajor>& source, int steps_ago) const {
+  // In the place of what a step loaded from behind the end.
+  __device__ void write_zeros(const Source<kMajor>& source, int step) const {
 #pragma unroll
     for (int i = 0; i < kMoves; ++i) {
-      if (source.outside(i, steps_ago)) write(i, make_uint4(0, 0, 0, 0));
+      if (source.outside(i, step)) write(i, make_uint4(0, 0, 0, 0));
     }
   }
 };
@@ -192,7 +187,8 @@ static_assert(Pace::kReadLast >= Pace::kSync, "read before the barrier");
 
 // acc += A B. The caller synchronises before the next write to `shared`, kSharedBytes.
 template <class SourceA, class SourceB>
-__device__ inline void multiply(Accumulators& acc, SourceA a, SourceB b, int depth, char* shared) {
+__device__ inline void multiply(Accumulators& acc, const SourceA& a, const SourceB& b, int depth,
+                                char* shared) {
   constexpr Major kA = SourceA::kMajor, kB = SourceB::kMajor;
   const unsigned stage = shared_address(shared);
   const int warp_m = warp_index() / 2 * kWarpTile, warp_n = warp_index() % 2 * kWarpTile;
@@ -206,22 +202,19 @@ __device__ inline void multiply(Accumulators& acc, SourceA a, SourceB b, int dep
   Fragments fa[2], fb[2];
 
 #pragma unroll
-  for (int i = 0; i < kMoves; ++i) moved_a[i] = a.load(i);
+  for (int i = 0; i < kMoves; ++i) moved_a[i] = a.load(i, 0);
 #pragma unroll
-  for (int i = 0; i < kMoves; ++i) moved_b[i] = b.load(i);
-  a.advance(1 < steps);
-  b.advance(1 < steps);
+  for (int i = 0; i < kMoves; ++i) moved_b[i] = b.load(i, 0);
 #pragma unroll
   for (int i = 0; i < kMoves; ++i) write_a.write(i, moved_a[i]);
 #pragma unroll
   for (int i = 0; i < kMoves; ++i) write_b.write(i, moved_b[i]);
   if (whole == 0) {
-    write_a.write_zeros(a, 1);
-    write_b.write_zeros(b, 1);
+    write_a.write_zeros(a, 0);
+    write_b.write_zeros(b, 0);
   }
 #pragma unroll
-  for (int i = 0; i < kMoves; ++i) moved_b[i] = b.load(i);
-  b.advance(2 < steps);
+  for (int i = 0; i < kMoves; ++i) moved_b[i] = b.load(i, 1);
   __syncthreads();
 
   int flip = kStageBytes;
@@ -247,8 +240,8 @@ __device__ inline void multiply(Accumulators& acc, SourceA a, SourceB b, int dep
         const int t = octet * 32 + j;
         if (octet == 3 && j == Pace::kSync) {
           if (step + 1 >= whole) {
-            write_a.write_zeros(a, 1);
-            write_b.write_zeros(b, 2);
+            write_a.write_zeros(a, step + 1);
+            write_b.write_zeros(b, step + 1);
           }
           __syncthreads();
           read_a.base += flip;
@@ -276,13 +269,11 @@ __device__ inline void multiply(Accumulators& acc, SourceA a, SourceB b, int dep
         }
         if (due(t, Pace::kLoadA)) {
           const int i = (t - Pace::kLoadA) / Pace::kMove;
-          moved_a[i] = a.load(i);
-          if (i == 3) a.advance(step + 2 < steps);
+          moved_a[i] = a.load(i, step + 1);
         }
         if (due(t, Pace::kLoadB)) {
           const int i = (t - Pace::kLoadB) / Pace::kMove;
-          moved_b[i] = b.load(i);
-          if (i == 3) b.advance(step + 3 < steps);
+          moved_b[i] = b.load(i, step + 2);
         }
         // Back and forth, so that of two neighbours one operand is the same.
         const int k = j / 16, n = j / 4 % 4, m = n % 2 ? 3 - j % 4 : j % 4;

@@ -5,8 +5,8 @@
 //   1  dpre = act'(pre) (dh2 W2), and the hidden activations again, from the kept pre-activation;
 //   2  dnormed = dpre W1, which without a norm is dx;
 //   3  dx through the norm.
-// The sums over tokens that biases and norm parameters need are left as one line of partial sums per
-// task; the kernel of the weights adds them up in a fixed order. Tickets and waits as in the forward.
+// The sums over tokens that biases and norm parameters need are left as a line of partial sums for
+// each task; the kernel of the weights adds them up in a fixed order. Tickets as in the forward.
 
 #include "common/activation.cuh"
 #include "moe_ffn/norm.cuh"
@@ -35,18 +35,23 @@ struct BackwardRows {
 struct Shared {
   alignas(16) char stages[kSharedBytes];
   int tokens[kTile];  // of the tile's rows; those behind the end repeat the last
+  float token_scale[kNormRows];
   RowStatistics statistics;
-  // Means over a row of gradient times unit and of gradient, what the norm subtracts again.
+  // Means over a row of d * unit and of d = dnormed * weight: what the norm keeps from x.
   float mean_unit[kNormRows], mean_one[kNormRows];
-  Task task;
+  Tickets tickets;
+  Task task;  // the next one, from the end of the products on
 };
 
 // ---- phases 0 and 3: kNormRows rows without products
+//
+// Statistics of rows are found by warps, the rest by threads that own eight columns of all rows.
+// What takes the time is latency: a thread has the loads of kBatch rows in flight.
 
-constexpr int kBatch = 4;  // rows that a thread has in flight
+constexpr int kWarps = kThreads / 32;
+constexpr int kBatch = kNormRows / kWarps;
 
-// Eight elements as they lie in memory, so that loads need not wait for the conversion of earlier
-// ones.
+// Eight elements as they lie in memory: loads need not wait for the conversion of earlier ones.
 struct RawOctet {
   uint4 low, high;  // of halves only low
 };
@@ -69,40 +74,118 @@ __device__ inline void unpack(const RawOctet& raw, bool is_half, float (&v)[8]) 
   v[6] = __uint_as_float(raw.high.z), v[7] = __uint_as_float(raw.high.w);
 }
 
-// dbranch, dh2 and their sums for eight columns of the task's rows.
+// Where the rows of a task begin: x and dy by token, scratch by grouped row. Rows behind the end
+// repeat the last.
+struct TaskRows {
+  const int* tokens;
+  int first, last, count, dim;
+
+  __device__ TaskRows(const BackwardRows& b, const Shared& shared, const Task& task)
+      : tokens(shared.tokens + task.part * kNormRows),
+        first(task.start + task.part * kNormRows),
+        last(task.end - 1),
+        count(min(kNormRows, task.end - first)),
+        dim(b.call.dim) {}
+  __device__ long long by_token(int row) const { return static_cast<long long>(tokens[row]) * dim; }
+  __device__ long long grouped(int row) const {
+    return static_cast<long long>(min(first + row, last)) * dim;
+  }
+};
+
+// The means of rows of x, kBatch rows a warp; 0 for RMSNorm.
+__device__ inline void find_means(const BackwardRows& b, const TaskRows& rows,
+                                  float (&means)[kBatch]) {
+  float sums[kBatch] = {};
+  for (int c = lane_index() * 8; c < rows.dim && b.call.norm == kLayerNorm; c += 256) {
+    RawOctet raw[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      raw[i] = load_raw(b.x, b.x_is_half, rows.by_token(warp_index() + i * kWarps) + c);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      float x[8];
+      unpack(raw[i], b.x_is_half, x);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sums[i] += x[j];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kBatch; ++i) means[i] = warp_sum(sums[i]) / rows.dim;
+}
+
+// The statistics of the task's rows, and for the way back those of d = dnormed * weight too.
+template <bool kBack>
+__device__ inline void find_statistics(const BackwardRows& b, Shared& shared, const Task& task,
+                                       const TaskRows& rows) {
+  float means[kBatch], squares[kBatch] = {}, of_unit[kBatch] = {}, of_one[kBatch] = {};
+  find_means(b, rows, means);
+  for (int c = lane_index() * 8; c < rows.dim; c += 256) {
+    RawOctet raw_x[kBatch], raw_d[kBatch];
+    float weight[8];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int row = warp_index() + i * kWarps;
+      raw_x[i] = load_raw(b.x, b.x_is_half, rows.by_token(row) + c);
+      if (kBack) raw_d[i] = load_raw(b.dnormed, true, rows.grouped(row) + c);
+    }
+    const Expert& expert = b.call.experts[task.expert];
+    if (kBack) load_octet(expert.norm_weight, b.call.norm_is_half, c, weight);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      float x[8], d[8];
+      unpack(raw_x[i], b.x_is_half, x);
+      if (kBack) unpack(raw_d[i], true, d);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        x[j] -= means[i];
+        squares[i] = fmaf(x[j], x[j], squares[i]);
+        if (!kBack) continue;
+        d[j] *= weight[j];
+        of_unit[i] = fmaf(d[j], x[j], of_unit[i]);
+        of_one[i] += d[j];
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kBatch; ++i) {
+    const int row = warp_index() + i * kWarps;
+    const float inverse = rsqrtf(warp_sum(squares[i]) / rows.dim + b.call.norm_eps);
+    shared.statistics.mean[row] = means[i];
+    shared.statistics.inverse[row] = inverse;
+    if (!kBack) continue;
+    shared.mean_unit[row] = warp_sum(of_unit[i]) * inverse / rows.dim;
+    const float mean_one = warp_sum(of_one[i]) / rows.dim;
+    shared.mean_one[row] = b.call.norm == kLayerNorm ? mean_one : 0.0f;
+  }
+}
+
+// dbranch, dh2 and their sums for eight columns.
 __device__ inline void scale_columns(const BackwardRows& b, const Shared& shared, const Task& task,
-                                     int column) {
+                                     const TaskRows& rows, int column) {
   const Call& call = b.call;
-  const int local = task.part * kNormRows, first = task.start + local;
-  const int rows = min(kNormRows, task.end - first);
   float of_column[8] = {1, 1, 1, 1, 1, 1, 1, 1}, total[8] = {};
   if (call.layer_scale != nullptr) {
     load_octet(call.layer_scale, call.layer_scale_is_half, column, of_column);
   }
-  for (int r = 0; r < rows; r += kBatch) {
+  for (int r = 0; r < rows.count; r += kBatch) {
     RawOctet dy[kBatch];
-    float of_token[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const long long token = shared.tokens[local + r + i];
-      dy[i] = load_raw(b.dy, b.dy_is_half, token * call.dim + column);
-      of_token[i] = 1.0f;
-      if (call.token_scale != nullptr) {
-        of_token[i] = load_one(call.token_scale, call.token_scale_is_half, token);
-      }
+      dy[i] = load_raw(b.dy, b.dy_is_half, rows.by_token(r + i) + column);
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (r + i >= rows) break;
-      const long long at = static_cast<long long>(first + r + i) * call.dim + column;
+      if (r + i >= rows.count) break;
+      const float of_token = shared.token_scale[r + i];
       float v[8];
       unpack(dy[i], b.dy_is_half, v);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) total[j] += v[j] *= of_token[i];
-      if (b.dbranch != nullptr) store_octet(b.dbranch, true, at, v);
+      for (int j = 0; j < 8; ++j) total[j] += v[j] *= of_token;
+      if (b.dbranch != nullptr) store_octet(b.dbranch, true, rows.grouped(r + i) + column, v);
 #pragma unroll
       for (int j = 0; j < 8; ++j) v[j] *= of_column[j];
-      store_octet(b.dh2, true, at, v);
+      store_octet(b.dh2, true, rows.grouped(r + i) + column, v);
     }
   }
   if (b.sum_dbranch != nullptr) {
@@ -111,83 +194,73 @@ __device__ inline void scale_columns(const BackwardRows& b, const Shared& shared
   }
 }
 
-// x in grouped order, in half precision.
-__device__ inline void copy_rows(const BackwardRows& b, const Shared& shared, const Task& task) {
-  const int dim = b.call.dim, local = task.part * kNormRows, first = task.start + local;
-  const int rows = min(kNormRows, task.end - first);
-  for (int c = threadIdx.x * 8; c < dim; c += kThreads * 8) {
-#pragma unroll 4
-    for (int r = 0; r < rows; ++r) {
+// norm(x) for eight columns; without norm x itself.
+__device__ inline void normalise_columns(const BackwardRows& b, const Shared& shared,
+                                         const Task& task, const TaskRows& rows, int column) {
+  const Call& call = b.call;
+  const Expert& expert = call.experts[task.expert];
+  float weight[8] = {1, 1, 1, 1, 1, 1, 1, 1}, bias[8] = {};
+  if (call.norm != kNoNorm) load_octet(expert.norm_weight, call.norm_is_half, column, weight);
+  if (expert.norm_bias != nullptr) load_octet(expert.norm_bias, call.norm_is_half, column, bias);
+  for (int r = 0; r < rows.count; r += kBatch) {
+    RawOctet raw[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      raw[i] = load_raw(b.x, b.x_is_half, rows.by_token(r + i) + column);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (r + i >= rows.count) break;
+      const float mean = shared.statistics.mean[r + i];
+      const float inverse = shared.statistics.inverse[r + i];
       float v[8];
-      const long long token = shared.tokens[local + r];
-      load_octet(b.x, b.x_is_half, token * dim + c, v);
-      store_octet(b.normed, true, static_cast<long long>(first + r) * dim + c, v);
+      unpack(raw[i], b.x_is_half, v);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) v[j] = fmaf((v[j] - mean) * inverse, weight[j], bias[j]);
+      store_octet(b.normed, true, rows.grouped(r + i) + column, v);
     }
   }
 }
 
 __device__ inline void prepare(const BackwardRows& b, Shared& shared, const Task& task) {
-  for (int c = threadIdx.x * 8; c < b.call.dim; c += kThreads * 8) {
-    scale_columns(b, shared, task, c);
-  }
-  if (b.normed == nullptr) return;
-  if (b.call.norm == kNoNorm) {
-    copy_rows(b, shared, task);
-  } else {
-    normalise(b.call, b.x, b.x_is_half, b.normed, task, shared.statistics);
-  }
-}
-
-// The means over rows that dx needs, a warp for each fourth row.
-__device__ inline void find_means(const BackwardRows& b, Shared& shared, const Task& task) {
   const Call& call = b.call;
-  const int local = task.part * kNormRows, first = task.start + local;
-  for (int r = warp_index(); r < kNormRows; r += kThreads / 32) {
-    const long long token = shared.tokens[local + r], grouped = min(first + r, task.end - 1);
-    const float mean = shared.statistics.mean[r], inverse = shared.statistics.inverse[r];
-    float of_unit = 0.0f, of_one = 0.0f;
-    for (int c = lane_index() * 8; c < call.dim; c += 256) {
-      float x[8], d[8], weight[8];
-      load_octet(b.x, b.x_is_half, token * call.dim + c, x);
-      load_octet(b.dnormed, true, grouped * call.dim + c, d);
-      load_octet(call.experts[task.expert].norm_weight, call.norm_is_half, c, weight);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        d[i] *= weight[i];
-        of_unit = fmaf(d[i], (x[i] - mean) * inverse, of_unit);
-        of_one += d[i];
-      }
+  const TaskRows rows(b, shared, task);
+  if (threadIdx.x < kNormRows) {
+    float scale = 1.0f;
+    if (call.token_scale != nullptr) {
+      scale = load_one(call.token_scale, call.token_scale_is_half, rows.tokens[threadIdx.x]);
     }
-    of_unit = warp_sum(of_unit) / call.dim;
-    of_one = call.norm == kLayerNorm ? warp_sum(of_one) / call.dim : 0.0f;
-    if (lane_index() == 0) {
-      shared.mean_unit[r] = of_unit;
-      shared.mean_one[r] = of_one;
-    }
+    shared.token_scale[threadIdx.x] = scale;
+    shared.statistics.mean[threadIdx.x] = 0.0f;
+    shared.statistics.inverse[threadIdx.x] = 1.0f;
   }
   __syncthreads();
+  if (b.normed != nullptr && call.norm != kNoNorm) {
+    find_statistics<false>(b, shared, task, rows);
+    __syncthreads();
+  }
+  for (int c = threadIdx.x * 8; c < call.dim; c += kThreads * 8) {
+    scale_columns(b, shared, task, rows, c);
+    if (b.normed != nullptr) normalise_columns(b, shared, task, rows, c);
+  }
 }
 
-// dx and the sums for the norm's parameters, for eight columns of the task's rows.
+// dx and the sums for the norm's parameters, for eight columns.
 __device__ inline void undo_norm_of_columns(const BackwardRows& b, const Shared& shared,
-                                            const Task& task, int column) {
+                                            const Task& task, const TaskRows& rows, int column) {
   const Call& call = b.call;
-  const int local = task.part * kNormRows, first = task.start + local;
-  const int rows = min(kNormRows, task.end - first);
   float weight[8], dweight[8] = {}, dbias[8] = {};
   load_octet(call.experts[task.expert].norm_weight, call.norm_is_half, column, weight);
-  for (int r = 0; r < rows; r += kBatch) {
+  for (int r = 0; r < rows.count; r += kBatch) {
     RawOctet raw_x[kBatch], raw_d[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const long long token = shared.tokens[local + r + i];
-      const long long grouped = min(first + r + i, task.end - 1);
-      raw_x[i] = load_raw(b.x, b.x_is_half, token * call.dim + column);
-      raw_d[i] = load_raw(b.dnormed, true, grouped * call.dim + column);
+      raw_x[i] = load_raw(b.x, b.x_is_half, rows.by_token(r + i) + column);
+      raw_d[i] = load_raw(b.dnormed, true, rows.grouped(r + i) + column);
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (r + i >= rows) break;
+      if (r + i >= rows.count) break;
       const float mean = shared.statistics.mean[r + i];
       const float inverse = shared.statistics.inverse[r + i];
       const float mean_unit = shared.mean_unit[r + i], mean_one = shared.mean_one[r + i];
@@ -201,10 +274,7 @@ __device__ inline void undo_norm_of_columns(const BackwardRows& b, const Shared&
         dbias[j] += d[j];
         x[j] = (fmaf(d[j], weight[j], -mean_one) - unit * mean_unit) * inverse;
       }
-      if (b.dx != nullptr) {
-        const long long token = shared.tokens[local + r + i];
-        store_octet(b.dx, b.x_is_half, token * call.dim + column, x);
-      }
+      if (b.dx != nullptr) store_octet(b.dx, b.x_is_half, rows.by_token(r + i) + column, x);
     }
   }
   if (b.sum_norm != nullptr) {
@@ -215,10 +285,11 @@ __device__ inline void undo_norm_of_columns(const BackwardRows& b, const Shared&
 }
 
 __device__ inline void undo_norm(const BackwardRows& b, Shared& shared, const Task& task) {
-  find_statistics(b.call, b.x, b.x_is_half, task, shared.statistics);
-  find_means(b, shared, task);
+  const TaskRows rows(b, shared, task);
+  find_statistics<true>(b, shared, task, rows);
+  __syncthreads();
   for (int c = threadIdx.x * 8; c < b.call.dim; c += kThreads * 8) {
-    undo_norm_of_columns(b, shared, task, c);
+    undo_norm_of_columns(b, shared, task, rows, c);
   }
 }
 
@@ -246,7 +317,7 @@ constexpr int kSumLines = 16;  // threads of a CTA that share a column
 static_assert(2 * kSumLines * kSumPitch * 4 <= kSharedBytes, "sums run out of the stages");
 
 // Adds up what the threads have summed over their own rows, in a fixed order: sums[pair][half] of
-// for_each_octet's columns.
+// for_each_octet's columns. The stages are free.
 template <int kHalves>
 __device__ inline void sum_over_threads(const BackwardRows& b, Shared& shared, const Task& task,
                                         const float (&sums)[2][kHalves][8]) {
@@ -254,7 +325,6 @@ __device__ inline void sum_over_threads(const BackwardRows& b, Shared& shared, c
   float* const lines = reinterpret_cast<float*>(shared.stages);
   const int line = warp_index() / 2 * 8 + at.high * 4 + at.m * 2 + (at.low & 1);
   const int first = warp_index() % 2 * kWarpTile + (at.low & 2) * 8 + at.n * 8;
-  __syncthreads();  // the product is done with shared memory
 #pragma unroll
   for (int pair = 0; pair < 2; ++pair) {
 #pragma unroll
@@ -278,25 +348,43 @@ __device__ inline void sum_over_threads(const BackwardRows& b, Shared& shared, c
   }
 }
 
+// The rows of a thread's accumulators: this one, and in for_each_octet's order 2 more, 14 more, ..
+constexpr int kRowsOfThread = 8;
+
+__device__ inline int first_row_of_thread() {
+  const QuadPair at;
+  return warp_index() / 2 * kWarpTile + at.high * 8 + at.m * 4 + (at.low & 1);
+}
+
 // Phase 1 behind its product: dpre, the hidden activations and the sums of dpre.
 template <Activation kKind>
 __device__ inline void differentiate(const BackwardRows& b, Shared& shared, const Task& task,
                                      const Accumulators& acc) {
   constexpr bool kGated = is_gated(kKind);
   const int width = static_cast<int>(b.call.experts[task.expert].hidden);
+  // The gate is loaded a row ahead, so that the activation of the row before hides its latency; the
+  // value has its own row's activation for that. Rows and columns outside repeat others.
+  const auto load_pre = [&](int row, int column) {
+    const long long grouped = min(task.start + row, task.end - 1);
+    return load_global(b.pre + grouped * b.call.max_pre + min(column, width - 8));
+  };
   float sums[2][kGated ? 2 : 1][8] = {};
-  int pair = 0;
+  uint4 ahead;
+  int visits = 0;
   for_each_octet<Major::kK, Major::kMN>(acc, [&](int c) {
     const int column = task.part * kTile + c;
     const int end = column < width ? task.end : 0;
-    auto& sum = sums[pair++];
-    return [=, &b, &sum](int row, float(&dpre)[8]) {
+    ahead = load_pre(first_row_of_thread(), column);
+    return [=, &b, &sums, &ahead, &visits](int row, float(&dpre)[8]) {
+      auto& sum = sums[visits / kRowsOfThread];
+      const uint4 gate = ahead;
+      if (++visits % kRowsOfThread != 0) ahead = load_pre(row + (visits % 2 ? 2 : 14), column);
       const long long grouped = task.start + row;
       if (grouped >= end) return;
       const long long at = grouped * b.call.max_pre + column;
       float hidden[8], value[8];
-      load_octet(b.pre, true, at, hidden);
-      if constexpr (kGated) load_octet(b.pre, true, at + width, value);
+      unpack(gate, hidden);
+      if constexpr (kGated) unpack(load_global(b.pre + at + width), value);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const Activated activated = activate_with_slope<kKind>(hidden[i]);
@@ -340,18 +428,9 @@ __device__ inline void store_dnormed(const BackwardRows& b, const Shared& shared
   });
 }
 
-template <Activation kKind>
-__device__ inline void multiply_rows(const BackwardRows& b, Shared& shared, const Task& task) {
-  const int width = static_cast<int>(b.call.experts[task.expert].hidden);
-  if (task.phase == 1 && task.part * kTile >= width) return;
-  const int depth = task.phase == 1 ? b.call.dim : is_gated(kKind) ? 2 * width : width;
-  Accumulators acc = {};
-  multiply(acc, left_operand(b, task, depth), right_operand(b, task, depth), depth, shared.stages);
-  if (task.phase == 1) {
-    differentiate<kKind>(b, shared, task, acc);
-  } else {
-    store_dnormed(b, shared, task, acc);
-  }
+__device__ inline void find_tokens(const Call& call, const Task& task, int (&tokens)[kTile]) {
+  const int row = min(task.start + static_cast<int>(threadIdx.x), task.end - 1);
+  tokens[threadIdx.x] = static_cast<int>(token_of(call, task.expert, task.begin, row));
 }
 
 template <Activation kKind>
@@ -360,26 +439,42 @@ __device__ inline void run(const BackwardRows& b) {
   const Call& call = b.call;
   int* const finished = call.counters + 2;  // [phase][tile]: tasks of phases 0 to 2
 
+  if (threadIdx.x == 0) {
+    shared.tickets = {count_tiles(call), 0, 0};
+    shared.task = take_ticket(call, shared.tickets);
+  }
+  __syncthreads();
   while (true) {
-    __syncthreads();  // the last task is done with shared memory
-    if (threadIdx.x == 0) shared.task = locate(call, atomicAdd(call.counters, 1));
-    __syncthreads();
     const Task task = shared.task;
     if (task.phase < 0) break;
-    const int row = min(task.start + static_cast<int>(threadIdx.x), task.end - 1);
-    shared.tokens[threadIdx.x] = static_cast<int>(token_of(call, task.expert, task.begin, row));
-    if (task.phase == 0) {
-      __syncthreads();
-      prepare(b, shared, task);
-    } else {
+    const int width = static_cast<int>(call.experts[task.expert].hidden);
+    const bool beyond = task.phase == 1 && task.part * kTile >= width;
+    Accumulators acc = {};
+    find_tokens(call, task, shared.tokens);
+    if (task.phase > 0 && !beyond) {
       wait(finished + (task.phase - 1) * call.bound + task.tile, call.tasks[task.phase - 1]);
-      if (task.phase < 3) {
-        multiply_rows<kKind>(b, shared, task);
-      } else {
-        undo_norm(b, shared, task);
-      }
     }
-    if (task.phase < 3) signal(finished + task.phase * call.bound + task.tile);
+    __syncthreads();
+    if (task.phase == 0) {
+      prepare(b, shared, task);
+    } else if (task.phase == 3) {
+      undo_norm(b, shared, task);
+    } else if (!beyond) {
+      const int depth = task.phase == 1 ? call.dim : is_gated(kKind) ? 2 * width : width;
+      multiply(acc, left_operand(b, task, depth), right_operand(b, task, depth), depth,
+               shared.stages);
+    }
+    __syncthreads();  // everybody has read shared.task, and is done with the stages
+    // Taken here, the ticket's latency hides behind the epilogue. Not sooner: a ticket held while
+    // multiplying waits, and with it all that waits for its tile.
+    if (threadIdx.x == 0) shared.task = take_ticket(call, shared.tickets);
+    if (task.phase == 1 && !beyond) differentiate<kKind>(b, shared, task, acc);
+    if (task.phase == 2) store_dnormed(b, shared, task, acc);
+    if (task.phase < 3) {
+      signal(finished + task.phase * call.bound + task.tile);
+    } else {
+      __syncthreads();
+    }
   }
   leave(call);
 }

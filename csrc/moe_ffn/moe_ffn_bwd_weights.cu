@@ -96,6 +96,7 @@ struct Piece {
 struct Shared {
   alignas(16) char stages[kSharedBytes];
   alignas(16) float sums[kWarps][kTile];
+  float factors[kTile];  // of the rows of a tile of dw2: the layer scale
   Plan plan;
   Piece piece;
   int position, stop, number;  // what is left of this CTA's share
@@ -299,9 +300,39 @@ __device__ inline void add_peers(const BackwardWeights& w, const Shared& shared,
   }
 }
 
-__device__ inline float dot(const float (&v)[8], const __half* with) {
+// What a tile of dw2 is multiplied with goes through shared memory: read by each visit of
+// store_tile where it lies, it would cost the latency of global memory sixteen times.
+constexpr int kW2Pitch = (kTile + kChunk) * 2;  // bytes of a row of the w2 in the stages
+static_assert(kTile * kW2Pitch <= kSharedBytes, "w2 does not fit into the stages");
+
+// A tile of w2, columns behind the last zero; rows behind the last repeat it.
+__device__ inline void stage_w2(const BackwardWeights& w, const Piece& piece, unsigned stages) {
+  constexpr int kChunks = kTile / kChunk, kRows = kThreads / kChunks;
+  const int c = threadIdx.x % kChunks * kChunk, r = threadIdx.x / kChunks;
+  const int column = piece.column + c;
+  const __half* const w2 = w.call.experts[piece.expert].w2 + column;
+#pragma unroll
+  for (int i = 0; i < kTile; i += kRows) {
+    const int row = min(piece.row + r + i, piece.rows - 1);
+    uint4 chunk = make_uint4(0, 0, 0, 0);
+    if (column < piece.columns) {
+      chunk = *reinterpret_cast<const uint4*>(w2 + static_cast<long long>(row) * piece.columns);
+    }
+    store_shared(stages + (r + i) * kW2Pitch + c * 2, chunk);
+  }
+}
+
+__device__ inline void stage_factors(const BackwardWeights& w, Shared& shared) {
+  const Piece& piece = shared.piece;
+  const int row = piece.row + threadIdx.x;
+  const bool scaled = !piece.is_w1 && w.call.layer_scale != nullptr && row < piece.rows;
+  shared.factors[threadIdx.x] =
+      scaled ? load_one(w.call.layer_scale, w.call.layer_scale_is_half, row) : 1.0f;
+}
+
+__device__ inline float dot(const float (&v)[8], unsigned with) {
   float u[8], sum = 0.0f;
-  load_octet(with, true, 0, u);
+  unpack(load_shared(with), u);
 #pragma unroll
   for (int i = 0; i < 8; ++i) sum = fmaf(v[i], u[i], sum);
   return sum;
@@ -314,32 +345,32 @@ __device__ inline float sum_over_row(float v) {
 }
 
 // Stores a tile of dw1 or dw2, and leaves in shared memory the rows of w2 * G, summed over each 32
-// columns.
+// columns. The stages are free.
 __device__ inline void store_tile(const BackwardWeights& w, Shared& shared,
                                   const Accumulators& acc) {
   const Piece piece = shared.piece;
   const Gradient& gradient = w.gradients[piece.expert];
   __half* const out = piece.is_w1 ? gradient.w1 : gradient.w2;
-  const __half* const w2 =
-      piece.is_w1 || w.sum_scale == nullptr ? nullptr : w.call.experts[piece.expert].w2;
-  const void* const layer_scale = piece.is_w1 ? nullptr : w.call.layer_scale;
+  const bool of_scale = !piece.is_w1 && w.sum_scale != nullptr;
+  const unsigned w2 = shared_address(shared.stages);
+  if (of_scale) stage_w2(w, piece, w2);
+  stage_factors(w, shared);
+  __syncthreads();
   for_each_octet<Major::kMN, Major::kMN>(acc, [&](int c) {
     const int column = piece.column + c;
     const int end = column < piece.columns ? piece.rows : 0;
-    return [=, &w, &shared](int r, float(&v)[8]) {
+    return [=, &shared](int r, float(&v)[8]) {
       const int row = piece.row + r;
-      const long long at = static_cast<long long>(row) * piece.columns + column;
-      if (w2 != nullptr) {
-        const float sum = sum_over_row(row < end ? dot(v, w2 + at) : 0.0f);
+      if (of_scale) {
+        const float product = dot(v, w2 + r * kW2Pitch + c * 2);
+        const float sum = sum_over_row(row < end ? product : 0.0f);
         if ((lane_index() & (2 + 8)) == 0) shared.sums[c / 32][r] = sum;
       }
       if (row >= end || out == nullptr) return;
-      if (layer_scale != nullptr) {
-        const float scale = load_one(layer_scale, w.call.layer_scale_is_half, row);
+      const float factor = shared.factors[r];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) v[i] *= scale;
-      }
-      store_octet(out, true, at, v);
+      for (int i = 0; i < 8; ++i) v[i] *= factor;
+      store_octet(out, true, static_cast<long long>(row) * piece.columns + column, v);
     };
   });
 }
@@ -493,6 +524,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
       continue;
     }
     add_peers(w, shared, acc);
+    __syncthreads();  // the product is done with the stages
     store_tile(w, shared, acc);
     if (!shared.piece.is_w1 && w.sum_scale != nullptr) contribute_rows(w, shared);
   }

@@ -25,7 +25,7 @@ struct Shared {
   float scales[kTile];  // of these tokens
   RowStatistics statistics;
   Tickets tickets;
-  Task tasks[2];  // this one and, from the end of the products on, the next
+  Task task;  // from the end of the products on the next one
 };
 
 // The operands of phase 1, 128 rows and 128 hidden columns or, gated, 64; or of phase 2, 128 rows
@@ -182,27 +182,26 @@ __device__ inline void run(const Forward& f) {
   const Call& call = f.call;
   if (threadIdx.x == 0) {
     shared.tickets = {count_tiles(call), 0, 0};
-    shared.tasks[0] = take_ticket(call, shared.tickets);
+    shared.task = take_ticket(call, shared.tickets);
   }
   __syncthreads();
-  for (int slot = 0; shared.tasks[slot].phase >= 0; slot = 1 - slot) {
-    // Read again behind the products: held in registers it would cost some of theirs.
-    const Task& task = shared.tasks[slot];
+  while (shared.task.phase >= 0) {
     Accumulators acc = {};
-    if (task.phase == 0) {
-      normalise(call, f.x, f.x_is_half, f.normed, task, shared.statistics);
-    } else if (has_columns<kGated>(call, task)) {
-      products<kGated>(f, shared, task, acc);
+    if (shared.task.phase == 0) {
+      normalise(call, f.x, f.x_is_half, f.normed, shared.task, shared.statistics);
+    } else if (has_columns<kGated>(call, shared.task)) {
+      products<kGated>(f, shared, shared.task, acc);
     }
+    const Task task = shared.task;  // not sooner: in registers it would cost the products some
+    __syncthreads();
     // Taken here, the ticket's latency hides behind the epilogue. Not sooner: a ticket held while
     // multiplying waits, and with it all that waits for its tile.
-    if (threadIdx.x == 0) shared.tasks[1 - slot] = take_ticket(call, shared.tickets);
-    const Task done = task;
-    if (done.phase == 1 && has_columns<kGated>(call, done)) store_hidden<kKind>(f, done, acc);
-    if (done.phase == 2 && f.y_is_half) store_output<true>(f, shared, done, acc);
-    if (done.phase == 2 && !f.y_is_half) store_output<false>(f, shared, done, acc);
-    if (done.phase < 2) {
-      signal(call.counters + 2 + done.phase * call.bound + done.tile);
+    if (threadIdx.x == 0) shared.task = take_ticket(call, shared.tickets);
+    if (task.phase == 1 && has_columns<kGated>(call, task)) store_hidden<kKind>(f, task, acc);
+    if (task.phase == 2 && f.y_is_half) store_output<true>(f, shared, task, acc);
+    if (task.phase == 2 && !f.y_is_half) store_output<false>(f, shared, task, acc);
+    if (task.phase < 2) {
+      signal(call.counters + 2 + task.phase * call.bound + task.tile);
     } else {
       __syncthreads();
     }
