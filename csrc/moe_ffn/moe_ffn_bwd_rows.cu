@@ -356,6 +356,27 @@ __device__ inline int first_row_of_thread() {
   return warp_index() / 2 * kWarpTile + at.high * 8 + at.m * 4 + (at.low & 1);
 }
 
+// On entry the gate's (or only) pre-activation, the value's and the gradient of the hidden ones; on
+// return the hidden activations, dpre of the value and dpre of the gate, also added to the sums.
+template <Activation kKind, int kHalves>
+__device__ inline void differentiate_octet(float (&hidden)[8], float (&value)[8], float (&dpre)[8],
+                                           float (&sum)[kHalves][8]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const Activated activated = activate_with_slope<kKind>(hidden[i]);
+    hidden[i] = activated.value;
+    if constexpr (is_gated(kKind)) {
+      const float dvalue = dpre[i] * activated.value;
+      dpre[i] *= value[i];
+      hidden[i] *= value[i];
+      value[i] = dvalue;
+      sum[1][i] += dvalue;
+    }
+    dpre[i] *= activated.slope;
+    sum[0][i] += dpre[i];
+  }
+}
+
 // Phase 1 behind its product: dpre, the hidden activations and the sums of dpre.
 template <Activation kKind>
 __device__ inline void differentiate(const BackwardRows& b, Shared& shared, const Task& task,
@@ -385,25 +406,13 @@ __device__ inline void differentiate(const BackwardRows& b, Shared& shared, cons
       float hidden[8], value[8];
       unpack(gate, hidden);
       if constexpr (kGated) unpack(load_global(b.pre + at + width), value);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const Activated activated = activate_with_slope<kKind>(hidden[i]);
-        hidden[i] = activated.value;
-        if constexpr (kGated) {
-          const float dvalue = dpre[i] * activated.value;
-          dpre[i] *= value[i];
-          hidden[i] *= value[i];
-          value[i] = dvalue;
-          sum[1][i] += dvalue;
-        }
-        dpre[i] *= activated.slope;
-        sum[0][i] += dpre[i];
-      }
-      store_octet(b.dpre, true, at, dpre);
-      if constexpr (kGated) store_octet(b.dpre, true, at + width, value);
+      differentiate_octet<kKind>(hidden, value, dpre, sum);
+      // The stores in another order make ptxas spill.
       if (b.hidden != nullptr) {
         store_octet(b.hidden, true, grouped * b.call.max_hidden + column, hidden);
       }
+      store_octet(b.dpre, true, at, dpre);
+      if constexpr (kGated) store_octet(b.dpre, true, at + width, value);
     };
   });
   if (b.sum_dpre != nullptr) sum_over_threads(b, shared, task, sums);
