@@ -488,10 +488,10 @@ __device__ inline void run(const BackwardRows& b) {
   leave(call);
 }
 
-#define VLMO_BACKWARD_ROWS(name, kind)                                     \
-  extern "C" __global__ void __launch_bounds__(kThreads, 2)                \
+#define VLMO_BACKWARD_ROWS(name, kind)                                          \
+  extern "C" __global__ void __launch_bounds__(kThreads, 2)                     \
       moe_ffn_bwd_rows_##name(const __grid_constant__ BackwardRows arguments) { \
-    run<Activation::kind>(arguments);                                      \
+    run<Activation::kind>(arguments);                                           \
   }
 VLMO_BACKWARD_ROWS(gelu, kGelu)
 VLMO_BACKWARD_ROWS(gelu_tanh, kGeluTanh)
