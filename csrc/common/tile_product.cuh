@@ -171,6 +171,7 @@ struct Reader {
 
 // When in a step of 128 products of a warp something else is done; see docs/volta.md for how these
 // were found. ptxas moves instructions about, but not far.
+template <Major kA, Major kB>
 struct Pace {
   static constexpr int kStoreB = 33;  // loaded in the step before
   static constexpr int kLoadA = 52;
@@ -182,9 +183,6 @@ struct Pace {
   static constexpr int kSync = 6;       // in the last octet
   static constexpr int kReadEvery = 2;
 };
-static_assert(Pace::kStoreA + 4 * Pace::kMove <= 96 + Pace::kSync, "stored behind the barrier");
-static_assert(Pace::kReadLast >= Pace::kSync, "read before the barrier");
-
 // acc += A B. The caller synchronises before the next write to `shared`, kSharedBytes.
 template <class SourceA, class SourceB>
 __device__ inline void multiply(Accumulators& acc, const SourceA& a, const SourceB& b, int depth,
@@ -200,6 +198,9 @@ __device__ inline void multiply(Accumulators& acc, const SourceA& a, const Sourc
   const int steps = (depth + kStepK - 1) / kStepK, whole = depth / kStepK;
   uint4 moved_a[kMoves], moved_b[kMoves];
   Fragments fa[2], fb[2];
+  using P = Pace<kA, kB>;
+  static_assert(P::kStoreA + 4 * P::kMove <= 96 + P::kSync, "stored behind the barrier");
+  static_assert(P::kReadLast >= P::kSync, "read before the barrier");
 
 #pragma unroll
   for (int i = 0; i < kMoves; ++i) moved_a[i] = a.load(i, 0);
@@ -229,16 +230,16 @@ __device__ inline void multiply(Accumulators& acc, const SourceA& a, const Sourc
   for (int step = 0; step < steps; ++step) {
     // Not a memory access, but a place for one: every kMove products, four times.
     const auto due = [](int t, int first) {
-      return t >= first && t < first + 4 * Pace::kMove && (t - first) % Pace::kMove == 0;
+      return t >= first && t < first + 4 * P::kMove && (t - first) % P::kMove == 0;
     };
 #pragma unroll
     for (int octet = 0; octet < 4; ++octet) {
       const int now = octet % 2, then = 1 - now;
-      const int read_at = octet == 3 ? Pace::kReadLast : Pace::kRead;
+      const int read_at = octet == 3 ? P::kReadLast : P::kRead;
 #pragma unroll
       for (int j = 0; j < 32; ++j) {
         const int t = octet * 32 + j;
-        if (octet == 3 && j == Pace::kSync) {
+        if (octet == 3 && j == P::kSync) {
           if (step + 1 >= whole) {
             write_a.write_zeros(a, step + 1);
             write_b.write_zeros(b, step + 1);
@@ -250,29 +251,29 @@ __device__ inline void multiply(Accumulators& acc, const SourceA& a, const Sourc
           write_a.base += flip;
           write_b.base += flip;
         }
-        if (j >= read_at && j < read_at + 8 * Pace::kReadEvery &&
-            (j - read_at) % Pace::kReadEvery == 0) {
-          const int access = (j - read_at) / Pace::kReadEvery;
+        if (j >= read_at && j < read_at + 8 * P::kReadEvery &&
+            (j - read_at) % P::kReadEvery == 0) {
+          const int access = (j - read_at) / P::kReadEvery;
           if (access % 2 == 0) {
             read_a.read((octet + 1) % 4, access / 2, fa[then]);
           } else {
             read_b.read((octet + 1) % 4, access / 2, fb[then]);
           }
         }
-        if (due(t, Pace::kStoreB)) {
-          const int i = (t - Pace::kStoreB) / Pace::kMove;
+        if (due(t, P::kStoreB)) {
+          const int i = (t - P::kStoreB) / P::kMove;
           write_b.write(i, moved_b[i]);
         }
-        if (due(t, Pace::kStoreA)) {
-          const int i = (t - Pace::kStoreA) / Pace::kMove;
+        if (due(t, P::kStoreA)) {
+          const int i = (t - P::kStoreA) / P::kMove;
           write_a.write(i, moved_a[i]);
         }
-        if (due(t, Pace::kLoadA)) {
-          const int i = (t - Pace::kLoadA) / Pace::kMove;
+        if (due(t, P::kLoadA)) {
+          const int i = (t - P::kLoadA) / P::kMove;
           moved_a[i] = a.load(i, step + 1);
         }
-        if (due(t, Pace::kLoadB)) {
-          const int i = (t - Pace::kLoadB) / Pace::kMove;
+        if (due(t, P::kLoadB)) {
+          const int i = (t - P::kLoadB) / P::kMove;
           moved_b[i] = b.load(i, step + 2);
         }
         // Back and forth, so that of two neighbours one operand is the same.
