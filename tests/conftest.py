@@ -1,6 +1,7 @@
 """What every test gets: the device and the backend it runs on, and a seeded generator."""
 
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -32,6 +33,15 @@ class Place(NamedTuple):
     device: torch.device
     backend: str
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of a test that needs one dtype only; the CUDA kernels take float16."""
+        return torch.float16 if self.backend == "cuda" else torch.float32
+
+    @property
+    def autocast_dtype(self) -> torch.dtype:
+        return torch.float16 if self.backend == "cuda" else torch.bfloat16
+
 
 def _convert_float(values, source, target, rounding):
     """Round as every GPU does; Triton's interpreter cuts float32 down to bfloat16 (Triton 3.7)."""
@@ -46,25 +56,39 @@ def _convert_float(values, source, target, rounding):
     params=[
         ("cpu", "reference"),
         ("cpu", "triton"),
+        ("cpu", "cuda"),
         pytest.param(("cuda", "reference"), marks=pytest.mark.gpu),
         pytest.param(("cuda", "triton"), marks=pytest.mark.gpu),
+        pytest.param(("cuda", "cuda"), marks=pytest.mark.gpu),
     ],
     ids="-".join,
 )
-def place(request, monkeypatch) -> Place:
-    """Every backend of moe_ffn on the CPU, and on the GPU where there is one."""
+def place(request, monkeypatch) -> Iterator[Place]:
+    """Every backend of moe_ffn on the CPU, and on the GPU where there is one.
+
+    On the CPU Triton's kernels run in its interpreter and the CUDA kernels in the emulator.
+    """
     from vlmo.kernels import why_not
 
     device, backend = request.param
+    place = Place(torch.device(device), backend)
+    if request.param == ("cpu", "cuda"):
+        from emulated import emulated
+
+        with emulated():
+            yield place
+        return
     if request.param == ("cpu", "triton"):
         if torch.cuda.is_available():
             pytest.skip("Triton's interpreter is not used beside a GPU")
         from triton.runtime import interpreter
 
         monkeypatch.setattr(interpreter, "_convert_float", _convert_float)
-    if device == "cuda" and (reason := why_not("moe_ffn", backend, device=device)):
+    if device == "cuda" and (
+        reason := why_not("moe_ffn", backend, device=device, dtype=place.dtype)
+    ):
         pytest.skip(reason)
-    return Place(torch.device(device), backend)
+    yield place
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vlmo.kernels import ModalityRouting, moe_ffn
-from vlmo.kernels.moe_ffn import reference
+from vlmo.kernels.moe_ffn import ops, reference
 
 GATED = ("swiglu", "geglu")
 
@@ -166,6 +167,13 @@ def eager(case: Case, ids: Tensor, tensors: dict) -> Tensor:
     if case.residual:
         out = tensors["residual"].reshape(-1, case.dim) + out
     return out.view(tensors["x"].shape)
+
+
+def skip_unless_possible(place, case: Case, dtype: torch.dtype) -> None:
+    """Skip a test whose call the place's backend refuses, with its reason."""
+    facts = (place.device, dtype, case.dim, case.hidden, case.activation)
+    if reason := ops.BACKENDS[place.backend].why_not(*facts):
+        pytest.skip(f"{place.backend}: {reason}")
 
 
 def call(case: Case, routing: ModalityRouting, tensors: dict, **options) -> Tensor:
