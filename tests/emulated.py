@@ -28,13 +28,17 @@ def memory_of(tensors) -> list[np.ndarray]:
             size = tensor.numel() * tensor.element_size()
             spans[tensor.data_ptr()] = max(size, spans.get(tensor.data_ptr(), 0))
     return [
-        np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(at)) for at, size in spans.items()
+        np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(at))
+        for at, size in spans.items()
     ]
 
 
 @contextlib.contextmanager
-def emulated(**options):
-    """Run ``backend="cuda"`` on CPU tensors; ``options`` go to every launch of the emulator."""
+def emulated(workers=2 * MULTIPROCESSORS, **options):
+    """Run ``backend="cuda"`` on CPU tensors; ``options`` go to every launch of the emulator.
+
+    ``workers`` is the number of CTAs that the host takes to be resident at a time.
+    """
 
     def launch(cubin, name, device, programs, argument, tensors):
         kernel(cubin, name).launch(
@@ -49,7 +53,7 @@ def emulated(**options):
 
     with (
         mock.patch.object(cuda_launch, "launch", launch),
-        mock.patch.object(cuda_launch, "workers_on", lambda device: 2 * MULTIPROCESSORS),
+        mock.patch.object(cuda_launch, "workers_on", return_value=workers),
         mock.patch.object(cuda_impl, "why_not", why_not),
     ):
         yield
