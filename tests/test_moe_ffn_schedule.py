@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmo.kernels.moe_ffn import triton_launch as host
+from vlmo.kernels.moe_ffn.rows import Rows
 from vlmo.kernels.moe_ffn.schedule import (
     Banded,
     Piece,
@@ -29,7 +30,6 @@ from vlmo.kernels.moe_ffn.schedule import (
     replay_split,
 )
 from vlmo.kernels.moe_ffn.tiles import Tile
-from vlmo.kernels.moe_ffn.rows import Rows
 from vlmo.kernels.moe_ffn.triton_parts import locate
 from vlmo.kernels.moe_ffn.triton_weights import Work, find_range, find_work
 

@@ -1,5 +1,7 @@
 """Where the package keeps what it builds and downloads."""
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import pathlib
@@ -27,6 +29,14 @@ def host_id() -> str:
         return ""
 
 
+@contextlib.contextmanager
+def locked(path: pathlib.Path):
+    """Let one process at a time make ``path``; the others find it made."""
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def build_shared_library(
     source: pathlib.Path, flags=(), extra: str = "", stem: str = "lib"
 ) -> pathlib.Path:
@@ -42,6 +52,13 @@ def build_shared_library(
     library = cache_dir() / f"{stem}-{key}.so"
     if library.exists():
         return library
+    with locked(library):
+        if not library.exists():
+            _compile(command, source, library)
+    return library
+
+
+def _compile(command: list[str], source: pathlib.Path, library: pathlib.Path) -> None:
     temporary = library.with_suffix(f".{os.getpid()}.tmp")
     try:
         result = subprocess.run(
@@ -49,9 +66,8 @@ def build_shared_library(
         )
     except FileNotFoundError:
         raise RuntimeError(
-            f"no C++ compiler: {compiler!r} not found (install g++ or set CXX)"
+            f"no C++ compiler: {command[0]!r} not found (install g++ or set CXX)"
         ) from None
     if result.returncode:
-        raise RuntimeError(f"{compiler} failed on {source.name}:\n{result.stderr[:4000]}")
+        raise RuntimeError(f"{command[0]} failed on {source.name}:\n{result.stderr[:4000]}")
     os.replace(temporary, library)
-    return library

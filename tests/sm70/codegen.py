@@ -1,7 +1,7 @@
 """Translate sm_70 SASS to C++.
 
-Every instruction becomes one `case` of a `switch`; the interpreter loop is in runtime.cpp. Three tables handle the
-opcodes:
+Every instruction becomes one `case` of a `switch`; the interpreter loop is in runtime.cpp. Three
+tables handle the opcodes:
 
   EXPRESSIONS  one 32-bit result per lane, given as a C++ expression with operand placeholders
   HANDLERS     functions, registered with @opcode, that return a C++ statement

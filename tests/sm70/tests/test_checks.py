@@ -1,6 +1,7 @@
 """Planted faults must be found, correct variants must pass."""
 
 import pathlib
+import struct
 
 import numpy as np
 import pytest
@@ -47,6 +48,27 @@ def test_out_of_bounds(build):
     assert result.num_errors == 28 and problem.kind == "global store/atomic out of bounds"
     assert problem.where == "argument 0 byte offset 256 (size 256)" and "STG" in problem.instruction
     assert problem.lane == 4 and out[60:].all()
+
+
+def test_buffers_are_accessed_in_place(build):
+    """Pointers inside a struct: what they point to is announced, and its bounds hold."""
+    kernel = build("kernels.cu", "scale")
+    x, y = np.arange(40, dtype=np.float32), np.full(48, -1, np.float32)
+
+    def argument(n):
+        return struct.pack("<QQixxxx", x.ctypes.data, y.ctypes.data, n)
+
+    kernel.launch(1, 32, [argument(40)], buffers=[x, y[:40]])
+    assert (y[:40] == 2 * x).all() and (y[40:] == -1).all()
+
+    result = fault(kernel, 1, 32, [argument(40)], buffers=[x, y[:33]])
+    problem = result.problems[0]
+    assert result.num_errors == 7 and problem.kind == "global store/atomic out of bounds"
+    # The struct is argument 0, x counts as 1 and y as 2.
+    assert problem.where == "argument 2 byte offset 132 (size 132)"
+    assert fault(kernel, 1, 32, [argument(40)], buffers=[y]).problems[0].kind == (
+        "global load out of bounds"
+    )
 
 
 def test_misaligned(build):
