@@ -110,11 +110,13 @@ class CudaGradients:
         self._launch(tasks, (None, dim, max_pre, None), bound, outputs)
         dbranch = outputs["dbranch"] if call.layer_scale is not None else outputs["dh2"]
         return Operands(
+            dpre=outputs["dpre"],
+            normed=outputs["normed"],
             dbranch=dbranch,
-            **{
-                name: outputs[name]
-                for name in ("dpre", "normed", "hidden", "sum_dpre", "sum_dbranch", "sum_norm")
-            },
+            hidden=outputs["hidden"],
+            sum_dpre=outputs["sum_dpre"],
+            sum_dbranch=outputs["sum_dbranch"],
+            sum_norm=outputs["sum_norm"],
         )
 
     def _launch(

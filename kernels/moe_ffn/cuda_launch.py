@@ -90,15 +90,20 @@ def readable(tensor: Tensor | None) -> Tensor | None:
 
 def readable_call(call: Call) -> Call:
     """The call with every tensor as the kernels read it; norm parameters of one dtype."""
-    lists = [[t.contiguous() for t in tensors] for tensors in call[1:5]]
+    w1, w2, b1, b2 = ([t.contiguous() for t in tensors] for tensors in call[1:5])
     norms = [*call.norm_weight, *call.norm_bias]
     if len({t.dtype for t in norms}) > 1:
         norms = [t.float() for t in norms]
     norms = [t for t in map(readable, norms) if t is not None]
     experts = len(call.norm_weight)
+    x = readable(call.x)
+    assert x is not None
     return call._replace(
-        **dict(zip(Call._fields[1:5], lists, strict=True)),
-        x=readable(call.x),
+        x=x,
+        w1=w1,
+        w2=w2,
+        b1=b1,
+        b2=b2,
         norm_weight=norms[:experts],
         norm_bias=norms[experts:],
         layer_scale=readable(call.layer_scale),
