@@ -316,23 +316,26 @@ constexpr int kSumPitch = kTile + 4;
 constexpr int kSumLines = 16;  // threads of a CTA that share a column
 static_assert(2 * kSumLines * kSumPitch * 4 <= kSharedBytes, "sums run out of the stages");
 
-// Adds up what the threads have summed over their own rows, in a fixed order: sums[pair][half] of
-// for_each_octet's columns. The stages are free.
+// Puts down what a thread has summed over its rows, for one pair of for_each_octet's columns. The
+// stages are free.
 template <int kHalves>
-__device__ inline void sum_over_threads(const BackwardRows& b, Shared& shared, const Task& task,
-                                        const float (&sums)[2][kHalves][8]) {
+__device__ inline void put_sums(Shared& shared, int pair, const float (&sums)[kHalves][8]) {
   const QuadPair at;
   float* const lines = reinterpret_cast<float*>(shared.stages);
   const int line = warp_index() / 2 * 8 + at.high * 4 + at.m * 2 + (at.low & 1);
   const int first = warp_index() % 2 * kWarpTile + (at.low & 2) * 8 + at.n * 8;
 #pragma unroll
-  for (int pair = 0; pair < 2; ++pair) {
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-      store_octet(lines, false, (half * kSumLines + line) * kSumPitch + first + pair * 32,
-                  sums[pair][half]);
-    }
+  for (int half = 0; half < kHalves; ++half) {
+    store_octet(lines, false, (half * kSumLines + line) * kSumPitch + first + pair * 32,
+                sums[half]);
   }
+}
+
+// Adds up what the threads have put down, in a fixed order.
+template <int kHalves>
+__device__ inline void sum_over_threads(const BackwardRows& b, const Shared& shared,
+                                        const Task& task) {
+  const float* const lines = reinterpret_cast<const float*>(shared.stages);
   __syncthreads();
   const int width = static_cast<int>(b.call.experts[task.expert].hidden);
   const int column = task.part * kTile + threadIdx.x;
@@ -389,15 +392,20 @@ __device__ inline void differentiate(const BackwardRows& b, Shared& shared, cons
     const long long grouped = min(task.start + row, task.end - 1);
     return load_global(b.pre + grouped * b.call.max_pre + min(column, width - 8));
   };
-  float sums[2][kGated ? 2 : 1][8] = {};
+  constexpr int kHalves = kGated ? 2 : 1;
+  float sums[kHalves][8] = {};
   uint4 ahead;
   int visits = 0;
   for_each_octet<Major::kK, Major::kMN>(acc, [&](int c) {
+    if (visits > 0) {
+      put_sums(shared, 0, sums);
+#pragma unroll
+      for (int i = 0; i < kHalves * 8; ++i) sums[i / 8][i % 8] = 0.0f;
+    }
     const int column = task.part * kTile + c;
     const int end = column < width ? task.end : 0;
     ahead = load_pre(first_row_of_thread(), column);
     return [=, &b, &sums, &ahead, &visits](int row, float(&dpre)[8]) {
-      auto& sum = sums[visits / kRowsOfThread];
       const uint4 gate = ahead;
       if (++visits % kRowsOfThread != 0) ahead = load_pre(row + (visits % 2 ? 2 : 14), column);
       const long long grouped = task.start + row;
@@ -406,7 +414,7 @@ __device__ inline void differentiate(const BackwardRows& b, Shared& shared, cons
       float hidden[8], value[8];
       unpack(gate, hidden);
       if constexpr (kGated) unpack(load_global(b.pre + at + width), value);
-      differentiate_octet<kKind>(hidden, value, dpre, sum);
+      differentiate_octet<kKind>(hidden, value, dpre, sums);
       // The stores in another order make ptxas spill.
       if (b.hidden != nullptr) {
         store_octet(b.hidden, true, grouped * b.call.max_hidden + column, hidden);
@@ -415,7 +423,8 @@ __device__ inline void differentiate(const BackwardRows& b, Shared& shared, cons
       if constexpr (kGated) store_octet(b.dpre, true, at + width, value);
     };
   });
-  if (b.sum_dpre != nullptr) sum_over_threads(b, shared, task, sums);
+  put_sums(shared, 1, sums);
+  if (b.sum_dpre != nullptr) sum_over_threads<kHalves>(b, shared, task);
 }
 
 // Phase 2 behind its product: dnormed or, without norm, dx.
@@ -448,6 +457,7 @@ __device__ inline void run(const BackwardRows& b) {
   const Call& call = b.call;
   int* const finished = call.counters + 2;  // [phase][tile]: tasks of phases 0 to 2
 
+  stagger(call, shared.stages);
   if (threadIdx.x == 0) {
     shared.tickets = {count_tiles(call), 0, 0};
     shared.task = take_ticket(call, shared.tickets);

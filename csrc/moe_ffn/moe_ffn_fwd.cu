@@ -180,6 +180,7 @@ __device__ inline void run(const Forward& f) {
   __shared__ Shared shared;
   constexpr bool kGated = is_gated(kKind);
   const Call& call = f.call;
+  stagger(call, shared.stages);
   if (threadIdx.x == 0) {
     shared.tickets = {count_tiles(call), 0, 0};
     shared.task = take_ticket(call, shared.tickets);

@@ -27,6 +27,11 @@ THREADS = 128
 TILE_OVERHEAD = 3
 ROWS_COST = 3
 
+# Multiplications by which the second CTA of a multiprocessor begins later, and the tasks of a
+# launch from which on that pays: a few for each CTA of a V100.
+STAGGER = 300
+STAGGERED = 640
+
 
 class Expert(ctypes.Structure):
     _fields_ = [
@@ -68,6 +73,7 @@ class CallArgument(ctypes.Structure):
         ("band", ctypes.c_int32),
         ("tasks", ctypes.c_int32 * MAX_PHASES),
         ("num_counters", ctypes.c_int32),
+        ("stagger", ctypes.c_int32),
     ]
 
 
@@ -138,6 +144,7 @@ def call_argument(
         band=band,
         tasks=(ctypes.c_int32 * MAX_PHASES)(*tasks),
         num_counters=num_counters,
+        stagger=STAGGER if bound * sum(tasks) >= STAGGERED else 0,
     )
     for e, expert in enumerate(argument.experts[: len(call.w1)]):
         for name in Call._fields[1:7]:
