@@ -1,5 +1,6 @@
 """Builds vlmo._C with CMake and maps the folder kernels/ to the package vlmo.kernels."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DVLMO_MODULE_DIR={output.parent}",
+            f"-DVLMO_TEST_TARGETS={os.environ.get('VLMO_TEST_TARGETS', '')}",
         ]
         subprocess.run(configure, check=True)
         subprocess.run([cmake_program, "--build", str(build)], check=True)

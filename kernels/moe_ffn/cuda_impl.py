@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -30,6 +31,8 @@ def why_not(
     if _C.target_for(CUBIN, *capability) is None:
         built = ", ".join(built for cubin, built in _C.cubins() if cubin == CUBIN)
         return f"{device} is {name}; the kernels are built for {built}."
+    if capability >= (8, 0) and os.environ.get("VLMO_VOLTA_ANYWHERE") != "1":
+        return f"{device} is {name}; the kernels are for sm_70 and sm_75, and slow elsewhere."
     if dtype == torch.bfloat16:
         return f"{name} has no bf16 tensor cores; use float16."
     if dtype != torch.float16:
