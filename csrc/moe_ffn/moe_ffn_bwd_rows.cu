@@ -36,65 +36,23 @@ struct Shared {
   alignas(16) char stages[kSharedBytes];
   int tokens[kTile];  // of the tile's rows; those behind the end repeat the last
   float token_scale[kNormRows];
-  RowStatistics statistics;
-  // Means over a row of d * unit and of d = dnormed * weight: what the norm keeps from x.
-  float mean_unit[kNormRows], mean_one[kNormRows];
+  // Of x, and means over a row of d * unit and of d = dnormed * weight: what the norm keeps from x.
+  float mean[kNormRows], inverse[kNormRows], mean_unit[kNormRows], mean_one[kNormRows];
   Tickets tickets;
   Task task;  // the next one, from the end of the products on
 };
 
 // ---- phases 0 and 3: kNormRows rows without products
 //
-// Statistics of rows are found by warps, the rest by threads that own eight columns of all rows.
-// What takes the time is latency: a thread has the loads of kBatch rows in flight.
+// norm(x) and dx are by warps that own rows, the gradients of the branch by threads that own eight
+// columns of all rows; so is dx where rows are too long for a warp's registers. What takes the time
+// is latency: a thread has the loads of kBatch rows in flight.
 
-constexpr int kWarps = kThreads / 32;
-constexpr int kBatch = kNormRows / kWarps;
-
-// Eight elements as they lie in memory: loads need not wait for the conversion of earlier ones.
-struct RawOctet {
-  uint4 low, high;  // of halves only low
-};
-
-__device__ inline RawOctet load_raw(const void* tensor, bool is_half, long long first) {
-  const char* const at = static_cast<const char*>(tensor) + first * (is_half ? 2 : 4);
-  RawOctet raw = {*reinterpret_cast<const uint4*>(at), make_uint4(0, 0, 0, 0)};
-  if (!is_half) raw.high = *reinterpret_cast<const uint4*>(at + 16);
-  return raw;
-}
-
-__device__ inline void unpack(const RawOctet& raw, bool is_half, float (&v)[8]) {
-  if (is_half) {
-    unpack(raw.low, v);
-    return;
-  }
-  v[0] = __uint_as_float(raw.low.x), v[1] = __uint_as_float(raw.low.y);
-  v[2] = __uint_as_float(raw.low.z), v[3] = __uint_as_float(raw.low.w);
-  v[4] = __uint_as_float(raw.high.x), v[5] = __uint_as_float(raw.high.y);
-  v[6] = __uint_as_float(raw.high.z), v[7] = __uint_as_float(raw.high.w);
-}
-
-// Where the rows of a task begin: x and dy by token, scratch by grouped row. Rows behind the end
-// repeat the last.
-struct TaskRows {
-  const int* tokens;
-  int first, last, count, dim;
-
-  __device__ TaskRows(const BackwardRows& b, const Shared& shared, const Task& task)
-      : tokens(shared.tokens + task.part * kNormRows),
-        first(task.start + task.part * kNormRows),
-        last(task.end - 1),
-        count(min(kNormRows, task.end - first)),
-        dim(b.call.dim) {}
-  __device__ long long by_token(int row) const { return static_cast<long long>(tokens[row]) * dim; }
-  __device__ long long grouped(int row) const {
-    return static_cast<long long>(min(first + row, last)) * dim;
-  }
-};
+constexpr int kBatch = kRowsOfWarp;
 
 // The means of rows of x, kBatch rows a warp; 0 for RMSNorm.
-__device__ inline void find_means(const BackwardRows& b, const TaskRows& rows,
-                                  float (&means)[kBatch]) {
+__device__ inline void find_means_of_long(const BackwardRows& b, const TaskRows& rows,
+                                          float (&means)[kBatch]) {
   float sums[kBatch] = {};
   for (int c = lane_index() * 8; c < rows.dim && b.call.norm == kLayerNorm; c += 256) {
     RawOctet raw[kBatch];
@@ -110,16 +68,16 @@ __device__ inline void find_means(const BackwardRows& b, const TaskRows& rows,
       for (int j = 0; j < 8; ++j) sums[i] += x[j];
     }
   }
+  sum_over_warp(sums);
 #pragma unroll
-  for (int i = 0; i < kBatch; ++i) means[i] = warp_sum(sums[i]) / rows.dim;
+  for (int i = 0; i < kBatch; ++i) means[i] = sums[i] * rows.inverse_dim;
 }
 
-// The statistics of the task's rows, and for the way back those of d = dnormed * weight too.
-template <bool kBack>
+// The statistics of the task's rows and of d = dnormed * weight.
 __device__ inline void find_statistics(const BackwardRows& b, Shared& shared, const Task& task,
                                        const TaskRows& rows) {
   float means[kBatch], squares[kBatch] = {}, of_unit[kBatch] = {}, of_one[kBatch] = {};
-  find_means(b, rows, means);
+  find_means_of_long(b, rows, means);
   for (int c = lane_index() * 8; c < rows.dim; c += 256) {
     RawOctet raw_x[kBatch], raw_d[kBatch];
     float weight[8];
@@ -127,36 +85,36 @@ __device__ inline void find_statistics(const BackwardRows& b, Shared& shared, co
     for (int i = 0; i < kBatch; ++i) {
       const int row = warp_index() + i * kWarps;
       raw_x[i] = load_raw(b.x, b.x_is_half, rows.by_token(row) + c);
-      if (kBack) raw_d[i] = load_raw(b.dnormed, true, rows.grouped(row) + c);
+      raw_d[i] = load_raw(b.dnormed, true, rows.grouped(row) + c);
     }
     const Expert& expert = b.call.experts[task.expert];
-    if (kBack) load_octet(expert.norm_weight, b.call.norm_is_half, c, weight);
+    load_octet(expert.norm_weight, b.call.norm_is_half, c, weight);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       float x[8], d[8];
       unpack(raw_x[i], b.x_is_half, x);
-      if (kBack) unpack(raw_d[i], true, d);
+      unpack(raw_d[i], true, d);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         x[j] -= means[i];
         squares[i] = fmaf(x[j], x[j], squares[i]);
-        if (!kBack) continue;
         d[j] *= weight[j];
         of_unit[i] = fmaf(d[j], x[j], of_unit[i]);
         of_one[i] += d[j];
       }
     }
   }
+  sum_over_warp(squares);
+  sum_over_warp(of_unit);
+  sum_over_warp(of_one);
 #pragma unroll
   for (int i = 0; i < kBatch; ++i) {
     const int row = warp_index() + i * kWarps;
-    const float inverse = rsqrtf(warp_sum(squares[i]) / rows.dim + b.call.norm_eps);
-    shared.statistics.mean[row] = means[i];
-    shared.statistics.inverse[row] = inverse;
-    if (!kBack) continue;
-    shared.mean_unit[row] = warp_sum(of_unit[i]) * inverse / rows.dim;
-    const float mean_one = warp_sum(of_one[i]) / rows.dim;
-    shared.mean_one[row] = b.call.norm == kLayerNorm ? mean_one : 0.0f;
+    const float inverse = inverse_of(b.call, squares[i] * rows.inverse_dim);
+    shared.mean[row] = means[i];
+    shared.inverse[row] = inverse;
+    shared.mean_unit[row] = of_unit[i] * inverse * rows.inverse_dim;
+    shared.mean_one[row] = b.call.norm == kLayerNorm ? of_one[i] * rows.inverse_dim : 0.0f;
   }
 }
 
@@ -194,54 +152,20 @@ __device__ inline void scale_columns(const BackwardRows& b, const Shared& shared
   }
 }
 
-// norm(x) for eight columns; without norm x itself.
-__device__ inline void normalise_columns(const BackwardRows& b, const Shared& shared,
-                                         const Task& task, const TaskRows& rows, int column) {
-  const Call& call = b.call;
-  const Expert& expert = call.experts[task.expert];
-  float weight[8] = {1, 1, 1, 1, 1, 1, 1, 1}, bias[8] = {};
-  if (call.norm != kNoNorm) load_octet(expert.norm_weight, call.norm_is_half, column, weight);
-  if (expert.norm_bias != nullptr) load_octet(expert.norm_bias, call.norm_is_half, column, bias);
-  for (int r = 0; r < rows.count; r += kBatch) {
-    RawOctet raw[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      raw[i] = load_raw(b.x, b.x_is_half, rows.by_token(r + i) + column);
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (r + i >= rows.count) break;
-      const float mean = shared.statistics.mean[r + i];
-      const float inverse = shared.statistics.inverse[r + i];
-      float v[8];
-      unpack(raw[i], b.x_is_half, v);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) v[j] = fmaf((v[j] - mean) * inverse, weight[j], bias[j]);
-      store_octet(b.normed, true, rows.grouped(r + i) + column, v);
-    }
-  }
-}
-
 __device__ inline void prepare(const BackwardRows& b, Shared& shared, const Task& task) {
   const Call& call = b.call;
-  const TaskRows rows(b, shared, task);
+  const TaskRows rows(b.call, shared.tokens, task);
   if (threadIdx.x < kNormRows) {
     float scale = 1.0f;
     if (call.token_scale != nullptr) {
       scale = load_one(call.token_scale, call.token_scale_is_half, rows.tokens[threadIdx.x]);
     }
     shared.token_scale[threadIdx.x] = scale;
-    shared.statistics.mean[threadIdx.x] = 0.0f;
-    shared.statistics.inverse[threadIdx.x] = 1.0f;
   }
+  if (b.normed != nullptr) normalise(call, b.x, b.x_is_half, b.normed, task, rows);
   __syncthreads();
-  if (b.normed != nullptr && call.norm != kNoNorm) {
-    find_statistics<false>(b, shared, task, rows);
-    __syncthreads();
-  }
   for (int c = threadIdx.x * 8; c < call.dim; c += kThreads * 8) {
     scale_columns(b, shared, task, rows, c);
-    if (b.normed != nullptr) normalise_columns(b, shared, task, rows, c);
   }
 }
 
@@ -261,8 +185,8 @@ __device__ inline void undo_norm_of_columns(const BackwardRows& b, const Shared&
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       if (r + i >= rows.count) break;
-      const float mean = shared.statistics.mean[r + i];
-      const float inverse = shared.statistics.inverse[r + i];
+      const float mean = shared.mean[r + i];
+      const float inverse = shared.inverse[r + i];
       const float mean_unit = shared.mean_unit[r + i], mean_one = shared.mean_one[r + i];
       float x[8], d[8];
       unpack(raw_x[i], b.x_is_half, x);
@@ -284,12 +208,155 @@ __device__ inline void undo_norm_of_columns(const BackwardRows& b, const Shared&
   }
 }
 
+// Rows of at most kSpan columns: a warp holds kHeld of them at once.
+constexpr int kHeld = 2;
+
+struct HeldRows {
+  float x[kHeld][kOctets][8];
+  uint4 d[kHeld][kOctets];
+  RawOctet weight[kOctets];
+  float mean[kHeld], inverse[kHeld], mean_unit[kHeld], mean_one[kHeld];  // as in Shared
+  int row, octets;  // the first one, octets of this lane
+};
+
+// Both phase 3's sums over the rows of each warp, in shared memory, [2][kWarps][kSpan]: the halves
+// of the octets are apart, so that accesses have no bank conflicts.
+static_assert(2 * kWarps * kSpan * 4 <= kSharedBytes, "sums run out of the stages");
+
+__device__ inline float4* line_of_sums(Shared& shared, int sum, int warp, int octet, int lane) {
+  float* const lines = reinterpret_cast<float*>(shared.stages);
+  return reinterpret_cast<float4*>(lines + (sum * kWarps + warp) * kSpan + octet * kStride) + lane;
+}
+
+__device__ inline void add_line(const float4* line, float (&v)[8]) {
+  const float4 low = line[0], high = line[32];
+  v[0] += low.x, v[1] += low.y, v[2] += low.z, v[3] += low.w;
+  v[4] += high.x, v[5] += high.y, v[6] += high.z, v[7] += high.w;
+}
+
+__device__ inline void load_held(const BackwardRows& b, const Task& task, const TaskRows& rows,
+                                 HeldRows& held) {
+  const void* const weight = b.call.experts[task.expert].norm_weight;
+  const int column = lane_index() * 8;
+  long long first[kHeld];
+#pragma unroll
+  for (int k = 0; k < kOctets; ++k) {
+    held.weight[k] =
+        load_raw(weight, b.call.norm_is_half, column + k * kStride, k < held.octets);
+  }
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int row = held.row + i;
+    const __half* const d = b.dnormed + rows.grouped(row) + column;
+    first[i] = rows.by_token(row) + column;
+#pragma unroll
+    for (int k = 0; k < kOctets; ++k) {
+      held.d[i][k] = load_if(k < held.octets && row < rows.count,
+                             reinterpret_cast<const char*>(d + k * kStride));
+    }
+  }
+  load_rows(b.x, b.x_is_half, first, held.octets, held.x);
+}
+
+__device__ inline void find_statistics_of_held(const BackwardRows& b, const TaskRows& rows,
+                                               HeldRows& held) {
+  float squares[kHeld] = {}, of_unit[kHeld] = {}, of_one[kHeld] = {};
+  find_means(b.call, rows, held.x, held.mean);
+  add_squares(held.x, rows.dim, held.octets, held.mean, squares);
+#pragma unroll
+  for (int k = 0; k < kOctets; ++k) {
+    if (k * kStride >= rows.dim) break;
+    float weight[8], d[8];
+    unpack(held.weight[k], b.call.norm_is_half, weight);
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      unpack(held.d[i][k], d);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        d[j] *= weight[j];
+        of_unit[i] = fmaf(d[j], held.x[i][k][j] - held.mean[i], of_unit[i]);
+        of_one[i] += d[j];
+      }
+    }
+  }
+  sum_over_warp(squares);
+  sum_over_warp(of_unit);
+  sum_over_warp(of_one);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    held.inverse[i] = inverse_of(b.call, squares[i] * rows.inverse_dim);
+    held.mean_unit[i] = of_unit[i] * held.inverse[i] * rows.inverse_dim;
+    held.mean_one[i] = b.call.norm == kLayerNorm ? of_one[i] * rows.inverse_dim : 0.0f;
+  }
+}
+
+// dx of the rows held, and what they add to the warp's sums.
+__device__ inline void undo_norm_of_held(const BackwardRows& b, Shared& shared,
+                                         const TaskRows& rows, HeldRows& held, bool adds) {
+  const int column = lane_index() * 8;
+#pragma unroll
+  for (int k = 0; k < kOctets; ++k) {
+    if (k * kStride >= rows.dim) break;
+    float4* const to_weight = line_of_sums(shared, 0, warp_index(), k, lane_index());
+    float4* const to_bias = line_of_sums(shared, 1, warp_index(), k, lane_index());
+    float weight[8], d[8], dweight[8] = {}, dbias[8] = {};
+    if (adds) add_line(to_weight, dweight), add_line(to_bias, dbias);
+    unpack(held.weight[k], b.call.norm_is_half, weight);
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      float (&x)[8] = held.x[i][k];
+      unpack(held.d[i][k], d);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float unit = (x[j] - held.mean[i]) * held.inverse[i];
+        dweight[j] = fmaf(d[j], unit, dweight[j]);
+        dbias[j] += d[j];
+        x[j] = fmaf(-unit, held.mean_unit[i], fmaf(d[j], weight[j], -held.mean_one[i])) *
+               held.inverse[i];
+      }
+      const int row = held.row + i;
+      if (b.dx != nullptr && row < rows.count && k < held.octets) {
+        store_octet(b.dx, b.x_is_half, rows.by_token(row) + column + k * kStride, x);
+      }
+    }
+    to_weight[0] = make_float4(dweight[0], dweight[1], dweight[2], dweight[3]);
+    to_weight[32] = make_float4(dweight[4], dweight[5], dweight[6], dweight[7]);
+    to_bias[0] = make_float4(dbias[0], dbias[1], dbias[2], dbias[3]);
+    to_bias[32] = make_float4(dbias[4], dbias[5], dbias[6], dbias[7]);
+  }
+}
+
 __device__ inline void undo_norm(const BackwardRows& b, Shared& shared, const Task& task) {
-  const TaskRows rows(b, shared, task);
-  find_statistics<true>(b, shared, task, rows);
+  const TaskRows rows(b.call, shared.tokens, task);
+  if (rows.dim > kSpan) {
+    find_statistics(b, shared, task, rows);
+    __syncthreads();
+    for (int c = threadIdx.x * 8; c < rows.dim; c += kThreads * 8) {
+      undo_norm_of_columns(b, shared, task, rows, c);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int i = 0; i < kRowsOfWarp; i += kHeld) {
+    HeldRows held;
+    held.row = warp_index() * kRowsOfWarp + i;
+    held.octets = rows.octets();
+    load_held(b, task, rows, held);
+    find_statistics_of_held(b, rows, held);
+    undo_norm_of_held(b, shared, rows, held, i > 0);
+  }
+  const int column = threadIdx.x * 8;
   __syncthreads();
-  for (int c = threadIdx.x * 8; c < b.call.dim; c += kThreads * 8) {
-    undo_norm_of_columns(b, shared, task, rows, c);
+  if (b.sum_norm == nullptr || column >= rows.dim) return;
+  const long long line = static_cast<long long>(task.tile) * b.call.tasks[3] + task.part;
+#pragma unroll
+  for (int sum = 0; sum < 2; ++sum) {
+    float total[8] = {};
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) {
+      add_line(line_of_sums(shared, sum, warp, warp_index(), lane_index()), total);
+    }
+    store_octet(b.sum_norm, false, (line * 2 + sum) * rows.dim + column, total);
   }
 }
 
@@ -316,26 +383,23 @@ constexpr int kSumPitch = kTile + 4;
 constexpr int kSumLines = 16;  // threads of a CTA that share a column
 static_assert(2 * kSumLines * kSumPitch * 4 <= kSharedBytes, "sums run out of the stages");
 
-// Puts down what a thread has summed over its rows, for one pair of for_each_octet's columns. The
-// stages are free.
+// Adds up what the threads have summed over their own rows, in a fixed order: sums[pair][half] of
+// for_each_octet's columns. The stages are free.
 template <int kHalves>
-__device__ inline void put_sums(Shared& shared, int pair, const float (&sums)[kHalves][8]) {
+__device__ inline void sum_over_threads(const BackwardRows& b, Shared& shared, const Task& task,
+                                        const float (&sums)[2][kHalves][8]) {
   const QuadPair at;
   float* const lines = reinterpret_cast<float*>(shared.stages);
   const int line = warp_index() / 2 * 8 + at.high * 4 + at.m * 2 + (at.low & 1);
   const int first = warp_index() % 2 * kWarpTile + (at.low & 2) * 8 + at.n * 8;
 #pragma unroll
-  for (int half = 0; half < kHalves; ++half) {
-    store_octet(lines, false, (half * kSumLines + line) * kSumPitch + first + pair * 32,
-                sums[half]);
+  for (int pair = 0; pair < 2; ++pair) {
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      store_octet(lines, false, (half * kSumLines + line) * kSumPitch + first + pair * 32,
+                  sums[pair][half]);
+    }
   }
-}
-
-// Adds up what the threads have put down, in a fixed order.
-template <int kHalves>
-__device__ inline void sum_over_threads(const BackwardRows& b, const Shared& shared,
-                                        const Task& task) {
-  const float* const lines = reinterpret_cast<const float*>(shared.stages);
   __syncthreads();
   const int width = static_cast<int>(b.call.experts[task.expert].hidden);
   const int column = task.part * kTile + threadIdx.x;
@@ -392,20 +456,15 @@ __device__ inline void differentiate(const BackwardRows& b, Shared& shared, cons
     const long long grouped = min(task.start + row, task.end - 1);
     return load_global(b.pre + grouped * b.call.max_pre + min(column, width - 8));
   };
-  constexpr int kHalves = kGated ? 2 : 1;
-  float sums[kHalves][8] = {};
+  float sums[2][kGated ? 2 : 1][8] = {};
   uint4 ahead;
   int visits = 0;
   for_each_octet<Major::kK, Major::kMN>(acc, [&](int c) {
-    if (visits > 0) {
-      put_sums(shared, 0, sums);
-#pragma unroll
-      for (int i = 0; i < kHalves * 8; ++i) sums[i / 8][i % 8] = 0.0f;
-    }
     const int column = task.part * kTile + c;
     const int end = column < width ? task.end : 0;
     ahead = load_pre(first_row_of_thread(), column);
     return [=, &b, &sums, &ahead, &visits](int row, float(&dpre)[8]) {
+      auto& sum = sums[visits / kRowsOfThread];
       const uint4 gate = ahead;
       if (++visits % kRowsOfThread != 0) ahead = load_pre(row + (visits % 2 ? 2 : 14), column);
       const long long grouped = task.start + row;
@@ -414,7 +473,7 @@ __device__ inline void differentiate(const BackwardRows& b, Shared& shared, cons
       float hidden[8], value[8];
       unpack(gate, hidden);
       if constexpr (kGated) unpack(load_global(b.pre + at + width), value);
-      differentiate_octet<kKind>(hidden, value, dpre, sums);
+      differentiate_octet<kKind>(hidden, value, dpre, sum);
       // The stores in another order make ptxas spill.
       if (b.hidden != nullptr) {
         store_octet(b.hidden, true, grouped * b.call.max_hidden + column, hidden);
@@ -423,8 +482,7 @@ __device__ inline void differentiate(const BackwardRows& b, Shared& shared, cons
       if constexpr (kGated) store_octet(b.dpre, true, at + width, value);
     };
   });
-  put_sums(shared, 1, sums);
-  if (b.sum_dpre != nullptr) sum_over_threads<kHalves>(b, shared, task);
+  if (b.sum_dpre != nullptr) sum_over_threads(b, shared, task, sums);
 }
 
 // Phase 2 behind its product: dnormed or, without norm, dx.
@@ -451,6 +509,47 @@ __device__ inline void find_tokens(const Call& call, const Task& task, int (&tok
   tokens[threadIdx.x] = static_cast<int>(token_of(call, task.expert, task.begin, row));
 }
 
+// Waits until the phase before has finished the tile, and for what all threads have put into
+// shared memory.
+__device__ inline void wait_for_phase_before(const Call& call, const Task& task,
+                                             const int* finished) {
+  if (task.phase > 0) {
+    wait(finished + (task.phase - 1) * call.bound + task.tile, call.tasks[task.phase - 1]);
+  }
+  __syncthreads();
+}
+
+// Phases 0 and 3, up to the next task.
+__device__ inline void do_rows(const BackwardRows& b, Shared& shared, int* finished) {
+  const Task task = shared.task;
+  wait_for_phase_before(b.call, task, finished);
+  if (task.phase == 0) {
+    prepare(b, shared, task);
+    signal(finished + task.tile);
+  } else {
+    undo_norm(b, shared, task);
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) shared.task = take_ticket(b.call, shared.tickets);
+  __syncthreads();
+}
+
+// Whether the expert has fewer columns of hidden activations.
+__device__ inline bool is_beyond(const Call& call, const Task& task) {
+  return task.phase == 1 && task.part * kTile >= call.experts[task.expert].hidden;
+}
+
+// What phases 1 and 2 multiply.
+template <Activation kKind>
+__device__ inline void products(const BackwardRows& b, Shared& shared, const Task& task,
+                                const int* finished, Accumulators& acc) {
+  const int width = static_cast<int>(b.call.experts[task.expert].hidden);
+  const int depth = task.phase == 1 ? b.call.dim : is_gated(kKind) ? 2 * width : width;
+  wait_for_phase_before(b.call, task, finished);
+  multiply(acc, left_operand(b, task, depth), right_operand(b, task, depth), depth,
+           shared.stages);
+}
+
 template <Activation kKind>
 __device__ inline void run(const BackwardRows& b) {
   __shared__ Shared shared;
@@ -463,37 +562,24 @@ __device__ inline void run(const BackwardRows& b) {
     shared.task = take_ticket(call, shared.tickets);
   }
   __syncthreads();
-  while (true) {
-    const Task task = shared.task;
-    if (task.phase < 0) break;
-    const int width = static_cast<int>(call.experts[task.expert].hidden);
-    const bool beyond = task.phase == 1 && task.part * kTile >= width;
+  while (shared.task.phase >= 0) {
+    find_tokens(call, shared.task, shared.tokens);
+    if (shared.task.phase == 0 || shared.task.phase == 3) {
+      // By themselves: where paths meet, accumulators would be alive here too.
+      do_rows(b, shared, finished);
+      continue;
+    }
+    const bool beyond = is_beyond(call, shared.task);
     Accumulators acc = {};
-    find_tokens(call, task, shared.tokens);
-    if (task.phase > 0 && !beyond) {
-      wait(finished + (task.phase - 1) * call.bound + task.tile, call.tasks[task.phase - 1]);
-    }
-    __syncthreads();
-    if (task.phase == 0) {
-      prepare(b, shared, task);
-    } else if (task.phase == 3) {
-      undo_norm(b, shared, task);
-    } else if (!beyond) {
-      const int depth = task.phase == 1 ? call.dim : is_gated(kKind) ? 2 * width : width;
-      multiply(acc, left_operand(b, task, depth), right_operand(b, task, depth), depth,
-               shared.stages);
-    }
+    if (!beyond) products<kKind>(b, shared, shared.task, finished, acc);
+    const Task task = shared.task;  // not sooner: in registers it would cost the products some
     __syncthreads();  // everybody has read shared.task, and is done with the stages
     // Taken here, the ticket's latency hides behind the epilogue. Not sooner: a ticket held while
     // multiplying waits, and with it all that waits for its tile.
     if (threadIdx.x == 0) shared.task = take_ticket(call, shared.tickets);
     if (task.phase == 1 && !beyond) differentiate<kKind>(b, shared, task, acc);
     if (task.phase == 2) store_dnormed(b, shared, task, acc);
-    if (task.phase < 3) {
-      signal(finished + task.phase * call.bound + task.tile);
-    } else {
-      __syncthreads();
-    }
+    signal(finished + task.phase * call.bound + task.tile);
   }
   leave(call);
 }

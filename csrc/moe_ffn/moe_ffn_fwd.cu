@@ -23,7 +23,6 @@ struct Shared {
   alignas(16) char stages[kSharedBytes];
   int tokens[kTile];  // of the tile's rows; those behind the end repeat the last
   float scales[kTile];  // of these tokens
-  RowStatistics statistics;
   Tickets tickets;
   Task task;  // from the end of the products on the next one
 };
@@ -150,6 +149,14 @@ __device__ inline bool has_columns(const Call& call, const Task& task) {
   return task.phase != 1 || first < call.experts[task.expert].hidden;
 }
 
+// norm(x) of the task's rows.
+__device__ inline void norm_rows(const Forward& f, Shared& shared, const Task& task) {
+  const int row = min(task.start + static_cast<int>(threadIdx.x), task.end - 1);
+  shared.tokens[threadIdx.x] = static_cast<int>(token_of(f.call, task.expert, task.begin, row));
+  __syncthreads();
+  normalise(f.call, f.x, f.x_is_half, f.normed, task, TaskRows(f.call, shared.tokens, task));
+}
+
 // Tokens of the tile's rows and their scales, for all threads once the CTA has synchronised.
 __device__ inline void find_tokens(const Call& call, const Task& task, Shared& shared) {
   const int row = min(task.start + static_cast<int>(threadIdx.x), task.end - 1);
@@ -187,12 +194,16 @@ __device__ inline void run(const Forward& f) {
   }
   __syncthreads();
   while (shared.task.phase >= 0) {
-    Accumulators acc = {};
     if (shared.task.phase == 0) {
-      normalise(call, f.x, f.x_is_half, f.normed, shared.task, shared.statistics);
-    } else if (has_columns<kGated>(call, shared.task)) {
-      products<kGated>(f, shared, shared.task, acc);
+      // By itself: where paths meet, accumulators would be alive here too.
+      norm_rows(f, shared, shared.task);
+      signal(call.counters + 2 + shared.task.tile);
+      if (threadIdx.x == 0) shared.task = take_ticket(call, shared.tickets);
+      __syncthreads();
+      continue;
     }
+    Accumulators acc = {};
+    if (has_columns<kGated>(call, shared.task)) products<kGated>(f, shared, shared.task, acc);
     const Task task = shared.task;  // not sooner: in registers it would cost the products some
     __syncthreads();
     // Taken here, the ticket's latency hides behind the epilogue. Not sooner: a ticket held while
@@ -201,8 +212,8 @@ __device__ inline void run(const Forward& f) {
     if (task.phase == 1 && has_columns<kGated>(call, task)) store_hidden<kKind>(f, task, acc);
     if (task.phase == 2 && f.y_is_half) store_output<true>(f, shared, task, acc);
     if (task.phase == 2 && !f.y_is_half) store_output<false>(f, shared, task, acc);
-    if (task.phase < 2) {
-      signal(call.counters + 2 + task.phase * call.bound + task.tile);
+    if (task.phase == 1) {
+      signal(call.counters + 2 + call.bound + task.tile);
     } else {
       __syncthreads();
     }
