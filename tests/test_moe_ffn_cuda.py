@@ -368,6 +368,14 @@ def test_why_not_names_the_obstacle(monkeypatch):
     assert refuses(**large) == "libcuda.so.1 not found."
     monkeypatch.setattr(_C, "why_no_driver", lambda: None)
     assert refuses() is None
+    # Built for a newer GPU, to test it there, it still has to be asked for.
+    monkeypatch.setattr(target, "compute_capability", lambda device: (9, 0))
+    monkeypatch.setattr(_C, "target_for", lambda *_: "sm_90")
+    assert refuses() == (
+        "cuda:0 is sm_90; the kernels are for sm_70 and sm_75, and slow elsewhere."
+    )
+    monkeypatch.setenv("VLMO_VOLTA_ANYWHERE", "1")
+    assert refuses() is None
     assert refuses(hidden=(3072,) * 32) is None
 
 
