@@ -31,12 +31,3 @@ __device__ inline uint4 load_global(const void* at) {
                : "memory");
   return v;
 }
-
-// base + count * pitch bytes in one instruction, where C++ takes three.
-__device__ inline const char* advance(const char* base, int count, int pitch) {
-  long long at;
-  asm("mad.wide.s32 %0, %1, %2, %3;"
-      : "=l"(at)
-      : "r"(count), "r"(pitch), "l"(reinterpret_cast<long long>(base)));
-  return reinterpret_cast<const char*>(at);
-}
