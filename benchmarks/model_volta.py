@@ -223,7 +223,7 @@ No V100 was involved. `python benchmarks/model_volta.py` runs the shipped sm_70 
 emulator and its trace through the timing model of one multiprocessor (`tests/sm70/README.md` says
 what is not modelled; it is not calibrated, so compare columns, do not quote cycles). Two CTAs share
 the multiprocessor; prologue, tickets, epilogue and the stagger of the CTAs count; {DRAM_FRACTION}
-of the L2 traffic goes to DRAM.
+of the L2 traffic goes to DRAM. Where a run's tensors happen to lie moves a figure by up to 3 %.
 
 "CUTLASS" is a CUTLASS 2.x Sm70 product (128 x 128 tiles, 64 x 64 warp tiles, two stages, bias and,
 for fc1, exact GELU in the epilogue) that went through the same model with the same DRAM share. Its
