@@ -291,6 +291,16 @@ def test_any_interleaving_gives_the_same_bits(seed, resident, plain, record, mon
     assert not buffer.any()
 
 
+def test_staggered_ctas_give_the_same_bits(plain, record, monkeypatch):
+    """As launches of many tasks are, which are too long for the emulator."""
+    monkeypatch.setattr(cuda_launch, "STAGGERED", 1)
+    with emulated(workers=6):
+        launches = record()
+        assert_equal(run(LARGE, "cpu"), plain)
+    staggers = [launch.argument.call.stagger for launch in launches]
+    assert staggers == [cuda_launch.STAGGER, cuda_launch.STAGGER, 0]
+
+
 def test_gated_kernels_under_random_interleaving():
     case = CASES[0]
     assert case.activation == "swiglu"
