@@ -504,11 +504,6 @@ __device__ inline void store_dnormed(const BackwardRows& b, const Shared& shared
   });
 }
 
-__device__ inline void find_tokens(const Call& call, const Task& task, int (&tokens)[kTile]) {
-  const int row = min(task.start + static_cast<int>(threadIdx.x), task.end - 1);
-  tokens[threadIdx.x] = static_cast<int>(token_of(call, task.expert, task.begin, row));
-}
-
 // Waits until the phase before has finished the tile, and for what all threads have put into
 // shared memory.
 __device__ inline void wait_for_phase_before(const Call& call, const Task& task,

@@ -29,7 +29,6 @@ struct Shared {
 
 // The operands of phase 1, 128 rows and 128 hidden columns or, gated, 64; or of phase 2, 128 rows
 // and 128 columns of y.
-template <bool kGated>
 __device__ inline Source<Major::kK> left_operand(const Forward& f, const Shared& shared,
                                                  const Task& task, int depth) {
   const bool by_token = task.phase == 1 && f.normed == nullptr;
@@ -151,17 +150,14 @@ __device__ inline bool has_columns(const Call& call, const Task& task) {
 
 // norm(x) of the task's rows.
 __device__ inline void norm_rows(const Forward& f, Shared& shared, const Task& task) {
-  const int row = min(task.start + static_cast<int>(threadIdx.x), task.end - 1);
-  shared.tokens[threadIdx.x] = static_cast<int>(token_of(f.call, task.expert, task.begin, row));
+  find_tokens(f.call, task, shared.tokens);
   __syncthreads();
   normalise(f.call, f.x, f.x_is_half, f.normed, task, TaskRows(f.call, shared.tokens, task));
 }
 
 // Tokens of the tile's rows and their scales, for all threads once the CTA has synchronised.
-__device__ inline void find_tokens(const Call& call, const Task& task, Shared& shared) {
-  const int row = min(task.start + static_cast<int>(threadIdx.x), task.end - 1);
-  const long long token = token_of(call, task.expert, task.begin, row);
-  shared.tokens[threadIdx.x] = static_cast<int>(token);
+__device__ inline void find_tokens_and_scales(const Call& call, const Task& task, Shared& shared) {
+  const long long token = find_tokens(call, task, shared.tokens);
   shared.scales[threadIdx.x] =
       call.token_scale != nullptr ? load_one(call.token_scale, call.token_scale_is_half, token)
                                   : 1.0f;
@@ -172,13 +168,13 @@ template <bool kGated>
 __device__ inline void products(const Forward& f, Shared& shared, const Task& task,
                                 Accumulators& acc) {
   const Call& call = f.call;
-  find_tokens(call, task, shared);
+  find_tokens_and_scales(call, task, shared);
   const int* const ready = call.counters + 2 + (task.phase - 1) * call.bound;
   wait(ready + task.tile, call.tasks[task.phase - 1]);
   __syncthreads();
   const int depth =
       task.phase == 1 ? call.dim : static_cast<int>(call.experts[task.expert].hidden);
-  multiply(acc, left_operand<kGated>(f, shared, task, depth),
+  multiply(acc, left_operand(f, shared, task, depth),
            right_operand<kGated>(f, task, depth), depth, shared.stages);
 }
 

@@ -98,6 +98,15 @@ struct Task {
   int expert, start, begin, end;  // grouped rows: the tile's first, the expert's first and end
 };
 
+// Each thread finds the token of one row of the task's tile, and returns it; rows behind the end
+// repeat the last. The CTA synchronises before it reads others'.
+__device__ inline long long find_tokens(const Call& call, const Task& task, int (&tokens)[kTile]) {
+  const int row = min(task.start + static_cast<int>(threadIdx.x), task.end - 1);
+  const long long token = token_of(call, task.expert, task.begin, row);
+  tokens[threadIdx.x] = static_cast<int>(token);
+  return token;
+}
+
 // What the thread that takes tickets remembers between them.
 struct Tickets {
   int tiles, step, first;  // the step of the last ticket, and the first ticket of that step

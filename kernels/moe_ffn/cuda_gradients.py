@@ -12,8 +12,8 @@ from torch import Tensor
 from vlmo.kernels.moe_ffn import cuda_launch as host
 from vlmo.kernels.moe_ffn.counters import take_counters
 from vlmo.kernels.moe_ffn.cuda_forward import launch_forward
-from vlmo.kernels.moe_ffn.cuda_weights import LISTS, Gradients, Operands, launch_weights
-from vlmo.kernels.moe_ffn.reference import Call, pre_shape
+from vlmo.kernels.moe_ffn.cuda_weights import Gradients, Operands, launch_weights
+from vlmo.kernels.moe_ffn.reference import LISTS, Call, pre_shape
 from vlmo.kernels.moe_ffn.rows import bound_on_tiles, rows_of
 
 _CUBIN = "moe_ffn_bwd_rows"

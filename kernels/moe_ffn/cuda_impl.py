@@ -13,9 +13,7 @@ from vlmo.kernels import target
 from vlmo.kernels.moe_ffn import cuda_launch as host
 from vlmo.kernels.moe_ffn.cuda_forward import CUBIN, launch_forward
 from vlmo.kernels.moe_ffn.cuda_gradients import CudaGradients
-from vlmo.kernels.moe_ffn.reference import GATED, Call, pre_shape
-
-_MAX_WEIGHT = 2**31  # elements of w1: a tile's rows are addressed in int64, its columns in int32
+from vlmo.kernels.moe_ffn.reference import Call, pre_shape, why_not_weight
 
 
 def why_not(
@@ -48,10 +46,7 @@ def _why_not_sizes(width: int, hidden: Sequence[int], activation: str) -> str | 
     for size in hidden:
         if size % 8:
             return f"hidden width {size} is not a multiple of 8, as loads of 16 bytes need."
-    elements = width * max(hidden) * (2 if activation in GATED else 1)
-    if elements >= _MAX_WEIGHT:
-        return f"a weight of {elements} elements is not below 2**31."
-    return None
+    return why_not_weight(width, hidden, activation)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmo import _C
 from vlmo.kernels import target
-from vlmo.kernels.moe_ffn.reference import GATED, Call
+from vlmo.kernels.moe_ffn.reference import GATED, LISTS, Call
 from vlmo.kernels.moe_ffn.rows import Rows
 from vlmo.kernels.moe_ffn.schedule import choose_band
 
@@ -35,7 +35,7 @@ STAGGERED = 640
 
 class Expert(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in Call._fields[1:7]),
+        *((name, ctypes.c_void_p) for name in LISTS),
         ("hidden", ctypes.c_int64),
     ]
 
@@ -147,7 +147,7 @@ def call_argument(
         stagger=STAGGER if bound * sum(tasks) >= STAGGERED else 0,
     )
     for e, expert in enumerate(argument.experts[: len(call.w1)]):
-        for name in Call._fields[1:7]:
+        for name in LISTS:
             tensors = getattr(call, name)
             setattr(expert, name, pointer(tensors[e]) if tensors else None)
         expert.hidden = call.w2[e].shape[1]

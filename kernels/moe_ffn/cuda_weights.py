@@ -11,12 +11,11 @@ from torch import Tensor
 
 from vlmo.kernels.moe_ffn import cuda_launch as host
 from vlmo.kernels.moe_ffn.counters import take_counters
-from vlmo.kernels.moe_ffn.reference import Call
+from vlmo.kernels.moe_ffn.reference import LISTS, Call
 from vlmo.kernels.moe_ffn.rows import Rows
 from vlmo.kernels.moe_ffn.schedule import Split
 
 CUBIN = "moe_ffn_bwd_weights"
-LISTS = ("w1", "w2", "b1", "b2", "norm_weight", "norm_bias")
 _COUNTERS = 3  # tickets, leavers, contributions to dlayer_scale; then one for each share
 
 

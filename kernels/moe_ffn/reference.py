@@ -39,6 +39,19 @@ class Call(NamedTuple):
     save_pre: bool
 
 
+LISTS = Call._fields[1:7]  # the parameters: one tensor of each expert, or none
+
+_MAX_WEIGHT = 2**31  # elements of w1: kernels address parts of it in int32
+
+
+def why_not_weight(width: int, hidden: Sequence[int], activation: str) -> str | None:
+    """One sentence if the largest weight has more elements than a kernel can address."""
+    elements = width * max(hidden) * (2 if activation in GATED else 1)
+    return (
+        f"a weight of {elements} elements is not below 2**31." if elements >= _MAX_WEIGHT else None
+    )
+
+
 def pre_shape(call: Call) -> tuple[int, int]:
     """[T, max F] (max 2 F if gated) of the kept pre-activation; (0, 0) if it is not kept."""
     if not call.save_pre:

@@ -11,13 +11,12 @@ from torch import Tensor
 from vlmo.kernels.moe_ffn import tiles
 from vlmo.kernels.moe_ffn import triton_launch as host
 from vlmo.kernels.moe_ffn.counters import take_counters
-from vlmo.kernels.moe_ffn.reference import Call
+from vlmo.kernels.moe_ffn.reference import LISTS, Call
 from vlmo.kernels.moe_ffn.rows import bound_on_tiles, rows_of
 from vlmo.kernels.moe_ffn.schedule import Split
 from vlmo.kernels.moe_ffn.triton_backward import moe_ffn_bwd_rows_kernel
 from vlmo.kernels.moe_ffn.triton_weights import SUM_COLUMNS, Work, moe_ffn_bwd_weights_kernel
 
-_LISTS = ("w1", "w2", "b1", "b2", "norm_weight", "norm_bias")
 # Elements that a task without products holds at once of each of its tensors (with twice as many the
 # kernel spills on sm_80), and the rows it goes through: the more, the fewer partial sums.
 _HELD = 4096
@@ -34,12 +33,12 @@ class Gradients:
         self.rows = rows_of(call)
         self.tiles = tiles.choose(dy.device, self.half)
 
-        flags, params = iter(needs), [getattr(call, name) for name in _LISTS]
+        flags, params = iter(needs), [getattr(call, name) for name in LISTS]
         leaves = (call.x, *itertools.chain(*params), call.layer_scale)
         self.dtypes = [leaf.dtype for leaf in leaves if leaf is not None]
         self.dx = self._wanted(call.x, next(flags))
         self.grads: dict[str, list[Tensor]] = {}
-        for name, tensors in zip(_LISTS, params, strict=True):
+        for name, tensors in zip(LISTS, params, strict=True):
             dtype = host.common_dtype(tensors) if tensors else None
             self.grads[name] = [self._wanted(tensor, next(flags), dtype) for tensor in tensors]
         self.dlayer_scale = None
@@ -141,7 +140,7 @@ class Gradients:
                 partial,
                 self._sums(work.scale_rows, dim, scales),
                 self._sums(len(call.w1), dim, scales and bool(call.b2)),
-                *(tuple(self.grads[name]) or None for name in _LISTS),
+                *(tuple(self.grads[name]) or None for name in LISTS),
                 self.dlayer_scale if scales else None,
                 *(host.pointers(t) for t in (call.w2, call.b2)),
                 *(host.contiguous(call.layer_scale), self.rows, counters),
@@ -150,7 +149,7 @@ class Gradients:
 
     def _work(self, config: host.Config, workers: int) -> Work:
         call, rows = self.call, self.row_config
-        wanted = {name: tuple(g.numel() > 0 for g in self.grads[name]) for name in _LISTS}
+        wanted = {name: tuple(g.numel() > 0 for g in self.grads[name]) for name in LISTS}
         scales = _given(self.dlayer_scale)
         down = -(-config.dim // config.block_t)
         across = -(-config.dim // config.block_n)
@@ -196,7 +195,7 @@ class Gradients:
         return self.x.new_empty(rows, width, dtype=torch.float32) if needed else None
 
     def _flat(self) -> list[Tensor]:
-        flat = [self.dx, *(gradient for name in _LISTS for gradient in self.grads[name])]
+        flat = [self.dx, *(gradient for name in LISTS for gradient in self.grads[name])]
         return flat if self.dlayer_scale is None else [*flat, self.dlayer_scale]
 
 

@@ -13,13 +13,12 @@ from torch import Tensor
 from vlmo.kernels import target
 from vlmo.kernels.moe_ffn import tiles
 from vlmo.kernels.moe_ffn.counters import take_counters
-from vlmo.kernels.moe_ffn.reference import GATED, Call, pre_shape
+from vlmo.kernels.moe_ffn.reference import Call, pre_shape, why_not_weight
 from vlmo.kernels.moe_ffn.rows import bound_on_tiles, rows_of
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _OLDEST_TRITON = (3, 4)  # the first that takes a NamedTuple of constants
 _MAX_DIM = 16384  # the phases without products hold a whole row in registers
-_MAX_WEIGHT = 2**31  # elements of w1: addressed inside a gradient's tile in int32
 
 
 def why_not(
@@ -34,9 +33,8 @@ def why_not(
         return f"it has no kernel for {str(dtype).removeprefix('torch.')}."
     if width > _MAX_DIM:
         return f"model dimension {width} is above {_MAX_DIM}."
-    elements = width * max(hidden) * (2 if activation in GATED else 1)
-    if elements >= _MAX_WEIGHT:
-        return f"a weight of {elements} elements is not below 2**31."
+    if reason := why_not_weight(width, hidden, activation):
+        return reason
     if target.interpreted():
         return None
     if device.type != "cuda":
