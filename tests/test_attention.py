@@ -242,7 +242,7 @@ def test_opcheck(case, device):
     arguments = (
         *(leaves[name] for name in "qkv"),
         leaves.get("table"),
-        None if index is None else index.matrix,
+        *((None,) * 3 if index is None else (index.matrix, index.affine, index.short)),
         options.get("key_mask"),
         options.get("key_lengths"),
         options.get("offsets"),
@@ -415,3 +415,39 @@ def test_bad_index(matrix, message):
 def test_text_longer_than_capacity_is_refused():
     with pytest.raises(ValueError, match=r"text length: 9 is not within 1\.\.8"):
         RelativePositionIndex.joint(3, 9, 8)
+
+
+@pytest.mark.parametrize(
+    ("index", "irregular"),
+    [
+        (RelativePositionIndex.joint((3, 4), 5, 8), [0, 1, 2, 3, 4, 5]),
+        (RelativePositionIndex.image(14), [0]),
+        (RelativePositionIndex.text(14, 40), [0]),
+        (RelativePositionIndex.joint(24, 40), [*range(41)]),
+        (RelativePositionIndex(torch.zeros(1, 1).long(), 1), []),
+        (RelativePositionIndex(torch.zeros(0, 0).long(), 1), []),
+    ],
+    ids=["joint", "image", "text", "joint-384", "one", "none"],
+)
+def test_closed_form_of_the_index(index, irregular):
+    """Patches, or words, are regular keys; what is called regular is so for every query."""
+    offset, factor, column, regular = index.affine.unbind(1)
+    assert (regular == 0).nonzero()[:, 0].tolist() == irregular
+    known = factor[:, None] * column + offset[:, None]
+    keys = regular.bool()
+    assert torch.equal(known[:, keys], index.matrix[:, keys])
+    size = len(index.matrix)
+    assert index.short.shape == (size, -(-size // 8) * 8)
+    assert torch.equal(index.short[:, :size].int(), index.matrix)
+
+
+def test_closed_form_of_any_index():
+    matrix = torch.randint(0, 70_000, (20, 20), generator=torch.Generator().manual_seed(0))
+    index = RelativePositionIndex(matrix, 70_000)
+    assert index.short.shape == (0, 0)
+    offset, factor, column, regular = index.affine.unbind(1)
+    keys = regular.bool()
+    assert not keys[:-1].any()
+    assert torch.equal((factor[:, None] * column + offset[:, None])[:, keys], matrix[:, keys].int())
+    wide = RelativePositionIndex(matrix.clamp(max=65_535), 65_536)
+    assert torch.equal(wide.short[:, :20].int() & 0xFFFF, wide.matrix)

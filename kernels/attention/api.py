@@ -79,11 +79,13 @@ def shared_attention(
     length = max_length if offsets is not None else q.shape[1]
     _check_bias(q, bias, positions, length)
 
-    table, index = (None, None) if bias is None else (bias.table, bias.index.matrix)
+    lookup = (None, None, None, None)
+    if bias is not None:
+        lookup = (bias.table, bias.index.matrix, bias.index.affine, bias.index.short)
     name = choose("shared_attention", ops.BACKENDS, backend, q.device, q.dtype, q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     out, _ = ops.attention_fwd(
-        *(q, k, v, table, index, key_mask, key_lengths),
+        *(q, k, v, *lookup, key_mask, key_lengths),
         *(offsets, max_length, positions, causal, scale, name),
     )
     return out

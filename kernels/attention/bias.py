@@ -17,12 +17,23 @@ class RelativePositionIndex(nn.Module):
     A module without parameters, so that its matrix moves with the model that owns it; nothing of it
     goes into a state dict.
 
+    Kernels read the matrix seldom. Where a key is *regular*, they know its entries by arithmetic:
+    ``matrix[q, k] = factor[q] * column[k] + offset[q]`` for every query q, with a factor of 0 or 1.
+    All patches of an image are, or all words of a text: image offsets are u(q) - u(k) with
+    u = y (2 W - 1) + x. What is regular is found and proved here, for any matrix.
+
     Attributes:
         matrix: ``[N, N]`` int32, row = query, column = key.
+        affine: ``[N, 4]`` int32: offset and factor of a query, column of a key, 1 if the key is
+            regular.
+        short: ``[N, P]`` int16, P the next multiple of 8: the matrix for loads of 16 bytes, as
+            unsigned numbers; ``[0, 0]`` if they do not fit.
         entries: rows the table must have.
     """
 
     matrix: Tensor
+    affine: Tensor
+    short: Tensor
 
     def __init__(self, matrix: Tensor, entries: int):
         """Any index matrix, with entries in ``0..entries-1``.
@@ -42,7 +53,13 @@ class RelativePositionIndex(nn.Module):
                 value = low if low < 0 else high
                 raise ValueError(f"matrix: value {value} is outside 0..{entries - 1}")
         self.entries = entries
-        self.register_buffer("matrix", matrix.to(torch.int32), persistent=False)
+        matrix = matrix.to(torch.int32)
+        for name, tensor in (
+            ("matrix", matrix),
+            ("affine", _affine(matrix)),
+            ("short", _short(matrix, entries)),
+        ):
+            self.register_buffer(name, tensor, persistent=False)
 
     def extra_repr(self) -> str:
         return f"length={self.matrix.shape[0]}, entries={self.entries}"
@@ -100,6 +117,27 @@ class RelativePositionBias(NamedTuple):
 
     table: Tensor
     index: RelativePositionIndex
+
+
+def _affine(matrix: Tensor) -> Tensor:
+    """The closed form of :class:`RelativePositionIndex`, read off the last query and two keys."""
+    affine = matrix.new_zeros(matrix.shape[0], 4)
+    if matrix.numel() == 0 or matrix.is_meta:
+        return affine
+    last, neighbour, column = matrix[:, -1], matrix[:, max(len(matrix) - 2, 0)], matrix[-1]
+    factor = (last != neighbour).to(torch.int32)
+    offset = last - factor * column[-1]
+    affine[:, 0], affine[:, 1], affine[:, 2] = offset, factor, column
+    affine[:, 3] = (matrix == factor[:, None] * column + offset[:, None]).all(0)
+    return affine
+
+
+def _short(matrix: Tensor, entries: int) -> Tensor:
+    if entries > 2**16:
+        return matrix.new_empty(0, 0, dtype=torch.int16)
+    padding = -matrix.shape[1] % 8
+    # From 2^15 on the numbers wrap around: the kernels take the bits as unsigned.
+    return nn.functional.pad(matrix, (0, padding)).to(torch.int16)
 
 
 def _pair(grid: int | tuple[int, int]) -> tuple[int, int]:

@@ -28,6 +28,8 @@ def attention_fwd(
     v: Tensor,
     table: Tensor | None,  # [entries, H]
     index: Tensor | None,  # [M, M] int32
+    affine: Tensor | None,  # [M, 4] int32
+    short: Tensor | None,  # [M, P] int16
     key_mask: Tensor | None,  # [B, N] bool
     key_lengths: Tensor | None,  # [B]
     offsets: Tensor | None,  # [B + 1]
@@ -39,7 +41,7 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """out, in the shape of q, and the scores' log-sum-exp, q.shape[:-1], in float32 or better."""
     call = Call(
-        *(q, k, v, table, index, key_mask, key_lengths),
+        *(q, k, v, table, index, affine, short, key_mask, key_lengths),
         *(offsets, max_length, positions, causal, scale),
     )
     with without_autocast(q.device):
@@ -62,6 +64,8 @@ def attention_bwd(
     v: Tensor,
     table: Tensor | None,
     index: Tensor | None,
+    affine: Tensor | None,
+    short: Tensor | None,
     key_mask: Tensor | None,
     key_lengths: Tensor | None,
     offsets: Tensor | None,
@@ -74,7 +78,7 @@ def attention_bwd(
 ) -> list[Tensor]:
     """Gradients of q, k, v and the table; the last is empty, of shape (0,), unless wanted."""
     call = Call(
-        *(q, k, v, table, index, key_mask, key_lengths),
+        *(q, k, v, table, index, affine, short, key_mask, key_lengths),
         *(offsets, max_length, positions, causal, scale),
     )
     with without_autocast(q.device):
@@ -92,14 +96,14 @@ def _save(ctx, inputs, output):
     call, backend = Call(*inputs[:-1]), inputs[-1]
     ctx.constants = (call.max_length, call.causal, call.scale, backend)
     # max_length stands between the tensors of the schema; the optional ones may be None.
-    ctx.save_for_backward(*output, *call[:8], call.positions)
+    ctx.save_for_backward(*output, *call[:10], call.positions)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, _):
     if dout is None:  # out was not used
-        return (None,) * 13
+        return (None,) * 15
     out, lse, *tensors, positions = ctx.saved_tensors
     max_length, causal, scale, backend = ctx.constants
     needs_table = ctx.needs_input_grad[3]
@@ -107,7 +111,7 @@ def _backward(ctx, dout, _):
         *(dout.contiguous(), out, lse, *tensors, max_length, positions, causal, scale),
         *(needs_table, backend),
     )
-    return dq, dk, dv, dtable if needs_table else None, *([None] * 9)
+    return dq, dk, dv, dtable if needs_table else None, *([None] * 11)
 
 
 attention_fwd.register_autograd(_backward, setup_context=_save)

@@ -16,6 +16,8 @@ class Call(NamedTuple):
     v: Tensor
     table: Tensor | None  # [entries, H]
     matrix: Tensor | None  # [M, M] int32, rows of table
+    affine: Tensor | None  # [M, 4] int32, the closed form of matrix where there is one
+    short: Tensor | None  # [M, P] int16, matrix again; [0, 0] if it has none
     key_mask: Tensor | None  # [B, N] bool
     key_lengths: Tensor | None  # [B]
     offsets: Tensor | None  # [B + 1]
