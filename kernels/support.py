@@ -22,7 +22,8 @@ def why_not(
 ) -> str | None:
     """Why ``backend`` cannot run ``operation`` on ``device`` in ``dtype``; None if it can.
 
-    The question is put for the published base model: D 768, F 3072, 12 heads of 64.
+    The question is put for the published base model: D 768, F 3072, 12 heads of 64, 1126 rows of
+    the bias table.
 
     Raises:
         ValueError: the operation or the backend does not exist.
@@ -34,6 +35,6 @@ def why_not(
         facts = (device, dtype, 768, (3072, 3072), "gelu")
         return moe_ffn_ops.BACKENDS[backend].why_not(*facts)
     if operation == "shared_attention":
-        return attention_ops.BACKENDS[backend].why_not(device, dtype, 64)
+        return attention_ops.BACKENDS[backend].why_not(device, dtype, 64, 1126)
     ids = torch.empty(0, dtype=torch.int32, device=device)
     return routing_ops.BACKENDS[backend].why_not(ids, 2, 128)

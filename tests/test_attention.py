@@ -1,176 +1,32 @@
 """shared_attention: parity with eager PyTorch, gradients, the index, registration, bad input."""
 
-from dataclasses import dataclass, replace
+import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from accuracy import assert_as_accurate_as
+from attention_cases import (
+    CASES,
+    Case,
+    assert_parity,
+    call,
+    make_index,
+    make_options,
+    make_tensors,
+    on_every_backend,
+    outputs_and_gradients,
+)
 from vlmo.kernels import RelativePositionBias, RelativePositionIndex, shared_attention
 from vlmo.kernels.attention import ops
 
 
-@dataclass(frozen=True)
-class Case:
-    """One call; the default is a joint sequence of 5 text and 10 image tokens with padding."""
-
-    index: str | None = "joint"  # "joint", "image", "text", "random" or None
-    length: int = 15
-    batch: int = 2
-    heads: int = 3
-    head_dim: int = 16
-    mask: str | None = "mask"  # "mask", "lengths" or None
-    causal: bool = False
-    lengths: tuple = ()  # of packed sequences
-    positions: bool = False
-    scale: float | None = None
-
-    def __str__(self):
-        changed = [f"{k}={v}" for k, v in vars(self).items() if v != getattr(Case, k, None)]
-        return ",".join(changed).replace(" ", "") or "joint"
-
-
-CASES = [
-    Case(),
-    Case(index="image", length=10, mask=None),
-    Case(index="text", length=5, mask="lengths"),
-    Case(index="random", length=37, mask="lengths"),
-    Case(index=None, mask=None),
-    Case(index=None, mask="lengths", causal=True, head_dim=34),
-    Case(index=None, mask="mask", scale=0.5),
-    Case(index=None, length=1, mask=None),
-    Case(positions=True),
-    Case(index=None, length=0, mask=None),
-    Case(batch=0),
-    # packed: an empty sequence among others, alone, with the index read by position
-    Case(index=None, lengths=(3, 0, 15, 1), mask=None),
-    Case(index=None, lengths=(7,), mask=None, causal=True),
-    Case(index="random", lengths=(9, 15, 2), mask=None),
-    Case(index="joint", lengths=(9, 15, 2), mask=None, positions=True),
-]
-
-
-def make_index(case: Case, device) -> RelativePositionIndex | None:
-    grid, text = (3, 3), 5
-    if case.index is None:
-        return None
-    if case.index == "random":
-        generator = torch.Generator().manual_seed(4)
-        length = max(case.lengths, default=case.length)
-        matrix = torch.randint(0, 11, (length, length), generator=generator)
-        return RelativePositionIndex(matrix, 11).to(device)
-    make = {
-        "joint": lambda: RelativePositionIndex.joint(grid, text, 8),
-        "image": lambda: RelativePositionIndex.image(grid, 8),
-        "text": lambda: RelativePositionIndex.text(grid, text, 8),
-    }
-    return make[case.index]().to(device)
-
-
-def make_tensors(case: Case, device, dtype) -> dict:
-    generator = torch.Generator().manual_seed(5)
-    rows = (sum(case.lengths),) if case.lengths else (case.batch, case.length)
-    shape = (*rows, case.heads, case.head_dim)
-    tensors = {
-        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
-        for name in "qkv"
-    }
-    index = make_index(case, device)
-    if index is not None:
-        table = torch.randn(index.entries, case.heads, generator=generator, dtype=torch.float64)
-        tensors["table"] = table.to(device, dtype)
-    return tensors
-
-
-def make_options(case: Case, device) -> dict:
-    generator = torch.Generator().manual_seed(6)
-    options: dict = {"causal": case.causal, "scale": case.scale}
-    if case.mask == "mask":
-        mask = torch.rand(case.batch, case.length, generator=generator) > 0.4
-        mask[:1] = False  # a sequence without a valid key
-        options["key_mask"] = mask.to(device)
-    if case.mask == "lengths":
-        options["key_lengths"] = torch.tensor([case.length, 2], device=device)
-    if case.lengths:
-        offsets = torch.tensor([0, *case.lengths]).cumsum(0)
-        options |= {"offsets": offsets.to(device), "max_length": max(case.lengths) + 2}
-        if case.index and not case.positions:
-            options["max_length"] = max(case.lengths)
-    if case.positions:
-        rows = (sum(case.lengths),) if case.lengths else (case.batch, case.length)
-        options["positions"] = torch.randint(0, 15, rows, generator=generator).to(device)
-    return options
-
-
-def eager(case: Case, tensors: dict, options: dict) -> Tensor:
-    """Attention as the official code computes it, one sequence after the other, by autograd."""
-    index = make_index(case, tensors["q"].device)
-    scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    wide = torch.promote_types(tensors["q"].dtype, torch.float32)
-
-    def one(q, k, v, allowed, positions):  # [N, H, K]
-        q, k, v = (t.transpose(0, 1) for t in (q, k, v))
-        scores = (q * scale).to(wide) @ k.to(wide).transpose(1, 2)
-        if index is not None:
-            matrix = index.matrix.long()[positions][:, positions]
-            scores = scores + tensors["table"].to(wide)[matrix].permute(2, 0, 1)
-        if case.causal:
-            allowed = allowed & torch.ones_like(scores[0], dtype=torch.bool).tril()
-        valid = allowed.any(-1, keepdim=True)
-        scores = scores.masked_fill(~(allowed | ~valid), float("-inf"))
-        p = scores.softmax(-1).to(v.dtype) * valid.to(v.dtype)
-        return (p @ v).transpose(0, 1)
-
-    outs = []
-    q, k, v = tensors["q"], tensors["k"], tensors["v"]
-    if case.lengths:
-        runs = [slice(int(a), int(b)) for a, b in options["offsets"].unfold(0, 2, 1)]
-    else:
-        runs = list(range(case.batch))
-    for number, run in enumerate(runs):
-        length = q[run].shape[0]
-        allowed = torch.ones(1, length, dtype=torch.bool, device=q.device)
-        if "key_mask" in options:
-            allowed = options["key_mask"][number][None]
-        if "key_lengths" in options:
-            allowed = (torch.arange(length, device=q.device) < options["key_lengths"][number])[None]
-        positions = torch.arange(length, device=q.device)
-        if case.positions:
-            positions = options["positions"][run]
-        outs.append(one(q[run], k[run], v[run], allowed, positions))
-    if not outs:
-        return q + 0 * k + 0 * v
-    return torch.cat(outs) if case.lengths else torch.stack(outs)
-
-
-def call(case: Case, tensors: dict, options: dict, **more) -> Tensor:
-    bias = None
-    if case.index is not None:
-        bias = RelativePositionBias(tensors["table"], make_index(case, tensors["q"].device))
-    return shared_attention(tensors["q"], tensors["k"], tensors["v"], bias=bias, **options, **more)
-
-
-def outputs_and_gradients(function, tensors: dict) -> dict[str, Tensor]:
-    tensors = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
-    out = function(tensors)
-    generator = torch.Generator().manual_seed(7)
-    dout = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
-    out.backward(dout)
-    grads = {name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in tensors.items()}
-    return {"out": out.detach(), **grads}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_parity(case, dtype, device):
-    tensors, options = make_tensors(case, device, dtype), make_options(case, device)
-    wide = {name: t.double() for name, t in tensors.items()}
-    exact = outputs_and_gradients(lambda t: eager(case, t, options), wide)
-    baseline = outputs_and_gradients(lambda t: eager(case, t, options), tensors)
-    actual = outputs_and_gradients(lambda t: call(case, t, options), tensors)
-    for name, value in actual.items():
-        assert_as_accurate_as(name, value, exact[name], baseline[name])
+@on_every_backend
+def test_parity(case, dtype, place):
+    assert_parity(case, dtype, place)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.batch and c.length], ids=str)
@@ -185,20 +41,27 @@ def test_gradcheck(case):
     assert torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=True)
 
 
-def test_query_without_a_key_gets_zeros(device):
+@on_every_backend
+def test_query_without_a_key_gets_zeros(place):
     case = Case()
-    out = call(case, make_tensors(case, device, torch.float32), make_options(case, device))
+    tensors, options = (
+        make_tensors(case, place.device, place.dtype),
+        make_options(case, place.device),
+    )
+    out = call(case, tensors, options, backend=place.backend)
     assert (out[0] == 0).all()
     assert (out[1] != 0).any()
 
 
-def test_packed_qkv_and_strides(device):
+@on_every_backend
+def test_packed_qkv_and_strides(place):
+    device, backend = place
     case = Case(mask=None)
-    tensors = make_tensors(case, device, torch.float32)
-    expected = outputs_and_gradients(lambda t: call(case, t, {}), tensors)
+    tensors = make_tensors(case, device, place.dtype)
+    expected = outputs_and_gradients(lambda t: call(case, t, {}, backend=backend), tensors)
     index = make_index(case, device)
     qkv = torch.stack([tensors[name] for name in "qkv"], dim=2).requires_grad_()
-    out = shared_attention(qkv, bias=RelativePositionBias(tensors["table"], index))
+    out = shared_attention(qkv, bias=RelativePositionBias(tensors["table"], index), backend=backend)
     torch.testing.assert_close(out, expected["out"])
     generator = torch.Generator().manual_seed(7)
     out.backward(torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out))
@@ -206,37 +69,57 @@ def test_packed_qkv_and_strides(device):
         torch.testing.assert_close(qkv.grad[:, :, i], expected[name])
 
 
-def test_layers_of_a_model_wide_table(device):
+@pytest.mark.parametrize("order", [(3, 0, 1, 2), (1, 3, 2, 0), (2, 1, 0, 3)], ids=str)
+@on_every_backend
+def test_any_order_of_dimensions_in_memory(order, place):
+    """Also the head dim outermost, and with gaps between its numbers."""
+    device, backend = place
+    case = Case(mask=None)
+    tensors = make_tensors(case, device, place.dtype)
+    expected = outputs_and_gradients(lambda t: call(case, t, {}, backend=backend), tensors)
+    back = [order.index(i) for i in range(4)]
+
+    def strided(given):
+        moved = {n: given[n].permute(order).repeat_interleave(2, 3)[..., ::2] for n in "qkv"}
+        views = {n: t.permute(back) for n, t in moved.items()}
+        assert views["q"].stride() != given["q"].stride()
+        return call(case, {**given, **views}, {}, backend=backend)
+
+    actual = outputs_and_gradients(strided, tensors)
+    for name, value in actual.items():
+        torch.testing.assert_close(value, expected[name])
+
+
+@on_every_backend
+def test_layers_of_a_model_wide_table(place):
     """Views of one table give the gradient of the whole table."""
+    device, backend = place
     case, layers = Case(), 3
     index, options = make_index(case, device), make_options(case, device)
-    tensors = make_tensors(case, device, torch.float32)
+    tensors = make_tensors(case, device, place.dtype)
     table = torch.randn(index.entries, layers * case.heads, device=device, requires_grad=True)
+
+    def loss(layer_table):
+        bias = RelativePositionBias(layer_table, index)
+        out = shared_attention(*(tensors[n] for n in "qkv"), bias=bias, backend=backend, **options)
+        return out.square().sum()
+
     views = table.view(index.entries, layers, case.heads).unbind(1)
-    total = sum(
-        shared_attention(
-            *(tensors[n] for n in "qkv"), bias=RelativePositionBias(view, index), **options
-        )
-        .square()
-        .sum()
-        for view in views[:2]
-    )
-    total.backward()
+    sum(loss(view) for view in views[:2]).backward()
     gradient = table.grad.view(index.entries, layers, case.heads)
     for layer in range(2):
         alone = table.detach().view(index.entries, layers, case.heads)[:, layer].clone()
         alone.requires_grad_()
-        bias = RelativePositionBias(alone, index)
-        shared_attention(
-            *(tensors[n] for n in "qkv"), bias=bias, **options
-        ).square().sum().backward()
+        loss(alone).backward()
         torch.testing.assert_close(gradient[:, layer], alone.grad)
     assert (gradient[:, 2] == 0).all()
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[-1], CASES[5]], ids=str)
-def test_opcheck(case, device):
-    tensors = make_tensors(case, device, torch.float32)
+@on_every_backend
+def test_opcheck(case, place):
+    device = place.device
+    tensors = make_tensors(case, device, place.dtype)
     options, index = make_options(case, device), make_index(case, device)
     leaves = {name: t.requires_grad_() for name, t in tensors.items()}
     arguments = (
@@ -248,19 +131,21 @@ def test_opcheck(case, device):
         options.get("offsets"),
         options.get("max_length", 0),
         options.get("positions"),
-        *(case.causal, 0.25, "reference"),
+        *(case.causal, 0.25, place.backend),
     )
     torch.library.opcheck(ops.attention_fwd, arguments)
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[-1], CASES[2]], ids=str)
-def test_compile_fullgraph(case, device):
-    options, tensors = make_options(case, device), make_tensors(case, device, torch.float32)
+@on_every_backend
+def test_compile_fullgraph(case, place):
+    device, backend = place
+    options, tensors = make_options(case, device), make_tensors(case, device, place.dtype)
     bias_index = make_index(case, device)
 
     def run(t):
         bias = RelativePositionBias(t["table"], bias_index)
-        return shared_attention(t["q"], t["k"], t["v"], bias=bias, **options)
+        return shared_attention(t["q"], t["k"], t["v"], bias=bias, backend=backend, **options)
 
     expected = outputs_and_gradients(run, tensors)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
@@ -269,19 +154,57 @@ def test_compile_fullgraph(case, device):
         torch.testing.assert_close(value, expected[name], msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_autocast(device):
+@on_every_backend
+def test_autocast(place):
+    device, backend, dtype = *place, place.autocast_dtype
     case = Case()
     tensors, options = make_tensors(case, device, torch.float32), make_options(case, device)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        actual = outputs_and_gradients(lambda t: call(case, t, options), tensors)
-    assert actual["out"].dtype == torch.bfloat16
+    with torch.autocast(device.type, dtype=dtype):
+        actual = outputs_and_gradients(lambda t: call(case, t, options, backend=backend), tensors)
+    assert actual["out"].dtype == dtype
     assert {actual[name].dtype for name in ("q", "k", "v", "table")} == {torch.float32}
     expected = outputs_and_gradients(
-        lambda t: call(case, t, options),
-        {n: t if n == "table" else t.bfloat16() for n, t in tensors.items()},
+        lambda t: call(case, t, options, backend=backend),
+        {n: t if n == "table" else t.to(dtype) for n, t in tensors.items()},
     )
     torch.testing.assert_close(actual["out"], expected["out"])
     torch.testing.assert_close(actual["table"], expected["table"])
+
+
+class Log(TorchDispatchMode):
+    """Names of the operations that a mode sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, Log])
+@pytest.mark.parametrize("alone", [False, True], ids=["with others", "alone"])
+def test_second_derivatives_are_refused(mode, alone):
+    case = Case(mask=None)
+    tensors = make_tensors(case, "cpu", torch.float32)
+    q = tensors["q"].requires_grad_()
+    with mode():
+        out = call(case, tensors, {})
+        loss = out.sum() if alone else out.square().sum()
+        (gradient,) = torch.autograd.grad(loss, q, create_graph=True)
+        with pytest.raises(NotImplementedError, match="second derivatives"):
+            gradient.sum().backward()
+
+
+def test_modes_see_the_operation():
+    case = Case()
+    tensors = make_tensors(case, "cpu", torch.float32)
+    tensors["q"].requires_grad_()
+    options = make_options(case, "cpu")
+    with Log() as log:
+        call(case, tensors, options).sum().backward()
+    assert {"vlmo.attention_fwd.default", "vlmo.attention_bwd.default"} <= log.seen
 
 
 def test_index_counts_and_closed_forms():
@@ -362,9 +285,16 @@ BAD = {
         ValueError,
         dict(bias=lambda index: None, positions=torch.zeros(2, 15).long()),
     ),
-    "backend 'triton' cannot run this call: .*no Triton kernel": (
+    "backend 'triton' cannot run this call: it has no kernel for float64": (
         NotImplementedError,
-        dict(backend="triton"),
+        dict(
+            **{name: torch.zeros(2, 15, 3, 16).double() for name in "qkv"},
+            backend="triton",
+        ),
+    ),
+    "backend 'triton' cannot run this call: head dim 129 is above 128": (
+        NotImplementedError,
+        dict(**{name: torch.zeros(2, 15, 3, 129) for name in "qkv"}, backend="triton"),
     ),
 }
 BAD_PACKED = {

@@ -1,4 +1,4 @@
-"""The torch.library operations vlmo::attention_fwd and vlmo::attention_bwd.
+"""The torch.library operations vlmo::attention_fwd and vlmo::attention_bwd, and a shorter way.
 
 One schema, one fake and one autograd formula for all backends: the backend is an argument.
 """
@@ -9,20 +9,32 @@ import torch
 from torch import Tensor
 
 from vlmo.kernels.arguments import without_autocast
-from vlmo.kernels.attention import reference
+from vlmo.kernels.attention import reference, triton_impl
 from vlmo.kernels.attention.reference import Call
-from vlmo.kernels.dispatch import Absent, Backend
+from vlmo.kernels.dispatch import Absent, Backend, runs_eagerly
 
 BACKENDS: dict[str, Backend] = {
     "cuda": Absent("shared_attention has no CUDA kernel in this version."),
-    "triton": Absent("shared_attention has no Triton kernel in this version."),
+    "triton": triton_impl,
     "reference": reference,
 }
-_IMPLEMENTATIONS = {"reference": reference}
+_IMPLEMENTATIONS = {"triton": triton_impl, "reference": reference}
 
 
-@torch.library.custom_op("vlmo::attention_fwd", mutates_args=())
-def attention_fwd(
+def run(call: Call, backend: str) -> Tensor:
+    """out, in the shape of q; differentiable.
+
+    Goes past torch.library where nobody needs to see an operation: see ``run`` of moe_ffn.
+    """
+    if not runs_eagerly(tensor for tensor in call if not isinstance(tensor, int | float)):
+        return attention_fwd(*call, backend)[0]
+    leaves = call[:4]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
+        return _Direct.apply(call, backend, *leaves)
+    return _forward(*call, backend)[0]
+
+
+def _forward(
     q: Tensor,  # [B, N, H, K], or [T, H, K] with offsets
     k: Tensor,
     v: Tensor,
@@ -48,14 +60,16 @@ def attention_fwd(
         return _IMPLEMENTATIONS[backend].forward(call)
 
 
+attention_fwd = torch.library.custom_op("vlmo::attention_fwd", _forward, mutates_args=())
+
+
 @attention_fwd.register_fake
 def _(q, k, v, *_):
     wide = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=wide)
 
 
-@torch.library.custom_op("vlmo::attention_bwd", mutates_args=())
-def attention_bwd(
+def _backward(
     dout: Tensor,
     out: Tensor,
     lse: Tensor,
@@ -85,6 +99,9 @@ def attention_bwd(
         return _IMPLEMENTATIONS[backend].backward(dout, out, lse, call, needs_table)
 
 
+attention_bwd = torch.library.custom_op("vlmo::attention_bwd", _backward, mutates_args=())
+
+
 @attention_bwd.register_fake
 def _(dout, out, lse, q, k, v, table, *rest):
     grads = [t.new_empty(t.shape) for t in (q, k, v)]
@@ -92,26 +109,59 @@ def _(dout, out, lse, q, k, v, table, *rest):
     return [*grads, table.new_empty(table.shape) if needs_table else q.new_empty(0)]
 
 
-def _save(ctx, inputs, output):
-    call, backend = Call(*inputs[:-1]), inputs[-1]
+def _save(ctx, call: Call, out: Tensor, lse: Tensor, backend: str) -> None:
+    """Leave in ``ctx`` what _gradients needs."""
     ctx.constants = (call.max_length, call.causal, call.scale, backend)
     # max_length stands between the tensors of the schema; the optional ones may be None.
-    ctx.save_for_backward(*output, *call[:10], call.positions)
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(out, lse, *call[:10], call.positions)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout, _):
+def _gradients(ctx, dout: Tensor | None, needs_table: bool) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v and the table."""
     if dout is None:  # out was not used
-        return (None,) * 15
-    out, lse, *tensors, positions = ctx.saved_tensors
+        return None, None, None, None
+    saved = ctx.saved_tensors
+    out, lse, *tensors, positions = saved
     max_length, causal, scale, backend = ctx.constants
-    needs_table = ctx.needs_input_grad[3]
-    dq, dk, dv, dtable = attention_bwd(
-        *(dout.contiguous(), out, lse, *tensors, max_length, positions, causal, scale),
-        *(needs_table, backend),
+    # With create_graph the registered operation is needed: autograd refuses to differentiate it.
+    direct = not torch.is_grad_enabled() and runs_eagerly((dout, *saved))
+    call = Call._make((*tensors, max_length, positions, causal, scale))
+    dq, dk, dv, dtable = (_backward if direct else attention_bwd)(
+        dout.contiguous(), out, lse, *call, needs_table, backend
     )
-    return dq, dk, dv, dtable if needs_table else None, *([None] * 11)
+    return dq, dk, dv, dtable if needs_table else None
 
 
-attention_fwd.register_autograd(_backward, setup_context=_save)
+class _Direct(torch.autograd.Function):
+    """The operation without torch.library. Autograd sees ``leaves``, but not inside ``call``."""
+
+    @staticmethod
+    def forward(ctx, call: Call, backend: str, *leaves: Tensor | None):
+        out, lse = _forward(*call, backend)
+        _save(ctx, call, out, lse, backend)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        return None, None, *_gradients(ctx, dout, ctx.needs_input_grad[5])
+
+
+def _setup(ctx, inputs, output):
+    out, lse = output
+    _save(ctx, Call(*inputs[:-1]), out, lse, inputs[-1])
+    ctx.mark_non_differentiable(lse)
+
+
+def _registered_gradients(ctx, dout, _):
+    return *_gradients(ctx, dout, ctx.needs_input_grad[3]), *([None] * 11)
+
+
+attention_fwd.register_autograd(_registered_gradients, setup_context=_setup)
+
+
+def _refuse(ctx, *_):
+    raise NotImplementedError("shared_attention: second derivatives are not available.")
+
+
+attention_bwd.register_autograd(_refuse)

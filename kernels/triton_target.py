@@ -1,0 +1,50 @@
+"""What the Triton kernels of every operation ask of the machine and of PyTorch's settings."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from importlib import metadata
+
+import torch
+
+from vlmo.kernels import target
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_OLDEST_TRITON = (3, 4)  # the first that takes a NamedTuple of constants
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """One sentence that says why no Triton kernel can run on ``device`` in ``dtype``, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed."
+    if _triton_version() < _OLDEST_TRITON:
+        return f"Triton {metadata.version('triton')} is older than 3.4."
+    if dtype not in _DTYPES:
+        return f"it has no kernel for {str(dtype).removeprefix('torch.')}."
+    if target.interpreted():
+        return None
+    if device.type != "cuda":
+        return (
+            f"{device.type} tensors need Triton's interpreter (TRITON_INTERPRET=1, for tests only)."
+        )
+    capability = target.compute_capability(device)
+    if capability is None:
+        return f"{device} is not an NVIDIA GPU."
+    if capability < (8, 0):
+        name = "sm_{}{}".format(*capability)
+        return f"{device} is {name}; Triton has no tensor cores below sm_80."
+    return None
+
+
+@functools.cache
+def _triton_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in metadata.version("triton").split(".")[:2])
+
+
+def tf32_allowed() -> bool:
+    """Whether PyTorch's own products of float32 may be rounded to TF32."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # since torch 2.9, where reading the other may raise
+        return matmul.fp32_precision == "tf32"
+    return matmul.allow_tf32

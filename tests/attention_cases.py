@@ -1,0 +1,198 @@
+"""Calls of shared_attention for the tests: cases, tensors, the eager code to compare with."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from accuracy import assert_as_accurate_as
+from vlmo.kernels import RelativePositionBias, RelativePositionIndex, shared_attention
+
+# Where a test runs: a backend on a device. The fixture ``place`` of conftest.py sets each up.
+on_every_backend = pytest.mark.parametrize(
+    "place",
+    [
+        ("cpu", "reference"),
+        ("cpu", "triton"),
+        pytest.param(("cuda", "reference"), marks=pytest.mark.gpu),
+        pytest.param(("cuda", "triton"), marks=pytest.mark.gpu),
+    ],
+    ids="-".join,
+    indirect=True,
+)
+on_triton = pytest.mark.parametrize(
+    "place",
+    [("cpu", "triton"), pytest.param(("cuda", "triton"), marks=pytest.mark.gpu)],
+    ids="-".join,
+    indirect=True,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call; the default is a joint sequence of 5 text and 10 image tokens with padding."""
+
+    index: str | None = "joint"  # "joint", "image", "text", "random" or None
+    length: int = 15
+    batch: int = 2
+    heads: int = 3
+    head_dim: int = 16
+    mask: str | None = "mask"  # "mask", "lengths" or None
+    causal: bool = False
+    lengths: tuple = ()  # of packed sequences
+    positions: bool = False
+    scale: float | None = None
+
+    def __str__(self):
+        changed = [f"{k}={v}" for k, v in vars(self).items() if v != getattr(Case, k, None)]
+        return ",".join(changed).replace(" ", "") or "joint"
+
+
+CASES = [
+    Case(),
+    Case(index="image", length=10, mask=None),
+    Case(index="text", length=5, mask="lengths"),
+    Case(index="random", length=37, mask="lengths"),
+    Case(index=None, mask=None),
+    Case(index=None, mask="lengths", causal=True, head_dim=34),
+    Case(index=None, mask="mask", scale=0.5),
+    Case(index=None, length=1, mask=None),
+    Case(positions=True),
+    Case(index=None, length=0, mask=None),
+    Case(batch=0),
+    # packed: an empty sequence among others, alone, with the index read by position
+    Case(index=None, lengths=(3, 0, 15, 1), mask=None),
+    Case(index=None, lengths=(7,), mask=None, causal=True),
+    Case(index="random", lengths=(9, 15, 2), mask=None),
+    Case(index="joint", lengths=(9, 15, 2), mask=None, positions=True),
+]
+
+
+def make_index(case: Case, device) -> RelativePositionIndex | None:
+    grid, text = (3, 3), 5
+    if case.index is None:
+        return None
+    if case.index == "random":
+        generator = torch.Generator().manual_seed(4)
+        length = max(case.lengths, default=case.length)
+        matrix = torch.randint(0, 11, (length, length), generator=generator)
+        return RelativePositionIndex(matrix, 11).to(device)
+    make = {
+        "joint": lambda: RelativePositionIndex.joint(grid, text, 8),
+        "image": lambda: RelativePositionIndex.image(grid, 8),
+        "text": lambda: RelativePositionIndex.text(grid, text, 8),
+    }
+    return make[case.index]().to(device)
+
+
+def make_tensors(case: Case, device, dtype) -> dict:
+    generator = torch.Generator().manual_seed(5)
+    rows = (sum(case.lengths),) if case.lengths else (case.batch, case.length)
+    shape = (*rows, case.heads, case.head_dim)
+    tensors = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+        for name in "qkv"
+    }
+    index = make_index(case, device)
+    if index is not None:
+        table = torch.randn(index.entries, case.heads, generator=generator, dtype=torch.float64)
+        tensors["table"] = table.to(device, dtype)
+    return tensors
+
+
+def make_options(case: Case, device) -> dict:
+    generator = torch.Generator().manual_seed(6)
+    options: dict = {"causal": case.causal, "scale": case.scale}
+    if case.mask == "mask":
+        mask = torch.rand(case.batch, case.length, generator=generator) > 0.4
+        mask[:1] = False  # a sequence without a valid key
+        options["key_mask"] = mask.to(device)
+    if case.mask == "lengths":
+        options["key_lengths"] = torch.tensor([case.length, 2], device=device)
+    if case.lengths:
+        offsets = torch.tensor([0, *case.lengths]).cumsum(0)
+        options |= {"offsets": offsets.to(device), "max_length": max(case.lengths) + 2}
+        if case.index and not case.positions:
+            options["max_length"] = max(case.lengths)
+    if case.positions:
+        rows = (sum(case.lengths),) if case.lengths else (case.batch, case.length)
+        options["positions"] = torch.randint(0, 15, rows, generator=generator).to(device)
+    return options
+
+
+def eager(case: Case, tensors: dict, options: dict) -> Tensor:
+    """Attention as the official code computes it, one sequence after the other, by autograd."""
+    index = make_index(case, tensors["q"].device)
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    wide = torch.promote_types(tensors["q"].dtype, torch.float32)
+
+    def one(q, k, v, allowed, positions):  # [N, H, K]
+        q, k, v = (t.transpose(0, 1) for t in (q, k, v))
+        scores = (q * scale).to(wide) @ k.to(wide).transpose(1, 2)
+        if index is not None:
+            matrix = index.matrix.long()[positions][:, positions]
+            scores = scores + tensors["table"].to(wide)[matrix].permute(2, 0, 1)
+        if case.causal:
+            allowed = allowed & torch.ones_like(scores[0], dtype=torch.bool).tril()
+        valid = allowed.any(-1, keepdim=True)
+        scores = scores.masked_fill(~(allowed | ~valid), float("-inf"))
+        p = scores.softmax(-1).to(v.dtype) * valid.to(v.dtype)
+        return (p @ v).transpose(0, 1)
+
+    outs = []
+    q, k, v = tensors["q"], tensors["k"], tensors["v"]
+    if case.lengths:
+        runs = [slice(int(a), int(b)) for a, b in options["offsets"].unfold(0, 2, 1)]
+    else:
+        runs = list(range(case.batch))
+    for number, run in enumerate(runs):
+        length = q[run].shape[0]
+        allowed = torch.ones(1, length, dtype=torch.bool, device=q.device)
+        if "key_mask" in options:
+            allowed = options["key_mask"][number][None]
+        if "key_lengths" in options:
+            allowed = (torch.arange(length, device=q.device) < options["key_lengths"][number])[None]
+        positions = torch.arange(length, device=q.device)
+        if case.positions:
+            positions = options["positions"][run]
+        outs.append(one(q[run], k[run], v[run], allowed, positions))
+    if not outs:
+        return q + 0 * k + 0 * v
+    return torch.cat(outs) if case.lengths else torch.stack(outs)
+
+
+def call(case: Case, tensors: dict, options: dict, **more) -> Tensor:
+    bias = None
+    if case.index is not None:
+        bias = RelativePositionBias(tensors["table"], make_index(case, tensors["q"].device))
+    return shared_attention(tensors["q"], tensors["k"], tensors["v"], bias=bias, **options, **more)
+
+
+def outputs_and_gradients(function, tensors: dict) -> dict[str, Tensor]:
+    tensors = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
+    out = function(tensors)
+    generator = torch.Generator().manual_seed(7)
+    dout = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
+    out.backward(dout)
+    grads = {name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in tensors.items()}
+    return {"out": out.detach(), **grads}
+
+
+def assert_parity(case: Case, dtype: torch.dtype, place) -> None:
+    """Output and every gradient of a case, by the error rule."""
+    device, backend = place
+    tensors, options = make_tensors(case, device, dtype), make_options(case, device)
+    wide = {name: t.double() for name, t in tensors.items()}
+    exact = outputs_and_gradients(lambda t: eager(case, t, options), wide)
+    baseline = outputs_and_gradients(lambda t: eager(case, t, options), tensors)
+    actual = outputs_and_gradients(lambda t: call(case, t, options, backend=backend), tensors)
+    for name, value in actual.items():
+        if case.length == 1 and backend != "reference" and name in "qk":
+            # One key leaves a gradient of exactly 0, as eager PyTorch finds it: dp - delta is 0 if
+            # delta sums p dp over the keys. Kernels take rowsum(dout * out), where out is rounded.
+            other = tensors["k" if name == "q" else "q"]
+            bound = torch.finfo(dtype).eps * case.head_dim**0.5 * other.abs().max()
+            assert exact[name].abs().max() == 0 and value.abs().max() <= bound, name
+            continue
+        assert_as_accurate_as(name, value, exact[name], baseline[name])
