@@ -25,8 +25,11 @@ def memory_of(tensors) -> list[np.ndarray]:
     spans = {}
     for tensor in tensors:
         if tensor is not None and tensor.numel():
-            size = tensor.numel() * tensor.element_size()
-            spans[tensor.data_ptr()] = max(size, spans.get(tensor.data_ptr(), 0))
+            at, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+            if not tensor.is_contiguous():
+                storage = tensor.untyped_storage()
+                at, size = storage.data_ptr(), storage.nbytes()
+            spans[at] = max(size, spans.get(at, 0))
     return [
         np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(at))
         for at, size in spans.items()

@@ -188,7 +188,10 @@ def _collect_traces(kernel, grid, block, args, smem, resident, ctas, options):
     def keep(cta, warp, records, addresses):
         traces[cta, warp] = records, addresses
 
-    kernel.launch(grid, block, args, smem, resident=resident, ctas=ctas, trace=keep, **options)
+    # CTAs that do not wait for each other may be run one by one, as those of a range with steps are.
+    runs = [(ctas.start, ctas.stop)] if ctas.step == 1 else [(cta, cta + 1) for cta in ctas]
+    for run in runs:
+        kernel.launch(grid, block, args, smem, resident=resident, ctas=run, trace=keep, **options)
     ordered = [traces[k] for k in sorted(traces)]
     records, addresses = [r for r, _ in ordered], [a for _, a in ordered]
     starts = [
@@ -219,7 +222,7 @@ def estimate(
 ):
     """Cycles and utilisation of one SM that runs the given CTAs, as a dict.
 
-    ctas       (first, last): the CTAs of this SM (default: as many as are resident at a time)
+    ctas       (first, last) or a range: the CTAs of this SM (default: as many as are resident)
     resident   CTAs on the SM at a time (default: from registers, threads and shared memory)
     parameters override DEFAULTS
 
@@ -236,7 +239,8 @@ def estimate(
     threads, total = int(np.prod(block)), int(np.prod(grid))
     shared = kernel.static_shared + smem
     resident = resident or occupancy(kernel.registers, threads, shared)
-    first, last = ctas or (0, min(resident, total))
+    ctas = ctas or (0, min(resident, total))
+    ctas = ctas if isinstance(ctas, range) else range(*ctas)
     values = {**DEFAULTS, **parameters}
     unknown = set(values) - set(DEFAULTS)
     if unknown:
@@ -248,7 +252,7 @@ def estimate(
         ) * 1024
 
     records, record_start, addresses, address_start = _collect_traces(
-        kernel, grid, block, args, smem, resident, (first, last), launch_options or {}
+        kernel, grid, block, args, smem, resident, ctas, launch_options or {}
     )
     table, out = _static_table(kernel.instructions), _Result()
     stall_at = np.zeros(len(kernel.instructions), np.uint64)
@@ -276,7 +280,7 @@ def estimate(
     hottest = np.argsort(-stall_at.astype(np.int64))[:6]
     return {
         "cycles": cycles,
-        "ctas": last - first,
+        "ctas": len(ctas),
         "resident": resident,
         "warp_instructions": out.issued,
         "tensor_utilisation": out.tensor_busy / (SCHEDULERS * cycles),

@@ -1,0 +1,181 @@
+// The forward of shared_attention: softmax(scale q k^T + bias) v, and the log-sum-exp.
+//
+// A CTA owns kWarps x 16 kBlocks queries of one head of one sequence and walks over its keys, 32 at
+// a time. Scores start from the bias: it is looked up straight into their accumulators.
+//
+// The maximum that is subtracted before exponentiating is that of the first keys, and raised only
+// when a weight would come near what half precision can hold: then the keys at hand are done again.
+
+#include "attention/lookup.cuh"
+#include "attention/parts.cuh"
+
+struct Forward {
+  Call call;
+  Operand out;
+};
+
+constexpr float kLimit = 1024.0f;  // of a sum of 8 weights
+constexpr float kNone = -1e30f;    // the maximum of a query that has not attended yet
+
+template <int kDim, int kBlocks, int kWarps>
+struct ForwardKernel {
+  static constexpr int kThreads = kWarps * 32, kRows = kWarps * kBlocks * 16;
+  static constexpr int kTile = ColumnTile<kDim>::kBytes;
+  static constexpr int kStage = 2 * kTile + KeyCodes::kBytes;  // keys, values, codes
+  static constexpr int kKept = 64;  // bytes for the sequence; tiles are aligned to 64
+  using Move = Mover<kDim, kThreads>;
+
+  __device__ static void run(const Forward& f) {
+    extern __shared__ char shared[];
+    const Call& call = f.call;
+    const int tiles = (call.length + kRows - 1) / kRows;
+    const int tile = blockIdx.x % tiles, pair = blockIdx.x / tiles;
+    const Sequence sequence(call, pair % call.batch, pair / call.batch, tile * kRows);
+    if (sequence.first_row >= sequence.tokens) return;
+    const int first_row = sequence.row_of_warp(kBlocks * 16);
+    stagger(call);
+
+    const unsigned stages = shared_address(shared) + kKept;
+    Sequence* const kept = reinterpret_cast<Sequence*>(shared);
+    if (threadIdx.x == 0) *kept = sequence;
+    const int last = max(sequence.tokens - 1, 0);
+    int keys = sequence.keys;
+    if (call.causal) keys = min(keys, tile * kRows + kRows);
+    const int steps = (keys + kColumns - 1) / kColumns;
+
+    const Move move(call.head_dim);
+    const char* const key_source = move.source(sequence, call.k);
+    const char* const value_source = move.source(sequence, call.v);
+    uint4 moved_keys[Move::kMoves], moved_values[Move::kMoves];
+    KeyCodes codes;
+    move.load(moved_keys, key_source, call.k, 0, last);
+    move.load(moved_values, value_source, call.v, 0, last);
+    codes.load(call, sequence, 0, last);
+    RowFragments<kDim, kBlocks> q;
+    load_rows<kDim, kBlocks>(q, call.head_dim, [&](int row) {
+      return sequence.pointer(call.q, min(first_row + row, last));
+    });
+    char* const table = shared + kKept + 2 * kStage + kWarps * WeightTile<kBlocks>::kBytes;
+    load_table<kThreads>(call.bias, sequence.head, table);
+    const QueryLookup<kBlocks> lookup(call, sequence, first_row, last, shared_address(table));
+    const WeightTile<kBlocks> weights(stages + 2 * kStage +
+                                      warp_index() * WeightTile<kBlocks>::kBytes);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) move.clear(stages + i / 2 * kStage + i % 2 * kTile);
+    move.store(moved_keys, stages);
+    move.store(moved_values, stages + kTile);
+    codes.store(call, sequence, stages + 2 * kTile, 0, last);
+
+    const unsigned lane_k = keep(ColumnTile<kDim>::lane_offset_k());
+    const unsigned lane_n = keep(ColumnTile<kDim>::lane_offset_n() + kTile);
+    Output<kDim, kBlocks> output = {};
+    float maximum[2 * kBlocks], sum[2 * kBlocks];
+#pragma unroll
+    for (int r = 0; r < 2 * kBlocks; ++r) maximum[r] = kNone, sum[r] = 0;
+    __syncthreads();
+
+    bool exact = true;
+    unsigned stage = stages;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      const int next = (step + 1) * kColumns;
+      Scores<kBlocks> scores;
+      while (true) {
+        lookup.start(call, *kept, scores, stage + 2 * kTile, step * kColumns);
+        multiply_scores<kDim, kBlocks>(scores, q, stage + lane_k, [&](int octet) {
+          if (octet == 0) move.load(moved_keys, key_source, call.k, next, last);
+        });
+        move.load(moved_values, value_source, call.v, next, last);
+        codes.load(call, *kept, next, last);
+        if (exact) raise(call, scores, maximum, sum, output);
+        float largest = 0;
+        float part[2 * kBlocks];
+#pragma unroll
+        for (int r = 0; r < 2 * kBlocks; ++r) {
+          part[r] = 0;
+#pragma unroll
+          for (int e = 0; e < 8; ++e) {
+            float& p = element<kBlocks>(scores, r, e);
+            p = exp2_approx(fmaf(p, call.scale, -maximum[r]));
+            part[r] += p;
+          }
+          largest = fmaxf(largest, part[r]);
+        }
+        if (exact || !__any_sync(kFullWarp, largest > kLimit)) {
+          exact = false;
+#pragma unroll
+          for (int r = 0; r < 2 * kBlocks; ++r) {
+            sum[r] += part[r];
+            exact = exact || maximum[r] == kNone;
+          }
+          exact = __any_sync(kFullWarp, exact);
+          break;
+        }
+        exact = true;
+      }
+      write_weights<kBlocks>(weights, scores);
+      __syncwarp();
+      const unsigned other = 2 * stages + kStage - stage;
+      move.store(moved_keys, other);
+      move.store(moved_values, other + kTile);
+      codes.store(call, *kept, other + 2 * kTile, next, last);
+      multiply_output<kDim, kBlocks>(output, weights, stage + lane_n);
+      stage = other;
+      __syncthreads();
+    }
+    finish(f, *kept, weights, output, maximum, sum);
+  }
+
+  // The maximum becomes that of all keys so far; what was summed before is scaled down.
+  __device__ static void raise(const Call& call, Scores<kBlocks>& scores,
+                               float (&maximum)[2 * kBlocks], float (&sum)[2 * kBlocks],
+                               Output<kDim, kBlocks>& output) {
+#pragma unroll
+    for (int r = 0; r < 2 * kBlocks; ++r) {
+      float largest = element<kBlocks>(scores, r, 0);
+#pragma unroll
+      for (int e = 1; e < 8; ++e) largest = fmaxf(largest, element<kBlocks>(scores, r, e));
+      largest = max_of_row(largest * call.scale);
+      const float raised = fmaxf(maximum[r], largest);
+      const float factor = exp2_approx(maximum[r] - raised);
+      maximum[r] = raised;
+      sum[r] *= factor;
+#pragma unroll
+      for (int b = 0; b < kDim / 16; ++b) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          if ((i & 2) / 2 == r % 2) output[r / 2][b][i] *= factor;
+        }
+      }
+    }
+  }
+
+  __device__ static void finish(const Forward& f, const Sequence& sequence,
+                                const WeightTile<kBlocks>& tile, Output<kDim, kBlocks>& output,
+                                float (&maximum)[2 * kBlocks], float (&sum)[2 * kBlocks]) {
+    const Call& call = f.call;
+    const int first_row = sequence.row_of_warp(kBlocks * 16);
+    float factor[2 * kBlocks];
+#pragma unroll
+    for (int r = 0; r < 2 * kBlocks; ++r) {
+      sum[r] = sum_of_row(sum[r]);
+      factor[r] = sum[r] > 0 ? reciprocal_approx(sum[r]) : (sum[r] == 0 ? 0.0f : sum[r]);
+      const int row = first_row + row_in_warp(r);
+      if (first_column() == 0 && row < sequence.tokens) {
+        const float lse = (maximum[r] + __log2f(sum[r])) * (1 / kLog2e);
+        call.lse[sequence.of_head(call, row)] = sum[r] == 0 ? -infinity() : lse;
+      }
+    }
+    store_output<kDim, kBlocks>(output, factor, tile, sequence, f.out, first_row, call.head_dim);
+  }
+};
+
+#define VLMO_FORWARD(dim, blocks, warps)                                          \
+  extern "C" __global__ void __launch_bounds__(32 * warps, 8 / warps)             \
+      attention_fwd_##dim##_##warps(const __grid_constant__ Forward arguments) {   \
+    ForwardKernel<dim, blocks, warps>::run(arguments);                            \
+  }
+VLMO_FORWARD(32, 2, 4)
+VLMO_FORWARD(64, 2, 4)
+VLMO_FORWARD(64, 2, 2)
+VLMO_FORWARD(128, 1, 4)

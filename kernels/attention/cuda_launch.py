@@ -1,0 +1,185 @@
+"""The CUDA kernels' arguments, field by field as in csrc, and the one place that launches."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlmo import _C
+from vlmo.kernels.attention.reference import Call
+
+WARP = 32
+COLUMNS = 32  # of a column tile, kColumns
+KEPT_BYTES = 64  # of a CTA's sequence
+CODES_BYTES = 8 * COLUMNS  # of the codes and positions of a tile's keys
+SHARED_LIMIT = 96 * 1024  # of a CTA on sm_70; sm_75 has 64 KiB
+LOG2E = math.log2(math.e)
+
+
+class Operand(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("sequence", "token", "head")),
+    ]
+
+
+class Bias(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("table", "matrix", "narrow", "affine")),
+        *((name, ctypes.c_int32) for name in ("size", "pitch", "entries", "in_shared")),
+    ]
+
+
+class CallArgument(ctypes.Structure):
+    """``Call`` of csrc/attention/parts.cuh."""
+
+    _fields_ = [
+        *((name, Operand) for name in ("q", "k", "v")),
+        ("bias", Bias),
+        *((name, ctypes.c_void_p) for name in ("offsets", "key_lengths", "key_mask", "positions")),
+        ("lse", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        *(
+            (n, ctypes.c_int32)
+            for n in ("batch", "heads", "length", "head_dim", "causal", "stagger")
+        ),
+    ]
+
+
+class Prepared(NamedTuple):
+    """A call with every tensor as the kernels read it."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    table: Tensor | None  # [H, entries rounded up to 4] float32, over the scale
+    index: tuple[Tensor, ...]  # matrix, short, affine
+    offsets: Tensor | None
+    key_lengths: Tensor | None
+    key_mask: Tensor | None
+    positions: Tensor | None
+    scale: float
+    batch: int
+    length: int
+    causal: bool
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        sequences = (self.offsets, self.key_lengths, self.key_mask, self.positions)
+        return [self.q, self.k, self.v, self.table, *self.index, *sequences]
+
+
+def prepare(call: Call) -> Prepared:
+    q, scale = call.q, call.scale
+    if scale <= 0:  # the kernels divide the table by the scale, and seek maxima before scaling
+        q, scale = (q * 0, 1.0) if scale == 0 else (-q, -scale)
+    table, index = None, ()
+    if call.table is not None:
+        assert call.matrix is not None and call.affine is not None and call.short is not None
+        table = F.pad((call.table.float() / scale).t(), (0, -len(call.table) % 4)).contiguous()
+        index = (call.matrix, call.short, call.affine)
+    packed = call.offsets is not None
+    return Prepared(
+        *(readable(t) for t in (q, call.k, call.v)),
+        table,
+        index,
+        *(as_int32(t) for t in (call.offsets, call.key_lengths)),
+        None if call.key_mask is None else call.key_mask.contiguous(),
+        as_int32(call.positions),
+        scale,
+        call.offsets.numel() - 1 if packed else q.shape[0],
+        call.max_length if packed else q.shape[1],
+        call.causal,
+    )
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy where loads of 16 bytes cannot read it; K a multiple of 8."""
+    aligned = tensor.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in tensor.stride()[:-1])
+    if tensor.shape[-1] % 8 == 0 and tensor.stride(-1) == 1 and aligned:
+        return tensor
+    return F.pad(tensor, (0, -tensor.shape[-1] % 8)).contiguous()
+
+
+def as_int32(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(torch.int32).contiguous()
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def operand(tensor: Tensor) -> Operand:
+    """``tensor`` is [B, N, H, K], or [T, H, K] packed."""
+    strides = tensor.stride()[:-1] if tensor.dim() == 4 else (0, *tensor.stride()[:-1])
+    return Operand(tensor.data_ptr(), *strides)
+
+
+def call_argument(call: Prepared, lse: Tensor, shared_bytes: int) -> CallArgument:
+    """What all kernels are told; ``shared_bytes`` are needed without a table."""
+    bias = Bias()
+    if call.table is not None:
+        matrix, short, affine = call.index
+        bias = Bias(
+            *(pointer(t) for t in (call.table, matrix, short, affine)),
+            size=matrix.shape[1],
+            pitch=short.shape[1],
+            entries=call.table.shape[1],
+            in_shared=shared_bytes + table_bytes(call) <= SHARED_LIMIT,
+        )
+    return CallArgument(
+        *(operand(t) for t in (call.q, call.k, call.v)),
+        bias,
+        *(pointer(t) for t in (call.offsets, call.key_lengths, call.key_mask, call.positions)),
+        pointer(lse),
+        scale=call.scale * LOG2E,
+        batch=call.batch,
+        heads=call.q.shape[-2],
+        length=call.length,
+        head_dim=call.q.shape[-1],
+        causal=call.causal,
+    )
+
+
+def table_bytes(call: Prepared) -> int:
+    return 0 if call.table is None else 4 * call.table.shape[1]
+
+
+def column_tile_bytes(dim: int) -> int:
+    """``ColumnTile<dim>::kBytes``."""
+    return COLUMNS * 2 * (dim + 8)
+
+
+def padded_dim(head_dim: int) -> int:
+    """The head dim that kernels are built for."""
+    return next(dim for dim in (32, 64, 128) if head_dim <= dim)
+
+
+def launch(
+    cubin: str,
+    kernel: str,
+    device: torch.device,
+    programs: int,
+    threads: int,
+    shared_bytes: int,
+    argument: ctypes.Structure,
+    tensors: Sequence[Tensor | None],
+) -> None:
+    """Run a kernel on the current stream; ``tensors`` are all that ``argument`` points into."""
+    del tensors
+    _C.launch(
+        cubin,
+        kernel,
+        grid=(programs, 1, 1),
+        block=(threads, 1, 1),
+        shared_bytes=shared_bytes,
+        stream=torch.cuda.current_stream(device).cuda_stream,
+        device=device.index if device.index is not None else torch.cuda.current_device(),
+        args=bytes(argument),
+    )
