@@ -71,6 +71,22 @@ __device__ inline void load_eight(unsigned at, int (&values)[8]) {
   values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
 }
 
+// Entries of the table in the place of their numbers.
+template <int kBlocks>
+__device__ inline void look_up(const Bias& bias, int head, unsigned table,
+                               Scores<kBlocks>& scores) {
+  const float* const far = bias.table + static_cast<long long>(head) * bias.entries;
+#pragma unroll
+  for (int r = 0; r < 2 * kBlocks; ++r) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      float& score = element<kBlocks>(scores, r, e);
+      const int entry = __float_as_int(score);
+      score = bias.in_shared ? load_entry(table + entry * 4) : far[entry];
+    }
+  }
+}
+
 // Rows are queries, columns keys.
 template <int kBlocks>
 struct QueryLookup {
@@ -181,15 +197,153 @@ struct QueryLookup {
         }
       }
     }
-    const float* const far = bias.table + static_cast<long long>(sequence.head) * bias.entries;
+    look_up<kBlocks>(bias, sequence.head, table, scores);
+  }
+};
+
+// A query of a column tile: the address of the entry it reads for column 0 of the closed form, with
+// bit 0 set if it reads it for every key; log2 of its sum of exponentials; delta; its position.
+struct QueryCodes {
+  static constexpr int kPart = kColumns * 4;
+  static constexpr int kBytes = 4 * kPart;
+  int offset, factor, outside;
+  float lse, delta;
+
+  // Only loads; what they bring is looked at in store().
+  __device__ void load(const Call& call, const float* deltas, const Sequence& sequence, int first,
+                       int last) {
+    const int query = min(first + lane_index(), last);
+    offset = factor = 0;
+    if (call.bias.table != nullptr) {
+      const int4* const affine = call.bias.affine + sequence.position(call, query);
+      offset = affine->x;
+      factor = affine->y;
+    }
+    outside = first + lane_index() > last;
+    lse = call.lse[sequence.of_head(call, query)];
+    delta = deltas[sequence.of_head(call, query)];
+  }
+  __device__ void store(const Call& call, const Sequence& sequence, unsigned tile, unsigned table,
+                        int first, int last) const {
+    if (threadIdx.x >= kColumns) return;
+    const unsigned at = tile + threadIdx.x * 4;
+    const unsigned code = table + offset * 4 + (factor == 0 ? 1 : 0);
+    const float log_sum = outside || lse == -infinity() ? infinity() : lse * kLog2e;
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(code) : "memory");
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(at + kPart), "f"(log_sum) : "memory");
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(at + 2 * kPart), "f"(delta) : "memory");
+    if (call.positions == nullptr) return;
+    const int position = sequence.position(call, min(first + lane_index(), last));
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(at + 3 * kPart), "r"(position) : "memory");
+  }
+};
+
+__device__ inline void load_eight(unsigned at, float (&values)[8]) {
+  int bits[8];
+  load_eight(at, bits);
+#pragma unroll
+  for (int e = 0; e < 8; ++e) values[e] = __int_as_float(bits[e]);
+}
+
+// Rows are keys, columns queries.
+template <int kBlocks>
+struct KeyLookup {
+  unsigned table;       // in shared memory
+  unsigned lane_codes;  // of the codes of the thread's columns
+  int column[2 * kBlocks];  // four times the key's in the closed form
+  unsigned masked;          // bit r: no query attends to row r
+  bool irregular, special;  // some key of the warp is irregular; some is masked
+
+  __device__ KeyLookup(const Call& call, const Sequence& sequence, unsigned table)
+      : table(table), lane_codes(keep(first_column() * 4)), masked(0) {
+    bool any = false;
+#pragma unroll
+    for (int r = 0; r < 2 * kBlocks; ++r) {
+      const int key = sequence.row_of_warp(kBlocks * 16) + row_in_warp(r);
+      const int inside = min(key, sequence.tokens - 1);
+      column[r] = 0;
+      if (call.bias.table != nullptr) {
+        const int4 affine = call.bias.affine[sequence.position(call, inside)];
+        column[r] = affine.z * 4;
+        any = any || affine.w == 0 || !call.bias.in_shared;
+      }
+      bool attended = key < sequence.keys;
+      if (call.key_mask != nullptr && attended) {
+        attended = call.key_mask[sequence.at(call, key)] != 0;
+      }
+      masked |= !attended << r;
+    }
+    irregular = __any_sync(kFullWarp, any);
+    special = __any_sync(kFullWarp, masked != 0);
+  }
+
+  // The bias of 32 queries, minus infinity where one does not attend.
+  __device__ void start(const Call& call, const Sequence& sequence, Scores<kBlocks>& scores,
+                        unsigned codes, int first_query) const {
+    if (call.bias.table == nullptr) {
+#pragma unroll
+      for (int r = 0; r < 2 * kBlocks; ++r) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) element<kBlocks>(scores, r, e) = 0;
+      }
+    } else if (irregular) {
+      start_from_index(call, sequence, scores, codes + 3 * QueryCodes::kPart, first_query);
+    } else {
+      int code[8];
+      load_eight(codes + lane_codes, code);
+#pragma unroll
+      for (int r = 0; r < 2 * kBlocks; ++r) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          const int moving = code[e] + column[r], fixed = code[e] - 1;
+          element<kBlocks>(scores, r, e) = load_entry(code[e] & 1 ? fixed : moving);
+        }
+      }
+    }
+    const int first_row = sequence.row_of_warp(kBlocks * 16);
+    const bool diagonal = call.causal && first_query < first_row + kBlocks * 16 - 1;
+    if (!diagonal && !special) return;
+#pragma unroll
+    for (int r = 0; r < 2 * kBlocks; ++r) {
+      const int first = call.causal ? first_row + row_in_warp(r) : 0;
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        if (masked >> r & 1 || first_query + first_column() + e < first) {
+          element<kBlocks>(scores, r, e) = -infinity();
+        }
+      }
+    }
+  }
+
+  // Where keys are irregular, from the index itself. All of a phase's loads are issued at once.
+  __device__ void start_from_index(const Call& call, const Sequence& sequence,
+                                   Scores<kBlocks>& scores, unsigned positions,
+                                   int first_query) const {
+    const Bias& bias = call.bias;
+    int query[8];
+    load_eight(positions + lane_codes, query);
+    int key[2 * kBlocks];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      if (call.positions == nullptr) {
+        query[e] = min(first_query + first_column() + e, sequence.tokens - 1);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2 * kBlocks; ++r) {
+      const int token = sequence.row_of_warp(kBlocks * 16) + row_in_warp(r);
+      key[r] = sequence.position(call, min(token, sequence.tokens - 1));
+    }
 #pragma unroll
     for (int r = 0; r < 2 * kBlocks; ++r) {
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
-        float& score = element<kBlocks>(scores, r, e);
-        const int entry = __float_as_int(score);
-        score = bias.in_shared ? load_entry(table + entry * 4) : far[entry];
+        const long long row = query[e];
+        const int entry = bias.narrow != nullptr ? bias.narrow[row * bias.pitch + key[r]]
+                                                 : bias.matrix[row * bias.size + key[r]];
+        element<kBlocks>(scores, r, e) = __int_as_float(entry);
       }
     }
+    look_up<kBlocks>(bias, sequence.head, table, scores);
   }
 };

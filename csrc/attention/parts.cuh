@@ -95,6 +95,10 @@ struct Sequence {
   }
 };
 
+__device__ inline uint2 half_of(uint4 v, int half) {
+  return half == 0 ? make_uint2(v.x, v.y) : make_uint2(v.z, v.w);
+}
+
 // 32 rows of kDim in shared memory, each an operand's token. Where a token lies is permuted, so that
 // of the scores each thread has 8 neighbouring columns. Rows are padded against bank conflicts.
 template <int kDim>
@@ -177,10 +181,65 @@ __device__ inline void load_rows(RowFragments<kDim, kBlocks>& rows, int head_dim
   }
 }
 
+// Rows of a warp in shared memory, where registers do not suffice.
+template <int kDim>
+struct SharedRows {
+  static constexpr int kPitch = (kDim + kChunk) * 2;
+  unsigned lane;
+
+  __device__ SharedRows(unsigned base) {
+    const QuadPair at;
+    lane = keep(base + (at.m * 8 + at.high * 4 + at.low) * kPitch);
+  }
+};
+
+// A warp's rows, in registers or in shared memory: `base` is the warp's own there.
+template <int kDim, int kBlocks, bool kShared>
+struct RowHolder {
+  static constexpr int kBytes = 0;
+  RowFragments<kDim, kBlocks> rows;
+
+  template <class RowPointer>
+  __device__ RowHolder(unsigned, int head_dim, RowPointer row_pointer) {
+    load_rows<kDim, kBlocks>(rows, head_dim, row_pointer);
+  }
+};
+
+template <int kDim, int kBlocks>
+struct RowHolder<kDim, kBlocks, true> {
+  static constexpr int kBytes = kBlocks * 16 * SharedRows<kDim>::kPitch;
+  SharedRows<kDim> rows;
+
+  template <class RowPointer>
+  __device__ RowHolder(unsigned base, int head_dim, RowPointer row_pointer) : rows(base) {
+    constexpr int kChunks = kDim / kChunk;
+#pragma unroll 4
+    for (int i = lane_index(); i < kBlocks * 16 * kChunks; i += 32) {
+      const int row = i / kChunks, chunk = i % kChunks;
+      uint4 v = make_uint4(0, 0, 0, 0);
+      if (chunk * kChunk < head_dim) {
+        v = *reinterpret_cast<const uint4*>(row_pointer(row) + chunk * kChunk);
+      }
+      store_shared(base + row * rows.kPitch + chunk * 16, v);
+    }
+    __syncwarp();
+  }
+};
+
+// Eight k of a row of block m.
+template <int kBlocks, int kQuads>
+__device__ inline uint4 read_row(const uint2 (&rows)[kBlocks][kQuads], int m, int octet) {
+  const uint2 low = rows[m][2 * octet], high = rows[m][2 * octet + 1];
+  return make_uint4(low.x, low.y, high.x, high.y);
+}
+template <int kDim>
+__device__ inline uint4 read_row(const SharedRows<kDim>& rows, int m, int octet) {
+  return load_shared(rows.lane + m * 16 * rows.kPitch + octet * 16);
+}
+
 // scores += rows columns^T; between(octet) is called behind the products of 8 k each.
-template <int kDim, int kBlocks, class Between>
-__device__ inline void multiply_scores(Scores<kBlocks>& scores,
-                                       const RowFragments<kDim, kBlocks>& rows, unsigned columns,
+template <int kDim, int kBlocks, class Rows, class Between>
+__device__ inline void multiply_scores(Scores<kBlocks>& scores, const Rows& rows, unsigned columns,
                                        Between between) {
   using Tile = ColumnTile<kDim>;
   uint4 b[2][2];
@@ -192,15 +251,17 @@ __device__ inline void multiply_scores(Scores<kBlocks>& scores,
 #pragma unroll
       for (int j = 0; j < 2; ++j) b[(octet + 1) % 2][j] = Tile::read_k(columns, j, octet + 1);
     }
+    uint4 a[kBlocks];
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m) a[m] = read_row(rows, m, octet);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const uint4 v = b[octet % 2][j];
-        const uint2 fragment = half == 0 ? make_uint2(v.x, v.y) : make_uint2(v.z, v.w);
+        const uint2 column = half_of(b[octet % 2][j], half);
 #pragma unroll
         for (int m = 0; m < kBlocks; ++m) {
-          mma<Major::kK, Major::kK>(scores[m][j], rows[m][2 * octet + half], fragment);
+          mma<Major::kK, Major::kK>(scores[m][j], half_of(a[m], half), column);
         }
       }
     }
@@ -267,11 +328,10 @@ __device__ inline void multiply_output(Output<kDim, kBlocks>& output,
         const uint4 v = ColumnTile<kDim>::read_n(columns, octet, quad, pair);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const uint2 fragment = e == 0 ? make_uint2(v.x, v.y) : make_uint2(v.z, v.w);
 #pragma unroll
           for (int m = 0; m < kBlocks; ++m) {
-            const uint2 row = quad == 0 ? make_uint2(a[m].x, a[m].y) : make_uint2(a[m].z, a[m].w);
-            mma<Major::kK, Major::kMN>(output[m][2 * pair + e], row, fragment);
+            mma<Major::kK, Major::kMN>(output[m][2 * pair + e], half_of(a[m], quad),
+                                       half_of(v, e));
           }
         }
       }
@@ -329,6 +389,25 @@ struct Mover {
     }
   }
 };
+
+__device__ inline float dot(uint4 a, uint4 b) {
+  const unsigned left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 x = __half22float2(*reinterpret_cast<const __half2*>(&left[i]));
+    const float2 y = __half22float2(*reinterpret_cast<const __half2*>(&right[i]));
+    sum = fmaf(x.x, y.x, fmaf(x.y, y.y, sum));
+  }
+  return sum;
+}
+
+// log2 of a query's sum of exponentials, for the backward: infinite where it has no key, so that its
+// weights are 0.
+__device__ inline float log_sum(const Call& call, const Sequence& sequence, int query) {
+  const float lse = call.lse[sequence.of_head(call, query)];
+  return lse == -infinity() ? infinity() : lse * kLog2e;
+}
 
 // Over the four threads that share a row.
 __device__ inline float sum_of_row(float v) {
