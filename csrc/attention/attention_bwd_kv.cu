@@ -19,7 +19,7 @@ struct BackwardKVKernel {
   static constexpr int kThreads = kWarps * 32, kRows = kWarps * kBlocks * 16;
   static constexpr int kTile = ColumnTile<kDim>::kBytes;
   static constexpr int kStage = 2 * kTile + QueryCodes::kBytes;  // queries, dout, codes
-  static constexpr int kKept = 64;
+  static constexpr int kKept = 128;
   static constexpr bool kShared = kDim > 64;  // whether rows are in shared memory
   using Move = Mover<kDim, kThreads>;
   using Rows = RowHolder<kDim, kBlocks, kShared>;
@@ -136,6 +136,5 @@ struct BackwardKVKernel {
       attention_bwd_kv_##dim(const __grid_constant__ BackwardKV arguments) {        \
     BackwardKVKernel<dim>::run(arguments);                                         \
   }
-VLMO_BACKWARD_KV(32, 2)
 VLMO_BACKWARD_KV(64, 2)
 VLMO_BACKWARD_KV(128, 1)

@@ -18,7 +18,7 @@ struct BackwardQKernel {
   static constexpr int kThreads = kWarps * 32, kRows = kWarps * kBlocks * 16;
   static constexpr int kTile = ColumnTile<kDim>::kBytes;
   static constexpr int kStage = 2 * kTile + KeyCodes::kBytes;  // keys, values, codes
-  static constexpr int kKept = 64;
+  static constexpr int kKept = 128;
   static constexpr bool kShared = kDim > 64;  // whether rows are in shared memory
   using Move = Mover<kDim, kThreads>;
   using Rows = RowHolder<kDim, kBlocks, kShared>;
@@ -158,6 +158,5 @@ struct BackwardQKernel {
       attention_bwd_q_##dim(const __grid_constant__ BackwardQ arguments) {          \
     BackwardQKernel<dim>::run(arguments);                                          \
   }
-VLMO_BACKWARD_Q(32, 2)
 VLMO_BACKWARD_Q(64, 2)
 VLMO_BACKWARD_Q(128, 1)

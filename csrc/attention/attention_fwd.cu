@@ -22,7 +22,7 @@ struct ForwardKernel {
   static constexpr int kThreads = kWarps * 32, kRows = kWarps * kBlocks * 16;
   static constexpr int kTile = ColumnTile<kDim>::kBytes;
   static constexpr int kStage = 2 * kTile + KeyCodes::kBytes;  // keys, values, codes
-  static constexpr int kKept = 64;  // bytes for the sequence; tiles are aligned to 64
+  static constexpr int kKept = 128;  // bytes for the sequence; tiles are aligned to 128
   using Move = Mover<kDim, kThreads>;
 
   __device__ static void run(const Forward& f) {
@@ -175,7 +175,6 @@ struct ForwardKernel {
       attention_fwd_##dim##_##warps(const __grid_constant__ Forward arguments) {   \
     ForwardKernel<dim, blocks, warps>::run(arguments);                            \
   }
-VLMO_FORWARD(32, 2, 4)
 VLMO_FORWARD(64, 2, 4)
 VLMO_FORWARD(64, 2, 2)
 VLMO_FORWARD(128, 1, 4)

@@ -99,33 +99,41 @@ __device__ inline uint2 half_of(uint4 v, int half) {
   return half == 0 ? make_uint2(v.x, v.y) : make_uint2(v.z, v.w);
 }
 
-// 32 rows of kDim in shared memory, each an operand's token. Where a token lies is permuted, so that
-// of the scores each thread has 8 neighbouring columns. Rows are padded against bank conflicts.
+// 32 tokens of an operand in shared memory. A token's chunks of 16 bytes are permuted by swizzle(), so
+// that the 8 lanes of a phase of an access take all 8 groups of banks: neighbours of a row when it is
+// written; 8 tokens, of bits 0, 2 and 3, or 4 tokens, of bits 0 and 1, and two chunks, when it is
+// read. A tile begins at a multiple of 128 bytes: addresses are put together by exclusive or.
 template <int kDim>
 struct ColumnTile {
-  static_assert(kDim % 32 == 0, "a thread reads 2 blocks of 16 at a time");
-  static constexpr int kPitch = (kDim + kChunk) * 2;  // bytes
+  static_assert(kDim % 64 == 0, "swizzle() takes 8 chunks");
+  static constexpr int kPitch = kDim * 2;  // bytes
   static constexpr int kBytes = kColumns * kPitch;
-  // Bits of a token's number [g1 g0 j hi lo]: group of 8, block of 16, place in the block.
-  __device__ static int row_of(int token) {
-    return (token & 4) * 4 + (token & 16) / 2 + (token & 2) * 2 + (token & 8) / 4 + (token & 1);
+
+  __device__ static constexpr int swizzle(int token) {
+    return (token & 1) + (token & 4) / 2 + ((token & 8) / 2 ^ (token & 2) * 2);
   }
-  // Of block j of 16 columns, k = 8 octet..8 octet + 7: B with k contiguous.
-  __device__ static uint4 read_k(unsigned lane, int j, int octet) {
-    return load_shared(lane + j * 16 * kPitch + octet * 16);
+  __device__ static constexpr unsigned offset(int token, int chunk) {
+    return token * kPitch + (chunk ^ swizzle(token)) * 16;
   }
+  // Of the scores each thread has 8 neighbouring columns: block j of 16 has 4 of each 8 tokens.
   __device__ static unsigned lane_offset_k() {
     const QuadPair at;
-    return (at.n * 8 + at.high * 4 + at.low) * kPitch;
+    return offset(at.n * 16 + at.low / 2 * 8 + at.high * 2 + at.low % 2, 0);
   }
-  // k = tokens 8 octet + 4 quad..+ 3, blocks 2 pair and 2 pair + 1 of 16: B with n contiguous.
-  __device__ static uint4 read_n(unsigned lane, int octet, int quad, int pair) {
-    const int row = quad * 16 + octet / 2 * 8 + octet % 2 * 2;
-    return load_shared(lane + row * kPitch + pair * 64);
+  // Of block j, k = 8 octet..8 octet + 7: B with k contiguous.
+  __device__ static uint4 read_k(unsigned lane, int j, int octet) {
+    return load_shared((lane ^ octet % 8 * 16 ^ swizzle(j * 4) * 16) + octet / 8 * 128 +
+                       j * 4 * kPitch);
   }
   __device__ static unsigned lane_offset_n() {
     const QuadPair at;
-    return (at.low / 2 * 4 + at.low % 2) * kPitch + at.high * 32 + at.n * 16;
+    return offset(at.low, at.high * 2 + at.n);
+  }
+  // k = tokens 8 octet + 4 quad..+ 3, blocks 2 pair and 2 pair + 1 of 16: B with n contiguous.
+  __device__ static uint4 read_n(unsigned lane, int octet, int quad, int pair) {
+    const int token = octet * 8 + quad * 4;
+    return load_shared((lane ^ pair % 2 * 64 ^ swizzle(token) * 16) + pair / 2 * 128 +
+                       token * kPitch);
   }
 };
 
@@ -354,8 +362,13 @@ struct Mover {
     token = threadIdx.x / kChunks;
     column = threadIdx.x % kChunks * kChunk;
     inside = column < head_dim;
-    offset = keep(ColumnTile<kDim>::row_of(token) * ColumnTile<kDim>::kPitch + column * 2);
+    offset = keep(ColumnTile<kDim>::offset(token, column / kChunk));
     token = keep(token);
+  }
+  __device__ unsigned place(unsigned tile, int i) const {
+    using Tile = ColumnTile<kDim>;
+    static_assert(Tile::swizzle(kTokens) >= 0 && (kTokens & (kTokens - 1)) == 0, "bits do not mix");
+    return ((tile + offset) ^ Tile::swizzle(i * kTokens) * 16) + i * kTokens * Tile::kPitch;
   }
   // Of this thread's chunk of the first token. Chunks behind the head dim are not stored.
   __device__ const char* source(const Sequence& sequence, const Operand& operand) const {
@@ -374,8 +387,7 @@ struct Mover {
     if (!inside) return;
 #pragma unroll
     for (int i = 0; i < kMoves; ++i) {
-      constexpr int kPitch = ColumnTile<kDim>::kPitch;
-      store_shared(tile + offset + ColumnTile<kDim>::row_of(i * kTokens) * kPitch, moved[i]);
+      store_shared(place(tile, i), moved[i]);
     }
   }
   // Behind the head dim of a tile, where nothing is ever stored.
@@ -383,9 +395,7 @@ struct Mover {
     if (inside) return;
 #pragma unroll
     for (int i = 0; i < kMoves; ++i) {
-      constexpr int kPitch = ColumnTile<kDim>::kPitch;
-      store_shared(tile + offset + ColumnTile<kDim>::row_of(i * kTokens) * kPitch,
-                   make_uint4(0, 0, 0, 0));
+      store_shared(place(tile, i), make_uint4(0, 0, 0, 0));
     }
   }
 };

@@ -16,7 +16,7 @@ from vlmo.kernels.attention.reference import Call
 
 WARP = 32
 COLUMNS = 32  # of a column tile, kColumns
-KEPT_BYTES = 64  # of a CTA's sequence
+KEPT_BYTES = 128  # of a CTA's sequence
 CODES_BYTES = 8 * COLUMNS  # of the codes and positions of a tile's keys
 SHARED_LIMIT = 96 * 1024  # of a CTA on sm_70; sm_75 has 64 KiB
 LOG2E = math.log2(math.e)
@@ -153,12 +153,12 @@ def table_bytes(call: Prepared) -> int:
 
 def column_tile_bytes(dim: int) -> int:
     """``ColumnTile<dim>::kBytes``."""
-    return COLUMNS * 2 * (dim + 8)
+    return COLUMNS * 2 * dim
 
 
 def padded_dim(head_dim: int) -> int:
     """The head dim that kernels are built for."""
-    return next(dim for dim in (32, 64, 128) if head_dim <= dim)
+    return next(dim for dim in (64, 128) if head_dim <= dim)
 
 
 def launch(
