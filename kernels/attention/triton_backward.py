@@ -60,7 +60,9 @@ def attention_bwd_q_kernel(
         q_position, q_offset, q_factor = query_side(lookup, start, rows)
         table = lookup.table + head.to(tl.int64) * lookup.entries
 
-    acc = tl.zeros((C.block_q, C.block_d), tl.float32)
+    BLOCK_Q: tl.constexpr = C.block_q
+    BLOCK_D: tl.constexpr = C.block_d
+    acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for first in range(0, stop, C.block_k):
         keys = first + tl.arange(0, C.block_k)
         k_rows = clamp(keys, valid)
@@ -71,7 +73,7 @@ def attention_bwd_q_kernel(
             k_position, k_column, regular = key_side(lookup, start, k_rows)
             row = table_rows(
                 *(lookup, q_position[:, None], q_offset[:, None], q_factor[:, None]),
-                *(k_position[None, :], k_column[None, :], regular),
+                *(k_position[None, :], k_column[None, :], regular, C),
             )
             s += tl.load(table + row)
         s = tl.where(valid_keys(sequences, start, keys, k_rows, valid)[None, :], s, float("-inf"))
@@ -113,8 +115,10 @@ def attention_bwd_kv_kernel(
         k_position, k_column, regular = key_side(lookup, start, k_rows)
         table = lookup.table + head.to(tl.int64) * lookup.entries
 
-    dk = tl.zeros((C.block_k, C.block_d), tl.float32)
-    dv = tl.zeros((C.block_k, C.block_d), tl.float32)
+    BLOCK_K: tl.constexpr = C.block_k
+    BLOCK_D: tl.constexpr = C.block_d
+    dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     for first in range(begin, stop, C.block_q):
         queries = first + tl.arange(0, C.block_q)
         rows = clamp(queries, length)
@@ -125,7 +129,7 @@ def attention_bwd_kv_kernel(
             q_position, q_offset, q_factor = query_side(lookup, start, rows)
             row = table_rows(
                 *(lookup, q_position[None, :], q_offset[None, :], q_factor[None, :]),
-                *(k_position[:, None], k_column[:, None], regular),
+                *(k_position[:, None], k_column[:, None], regular, C),
             )
             s += tl.load(table + row)
         s = tl.where(allowed, s, float("-inf"))

@@ -43,9 +43,11 @@ def attention_fwd_kernel(q, k, v, OUT, LSE, sequences, lookup, scale, C: tl.cons
         q_position, q_offset, q_factor = query_side(lookup, start, rows)
         table = lookup.table + head.to(tl.int64) * lookup.entries
 
-    highest = tl.full((C.block_q,), float("-inf"), tl.float32)
-    total = tl.zeros((C.block_q,), tl.float32)
-    acc = tl.zeros((C.block_q, C.block_d), tl.float32)
+    BLOCK_Q: tl.constexpr = C.block_q
+    BLOCK_D: tl.constexpr = C.block_d
+    highest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_Q,), tl.float32)
+    acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for first in range(0, stop, C.block_k):
         keys = first + tl.arange(0, C.block_k)
         k_rows = clamp(keys, valid)
@@ -55,7 +57,7 @@ def attention_fwd_kernel(q, k, v, OUT, LSE, sequences, lookup, scale, C: tl.cons
             k_position, k_column, regular = key_side(lookup, start, k_rows)
             row = table_rows(
                 *(lookup, q_position[:, None], q_offset[:, None], q_factor[:, None]),
-                *(k_position[None, :], k_column[None, :], regular),
+                *(k_position[None, :], k_column[None, :], regular, C),
             )
             s += tl.load(table + row)
         s = tl.where(valid_keys(sequences, start, keys, k_rows, valid)[None, :], s, float("-inf"))

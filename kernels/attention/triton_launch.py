@@ -34,6 +34,15 @@ def unit_of(*tensors: Tensor) -> int:
     return numbers
 
 
+def span_of(call: Call, length: int) -> int:
+    """A bound on places within one head of one sequence, and within the index."""
+    *_, heads, head_dim = call.q.shape
+    strides = [tensor.stride() for tensor in (call.q, call.k, call.v)]
+    spans = [length * row + head_dim * dim for *_, row, _, dim in strides]
+    index = 0 if call.matrix is None else call.matrix.shape[0]
+    return max(*spans, length * heads * head_dim, index * (index + 8))
+
+
 def view_of(tensor: Tensor, unit: int) -> View:
     *outer, head, dim = tensor.stride()
     batch, row = outer if len(outer) == 2 else (0, *outer)
@@ -85,6 +94,7 @@ class Work:
             block_d=max(16, 1 << (head_dim - 1).bit_length()),
             unit=unit,
             precision="tf32" if tf32_allowed() else "ieee",
+            narrow=span_of(call, self.sequences.length) < 2**31,
             causal=call.causal,
             ragged=call.offsets is not None or call.key_lengths is not None,
             block_q=0,

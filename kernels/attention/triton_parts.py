@@ -27,6 +27,7 @@ class Config(NamedTuple):
     block_d: int  # K, rounded up to a power of two
     unit: int  # numbers that divide the addresses and the strides of q, k and v
     precision: str  # of products of float32: "ieee" or "tf32"
+    narrow: bool  # 32 bits are enough for places within one head of one sequence, and the index
     causal: bool
     ragged: bool  # sequences differ in length, or in their number of valid keys
     block_q: int  # queries of a tile
@@ -113,11 +114,19 @@ def clamp(rows, end):
 
 
 @triton.jit
+def offset(number, C: tl.constexpr):
+    """A row or column as a factor of an address within one head of one sequence."""
+    if C.narrow:
+        return number
+    else:
+        return number.to(tl.int64)
+
+
+@triton.jit
 def load_rows(base, view, rows, C: tl.constexpr):
     """Rows of one head: [rows, block_d], zeros from column K on."""
     dims = tl.arange(0, C.block_d)
-    at = (rows.to(tl.int64) * view.row)[:, None] * C.unit
-    at += (dims.to(tl.int64) * view.dim)[None, :]
+    at = (offset(rows, C) * view.row)[:, None] * C.unit + (offset(dims, C) * view.dim)[None, :]
     if C.head_dim == C.block_d:
         return tl.load(base + at)
     else:
@@ -127,9 +136,9 @@ def load_rows(base, view, rows, C: tl.constexpr):
 @triton.jit
 def own_rows(POINTER, sequences, start, rows, head, C: tl.constexpr):
     """Addresses in a contiguous tensor [tokens, H, K]: [rows, block_d]."""
-    dims = tl.arange(0, C.block_d)
-    at = ((start + rows) * sequences.heads + head) * C.head_dim
-    return POINTER + at[:, None] + dims[None, :]
+    first = POINTER + (start * sequences.heads + head) * C.head_dim
+    at = offset(rows, C) * sequences.heads * C.head_dim
+    return first + (at[:, None] + tl.arange(0, C.block_d)[None, :])
 
 
 @triton.jit
@@ -193,7 +202,9 @@ def key_side(lookup, start, rows):
 
 
 @triton.jit
-def table_rows(lookup, q_position, q_offset, q_factor, k_position, k_column, regular):
+def table_rows(
+    lookup, q_position, q_offset, q_factor, k_position, k_column, regular, C: tl.constexpr
+):
     """Row of the table of each pair; queries along one dimension of the tile, keys the other.
 
     Known by arithmetic where every key of the tile is regular, which is most of the time; the index
@@ -202,8 +213,8 @@ def table_rows(lookup, q_position, q_offset, q_factor, k_position, k_column, reg
     if regular:
         row = q_factor * k_column + q_offset
     else:
-        at = lookup.pairs + q_position.to(tl.int64) * lookup.row_stride + k_position
-        row = tl.load(at).to(tl.int32)
+        at = offset(q_position, C) * lookup.row_stride + k_position
+        row = tl.load(lookup.pairs + at).to(tl.int32)
         if lookup.pairs.dtype.element_ty == tl.int16:
             row = row & 0xFFFF
     return row

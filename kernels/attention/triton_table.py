@@ -99,9 +99,11 @@ def shared_tile(
 ):
     """A tile whose pairs read the same rows in every sequence: added to the table once."""
     length = sequences.length
-    row, bias = tile_bias(lookup, head, 0, length, length, first_query, first_key, C)
+    _, bias = tile_bias(lookup, head, 0, length, length, first_query, first_key, C)
+    BLOCK_Q: tl.constexpr = C.block_q
+    BLOCK_K: tl.constexpr = C.block_k
     # [block_q, block_k]
-    acc = tl.zeros((C.block_q, C.block_k), tl.float32)
+    acc = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
     for i in range(count):
         start, length, valid = sequence_of(sequences, first_b + i)
         if C.ragged:
@@ -116,6 +118,9 @@ def shared_tile(
                 *(q, k, v, DOUT, LSE, DELTA, sequences, scale, bias, head, first_b + i),
                 *(first_query, first_key, start, length, valid, C),
             )
+    # Found again, instead of kept in registers through the loop.
+    length = sequences.length
+    row, _ = tile_bias(lookup, head, 0, length, length, first_query, first_key, C)
     scatter(acc, row, sums, partial, lookup.entries)
 
 
@@ -160,7 +165,7 @@ def tile_bias(lookup, head, start, length, valid, first_query, first_key, C: tl.
     k_position, k_column, regular = key_side(lookup, start, k_rows)
     row = table_rows(
         *(lookup, q_position[:, None], q_offset[:, None], q_factor[:, None]),
-        *(k_position[None, :], k_column[None, :], regular),
+        *(k_position[None, :], k_column[None, :], regular, C),
     )
     return row, tl.load(lookup.table + head * lookup.entries + row)
 
