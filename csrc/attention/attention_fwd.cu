@@ -7,7 +7,6 @@
 // when a weight would come near what half precision can hold: then the keys at hand are done again.
 
 #include "attention/lookup.cuh"
-#include "attention/parts.cuh"
 
 struct Forward {
   Call call;
@@ -24,6 +23,9 @@ struct ForwardKernel {
   static constexpr int kStage = 2 * kTile + KeyCodes::kBytes;  // keys, values, codes
   static constexpr int kKept = 128;  // bytes for the sequence; tiles are aligned to 128
   using Move = Mover<kDim, kThreads>;
+  using Scores = SquareScores<kBlocks>;
+  using Output = SquareOutput<kDim, kBlocks>;
+  static constexpr int kThreadRows = Scores::kThreadRows, kWeights = kRows * WeightTile::kRowBytes;
 
   __device__ static void run(const Forward& f) {
     extern __shared__ char shared[];
@@ -32,7 +34,6 @@ struct ForwardKernel {
     const int tile = blockIdx.x % tiles, pair = blockIdx.x / tiles;
     const Sequence sequence(call, pair % call.batch, pair / call.batch, tile * kRows);
     if (sequence.first_row >= sequence.tokens) return;
-    const int first_row = sequence.row_of_warp(kBlocks * 16);
     stagger(call);
 
     const unsigned stages = shared_address(shared) + kKept;
@@ -51,27 +52,28 @@ struct ForwardKernel {
     move.load(moved_keys, key_source, call.k, 0, last);
     move.load(moved_values, value_source, call.v, 0, last);
     codes.load(call, sequence, 0, last);
-    RowFragments<kDim, kBlocks> q;
-    load_rows<kDim, kBlocks>(q, call.head_dim, [&](int row) {
+    const int first_row = sequence.row_of_warp(Scores::kWarpRows);
+    const RegisterRows<kDim, Scores> q(0, call.head_dim, [&](int row) {
       return sequence.pointer(call.q, min(first_row + row, last));
     });
-    char* const table = shared + kKept + 2 * kStage + kWarps * WeightTile<kBlocks>::kBytes;
+    char* const table = shared + kKept + 2 * kStage + kWeights;
     load_table<kThreads>(call.bias, sequence.head, table);
-    const QueryLookup<kBlocks> lookup(call, sequence, first_row, last, shared_address(table));
-    const WeightTile<kBlocks> weights(stages + 2 * kStage +
-                                      warp_index() * WeightTile<kBlocks>::kBytes);
+    const QueryLookup<Scores> lookup(call, sequence, shared_address(table));
+    const unsigned weights = stages + 2 * kStage + warp_index() * kWeights / kWarps;
+    const WeightWriter<Scores> writer(weights);
 #pragma unroll
     for (int i = 0; i < 4; ++i) move.clear(stages + i / 2 * kStage + i % 2 * kTile);
     move.store(moved_keys, stages);
     move.store(moved_values, stages + kTile);
     codes.store(call, sequence, stages + 2 * kTile, 0, last);
 
-    const unsigned lane_k = keep(ColumnTile<kDim>::lane_offset_k());
-    const unsigned lane_n = keep(ColumnTile<kDim>::lane_offset_n() + kTile);
-    Output<kDim, kBlocks> output = {};
-    float maximum[2 * kBlocks], sum[2 * kBlocks];
+    const unsigned lane_keys = keep(ColumnReader<kDim, Scores>::lane_offset());
+    const unsigned lane_values = keep(Output::column_offset() + kTile);
+    const unsigned lane_weights = keep(weights + Output::weight_offset());
+    Output output = {};
+    float maximum[kThreadRows], sum[kThreadRows];
 #pragma unroll
-    for (int r = 0; r < 2 * kBlocks; ++r) maximum[r] = kNone, sum[r] = 0;
+    for (int r = 0; r < kThreadRows; ++r) maximum[r] = kNone, sum[r] = 0;
     __syncthreads();
 
     bool exact = true;
@@ -79,23 +81,23 @@ struct ForwardKernel {
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       const int next = (step + 1) * kColumns;
-      Scores<kBlocks> scores;
+      Scores scores;
       while (true) {
         lookup.start(call, *kept, scores, stage + 2 * kTile, step * kColumns);
-        multiply_scores<kDim, kBlocks>(scores, q, stage + lane_k, [&](int octet) {
+        multiply_scores<kDim>(scores, q, stage + lane_keys, [&](int octet) {
           if (octet == 0) move.load(moved_keys, key_source, call.k, next, last);
         });
         move.load(moved_values, value_source, call.v, next, last);
         codes.load(call, *kept, next, last);
         if (exact) raise(call, scores, maximum, sum, output);
         float largest = 0;
-        float part[2 * kBlocks];
+        float part[kThreadRows];
 #pragma unroll
-        for (int r = 0; r < 2 * kBlocks; ++r) {
+        for (int r = 0; r < kThreadRows; ++r) {
           part[r] = 0;
 #pragma unroll
           for (int e = 0; e < 8; ++e) {
-            float& p = element<kBlocks>(scores, r, e);
+            float& p = scores.at(r, e);
             p = exp2_approx(fmaf(p, call.scale, -maximum[r]));
             part[r] += p;
           }
@@ -104,7 +106,7 @@ struct ForwardKernel {
         if (exact || !__any_sync(kFullWarp, largest > kLimit)) {
           exact = false;
 #pragma unroll
-          for (int r = 0; r < 2 * kBlocks; ++r) {
+          for (int r = 0; r < kThreadRows; ++r) {
             sum[r] += part[r];
             exact = exact || maximum[r] == kNone;
           }
@@ -113,13 +115,13 @@ struct ForwardKernel {
         }
         exact = true;
       }
-      write_weights<kBlocks>(weights, scores);
+      writer.write(scores);
       __syncwarp();
       const unsigned other = 2 * stages + kStage - stage;
       move.store(moved_keys, other);
       move.store(moved_values, other + kTile);
       codes.store(call, *kept, other + 2 * kTile, next, last);
-      multiply_output<kDim, kBlocks>(output, weights, stage + lane_n);
+      multiply_output(output, lane_weights, stage + lane_values);
       stage = other;
       __syncthreads();
     }
@@ -127,15 +129,15 @@ struct ForwardKernel {
   }
 
   // The maximum becomes that of all keys so far; what was summed before is scaled down.
-  __device__ static void raise(const Call& call, Scores<kBlocks>& scores,
-                               float (&maximum)[2 * kBlocks], float (&sum)[2 * kBlocks],
-                               Output<kDim, kBlocks>& output) {
+  __device__ static void raise(const Call& call, Scores& scores,
+                               float (&maximum)[kThreadRows], float (&sum)[kThreadRows],
+                               Output& output) {
 #pragma unroll
-    for (int r = 0; r < 2 * kBlocks; ++r) {
-      float largest = element<kBlocks>(scores, r, 0);
+    for (int r = 0; r < kThreadRows; ++r) {
+      float largest = scores.at(r, 0);
 #pragma unroll
-      for (int e = 1; e < 8; ++e) largest = fmaxf(largest, element<kBlocks>(scores, r, e));
-      largest = max_of_row(largest * call.scale);
+      for (int e = 1; e < 8; ++e) largest = fmaxf(largest, scores.at(r, e));
+      largest = Scores::max_of_row(largest * call.scale);
       const float raised = fmaxf(maximum[r], largest);
       const float factor = exp2_approx(maximum[r] - raised);
       maximum[r] = raised;
@@ -144,29 +146,29 @@ struct ForwardKernel {
       for (int b = 0; b < kDim / 16; ++b) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          if ((i & 2) / 2 == r % 2) output[r / 2][b][i] *= factor;
+          if ((i & 2) / 2 == r % 2) output.v[r / 2][b][i] *= factor;
         }
       }
     }
   }
 
   __device__ static void finish(const Forward& f, const Sequence& sequence,
-                                const WeightTile<kBlocks>& tile, Output<kDim, kBlocks>& output,
-                                float (&maximum)[2 * kBlocks], float (&sum)[2 * kBlocks]) {
+                                unsigned weights, Output& output,
+                                float (&maximum)[kThreadRows], float (&sum)[kThreadRows]) {
     const Call& call = f.call;
-    const int first_row = sequence.row_of_warp(kBlocks * 16);
-    float factor[2 * kBlocks];
+    const int first_row = sequence.row_of_warp(Scores::kWarpRows);
+    float factor[kThreadRows];
 #pragma unroll
-    for (int r = 0; r < 2 * kBlocks; ++r) {
-      sum[r] = sum_of_row(sum[r]);
+    for (int r = 0; r < kThreadRows; ++r) {
+      sum[r] = Scores::sum_of_row(sum[r]);
       factor[r] = sum[r] > 0 ? reciprocal_approx(sum[r]) : (sum[r] == 0 ? 0.0f : sum[r]);
-      const int row = first_row + row_in_warp(r);
-      if (first_column() == 0 && row < sequence.tokens) {
+      const int row = first_row + Scores::row(r);
+      if (Scores::first_column() == 0 && row < sequence.tokens) {
         const float lse = (maximum[r] + __log2f(sum[r])) * (1 / kLog2e);
         call.lse[sequence.of_head(call, row)] = sum[r] == 0 ? -infinity() : lse;
       }
     }
-    store_output<kDim, kBlocks>(output, factor, tile, sequence, f.out, first_row, call.head_dim);
+    store_output(output, factor, weights, sequence, f.out, call.head_dim);
   }
 };
 

@@ -1,7 +1,7 @@
 // The relative position bias and the masks: what scores start from.
 #pragma once
 
-#include "attention/parts.cuh"
+#include "attention/products.cuh"
 
 // A head's table into shared memory, by all threads; the caller synchronises.
 template <int kThreads>
@@ -23,9 +23,67 @@ __device__ inline void load_table(const Bias& bias, int head, char* shared) {
   }
 }
 
-// A key of a column tile as the lookup needs it: four times its column in the closed form of the
-// index, and flags; beside it its position. One key for each lane: all warps load
-// them, which is cheaper than to ask which warp this is, and the first one stores.
+__device__ inline void store_word(unsigned at, unsigned value) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(value) : "memory");
+}
+
+// The numbers of a thread's neighbouring columns.
+template <int kCount>
+__device__ inline void load_words(unsigned at, int (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    const uint4 v = load_shared(at + i * 4);
+    values[i] = v.x, values[i + 1] = v.y, values[i + 2] = v.z, values[i + 3] = v.w;
+  }
+}
+template <int kCount>
+__device__ inline void load_words(unsigned at, float (&values)[kCount]) {
+  int bits[kCount];
+  load_words(at, bits);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] = __int_as_float(bits[i]);
+}
+
+__device__ inline float load_entry(unsigned at) {
+  float value;
+  asm("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(at));
+  return value;
+}
+
+template <class Scores, class Value>
+__device__ inline void fill(Scores& scores, Value value) {
+#pragma unroll
+  for (int r = 0; r < Scores::kThreadRows; ++r) {
+#pragma unroll
+    for (int e = 0; e < Scores::kThreadColumns; ++e) scores.at(r, e) = value(r, e);
+  }
+}
+
+// Entries of the table in the place of their numbers.
+template <class Scores>
+__device__ inline void look_up(const Bias& bias, int head, unsigned table, Scores& scores) {
+  const float* const far = bias.table + static_cast<long long>(head) * bias.entries;
+  fill(scores, [&](int r, int e) {
+    const int entry = __float_as_int(scores.at(r, e));
+    return bias.in_shared ? load_entry(table + entry * 4) : far[entry];
+  });
+}
+
+__device__ inline int entry_at(const Bias& bias, int query, int key) {
+  const long long row = query;
+  return bias.narrow != nullptr ? bias.narrow[row * bias.pitch + key]
+                                : bias.matrix[row * bias.size + key];
+}
+
+// The token of a thread's row, the last one for rows behind it.
+template <class Scores>
+__device__ inline int token_of(const Sequence& sequence, int r) {
+  return min(sequence.row_of_warp(Scores::kWarpRows) + Scores::row(r), sequence.tokens - 1);
+}
+
+// A key of a column tile: four times its column in the closed form of the index, and flags; its
+// position. One key for each lane: all warps load them, which is cheaper than to ask which warp this
+// is, and the first one stores.
 constexpr int kIrregular = 1, kMasked = 2;
 
 struct KeyCodes {
@@ -52,57 +110,29 @@ struct KeyCodes {
     if (call.bias.table != nullptr && !(regular && call.bias.in_shared)) code = kIrregular;
     if (!attended) code |= kMasked;
     const unsigned at = tile + threadIdx.x * 4;
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(code) : "memory");
+    store_word(at, code);
     if (call.positions == nullptr) return;
-    const int position = sequence.position(call, min(first + lane_index(), last));
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(at + kPositions), "r"(position) : "memory");
+    store_word(at + kPositions, sequence.position(call, min(first + lane_index(), last)));
   }
 };
 
-__device__ inline float load_entry(unsigned at) {
-  float value;
-  asm("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(at));
-  return value;
-}
-
-__device__ inline void load_eight(unsigned at, int (&values)[8]) {
-  const uint4 low = load_shared(at), high = load_shared(at + 16);
-  values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
-  values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
-}
-
-// Entries of the table in the place of their numbers.
-template <int kBlocks>
-__device__ inline void look_up(const Bias& bias, int head, unsigned table,
-                               Scores<kBlocks>& scores) {
-  const float* const far = bias.table + static_cast<long long>(head) * bias.entries;
-#pragma unroll
-  for (int r = 0; r < 2 * kBlocks; ++r) {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      float& score = element<kBlocks>(scores, r, e);
-      const int entry = __float_as_int(score);
-      score = bias.in_shared ? load_entry(table + entry * 4) : far[entry];
-    }
-  }
-}
-
 // Rows are queries, columns keys.
-template <int kBlocks>
+template <class Scores>
 struct QueryLookup {
-  unsigned table;       // in shared memory
-  unsigned lane_codes;  // of the codes of the thread's columns
+  static constexpr int kThreadRows = Scores::kThreadRows;
+  static constexpr int kThreadColumns = Scores::kThreadColumns;
+  unsigned table;                // in shared memory
+  unsigned lane_codes;           // of the codes of the thread's columns
   unsigned factors;              // bit r is the factor of row r
-  unsigned offset[2 * kBlocks];  // address of the entry for column 0
+  unsigned offset[kThreadRows];  // address of the entry for column 0
 
-  __device__ QueryLookup(const Call& call, const Sequence& sequence, int first_row, int last,
-                         unsigned table)
-      : table(table), lane_codes(keep(first_column() * 4)), factors(0) {
+  __device__ QueryLookup(const Call& call, const Sequence& sequence, unsigned table)
+      : table(table), lane_codes(keep(Scores::first_column() * 4)), factors(0) {
 #pragma unroll
-    for (int r = 0; r < 2 * kBlocks; ++r) {
+    for (int r = 0; r < kThreadRows; ++r) {
       offset[r] = table;
       if (call.bias.table != nullptr) {
-        const int query = min(first_row + row_in_warp(r), last);
+        const int query = token_of<Scores>(sequence, r);
         const int4 affine = call.bias.affine[sequence.position(call, query)];
         offset[r] = table + affine.x * 4;
         factors |= affine.y << r;
@@ -111,93 +141,67 @@ struct QueryLookup {
   }
 
   // The bias of 32 keys, minus infinity where a query does not attend.
-  __device__ void start(const Call& call, const Sequence& sequence, Scores<kBlocks>& scores,
-                        unsigned codes, int first_key) const {
-    int code[8];
-    load_eight(codes + lane_codes, code);
+  __device__ void start(const Call& call, const Sequence& sequence, Scores& scores, unsigned codes,
+                        int first_key) const {
+    int code[kThreadColumns];
+    load_words(codes + lane_codes, code);
     int flags = 0;
 #pragma unroll
-    for (int e = 0; e < 8; ++e) flags |= code[e];
-    const bool diagonal = call.causal && first_key + kColumns - 1 > sequence.row_of_warp(kBlocks * 16);
+    for (int e = 0; e < kThreadColumns; ++e) flags |= code[e];
     const bool special = __any_sync(kFullWarp, flags & (kIrregular | kMasked));
     if (call.bias.table == nullptr) {
-#pragma unroll
-      for (int r = 0; r < 2 * kBlocks; ++r) {
-#pragma unroll
-        for (int e = 0; e < 8; ++e) element<kBlocks>(scores, r, e) = 0;
-      }
+      fill(scores, [](int, int) { return 0.0f; });
     } else if (special && __any_sync(kFullWarp, flags & kIrregular)) {
       start_from_index(call, sequence, scores, codes + KeyCodes::kPositions, first_key);
     } else {
-#pragma unroll
-      for (int r = 0; r < 2 * kBlocks; ++r) {
-        const unsigned factor = factors >> r & 1;
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          element<kBlocks>(scores, r, e) = load_entry((code[e] & ~3) * factor + offset[r]);
-        }
-      }
+      fill(scores, [&](int r, int e) {
+        return load_entry((code[e] & ~3) * (factors >> r & 1) + offset[r]);
+      });
     }
-    if (!diagonal && !special) return;
-#pragma unroll
-    for (int r = 0; r < 2 * kBlocks; ++r) {
-      const int last = call.causal ? sequence.row_of_warp(kBlocks * 16) + row_in_warp(r) : first_key + kColumns;
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        if (code[e] & kMasked || first_key + first_column() + e > last) {
-          element<kBlocks>(scores, r, e) = -infinity();
-        }
-      }
-    }
+    const int first_row = sequence.row_of_warp(Scores::kWarpRows);
+    if (!special && !(call.causal && first_key + kColumns - 1 > first_row)) return;
+    fill(scores, [&](int r, int e) {
+      const int key = first_key + Scores::first_column() + e;
+      const bool later = call.causal && key > first_row + Scores::row(r);
+      return code[e] & kMasked || later ? -infinity() : scores.at(r, e);
+    });
   }
 
   // Where keys are irregular, from the index itself. All of a phase's loads are issued at once.
-  __device__ void start_from_index(const Call& call, const Sequence& sequence,
-                                   Scores<kBlocks>& scores, unsigned positions,
-                                   int first_key) const {
+  __device__ void start_from_index(const Call& call, const Sequence& sequence, Scores& scores,
+                                   unsigned positions, int first_key) const {
     const Bias& bias = call.bias;
-    long long row[2 * kBlocks];
+    int query[kThreadRows];
 #pragma unroll
-    for (int r = 0; r < 2 * kBlocks; ++r) {
-      row[r] = sequence.position(call, min(sequence.row_of_warp(kBlocks * 16) + row_in_warp(r), sequence.tokens - 1));
+    for (int r = 0; r < kThreadRows; ++r) {
+      query[r] = sequence.position(call, token_of<Scores>(sequence, r));
     }
     if (bias.narrow != nullptr && call.positions == nullptr) {  // neighbouring keys are neighbours
-      const int column = min(first_key + first_column(), bias.pitch - 8);
-      uint4 entries[2 * kBlocks];
+      const int column = min(first_key + Scores::first_column(), bias.pitch - kThreadColumns);
+      uint2 pairs[kThreadRows][kThreadColumns / 4];
 #pragma unroll
-      for (int r = 0; r < 2 * kBlocks; ++r) {
-        entries[r] = *reinterpret_cast<const uint4*>(bias.narrow + row[r] * bias.pitch + column);
+      for (int r = 0; r < kThreadRows; ++r) {
+        const long long row = query[r];
+        const uint2* const entries =
+            reinterpret_cast<const uint2*>(bias.narrow + row * bias.pitch + column);
+#pragma unroll
+        for (int i = 0; i < kThreadColumns / 4; ++i) pairs[r][i] = entries[i];
       }
-#pragma unroll
-      for (int r = 0; r < 2 * kBlocks; ++r) {
-        const unsigned pairs[4] = {entries[r].x, entries[r].y, entries[r].z, entries[r].w};
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          element<kBlocks>(scores, r, e) =
-              __int_as_float(e % 2 == 0 ? pairs[e / 2] & 0xffff : pairs[e / 2] >> 16);
-        }
-      }
+      fill(scores, [&](int r, int e) {
+        const unsigned pair = e % 4 < 2 ? pairs[r][e / 4].x : pairs[r][e / 4].y;
+        return __int_as_float(e % 2 == 0 ? pair & 0xffff : pair >> 16);
+      });
     } else {
-      int position[8];
-      load_eight(positions + lane_codes, position);
+      int key[kThreadColumns];
+      load_words(positions + lane_codes, key);
 #pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        if (call.positions == nullptr) {
-          position[e] = min(first_key + first_column() + e, sequence.tokens - 1);
-        }
+      for (int e = 0; e < kThreadColumns; ++e) {
+        const int token = min(first_key + Scores::first_column() + e, sequence.tokens - 1);
+        if (call.positions == nullptr) key[e] = token;
       }
-#pragma unroll
-      for (int r = 0; r < 2 * kBlocks; ++r) {
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          const int entry = bias.narrow != nullptr
-                                ? bias.narrow[row[r] * bias.pitch + position[e]]
-                                : bias.matrix[row[r] * bias.size + position[e]];
-          element<kBlocks>(scores, r, e) = __int_as_float(entry);
-        }
-      }
+      fill(scores, [&](int r, int e) { return __int_as_float(entry_at(bias, query[r], key[e])); });
     }
-    look_up<kBlocks>(bias, sequence.head, table, scores);
+    look_up(bias, sequence.head, table, scores);
   }
 };
 
@@ -205,6 +209,7 @@ struct QueryLookup {
 // bit 0 set if it reads it for every key; log2 of its sum of exponentials; delta; its position.
 struct QueryCodes {
   static constexpr int kPart = kColumns * 4;
+  static constexpr int kLogSums = kPart, kDeltas = 2 * kPart, kPositions = 3 * kPart;
   static constexpr int kBytes = 4 * kPart;
   int offset, factor, outside;
   float lse, delta;
@@ -227,46 +232,38 @@ struct QueryCodes {
                         int first, int last) const {
     if (threadIdx.x >= kColumns) return;
     const unsigned at = tile + threadIdx.x * 4;
-    const unsigned code = table + offset * 4 + (factor == 0 ? 1 : 0);
-    const float log_sum = outside || lse == -infinity() ? infinity() : lse * kLog2e;
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(code) : "memory");
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(at + kPart), "f"(log_sum) : "memory");
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(at + 2 * kPart), "f"(delta) : "memory");
+    store_word(at, table + offset * 4 + (factor == 0 ? 1 : 0));
+    store_word(at + kLogSums, __float_as_int(outside ? infinity() : log_sum(lse)));
+    store_word(at + kDeltas, __float_as_int(delta));
     if (call.positions == nullptr) return;
-    const int position = sequence.position(call, min(first + lane_index(), last));
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(at + 3 * kPart), "r"(position) : "memory");
+    store_word(at + kPositions, sequence.position(call, min(first + lane_index(), last)));
   }
 };
 
-__device__ inline void load_eight(unsigned at, float (&values)[8]) {
-  int bits[8];
-  load_eight(at, bits);
-#pragma unroll
-  for (int e = 0; e < 8; ++e) values[e] = __int_as_float(bits[e]);
-}
-
 // Rows are keys, columns queries.
-template <int kBlocks>
+template <class Scores>
 struct KeyLookup {
-  unsigned table;       // in shared memory
-  unsigned lane_codes;  // of the codes of the thread's columns
-  int column[2 * kBlocks];  // four times the key's in the closed form
+  static constexpr int kThreadRows = Scores::kThreadRows;
+  static constexpr int kThreadColumns = Scores::kThreadColumns;
+  unsigned table;           // in shared memory
+  unsigned lane_codes;      // of the codes of the thread's columns
+  int column[kThreadRows];  // four times the key's in the closed form
   unsigned masked;          // bit r: no query attends to row r
   bool irregular, special;  // some key of the warp is irregular; some is masked
 
   __device__ KeyLookup(const Call& call, const Sequence& sequence, unsigned table)
-      : table(table), lane_codes(keep(first_column() * 4)), masked(0) {
+      : table(table), lane_codes(keep(Scores::first_column() * 4)), masked(0) {
     bool any = false;
 #pragma unroll
-    for (int r = 0; r < 2 * kBlocks; ++r) {
-      const int key = sequence.row_of_warp(kBlocks * 16) + row_in_warp(r);
-      const int inside = min(key, sequence.tokens - 1);
+    for (int r = 0; r < kThreadRows; ++r) {
       column[r] = 0;
       if (call.bias.table != nullptr) {
-        const int4 affine = call.bias.affine[sequence.position(call, inside)];
+        const int position = sequence.position(call, token_of<Scores>(sequence, r));
+        const int4 affine = call.bias.affine[position];
         column[r] = affine.z * 4;
         any = any || affine.w == 0 || !call.bias.in_shared;
       }
+      const int key = sequence.row_of_warp(Scores::kWarpRows) + Scores::row(r);
       bool attended = key < sequence.keys;
       if (call.key_mask != nullptr && attended) {
         attended = call.key_mask[sequence.at(call, key)] != 0;
@@ -278,72 +275,43 @@ struct KeyLookup {
   }
 
   // The bias of 32 queries, minus infinity where one does not attend.
-  __device__ void start(const Call& call, const Sequence& sequence, Scores<kBlocks>& scores,
-                        unsigned codes, int first_query) const {
+  __device__ void start(const Call& call, const Sequence& sequence, Scores& scores, unsigned codes,
+                        int first_query) const {
     if (call.bias.table == nullptr) {
-#pragma unroll
-      for (int r = 0; r < 2 * kBlocks; ++r) {
-#pragma unroll
-        for (int e = 0; e < 8; ++e) element<kBlocks>(scores, r, e) = 0;
-      }
+      fill(scores, [](int, int) { return 0.0f; });
     } else if (irregular) {
-      start_from_index(call, sequence, scores, codes + 3 * QueryCodes::kPart, first_query);
+      start_from_index(call, sequence, scores, codes + QueryCodes::kPositions, first_query);
     } else {
-      int code[8];
-      load_eight(codes + lane_codes, code);
-#pragma unroll
-      for (int r = 0; r < 2 * kBlocks; ++r) {
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          const int moving = code[e] + column[r], fixed = code[e] - 1;
-          element<kBlocks>(scores, r, e) = load_entry(code[e] & 1 ? fixed : moving);
-        }
-      }
+      int code[kThreadColumns];
+      load_words(codes + lane_codes, code);
+      fill(scores, [&](int r, int e) {
+        return load_entry(code[e] & 1 ? code[e] - 1 : code[e] + column[r]);
+      });
     }
-    const int first_row = sequence.row_of_warp(kBlocks * 16);
-    const bool diagonal = call.causal && first_query < first_row + kBlocks * 16 - 1;
-    if (!diagonal && !special) return;
-#pragma unroll
-    for (int r = 0; r < 2 * kBlocks; ++r) {
-      const int first = call.causal ? first_row + row_in_warp(r) : 0;
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        if (masked >> r & 1 || first_query + first_column() + e < first) {
-          element<kBlocks>(scores, r, e) = -infinity();
-        }
-      }
-    }
+    const int first_row = sequence.row_of_warp(Scores::kWarpRows);
+    if (!special && !(call.causal && first_query < first_row + Scores::kWarpRows - 1)) return;
+    fill(scores, [&](int r, int e) {
+      const int query = first_query + Scores::first_column() + e;
+      const bool earlier = call.causal && query < first_row + Scores::row(r);
+      return masked >> r & 1 || earlier ? -infinity() : scores.at(r, e);
+    });
   }
 
-  // Where keys are irregular, from the index itself. All of a phase's loads are issued at once.
-  __device__ void start_from_index(const Call& call, const Sequence& sequence,
-                                   Scores<kBlocks>& scores, unsigned positions,
-                                   int first_query) const {
-    const Bias& bias = call.bias;
-    int query[8];
-    load_eight(positions + lane_codes, query);
-    int key[2 * kBlocks];
+  __device__ void start_from_index(const Call& call, const Sequence& sequence, Scores& scores,
+                                   unsigned positions, int first_query) const {
+    int query[kThreadColumns], key[kThreadRows];
+    load_words(positions + lane_codes, query);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      if (call.positions == nullptr) {
-        query[e] = min(first_query + first_column() + e, sequence.tokens - 1);
-      }
+    for (int e = 0; e < kThreadColumns; ++e) {
+      const int token = min(first_query + Scores::first_column() + e, sequence.tokens - 1);
+      if (call.positions == nullptr) query[e] = token;
     }
 #pragma unroll
-    for (int r = 0; r < 2 * kBlocks; ++r) {
-      const int token = sequence.row_of_warp(kBlocks * 16) + row_in_warp(r);
-      key[r] = sequence.position(call, min(token, sequence.tokens - 1));
+    for (int r = 0; r < kThreadRows; ++r) {
+      key[r] = sequence.position(call, token_of<Scores>(sequence, r));
     }
-#pragma unroll
-    for (int r = 0; r < 2 * kBlocks; ++r) {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        const long long row = query[e];
-        const int entry = bias.narrow != nullptr ? bias.narrow[row * bias.pitch + key[r]]
-                                                 : bias.matrix[row * bias.size + key[r]];
-        element<kBlocks>(scores, r, e) = __int_as_float(entry);
-      }
-    }
-    look_up<kBlocks>(bias, sequence.head, table, scores);
+    fill(scores,
+         [&](int r, int e) { return __int_as_float(entry_at(call.bias, query[e], key[r])); });
+    look_up(call.bias, sequence.head, table, scores);
   }
 };
