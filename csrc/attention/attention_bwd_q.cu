@@ -33,8 +33,7 @@ struct BackwardQKernel {
     Sequence* const kept = reinterpret_cast<Sequence*>(shared);
     if (threadIdx.x == 0) *kept = sequence;
     const int first_row = sequence.row_of_warp(Scores::kWarpRows), last = sequence.tokens - 1;
-    int keys = sequence.keys;
-    if (call.causal) keys = min(keys, sequence.first_row + kRows);
+    const int keys = call.causal ? min(sequence.keys, sequence.first_row + kRows) : sequence.keys;
     const int steps = (keys + kColumns - 1) / kColumns;
 
     const Move move(call.head_dim);
@@ -44,7 +43,7 @@ struct BackwardQKernel {
     KeyCodes codes;
     move.load(moved_keys, key_source, call.k, 0, last);
     move.load(moved_values, value_source, call.v, 0, last);
-    codes.load(call, sequence, 0, last);
+    codes.load(call, sequence, 0, last, keys);
 
     const unsigned weights = stages + 2 * kStage + warp_index() * kWeights / kWarps;
     const WeightWriter<Scores> writer(weights);
@@ -84,7 +83,7 @@ struct BackwardQKernel {
         if (octet == 0) move.load(moved_keys, key_source, call.k, next, last);
       });
       move.load(moved_values, value_source, call.v, next, last);
-      codes.load(call, *kept, next, last);
+      codes.load(call, *kept, next, last, keys);
       fill(p, [&](int r, int e) { return exp2_approx(fmaf(p.at(r, e), call.scale, -lse[r])); });
       multiply_scores<kDim>(ds, dout, stage + kTile + lane_scores, [](int) {});
       fill(ds, [&](int r, int e) { return p.at(r, e) * (ds.at(r, e) - delta[r]); });

@@ -40,8 +40,7 @@ struct ForwardKernel {
     Sequence* const kept = reinterpret_cast<Sequence*>(shared);
     if (threadIdx.x == 0) *kept = sequence;
     const int last = max(sequence.tokens - 1, 0);
-    int keys = sequence.keys;
-    if (call.causal) keys = min(keys, tile * kRows + kRows);
+    const int keys = call.causal ? min(sequence.keys, sequence.first_row + kRows) : sequence.keys;
     const int steps = (keys + kColumns - 1) / kColumns;
 
     const Move move(call.head_dim);
@@ -51,7 +50,7 @@ struct ForwardKernel {
     KeyCodes codes;
     move.load(moved_keys, key_source, call.k, 0, last);
     move.load(moved_values, value_source, call.v, 0, last);
-    codes.load(call, sequence, 0, last);
+    codes.load(call, sequence, 0, last, keys);
     const int first_row = sequence.row_of_warp(Scores::kWarpRows);
     const RegisterRows<kDim, Scores> q(0, call.head_dim, [&](int row) {
       return sequence.pointer(call.q, min(first_row + row, last));
@@ -88,7 +87,7 @@ struct ForwardKernel {
           if (octet == 0) move.load(moved_keys, key_source, call.k, next, last);
         });
         move.load(moved_values, value_source, call.v, next, last);
-        codes.load(call, *kept, next, last);
+        codes.load(call, *kept, next, last, keys);
         if (exact) raise(call, scores, maximum, sum, output);
         float largest = 0;
         float part[kThreadRows];

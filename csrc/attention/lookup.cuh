@@ -91,17 +91,22 @@ struct KeyCodes {
   static constexpr int kBytes = 2 * kPositions;
   int column, regular, attended;
 
-  // Only loads; what they bring is looked at in store().
-  __device__ void load(const Call& call, const Sequence& sequence, int first, int last) {
-    const int key = first + lane_index();
+  // Only loads; what they bring is looked at in store(). Whatever needs a load before its own is in a
+  // branch of its own: elsewhere its wait would be a wait for all loads under way.
+  __device__ void load(const Call& call, const Sequence& sequence, int first, int last, int keys) {
+    const int key = min(first + lane_index(), last);
     column = regular = 0;
-    if (call.bias.table != nullptr) {
-      const int4* const affine = call.bias.affine + sequence.position(call, min(key, last));
+    attended = first + lane_index() < keys;
+    if (call.positions != nullptr) {
+      const int4 affine = call.bias.affine[sequence.position(call, key)];
+      column = affine.z;
+      regular = affine.w;
+    } else if (call.bias.table != nullptr) {
+      const int4* const affine = call.bias.affine + key;
       column = affine->z;
       regular = affine->w;
     }
-    attended = key < sequence.keys;
-    if (call.key_mask != nullptr && attended) attended = call.key_mask[sequence.at(call, key)];
+    if (call.key_mask != nullptr && attended) attended = call.key_mask[sequence.first_value + key];
   }
   __device__ void store(const Call& call, const Sequence& sequence, unsigned tile, int first,
                         int last) const {
@@ -153,13 +158,21 @@ struct QueryLookup {
       fill(scores, [](int, int) { return 0.0f; });
     } else if (special && __any_sync(kFullWarp, flags & kIrregular)) {
       start_from_index(call, sequence, scores, codes + KeyCodes::kPositions, first_key);
+      mask(call, sequence, scores, code, first_key);  // here: loads are waited for where they are
+      return;
     } else {
       fill(scores, [&](int r, int e) {
         return load_entry((code[e] & ~3) * (factors >> r & 1) + offset[r]);
       });
     }
+    if (special || (call.causal && first_key + kColumns - 1 > sequence.first_row)) {
+      mask(call, sequence, scores, code, first_key);
+    }
+  }
+
+  __device__ void mask(const Call& call, const Sequence& sequence, Scores& scores,
+                       const int (&code)[kThreadColumns], int first_key) const {
     const int first_row = sequence.row_of_warp(Scores::kWarpRows);
-    if (!special && !(call.causal && first_key + kColumns - 1 > first_row)) return;
     fill(scores, [&](int r, int e) {
       const int key = first_key + Scores::first_column() + e;
       const bool later = call.causal && key > first_row + Scores::row(r);
@@ -214,13 +227,17 @@ struct QueryCodes {
   int offset, factor, outside;
   float lse, delta;
 
-  // Only loads; what they bring is looked at in store().
+  // Only loads, see KeyCodes.
   __device__ void load(const Call& call, const float* deltas, const Sequence& sequence, int first,
                        int last) {
     const int query = min(first + lane_index(), last);
     offset = factor = 0;
-    if (call.bias.table != nullptr) {
-      const int4* const affine = call.bias.affine + sequence.position(call, query);
+    if (call.positions != nullptr) {
+      const int4 affine = call.bias.affine[sequence.position(call, query)];
+      offset = affine.x;
+      factor = affine.y;
+    } else if (call.bias.table != nullptr) {
+      const int4* const affine = call.bias.affine + query;
       offset = affine->x;
       factor = affine->y;
     }
@@ -266,7 +283,7 @@ struct KeyLookup {
       const int key = sequence.row_of_warp(Scores::kWarpRows) + Scores::row(r);
       bool attended = key < sequence.keys;
       if (call.key_mask != nullptr && attended) {
-        attended = call.key_mask[sequence.at(call, key)] != 0;
+        attended = call.key_mask[sequence.first_value + key] != 0;
       }
       masked |= !attended << r;
     }
@@ -281,6 +298,8 @@ struct KeyLookup {
       fill(scores, [](int, int) { return 0.0f; });
     } else if (irregular) {
       start_from_index(call, sequence, scores, codes + QueryCodes::kPositions, first_query);
+      mask(call, sequence, scores, first_query);  // here: loads are waited for where they are
+      return;
     } else {
       int code[kThreadColumns];
       load_words(codes + lane_codes, code);
@@ -288,8 +307,14 @@ struct KeyLookup {
         return load_entry(code[e] & 1 ? code[e] - 1 : code[e] + column[r]);
       });
     }
+    if (special || (call.causal && first_query < sequence.first_row + 4 * Scores::kWarpRows)) {
+      mask(call, sequence, scores, first_query);
+    }
+  }
+
+  __device__ void mask(const Call& call, const Sequence& sequence, Scores& scores,
+                       int first_query) const {
     const int first_row = sequence.row_of_warp(Scores::kWarpRows);
-    if (!special && !(call.causal && first_query < first_row + Scores::kWarpRows - 1)) return;
     fill(scores, [&](int r, int e) {
       const int query = first_query + Scores::first_column() + e;
       const bool earlier = call.causal && query < first_row + Scores::row(r);

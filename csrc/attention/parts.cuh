@@ -63,16 +63,18 @@ __device__ inline void stagger(const Call& call) {
 // registers it would be in the way of products.
 struct Sequence {
   int number, head;
-  long long first;  // token at which a packed one begins
+  long long first;        // token at which a packed one begins, else 0
+  long long first_value;  // index of a value of its first token, such as a position
   int tokens, keys;
   int first_row;  // of the CTA
 
   __device__ Sequence(const Call& call, int number, int head, int first_row)
       : number(number), head(head), first_row(first_row) {
     first = 0;
+    first_value = static_cast<long long>(number) * call.length;
     tokens = keys = call.length;
     if (call.offsets != nullptr) {
-      first = call.offsets[number];
+      first = first_value = call.offsets[number];
       tokens = keys = call.offsets[number + 1] - static_cast<int>(first);
     }
     if (call.key_lengths != nullptr) keys = min(keys, call.key_lengths[number]);
@@ -82,16 +84,12 @@ struct Sequence {
     return operand.data + number * operand.sequence + (first + token) * operand.token +
            head * operand.head;
   }
-  // Of a value for each token, such as a position.
-  __device__ long long at(const Call& call, int token) const {
-    return (call.offsets != nullptr ? first : static_cast<long long>(number) * call.length) + token;
-  }
   // Of a value for each token and head, such as the log-sum-exp.
   __device__ long long of_head(const Call& call, int token) const {
-    return at(call, token) * call.heads + head;
+    return (first_value + token) * call.heads + head;
   }
   __device__ int position(const Call& call, int token) const {
-    return call.positions != nullptr ? call.positions[at(call, token)] : token;
+    return call.positions != nullptr ? call.positions[first_value + token] : token;
   }
 };
 
