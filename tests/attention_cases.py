@@ -38,11 +38,13 @@ class Case:
     batch: int = 2
     heads: int = 3
     head_dim: int = 16
-    mask: str | None = "mask"  # "mask", "lengths" or None
+    mask: str | None = "mask"  # "mask", "padding" (of the text), "lengths" or None
     causal: bool = False
     lengths: tuple = ()  # of packed sequences
     positions: bool = False
     scale: float | None = None
+    grid: tuple = (3, 3)
+    text: int = 5
 
     def __str__(self):
         changed = [f"{k}={v}" for k, v in vars(self).items() if v != getattr(Case, k, None)]
@@ -70,7 +72,7 @@ CASES = [
 
 
 def make_index(case: Case, device) -> RelativePositionIndex | None:
-    grid, text = (3, 3), 5
+    grid, text = case.grid, case.text
     if case.index is None:
         return None
     if case.index == "random":
@@ -79,9 +81,9 @@ def make_index(case: Case, device) -> RelativePositionIndex | None:
         matrix = torch.randint(0, 11, (length, length), generator=generator)
         return RelativePositionIndex(matrix, 11).to(device)
     make = {
-        "joint": lambda: RelativePositionIndex.joint(grid, text, 8),
-        "image": lambda: RelativePositionIndex.image(grid, 8),
-        "text": lambda: RelativePositionIndex.text(grid, text, 8),
+        "joint": lambda: RelativePositionIndex.joint(grid, text, text + 3),
+        "image": lambda: RelativePositionIndex.image(grid, text + 3),
+        "text": lambda: RelativePositionIndex.text(grid, text, text + 3),
     }
     return make[case.index]().to(device)
 
@@ -107,6 +109,11 @@ def make_options(case: Case, device) -> dict:
     if case.mask == "mask":
         mask = torch.rand(case.batch, case.length, generator=generator) > 0.4
         mask[:1] = False  # a sequence without a valid key
+        options["key_mask"] = mask.to(device)
+    if case.mask == "padding":
+        lengths = torch.linspace(1, case.text, case.batch).round().long()
+        place = torch.arange(case.length)
+        mask = (place < lengths[:, None]) | (place >= case.text)
         options["key_mask"] = mask.to(device)
     if case.mask == "lengths":
         options["key_lengths"] = torch.tensor([case.length, 2], device=device)
@@ -169,12 +176,15 @@ def call(case: Case, tensors: dict, options: dict, **more) -> Tensor:
     return shared_attention(tensors["q"], tensors["k"], tensors["v"], bias=bias, **options, **more)
 
 
+def make_dout(out: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
+
+
 def outputs_and_gradients(function, tensors: dict) -> dict[str, Tensor]:
     tensors = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
     out = function(tensors)
-    generator = torch.Generator().manual_seed(7)
-    dout = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
-    out.backward(dout)
+    out.backward(make_dout(out))
     grads = {name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in tensors.items()}
     return {"out": out.detach(), **grads}
 
@@ -187,12 +197,28 @@ def assert_parity(case: Case, dtype: torch.dtype, place) -> None:
     exact = outputs_and_gradients(lambda t: eager(case, t, options), wide)
     baseline = outputs_and_gradients(lambda t: eager(case, t, options), tensors)
     actual = outputs_and_gradients(lambda t: call(case, t, options, backend=backend), tensors)
+    slack = {}
+    if backend != "reference" and (dtype == torch.float32 or case.length == 1):
+        slack = delta_error(case, wide, exact["out"], dtype)
     for name, value in actual.items():
-        if case.length == 1 and backend != "reference" and name in "qk":
-            # One key leaves a gradient of exactly 0, as eager PyTorch finds it: dp - delta is 0 if
-            # delta sums p dp over the keys. Kernels take rowsum(dout * out), where out is rounded.
-            other = tensors["k" if name == "q" else "q"]
-            bound = torch.finfo(dtype).eps * case.head_dim**0.5 * other.abs().max()
-            assert exact[name].abs().max() == 0 and value.abs().max() <= bound, name
-            continue
-        assert_as_accurate_as(name, value, exact[name], baseline[name])
+        off = value - exact[name]
+        allowed = off.clamp(-slack.get(name, 0), slack.get(name, 0))
+        assert_as_accurate_as(name, (value - allowed).to(value), exact[name], baseline[name])
+
+
+def delta_error(case: Case, tensors: dict, out: Tensor, dtype: torch.dtype) -> dict[str, float]:
+    """What a rounding of out, which is small otherwise, does to gradients of few keys in float32.
+
+    The gradient of a score is p (dp - delta). Eager PyTorch takes delta = sum(p dp) over the keys,
+    which leaves exactly 0 for a lone key. Kernels take the equal rowsum(dout * out), where out and
+    the log-sum-exp that p is made from are rounded; so they need not see all keys first.
+    """
+    if out.numel() == 0:
+        return {}
+    error = torch.finfo(dtype).eps * float((out * make_dout(out)).abs().sum(-1).max())
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    return {
+        "q": error * scale * float(tensors["k"].abs().max()),
+        "k": error * scale * float(tensors["q"].abs().max()),
+        "table": error * case.batch,
+    }
