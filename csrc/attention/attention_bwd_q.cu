@@ -71,6 +71,7 @@ struct BackwardQKernel {
     const unsigned lane_keys = keep(Output::column_offset());
     const unsigned lane_weights = keep(weights + Output::weight_offset());
     Output dq = {};
+    float rest[kThreadRows] = {};  // sums of dS, which would be 0 if delta were exact
     __syncthreads();
 
     unsigned stage = stages;
@@ -87,6 +88,11 @@ struct BackwardQKernel {
       fill(p, [&](int r, int e) { return exp2_approx(fmaf(p.at(r, e), call.scale, -lse[r])); });
       multiply_scores<kDim>(ds, dout, stage + kTile + lane_scores, [](int) {});
       fill(ds, [&](int r, int e) { return p.at(r, e) * (ds.at(r, e) - delta[r]); });
+#pragma unroll
+      for (int r = 0; r < kThreadRows; ++r) {
+#pragma unroll
+        for (int e = 0; e < Scores::kThreadColumns; ++e) rest[r] += ds.at(r, e);
+      }
       writer.write(ds);
       __syncwarp();
       const unsigned other = 2 * stages + kStage - stage;
@@ -97,10 +103,26 @@ struct BackwardQKernel {
       stage = other;
       __syncthreads();
     }
+    store_delta(f, *kept, delta, rest);
     float factor[Output::kThreadRows];
 #pragma unroll
     for (int r = 0; r < Output::kThreadRows; ++r) factor[r] = call.scale * (1 / kLog2e);
     store_output(dq, factor, weights, *kept, f.dq, call.head_dim);
+  }
+
+  // Delta from the rounded output is exact enough for dq, but its error adds up over the queries of an
+  // entry of the table: for the other kernels the sum of dS, which ought to be 0, is added to it.
+  __device__ static void store_delta(const BackwardQ& f, const Sequence& sequence,
+                                     const float (&delta)[kThreadRows],
+                                     const float (&rest)[kThreadRows]) {
+#pragma unroll
+    for (int r = 0; r < kThreadRows; ++r) {
+      const float exact = delta[r] + Scores::sum_of_row(rest[r]);
+      const int row = sequence.row_of_warp(Scores::kWarpRows) + Scores::row(r);
+      if (Scores::first_column() == 0 && row < sequence.tokens) {
+        f.delta[sequence.of_head(f.call, row)] = exact;
+      }
+    }
   }
 
   // delta and log2 of the sum of exponentials of the thread's rows.
@@ -118,7 +140,6 @@ struct BackwardQKernel {
         if (octet * 8 >= f.call.head_dim) continue;
         sum += dot(dout.read(m, octet), *reinterpret_cast<const uint4*>(out + octet * 8));
       }
-      if (row <= last) f.delta[sequence.of_head(f.call, row)] = sum;
       // From the lane of the quad pair that has the row as operand A.
 #pragma unroll
       for (int r = 2 * m; r < 2 * m + 2; ++r) {

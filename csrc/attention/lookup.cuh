@@ -75,6 +75,27 @@ __device__ inline int entry_at(const Bias& bias, int query, int key) {
                                 : bias.matrix[row * bias.size + key];
 }
 
+// Numbers of the entries that rows of the narrow index hold from `column` on, in the bits of the
+// scores. Columns behind the padded row are not looked at, but must be something.
+template <class Scores>
+__device__ inline void load_entries(const Bias& bias, const int (&rows)[Scores::kThreadRows],
+                                    int column, Scores& scores) {
+  constexpr int kCount = Scores::kThreadColumns;
+  uint2 pairs[Scores::kThreadRows][kCount / 4];
+  column = min(column, bias.pitch - kCount);
+#pragma unroll
+  for (int r = 0; r < Scores::kThreadRows; ++r) {
+    const unsigned short* const entries =
+        bias.narrow + static_cast<long long>(rows[r]) * bias.pitch + column;
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i) pairs[r][i] = reinterpret_cast<const uint2*>(entries)[i];
+  }
+  fill(scores, [&](int r, int e) {
+    const unsigned pair = e % 4 < 2 ? pairs[r][e / 4].x : pairs[r][e / 4].y;
+    return __int_as_float(e % 2 == 0 ? pair & 0xffff : pair >> 16);
+  });
+}
+
 // The token of a thread's row, the last one for rows behind it.
 template <class Scores>
 __device__ inline int token_of(const Sequence& sequence, int r) {
@@ -189,28 +210,15 @@ struct QueryLookup {
     for (int r = 0; r < kThreadRows; ++r) {
       query[r] = sequence.position(call, token_of<Scores>(sequence, r));
     }
-    if (bias.narrow != nullptr && call.positions == nullptr) {  // neighbouring keys are neighbours
-      const int column = min(first_key + Scores::first_column(), bias.pitch - kThreadColumns);
-      uint2 pairs[kThreadRows][kThreadColumns / 4];
-#pragma unroll
-      for (int r = 0; r < kThreadRows; ++r) {
-        const long long row = query[r];
-        const uint2* const entries =
-            reinterpret_cast<const uint2*>(bias.narrow + row * bias.pitch + column);
-#pragma unroll
-        for (int i = 0; i < kThreadColumns / 4; ++i) pairs[r][i] = entries[i];
-      }
-      fill(scores, [&](int r, int e) {
-        const unsigned pair = e % 4 < 2 ? pairs[r][e / 4].x : pairs[r][e / 4].y;
-        return __int_as_float(e % 2 == 0 ? pair & 0xffff : pair >> 16);
-      });
+    const int column = first_key + Scores::first_column();
+    if (bias.narrow != nullptr && call.positions == nullptr) {
+      load_entries(bias, query, column, scores);
     } else {
       int key[kThreadColumns];
       load_words(positions + lane_codes, key);
 #pragma unroll
       for (int e = 0; e < kThreadColumns; ++e) {
-        const int token = min(first_key + Scores::first_column() + e, sequence.tokens - 1);
-        if (call.positions == nullptr) key[e] = token;
+        if (call.positions == nullptr) key[e] = min(column + e, sequence.tokens - 1);
       }
       fill(scores, [&](int r, int e) { return __int_as_float(entry_at(bias, query[r], key[e])); });
     }

@@ -57,6 +57,13 @@ struct LineScores {
     const QuadPair at;
     return quad_pair() * 8 + (at.low & 2) * 2;
   }
+  // Over the eight threads that share a row.
+  __device__ static float sum_of_row(float x) {
+    for (int distance = 2; distance <= 8; distance *= 2) {
+      x += __shfl_xor_sync(kFullWarp, x, distance);
+    }
+    return x;
+  }
 };
 
 // A warp's rows as operand A with k contiguous, [block][octet of k], in registers.
