@@ -1,5 +1,6 @@
 """Parity with the official code: losses, outputs, features and every gradient, in float32."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,8 +55,8 @@ def batch_of(task: str) -> dict[str, torch.Tensor]:
     return batch
 
 
-def model_of(task: str) -> VLMo:
-    return named_init(VLMo(CONFIGS[task]))
+def model_of(task: str, kernels: str | None = None) -> VLMo:
+    return named_init(VLMo(replace(CONFIGS[task], kernels=kernels)))
 
 
 def assert_close(name: str, actual: torch.Tensor, golden: torch.Tensor) -> None:
@@ -63,9 +64,8 @@ def assert_close(name: str, actual: torch.Tensor, golden: torch.Tensor) -> None:
     assert error <= TOLERANCE, f"{name}: relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("task", GOLDEN)
-def test_losses_outputs_and_gradients(task):
-    golden, model = GOLDEN[task], model_of(task)
+def check_losses_outputs_and_gradients(task: str, model: VLMo) -> None:
+    golden = GOLDEN[task]
     torch.manual_seed(123)  # the official run seeded the draw of hard negatives so
     output = model(batch_of(task))
     assert_close("loss", output["loss"], golden["loss"])
@@ -85,6 +85,18 @@ def test_losses_outputs_and_gradients(task):
         expected = golden["gradients"][name]
         error = (fingerprint(name, gradient) - expected).abs().max()
         assert error <= TOLERANCE * expected[0], f"{name}: {error / expected[0]:.1e}"
+
+
+@pytest.mark.parametrize("task", GOLDEN)
+def test_losses_outputs_and_gradients(task):
+    check_losses_outputs_and_gradients(task, model_of(task))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs without a GPU")
+def test_a_pretraining_step_on_triton():
+    """Every layer through the Triton kernels of both operations, in the interpreter."""
+    check_losses_outputs_and_gradients("rel_pretrain", model_of("rel_pretrain", "triton"))
 
 
 @pytest.mark.parametrize("task", ["rel_pretrain", "rel_vqa"])
