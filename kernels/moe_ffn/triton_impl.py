@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Sequence
-from importlib import metadata
 
 import torch
 from torch import Tensor
 
-from vlmo.kernels import target
+from vlmo.kernels import triton_target
 from vlmo.kernels.moe_ffn import tiles
 from vlmo.kernels.moe_ffn.counters import take_counters
 from vlmo.kernels.moe_ffn.reference import Call, pre_shape, why_not_weight
 from vlmo.kernels.moe_ffn.rows import bound_on_tiles, rows_of
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_OLDEST_TRITON = (3, 4)  # the first that takes a NamedTuple of constants
 _MAX_DIM = 16384  # the phases without products hold a whole row in registers
 
 
@@ -25,34 +20,11 @@ def why_not(
     device: torch.device, dtype: torch.dtype, width: int, hidden: Sequence[int], activation: str
 ) -> str | None:
     """One sentence that says why :func:`forward` cannot run, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed."
-    if _triton_version() < _OLDEST_TRITON:
-        return f"Triton {metadata.version('triton')} is older than 3.4."
-    if dtype not in _DTYPES:
-        return f"it has no kernel for {str(dtype).removeprefix('torch.')}."
     if width > _MAX_DIM:
         return f"model dimension {width} is above {_MAX_DIM}."
     if reason := why_not_weight(width, hidden, activation):
         return reason
-    if target.interpreted():
-        return None
-    if device.type != "cuda":
-        return (
-            f"{device.type} tensors need Triton's interpreter (TRITON_INTERPRET=1, for tests only)."
-        )
-    capability = target.compute_capability(device)
-    if capability is None:
-        return f"{device} is not an NVIDIA GPU."
-    if capability < (8, 0):
-        name = "sm_{}{}".format(*capability)
-        return f"{device} is {name}; Triton has no tensor cores below sm_80."
-    return None
-
-
-@functools.cache
-def _triton_version() -> tuple[int, ...]:
-    return tuple(int(part) for part in metadata.version("triton").split(".")[:2])
+    return triton_target.why_not(device, dtype)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

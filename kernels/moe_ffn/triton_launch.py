@@ -15,6 +15,7 @@ from vlmo.kernels.moe_ffn.reference import GATED, Call
 from vlmo.kernels.moe_ffn.schedule import TILE_OVERHEAD, choose_band
 from vlmo.kernels.moe_ffn.tiles import Tile
 from vlmo.kernels.moe_ffn.triton_parts import INTERPRETED, Config
+from vlmo.kernels.triton_target import tf32_allowed
 
 # What a task without products costs in steps of a main loop: a guess that only steers the choice of
 # the band.
@@ -78,7 +79,7 @@ def make_config(
 
 def config_of(call: Call, tile: Tile) -> Config:
     hidden = tuple(weight.shape[1] for weight in call.w2)
-    precision = "tf32" if _tf32_allowed() else "ieee"
+    precision = "tf32" if tf32_allowed() else "ieee"
     return make_config(call.x.shape[1], hidden, call.norm, call.activation, precision, tile)
 
 
@@ -103,10 +104,3 @@ def launch(kernel: Any, device: torch.device, programs: int, tile: Tile, *args: 
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
         kernel[(programs,)](*args, num_warps=tile.num_warps, num_stages=tile.num_stages)
-
-
-def _tf32_allowed() -> bool:
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # since torch 2.9, where reading the other may raise
-        return matmul.fp32_precision == "tf32"
-    return matmul.allow_tf32
