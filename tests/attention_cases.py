@@ -69,6 +69,8 @@ CASES = [
     Case(index="random", lengths=(9, 15, 2), mask=None),
     Case(index="joint", lengths=(9, 15, 2), mask=None, positions=True),
 ]
+# Triton compiles a size of 1 into a kernel.
+ONES = Case(index="random", length=1, batch=1, heads=1, head_dim=1, mask=None)
 
 
 def make_index(case: Case, device) -> RelativePositionIndex | None:

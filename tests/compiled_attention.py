@@ -1,0 +1,125 @@
+"""Compiles the Triton kernels of shared_attention for a GPU that is not there.
+
+``python tests/compiled_attention.py sm_90`` prints one JSON line per kernel: what the launcher of
+the library would launch on that GPU, with the tensor-core instructions in the PTX, the bytes of
+local memory and the registers in the machine code, and the shared memory. With ``options`` behind
+it, it compiles the cases of the parity tests instead: the interpreter that runs them does not check
+types. Run without TRITON_INTERPRET; nothing is launched.
+"""
+
+import itertools
+import json
+import sys
+from unittest import mock
+
+import torch
+from triton.runtime import driver
+
+from attention_cases import CASES, ONES, Case, make_index, make_options, make_tensors
+from compiled import INSTRUCTIONS, NoDriver, resources
+from vlmo.kernels import RelativePositionIndex
+from vlmo.kernels.attention import tiles, triton_impl, triton_launch
+from vlmo.kernels.attention.reference import Call
+
+BATCH, HEADS = 32, 12
+HEAD_DIMS = (64, 34, 128)
+LAYERS = {  # VLMo's joint layer, on a packed qkv; sequences without padding; a decoder's
+    "vlmo": dict(masked=True),
+    "ragged": dict(packed=True),
+    "decoder": dict(biased=False, causal=True),
+}
+
+
+def run(call: Call) -> None:
+    """Forward and backward of one call on tensors without storage."""
+    out, lse = triton_impl.forward(call)
+    triton_impl.backward(out, out, lse, call, call.table is not None)
+
+
+def layer(head_dim, dtype, masked=False, packed=False, biased=True, causal=False) -> Call:
+    index = RelativePositionIndex.joint(14, 40).to("meta")
+    length = index.matrix.shape[0]
+
+    def new(*shape, of=dtype):
+        return torch.empty(shape, dtype=of, device="meta")
+
+    rows = (BATCH * 197,) if packed else (BATCH, length)
+    lookup = (None,) * 4
+    if biased:
+        table = new(index.entries, 12, HEADS, of=torch.float32)[:, 3]
+        lookup = (table, index.matrix, index.affine, index.short)
+    return Call(
+        *(*new(*rows, 3, HEADS, head_dim).unbind(-3), *lookup),
+        new(BATCH, length, of=torch.bool) if masked else None,
+        None,
+        new(BATCH + 1, of=torch.int32) if packed else None,
+        *(length if packed else 0, None, causal, head_dim**-0.5),
+    )
+
+
+def run_case(case: Case, dtype: torch.dtype) -> None:
+    """Forward and backward of a case of the parity tests."""
+    tensors = make_tensors(case, "meta", dtype)
+    options, index = make_options(case, "meta"), make_index(case, "meta")
+    lookup = (None,) * 4
+    if index is not None:
+        lookup = (tensors["table"], index.matrix, index.affine, index.short)
+    names = ("key_mask", "key_lengths", "offsets")
+    call = Call(
+        *(*(tensors[name] for name in "qkv"), *lookup, *map(options.get, names)),
+        *(options.get("max_length", 0), options.get("positions"), case.causal, 0.25),
+    )
+    run(call)
+
+
+def all_options() -> None:
+    cases = [case for case in CASES if case.batch and case.length]
+    for dtype, case in itertools.product((torch.bfloat16, torch.float32), [*cases, ONES]):
+        run_case(case, dtype)
+    with mock.patch.object(triton_launch, "span_of", return_value=2**31):
+        for case in cases:
+            run_case(case, torch.bfloat16)
+
+
+def main(generation: str, what: str = "table") -> None:
+    driver.set_active(NoDriver(generation))
+    facts: dict = {}
+
+    def choose(device, dtype, head_dim):
+        if what == "options":
+            return tiles.INTERPRETED
+        return tiles.TABLE[generation, tiles.operands_of(dtype), tiles.width_of(head_dim)]
+
+    def compile_only(kernel, device, programs, tile, *args):
+        options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+        compiled = kernel.warmup(*args, grid=(programs,), **options)
+        ptx, found = compiled.asm["ptx"], resources(compiled.asm["cubin"])
+        report = dict(
+            kernel=kernel.fn.__name__.removeprefix("attention_").removesuffix("_kernel"),
+            **facts,
+            tile=str(tile),
+            registers=found["REG"],
+            local_bytes=found["STACK"] + found["LOCAL"],
+            shared_bytes=compiled.metadata.shared,
+            async_copies=ptx.count("cp.async.c"),
+            **{name: ptx.count(name) for name in INSTRUCTIONS},
+        )
+        print(json.dumps(report), flush=True)
+
+    with (
+        mock.patch.object(triton_launch, "launch", compile_only),
+        mock.patch.object(triton_launch.target, "multiprocessors", return_value=132),
+        mock.patch.object(tiles, "choose", choose),
+    ):
+        if what == "options":
+            all_options()
+            return
+        for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True)):
+            torch.backends.cuda.matmul.allow_tf32 = tf32
+            for head_dim, (name, options) in itertools.product(HEAD_DIMS, LAYERS.items()):
+                facts |= dict(dtype=str(dtype) + " tf32" * tf32, head_dim=head_dim, case=name)
+                run(layer(head_dim, dtype, **options))
+
+
+if __name__ == "__main__":
+    main(*itertools.islice(sys.argv, 1, None))
