@@ -50,9 +50,9 @@ SIZES = {
     40: dict(index="text", text=40),
     64: dict(index="random"),
     129: dict(index="joint", grid=(8, 12), text=32, mask="padding"),
-    197: dict(index="image", grid=(14, 14)),
+    197: dict(index="image", grid=(14, 14), heads=1),
     237: dict(index="joint", grid=(14, 14), text=40, mask="padding"),
-    300: dict(index="random"),
+    300: dict(index="random", heads=1),
 }
 SIZED = [
     Case(**{"heads": 2, "mask": None, "length": length, "head_dim": head_dim, **options})
