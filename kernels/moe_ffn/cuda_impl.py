@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from vlmo import _C
-from vlmo.kernels import target
+from vlmo.kernels import cuda_target
 from vlmo.kernels.moe_ffn import cuda_launch as host
 from vlmo.kernels.moe_ffn.cuda_forward import CUBIN, launch_forward
 from vlmo.kernels.moe_ffn.cuda_gradients import CudaGradients
@@ -20,25 +18,6 @@ def why_not(
     device: torch.device, dtype: torch.dtype, width: int, hidden: Sequence[int], activation: str
 ) -> str | None:
     """One sentence that says why :func:`forward` cannot run, or None."""
-    if device.type != "cuda":
-        return f"{device.type} tensors: its kernels run on NVIDIA GPUs."
-    capability = target.compute_capability(device)
-    if capability is None:
-        return f"{device} is not an NVIDIA GPU."
-    name = "sm_{}{}".format(*capability)
-    if _C.target_for(CUBIN, *capability) is None:
-        built = ", ".join(built for cubin, built in _C.cubins() if cubin == CUBIN)
-        return f"{device} is {name}; the kernels are built for {built}."
-    if capability >= (8, 0) and os.environ.get("VLMO_VOLTA_ANYWHERE") != "1":
-        return f"{device} is {name}; the kernels are for sm_70 and sm_75, and slow elsewhere."
-    if dtype == torch.bfloat16:
-        return f"{name} has no bf16 tensor cores; use float16."
-    if dtype != torch.float16:
-        return f"it has no kernel for {str(dtype).removeprefix('torch.')}, only for float16."
-    return _why_not_sizes(width, hidden, activation) or _C.why_no_driver()
-
-
-def _why_not_sizes(width: int, hidden: Sequence[int], activation: str) -> str | None:
     if len(hidden) > host.MAX_EXPERTS:
         return f"{len(hidden)} experts; the kernels take at most {host.MAX_EXPERTS}."
     if width % 8:
@@ -46,7 +25,7 @@ def _why_not_sizes(width: int, hidden: Sequence[int], activation: str) -> str | 
     for size in hidden:
         if size % 8:
             return f"hidden width {size} is not a multiple of 8, as loads of 16 bytes need."
-    return why_not_weight(width, hidden, activation)
+    return why_not_weight(width, hidden, activation) or cuda_target.why_not(CUBIN, device, dtype)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
