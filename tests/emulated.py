@@ -1,4 +1,4 @@
-"""The CUDA backend of moe_ffn on the CPU: its sm_70 machine code, as shipped, in the emulator."""
+"""The CUDA backend on the CPU: the V100's machine code, as shipped, in the emulator."""
 
 import contextlib
 import ctypes
@@ -10,9 +10,11 @@ import torch
 
 from sm70 import Kernel
 from vlmo import _C
-from vlmo.kernels.moe_ffn import cuda_impl, cuda_launch
+from vlmo.kernels import cuda_target, target
+from vlmo.kernels.attention import cuda_launch as attention
+from vlmo.kernels.moe_ffn import cuda_launch as moe_ffn
 
-MULTIPROCESSORS = 2
+PROGRAMS = 2  # CTAs that the host takes to be resident on a multiprocessor
 
 
 @functools.cache
@@ -37,26 +39,31 @@ def memory_of(tensors) -> list[np.ndarray]:
 
 
 @contextlib.contextmanager
-def emulated(workers=2 * MULTIPROCESSORS, **options):
+def emulated(workers=2 * PROGRAMS, **options):
     """Run ``backend="cuda"`` on CPU tensors; ``options`` go to every launch of the emulator.
 
     ``workers`` is the number of CTAs that the host takes to be resident at a time.
     """
 
-    def launch(cubin, name, device, programs, argument, tensors):
+    def run(cubin, name, programs, threads, shared_bytes, argument, tensors, **defaults):
         kernel(cubin, name).launch(
-            *(programs, cuda_launch.THREADS, [bytes(argument)]),
-            **{"resident": programs, "buffers": memory_of(tensors), **options},
+            *(programs, threads, [bytes(argument)], shared_bytes),
+            **{"buffers": memory_of(tensors), **defaults, **options},
         )
 
-    def why_not(device, dtype, width, hidden, activation):
-        if dtype != torch.float16:
-            return "the emulated kernels take float16."
-        return cuda_impl._why_not_sizes(width, hidden, activation)
+    def launch_moe_ffn(cubin, name, device, programs, argument, tensors):
+        run(cubin, name, programs, moe_ffn.THREADS, 0, argument, tensors, resident=programs)
+
+    def launch_attention(cubin, name, device, *rest):
+        run(cubin, name, *rest)
+
+    def why_not(cubin, device, dtype):
+        return None if dtype == torch.float16 else "the emulated kernels take float16."
 
     with (
-        mock.patch.object(cuda_launch, "launch", launch),
-        mock.patch.object(cuda_launch, "workers_on", return_value=workers),
-        mock.patch.object(cuda_impl, "why_not", why_not),
+        mock.patch.object(moe_ffn, "launch", launch_moe_ffn),
+        mock.patch.object(attention, "launch", launch_attention),
+        mock.patch.object(target, "multiprocessors", return_value=workers // PROGRAMS),
+        mock.patch.object(cuda_target, "why_not", why_not),
     ):
         yield

@@ -44,12 +44,16 @@ def _launch(
     dim = host.padded_dim(call.q.shape[-1])
     host.launch(
         *(cubin, f"{cubin}_{dim}", call.q.device),
-        -(-call.length // _ROWS) * call.batch * call.q.shape[-2],
+        _programs(call),
         4 * host.WARP,
         shared_bytes + (host.table_bytes(call) if argument.call.bias.in_shared else 0),
         argument,
         [*call.tensors, *tensors],
     )
+
+
+def _programs(call: host.Prepared) -> int:
+    return -(-call.length // _ROWS) * call.batch * call.q.shape[-2]
 
 
 def _rows_bytes(dim: int) -> int:
@@ -65,7 +69,7 @@ def launch_queries(
     stage = 2 * host.column_tile_bytes(dim) + host.CODES_BYTES
     shared_bytes = host.KEPT_BYTES + 2 * stage + _WEIGHTS_BYTES + _rows_bytes(dim)
     argument = BackwardQArgument(
-        host.call_argument(call, lse, shared_bytes),
+        host.call_argument(call, lse, shared_bytes, _programs(call)),
         *(host.operand(t) for t in (out, dout, dq)),
         host.pointer(delta),
     )
@@ -80,7 +84,7 @@ def launch_keys(
     stage = 2 * host.column_tile_bytes(dim) + _QUERY_CODES_BYTES
     shared_bytes = host.KEPT_BYTES + 2 * stage + 2 * _WEIGHTS_BYTES + _rows_bytes(dim)
     argument = BackwardKVArgument(
-        host.call_argument(call, lse, shared_bytes),
+        host.call_argument(call, lse, shared_bytes, _programs(call)),
         *(host.operand(t) for t in (dout, dk, dv)),
         host.pointer(delta),
     )

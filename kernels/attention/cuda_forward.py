@@ -23,15 +23,16 @@ def launch_forward(call: host.Prepared, out: Tensor, lse: Tensor) -> None:
     rows = warps * (16 if dim == 128 else 32)
     stage = 2 * host.column_tile_bytes(dim) + host.CODES_BYTES
     shared_bytes = host.KEPT_BYTES + 2 * stage + rows * 2 * host.COLUMNS
+    programs = -(-call.length // rows) * call.batch * call.q.shape[-2]
     argument = ForwardArgument(
-        host.call_argument(call, lse, shared_bytes),
+        host.call_argument(call, lse, shared_bytes, programs),
         host.operand(out),
     )
     if argument.call.bias.in_shared:
         shared_bytes += host.table_bytes(call)
     host.launch(
         *(CUBIN, f"{CUBIN}_{dim}_{warps}", call.q.device),
-        -(-call.length // rows) * call.batch * call.q.shape[-2],
+        programs,
         warps * host.WARP,
         shared_bytes,
         argument,

@@ -12,13 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmo import _C
+from vlmo.kernels import target
 from vlmo.kernels.attention.reference import Call
 
 WARP = 32
 COLUMNS = 32  # of a column tile, kColumns
 KEPT_BYTES = 128  # of a CTA's sequence
 CODES_BYTES = 8 * COLUMNS  # of the codes and positions of a tile's keys
-SHARED_LIMIT = 96 * 1024  # of a CTA on sm_70; sm_75 has 64 KiB
+STAGGERED = 4  # CTAs for each multiprocessor, from which on half of the first ones begin later
+SMALLEST_SCALE = 2.0**-100  # below it no product of half precision counts
+MAX_SPAN = 2**31  # bytes from the first token of a sequence to the last, which have 32-bit places
 LOG2E = math.log2(math.e)
 
 
@@ -76,17 +79,19 @@ class Prepared(NamedTuple):
 
 
 def prepare(call: Call) -> Prepared:
-    q, scale = call.q, call.scale
-    if scale <= 0:  # the kernels divide the table by the scale, and seek maxima before scaling
-        q, scale = (q * 0, 1.0) if scale == 0 else (-q, -scale)
+    # The kernels divide the table by the scale, and seek maxima before scaling.
+    q, scale, sign = call.q, abs(call.scale), sign_of(call.scale)
+    if sign <= 0:
+        q, scale = q * sign, scale if sign else 1.0
     table, index = None, ()
     if call.table is not None:
         assert call.matrix is not None and call.affine is not None and call.short is not None
         table = F.pad((call.table.float() / scale).t(), (0, -len(call.table) % 4)).contiguous()
         index = (call.matrix, call.short, call.affine)
     packed = call.offsets is not None
+    length = call.max_length if packed else q.shape[1]
     return Prepared(
-        *(readable(t) for t in (q, call.k, call.v)),
+        *(readable(t, length) for t in (q, call.k, call.v)),
         table,
         index,
         *(as_int32(t) for t in (call.offsets, call.key_lengths)),
@@ -94,17 +99,29 @@ def prepare(call: Call) -> Prepared:
         as_int32(call.positions),
         scale,
         call.offsets.numel() - 1 if packed else q.shape[0],
-        call.max_length if packed else q.shape[1],
+        length,
         call.causal,
     )
 
 
-def readable(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a copy where loads of 16 bytes cannot read it; K a multiple of 8."""
+def sign_of(scale: float) -> int:
+    """-1, 0 or 1; 0 also for a scale so small that scores are nothing but bias."""
+    return 0 if abs(scale) < SMALLEST_SCALE else 1 if scale > 0 else -1
+
+
+def readable(tensor: Tensor, length: int) -> Tensor:
+    """The tensor itself, or a copy where loads of 16 bytes cannot read it; K a multiple of 8.
+
+    The copy has its heads outermost where sequences of ``length`` would span too many bytes.
+    """
     aligned = tensor.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in tensor.stride()[:-1])
-    if tensor.shape[-1] % 8 == 0 and tensor.stride(-1) == 1 and aligned:
+    near = tensor.stride(-3) * tensor.element_size() * length < MAX_SPAN
+    if tensor.shape[-1] % 8 == 0 and tensor.stride(-1) == 1 and aligned and near:
         return tensor
-    return F.pad(tensor, (0, -tensor.shape[-1] % 8)).contiguous()
+    tensor = F.pad(tensor, (0, -tensor.shape[-1] % 8))
+    if tensor.shape[-2] * tensor.shape[-1] * tensor.element_size() * length < MAX_SPAN:
+        return tensor.contiguous()
+    return tensor.transpose(-3, -2).contiguous().transpose(-3, -2)
 
 
 def as_int32(tensor: Tensor | None) -> Tensor | None:
@@ -121,8 +138,15 @@ def operand(tensor: Tensor) -> Operand:
     return Operand(tensor.data_ptr(), *strides)
 
 
-def call_argument(call: Prepared, lse: Tensor, shared_bytes: int) -> CallArgument:
-    """What all kernels are told; ``shared_bytes`` are needed without a table."""
+def call_argument(
+    call: Prepared, lse: Tensor, shared_bytes: int, programs: int = 0
+) -> CallArgument:
+    """What all kernels are told.
+
+    Args:
+        shared_bytes: needed without a table.
+        programs: CTAs of a kernel whose CTAs begin one after the other.
+    """
     bias = Bias()
     if call.table is not None:
         matrix, short, affine = call.index
@@ -131,7 +155,7 @@ def call_argument(call: Prepared, lse: Tensor, shared_bytes: int) -> CallArgumen
             size=matrix.shape[1],
             pitch=short.shape[1],
             entries=call.table.shape[1],
-            in_shared=shared_bytes + table_bytes(call) <= SHARED_LIMIT,
+            in_shared=shared_bytes + table_bytes(call) <= shared_limit(call.q.device),
         )
     return CallArgument(
         *(operand(t) for t in (call.q, call.k, call.v)),
@@ -144,7 +168,19 @@ def call_argument(call: Prepared, lse: Tensor, shared_bytes: int) -> CallArgumen
         length=call.length,
         head_dim=call.q.shape[-1],
         causal=call.causal,
+        stagger=stagger(call.q.device, programs),
     )
+
+
+def stagger(device: torch.device, programs: int) -> int:
+    """The CTA from which on as many begin later; 0 if none does, as in short launches."""
+    first = target.multiprocessors(device)
+    return first if programs >= STAGGERED * first else 0
+
+
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a CTA can have."""
+    return (64 if target.compute_capability(device) == (7, 5) else 96) * 1024
 
 
 def table_bytes(call: Prepared) -> int:

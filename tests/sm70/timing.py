@@ -188,7 +188,7 @@ def _collect_traces(kernel, grid, block, args, smem, resident, ctas, options):
     def keep(cta, warp, records, addresses):
         traces[cta, warp] = records, addresses
 
-    # CTAs that do not wait for each other may be run one by one, as those of a range with steps are.
+    # CTAs that do not wait for each other may be run one by one: those of a range with steps are.
     runs = [(ctas.start, ctas.stop)] if ctas.step == 1 else [(cta, cta + 1) for cta in ctas]
     for run in runs:
         kernel.launch(grid, block, args, smem, resident=resident, ctas=run, trace=keep, **options)
