@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from vlmo.kernels.arguments import without_autocast
-from vlmo.kernels.attention import reference, triton_impl
+from vlmo.kernels.attention import cuda_impl, reference, triton_impl
 from vlmo.kernels.attention.reference import Call
-from vlmo.kernels.dispatch import Absent, Backend, runs_eagerly
+from vlmo.kernels.dispatch import Backend, runs_eagerly
 
 BACKENDS: dict[str, Backend] = {
-    "cuda": Absent("shared_attention has no CUDA kernel in this version."),
+    "cuda": cuda_impl,
     "triton": triton_impl,
     "reference": reference,
 }
-_IMPLEMENTATIONS = {"triton": triton_impl, "reference": reference}
+_IMPLEMENTATIONS = {"cuda": cuda_impl, "triton": triton_impl, "reference": reference}
 
 
 def run(call: Call, backend: str) -> Tensor:
