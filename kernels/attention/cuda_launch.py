@@ -83,24 +83,29 @@ def prepare(call: Call) -> Prepared:
     q, scale, sign = call.q, abs(call.scale), sign_of(call.scale)
     if sign <= 0:
         q, scale = q * sign, scale if sign else 1.0
-    table, index = None, ()
+    table: Tensor | None = None
+    index: tuple[Tensor, ...] = ()
     if call.table is not None:
         assert call.matrix is not None and call.affine is not None and call.short is not None
         table = F.pad((call.table.float() / scale).t(), (0, -len(call.table) % 4)).contiguous()
         index = (call.matrix, call.short, call.affine)
-    packed = call.offsets is not None
-    length = call.max_length if packed else q.shape[1]
+    batch, length = q.shape[0], q.shape[1]
+    if call.offsets is not None:
+        batch, length = call.offsets.numel() - 1, call.max_length
     return Prepared(
-        *(readable(t, length) for t in (q, call.k, call.v)),
-        table,
-        index,
-        *(as_int32(t) for t in (call.offsets, call.key_lengths)),
-        None if call.key_mask is None else call.key_mask.contiguous(),
-        as_int32(call.positions),
-        scale,
-        call.offsets.numel() - 1 if packed else q.shape[0],
-        length,
-        call.causal,
+        q=readable(q, length),
+        k=readable(call.k, length),
+        v=readable(call.v, length),
+        table=table,
+        index=index,
+        offsets=as_int32(call.offsets),
+        key_lengths=as_int32(call.key_lengths),
+        key_mask=None if call.key_mask is None else call.key_mask.contiguous(),
+        positions=as_int32(call.positions),
+        scale=scale,
+        batch=batch,
+        length=length,
+        causal=call.causal,
     )
 
 
