@@ -62,7 +62,7 @@ class Prepared(NamedTuple):
     k: Tensor
     v: Tensor
     table: Tensor | None  # [H, entries rounded up to 4] float32, over the scale
-    index: tuple[Tensor, ...]  # matrix, short, affine
+    indices: tuple[Tensor, ...]  # matrix, short, affine
     offsets: Tensor | None
     key_lengths: Tensor | None
     key_mask: Tensor | None
@@ -75,7 +75,7 @@ class Prepared(NamedTuple):
     @property
     def tensors(self) -> list[Tensor | None]:
         sequences = (self.offsets, self.key_lengths, self.key_mask, self.positions)
-        return [self.q, self.k, self.v, self.table, *self.index, *sequences]
+        return [self.q, self.k, self.v, self.table, *self.indices, *sequences]
 
 
 def prepare(call: Call) -> Prepared:
@@ -84,11 +84,11 @@ def prepare(call: Call) -> Prepared:
     if sign <= 0:
         q, scale = q * sign, scale if sign else 1.0
     table: Tensor | None = None
-    index: tuple[Tensor, ...] = ()
+    indices: tuple[Tensor, ...] = ()
     if call.table is not None:
         assert call.matrix is not None and call.affine is not None and call.short is not None
         table = F.pad((call.table.float() / scale).t(), (0, -len(call.table) % 4)).contiguous()
-        index = (call.matrix, call.short, call.affine)
+        indices = (call.matrix, call.short, call.affine)
     batch, length = q.shape[0], q.shape[1]
     if call.offsets is not None:
         batch, length = call.offsets.numel() - 1, call.max_length
@@ -97,7 +97,7 @@ def prepare(call: Call) -> Prepared:
         k=readable(call.k, length),
         v=readable(call.v, length),
         table=table,
-        index=index,
+        indices=indices,
         offsets=as_int32(call.offsets),
         key_lengths=as_int32(call.key_lengths),
         key_mask=None if call.key_mask is None else call.key_mask.contiguous(),
@@ -154,7 +154,7 @@ def call_argument(
     """
     bias = Bias()
     if call.table is not None:
-        matrix, short, affine = call.index
+        matrix, short, affine = call.indices
         bias = Bias(
             *(pointer(t) for t in (call.table, matrix, short, affine)),
             size=matrix.shape[1],
