@@ -8,6 +8,7 @@ from torch import Tensor
 
 from accuracy import assert_as_accurate_as
 from vlmo.kernels import RelativePositionBias, RelativePositionIndex, shared_attention
+from vlmo.kernels.attention import cuda_impl
 
 # Where a test runs: a backend on a device. The fixture ``place`` of conftest.py sets each up.
 on_every_backend = pytest.mark.parametrize(
@@ -15,8 +16,10 @@ on_every_backend = pytest.mark.parametrize(
     [
         ("cpu", "reference"),
         ("cpu", "triton"),
+        ("cpu", "cuda"),
         pytest.param(("cuda", "reference"), marks=pytest.mark.gpu),
         pytest.param(("cuda", "triton"), marks=pytest.mark.gpu),
+        pytest.param(("cuda", "cuda"), marks=pytest.mark.gpu),
     ],
     ids="-".join,
     indirect=True,
@@ -24,6 +27,12 @@ on_every_backend = pytest.mark.parametrize(
 on_triton = pytest.mark.parametrize(
     "place",
     [("cpu", "triton"), pytest.param(("cuda", "triton"), marks=pytest.mark.gpu)],
+    ids="-".join,
+    indirect=True,
+)
+on_cuda = pytest.mark.parametrize(
+    "place",
+    [("cpu", "cuda"), pytest.param(("cuda", "cuda"), marks=pytest.mark.gpu)],
     ids="-".join,
     indirect=True,
 )
@@ -45,6 +54,7 @@ class Case:
     scale: float | None = None
     grid: tuple = (3, 3)
     text: int = 5
+    entries: int = 11  # of a random index
 
     def __str__(self):
         changed = [f"{k}={v}" for k, v in vars(self).items() if v != getattr(Case, k, None)]
@@ -80,8 +90,8 @@ def make_index(case: Case, device) -> RelativePositionIndex | None:
     if case.index == "random":
         generator = torch.Generator().manual_seed(4)
         length = max(case.lengths, default=case.length)
-        matrix = torch.randint(0, 11, (length, length), generator=generator)
-        return RelativePositionIndex(matrix, 11).to(device)
+        matrix = torch.randint(0, case.entries, (length, length), generator=generator)
+        return RelativePositionIndex(matrix, case.entries).to(device)
     make = {
         "joint": lambda: RelativePositionIndex.joint(grid, text, text + 3),
         "image": lambda: RelativePositionIndex.image(grid, text + 3),
@@ -191,10 +201,13 @@ def outputs_and_gradients(function, tensors: dict) -> dict[str, Tensor]:
     return {"out": out.detach(), **grads}
 
 
-def assert_parity(case: Case, dtype: torch.dtype, place) -> None:
-    """Output and every gradient of a case, by the error rule."""
+def assert_parity(case: Case, dtype: torch.dtype, place, change=lambda tensors: None) -> None:
+    """Output and every gradient of a case, by the error rule; ``change`` may replace tensors."""
     device, backend = place
+    if backend == "cuda" and (reason := cuda_impl.why_not(device, dtype, case.head_dim, 0)):
+        pytest.skip(reason)
     tensors, options = make_tensors(case, device, dtype), make_options(case, device)
+    change(tensors)
     wide = {name: t.double() for name, t in tensors.items()}
     exact = outputs_and_gradients(lambda t: eager(case, t, options), wide)
     baseline = outputs_and_gradients(lambda t: eager(case, t, options), tensors)

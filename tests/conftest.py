@@ -28,7 +28,7 @@ def device(request) -> torch.device:
 
 
 class Place(NamedTuple):
-    """Where a test of moe_ffn runs."""
+    """Where a test of an operation runs."""
 
     device: torch.device
     backend: str
@@ -64,7 +64,7 @@ def _convert_float(values, source, target, rounding):
     ids="-".join,
 )
 def place(request, monkeypatch) -> Iterator[Place]:
-    """Every backend of moe_ffn on the CPU, and on the GPU where there is one.
+    """Every backend on the CPU, and on the GPU where there is one.
 
     On the CPU Triton's kernels run in its interpreter and the CUDA kernels in the emulator.
     """
