@@ -46,10 +46,11 @@ struct BackwardTableKernel {
   static constexpr int kTile = ColumnTile<kDim>::kBytes, kOperand = 2 * kTile;
   // What belongs to the tokens of a tile: log sums and deltas of queries, flags of keys.
   static constexpr int kDeltas = kSide * 4, kFlags = 2 * kSide * 4, kTokens = 3 * kSide * 4;
-  static constexpr int kTiles = 4 * kOperand, kSharedBytes = kTiles + 2 * kTokens + 128;
-  static constexpr int kWindow = kTiles / 4;  // entries that are scattered at a time
-  // Whether a tile is loaded long before it is stored; else registers do not suffice.
+  // Whether a tile is loaded long before it is stored; else registers do not suffice, and dout and v
+  // take the place of q and k.
   static constexpr bool kAhead = kDim <= 64;
+  static constexpr int kTiles = (kAhead ? 4 : 2) * kOperand;
+  static constexpr int kWindow = kTiles / 4;  // entries that are scattered at a time
   using Move = Mover<kDim, kThreads>;
 
   // Of one operand, 64 tokens.
@@ -139,7 +140,7 @@ struct BackwardTableKernel {
     const Call& call = f.call;
     const unsigned shared = shared_address(tiles);
     const unsigned queries = shared, keys = shared + kOperand;
-    const unsigned douts = shared + 2 * kOperand, values = shared + 3 * kOperand;
+    const unsigned douts = shared + kTiles - 2 * kOperand, values = douts + kOperand;
     unsigned tokens = shared + kTiles;
     const int row = warp_index() / 2 * kColumns, column = warp_index() % 2 * kColumns;
     TileScores bias;
@@ -148,59 +149,79 @@ struct BackwardTableKernel {
     const unsigned lane_columns =
         keep(ColumnReader<kDim, SquareScores<2>>::lane_offset() + warp_index() % 2 * kTile);
 
-    for (int i = 0; i < 8; ++i) move.clear(shared + i * kTile);
+    for (int at = 0; at < kTiles; at += kTile) move.clear(shared + at);
     Moved left, right;
     Token token;
-    {
-      const Sequence sequence(call, number, item.head, item.query);
-      left.load(move, sequence, call.q, item.query);
-      right.load(move, sequence, call.k, item.key);
-      token.load(f, sequence, item.query, item.key);
-      left.store(move, queries);
-      right.store(move, keys);
-      token.store(tokens);
-      if (kAhead) left.load(move, sequence, f.dout, item.query);
-      if (kAhead) right.load(move, sequence, call.v, item.key);
-    }
+    load_first(f, item, Sequence(call, number, item.head, item.query), move, shared, left, right,
+               token);
     __syncthreads();
 #pragma unroll 1
     while (number < item.stop) {
       TileScores p = bias, ds = {};
-      multiply_scores<kDim>(static_cast<SquareScores<2>&>(p), TileRows<kDim>{queries + lane_rows},
-                            keys + lane_columns, [](int) {});
-      const Sequence sequence(call, number, item.head, item.query);
-      if (!kAhead) left.load(move, sequence, f.dout, item.query);
-      left.store(move, douts);
-      if (!kAhead) right.load(move, sequence, call.v, item.key);
-      right.store(move, values);
       const int next = item.next(call, number + 1);
       const Sequence following(call, next < item.stop ? next : number, item.head, item.query);
+      multiply_scores<kDim>(static_cast<SquareScores<2>&>(p), TileRows<kDim>{queries + lane_rows},
+                            keys + lane_columns, [](int) {});
+      if (!kAhead) {
+        __syncthreads();
+        const Sequence sequence(call, number, item.head, item.query);
+        left.load(move, sequence, f.dout, item.query);
+        right.load(move, sequence, call.v, item.key);
+      }
+      left.store(move, douts);
+      right.store(move, values);
       if (kAhead) left.load(move, following, call.q, item.query);
       if (kAhead) right.load(move, following, call.k, item.key);
       token.load(f, following, item.query, item.key);
       weigh(call, tokens, row, column, p);
       __syncthreads();
+      const unsigned other = 2 * (shared + kTiles) + kTokens - tokens;
       multiply_scores<kDim>(static_cast<SquareScores<2>&>(ds), TileRows<kDim>{douts + lane_rows},
-                            values + lane_columns, [](int) {});
-      float delta[TileScores::kThreadRows];
-#pragma unroll
-      for (int r = 0; r < TileScores::kThreadRows; ++r) {
-        delta[r] = load_entry(tokens + kDeltas + (row + TileScores::row(r)) * 4);
-      }
-      fill(sums, [&](int r, int e) {
-        return fmaf(p.at(r, e), ds.at(r, e) - delta[r], sums.at(r, e));
+                            values + lane_columns, [&](int octet) {
+        if (kAhead && octet == 3) left.store(move, queries);
+        if (kAhead && octet == 5) right.store(move, keys);
+        if (octet == 5) token.store(other);
       });
-      tokens = 2 * (shared + kTiles) + kTokens - tokens;
-      if (!kAhead) left.load(move, following, call.q, item.query);
-      left.store(move, queries);
-      if (!kAhead) right.load(move, following, call.k, item.key);
-      right.store(move, keys);
-      token.store(tokens);
       if (kAhead) left.load(move, following, f.dout, item.query);
       if (kAhead) right.load(move, following, call.v, item.key);
+      add(tokens, row, p, ds, sums);
+      if (!kAhead) {
+        __syncthreads();
+        left.load(move, following, call.q, item.query);
+        right.load(move, following, call.k, item.key);
+        left.store(move, queries);
+        right.store(move, keys);
+      }
+      tokens = other;
       number = next;
       __syncthreads();
     }
+  }
+
+  // q, k and what belongs to their tokens to shared memory; dout and v if they are loaded ahead.
+  __device__ static void load_first(const BackwardTable& f, const Item& item,
+                                    const Sequence& sequence, const Move& move, unsigned shared,
+                                    Moved& left, Moved& right, Token& token) {
+    left.load(move, sequence, f.call.q, item.query);
+    right.load(move, sequence, f.call.k, item.key);
+    token.load(f, sequence, item.query, item.key);
+    left.store(move, shared);
+    right.store(move, shared + kOperand);
+    token.store(shared + kTiles);
+    if (kAhead) left.load(move, sequence, f.dout, item.query);
+    if (kAhead) right.load(move, sequence, f.call.v, item.key);
+  }
+
+  __device__ static void add(unsigned tokens, int row, TileScores& p, TileScores& ds,
+                             TileScores& sums) {
+    float delta[TileScores::kThreadRows];
+#pragma unroll
+    for (int r = 0; r < TileScores::kThreadRows; ++r) {
+      delta[r] = load_entry(tokens + kDeltas + (row + TileScores::row(r)) * 4);
+    }
+    fill(sums, [&](int r, int e) {
+      return fmaf(p.at(r, e), ds.at(r, e) - delta[r], sums.at(r, e));
+    });
   }
 
   // The numbers of the entries that the tile reads, in the bits of `entries`. Queries and keys behind
@@ -267,8 +288,8 @@ struct BackwardTableKernel {
     fill(p, [&](int r, int e) { return exp2_approx(fmaf(p.at(r, e), call.scale, -lse[r])); });
   }
 
-  // The sums to the CTA's row: as multiples of a power of two that 4096 of them cannot overflow. What
-  // is not finite makes its entry not a number.
+  // The sums to the CTA's row, as multiples of a power of two that all of them together cannot
+  // overflow. What is not finite makes its entry not a number.
   __device__ static void scatter(const BackwardTable& f, const Item& item, int number,
                                  char* shared, TileScores& sums) {
     const Call& call = f.call;
@@ -276,30 +297,18 @@ struct BackwardTableKernel {
     const int entries = call.bias.entries;
     float* const partial = f.partial + static_cast<long long>(blockIdx.x) * entries;
     int* const counts = reinterpret_cast<int*>(shared);
-    const int exponent = largest_exponent(shared + kTiles, sums);
-    const float up = __int_as_float((127 + min(17 - exponent, 126)) << 23);
-    const float down = __int_as_float((127 - min(17 - exponent, 126)) << 23);
     TileScores places;
     find_entries(call, item, sequence, places);
+    remove_infinite(partial, places, sums);
+    const int exponent = 17 - exponent_of_sum(shared + kTiles, sums);
+    const float up = __int_as_float((127 + min(exponent, 126)) << 23);
+    const float down = __int_as_float((127 - min(exponent, 126)) << 23);
 #pragma unroll 1
     for (int window = 0; window < entries; window += kWindow) {
       const int size = min(kWindow, entries - window);
       for (int i = threadIdx.x; i < size; i += kThreads) counts[i] = 0;
       __syncthreads();
-#pragma unroll
-      for (int r = 0; r < TileScores::kThreadRows; ++r) {
-#pragma unroll
-        for (int e = 0; e < TileScores::kThreadColumns; ++e) {
-          const int at = __float_as_int(places.at(r, e)) - window;
-          const float v = sums.at(r, e);
-          if (v == 0 || at < 0 || at >= size) continue;
-          if (is_finite(v)) {
-            atomicAdd(counts + at, __float2int_rn(v * up));
-          } else {
-            partial[window + at] = v - v;
-          }
-        }
-      }
+      count(places, sums, up, window, size, counts);
       __syncthreads();
       for (int i = threadIdx.x; i < size; i += kThreads) {
         if (counts[i] != 0) partial[window + i] += counts[i] * down;
@@ -308,24 +317,56 @@ struct BackwardTableKernel {
     }
   }
 
-  __device__ static bool is_finite(float v) { return fabsf(v) < infinity(); }
+  // Neighbours that read the same entry, as all pairs of a text's query and an image's key do, are
+  // added up before: atomic additions to one address wait for each other.
+  __device__ static void count(TileScores& places, TileScores& sums, float up, int window, int size,
+                               int* counts) {
+    int place = 0, sum = 0;
+    const auto add = [&]() {
+      const int at = place - window;
+      if (sum != 0 && at >= 0 && at < size) atomicAdd(counts + at, sum);
+    };
+#pragma unroll
+    for (int r = 0; r < TileScores::kThreadRows; ++r) {
+#pragma unroll
+      for (int e = 0; e < TileScores::kThreadColumns; ++e) {
+        const int next = __float_as_int(places.at(r, e));
+        if (next != place) {
+          add();
+          place = next;
+          sum = 0;
+        }
+        sum += __float2int_rn(sums.at(r, e) * up);
+      }
+    }
+    add();
+  }
 
-  // Of the largest finite sum of the CTA.
-  __device__ static int largest_exponent(char* shared, TileScores& sums) {
-    float largest = 0;
+  __device__ static void remove_infinite(float* partial, TileScores& places, TileScores& sums) {
     fill(sums, [&](int r, int e) {
       const float v = sums.at(r, e);
-      if (is_finite(v)) largest = fmaxf(largest, fabsf(v));
-      return v;
+      if (fabsf(v) < infinity()) return v;
+      partial[__float_as_int(places.at(r, e))] = infinity() - infinity();
+      return 0.0f;
+    });
+  }
+
+  // Of the CTA's sum of absolute values, over 4096, the number of them: it cannot be infinite.
+  __device__ static int exponent_of_sum(char* shared, TileScores& sums) {
+    float sum = 0;
+    fill(sums, [&](int r, int e) {
+      sum = fmaf(fabsf(sums.at(r, e)), 1.0f / (kSide * kSide), sum);
+      return sums.at(r, e);
     });
     for (int distance = 16; distance > 0; distance /= 2) {
-      largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, distance));
+      sum += __shfl_xor_sync(kFullWarp, sum, distance);
     }
     float* const of_warps = reinterpret_cast<float*>(shared);
-    if (lane_index() == 0) of_warps[warp_index()] = largest;
+    if (lane_index() == 0) of_warps[warp_index()] = sum;
     __syncthreads();
-    for (int i = 0; i < kThreads / 32; ++i) largest = fmaxf(largest, of_warps[i]);
-    return (__float_as_int(largest) >> 23) - 127;
+    sum = 0;
+    for (int i = 0; i < kThreads / 32; ++i) sum += of_warps[i];
+    return (__float_as_int(sum) >> 23) - 127;
   }
 };
 
@@ -334,7 +375,7 @@ extern "C" __global__ void __launch_bounds__(128, 2)
   BackwardTableKernel<64>::run(arguments);
 }
 
-extern "C" __global__ void __launch_bounds__(128, 1)
+extern "C" __global__ void __launch_bounds__(128, 2)
     attention_bwd_table_128(const __grid_constant__ BackwardTable arguments) {
   BackwardTableKernel<128>::run(arguments);
 }

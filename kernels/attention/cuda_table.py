@@ -33,6 +33,7 @@ def launch_table(call: host.Prepared, dout: Tensor, lse: Tensor, delta: Tensor) 
     assert call.table is not None
     heads, entries = call.table.shape
     dim = host.padded_dim(call.q.shape[-1])
+    operands = 4 if dim == 64 else 2  # in shared memory at a time
     tiles = (-(-call.length // SIDE)) ** 2
     programs = max(1, programs_on(call.q.device) // heads)
     batch_range = 1 if call.positions is not None else choose_range(tiles, call.batch, programs)
@@ -50,7 +51,7 @@ def launch_table(call: host.Prepared, dout: Tensor, lse: Tensor, delta: Tensor) 
         *(CUBIN, f"{CUBIN}_{dim}", call.q.device),
         heads * parts,
         4 * host.WARP,
-        8 * host.column_tile_bytes(dim) + 2 * _TOKEN_BYTES + 128,
+        operands * 2 * host.column_tile_bytes(dim) + 2 * _TOKEN_BYTES,
         argument,
         [*call.tensors, dout, lse, delta, partial],
     )
