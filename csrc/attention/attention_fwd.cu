@@ -21,6 +21,8 @@ struct ForwardKernel {
   static constexpr int kThreads = kWarps * 32, kRows = kWarps * kBlocks * 16;
   static constexpr int kTile = ColumnTile<kDim>::kBytes;
   static constexpr int kStage = 2 * kTile + KeyCodes::kBytes;  // keys, values, codes
+  // Up to 64 tokens, two steps: all keys and values are in shared memory from the start.
+  static constexpr bool kShort = kRows == 2 * kColumns;
   static constexpr int kKept = 128;  // bytes for the sequence; tiles are aligned to 128
   using Move = Mover<kDim, kThreads>;
   using Scores = SquareScores<kBlocks>;
@@ -65,6 +67,14 @@ struct ForwardKernel {
     move.store(moved_keys, stages);
     move.store(moved_values, stages + kTile);
     codes.store(call, sequence, stages + 2 * kTile, 0, last);
+    if (kShort) {
+      move.load(moved_keys, key_source, call.k, kColumns, last);
+      move.load(moved_values, value_source, call.v, kColumns, last);
+      codes.load(call, sequence, kColumns, last, keys);
+      move.store(moved_keys, stages + kStage);
+      move.store(moved_values, stages + kStage + kTile);
+      codes.store(call, sequence, stages + kStage + 2 * kTile, kColumns, last);
+    }
 
     const unsigned lane_keys = keep(ColumnReader<kDim, Scores>::lane_offset());
     const unsigned lane_values = keep(Output::column_offset() + kTile);
@@ -84,10 +94,12 @@ struct ForwardKernel {
       while (true) {
         lookup.start(call, *kept, scores, stage + 2 * kTile, step * kColumns);
         multiply_scores<kDim>(scores, q, stage + lane_keys, [&](int octet) {
-          if (octet == 0) move.load(moved_keys, key_source, call.k, next, last);
+          if (octet == 0 && !kShort) move.load(moved_keys, key_source, call.k, next, last);
         });
-        move.load(moved_values, value_source, call.v, next, last);
-        codes.load(call, *kept, next, last, keys);
+        if (!kShort) {
+          move.load(moved_values, value_source, call.v, next, last);
+          codes.load(call, *kept, next, last, keys);
+        }
         if (exact) raise(call, scores, maximum, sum, output);
         float largest = 0;
         float part[kThreadRows];
@@ -117,12 +129,18 @@ struct ForwardKernel {
       writer.write(scores);
       __syncwarp();
       const unsigned other = 2 * stages + kStage - stage;
-      move.store(moved_keys, other);
-      move.store(moved_values, other + kTile);
-      codes.store(call, *kept, other + 2 * kTile, next, last);
+      if (!kShort) {
+        move.store(moved_keys, other);
+        move.store(moved_values, other + kTile);
+        codes.store(call, *kept, other + 2 * kTile, next, last);
+      }
       multiply_output(output, lane_weights, stage + lane_values);
       stage = other;
-      __syncthreads();
+      if (kShort) {
+        __syncwarp();
+      } else {
+        __syncthreads();
+      }
     }
     finish(f, *kept, weights, output, maximum, sum);
   }
