@@ -14,6 +14,7 @@ struct BackwardKV {
 
 template <int kDim, class Rows>
 struct BackwardKVKernel {
+  static constexpr bool kShared = Rows::kSharedBytes > 0;  // short of registers
   using Scores = SquareScores<1>;
   using Output = LineOutput<kDim>;
   using Move = Mover<kDim, 128>;
@@ -37,8 +38,6 @@ struct BackwardKVKernel {
     if (threadIdx.x == 0) *kept = sequence;
     const int first_row = sequence.row_of_warp(Scores::kWarpRows), last = sequence.tokens - 1;
     const int start = call.causal ? sequence.first_row / kColumns * kColumns : 0;
-    // Nobody attends to a key behind the last: its gradient is 0.
-    const int stop = sequence.first_row < sequence.keys ? sequence.tokens : start;
 
     const Move move(call.head_dim);
     const char* const query_source = move.source(sequence, call.q);
@@ -75,31 +74,37 @@ struct BackwardKVKernel {
     __syncthreads();
 
     unsigned stage = stages;
+    // Nobody attends to keys behind the last: their gradient is 0.
+    const int begin = sequence.first_row < sequence.keys ? start : sequence.tokens;
 #pragma unroll 1
-    for (int first = start; first < stop; first += kColumns) {
-      const int next = first + kColumns;
+    for (int first = begin; first < kept->tokens; first += kColumns) {
+      const int next = first + kColumns, end = kShared ? kept->tokens - 1 : last;
       const unsigned code_tile = stage + 2 * kTile;
       Scores p, ds = {};
       lookup.start(call, *kept, p, code_tile, first);
+      // When the next step is loaded and stored: the fastest of some twenty ways, in the model.
       multiply_scores<kDim>(p, k, stage + lane_scores, [&](int octet) {
-        if (octet == 0) move.load(moved_queries, query_source, call.q, next, last);
+        if (octet == 0) codes.load(call, f.delta, *kept, next, end);
+        if (octet == 5 && !kShared) move.load(moved_queries, query_source, call.q, next, end);
       });
-      move.load(moved_douts, dout_source, f.dout, next, last);
-      codes.load(call, f.delta, *kept, next, last);
       float lse[Scores::kThreadColumns];
       load_words(code_tile + QueryCodes::kLogSums + lookup.lane_codes, lse);
       fill(p, [&](int r, int e) { return exp2_approx(fmaf(p.at(r, e), call.scale, -lse[e])); });
       writer.write(p);
-      multiply_scores<kDim>(ds, v, stage + kTile + lane_scores, [](int) {});
+      const unsigned other = 2 * stages + kStage - stage;
+      multiply_scores<kDim>(ds, v, stage + kTile + lane_scores, [&](int octet) {
+        if (octet == 2 && kShared) move.load(moved_queries, query_source, call.q, next, end);
+        if (octet == (kShared ? 2 : 6)) move.store(moved_queries, other);
+        if (octet == 1 && !kShared) move.load(moved_douts, dout_source, f.dout, next, end);
+      });
+      if (kShared) move.load(moved_douts, dout_source, f.dout, next, end);
       float delta[Scores::kThreadColumns];
       load_words(code_tile + QueryCodes::kDeltas + lookup.lane_codes, delta);
       fill(ds, [&](int r, int e) { return p.at(r, e) * (ds.at(r, e) - delta[e]); });
       writer.write(ds, kWeights);
       __syncwarp();
-      const unsigned other = 2 * stages + kStage - stage;
-      move.store(moved_queries, other);
       move.store(moved_douts, other + kTile);
-      codes.store(call, *kept, other + 2 * kTile, lookup.table, next, last);
+      codes.store(call, *kept, other + 2 * kTile, lookup.table, next, end);
       multiply_output(dv, lane_weights, stage + kTile + lane_columns);
       multiply_output(dk, lane_weights + kWeights, stage + lane_columns);
       stage = other;

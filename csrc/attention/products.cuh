@@ -138,7 +138,7 @@ struct SharedRows {
       store_shared(base + row * kPitch + chunk * 16, v);
     }
     __syncwarp();
-    lane = keep(base + row_of(0) * kPitch);
+    lane = base + row_of(0) * kPitch;
   }
   __device__ static int row_of(int) {
     const QuadPair at;
