@@ -22,7 +22,7 @@ struct ForwardKernel {
   static constexpr int kTile = ColumnTile<kDim>::kBytes;
   static constexpr int kStage = 2 * kTile + KeyCodes::kBytes;  // keys, values, codes
   // Up to 64 tokens, two steps: all keys and values are in shared memory from the start.
-  static constexpr bool kShort = kRows == 2 * kColumns;
+  static constexpr bool kShort = kWarps == 2;
   static constexpr int kKept = 128;  // bytes for the sequence; tiles are aligned to 128
   using Move = Mover<kDim, kThreads>;
   using Scores = SquareScores<kBlocks>;
