@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything a machine with a GPU should do for moe_ffn, in at most 25 minutes and without a network.
+# Everything a machine with a GPU should do for moe_ffn, and the tests of shared_attention, in at most
+# 25 minutes and without a network.
 #
 #   benchmarks/gpu.sh OUTPUT [SECTION...]
 #
@@ -15,7 +16,7 @@
 set -uo pipefail
 
 if [ $# -lt 1 ]; then
-    sed -n '2,15s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,16s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
@@ -79,7 +80,7 @@ tests() {
     # Tests of other parts may need packages that are not here: what cannot be collected is in the log.
     {
         "${collect[@]}" tests -m gpu --continue-on-collection-errors
-        "${collect[@]}" tests/test_moe_ffn*.py
+        "${collect[@]}" tests/test_moe_ffn*.py tests/test_attention*.py
     } >"$out/tests.log" 2>&1
     grep '^tests/.*::' "$out/tests.log" | sort -u >"$out/tests.txt"
     if [ ! -s "$out/tests.txt" ]; then
@@ -117,8 +118,9 @@ sanitizer() {
         # The V100's kernels, if the wheel was built with VLMO_TEST_TARGETS; else their test skips.
         VLMO_VOLTA_ANYWHERE=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 run sanitizer 110 \
             compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
-            "$python" -m pytest tests/test_moe_ffn_cuda.py -q -x -p no:cacheprovider \
-            -k "test_parity and cuda-cuda" || status=1
+            "$python" -m pytest tests/test_moe_ffn_cuda.py tests/test_attention_cuda.py \
+            -q -x -p no:cacheprovider \
+            -k "test_parity and cuda-cuda and (moe_ffn or 237 or positions)" || status=1
     done
     return $status
 }
