@@ -35,6 +35,7 @@ CLOCK = 1.53e9
 BATCH, HEADS, DIM = 64, 12, 64
 PAIRS = BATCH * HEADS
 ROW_BYTES, SECTOR = 2 * DIM, 32
+BAND = 4  # query tiles of the table's gradient
 # The multiprocessor's CTAs are 0, 81, 162, ...: they go through all tiles of a sequence.
 STEP, SAMPLE = 81, 16
 FLOPS = {"forward": 4 * DIM, "backward": 10 * DIM}  # times N * N
@@ -124,22 +125,31 @@ def make_call(length: int, bias: bool) -> Call:
 def bytes_once(cubin: str, length: int, entries: int) -> float:
     """What a sequence and head have to move, from DRAM or to it.
 
-    The CTAs of a sequence run at a time and find in L2 what another has read. Log-sum-exps and
-    deltas of a token's heads are neighbours, but the heads are not at work at a time.
+    The CTAs of a sequence run at a time and find in L2 what another has read. The forward leaves
+    log-sum-exps of a token's heads as neighbours, but the heads are not at work at a time.
     """
-    rows, values = {"attention_fwd": (4, 1), "attention_bwd_q": (6, 2), "attention_bwd_kv": (6, 2)}[
-        cubin
-    ]
-    return (rows * ROW_BYTES + values * SECTOR) * length + 4 * entries / BATCH
+    rows, values = {
+        "attention_fwd": (4, SECTOR),
+        "attention_bwd_q": (6, 2 * 4),
+        "attention_bwd_kv": (6, 2 * 4),
+    }[cubin]
+    return (rows * ROW_BYTES + values) * length + 4 * entries / BATCH
 
 
 def bytes_once_of_items(length: int, parts: int, sequences: int) -> float:
-    """The same for an item of the table's gradient: CTAs have neighbouring tiles at a time."""
+    """The same for an item of the table's gradient: CTAs have neighbouring tiles at a time.
+
+    They take them in bands of query tiles, kBand of csrc/attention/attention_bwd_table.cu.
+    """
     side = -(-length // cuda_table.SIDE)
     tiles_read = 0
     for first in range(0, side * side, parts):
-        tiles = range(first, min(first + parts, side * side))
-        queries, keys = {tile // side for tile in tiles}, {tile % side for tile in tiles}
+        queries, keys = set(), set()
+        for tile in range(first, min(first + parts, side * side)):
+            band = tile // (BAND * side) * BAND
+            height = min(BAND, side - band)
+            queries.add(band + (tile - band * side) % height)
+            keys.add((tile - band * side) // height)
         tiles_read += len(queries) + len(keys)
     # q and dout of a query tile, k and v of a key tile.
     return 2 * tiles_read * cuda_table.SIDE * ROW_BYTES * sequences / side**2
@@ -185,8 +195,9 @@ def launches(length: int, bias: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
     ):
         prepared = cuda_launch.prepare(make_call(length, bias))
         out, dout, dq, dk, dv = (aligned(BATCH, length, HEADS, DIM) for _ in range(5))
-        lse, delta = (aligned(BATCH, length, HEADS, dtype=torch.float32) for _ in range(2))
-        cuda_forward.launch_forward(prepared, out, lse)
+        lse, delta = (aligned(HEADS, BATCH * length, dtype=torch.float32).t() for _ in range(2))
+        forward_lse = aligned(BATCH, length, HEADS, dtype=torch.float32)
+        cuda_forward.launch_forward(prepared, out, forward_lse)
         cuda_backward.launch_queries(prepared, out, dout, lse, dq, delta)
         cuda_backward.launch_keys(prepared, dout, lse, delta, dk, dv)
         if bias:

@@ -9,7 +9,7 @@
 struct BackwardKV {
   Call call;
   Operand dout, dk, dv;
-  const float* delta;  // [tokens, H]
+  const float* delta;  // as lse
 };
 
 template <int kDim, class Rows>

@@ -8,7 +8,7 @@
 struct BackwardQ {
   Call call;
   Operand out, dout, dq;
-  float* delta;  // [tokens, H]
+  float* delta;  // as lse
 };
 
 template <int kDim, class Scores, class Output, class Rows>

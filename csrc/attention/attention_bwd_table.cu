@@ -10,7 +10,7 @@
 struct BackwardTable {
   Call call;
   Operand dout;
-  const float* delta;  // [tokens, H]
+  const float* delta;  // as lse
   float* partial;      // [H, parts, entries], zeros
   int parts;           // CTAs of a head
   int range;           // sequences that are summed before a scatter; 1 with positions
@@ -43,6 +43,7 @@ struct TileRows {
 template <int kDim>
 struct BackwardTableKernel {
   static constexpr int kThreads = 128, kSide = 64;  // of the tile
+  static constexpr int kBand = 4;  // query tiles
   static constexpr int kTile = ColumnTile<kDim>::kBytes, kOperand = 2 * kTile;
   // What belongs to the tokens of a tile: log sums and deltas of queries, flags of keys.
   static constexpr int kDeltas = kSide * 4, kFlags = 2 * kSide * 4, kTokens = 3 * kSide * 4;
@@ -122,8 +123,13 @@ struct BackwardTableKernel {
     const Move move(call.head_dim);
     for (int i = blockIdx.x % f.parts; i < tiles * tiles * ranges; i += f.parts) {
       const int range = i / (tiles * tiles), tile = i % (tiles * tiles);
-      const Item item{static_cast<int>(blockIdx.x) / f.parts, tile / tiles * kSide,
-                      tile % tiles * kSide, min((range + 1) * f.range, call.batch)};
+      // In bands of query tiles, key tile by key tile: what CTAs read at a time is nearly a square of
+      // tiles, so that they find much of it in L2.
+      const int band = tile / (kBand * tiles) * kBand, height = min(kBand, tiles - band);
+      const int in_band = tile - band * tiles;
+      const Item item{static_cast<int>(keep(blockIdx.x / f.parts)),
+                      (band + in_band % height) * kSide, in_band / height * kSide,
+                      min((range + 1) * f.range, call.batch)};
       const int first = item.next(call, range * f.range);
       if (first == item.stop || (call.causal && item.key >= item.query + kSide)) continue;
       TileScores sums = {};

@@ -41,8 +41,9 @@ struct Call {
   const int* key_lengths;         // [B]; null
   const unsigned char* key_mask;  // [B, N]; null
   const int* positions;           // [B, N] or [T], rows of the bias' matrix; null
-  float* lse;                     // [tokens, H], natural logarithm
+  float* lse;                     // of each token and head, natural logarithm
   float scale;                    // of the scores, times log2(e); not negative
+  int value_token, value_head;    // strides of lse and delta
   int batch, heads, length, head_dim;
   int causal;
   int stagger;  // CTA from which on as many begin later, see stagger()
@@ -86,7 +87,8 @@ struct Sequence {
   }
   // Of a value for each token and head, such as the log-sum-exp.
   __device__ long long of_head(const Call& call, int token) const {
-    return (first_value + token) * call.heads + head;
+    return (first_value + token) * call.value_token +
+           static_cast<long long>(head) * call.value_head;
   }
   __device__ int position(const Call& call, int token) const {
     return call.positions != nullptr ? call.positions[first_value + token] : token;

@@ -49,6 +49,8 @@ def backward(dout: Tensor, out: Tensor, lse: Tensor, call: Call, needs_table: bo
     prepared = host.prepare(call)
     out, dout = (host.readable(t, prepared.length) for t in (out, dout))
     dq, dk, dv = (q.new_empty(prepared.q.shape) for _ in range(3))
+    # Heads outermost: a CTA reads the values of neighbouring tokens of one head.
+    lse = lse.reshape(-1, lse.shape[-1]).t().contiguous().t()
     delta = torch.empty_like(lse)
     launch_queries(prepared, out, dout, lse, dq, delta)
     launch_keys(prepared, dout, lse, delta, dk, dv)

@@ -50,7 +50,10 @@ class CallArgument(ctypes.Structure):
         ("scale", ctypes.c_float),
         *(
             (n, ctypes.c_int32)
-            for n in ("batch", "heads", "length", "head_dim", "causal", "stagger")
+            for n in (
+                *("value_token", "value_head"),
+                *("batch", "heads", "length", "head_dim", "causal", "stagger"),
+            )
         ),
     ]
 
@@ -149,6 +152,7 @@ def call_argument(
     """What all kernels are told.
 
     Args:
+        lse: [..., H]; its last two strides are those of delta too.
         shared_bytes: needed without a table.
         programs: CTAs of a kernel whose CTAs begin one after the other.
     """
@@ -168,6 +172,8 @@ def call_argument(
         *(pointer(t) for t in (call.offsets, call.key_lengths, call.key_mask, call.positions)),
         pointer(lse),
         scale=call.scale * LOG2E,
+        value_token=lse.stride(-2),
+        value_head=lse.stride(-1),
         batch=call.batch,
         heads=call.q.shape[-2],
         length=call.length,
