@@ -21,7 +21,6 @@ struct BackwardKVKernel {
   static constexpr int kWarps = 4, kThreads = kWarps * 32, kRows = kWarps * Scores::kWarpRows;
   static constexpr int kTile = ColumnTile<kDim>::kBytes;
   static constexpr int kStage = 2 * kTile + QueryCodes::kBytes;  // queries, dout, codes
-  static constexpr int kKept = 128;  // bytes for the sequence; tiles are aligned to 128
   static constexpr int kWeights = Scores::kWarpRows * WeightTile::kRowBytes;  // of a warp
 
   __device__ static void run(const BackwardKV& f) {

@@ -16,7 +16,6 @@ struct BackwardQKernel {
   static constexpr int kWarps = 4, kThreads = kWarps * 32, kRows = kWarps * Scores::kWarpRows;
   static constexpr int kTile = ColumnTile<kDim>::kBytes;
   static constexpr int kStage = 2 * kTile + KeyCodes::kBytes;  // keys, values, codes
-  static constexpr int kKept = 128;  // bytes for the sequence; tiles are aligned to 128
   static constexpr int kThreadRows = Scores::kThreadRows, kWeights = kRows * WeightTile::kRowBytes;
   using Move = Mover<kDim, kThreads>;
 

@@ -23,7 +23,6 @@ struct ForwardKernel {
   static constexpr int kStage = 2 * kTile + KeyCodes::kBytes;  // keys, values, codes
   // Up to 64 tokens, two steps: all keys and values are in shared memory from the start.
   static constexpr bool kShort = kWarps == 2;
-  static constexpr int kKept = 128;  // bytes for the sequence; tiles are aligned to 128
   using Move = Mover<kDim, kThreads>;
   using Scores = SquareScores<kBlocks>;
   using Output = SquareOutput<kDim, kBlocks>;

@@ -60,6 +60,9 @@ __device__ inline void stagger(const Call& call) {
   if (wait == 0) __trap();  // never: so that the loop is not dropped
 }
 
+// Bytes of shared memory for a CTA's Sequence; the tiles behind it are aligned to 128.
+constexpr int kKept = 128;
+
 // One sequence of the batch, and the rows of it that a CTA has. It is kept in shared memory: in
 // registers it would be in the way of products.
 struct Sequence {

@@ -20,6 +20,7 @@ __device__ inline uint2 half_of(uint4 v, int half) {
 template <int kBlocks>
 struct SquareScores {
   static constexpr int kWarpRows = 16 * kBlocks, kThreadRows = 2 * kBlocks, kThreadColumns = 8;
+  static constexpr int kOperands = kBlocks;  // of A, for all rows
   float v[kBlocks][2][8];
 
   __device__ float& at(int r, int e) {
@@ -28,6 +29,11 @@ struct SquareScores {
   __device__ static int row(int r) {
     const QuadPair at;
     return r / 2 * 16 + at.m * 8 + at.high * 4 + r % 2 * 2 + (at.low & 1);
+  }
+  // The row that a thread has of operand m.
+  __device__ static int operand_row(int m) {
+    const QuadPair at;
+    return m * 16 + at.m * 8 + at.high * 4 + at.low;
   }
   __device__ static int first_column() {
     const QuadPair at;
@@ -46,12 +52,17 @@ struct SquareScores {
 
 struct LineScores {
   static constexpr int kWarpRows = 16, kThreadRows = 4, kThreadColumns = 4;
+  static constexpr int kOperands = 2;
   float v[2][8];
 
   __device__ float& at(int r, int e) { return v[r / 2][(e & 2) * 2 + r % 2 * 2 + (e & 1)]; }
   __device__ static int row(int r) {
     const QuadPair at;
     return r / 2 * 8 + at.high * 4 + r % 2 * 2 + (at.low & 1);
+  }
+  __device__ static int operand_row(int m) {
+    const QuadPair at;
+    return m * 8 + at.high * 4 + at.low;
   }
   __device__ static int first_column() {
     const QuadPair at;
@@ -68,53 +79,24 @@ struct LineScores {
 
 // A warp's rows as operand A with k contiguous, [block][octet of k], in registers.
 template <int kDim, class Scores>
-struct RegisterRows;
+struct RegisterRows {
+  static constexpr int kCount = Scores::kOperands, kSharedBytes = 0;
+  uint4 v[kCount][kDim / 8];
 
-// Rows from global memory; row_pointer(row of the warp) is valid for each.
-template <int kDim, int kCount, class RowOf, class RowPointer>
-__device__ inline void load_rows(uint4 (&rows)[kCount][kDim / 8], int head_dim, RowOf row_of,
-                                 RowPointer row_pointer) {
+  // From global memory; row_pointer(row of the warp) is valid for each.
+  template <class RowPointer>
+  __device__ RegisterRows(unsigned, int head_dim, RowPointer row_pointer) {
 #pragma unroll
-  for (int m = 0; m < kCount; ++m) {
-    const __half* const row = row_pointer(row_of(m));
+    for (int m = 0; m < kCount; ++m) {
+      const __half* const row = row_pointer(row_of(m));
 #pragma unroll
-    for (int octet = 0; octet < kDim / 8; ++octet) {
-      rows[m][octet] = make_uint4(0, 0, 0, 0);
-      if (octet * 8 < head_dim) rows[m][octet] = *reinterpret_cast<const uint4*>(row + octet * 8);
+      for (int octet = 0; octet < kDim / 8; ++octet) {
+        v[m][octet] = make_uint4(0, 0, 0, 0);
+        if (octet * 8 < head_dim) v[m][octet] = *reinterpret_cast<const uint4*>(row + octet * 8);
+      }
     }
   }
-}
-
-template <int kDim, int kBlocks>
-struct RegisterRows<kDim, SquareScores<kBlocks>> {
-  static constexpr int kCount = kBlocks, kSharedBytes = 0;
-  uint4 v[kCount][kDim / 8];
-
-  template <class RowPointer>
-  __device__ RegisterRows(unsigned, int head_dim, RowPointer row_pointer) {
-    load_rows<kDim>(v, head_dim, row_of, row_pointer);
-  }
-  // The row of block m that this thread has.
-  __device__ static int row_of(int m) {
-    const QuadPair at;
-    return m * 16 + at.m * 8 + at.high * 4 + at.low;
-  }
-  __device__ uint4 read(int m, int octet) const { return v[m][octet]; }
-};
-
-template <int kDim>
-struct RegisterRows<kDim, LineScores> {
-  static constexpr int kCount = 2, kSharedBytes = 0;
-  uint4 v[kCount][kDim / 8];
-
-  template <class RowPointer>
-  __device__ RegisterRows(unsigned, int head_dim, RowPointer row_pointer) {
-    load_rows<kDim>(v, head_dim, row_of, row_pointer);
-  }
-  __device__ static int row_of(int m) {
-    const QuadPair at;
-    return m * 8 + at.high * 4 + at.low;
-  }
+  __device__ static int row_of(int m) { return Scores::operand_row(m); }
   __device__ uint4 read(int m, int octet) const { return v[m][octet]; }
 };
 
@@ -140,10 +122,7 @@ struct SharedRows {
     __syncwarp();
     lane = base + row_of(0) * kPitch;
   }
-  __device__ static int row_of(int) {
-    const QuadPair at;
-    return at.m * 8 + at.high * 4 + at.low;
-  }
+  __device__ static int row_of(int m) { return SquareScores<1>::operand_row(m); }
   __device__ uint4 read(int, int octet) const { return load_shared(lane + octet * 16); }
 };
 
