@@ -5,7 +5,7 @@ import torch
 
 from vlmo import VLMo, VLMoConfig
 from vlmo.kernels import use_backend
-from vlmo.objectives import draw_negatives
+from vlmo.negatives import draw_negatives
 
 TINY = VLMoConfig(
     dim=24,
@@ -23,7 +23,7 @@ TINY = VLMoConfig(
 def make_batch(size: int = 4) -> dict[str, torch.Tensor]:
     ids = torch.randint(1, 30, (size, 6))
     mask = torch.arange(6) < torch.randint(3, 7, (size, 1))
-    labels = torch.where(torch.rand(size, 6) < 0.4, ids, -100)
+    labels = torch.where((torch.rand(size, 6) < 0.4) & mask, ids, -100)
     labels[0, 1] = ids[0, 1]
     return {
         "text_ids": ids * mask,
@@ -80,20 +80,38 @@ def test_padding_does_not_change_the_text():
     torch.testing.assert_close(again, fused)
 
 
-def test_stochastic_depth_drops_branches_by_sample_and_modality():
-    """timm's rule: a branch survives with probability 1 - p and is then scaled by 1 / (1 - p)."""
-    block = VLMo(TINY.replace(drop_path=0.5)).transformer.blocks[2].train()
-    assert block.drop_path == 0.5
-    factors = block._drop_path(torch.zeros(2000, 5, 24), [2, 3])
-    assert factors.shape == (2000, 5)
+def check_survival(factors: torch.Tensor, runs: list[slice]) -> None:
+    """timm's rule at rate 0.5: 0 or 2, equal within a run of tokens, drawn apart between runs."""
     assert set(factors.unique().tolist()) == {0.0, 2.0}
-    assert (factors[:, 0] == factors[:, 1]).all()
-    assert (factors[:, 2:] == factors[:, 2:3]).all()
-    assert (factors[:, 0] != factors[:, 2]).any()  # text and image draw separately
-    assert abs(factors[:, 0].mean() - 1) < 0.1
-    assert block.eval()._drop_path(torch.zeros(4, 5, 24), [5]) is None
-    rates = [b.drop_path for b in VLMo(TINY.replace(drop_path=0.3)).transformer.blocks]
+    assert abs(factors.mean() - 1) < 0.1
+    for run in runs:
+        assert (factors[:, run] == factors[:, run][:, :1]).all()
+    firsts = factors[:, [run.start for run in runs]]
+    assert len(runs) == 1 or (firsts[:, 0] != firsts[:, 1]).any()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_stochastic_depth_drops_branches_by_sample_and_modality(packed):
+    model, device = VLMo(TINY), torch.device("cpu")
+    if packed:
+        layout = model.pack([2] * 2000, [3] * 2000, [True] * 2000, device)
+    else:
+        layout = model._padded(torch.zeros(2000, 5, 24), 2, 3, None, vl=True)
+    check_survival(layout.drop_path(0.5, device).view(2000, 5), [slice(0, 5)])
+    below = layout.drop_path_of_experts(0.5, False, device).view(2000, 5)
+    check_survival(below, [slice(0, 2), slice(2, 5)])
+    above = layout.drop_path_of_experts(0.5, True, device).view(2000, 5)
+    check_survival(above, [slice(0, 5)])
+
+
+def test_stochastic_depth_grows_with_the_block_and_ends_with_training():
+    model = VLMo(TINY.replace(drop_path=0.3))
+    rates = [block.drop_path for block in model.transformer.blocks]
     assert rates == pytest.approx([0, 0.15, 0.3])
+    image = make_batch()["image"]
+    assert not torch.equal(model.encode_image(image).cls, model.encode_image(image).cls)
+    model.eval()
+    assert torch.equal(model.encode_image(image).cls, model.encode_image(image).cls)
 
 
 def test_training_with_stochastic_depth_keeps_the_expectation():

@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlmo.config import TASKS, VLMoConfig
+from vlmo.config import RUN_FIELDS, TASKS, VLMoConfig
 from vlmo.files import replacing
 from vlmo.layouts import (
     CONFIG_RECORD,
@@ -234,8 +234,7 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     inner = _inner(model)
     state = _official_state(inner)
     fields = dataclasses.asdict(inner.config)
-    # The backend is a choice of the machine, not of the weights.
-    del fields["kernels"]
+    fields = {name: value for name, value in fields.items() if name not in RUN_FIELDS}
     record = json.dumps(fields)
 
     with replacing(path) as temporary:
@@ -392,7 +391,7 @@ def _recorded(content: Content) -> dict[str, Any]:
     try:
         fields = json.loads(content.record)
         fields["tasks"] = tuple(fields["tasks"])
-        names = {field.name for field in dataclasses.fields(VLMoConfig)} - {"kernels"}
+        names = {field.name for field in dataclasses.fields(VLMoConfig)} - set(RUN_FIELDS)
         fields = {name: value for name, value in fields.items() if name in names}
         VLMoConfig(**fields)
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 
 TASKS = ("mlm", "textmlm", "itc", "itm", "vqa", "nlvr2", "irtr")
+# Fields of VLMoConfig that are choices of a run, not of the weights; no checkpoint records them.
+RUN_FIELDS = ("kernels", "checkpointing", "itc_grad_scale")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class VLMoConfig:
             share them.
         kernels: backend of :mod:`vlmo.kernels` that this model asks for, or None for the first
             that can run.
+        checkpointing: keep only the input of each block for the backward pass and compute the rest
+            again: a third more time, a fraction of the memory.
+        itc_grad_scale: factor of the gradient that image-text contrast sends into the encoders. The
+            official code has 1 / GPUs, unintended (see :func:`vlmo.distributed.gather`); 1 is the
+            true gradient.
     """
 
     dim: int = 768
@@ -59,6 +66,8 @@ class VLMoConfig:
     vqa_labels: int = 3129
     separate_attention: bool = False
     kernels: str | None = None
+    checkpointing: bool = False
+    itc_grad_scale: float = 1.0
 
     def __post_init__(self):
         unknown = sorted(set(self.tasks) - set(TASKS))

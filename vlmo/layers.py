@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmo.config import VLMoConfig
-from vlmo.kernels import ModalityRouting, RelativePositionBias, moe_ffn, shared_attention
-
-EXPERTS = {"text": ("text",), "image": ("imag",), "joint": ("text", "imag")}
+from vlmo.kernels import moe_ffn
+from vlmo.layout import Layout
 
 
 class PatchEmbedding(nn.Module):
@@ -24,7 +23,7 @@ class PatchEmbedding(nn.Module):
 
 
 class TextEmbeddings(nn.Module):
-    """``[B, T]`` token ids to ``[B, T, D]``: BERT's embeddings, without the outer token type.
+    """Token ids ``[...]`` to ``[..., D]``: BERT's embeddings, without the outer token type.
 
     The position embedding is added in models with absolute positions only; elsewhere it is there
     for the checkpoints' sake and gets no gradient. The dropout rate is the drop-path rate, as in
@@ -43,10 +42,12 @@ class TextEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.drop_path)
         self.register_buffer("position_ids", torch.arange(config.max_text_length)[None])
 
-    def forward(self, text_ids: Tensor) -> Tensor:
+    def forward(self, text_ids: Tensor, places: Tensor | None = None) -> Tensor:
+        """``places``: of each token in its text; by default the last dimension is one text."""
         x = self.word_embeddings(text_ids) + self.token_type_embeddings.weight[0]
         if self.absolute:
-            x = x + self.position_embeddings.weight[: text_ids.shape[1]]
+            positions = self.position_embeddings.weight
+            x = x + (positions[: text_ids.shape[-1]] if places is None else positions[places])
         return self.dropout(self.LayerNorm(x))
 
 
@@ -100,26 +101,27 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # [B, N, D]
-        stream: str,  # "text", "image" or "joint"
-        use_vl: bool,  # run the vision-language expert where the block has one
-        text_length: int,  # leading tokens that are text
-        bias: RelativePositionBias | None,
-        key_mask: Tensor | None,  # [B, N] bool
+        x: Tensor,  # [B, N, D] or [T, D]
+        layout: Layout,
+        table: Tensor | None,  # [entries, H]
     ) -> Tensor:
-        attended = self._attend(self.norm1(x), text_length, bias, key_mask)
+        attended = self._attend(self.norm1(x), layout, table)
         if self.gamma_1 is not None:
             attended = attended * self.gamma_1
-        dropped = self._drop_path(x, [x.shape[1]])
-        x = x + (attended if dropped is None else attended * dropped[..., None])
+        drops = self.training and self.drop_path > 0
+        if drops:
+            attended = attended * layout.drop_path(self.drop_path, x.device)[..., None]
+        x = x + attended
 
-        experts = ("vl",) if use_vl and self.has_vl else EXPERTS[stream]
-        lengths = [x.shape[1]] if len(experts) == 1 else [text_length, x.shape[1] - text_length]
-        mlps = [getattr(self, f"mlp_{expert}") for expert in experts]
-        norms = [getattr(self, f"norm2_{expert}") for expert in experts]
+        names, routing = layout.experts(self.has_vl)
+        mlps = [getattr(self, f"mlp_{name}") for name in names]
+        norms = [getattr(self, f"norm2_{name}") for name in names]
+        token_scale = None
+        if drops:
+            token_scale = layout.drop_path_of_experts(self.drop_path, self.has_vl, x.device)
         return moe_ffn(
             x,
-            ModalityRouting.segments(list(enumerate(lengths))),
+            routing,
             [mlp.fc1.weight for mlp in mlps],
             [mlp.fc2.weight for mlp in mlps],
             b1=[mlp.fc1.bias for mlp in mlps],
@@ -129,39 +131,19 @@ class Block(nn.Module):
             norm_bias=[norm.bias for norm in norms],
             norm_eps=1e-6,
             layer_scale=self.gamma_2,
-            token_scale=self._drop_path(x, lengths),
+            token_scale=token_scale,
             residual=x,
             backend=self.kernels,
         )
 
-    def _attend(
-        self, x: Tensor, text_length: int, bias: RelativePositionBias | None, mask: Tensor | None
-    ) -> Tensor:
+    def _attend(self, x: Tensor, layout: Layout, table: Tensor | None) -> Tensor:
         if self.attn_text is None:
-            out = shared_attention(
-                self.attn.project(x), bias=bias, key_mask=mask, backend=self.kernels
-            )
-            return self.attn.proj(out.flatten(2))
+            out = layout.attend(self.attn.project(x), table, self.kernels)
+            return self.attn.proj(out.flatten(-2))
         # Each modality through its own projections; every token still attends to every other.
-        runs = ((self.attn_text, slice(0, text_length)), (self.attn, slice(text_length, None)))
-        qkv = torch.cat([attention.project(x[:, run]) for attention, run in runs], dim=1)
-        out = shared_attention(qkv, bias=bias, key_mask=mask, backend=self.kernels).flatten(2)
-        return torch.cat([attention.proj(out[:, run]) for attention, run in runs], dim=1)
-
-    def _drop_path(self, x: Tensor, lengths: list[int]) -> Tensor | None:
-        """Factor of each token's branch ``[B, N]``: one draw per sample and run of tokens."""
-        if not self.training or self.drop_path == 0:
-            return None
-        keep = 1 - self.drop_path
-        draws = [
-            torch.rand(x.shape[0], 1, device=x.device)
-            .add(keep)
-            .floor()
-            .div(keep)
-            .expand(-1, length)
-            for length in lengths
-        ]
-        return torch.cat(draws, dim=1)
+        qkv = layout.by_modality(x, self.attn_text.project, self.attn.project)
+        out = layout.attend(qkv, table, self.kernels).flatten(-2)
+        return layout.by_modality(out, self.attn_text.proj, self.attn.proj)
 
 
 class MultiwayTransformer(nn.Module):
@@ -185,14 +167,14 @@ class MultiwayTransformer(nn.Module):
 
 
 class Pooler(nn.Module):
-    """tanh(dense(first token)): ``[B, N, D]`` to ``[B, D]``."""
+    """tanh(dense(first token)): ``[B, D]`` to ``[B, D]``."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.dense = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.dense(x[:, 0]))
+    def forward(self, cls: Tensor) -> Tensor:
+        return torch.tanh(self.dense(cls))
 
 
 class MLMTransform(nn.Module):

@@ -7,18 +7,20 @@ Bao et al., "VLMo: Unified Vision-Language Pre-Training with Mixture-of-Modality
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vlmo import objectives
 from vlmo.config import VLMoConfig
-from vlmo.kernels import RelativePositionBias, RelativePositionIndex
+from vlmo.kernels import RelativePositionIndex
 from vlmo.layers import MLMHead, MultiwayTransformer, Pooler, Projection, TextEmbeddings, classifier
+from vlmo.layout import Layout, Packed, Padded
 
 
 class FusionOutput(NamedTuple):
@@ -43,7 +45,8 @@ class VLMo(nn.Module):
     """The VLMo model with the heads of ``config.tasks``.
 
     Texts are ``[B, config.max_text_length]`` int64 ids with a mask of the same shape (1 or True for
-    tokens, 0 or False for padding). Images are ``[B, 3, S, S]`` with S = ``config.image_size``.
+    tokens, 0 or False for padding). Images are ``[B, 3, S, S]`` with S = ``config.image_size``,
+    uint8 or floats in [-1, 1].
 
     Args:
         config: sizes, tasks and the backend of the kernels.
@@ -125,93 +128,121 @@ class VLMo(nn.Module):
         if self.config.token_types == 3:
             self.token_type_embeddings.weight[2] = self.token_type_embeddings.weight[1]
 
-    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: Mapping[str, Any], **options: Any) -> dict[str, Tensor]:
         """Losses, logits and labels of every task of ``config.tasks``, and their sum ``"loss"``.
 
-        See :mod:`vlmo.objectives` for what each task reads from ``batch`` and returns.
+        See :mod:`vlmo.objectives` for what each task reads from ``batch`` and returns, and for the
+        options.
         """
-        return objectives.compute(self, batch)
+        return objectives.compute(self, batch, **options)
 
     def fuse(
         self, text_ids: Tensor, text_mask: Tensor, image: Tensor, *, image_type: int = 1
     ) -> FusionOutput:
         """Encode texts and images jointly; ``image_type`` is 2 for NLVR2's second image."""
-        text = self._embed_text(text_ids, text_mask)
-        image = self._embed_image(image, image_type)
+        text = self._embed_padded(text_ids, text_mask)
+        image = self.embed_image(image, image_type)
         if len(text) != len(image):
             raise ValueError(f"image: {len(image)} images for {len(text)} texts")
         mask = torch.cat([text_mask.bool(), text_mask.new_ones(image.shape[:2]).bool()], dim=1)
-        x = self._run(torch.cat([text, image], dim=1), "joint", mask, use_vl=True)
-        x = self.transformer.norm(x)
         length = text.shape[1]
-        return FusionOutput(x[:, :length], x[:, length:], self.pooler(x), x[:, 0])
+        layout = self._padded(text, length, image.shape[1], mask, vl=True)
+        x = self.transformer.norm(self.run(torch.cat([text, image], dim=1), layout))
+        return FusionOutput(x[:, :length], x[:, length:], self.pooler(x[:, 0]), x[:, 0])
 
     def encode_text(
         self, text_ids: Tensor, text_mask: Tensor, *, vl_tail: bool = False
     ) -> StreamOutput:
         """Encode texts alone; with ``vl_tail``, also through the vision-language experts."""
-        x = self._embed_text(text_ids, text_mask)
-        return self._encode(x, "text", text_mask.bool(), vl_tail)
+        x = self._embed_padded(text_ids, text_mask)
+        return self._encode(x, x.shape[1], 0, text_mask.bool(), vl_tail)
 
     def encode_image(self, image: Tensor, *, vl_tail: bool = False) -> StreamOutput:
         """Encode images alone; with ``vl_tail``, also through the vision-language experts."""
-        return self._encode(self._embed_image(image, 1), "image", None, vl_tail)
+        x = self.embed_image(image)
+        return self._encode(x, 0, x.shape[1], None, vl_tail)
 
     def text_features(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """``[B, T, D]`` features of texts alone, after the final norm (text-only MLM)."""
-        x = self._embed_text(text_ids, text_mask)
-        return self.transformer.norm(self._run(x, "text", text_mask.bool()))
+        x = self._embed_padded(text_ids, text_mask)
+        layout = self._padded(x, x.shape[1], 0, text_mask.bool(), vl=False)
+        return self.transformer.norm(self.run(x, layout))
 
-    def _encode(self, x: Tensor, stream: str, mask: Tensor | None, vl_tail: bool) -> StreamOutput:
+    def _encode(
+        self, x: Tensor, text: int, image: int, mask: Tensor | None, vl_tail: bool
+    ) -> StreamOutput:
         """All layers with the stream's own expert; from the first VL block on, again with VL."""
         start = self.config.first_vl_block
-        middle = self._run(x, stream, mask, stop=start)
-        last = self._run(middle, stream, mask, start=start)
+        own = self._padded(x, text, image, mask, vl=False)
+        middle = self.run(x, own, stop=start)
+        last = self.run(middle, own, start=start)
         tokens = self.transformer.norm(last)
-        embedding = F.normalize(self.get_submodule(f"itc_{stream}_proj")(tokens[:, 0]), dim=-1)
+        stream = "text" if text else "image"
+        embedding = self.project(f"itc_{stream}_proj", tokens[:, 0])
         vl_embedding = None
         if vl_tail:
-            vl = self.transformer.norm(self._run(middle, stream, mask, use_vl=True, start=start))
-            vl_embedding = F.normalize(
-                self.get_submodule(f"itc_vl_{stream}_proj")(vl[:, 0]), dim=-1
-            )
+            fused = self._padded(x, text, image, mask, vl=True)
+            vl = self.transformer.norm(self.run(middle, fused, start=start))
+            vl_embedding = self.project(f"itc_vl_{stream}_proj", vl[:, 0])
         return StreamOutput(tokens, embedding, vl_embedding, last[:, 0])
 
-    def _run(
+    def project(self, head: str, cls: Tensor) -> Tensor:
+        """Unit vectors ``[B, D]`` of first tokens ``[B, D]`` by one of the projections of ITC."""
+        return F.normalize(self.get_submodule(head)(cls), dim=-1)
+
+    def run(
         self,
-        x: Tensor,
-        stream: str,
-        mask: Tensor | None,
+        x: Tensor,  # [B, N, D] or [T, D]
+        layout: Layout,
         *,
-        use_vl: bool = False,
         start: int = 0,
         stop: int | None = None,
     ) -> Tensor:
-        """Blocks ``start`` to ``stop`` on one stream."""
-        biases = self._biases(stream)
-        text_length = {"text": x.shape[1], "image": 0, "joint": self.config.max_text_length}[stream]
+        """Blocks ``start`` to ``stop``, without the final norm."""
+        tables = self._tables()
+        saves = self.config.checkpointing and torch.is_grad_enabled()
         for number in range(start, self.config.depth if stop is None else stop):
             block = self.transformer.blocks[number]
-            x = block(x, stream, use_vl, text_length, biases[number], mask)
+            if saves:
+                x = checkpoint(block, x, layout, tables[number], use_reentrant=False)
+            else:
+                x = block(x, layout, tables[number])
         return x
 
-    def _biases(self, stream: str) -> list[RelativePositionBias | None]:
-        """One bias per layer: strided views of the model-wide table."""
+    def _tables(self) -> list[Tensor | None]:
+        """The bias table of each layer: strided views of the model-wide one."""
         table, depth = self.relative_position_bias_table, self.config.depth
         if table is None:
             return [None] * depth
-        index = cast(RelativePositionIndex, self.relative_position_indices[stream])
-        tables = table.view(len(table), depth, self.config.heads).unbind(1)
-        return [RelativePositionBias(layer, index) for layer in tables]
+        return list(table.view(len(table), depth, self.config.heads).unbind(1))
 
-    def _embed_text(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
-        wanted = (len(text_ids), self.config.max_text_length)
-        for name, tensor in (("text_ids", text_ids), ("text_mask", text_mask)):
-            if tensor.shape != wanted:
-                raise ValueError(f"{name}: shape {tuple(tensor.shape)} is not {wanted}")
-        return self.text_embeddings(text_ids) + self.token_type_embeddings.weight[0]
+    def pack(
+        self,
+        texts: Sequence[int],
+        images: Sequence[int],
+        vl: Sequence[bool],
+        device: torch.device,
+    ) -> Packed:
+        """Layout of sequences with so many text and image tokens, for :meth:`run`."""
+        index = self._index("joint")
+        start = self.config.max_text_length
+        return Packed(tuple(texts), tuple(images), tuple(vl), device, index, start)
 
-    def _embed_image(self, image: Tensor, image_type: int) -> Tensor:
+    def _padded(self, x: Tensor, text: int, image: int, mask: Tensor | None, *, vl: bool) -> Padded:
+        stream = "joint" if text and image else "text" if text else "image"
+        return Padded(len(x), text, image, vl, self._index(stream), mask)
+
+    def _index(self, stream: str) -> RelativePositionIndex | None:
+        if self.relative_position_bias_table is None:
+            return None
+        return cast(RelativePositionIndex, self.relative_position_indices[stream])
+
+    def embed_text(self, text_ids: Tensor, places: Tensor | None = None) -> Tensor:
+        """Ids ``[B, T]``, or ``[tokens]`` with their places in their texts, to ``[..., D]``."""
+        return self.text_embeddings(text_ids, places) + self.token_type_embeddings.weight[0]
+
+    def embed_image(self, image: Tensor, image_type: int = 1) -> Tensor:
+        """Pixels ``[B, 3, S, S]``, uint8 or scaled to [-1, 1], to ``[B, patches + 1, D]``."""
         size = self.config.image_size
         if image.dim() != 4 or image.shape[1:] != (3, size, size):
             raise ValueError(f"image: shape {tuple(image.shape)} is not (batch, 3, {size}, {size})")
@@ -219,4 +250,13 @@ class VLMo(nn.Module):
             raise ValueError(
                 f"image_type: {image_type} is not within 1..{self.config.token_types - 1}"
             )
+        if image.dtype == torch.uint8:  # mean and deviation 0.5, as in the official transforms
+            image = image.to(self.transformer.cls_token.dtype).div(127.5).sub(1)
         return self.transformer.embed(image) + self.token_type_embeddings.weight[image_type]
+
+    def _embed_padded(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+        wanted = (len(text_ids), self.config.max_text_length)
+        for name, tensor in (("text_ids", text_ids), ("text_mask", text_mask)):
+            if tensor.shape != wanted:
+                raise ValueError(f"{name}: shape {tuple(tensor.shape)} is not {wanted}")
+        return self.embed_text(text_ids)

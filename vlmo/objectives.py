@@ -1,6 +1,6 @@
-"""The losses of VLMo's tasks, as the official code computes them (``objectives.py``).
+"""The losses of VLMo's tasks, as the official code defines them (``objectives.py``).
 
-A batch is a mapping of tensors. What each task reads:
+A batch is a mapping. What each task reads:
 
 =========  ==============================================================================
 all        ``text_ids``, ``text_masks`` [B, T]
@@ -12,51 +12,113 @@ vqa        ``image``, ``vqa_targets`` [B, answers] in [0, 1], or ``answers`` [B]
 nlvr2      ``image_0``, ``image_1``, ``answers`` [B] (1 for true)
 =========  ==============================================================================
 
-Labels of -100 are ignored. Every loss is a key that ends in ``_loss``; ``loss`` is their sum.
-Contrastive pairs and hard negatives come from the batch of this process.
+Images are uint8, or floats in [-1, 1]. Labels of -100 are ignored. With ``text_lengths`` [B] and
+``mlm_tokens`` (the places of the labels in the flat ``text_labels_mlm``), both on the CPU, nothing
+waits for the device but the hard negatives: once, while masked language modelling runs.
+
+Every loss is a key that ends in ``_loss``; ``loss`` is their sum. In a process group every rank
+brings as many rows; contrast and hard negatives span all of them, and the mean of a loss over the
+ranks is that of the global batch. Each image's patches are embedded once a step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlmo import distributed, passes
+from vlmo.config import VLMoConfig
+from vlmo.layout import Packed
+from vlmo.negatives import Negatives, PendingNegatives
+from vlmo.passes import Streams
+
 if TYPE_CHECKING:
     from vlmo.model import VLMo
 
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Any]
 Output = dict[str, Tensor]
 
+MLM_WEIGHT = 0.25  # of the official code, beside image-text contrast and matching
 
-def compute(model: VLMo, batch: Batch) -> Output:
-    """All tasks of ``model.config.tasks``, in the official order.
+
+@dataclass(frozen=True)
+class Whole:
+    """What a part of a rank's batch has to know of the global batch (:mod:`vlmo.step`).
+
+    Attributes:
+        words: masked tokens of the global batch, divided by the number of its parts.
+        losses: of contrast, ``itc_loss`` and ``irtr_loss``, over the global batch.
+        surrogate: from this part's streams to a number with the gradient of those losses.
+        negatives: of this part's rows.
+    """
+
+    words: Tensor
+    losses: Output
+    surrogate: Any = None
+    negatives: Negatives | None = None
+
+
+def compute(
+    model: VLMo,
+    batch: Batch,
+    *,
+    whole: Whole | None = None,
+    streams_only: bool = False,
+    generator: torch.Generator | None = None,
+) -> Output:
+    """All tasks of ``model.config.tasks``.
+
+    Args:
+        model: its ``forward`` is this function.
+        batch: see above.
+        whole: of a global batch of which ``batch`` is a part; None if ``batch`` is this rank's all.
+        streams_only: return only what contrast compares, under the names of
+            :class:`vlmo.passes.Streams`.
+        generator: of the draws of hard negatives; equal on all ranks, or each draws its own.
 
     Raises:
         KeyError: the batch lacks a tensor that a task reads.
-        ValueError: ITM without ITC.
+        ValueError: ITM without ITC, a text without tokens, or a label on padding.
     """
     tasks = model.config.tasks
+    if "itm" in tasks and "itc" not in tasks:
+        raise ValueError(f"tasks: {tasks} have itm without itc, which weighs its negatives")
+    patches = model.embed_image(batch["image"]) if set(tasks) - {"textmlm", "nlvr2"} else None
     output: Output = {}
+    negatives = None if whole is None else whole.negatives
+    pending = None
+    if {"itc", "irtr"} & set(tasks):
+        assert patches is not None
+        streams = encode_streams(model, batch, patches)
+        if streams_only:
+            return {name: v for name, v in streams._asdict().items() if v is not None}
+        if whole is None:
+            output |= contrast(model, streams)
+            if "itm" in tasks:
+                logits = output["itc_i2t_logits"], output["itc_t2i_logits"]
+                pending = PendingNegatives(*logits, batch, generator)
+        else:
+            surrogate = whole.surrogate(streams)
+            first, *others = whole.losses
+            output |= {name: whole.losses[name] for name in others}
+            output[first] = whole.losses[first] + surrogate - surrogate.detach()
     if "textmlm" in tasks:
-        output |= text_mlm(model, batch)
+        output |= text_mlm(model, batch, whole)
     if "mlm" in tasks:
-        output |= mlm(model, batch)
-    if "itc" in tasks:
-        output |= itc(model, batch)
-    if "itm" in tasks:
-        if "itc" not in tasks:
-            raise ValueError(f"tasks: {tasks} have itm without itc, which weighs its negatives")
-        output |= itm(model, batch, output["itc_i2t_logits"], output["itc_t2i_logits"])
+        output |= mlm(model, batch, patches, whole)
+    if pending is not None:
+        negatives = pending.all()
+    if negatives is not None:
+        output |= itm(model, batch, patches, negatives)
     if "vqa" in tasks:
-        output |= vqa(model, batch)
+        output |= vqa(model, batch, patches)
     if "nlvr2" in tasks:
         output |= nlvr2(model, batch)
-    if "irtr" in tasks:
-        output |= irtr(model, batch)
     return with_total(output)
 
 
@@ -66,90 +128,131 @@ def with_total(output: Output) -> Output:
     return output | {"loss": torch.stack(losses).sum()}
 
 
-def mlm(model: VLMo, batch: Batch) -> Output:
-    """Masked language modelling on fused features; the official weight is 0.25."""
-    fused = model.fuse(batch["text_ids_mlm"], batch["text_masks"], batch["image"])
-    return _mlm_output(model, fused.text, batch["text_labels_mlm"], weight=0.25)
+def mlm(model: VLMo, batch: Batch, patches: Tensor, whole: Whole | None = None) -> Output:
+    """Masked language modelling on fused features, weighed by 0.25.
+
+    Returns:
+        ``mlm_loss``; ``mlm_logits`` [M, V] and ``mlm_labels`` [M] of the M masked tokens.
+    """
+    texts = passes.end_to_end(batch["text_ids_mlm"], passes.text_lengths(batch))
+    x, layout = passes.fuse(model, texts, patches, range(len(patches)))
+    return _mlm_output(model, batch, x, layout, whole, weight=MLM_WEIGHT)
 
 
-def text_mlm(model: VLMo, batch: Batch) -> Output:
-    """Masked language modelling on text alone (stage-2 pre-training)."""
-    features = model.text_features(batch["text_ids_mlm"], batch["text_masks"])
-    return _mlm_output(model, features, batch["text_labels_mlm"], weight=1.0)
+def text_mlm(model: VLMo, batch: Batch, whole: Whole | None = None) -> Output:
+    """Masked language modelling on text alone (stage-2 pre-training); returns as :func:`mlm`."""
+    texts = passes.end_to_end(batch["text_ids_mlm"], passes.text_lengths(batch))
+    x, layout = passes.encode_text(model, texts)
+    return _mlm_output(model, batch, x, layout, whole, weight=1.0)
 
 
-def _mlm_output(model: VLMo, features: Tensor, labels: Tensor, weight: float) -> Output:
-    logits = model.mlm_score(features)
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+def masked_tokens(batch: Batch) -> Tensor:
+    """Places of the labels in the flat ``text_labels_mlm``, ``[M]`` int64 on the CPU."""
+    if "mlm_tokens" in batch:
+        return batch["mlm_tokens"]
+    return (batch["text_labels_mlm"].flatten() >= 0).nonzero()[:, 0].cpu()
+
+
+def _mlm_output(
+    model: VLMo,
+    batch: Batch,
+    x: Tensor,  # [T, D]
+    layout: Packed,
+    whole: Whole | None,
+    weight: float,
+) -> Output:
+    """The head sees masked tokens only; the loss is the mean over those of the global batch."""
+    labels = batch["text_labels_mlm"]
+    tokens = masked_tokens(batch)
+    text, place = tokens // labels.shape[1], tokens % labels.shape[1]
+    if (place >= torch.tensor(layout.texts)[text]).any():
+        raise ValueError("text_labels_mlm: a label stands on padding")
+    rows = (torch.tensor(layout.starts)[text] + place).to(x.device, non_blocking=True)
+    logits = model.mlm_score(model.transformer.norm(x[rows]))
+    labels = labels.flatten()[tokens.to(x.device, non_blocking=True)]
+    total = F.cross_entropy(logits.float(), labels, reduction="sum")
+    if whole is None:
+        count = torch.full((), len(tokens), dtype=torch.float32, device=x.device)
+        words = distributed.mean_over_ranks(count)
+    else:
+        words = whole.words
+    loss = total / torch.where(words > 0, words, 1)
     return {"mlm_loss": weight * loss, "mlm_logits": logits, "mlm_labels": labels}
 
 
-def itc(model: VLMo, batch: Batch) -> Output:
-    """Image-text contrast, of the unimodal streams and of their vision-language tails, halved."""
-    text = model.encode_text(batch["text_ids"], batch["text_masks"], vl_tail=True)
-    image = model.encode_image(batch["image"], vl_tail=True)
-    assert text.vl_embedding is not None and image.vl_embedding is not None
-    i2t, loss = contrast(image.embedding, text.embedding, model.logit_scale)
-    _, vl_loss = contrast(image.vl_embedding, text.vl_embedding, model.logit_vl_scale)
-    return {"itc_loss": 0.5 * (loss + vl_loss), "itc_i2t_logits": i2t, "itc_t2i_logits": i2t.T}
+def encode_streams(model: VLMo, batch: Batch, patches: Tensor) -> Streams:
+    """What contrast compares, with the gradient scale of the configuration."""
+    texts = passes.end_to_end(batch["text_ids"], passes.text_lengths(batch))
+    vl_tail = "itc" in model.config.tasks
+    streams = passes.encode_streams(model, texts, patches, vl_tail=vl_tail)
+    scale = model.config.itc_grad_scale
+    if scale == 1:
+        return streams
+    return Streams(*(v if v is None else v * scale + v.detach() * (1 - scale) for v in streams))
 
 
-def irtr(model: VLMo, batch: Batch) -> Output:
-    """Retrieval fine-tuning: contrast of the unimodal streams alone."""
-    text = model.encode_text(batch["text_ids"], batch["text_masks"])
-    image = model.encode_image(batch["image"])
-    i2t, loss = contrast(image.embedding, text.embedding, model.logit_scale)
-    return {"irtr_loss": loss, "irtr_i2t_logits": i2t, "irtr_t2i_logits": i2t.T}
+def contrast(model: VLMo, streams: Streams) -> Output:
+    """Image-text contrast of itc (streams and their VL tails, halved) or irtr (streams alone).
+
+    Returns:
+        ``itc_loss`` and, of this rank's rows against all, ``itc_i2t_logits`` and ``itc_t2i_logits``
+        [B, W * B]; the same with ``irtr_``.
+    """
+    everything = [v for v in streams if v is not None]
+    gathered = distributed.gather(torch.cat(everything, 1)).split(model.config.dim, 1)
+    everyone = Streams(*gathered)
+    i2t, t2i, loss = _directions(streams.image, streams.text, everyone[:2], model.logit_scale)
+    output = {}
+    if "itc" in model.config.tasks:
+        assert streams.vl_image is not None and streams.vl_text is not None
+        *_, vl_loss = _directions(
+            streams.vl_image, streams.vl_text, everyone[2:], model.logit_vl_scale
+        )
+        halved = 0.5 * (loss + vl_loss)
+        output |= {"itc_loss": halved, "itc_i2t_logits": i2t, "itc_t2i_logits": t2i}
+    if "irtr" in model.config.tasks:
+        output |= {"irtr_loss": loss, "irtr_i2t_logits": i2t, "irtr_t2i_logits": t2i}
+    return output
 
 
-def contrast(image: Tensor, text: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Image-to-text logits ``[B, B]`` of unit vectors ``[B, D]``, and the loss of both ways."""
-    i2t = log_scale.exp() * image @ text.T
-    label = torch.arange(len(i2t), device=i2t.device)
-    loss = F.cross_entropy(i2t.float(), label) + F.cross_entropy(i2t.T.float(), label)
-    return i2t, loss / 2
+def _directions(
+    image: Tensor,  # [B, D]
+    text: Tensor,  # [B, D]
+    everyone: Sequence[Tensor],  # [W * B, D] of images and of texts
+    log_scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits ``[B, W * B]`` of this rank's images and texts, and the loss of both directions."""
+    images, texts = everyone
+    i2t = log_scale.exp() * image @ texts.T
+    t2i = log_scale.exp() * text @ images.T
+    label = distributed.rank() * len(image) + torch.arange(len(image), device=image.device)
+    loss = F.cross_entropy(i2t.float(), label) + F.cross_entropy(t2i.float(), label)
+    return i2t, t2i, loss / 2
 
 
-def itm(model: VLMo, batch: Batch, i2t: Tensor, t2i: Tensor) -> Output:
+def itm(model: VLMo, batch: Batch, patches: Tensor, negatives: Negatives) -> Output:
     """Image-text matching against hard negatives, 3 B rows in one fused pass.
 
-    Row order: B true pairs, B texts with a wrong image, B images with a wrong text. The image
-    negatives are drawn before the text negatives, each with the softmax of its logits as weights.
+    Row order: B true pairs, B texts with a wrong image, B images with a wrong text.
     """
-    count = len(i2t)
-    with torch.no_grad():
-        wrong_image = draw_negatives(t2i)
-        wrong_text = draw_negatives(i2t)
-    own = torch.arange(count, device=i2t.device)
-    texts = torch.cat([own, own, wrong_text])
-    images = torch.cat([own, wrong_image, own])
-    fused = model.fuse(batch["text_ids"][texts], batch["text_masks"][texts], batch["image"][images])
-    logits = model.itm_score(fused.pooled)
-    labels = (torch.arange(3 * count, device=i2t.device) < count).long()
+    own = list(range(len(patches)))
+    lengths = passes.text_lengths(batch)
+    ids = torch.cat([batch["text_ids"], batch["text_ids"], negatives.text_ids])
+    texts = passes.end_to_end(ids, lengths + lengths + negatives.text_lengths)
+    if len(negatives.pixels):
+        patches = torch.cat([patches, model.embed_image(negatives.pixels)])
+    x, layout = passes.fuse(model, texts, patches, own + negatives.images + own)
+    logits = model.itm_score(passes.pooled(model, x, layout))
+    labels = (torch.arange(3 * len(own), device=x.device) < len(own)).long()
     loss = F.cross_entropy(logits.float(), labels)
     return {"itm_loss": loss, "itm_logits": logits, "itm_labels": labels}
 
 
-def draw_negatives(logits: Tensor) -> Tensor:
-    """For each row of ``[B, B]`` logits, a column other than its own, drawn by softmax weight.
-
-    Nothing waits for the device. On the CPU the draws are those of the official code's one call per
-    row, from the same seed.
-    With a single row there is no negative, and its own column is returned.
-    """
-    weights = logits.detach().float().softmax(dim=1)
-    weights.fill_diagonal_(0)
-    # A row whose softmax left nothing beside the diagonal still needs a valid distribution.
-    empty = weights.sum(1, keepdim=True) == 0
-    uniform = 1 - torch.eye(len(weights), device=weights.device, dtype=weights.dtype)
-    weights = torch.where(empty, uniform if len(weights) > 1 else torch.ones_like(weights), weights)
-    return torch.multinomial(weights, 1)[:, 0]
-
-
-def vqa(model: VLMo, batch: Batch) -> Output:
+def vqa(model: VLMo, batch: Batch, patches: Tensor) -> Output:
     """VQA as classification with soft targets: mean BCE times the number of answers."""
-    fused = model.fuse(batch["text_ids"], batch["text_masks"], batch["image"])
-    logits = model.vqa_classifier(fused.pooled)
+    texts = passes.end_to_end(batch["text_ids"], passes.text_lengths(batch))
+    x, layout = passes.fuse(model, texts, patches, range(len(patches)))
+    logits = model.vqa_classifier(passes.pooled(model, x, layout))
     if "vqa_targets" in batch:
         targets = batch["vqa_targets"]
     else:
@@ -161,14 +264,45 @@ def vqa(model: VLMo, batch: Batch) -> Output:
 
 
 def nlvr2(model: VLMo, batch: Batch) -> Output:
-    """NLVR2: two fused passes, one per image, and a classifier of both pooled features."""
-    pooled = [
-        model.fuse(
-            batch["text_ids"], batch["text_masks"], batch[f"image_{i}"], image_type=i + 1
-        ).pooled
-        for i in range(2)
-    ]
-    logits = model.nlvr2_classifier(torch.cat(pooled, dim=1))
+    """NLVR2: each text with either image, 2 B rows in one fused pass, and a classifier of both."""
+    lengths = passes.text_lengths(batch)
+    texts = passes.end_to_end(torch.cat([batch["text_ids"]] * 2), lengths * 2)
+    patches = torch.cat([model.embed_image(batch[f"image_{i}"], i + 1) for i in range(2)])
+    x, layout = passes.fuse(model, texts, patches, range(len(patches)))
+    first, second = passes.pooled(model, x, layout).chunk(2)
+    logits = model.nlvr2_classifier(torch.cat([first, second], dim=1))
     labels = batch["answers"].long()
     loss = F.cross_entropy(logits.float(), labels)
     return {"nlvr2_loss": loss, "nlvr2_logits": logits, "nlvr2_labels": labels}
+
+
+def unused_parameters(config: VLMoConfig) -> set[str]:
+    """Names of the parameters that no loss of ``config.tasks`` reaches.
+
+    They get no gradient and are to be frozen before DistributedDataParallel sees the model.
+    """
+    from vlmo.model import VLMo
+
+    tasks = set(config.tasks)
+    alone, fused = bool(tasks & {"itc", "irtr"}), bool(tasks & {"mlm", "itm", "vqa", "nlvr2"})
+    pictures = alone or fused
+    parts = []
+    if not config.absolute_position:
+        parts.append("text_embeddings.position_embeddings.")
+    if not pictures:
+        parts += ["transformer.patch_embed.", "transformer.cls_token", "transformer.pos_embed"]
+    if not tasks & {"itm", "vqa", "nlvr2"}:
+        parts.append("pooler.")
+    for number in range(config.depth):
+        block, top = f"transformer.blocks.{number}.", number >= config.first_vl_block
+        # Texts alone, and pairs below the top, go through the expert of text; images likewise.
+        used = {"text"} if "textmlm" in tasks or alone or not top else set()
+        used |= {"imag"} if alone or (fused and not top) else set()
+        used |= {"vl"} if fused or "itc" in tasks else set()
+        for expert in {"text", "imag", "vl"} - used:
+            parts += [f"{block}norm2_{expert}.", f"{block}mlp_{expert}."]
+        if config.separate_attention and not top and not pictures:
+            parts.append(f"{block}attn.")
+    with torch.device("meta"):
+        names = [name for name, _ in VLMo(config).named_parameters()]
+    return {name for name in names if name.startswith(tuple(parts))}

@@ -13,6 +13,7 @@ from torch import Tensor
 from vlmo import VLMo, VLMoConfig, objectives
 from vlmo.data import DigitScenes, TextTokenizer, mask_whole_words, normalise
 from vlmo.kernels.target import compute_capability
+from vlmo.negatives import PendingNegatives
 from vlmo.train import StepRecord, adamw, linear_schedule, train_steps
 
 _TRIES = 4  # to find a row's partner
@@ -199,12 +200,15 @@ def pretrain_steps(
 
     def objective(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         step = next(counter)
-        output = objectives.itc(model, batch)
+        patches = model.embed_image(batch["image"])
+        output = objectives.contrast(model, objectives.encode_streams(model, batch, patches))
         if step >= recipe.contrast_steps:
-            words = objectives.mlm(model, batch)
+            words = objectives.mlm(model, batch, patches)
             words["mlm_loss"] = recipe.mlm_weight * words["mlm_loss"]
-            logits = recipe.hardness_at(step) * output["itc_i2t_logits"].detach()
-            pairs = objectives.itm(model, batch, logits, logits.T)
+            hardness = recipe.hardness_at(step)
+            i2t, t2i = (hardness * output[f"itc_{way}_logits"] for way in ("i2t", "t2i"))
+            negatives = PendingNegatives(i2t, t2i, batch).all()
+            pairs = objectives.itm(model, batch, patches, negatives)
             pairs["itm_loss"] = recipe.itm_weight * pairs["itm_loss"]
             output |= words | pairs
         return objectives.with_total(output)

@@ -1,0 +1,245 @@
+"""Where the tokens of a batch lie: sequences padded to one length, or packed end to end.
+
+A sequence is a run of text tokens, then a run of image tokens; either may be empty. Blocks see a
+batch through its layout alone: which expert each token goes to, how attention is kept within a
+sequence, and which tokens stochastic depth drops together.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from vlmo.kernels import (
+    ModalityRouting,
+    RelativePositionBias,
+    RelativePositionIndex,
+    shared_attention,
+)
+
+Project = Callable[[Tensor], Tensor]
+
+
+class Experts(NamedTuple):
+    """The experts that a block runs on a batch, and which of them each token goes to."""
+
+    names: tuple[str, ...]  # out of "text", "imag", "vl"
+    routing: ModalityRouting
+
+
+class Layout(Protocol):
+    """What a block asks of a batch; tokens are ``[B, N, D]`` or ``[T, D]``."""
+
+    def experts(self, has_vl: bool) -> Experts:
+        """For a block with (``has_vl``) or without a vision-language expert."""
+
+    def attend(self, qkv: Tensor, table: Tensor | None, backend: str | None) -> Tensor:
+        """Attention within each sequence: ``[..., 3, H, K]`` to ``[..., H, K]``."""
+
+    def by_modality(self, x: Tensor, text: Project, image: Project) -> Tensor:
+        """``text`` of the text tokens and ``image`` of the image tokens, in their places."""
+
+    def drop_path(self, rate: float, device: torch.device) -> Tensor:
+        """Factor of the attention branch of each token: one draw a sequence."""
+
+    def drop_path_of_experts(self, rate: float, has_vl: bool, device: torch.device) -> Tensor:
+        """Factor of the expert's branch of each token: one draw for each run of one expert."""
+
+
+def survival(count: int, rate: float, device: torch.device) -> Tensor:
+    """``[count]`` factors: 0 with probability ``rate``, else 1 / (1 - rate), as in timm."""
+    keep = 1 - rate
+    return torch.rand(count, device=device).add_(keep).floor_().div_(keep)
+
+
+def _bias(table: Tensor | None, index: RelativePositionIndex | None) -> RelativePositionBias | None:
+    return None if table is None or index is None else RelativePositionBias(table, index)
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Sequences of one length, ``[B, N, D]``: what compiles as one graph for every batch.
+
+    Attributes:
+        batch: B.
+        text: leading tokens that are text.
+        image: tokens of the image after them; N is their sum.
+        vl: whether blocks that have a vision-language expert use it.
+        index: of the relative position bias, None for a model without one.
+        key_mask: ``[B, N]`` bool, False for padding; None if there is none.
+    """
+
+    batch: int
+    text: int
+    image: int
+    vl: bool
+    index: RelativePositionIndex | None
+    key_mask: Tensor | None
+
+    def experts(self, has_vl: bool) -> Experts:
+        if self.vl and has_vl:
+            return Experts(("vl",), ModalityRouting.segments([(0, self.text + self.image)]))
+        runs = [run for run in (("text", self.text), ("imag", self.image)) if run[1]]
+        pieces = [(number, length) for number, (_, length) in enumerate(runs)]
+        return Experts(tuple(name for name, _ in runs), ModalityRouting.segments(pieces))
+
+    def attend(self, qkv: Tensor, table: Tensor | None, backend: str | None) -> Tensor:
+        bias = _bias(table, self.index)
+        return shared_attention(qkv, bias=bias, key_mask=self.key_mask, backend=backend)
+
+    def by_modality(self, x: Tensor, text: Project, image: Project) -> Tensor:
+        runs = ((text, x[:, : self.text]), (image, x[:, self.text :]))
+        return torch.cat([project(run) for project, run in runs if run.shape[1]], dim=1)
+
+    def drop_path(self, rate: float, device: torch.device) -> Tensor:
+        return survival(self.batch, rate, device)[:, None].expand(-1, self.text + self.image)
+
+    def drop_path_of_experts(self, rate: float, has_vl: bool, device: torch.device) -> Tensor:
+        routing = self.experts(has_vl).routing
+        draws = [
+            survival(self.batch, rate, device)[:, None].expand(-1, length)
+            for _, length in routing.pieces
+        ]
+        return torch.cat(draws, dim=1)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Sequences of different lengths end to end, ``[T, D]``: nothing is spent on padding.
+
+    Everything is worked out on the CPU from lengths that it knows; nothing waits for the device.
+
+    Attributes:
+        texts: text tokens of each sequence.
+        images: image tokens of each sequence.
+        vl: for each sequence, whether blocks that have a vision-language expert use it.
+        device: of the tokens.
+        index: of the relative position bias of joint sequences, None for a model without one.
+        image_position: row of ``index`` of an image's first token.
+    """
+
+    texts: Sequence[int]
+    images: Sequence[int]
+    vl: Sequence[bool]
+    device: torch.device
+    index: RelativePositionIndex | None = None
+    image_position: int = 0
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        return [text + image for text, image in zip(self.texts, self.images, strict=True)]
+
+    @functools.cached_property
+    def starts(self) -> list[int]:
+        """First row of each sequence, and T at the end."""
+        return [0, *itertools.accumulate(self.lengths)]
+
+    @functools.cached_property
+    def first_tokens(self) -> Tensor:
+        """``[B]`` int64, the row of each sequence's first token."""
+        return self._move(torch.tensor(self.starts[:-1]))
+
+    def experts(self, has_vl: bool) -> Experts:
+        return self._experts_with_vl if has_vl else self._experts_without_vl
+
+    def attend(self, qkv: Tensor, table: Tensor | None, backend: str | None) -> Tensor:
+        bias = _bias(table, self.index)
+        return shared_attention(
+            qkv,
+            bias=bias,
+            offsets=self._offsets,
+            max_length=max(self.lengths),
+            positions=None if bias is None else self._positions,
+            backend=backend,
+        )
+
+    def by_modality(self, x: Tensor, text: Project, image: Project) -> Tensor:
+        if not any(self.images):
+            return text(x)
+        if not any(self.texts):
+            return image(x)
+        count = sum(self.texts)
+        apart = x[self._text_first]
+        out = torch.cat([text(apart[:count]), image(apart[count:])])
+        return torch.empty_like(out).index_copy(0, self._text_first, out)
+
+    def drop_path(self, rate: float, device: torch.device) -> Tensor:
+        return survival(len(self.lengths), rate, device)[self._sequence]
+
+    def drop_path_of_experts(self, rate: float, has_vl: bool, device: torch.device) -> Tensor:
+        run = self._run_with_vl if has_vl else self._run_without_vl
+        return survival(2 * len(self.lengths), rate, device)[run]
+
+    def _runs(self, has_vl: bool) -> list[tuple[str, int]]:
+        """(expert, length) of the two runs of every sequence, empty ones included."""
+        runs = []
+        for text, image, vl in zip(self.texts, self.images, self.vl, strict=True):
+            joined = vl and has_vl
+            runs += (
+                [("vl", text + image), ("vl", 0)] if joined else [("text", text), ("imag", image)]
+            )
+        return runs
+
+    def _experts(self, has_vl: bool) -> Experts:
+        runs = [run for run in self._runs(has_vl) if run[1]]
+        used = {name for name, _ in runs}
+        names = tuple(name for name in ("text", "imag", "vl") if name in used)
+        if len(names) == 1:
+            return Experts(names, ModalityRouting.segments([(0, self.starts[-1])]))
+        pieces = [(names.index(name), length) for name, length in runs]
+        return Experts(names, ModalityRouting.packed([pieces], device=self.device))
+
+    # What every block asks for, made once.
+
+    @functools.cached_property
+    def _experts_with_vl(self) -> Experts:
+        return self._experts(True)
+
+    @functools.cached_property
+    def _experts_without_vl(self) -> Experts:
+        return self._experts(False)
+
+    @functools.cached_property
+    def _offsets(self) -> Tensor:
+        return self._move(torch.tensor(self.starts, dtype=torch.int32))
+
+    @functools.cached_property
+    def _positions(self) -> Tensor:
+        place = torch.arange(max(*self.texts, *self.images, 1), dtype=torch.int32)
+        runs = []
+        for text, image in zip(self.texts, self.images, strict=True):
+            runs += [place[:text], place[:image] + self.image_position]
+        return self._move(torch.cat(runs))
+
+    @functools.cached_property
+    def _text_first(self) -> Tensor:
+        is_text = torch.tensor([True, False]).repeat(len(self.texts))
+        lengths = torch.tensor([length for _, length in self._runs(False)])
+        return self._move(is_text.repeat_interleave(lengths).logical_not().argsort(stable=True))
+
+    @functools.cached_property
+    def _sequence(self) -> Tensor:
+        return self._move(_numbers(self.lengths))
+
+    @functools.cached_property
+    def _run_with_vl(self) -> Tensor:
+        return self._move(_numbers([length for _, length in self._runs(True)]))
+
+    @functools.cached_property
+    def _run_without_vl(self) -> Tensor:
+        return self._move(_numbers([length for _, length in self._runs(False)]))
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+
+def _numbers(lengths: Sequence[int]) -> Tensor:
+    """0 as often as the first length says, 1 as often as the second, ..."""
+    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
