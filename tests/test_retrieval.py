@@ -1,12 +1,23 @@
 """Recall on hand-made scores; re-ranking against brute force on a tiny model."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from vlmo import VLMo, VLMoConfig
-from vlmo.retrieval import Directions, Gallery, chance, dual_scores, encode, recall_at, rerank
+from vlmo.retrieval import (
+    Embeddings,
+    Gallery,
+    Shortlist,
+    Shortlists,
+    chance,
+    encode,
+    recall_at,
+    rerank,
+    shortlist,
+)
 
 # Two captions of image 0, one of image 1, none of image 2, two of image 3.
 IMAGE_OF_TEXT = torch.tensor([0, 0, 1, 3, 3])
@@ -40,7 +51,12 @@ def gallery() -> Gallery:
     lengths = torch.tensor([[5], [3], [4], [5], [2]])
     masks = (torch.arange(5) < lengths).long()
     pixels = torch.randint(0, 256, (4, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    return Gallery(pixels, ids, masks, IMAGE_OF_TEXT, prepare=lambda x: x.float() / 255)
+    return Gallery(pixels, ids, masks, IMAGE_OF_TEXT)
+
+
+def embeddings(scores: torch.Tensor) -> Embeddings:
+    """Embeddings of which these ``[J, I]`` are the cosines."""
+    return Embeddings(torch.eye(scores.shape[1]), scores)
 
 
 def test_recall_of_several_captions_per_image():
@@ -53,7 +69,7 @@ def test_recall_of_several_captions_per_image():
             [0.9, 0.8, 0.7, 0.6],  # image 3 last
         ]
     )
-    recall = recall_at(scores, IMAGE_OF_TEXT, (1, 2, 3))
+    recall = recall_at(embeddings(scores), IMAGE_OF_TEXT, (1, 2, 3))
     assert recall.image == pytest.approx({1: 2 / 5, 2: 3 / 5, 3: 4 / 5})
     # Image 0: text 0 shares its 0.9 with the wrong text 4; image 1: after text 4; image 3: text 4
     # is first although its other text is far behind. Image 2 has no text and is no query.
@@ -62,23 +78,40 @@ def test_recall_of_several_captions_per_image():
 
 @pytest.mark.parametrize("value", [0.0, math.nan, -math.inf])
 def test_scores_without_information_recall_nothing(value):
-    recall = recall_at(torch.full((5, 4), value), IMAGE_OF_TEXT, (1, 3))
+    recall = recall_at(embeddings(torch.full((5, 4), value)), IMAGE_OF_TEXT, (1, 3))
     assert recall.image == {1: 0.0, 3: 0.0}
     assert recall.text[1] == 0.0
 
 
-def test_recall_of_each_direction_uses_its_own_scores():
-    right = torch.eye(3)
-    recall = recall_at(Directions(right, right.flip(0)), torch.arange(3), (1,))
-    assert recall.image == {1: 1.0}
-    assert recall.text == pytest.approx({1: 1 / 3})
+def test_recall_on_shortlists_uses_the_scores_of_each_direction():
+    image = Shortlist(torch.tensor([[0, 2], [1, 0], [0, 1]]), torch.tensor([[2.0, 1.0]] * 3))
+    text = Shortlist(torch.tensor([[1, 0], [2, 1], [2, 0]]), torch.tensor([[2.0, 1.0]] * 3))
+    recall = recall_at(Shortlists(image, text), torch.arange(3), (1, 2, 10))
+    # Image 2 is not on text 2's list, so that no k finds it.
+    assert recall.image == pytest.approx({1: 2 / 3, 2: 2 / 3, 10: 2 / 3})
+    assert recall.text == pytest.approx({1: 1 / 3, 2: 1.0, 10: 1.0})
+    assert recall.mean == pytest.approx((3 * 2 / 3 + 1 / 3 + 2) / 6)
 
 
 def test_recall_in_chunks_is_the_same(monkeypatch):
     scores = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
-    whole = recall_at(scores, IMAGE_OF_TEXT)
+    whole = recall_at(embeddings(scores), IMAGE_OF_TEXT)
+    lists = shortlist(embeddings(scores), 3)
     monkeypatch.setattr("vlmo.retrieval._CELLS", 1)
-    assert recall_at(scores, IMAGE_OF_TEXT) == whole
+    assert recall_at(embeddings(scores), IMAGE_OF_TEXT) == whole
+    for chunked, list_ in zip(shortlist(embeddings(scores), 3), lists, strict=True):
+        assert torch.equal(chunked.rows, list_.rows)
+
+
+def test_shortlists_of_everything_recall_what_embeddings_do():
+    found = embeddings(torch.randn(5, 4, generator=torch.Generator().manual_seed(2)))
+    assert recall_at(shortlist(found, 100), IMAGE_OF_TEXT) == recall_at(found, IMAGE_OF_TEXT)
+
+
+def test_best_of_a_shortlist_are_in_the_order_of_their_scores():
+    found = Shortlist(torch.tensor([[4, 7, 2]]), torch.tensor([[0.1, 0.3, 0.2]]))
+    assert found.best(2).tolist() == [[7, 2]]
+    assert found.best(9).tolist() == [[7, 2, 4]]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +120,7 @@ def test_recall_in_chunks_is_the_same(monkeypatch):
 )
 def test_recall_refuses_a_relation_that_does_not_fit(image_of_text):
     with pytest.raises(ValueError, match="image_of_text"):
-        recall_at(torch.zeros(5, 4), image_of_text)
+        recall_at(embeddings(torch.zeros(5, 4)), image_of_text)
 
 
 def test_chance_is_the_recall_of_random_scores():
@@ -99,7 +132,8 @@ def test_chance_is_the_recall_of_random_scores():
     )
     generator = torch.Generator().manual_seed(3)
     drawn = [
-        recall_at(torch.rand(5, 4, generator=generator), IMAGE_OF_TEXT, (2,)) for _ in range(2000)
+        recall_at(embeddings(torch.rand(5, 4, generator=generator)), IMAGE_OF_TEXT, (2,))
+        for _ in range(2000)
     ]
     for direction in ("image", "text"):
         mean = sum(getattr(recall, direction)[2] for recall in drawn) / len(drawn)
@@ -115,9 +149,11 @@ def test_embeddings_do_not_depend_on_the_batch_size(model, gallery):
 
 @pytest.mark.parametrize("scale", [1.0, 17.0])
 def test_rerank_equals_brute_force_on_candidates_only(model, gallery, scale):
-    scores = dual_scores(model, gallery)
+    found = encode(model, gallery)
+    scores = found.text @ found.image.T
+    lists = shortlist(found, 2)
     model.train()
-    actual = rerank(model, gallery, scores, k=2, scale=scale, batch_size=3)
+    actual = rerank(model, gallery, lists, scale=scale, batch_size=3)
     assert model.training, "rerank must leave the mode as it was"
 
     model.eval()
@@ -125,25 +161,17 @@ def test_rerank_equals_brute_force_on_candidates_only(model, gallery, scale):
     with torch.no_grad():
         for text in range(5):
             for image in range(4):
-                pixels = gallery.images[image : image + 1].float() / 255
+                pixels = gallery.images[image : image + 1]
                 ids, masks = (t[text : text + 1] for t in (gallery.text_ids, gallery.text_masks))
                 logits = model.itm_score(model.fuse(ids, masks, pixels).pooled)
                 expected[text, image] = logits[0, 1] + scale * scores[text, image]
-    for found, dim in ((actual.image, 1), (actual.text, 0)):
-        candidates = found.isfinite()
-        best = scores.topk(2, dim=dim).indices
-        assert torch.equal(candidates, torch.zeros(5, 4).scatter(dim, best, 1.0).bool())
-        torch.testing.assert_close(found[candidates], expected[candidates])
-        assert found[~candidates].eq(-math.inf).all()
-
-
-def test_rerank_scales_the_old_score_only(model, gallery):
-    scores = dual_scores(model, gallery)
-    plain, scaled = (rerank(model, gallery, scores, k=2, scale=scale) for scale in (1.0, 5.0))
-    for one, other in zip(plain, scaled, strict=True):
-        candidates = one.isfinite()
-        assert torch.equal(candidates, other.isfinite())
-        torch.testing.assert_close(other[candidates], (one + 4 * scores)[candidates])
+    for reranked, before, wanted, old in (
+        (actual.image, lists.image, expected, scores),
+        (actual.text, lists.text, expected.T, scores.T),
+    ):
+        assert torch.equal(before.rows, old.topk(2, dim=1).indices)
+        assert torch.equal(reranked.rows, before.rows)
+        torch.testing.assert_close(reranked.scores, wanted.gather(1, before.rows))
 
 
 def test_rerank_fuses_only_candidates_and_each_pair_once(model, gallery, monkeypatch):
@@ -155,19 +183,67 @@ def test_rerank_fuses_only_candidates_and_each_pair_once(model, gallery, monkeyp
         return fuse(text_ids, text_mask, image)
 
     monkeypatch.setattr(model, "fuse", counting)
-    scores = dual_scores(model, gallery)
-    found = rerank(model, gallery, scores, k=1)
-    assert len(fused) == int((found.image.isfinite() | found.text.isfinite()).sum())
+    lists = shortlist(encode(model, gallery), 1)
+    rerank(model, gallery, lists)
+    pairs = {(text, image) for text, image in enumerate(lists.image.rows[:, 0].tolist())}
+    pairs |= {(text, image) for image, text in enumerate(lists.text.rows[:, 0].tolist())}
+    assert len(fused) == len(pairs)
+    assert len({str(pair) for pair in fused}) == len(pairs)
 
 
-def test_rerank_takes_more_candidates_than_there_are(model, gallery):
-    found = rerank(model, gallery, dual_scores(model, gallery), k=100)
-    assert found.image.isfinite().all()
-    assert found.text.isfinite().all()
+class Decoded(torch.utils.data.Dataset):
+    """Images that are made when they are asked for."""
+
+    def __init__(self, images: torch.Tensor):
+        self.images, self.asked = images, []
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        self.asked.append(index)
+        return self.images[index]
 
 
-def test_rerank_refuses_bad_arguments(model, gallery):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_can_come_from_a_data_set(model, gallery, workers):
+    decoded = Decoded(gallery.images)
+    other = dataclasses.replace(gallery, images=decoded)
+    found, expected = (encode(model, g, workers=workers) for g in (other, gallery))
+    assert torch.equal(found.image, expected.image)
+    lists = shortlist(found, 3)
+    again, whole = (
+        rerank(model, g, lists, workers=workers, batch_size=4) for g in (other, gallery)
+    )
+    assert torch.equal(again.image.scores, whole.image.scores)
+    assert torch.equal(again.text.scores, whole.text.scores)
+
+
+def test_an_image_is_fetched_once_for_all_its_pairs_of_a_batch(model, gallery):
+    decoded = Decoded(gallery.images)
+    other = dataclasses.replace(gallery, images=decoded)
+    lists = shortlist(encode(model, gallery), 5)
+    rerank(model, other, lists)
+    assert decoded.asked == [0, 1, 2, 3]
+
+
+def test_fetching_leaves_the_random_numbers_alone(model, gallery):
+    state = torch.get_rng_state()
+    rerank(model, gallery, shortlist(encode(model, gallery), 2))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_bad_arguments_are_refused(model, gallery):
+    found = encode(model, gallery)
     with pytest.raises(ValueError, match="k: 0"):
-        rerank(model, gallery, torch.zeros(5, 4), k=0)
-    with pytest.raises(ValueError, match=r"scores: shape \(4, 5\)"):
-        rerank(model, gallery, torch.zeros(4, 5), k=1)
+        shortlist(found, 0)
+    with pytest.raises(ValueError, match="shortlists: 4 queries of image are not 5"):
+        rerank(model, gallery, Shortlists(*reversed(shortlist(found, 1))))
+    with pytest.raises(ValueError, match="batch_size: 0"):
+        encode(model, gallery, batch_size=0)
+    with pytest.raises(ValueError, match="0 images and 5 texts"):
+        dataclasses.replace(gallery, images=gallery.images[:0])
+    with pytest.raises(ValueError, match="image_of_text"):
+        dataclasses.replace(gallery, image_of_text=IMAGE_OF_TEXT + 1)
+    with pytest.raises(ValueError, match="text_masks"):
+        dataclasses.replace(gallery, text_masks=gallery.text_masks[:, :3])

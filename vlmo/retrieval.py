@@ -1,29 +1,30 @@
 """Image-text retrieval: encode, recall, and re-ranking with the fusion encoder.
 
-Scores are ``[J, I]`` matrices of J texts against I images. A text belongs to one image; an image
-may have several texts, as in COCO.
+A text belongs to one image; an image may have several texts, as in COCO. No matrix of all texts
+against all images exists: recall and shortlists are found a few rows at a time.
+
+With a process group the ranks divide the work, and every rank gets the whole result.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from vlmo.sharing import even_batches, of_all, own_share
 
 if TYPE_CHECKING:
     from vlmo.model import VLMo
 
 RECALL_AT = (1, 5, 10)
-_CELLS = 2**24  # comparisons at a time, so that 25,000 texts against 5,000 images need no matrix
-
-
-def _unchanged(images: Tensor) -> Tensor:
-    return images
+_CELLS = 2**24  # scores at a time, 64 MB
 
 
 @dataclass(frozen=True)
@@ -31,38 +32,72 @@ class Gallery:
     """The images and texts of one retrieval test.
 
     Attributes:
-        images: ``[I, ...]``, in the form it is stored.
+        images: I images of the model's input ``[3, S, S]``, uint8 or scaled to [-1, 1]: a tensor
+            ``[I, 3, S, S]``, or a map-style data set that decodes an image when asked for it.
         text_ids: ``[J, T]`` int64.
         text_masks: ``[J, T]``.
         image_of_text: ``[J]`` int64, the image each text belongs to.
-        prepare: from stored images ``[n, ...]`` to the model's ``[n, 3, S, S]``.
+
+    Raises:
+        ValueError: there is no image or no text, or the tensors do not fit each other.
     """
 
-    images: Tensor
+    images: Any
     text_ids: Tensor
     text_masks: Tensor
     image_of_text: Tensor
-    prepare: Callable[[Tensor], Tensor] = _unchanged
 
-    def pixels(self, rows: Tensor | slice, device: torch.device) -> Tensor:
-        """The model's input for some images, ``[n, 3, S, S]``."""
-        return self.prepare(self.images[rows]).to(device)
+    def __post_init__(self):
+        if not len(self.images) or not len(self.text_ids):
+            counts = f"{len(self.images)} images and {len(self.text_ids)} texts"
+            raise ValueError(f"gallery: {counts} are nothing to search")
+        if self.text_masks.shape != self.text_ids.shape:
+            raise ValueError(
+                f"text_masks: shape {tuple(self.text_masks.shape)} is not that of text_ids "
+                f"{tuple(self.text_ids.shape)}"
+            )
+        _check_relation(self.image_of_text, len(self.text_ids), len(self.images))
 
-    def texts(self, rows: Tensor | slice, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Ids and masks of some texts, each ``[n, T]``."""
-        return self.text_ids[rows].to(device), self.text_masks[rows].to(device)
 
-
-class Directions(NamedTuple):
-    """Something for both directions of retrieval.
+class Embeddings(NamedTuple):
+    """Unit vectors of the dual encoder.
 
     Attributes:
-        image: images found for a text (IR of the papers).
-        text: texts found for an image (TR of the papers).
+        image: ``[I, D]`` float32.
+        text: ``[J, D]`` float32.
     """
 
     image: Tensor
     text: Tensor
+
+
+class Shortlist(NamedTuple):
+    """The best candidates of each query of one direction.
+
+    Attributes:
+        rows: ``[Q, k]`` int64, numbers of the candidates.
+        scores: ``[Q, k]`` float32.
+    """
+
+    rows: Tensor
+    scores: Tensor
+
+    def best(self, count: int) -> Tensor:
+        """``[Q, count]`` candidates of the highest scores, best first."""
+        order = self.scores.sort(dim=1, descending=True, stable=True).indices
+        return self.rows.gather(1, order[:, :count])
+
+
+class Shortlists(NamedTuple):
+    """The candidates of both directions.
+
+    Attributes:
+        image: images for each text (IR of the papers).
+        text: texts for each image (TR of the papers).
+    """
+
+    image: Shortlist
+    text: Shortlist
 
 
 class Recall(NamedTuple):
@@ -79,108 +114,183 @@ class Recall(NamedTuple):
 
 
 @torch.no_grad()
-def encode(model: VLMo, gallery: Gallery, *, batch_size: int = 256) -> Directions:
-    """Unit vectors of the dual encoder: images ``[I, D]`` and texts ``[J, D]``, on the CPU."""
-    device = next(model.parameters()).device
-    with evaluating(model):
-        images = [
-            model.encode_image(gallery.pixels(rows, device)).embedding
-            for rows in _slices(len(gallery.images), batch_size)
-        ]
-        texts = [
-            model.encode_text(*gallery.texts(rows, device)).embedding
-            for rows in _slices(len(gallery.text_ids), batch_size)
-        ]
-    return Directions(torch.cat(images).float().cpu(), torch.cat(texts).float().cpu())
+def encode(
+    model: VLMo,
+    gallery: Gallery,
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    autocast: torch.dtype | None = None,
+) -> Embeddings:
+    """Encode all images and texts with the dual encoder.
+
+    Args:
+        model: with the heads of retrieval.
+        gallery: of I images and J texts.
+        batch_size: images or texts at a time on one rank.
+        workers: processes that fetch images.
+        autocast: dtype of the model's products.
+
+    Returns:
+        Embeddings on the model's device, the same on all ranks.
+    """
+    with evaluating(model), precision(_device(model), autocast):
+        images = _encode_images(model, gallery, batch_size, workers)
+        return Embeddings(images, _encode_texts(model, gallery, batch_size))
 
 
-def dual_scores(model: VLMo, gallery: Gallery, *, batch_size: int = 256) -> Tensor:
-    """Cosines ``[J, I]`` of all texts and images."""
-    image, text = encode(model, gallery, batch_size=batch_size)
-    return text @ image.T
+def _encode_images(model: VLMo, gallery: Gallery, batch_size: int, workers: int) -> Tensor:
+    batches = even_batches(own_share(len(gallery.images)), batch_size)
+    found = [
+        model.encode_image(pixels).embedding.float()
+        for pixels in _pixels(gallery.images, batches, _device(model), workers)
+    ]
+    return of_all(torch.cat(found), len(gallery.images))
+
+
+def _encode_texts(model: VLMo, gallery: Gallery, batch_size: int) -> Tensor:
+    own = torch.tensor(own_share(len(gallery.text_ids)))
+    # Neighbours of like length hold little padding.
+    order = gallery.text_masks[own].sum(1).argsort(stable=True)
+    found = [
+        model.encode_text(*_texts(gallery, own[rows], _device(model))).embedding.float()
+        for rows in map(torch.tensor, even_batches(order.tolist(), batch_size))
+    ]
+    return of_all(torch.cat(found)[order.argsort().to(_device(model))], len(gallery.text_ids))
+
+
+@torch.no_grad()
+def shortlist(embeddings: Embeddings, k: int) -> Shortlists:
+    """The k candidates of the highest cosine for each query, or all if there are fewer.
+
+    Raises:
+        ValueError: ``k`` is not positive.
+    """
+    if k < 1:
+        raise ValueError(f"k: {k} is not positive")
+
+    def nearest(queries: Tensor, candidates: Tensor) -> Shortlist:
+        count = min(k, len(candidates))
+        parts = [scores.topk(count, dim=1) for _, scores in _cosines(queries, candidates)]
+        return Shortlist(
+            torch.cat([part.indices for part in parts]), torch.cat([part.values for part in parts])
+        )
+
+    image, text = embeddings
+    return Shortlists(nearest(text, image), nearest(image, text))
 
 
 @torch.no_grad()
 def rerank(
     model: VLMo,
     gallery: Gallery,
-    scores: Tensor,
-    k: int = 32,
+    shortlists: Shortlists,
     *,
     scale: float = 1.0,
     batch_size: int = 256,
-) -> Directions:
-    """Score the best k candidates of each query anew with the fusion encoder.
+    workers: int = 0,
+    autocast: torch.dtype | None = None,
+) -> Shortlists:
+    """Score the candidates of each query anew with the fusion encoder.
 
-    The new score is the raw matching logit plus ``scale`` times the old score; everything else gets
-    -inf. A pair that is a candidate in both directions is fused once.
+    The new score is the raw matching logit plus ``scale`` times the old score. A pair that is a
+    candidate in both directions is fused once.
 
-    The official code (``compute_irtr_rerank``) adds the plain cosine: scale 1. A logit says far
-    more than a cosine then, so the dual encoder's opinion is nearly lost. With the temperature
-    that contrast was trained with, ``model.logit_scale.exp()``, both terms are log-odds.
+    The official code (``compute_irtr_rerank``, never called there) adds the plain cosine: scale 1,
+    with k = 32 for Table 2 of the supplement. A logit says far more than a cosine then, so the dual
+    encoder's opinion is nearly lost. With the temperature that contrast was trained with,
+    ``model.logit_scale.exp()``, both terms are log-odds.
 
     Args:
         model: with the head of ITM.
         gallery: of I images and J texts.
-        scores: ``[J, I]``, of :func:`dual_scores`.
-        k: candidates of each text among the images, and of each image among the texts.
-        scale: factor of ``scores``.
-        batch_size: pairs fused at a time.
+        shortlists: of :func:`shortlist`, on the model's device.
+        scale: factor of the old scores.
+        batch_size: pairs fused at a time on one rank.
+        workers: processes that fetch images.
+        autocast: dtype of the model's products.
 
     Returns:
-        ``[J, I]`` scores for finding images and ``[J, I]`` scores for finding texts.
+        The same candidates in the same order with their new scores, the same on all ranks.
 
     Raises:
-        ValueError: ``k`` is not positive, or ``scores`` does not have the gallery's shape.
+        ValueError: ``shortlists`` are not of this gallery.
     """
-    shape = (len(gallery.text_ids), len(gallery.images))
-    if scores.shape != shape:
-        raise ValueError(f"scores: shape {tuple(scores.shape)} is not {shape} (texts, images)")
-    if k < 1:
-        raise ValueError(f"k: {k} is not positive")
-    chosen = Directions(_candidates(scores, k, dim=1), _candidates(scores, k, dim=0))
-    texts, images = (chosen.image | chosen.text).nonzero(as_tuple=True)
-    device = next(model.parameters()).device
+    texts, images = len(gallery.text_ids), len(gallery.images)
+    for name, found, queries in (
+        ("image", shortlists.image, texts),
+        ("text", shortlists.text, images),
+    ):
+        if len(found.rows) != queries:
+            raise ValueError(f"shortlists: {len(found.rows)} queries of {name} are not {queries}")
+    # A pair's number is image * J + text: pairs of one image are neighbours, and fetch it once.
+    every = torch.arange(max(texts, images), device=shortlists.image.rows.device)[:, None]
+    numbers = (
+        shortlists.image.rows * texts + every[:texts],
+        every[:images] * texts + shortlists.text.rows,
+    )
+    pairs = torch.cat([n.flatten() for n in numbers]).unique()
+    with evaluating(model), precision(_device(model), autocast):
+        logits = _match(model, gallery, pairs.cpu(), batch_size, workers)
+    return Shortlists(
+        *(
+            Shortlist(found.rows, logits[torch.searchsorted(pairs, number)] + scale * found.scores)
+            for found, number in zip(shortlists, numbers, strict=True)
+        )
+    )
+
+
+def _match(
+    model: VLMo,
+    gallery: Gallery,
+    pairs: Tensor,  # [P], image * J + text
+    batch_size: int,
+    workers: int,
+) -> Tensor:
+    """Matching logits ``[P]`` of pairs, on the model's device."""
+    device, texts = _device(model), len(gallery.text_ids)
+    own = pairs[own_share(len(pairs))]
+    batches = [own[rows] for rows in even_batches(range(len(own)), batch_size)]
+    # In each batch, the images it has and which of them each pair takes.
+    images = [(batch // texts).unique(return_inverse=True) for batch in batches]
+    pixels = _pixels(gallery.images, [numbers.tolist() for numbers, _ in images], device, workers)
     logits = []
-    with evaluating(model):
-        for rows in _slices(len(texts), batch_size):
-            pixels = gallery.pixels(images[rows], device)
-            pooled = model.fuse(*gallery.texts(texts[rows], device), pixels).pooled
-            logits.append(model.itm_score(pooled)[:, 1].float().cpu())
-    fused = scale * scores
-    fused[texts, images] += torch.cat(logits)
-    return Directions(*(fused.masked_fill(~mask, float("-inf")) for mask in chosen))
+    for batch, (_, place), fetched in zip(batches, images, pixels, strict=True):
+        words = _texts(gallery, batch % texts, device)
+        pooled = model.fuse(*words, fetched[place.to(device)]).pooled
+        logits.append(model.itm_score(pooled)[:, 1].float())
+    return of_all(torch.cat(logits), len(pairs))
 
 
 def recall_at(
-    scores: Tensor | Directions,  # [J, I], one for both directions or one for each
+    found: Embeddings | Shortlists,
     image_of_text: Tensor,  # [J]
     ks: Sequence[int] = RECALL_AT,
 ) -> Recall:
-    """Recall at each k in both directions.
+    """Recall at each k in both directions, of embeddings by their cosines or of shortlists.
 
     An image's texts are found when any of its own is among the first k; images without a text are
     no queries, but can be found in error. Among equal scores the match comes last, so that scores
-    without information recall nothing; NaN counts as such.
+    without information recall nothing; NaN counts as such. A match that is not on its shortlist is
+    not found.
 
     Raises:
-        ValueError: ``image_of_text`` does not fit the scores.
+        ValueError: ``image_of_text`` does not fit.
     """
-    both = scores if isinstance(scores, Directions) else Directions(scores, scores)
-    texts, images = both.image.shape
-    if image_of_text.shape != (texts,):
-        raise ValueError(f"image_of_text: shape {tuple(image_of_text.shape)} is not ({texts},)")
-    if ((image_of_text < 0) | (image_of_text >= images)).any():
-        raise ValueError(f"image_of_text: holds a value outside 0..{images - 1}")
-    found_image = _ranks(both.image, image_of_text, image_of_text.new_tensor(range(images)))
-    found_text = _ranks(both.text.T, None, image_of_text)
-    has_text = torch.zeros(images, dtype=torch.bool)
-    has_text[image_of_text] = True
+    if isinstance(found, Embeddings):
+        texts, images, device = len(found.text), len(found.image), found.image.device
+        ranks_of = _ranks_of_embeddings
+    else:
+        texts, images = len(found.image.rows), len(found.text.rows)
+        device = found.image.rows.device
+        ranks_of = _ranks_on_shortlists
+    _check_relation(image_of_text, texts, images)
+    owner = image_of_text.to(device)
+    has_text = torch.zeros(images, dtype=torch.bool, device=device)
+    has_text[owner] = True
+    image, text = ranks_of(found, owner, torch.arange(images, device=device))
     return Recall(
-        *(
-            {k: float((ranks < k).float().mean()) for k in ks}
-            for ranks in (found_image, found_text[has_text])
-        )
+        *({k: float((ranks < k).float().mean()) for k in ks} for ranks in (image, text[has_text]))
     )
 
 
@@ -210,29 +320,73 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+def _ranks_of_embeddings(found: Embeddings, owner: Tensor, every: Tensor) -> tuple[Tensor, Tensor]:
+    image, text = found
+    return (
+        torch.cat([_ranks(s, owner[rows, None] == every) for rows, s in _cosines(text, image)]),
+        torch.cat([_ranks(s, every[rows, None] == owner) for rows, s in _cosines(image, text)]),
+    )
+
+
+def _ranks_on_shortlists(found: Shortlists, owner: Tensor, every: Tensor) -> tuple[Tensor, Tensor]:
+    image, text = found
+    return (
+        _ranks(image.scores, image.rows == owner[:, None]),
+        _ranks(text.scores, owner[text.rows] == every[:, None]),
+    )
+
+
 def _ranks(
     scores: Tensor,  # [Q, C] queries against candidates
-    owner: Tensor | None,  # [Q] what a query belongs to; None for its own number
-    owners: Tensor,  # [C] what a candidate belongs to
+    own: Tensor,  # [Q, C] bool, which candidates match
 ) -> Tensor:
     """How many wrong candidates stand before each query's best match, ``[Q]``."""
-    queries = len(scores)
-    owner = torch.arange(queries, device=owners.device) if owner is None else owner
-    ranks = []
-    for rows in _slices(queries, max(1, _CELLS // max(len(owners), 1))):
-        part = scores[rows].to(owners.device)
-        own = owner[rows, None] == owners
-        # Both fills treat NaN as the worst case: as a match it is last, as a rival it is first.
-        best = part.masked_fill(~own | part.isnan(), float("-inf")).amax(1, keepdim=True)
-        ranks.append((~own & ~(part < best)).sum(1))
-    return torch.cat(ranks) if ranks else owners.new_zeros(0)
+    # NaN is the worst case: as a match it is last, as a rival it is first.
+    best = scores.masked_fill(~own | scores.isnan(), float("-inf")).amax(1, keepdim=True)
+    before = (~own & ~(scores < best)).sum(1)
+    return before.masked_fill(~own.any(1), torch.iinfo(torch.int64).max)
 
 
-def _candidates(scores: Tensor, k: int, dim: int) -> Tensor:
-    """Which entries are among the best k along ``dim``, bool in the shape of ``scores``."""
-    best = scores.topk(min(k, scores.shape[dim]), dim=dim).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(dim, best, True)
+def _cosines(queries: Tensor, candidates: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Scores ``[q, C]`` of a few queries at a time, with their rows, in full precision."""
+    size = max(1, _CELLS // len(candidates))
+    for start in range(0, len(queries), size):
+        rows = slice(start, start + size)
+        with torch.autocast(queries.device.type, enabled=False):
+            scores = queries[rows].float() @ candidates.float().T
+        yield rows, scores
 
 
-def _slices(count: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, count, size))
+def _check_relation(image_of_text: Tensor, texts: int, images: int) -> None:
+    if image_of_text.shape != (texts,):
+        raise ValueError(f"image_of_text: shape {tuple(image_of_text.shape)} is not ({texts},)")
+    if ((image_of_text < 0) | (image_of_text >= images)).any():
+        raise ValueError(f"image_of_text: holds a value outside 0..{images - 1}")
+
+
+def _pixels(
+    images: Any, batches: Iterable[list[int]], device: torch.device, workers: int
+) -> Iterator[Tensor]:
+    """Images ``[n, 3, S, S]`` of each batch, fetched ahead by ``workers`` processes."""
+    loader = DataLoader(
+        images,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # or the loader would draw a seed from torch's own
+    )
+    return (pixels.to(device, non_blocking=True) for pixels in loader)
+
+
+def _texts(gallery: Gallery, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and masks of some texts, each ``[n, T]``."""
+    return gallery.text_ids[rows].to(device), gallery.text_masks[rows].to(device)
+
+
+def precision(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """Products in ``dtype`` for the block; None leaves things as they are."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

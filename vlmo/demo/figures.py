@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from vlmo.files import replacing
-from vlmo.retrieval import Directions
+from vlmo.retrieval import Shortlist
 
 _RIGHT, _WRONG, _MUTED = "#1a9850", "#d9d9d9", "#555555"
 _LOSSES = {
@@ -23,8 +23,8 @@ def draw_retrieval(
     path: str | os.PathLike[str],
     captions: Sequence[str],  # J texts
     images: Tensor,  # [I, S, S] uint8, text j belongs to image j
-    before: Tensor,  # [J, I] scores of the dual encoder
-    after: Directions,  # [J, I] re-ranked
+    before: Shortlist,  # images for each text, by the dual encoder
+    after: Shortlist,  # re-ranked
     *,
     queries: Sequence[int],
     top: int = 5,
@@ -40,14 +40,13 @@ def draw_retrieval(
         width_ratios=widths,
         squeeze=False,
     )
-    lists = ((1, "dual encoder", before), (top + 2, "re-ranked by the fusion encoder", after.image))
+    lists = ((1, "dual encoder", before), (top + 2, "re-ranked by the fusion encoder", after))
     for row, query in enumerate(queries):
         for axis in axes[row]:
             axis.axis("off")
         axes[row, 0].text(1, 0.5, _wrap(captions[query]), ha="right", va="center", fontsize=10)
-        for first, _, scores in lists:
-            order = scores[query].argsort(descending=True)[:top].tolist()
-            for column, image in enumerate(order, first):
+        for first, _, found in lists:
+            for column, image in enumerate(found.best(top)[query].tolist(), first):
                 _tile(axes[row, column], images[image].numpy(), right=image == query)
     figure.subplots_adjust(0.01, 0.07, 0.99, 0.9, wspace=0.12, hspace=0.12)
     height = axes[0, 1].get_position().y1 + 0.02

@@ -5,7 +5,6 @@ The demo is a check as well: :func:`run` returns what was not as it must be.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -18,10 +17,9 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import Tensor
 
 from vlmo import VLMo, save_checkpoint
-from vlmo.data import DigitScenes, TextTokenizer, digit_tokenizer, normalise, retrieval_gallery
+from vlmo.data import DigitScenes, TextTokenizer, digit_tokenizer, retrieval_gallery
 from vlmo.demo.figures import draw_losses, draw_retrieval
 from vlmo.demo.training import (
     Recipe,
@@ -36,7 +34,18 @@ from vlmo.kernels import use_backend, why_not
 from vlmo.kernels.target import describe, devices
 from vlmo.machine import show_machine
 from vlmo.parity import Parity, check_backends
-from vlmo.retrieval import Directions, Gallery, Recall, chance, dual_scores, recall_at, rerank
+from vlmo.retrieval import (
+    Embeddings,
+    Gallery,
+    Recall,
+    Shortlist,
+    Shortlists,
+    chance,
+    encode,
+    recall_at,
+    rerank,
+    shortlist,
+)
 from vlmo.train import StepRecord, write_log
 
 TEXT_LENGTH = 8  # of the longest caption, [CLS] and [SEP] included
@@ -230,13 +239,11 @@ def _search(
 ) -> list[str]:
     pairs, gallery = _gallery("test", tokenizer, settings.seed)
     _, held_out = _gallery("val", tokenizer, settings.seed)
-    with _evaluation_precision(next(model.parameters()).device):
-        scale = _choose_scale(model, held_out)
-        scores = dual_scores(model, gallery)
-        reranked = rerank(model, gallery, scores, CANDIDATES, scale=scale, batch_size=512)
+    scale = _choose_scale(model, held_out)
+    embeddings, candidates, reranked = _ranked(model, gallery, scale)
     console.print(f"Weight of the cosine beside the matching logit, by the val split: {scale:.0f}")
     guess = chance(gallery.image_of_text, GALLERY)
-    dual = recall_at(scores, gallery.image_of_text)
+    dual = recall_at(embeddings, gallery.image_of_text)
     fused = recall_at(reranked, gallery.image_of_text)
     console.print(_recall_table(guess, dual, fused))
     failures = [] if settings.steps is not None else judge(guess, dual, fused)
@@ -244,7 +251,7 @@ def _search(
         console.print("[yellow]--steps was given: the recall above is not judged.[/]")
     captions = [pairs.text(row) for row in range(GALLERY)]
     recalls = (guess, dual, fused)
-    _write_results(settings, captions, gallery, scores, reranked, scale, recalls, failures)
+    _write_results(settings, captions, gallery, candidates, reranked, scale, recalls, failures)
     console.print(f"written to {settings.output}: " + ", ".join(_RESULTS))
     return failures
 
@@ -253,13 +260,24 @@ def _gallery(split: str, tokenizer: TextTokenizer, seed: int) -> tuple[DigitScen
     pairs = retrieval_gallery(split, GALLERY, seed=seed)
     stored = pairs.materialise(tokenizer)
     gallery = Gallery(
-        images=stored["image"],
+        images=stored["image"].unsqueeze(1).expand(-1, 3, -1, -1),
         text_ids=stored["text_ids"],
         text_masks=stored["text_masks"],
         image_of_text=torch.arange(GALLERY),
-        prepare=normalise,
     )
     return pairs, gallery
+
+
+def _ranked(
+    model: VLMo, gallery: Gallery, scale: float
+) -> tuple[Embeddings, Shortlists, Shortlists]:
+    """Embeddings, the dual encoder's candidates, and these re-ranked."""
+    # As in training, so that a backend asked for by name meets the dtype it was asked about.
+    dtype = autocast_dtype(next(model.parameters()).device)
+    embeddings = encode(model, gallery, autocast=dtype)
+    candidates = shortlist(embeddings, CANDIDATES)
+    reranked = rerank(model, gallery, candidates, scale=scale, batch_size=512, autocast=dtype)
+    return embeddings, candidates, reranked
 
 
 def _choose_scale(model: VLMo, gallery: Gallery) -> float:
@@ -268,13 +286,15 @@ def _choose_scale(model: VLMo, gallery: Gallery) -> float:
     At the temperature of contrast both are log-odds, but how sure matching is of itself differs
     from training to training.
     """
-    scores = dual_scores(model, gallery)
-    logits = rerank(model, gallery, scores, CANDIDATES, scale=0.0, batch_size=512)
+    _, candidates, matched = _ranked(model, gallery, scale=0.0)
     temperature = float(model.logit_scale.detach().exp())
 
     def recalled(scale: float) -> float:
-        fused = Directions(*(logit + scale * scores for logit in logits))
-        return recall_at(fused, gallery.image_of_text).mean
+        fused = (
+            Shortlist(logits.rows, logits.scores + scale * cosines.scores)
+            for logits, cosines in zip(matched, candidates, strict=True)
+        )
+        return recall_at(Shortlists(*fused), gallery.image_of_text).mean
 
     return max((factor * temperature for factor in SCALES), key=recalled)
 
@@ -327,8 +347,8 @@ def _write_results(
     settings: Settings,
     captions: Sequence[str],
     gallery: Gallery,
-    scores: Tensor,
-    reranked: Directions,
+    candidates: Shortlists,
+    reranked: Shortlists,
     scale: float,
     recalls: tuple[Recall, Recall, Recall],
     failures: Sequence[str],
@@ -336,10 +356,10 @@ def _write_results(
     draw_retrieval(
         settings.output / "retrieval.png",
         captions,
-        gallery.images,
-        scores,
-        reranked,
-        queries=_shown(scores),
+        gallery.images[:, 0],
+        candidates.image,
+        reranked.image,
+        queries=_shown(candidates.image),
     )
     named = dict(zip(("chance", "dual_encoder", "reranked"), recalls, strict=True))
     metrics = {
@@ -358,15 +378,8 @@ def _write_results(
         temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
-def _shown(scores: Tensor) -> list[int]:
+def _shown(candidates: Shortlist) -> list[int]:
     """The first queries, and the first of the others whose best image is not theirs."""
-    wrong = (scores.argmax(1) != torch.arange(len(scores))).nonzero()[:, 0].tolist()
+    best = candidates.best(1)[:, 0].cpu()
+    wrong = (best != torch.arange(len(best))).nonzero()[:, 0].tolist()
     return [*range(SHOWN), *[query for query in wrong if query >= SHOWN][:SHOWN_WRONG]]
-
-
-def _evaluation_precision(device: torch.device) -> contextlib.AbstractContextManager:
-    """As in training, so that a backend asked for by name meets the dtype it was asked about."""
-    dtype = autocast_dtype(device)
-    if dtype is None:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
