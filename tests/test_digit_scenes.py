@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import re
 import subprocess
@@ -18,11 +17,12 @@ from vlmo import VLMo, VLMoConfig
 from vlmo.data import (
     ANSWERS,
     DigitScenes,
-    DistinctBatches,
+    Draw,
     Scene,
     collate,
     digit_tokenizer,
     normalise,
+    open_data,
     retrieval_gallery,
 )
 from vlmo.data.digit_language import all_meanings, all_texts, captions
@@ -34,6 +34,13 @@ NUMBER |= {"a": 1, "an": 1}
 LONGEST_TEXT = 12
 FIRST_TEST_SCANS = [465, 757, 1704]
 GROUP = r"(a|an|two) (\w+)"
+SAMPLE_KEYS = {
+    "textmlm": {"text"},
+    "pretrain": {"image", "text", "image_id"},
+    "retrieval": {"image", "text", "image_id"},
+    "vqa": {"image", "text", "answer_labels", "answer_scores", "question_id"},
+    "nlvr2": {"image_0", "image_1", "text", "answers", "identifier"},
+}
 
 
 def digit_named(word: str) -> int:
@@ -231,8 +238,7 @@ def test_digits_lie_inside_and_apart(image_size, share, displacement, seed, spli
         assert covered.max() == 1
         assert all(caption_holds(scene, text) for text in scene.captions())
         picture = data[row]["image"]
-        grey = ((picture[0] + 1) * 127.5).round()
-        assert (grey[torch.from_numpy(covered == 0)] == scene.background).all()
+        assert (picture[0][torch.from_numpy(covered == 0)] == scene.background).all()
 
 
 def test_images_are_the_scans():
@@ -244,7 +250,7 @@ def test_images_are_the_scans():
         blurred = 0.125 * before + 0.75 * same + 0.125 * after
     for row in range(50):
         scene, image = data.scene(row), data[row]["image"]
-        grey = (image[1] + 1) * 127.5
+        grey = image[1].float()
         for scan, (top, left) in zip(scene.scans, scene.positions, strict=True):
             drawn = grey[top : top + 16, left : left + 16].reshape(8, 2, 8, 2).mean((1, 3)).numpy()
             distance = np.abs(drawn - np.maximum(blurred, scene.background)).mean((1, 2))
@@ -257,11 +263,9 @@ def test_images_are_in_range_and_not_trivial(image_size):
     data = DigitScenes("train", 64, image_size=image_size)
     images = data.images(range(64))
     assert images.shape == (64, 3, image_size, image_size)
-    assert images.dtype == torch.float32
-    assert images.min() >= -1
-    assert images.max() <= 1
-    assert (images.flatten(1).std(1) > 0.1).all()
-    assert images.amax((1, 2, 3)).min() > 0.5
+    assert images.dtype == torch.uint8
+    assert (images.float().flatten(1).std(1) > 12).all()
+    assert images.amax((1, 2, 3)).min() > 190
     assert data[0]["image"].is_contiguous()
 
 
@@ -367,47 +371,21 @@ def test_arguments_are_checked(options, message):
 def test_materialised_equals_the_samples(task):
     data, tokenizer = DigitScenes("train", 100, task=task), digit_tokenizer(16)
     tensors = data.materialise(tokenizer)
-    batch = collate([data[row] for row in range(100)], tokenizer)
+    batch = collate([data[row] for row in range(100)], tokenizer, answers=len(ANSWERS))
+    if task == "vqa":
+        assert torch.equal(tensors["answers"], batch["vqa_targets"].argmax(1))
+        assert (batch["vqa_targets"].sum(1) == 1).all()
+        del tensors["answers"]
     for name, value in tensors.items():
-        actual = normalise(value) if name.startswith("image") else value
+        actual = value.unsqueeze(1).expand(-1, 3, -1, -1) if name.startswith("image") else value
         assert torch.equal(actual, batch[name]), name
-    assert tensors.keys() | {"text"} == batch.keys()
-
-
-def test_loader_with_masking():
-    tokenizer = digit_tokenizer(16)
-    function = functools.partial(collate, tokenizer=tokenizer, mlm_probability=0.15)
-    loader = torch.utils.data.DataLoader(
-        DigitScenes("train", 64), 32, shuffle=True, collate_fn=function
-    )
-    for batch in loader:
-        assert batch["image"].shape == (32, 3, 32, 32)
-        assert batch["text_ids"].shape == batch["text_labels_mlm"].shape == (32, 16)
-        hidden = batch["text_labels_mlm"] != -100
-        assert hidden.any(1).all()
-        assert torch.equal(batch["text_labels_mlm"][hidden], batch["text_ids"][hidden])
-        assert torch.equal(batch["text_ids_mlm"][~hidden], batch["text_ids"][~hidden])
-
-
-def test_distinct_batches_hold_each_sample_once_and_each_meaning_once():
-    data = DigitScenes("train", 4096)
-    sampler = DistinctBatches(data, 128, generator=torch.Generator().manual_seed(0))
-    batches = list(sampler)
-    assert all(
-        len({data.scene(row).key for row in batch}) == len(batch) == 128 for batch in batches
-    )
-    used = [row for batch in batches for row in batch]
-    assert len(set(used)) == len(used) > 0.85 * len(data)
-    assert list(sampler) != batches
-    again = DistinctBatches(data, 128, generator=torch.Generator().manual_seed(0))
-    assert list(again) == batches
-    with pytest.raises(ValueError, match="batch_size: 600"):
-        DistinctBatches(data, 600)
 
 
 def test_meaning_ids_are_the_keys(scenes):
-    pairs = {(n, scenes.scene(row).key) for row, n in enumerate(scenes.meaning_ids().tolist())}
+    pairs = {(n, scenes.scene(row).key) for row, n in enumerate(scenes.keys)}
     assert len(pairs) == len({n for n, _ in pairs}) == len({key for _, key in pairs})
+    groups = {(n, frozenset(scenes.scene(row).digits)) for row, n in enumerate(scenes.groups)}
+    assert len(groups) == len({n for n, _ in groups}) == len({digits for _, digits in groups}) == 55
 
 
 def test_tokenizer_knows_every_text():
@@ -454,12 +432,13 @@ def test_batches_feed_the_model(task, goal):
         tasks=(goal,),
     )
     model = VLMo(config)
-    loss = model(collate([data[i] for i in range(8)], tokenizer))["loss"]
+    batch = collate([data[i] for i in range(8)], tokenizer, answers=len(ANSWERS))
     memory = data.materialise(tokenizer)
-    batch = {k: normalise(v) if k.startswith("image") else v for k, v in memory.items()}
+    stored = {k: normalise(v) if k.startswith("image") else v for k, v in memory.items()}
     model.eval()
+    loss = model(batch)["loss"]
     assert loss.isfinite()
-    torch.testing.assert_close(model(batch)["loss"], model(collate([*data], tokenizer))["loss"])
+    torch.testing.assert_close(model(stored)["loss"], loss)
 
 
 def test_captions_without_paraphrase_are_canonical():
@@ -468,3 +447,38 @@ def test_captions_without_paraphrase_are_canonical():
     free = DigitScenes("train", 200)
     assert any(free.text(row) != data.text(row) for row in range(200))
     assert [free.scene(row) for row in range(9)] == [data.scene(row) for row in range(9)]
+
+
+def test_text_only_samples_are_captions():
+    data = DigitScenes("val", 50, task="textmlm")
+    assert data[7] == {"text": DigitScenes("val", 50)[7]["text"]}
+    assert data.materialise(digit_tokenizer()).keys() == {"text_ids", "text_masks"}
+
+
+@pytest.mark.parametrize("task", ["textmlm", "pretrain", "retrieval", "vqa", "nlvr2"])
+@pytest.mark.parametrize(("split", "size"), [("train", 16384), ("val", 512), ("test", 1024)])
+def test_scenes_are_a_source(task, split, size):
+    data = open_data("digits", task, split, image_size=32, train=split == "train")
+    gallery = task == "retrieval" and split != "train"
+    assert len(data) == (256 if gallery else size)
+    assert data.answers == (list(ANSWERS) if task == "vqa" else None)
+    sample = data[Draw(5, seed=7)]
+    assert sample.keys() == SAMPLE_KEYS[task]
+    assert sample["text"] == data.text(5) == data[5]["text"]
+    for name in sample.keys() & {"image", "image_0", "image_1"}:
+        assert (sample[name].dtype, sample[name].shape) == (torch.uint8, (3, 32, 32))
+    if gallery:
+        assert len(set(data.keys)) == 256
+
+
+def test_source_arguments_are_checked():
+    for changes, message in [
+        ({"task": "caption"}, "task: 'caption'"),
+        ({"split": "dev"}, "split: 'dev'"),
+        ({"task": "vqa", "answers": ["yes"]}, r"answers: \['yes'\]"),
+        ({"datasets": ["coco"]}, r"datasets: \['coco'\]"),
+        ({"image_size": 20}, "image_size: 20"),
+    ]:
+        arguments = {"source": "digits", "task": "pretrain", "split": "val", "image_size": 32}
+        with pytest.raises(ValueError, match=message):
+            open_data(**(arguments | changes))

@@ -1,6 +1,5 @@
-"""Data: digit scenes, text tokenisation and masking."""
+"""Data: sources and their samples, global batches, text tokenisation and masking."""
 
-from vlmo.data.digit_batches import DistinctBatches, collate, digit_tokenizer
 from vlmo.data.digit_language import ANSWERS, Meaning, Question
 from vlmo.data.digit_scenes import (
     DigitScenes,
@@ -8,22 +7,34 @@ from vlmo.data.digit_scenes import (
     normalise,
     retrieval_gallery,
 )
+from vlmo.data.digit_tokenizer import digit_tokenizer
+from vlmo.data.draws import Draw
+from vlmo.data.loading import HOST_KEYS, collate, evaluation_loader, loader, to_device
 from vlmo.data.masking import mask_whole_words
+from vlmo.data.sampling import GlobalBatches, OrderedBatches
+from vlmo.data.sources import open_data
 from vlmo.data.tokenizer import TextTokenizer, load_vocabulary, train_wordpiece
 
 __all__ = [
     "ANSWERS",
+    "HOST_KEYS",
     "DigitScenes",
-    "DistinctBatches",
+    "Draw",
+    "GlobalBatches",
     "Meaning",
+    "OrderedBatches",
     "Question",
     "Scene",
     "TextTokenizer",
     "collate",
     "digit_tokenizer",
+    "evaluation_loader",
     "load_vocabulary",
+    "loader",
     "mask_whole_words",
     "normalise",
+    "open_data",
     "retrieval_gallery",
+    "to_device",
     "train_wordpiece",
 ]

@@ -19,9 +19,10 @@ from torch.utils.data import Dataset
 from vlmo.data import digit_language as language
 from vlmo.data.digit_language import ANSWERS, Meaning, Question
 from vlmo.data.digit_scans import SPLITS, enlarged_scans, load_scans, split_scans
+from vlmo.data.draws import Draw
 from vlmo.data.tokenizer import TextTokenizer
 
-TASKS = ("pretrain", "retrieval", "vqa", "nlvr2")
+TASKS = ("pretrain", "retrieval", "vqa", "nlvr2", "textmlm")
 AXES = ("single", "horizontal", "vertical")
 MAX_DIGITS = 3
 SINGLE_SHARE, PAIR_SHARE = 0.1, 0.4  # of the scenes; the rest hold two equal digits and a third
@@ -131,11 +132,14 @@ class DigitScenes(Dataset):
     """Map-style data set of digit scenes.
 
     Sample ``i`` depends on ``split``, ``seed``, ``task`` and the sizes of picture and digits only,
-    not on ``size``. Samples are dictionaries:
+    not on ``size``, nor on the seed of a :class:`~vlmo.data.Draw`. Samples are dictionaries:
 
-    - pretrain, retrieval: image float32 [3, S, S] in [-1, 1], text (a caption)
-    - vqa: image, text (a question), answers (index into ``ANSWERS``)
-    - nlvr2: image_0, image_1, text (a statement), answers (1 true, 0 false; even ones are true)
+    - pretrain, retrieval: image uint8 [3, S, S], text (a caption), image_id (the index)
+    - vqa: image, text (a question), answer_labels (one index into ``ANSWERS``), answer_scores
+      (1.0), question_id (the index)
+    - nlvr2: image_0, image_1, text (a statement), answers (1 true, 0 false; even ones are true),
+      identifier ("train-0")
+    - textmlm: text (a caption)
 
     The train split uses all true captions of a scene (see ``paraphrase``), the others the canonical
     one.
@@ -155,6 +159,11 @@ class DigitScenes(Dataset):
         paraphrase: say the same in all true ways in the train split. Without it every split uses
             the canonical way only ("a one below a two" is always "a two above a one"), which is
             easier: with paraphrases the demo's model does not learn the arrangement in its steps.
+
+    Attributes:
+        answers: all answers in the order of their ids, for vqa; None for other tasks.
+        keys, groups: for :class:`~vlmo.data.GlobalBatches`; equal keys mean the same, and a group
+            shows the same digits. None where no two samples can contradict each other.
 
     Raises:
         ValueError: an argument outside what is listed, or more distinct samples than meanings.
@@ -179,6 +188,7 @@ class DigitScenes(Dataset):
         layout = _Layout(image_size, digit_size, jitter)
         self.split, self.task, self.seed = split, task, seed
         self.image_size, self.digit_size = image_size, digit_size
+        self.answers = list(ANSWERS) if task == "vqa" else None
         self._paraphrase = paraphrase and split == "train"
         pair = task == "nlvr2"
         random = np.random.RandomState([seed, SPLITS.index(split), int(pair)])
@@ -199,6 +209,9 @@ class DigitScenes(Dataset):
         else:
             meanings = _distinct_meanings(random, size) if distinct else _draw_meanings(first)
             self._tables = (_place(first, meanings, split, layout),)
+        self.keys = self.groups = None
+        if task in ("pretrain", "retrieval"):
+            self.keys, self.groups = self.meaning_ids().tolist(), self._digit_sets().tolist()
 
     def __len__(self) -> int:
         return len(self._tables[0].scans)
@@ -229,16 +242,25 @@ class DigitScenes(Dataset):
         fields = np.column_stack([axis, counts, digits[:, 0], digits[:, 1] * (counts[:, 1] > 0)])
         return fields @ np.array([900, 300, 100, 10, 1])
 
+    def _digit_sets(self) -> np.ndarray:
+        """One number per sample, int64 [N], equal where pictures show the same classes."""
+        _, counts, digits = self._tables[0].meanings
+        second = np.where(counts[:, 1] > 0, digits[:, 1], digits[:, 0])
+        return 10 * np.minimum(digits[:, 0], second) + np.maximum(digits[:, 0], second)
+
     def images(self, indices: Sequence[int] | np.ndarray, image: int = 0) -> Tensor:
-        """Normalised pictures float32 [n, 3, S, S]; ``image`` 1 is the second one of nlvr2."""
-        return normalise(self._pictures(indices, image))
+        """Pictures uint8 [n, 3, S, S]; ``image`` 1 is the second one of nlvr2."""
+        grey = self._pictures(indices, image)
+        return grey.unsqueeze(1).expand(-1, 3, -1, -1).contiguous()
 
-    def __getitem__(self, index: int) -> dict:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        return self.__getitems__([index % len(self)])[0]
+    def __getitem__(self, item: Draw | int) -> dict:
+        return self.__getitems__([item])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+    def __getitems__(self, items: Sequence[Draw | int]) -> list[dict]:
+        indices = [Draw.of(item).index for item in items]
+        for index in indices:
+            if not 0 <= index < len(self):
+                raise IndexError(f"sample {index} of {len(self)}")
         pictures = {
             name: self.images(indices, image) for image, name in enumerate(self._image_names())
         }
@@ -246,8 +268,12 @@ class DigitScenes(Dataset):
         for n, index in enumerate(indices):
             sample: dict[str, Any] = {name: images[n] for name, images in pictures.items()}
             sample["text"], target = self._text_and_target(index)
-            if target is not None:
-                sample["answers"] = target
+            if self.task in ("pretrain", "retrieval"):
+                sample["image_id"] = index
+            elif self.task == "vqa":
+                sample |= {"answer_labels": [target], "answer_scores": [1.0], "question_id": index}
+            elif self.task == "nlvr2":
+                sample |= {"answers": target, "identifier": f"{self.split}-{index}"}
             samples.append(sample)
         return samples
 
@@ -276,7 +302,8 @@ class DigitScenes(Dataset):
         return torch.from_numpy(self._tables[image].render(np.asarray(indices, dtype=np.int64)))
 
     def _image_names(self) -> tuple[str, ...]:
-        return ("image_0", "image_1") if self.task == "nlvr2" else ("image",)
+        names = {"nlvr2": ("image_0", "image_1"), "textmlm": ()}
+        return names.get(self.task, ("image",))
 
     def _text_and_target(self, index: int) -> tuple[str, int | None]:
         draws = self._text_draws[index].tolist()

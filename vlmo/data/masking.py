@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
+
+from vlmo.data.draws import uniform
 
 if TYPE_CHECKING:
     from vlmo.data.tokenizer import TextTokenizer
@@ -20,6 +23,7 @@ def mask_whole_words(
     probability: float = 0.15,
     *,
     generator: torch.Generator | None = None,
+    seeds: ArrayLike | None = None,
     official: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Choose words, hide their tokens and label them.
@@ -40,18 +44,22 @@ def mask_whole_words(
         tokenizer: tells special tokens and "##" pieces apart.
         probability: share of the tokens to predict, in (0, 1].
         generator: of random numbers; None for torch's own.
+        seeds: B whole numbers instead of a generator: a row is then masked by its own seed, the
+            same in whatever batch it stands.
         official: see above.
 
     Returns:
         masked ids int64 [B, T], labels int64 [B, T] with -100 where nothing is to be predicted.
 
     Raises:
-        ValueError: ``ids`` is not an int64 matrix, or ``probability`` is outside (0, 1].
+        ValueError: ``ids`` is not an int64 matrix, ``probability`` is outside (0, 1], or there are
+            not as many seeds as rows.
     """
     if ids.dim() != 2 or ids.dtype != torch.int64:
         raise ValueError(f"ids: {ids.dtype} {tuple(ids.shape)} is not an int64 [B, T]")
     if not 0 < probability <= 1:
         raise ValueError(f"probability: {probability} is not within (0, 1]")
+    order, fate, stranger = _draws(ids, generator, seeds)
     special = tokenizer.is_special[ids]
     if official:
         candidates = (ids != tokenizer.cls_id) & (ids != tokenizer.sep_id)
@@ -61,18 +69,28 @@ def mask_whole_words(
         lengths = candidates.sum(1).double()
     budget = (probability * lengths).round().long().clamp(min=1)
     word, is_start = _word_numbers(candidates, tokenizer.is_continuation[ids])
-    chosen_words = _draw_words(word, candidates, is_start, budget, generator, not official)
+    chosen_words = _draw_words(word, candidates, is_start, budget, order, not official)
     chosen = chosen_words.gather(1, word) & candidates & ~special
 
     labels = ids.masked_fill(~chosen, IGNORE)
-    fate = torch.rand(ids.shape, generator=generator)
     masked = ids.masked_fill(chosen & (fate < MASK_SHARE), tokenizer.mask_id)
     randomised = chosen & (fate >= MASK_SHARE) & (fate < MASK_SHARE + RANDOM_SHARE)
     pool = torch.arange(tokenizer.vocab_size)
     if not official:
         pool = pool[~tokenizer.is_special]
-    strangers = pool[torch.randint(len(pool), ids.shape, generator=generator)]
+    strangers = pool[(stranger * len(pool)).long()]
     return torch.where(randomised, strangers, masked), labels
+
+
+def _draws(ids: Tensor, generator: torch.Generator | None, seeds: ArrayLike | None) -> Tensor:
+    """Three uniform numbers for each token, float64 [3, B, T]."""
+    batch, length = ids.shape
+    if seeds is None:
+        return torch.rand(3, batch, length, generator=generator, dtype=torch.float64)
+    numbers = torch.from_numpy(uniform(seeds, 3, length))
+    if numbers.shape[1] != batch:
+        raise ValueError(f"seeds: {numbers.shape[1]} of them is not one for each of {batch} rows")
+    return numbers
 
 
 def _word_numbers(candidates: Tensor, continuation: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,7 +105,7 @@ def _draw_words(
     candidates: Tensor,  # [B, T]
     is_start: Tensor,  # [B, T]
     budget: Tensor,  # [B]
-    generator: torch.Generator | None,
+    order: Tensor,  # [B, T] random
     first_always: bool,
 ) -> Tensor:
     """Which words are chosen, bool [B, T]; columns beyond a text's words are False."""
@@ -95,8 +113,7 @@ def _draw_words(
     sizes = torch.zeros(batch, length, dtype=torch.long)
     sizes.scatter_add_(1, word, candidates.long())
     exists = torch.arange(length) < is_start.sum(1, keepdim=True)
-    keys = torch.rand(batch, length, generator=generator).masked_fill(~exists, 2.0)
-    order = keys.argsort(1)
+    order = order.masked_fill(~exists, 2.0).argsort(1)
     sizes = sizes.gather(1, order)
     taken = torch.zeros(batch, length, dtype=torch.bool)
     total = torch.zeros(batch, dtype=torch.long)
