@@ -52,7 +52,7 @@ def gather(tensor: Tensor) -> Tensor:
 def _all_rows(tensor: Tensor) -> Tensor:
     tensor = tensor.contiguous()
     rows = tensor.new_empty((world_size() * tensor.shape[0], *tensor.shape[1:]))
-    dist.all_gather_into_tensor(rows, tensor)
+    dist.all_gather(list(rows.chunk(world_size())), tensor)
     return rows
 
 

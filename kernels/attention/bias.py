@@ -33,7 +33,7 @@ class RelativePositionIndex(nn.Module):
 
     matrix: Tensor
     affine: Tensor
-    short: Tensor
+    _pairs: Tensor  # short as int32: neither gloo nor NCCL broadcasts int16 buffers
 
     def __init__(self, matrix: Tensor, entries: int):
         """Any index matrix, with entries in ``0..entries-1``.
@@ -57,9 +57,13 @@ class RelativePositionIndex(nn.Module):
         for name, tensor in (
             ("matrix", matrix),
             ("affine", _affine(matrix)),
-            ("short", _short(matrix, entries)),
+            ("_pairs", _pairs(matrix, entries)),
         ):
             self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def short(self) -> Tensor:
+        return self._pairs.view(torch.int16)
 
     def extra_repr(self) -> str:
         return f"length={self.matrix.shape[0]}, entries={self.entries}"
@@ -132,12 +136,14 @@ def _affine(matrix: Tensor) -> Tensor:
     return affine
 
 
-def _short(matrix: Tensor, entries: int) -> Tensor:
+def _pairs(matrix: Tensor, entries: int) -> Tensor:
+    """Two 16-bit entries in each int32."""
     if entries > 2**16:
-        return matrix.new_empty(0, 0, dtype=torch.int16)
+        return matrix.new_empty(0, 0)
     padding = -matrix.shape[1] % 8
     # From 2^15 on the numbers wrap around: the kernels take the bits as unsigned.
-    return nn.functional.pad(matrix, (0, padding)).to(torch.int16)
+    short = nn.functional.pad(matrix, (0, padding)).to(torch.int16)
+    return short.contiguous().view(torch.int32)
 
 
 def _pair(grid: int | tuple[int, int]) -> tuple[int, int]:

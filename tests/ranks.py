@@ -1,0 +1,58 @@
+"""Run by torchrun: a step of every task on this rank's share of a batch; rank 0 saves the results.
+
+python -m torch.distributed.run --nproc-per-node 2 tests/ranks.py OUTPUT
+"""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from test_step import TASKS, TINY, batch_of, model_of
+from vlmo import distributed, objectives, step
+
+ROWS = 8
+
+
+def wrap(model, how):
+    unused = objectives.unused_parameters(model.config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in unused)
+    if how == "ddp":
+        return DistributedDataParallel(model)
+    for block in model.transformer.blocks:
+        fully_shard(block)
+    return fully_shard(model, ignored_params={p for p in model.parameters() if p.dim() == 0})
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def main(output: str) -> None:
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    size = ROWS // distributed.world_size()
+    results = {}
+    for tasks in TASKS:
+        share = step.split(batch_of(ROWS), size)[distributed.rank()]
+        for how in ("ddp", "fsdp"):
+            for micro_batch in (size, size // 2):
+                model = model_of(TINY.replace(tasks=tasks))
+                wrapped = wrap(model, how)
+                losses = step.backward(wrapped, share, micro_batch=micro_batch, seed=(1, 2))
+                # Reading a sharded gradient is a collective.
+                grads = {
+                    n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None
+                }
+                results[tasks, how, micro_batch] = losses, grads
+    if distributed.rank() == 0:
+        torch.save(results, output)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

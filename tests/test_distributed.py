@@ -1,0 +1,49 @@
+"""Two processes compute what one computes: losses and gradients of the global batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from test_step import TASKS, TINY, assert_same, batch_of, gradients, model_of
+from vlmo import distributed, step
+
+TESTS = Path(__file__).parent
+ROWS = 8
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> dict:
+    """Results of ranks.py: (losses, gradients) by tasks, wrapper and rows of a part."""
+    output = tmp_path_factory.mktemp("ranks") / "results.pt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--standalone", str(TESTS / "ranks.py"), str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return torch.load(output, weights_only=True)
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+def test_two_ranks_equal_one(two_ranks, tasks):
+    """With DistributedDataParallel and FSDP2, whole shares and parts."""
+    model = model_of(TINY.replace(tasks=tasks))
+    expected = step.backward(model, batch_of(ROWS), seed=(1, 2))
+    wanted = gradients(model)
+    for how in ("ddp", "fsdp"):
+        for micro_batch in (4, 2):
+            losses, grads = two_ranks[tasks, how, micro_batch]
+            assert_same(losses, expected)
+            assert_same(grads, wanted)
+
+
+def test_a_world_of_one():
+    rows = torch.arange(6.0).view(3, 2)
+    assert distributed.rank() == 0
+    assert distributed.world_size() == 1
+    assert distributed.gather(rows) is rows
+    assert torch.equal(distributed.fetch_rows(rows, [[2, 0]]), rows[[0, 2]])
+    assert torch.equal(distributed.HostCopy(rows).get(), rows)

@@ -1,0 +1,258 @@
+"""A training step: exact in any number of parts and ranks, and what it costs."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from official_step import OnDevice, counting, official_step
+from vlmo import VLMo, VLMoConfig, objectives, step
+from vlmo.data import HOST_KEYS
+from vlmo.negatives import PendingNegatives
+
+TINY = VLMoConfig(
+    dim=24,
+    depth=3,
+    heads=2,
+    vl_start=2,
+    image_size=32,
+    max_text_length=6,
+    text_capacity=8,
+    vocab_size=30,
+    drop_path=0.0,
+    vqa_labels=7,
+)
+ABSOLUTE = TINY.replace(relative_position_bias=False, absolute_position=True, layer_scale=None)
+TASKS = [("mlm", "itc", "itm"), ("textmlm",), ("irtr",), ("vqa",), ("nlvr2",), ("irtr", "itc")]
+
+
+def model_of(config: VLMoConfig) -> VLMo:
+    """A model in which everything matters: the official one starts with a bias of zero."""
+    torch.manual_seed(0)
+    model = VLMo(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bias" in name or parameter.dim() == 2:
+                parameter.normal_(std=0.2)
+    return model
+
+
+def batch_of(rows: int, config: VLMoConfig = TINY, seed: int = 0) -> dict:
+    random = torch.Generator().manual_seed(seed)
+    length, side = config.max_text_length, config.image_size
+    lengths = torch.randint(3, length + 1, (rows,), generator=random)
+    masks = torch.arange(length) < lengths[:, None]
+    ids = torch.randint(1, config.vocab_size, (rows, length), generator=random) * masks
+    chosen = (torch.rand(rows, length, generator=random) < 0.4) & masks
+    labels = torch.where(chosen, ids, -100)
+    labels[0, 1] = ids[0, 1]
+    pictures = torch.randint(0, 256, (3, rows, 3, side, side), generator=random).to(torch.uint8)
+    return {
+        "text_ids": ids,
+        "text_masks": masks.long(),
+        "text_lengths": lengths,
+        "text_ids_mlm": torch.where(chosen, 3, ids),
+        "text_labels_mlm": labels,
+        "mlm_tokens": (labels.flatten() >= 0).nonzero()[:, 0],
+        "image": pictures[0],
+        "image_0": pictures[1],
+        "image_1": pictures[2],
+        "answers": torch.arange(rows) % 2,
+        "vqa_targets": torch.rand(rows, config.vqa_labels, generator=random),
+    }
+
+
+def gradients(model: VLMo) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(actual: dict, expected: dict, tolerance: float = 2e-5) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (actual[name] - value).abs().max()
+        assert error <= tolerance * value.abs().max().clamp(min=1e-3), f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("config", [TINY, ABSOLUTE, TINY.replace(separate_attention=True)])
+def test_a_packed_step_equals_the_official_composition(config):
+    """Losses and every gradient, with captions of different lengths."""
+    model, batch = model_of(config), batch_of(6)
+    padded = batch | {"image": batch["image"].float() / 127.5 - 1}
+    torch.manual_seed(5)
+    expected = official_step(model, padded)
+    expected["loss"].backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    torch.manual_seed(5)
+    output = model(batch)
+    output["loss"].backward()
+    assert_same({name: output[name] for name in expected}, expected)
+    assert_same(gradients(model), wanted)
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.parametrize("micro_batch", [4, 2])
+def test_parts_equal_the_whole(tasks, micro_batch):
+    """Losses and gradients; contrast and hard negatives span all parts."""
+    model, batch = model_of(TINY.replace(tasks=tasks)), batch_of(8)
+    expected = step.backward(model, batch, seed=(1, 2))
+    wanted = gradients(model)
+    model.zero_grad()
+    actual = step.backward(model, batch, micro_batch=micro_batch, seed=(1, 2))
+    assert_same(actual, expected)
+    assert_same(gradients(model), wanted)
+
+
+def test_parts_see_the_same_dropout_in_both_passes(monkeypatch):
+    model, batch = model_of(TINY.replace(tasks=("irtr",), drop_path=0.5)), batch_of(8)
+    seen = []
+    encode = objectives.encode_streams
+
+    def recording(*args):
+        seen.append(encode(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(objectives, "encode_streams", recording)
+    step.backward(model, batch, micro_batch=4, seed=(1, 2))
+    assert len(seen) == 4
+    for first, second in zip(seen[:2], seen[2:], strict=True):
+        assert torch.equal(first.image, second.image)
+        assert torch.equal(first.text, second.text)
+    assert not torch.equal(seen[0].image, seen[1].image)
+
+
+def test_a_step_follows_from_its_seed():
+    model, batch = model_of(TINY.replace(drop_path=0.3)), batch_of(6)
+    losses = []
+    for seed in ((1, 2), (1, 2), (1, 3)):
+        torch.manual_seed(len(losses))
+        losses.append(step.backward(model, batch, seed=seed)["loss"].item())
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_checkpointing_changes_nothing():
+    batch = batch_of(6)
+    results = []
+    for checkpointing in (False, True):
+        config = TINY.replace(drop_path=0.3, checkpointing=checkpointing)
+        model = model_of(config)
+        results.append((step.backward(model, batch, seed=(0, 1)), gradients(model)))
+    assert_same(results[1][0], results[0][0])
+    assert_same(results[1][1], results[0][1])
+
+
+def test_masked_words_may_be_absent():
+    model, batch = model_of(TINY), batch_of(4)
+    batch["text_labels_mlm"] = torch.full_like(batch["text_labels_mlm"], -100)
+    batch["mlm_tokens"] = torch.empty(0, dtype=torch.long)
+    losses = step.backward(model, batch)
+    assert losses["mlm_loss"] == 0
+    assert losses["loss"].isfinite()
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.25])
+def test_the_gradient_scale_of_contrast_reaches_the_encoders_only(scale):
+    grads = []
+    for value in (1.0, scale):
+        model = model_of(TINY.replace(tasks=("irtr",), itc_grad_scale=value))
+        step.backward(model, batch_of(6))
+        grads.append(gradients(model))
+    for name, gradient in grads[0].items():
+        factor = 1.0 if name == "logit_scale" else scale
+        torch.testing.assert_close(grads[1][name], factor * gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.parametrize("config", [TINY, ABSOLUTE, TINY.replace(separate_attention=True)])
+def test_unused_parameters(tasks, config):
+    model = model_of(config.replace(tasks=tasks))
+    step.backward(model, batch_of(4))
+    without = {name for name, p in model.named_parameters() if p.grad is None}
+    assert objectives.unused_parameters(model.config) == without
+
+
+@pytest.mark.parametrize("name", ["text_lengths", "mlm_tokens"])
+def test_host_copies_are_worked_out_if_they_are_missing(name):
+    model, batch = model_of(TINY), batch_of(4)
+    expected = step.backward(model, batch)
+    del batch[name]
+    assert_same(step.backward(model, batch), expected, 0)
+
+
+def test_bad_batches():
+    model, batch = model_of(TINY), batch_of(4)
+    with pytest.raises(ValueError, match="micro_batch: 3 does not divide the 4 rows"):
+        step.backward(model, batch, micro_batch=3)
+    gap = batch["text_masks"].clone()
+    gap[1, :2] = torch.tensor([0, 1])
+    del batch["text_lengths"]
+    with pytest.raises(ValueError, match="text_masks: a text has padding before its last token"):
+        model(batch | {"text_masks": gap})
+    with pytest.raises(ValueError, match="text_lengths: text 2 has no token"):
+        model(batch | {"text_lengths": torch.tensor([3, 3, 0, 3])})
+    labels = torch.full_like(batch["text_labels_mlm"], 1)
+    with pytest.raises(ValueError, match="text_labels_mlm: a label stands on padding"):
+        model({k: v for k, v in batch.items() if k != "mlm_tokens"} | {"text_labels_mlm": labels})
+
+
+BASE = VLMoConfig.base(dim=8, heads=1, vocab_size=50, drop_path=0.0)  # its numbers of tokens
+
+
+def test_what_a_pretraining_step_costs_beside_the_official_one():
+    """Per sample of base at 224 pixels with captions of n tokens, and the same losses."""
+    rows = 3
+    model, batch = model_of(BASE), batch_of(rows, BASE)
+    batch["text_lengths"].clamp_(max=12)  # captions are short
+    kept = torch.arange(40) < batch["text_lengths"][:, None]
+    for name in ("text_ids", "text_masks", "text_ids_mlm"):
+        batch[name] *= kept
+    batch["text_labels_mlm"].masked_fill_(~kept, -100)
+    batch["mlm_tokens"] = (batch["text_labels_mlm"].flatten() >= 0).nonzero()[:, 0]
+    on_device = {
+        name: value if name in HOST_KEYS else value.as_subclass(OnDevice)
+        for name, value in batch.items()
+    }
+    torch.manual_seed(5)
+    with counting() as ours:
+        output = model(on_device)
+    torch.manual_seed(5)
+    with counting() as official:
+        expected = official_step(
+            model, on_device | {"image": on_device["image"].float() / 127.5 - 1}
+        )
+    assert_same({name: output[name].detach() for name in expected}, expected)
+
+    assert official == {
+        "token_layers": rows * 14_694,
+        "images_embedded": rows * 5,
+        "launches": 2 * (4 * 12 + 2 * 14),
+        "waits": 2 * rows,
+    }
+    # Streams: 14 blocks on either; MLM and matching: four pairs through 12 blocks. The wrong texts
+    # are those that were drawn.
+    words, wrong = batch["text_lengths"].sum(), negative_words(model, batch)
+    assert ours == {
+        "token_layers": rows * 197 * (14 + 48) + 14 * words + 36 * words + 12 * wrong,
+        "images_embedded": rows,
+        "launches": 2 * (12 + 12 + 12),
+        "waits": 1,
+    }
+    assert ours["token_layers"] < 0.9 * official["token_layers"]
+
+
+def negative_words(model: VLMo, batch: dict) -> int:
+    torch.manual_seed(5)
+    patches = model.embed_image(batch["image"])
+    output = objectives.contrast(model, objectives.encode_streams(model, batch, patches))
+    pending = PendingNegatives(output["itc_i2t_logits"], output["itc_t2i_logits"], batch)
+    return sum(pending.all().text_lengths)
+
+
+def test_settings_of_a_run_are_not_recorded(tmp_path):
+    from vlmo import save_checkpoint
+    from vlmo.checkpoint import config_of
+
+    config = TINY.replace(checkpointing=True, itc_grad_scale=0.5, kernels="reference")
+    save_checkpoint(VLMo(config), tmp_path / "model.pt")
+    found = config_of(tmp_path / "model.pt")
+    assert found == dataclasses.replace(TINY)
