@@ -138,12 +138,11 @@ def _affine(matrix: Tensor) -> Tensor:
 
 def _pairs(matrix: Tensor, entries: int) -> Tensor:
     """Two 16-bit entries in each int32."""
-    if entries > 2**16:
+    if entries > 2**16 or not matrix.numel():
         return matrix.new_empty(0, 0)
     padding = -matrix.shape[1] % 8
     # From 2^15 on the numbers wrap around: the kernels take the bits as unsigned.
-    short = nn.functional.pad(matrix, (0, padding)).to(torch.int16)
-    return short.contiguous().view(torch.int32)
+    return nn.functional.pad(matrix, (0, padding)).to(torch.int16).view(torch.int32)
 
 
 def _pair(grid: int | tuple[int, int]) -> tuple[int, int]:
