@@ -10,6 +10,7 @@ import torch
 
 from test_step import TASKS, TINY, assert_same, batch_of, gradients, model_of
 from vlmo import distributed, step
+from vlmo.transfer import HostCopy
 
 TESTS = Path(__file__).parent
 ROWS = 8
@@ -46,4 +47,4 @@ def test_a_world_of_one():
     assert distributed.world_size() == 1
     assert distributed.gather(rows) is rows
     assert torch.equal(distributed.fetch_rows(rows, [[2, 0]]), rows[[0, 2]])
-    assert torch.equal(distributed.HostCopy(rows).get(), rows)
+    assert torch.equal(HostCopy(rows).get(), rows)

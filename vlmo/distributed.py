@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vlmo.transfer import upload
+
 
 def rank() -> int:
     """Number of this process, 0 without a group."""
@@ -88,24 +90,7 @@ def fetch_rows(
         sum(number // count == sender for number in wanted[own]) for sender in range(len(wanted))
     ]
     places = torch.tensor([number - own * count for numbers in sent for number in numbers])
-    outgoing = rows[places.to(rows.device, non_blocking=True)]
+    outgoing = rows[upload(places, rows.device)]
     incoming = rows.new_empty((len(wanted[own]), *rows.shape[1:]))
     dist.all_to_all_single(incoming, outgoing, received, [len(numbers) for numbers in sent])
     return incoming
-
-
-class HostCopy:
-    """A tensor on its way to the host; nothing waits until :meth:`get`."""
-
-    def __init__(self, tensor: Tensor):
-        self._copy = tensor.to("cpu", non_blocking=True)
-        self._event = None
-        if tensor.is_cuda:
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def get(self) -> Tensor:
-        """The tensor on the CPU, once it is there."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._copy

@@ -22,6 +22,7 @@ from vlmo.kernels import (
     RelativePositionIndex,
     shared_attention,
 )
+from vlmo.transfer import upload
 
 Project = Callable[[Tensor], Tensor]
 
@@ -237,7 +238,7 @@ class Packed:
         return self._move(_numbers([length for _, length in self._runs(False)]))
 
     def _move(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
+        return upload(tensor, self.device)
 
 
 def _numbers(lengths: Sequence[int]) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vlmo import distributed, passes
+from vlmo.transfer import HostCopy, upload
 
 
 class Negatives(NamedTuple):
@@ -85,9 +86,9 @@ class PendingNegatives:
         self._rows = len(i2t)
         wrong_image = draw_negatives(t2i, generator, rank=rank)
         self._wrong_text = draw_negatives(i2t, generator, rank=rank)
-        lengths = torch.tensor(passes.text_lengths(batch)).to(i2t.device, non_blocking=True)
+        lengths = upload(torch.tensor(passes.text_lengths(batch)), i2t.device)
         numbers = torch.stack([wrong_image, self._wrong_text, lengths], dim=1)
-        self._numbers = distributed.HostCopy(distributed.gather(numbers))  # [W * B, 3]
+        self._numbers = HostCopy(distributed.gather(numbers))  # [W * B, 3]
         self._text_ids = distributed.gather(batch["text_ids"])[self._wrong_text]
 
     def all(self) -> Negatives:
@@ -127,8 +128,8 @@ class PendingNegatives:
         size = rows.stop - rows.start
         place = {number: size + i for i, number in enumerate(outside)}
         numbers = torch.tensor(outside, dtype=torch.long)
-        own = numbers[numbers < self._rows].to(foreign.device, non_blocking=True)
-        far = numbers[numbers >= self._rows].sub(self._rows).to(foreign.device, non_blocking=True)
+        own = upload(numbers[numbers < self._rows], foreign.device)
+        far = upload(numbers[numbers >= self._rows] - self._rows, foreign.device)
         return Negatives(
             self._text_ids[rows],
             text_lengths,

@@ -36,6 +36,7 @@ from vlmo.config import VLMoConfig
 from vlmo.layout import Packed
 from vlmo.negatives import Negatives, PendingNegatives
 from vlmo.passes import Streams
+from vlmo.transfer import upload
 
 if TYPE_CHECKING:
     from vlmo.model import VLMo
@@ -167,9 +168,9 @@ def _mlm_output(
     text, place = tokens // labels.shape[1], tokens % labels.shape[1]
     if (place >= torch.tensor(layout.texts)[text]).any():
         raise ValueError("text_labels_mlm: a label stands on padding")
-    rows = (torch.tensor(layout.starts)[text] + place).to(x.device, non_blocking=True)
+    rows = upload(torch.tensor(layout.starts)[text] + place, x.device)
     logits = model.mlm_score(model.transformer.norm(x[rows]))
-    labels = labels.flatten()[tokens.to(x.device, non_blocking=True)]
+    labels = labels.flatten()[upload(tokens, x.device)]
     total = F.cross_entropy(logits.float(), labels, reduction="sum")
     if whole is None:
         count = torch.full((), len(tokens), dtype=torch.float32, device=x.device)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmo.layout import Packed
+from vlmo.transfer import upload
 
 if TYPE_CHECKING:
     from vlmo.model import VLMo
@@ -68,7 +69,7 @@ def end_to_end(text_ids: Tensor, lengths: Sequence[int]) -> Texts:
     inside = place < torch.tensor(lengths)[:, None]
     places = place.expand_as(inside)[inside]
     tokens = inside.flatten().nonzero()[:, 0]
-    places, tokens = (t.to(text_ids.device, non_blocking=True) for t in (places, tokens))
+    places, tokens = (upload(t, text_ids.device) for t in (places, tokens))
     return Texts(text_ids.flatten()[tokens], places, list(lengths))
 
 
@@ -136,7 +137,7 @@ def fuse(
         first = len(words) + image * length
         rows += [everything[word : word + text], everything[first : first + length]]
         word += text
-    places = torch.cat(rows).to(words.device, non_blocking=True)
+    places = upload(torch.cat(rows), words.device)
     # An embedding's gradient is the same on every run; that of an index adds in any order.
     x = F.embedding(places, torch.cat([words, patches.flatten(0, 1).to(words.dtype)]))
     return model.run(x, layout), layout

@@ -122,8 +122,8 @@ class ModalityRouting:
         offsets[1:] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
         return cls(
             num_experts,
-            ids=experts.repeat_interleave(counts).to(device, non_blocking=True),
-            offsets=offsets.to(device, non_blocking=True),
+            ids=_upload(experts.repeat_interleave(counts), device),
+            offsets=_upload(offsets, device),
             max_length=max(lengths, default=0),
         )
 
@@ -245,6 +245,13 @@ class ModalityRouting:
             if runs_eagerly(grouping):  # as in index()
                 self._grouping[key] = grouping
         return grouping
+
+
+def _upload(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """On ``device``. From pinned memory: a large copy from other memory waits for the stream."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _check_pieces(name: str, pieces: Iterable[Piece]) -> tuple[Piece, ...]:
