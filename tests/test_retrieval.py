@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from vlmo import VLMo, VLMoConfig
+from vlmo import VLMo, VLMoConfig, retrieval
 from vlmo.retrieval import (
     Embeddings,
     Gallery,
@@ -176,13 +176,15 @@ def test_rerank_equals_brute_force_on_candidates_only(model, gallery, scale):
 
 def test_rerank_fuses_only_candidates_and_each_pair_once(model, gallery, monkeypatch):
     fused = []
-    fuse = model.fuse
+    match = retrieval.matching_logits
 
-    def counting(text_ids, text_mask, image):
-        fused.extend(zip(text_ids.tolist(), image.flatten(1).sum(1).tolist(), strict=True))
-        return fuse(text_ids, text_mask, image)
+    def counting(model, texts, pixels, images):
+        words = torch.split(texts.ids, texts.lengths)
+        shown = pixels.flatten(1).long().sum(1).tolist()
+        fused.extend((t.tolist(), shown[i]) for t, i in zip(words, images, strict=True))
+        return match(model, texts, pixels, images)
 
-    monkeypatch.setattr(model, "fuse", counting)
+    monkeypatch.setattr(retrieval, "matching_logits", counting)
     lists = shortlist(encode(model, gallery), 1)
     rerank(model, gallery, lists)
     pairs = {(text, image) for text, image in enumerate(lists.image.rows[:, 0].tolist())}

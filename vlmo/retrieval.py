@@ -8,17 +8,17 @@ With a process group the ranks divide the work, and every rank gets the whole re
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vlmo.sharing import even_batches, of_all, own_share
+from vlmo import passes
+from vlmo.sharing import device_of, evaluating, even_batches, of_all, own_share, precision
 
 if TYPE_CHECKING:
     from vlmo.model import VLMo
@@ -134,29 +134,37 @@ def encode(
     Returns:
         Embeddings on the model's device, the same on all ranks.
     """
-    with evaluating(model), precision(_device(model), autocast):
-        images = _encode_images(model, gallery, batch_size, workers)
-        return Embeddings(images, _encode_texts(model, gallery, batch_size))
+    device = device_of(model)
+    images, texts = own_share(len(gallery.images)), torch.tensor(own_share(len(gallery.text_ids)))
+    # Texts of like length together: a batch is as long as its longest.
+    order = gallery.text_masks[texts].sum(1).argsort(stable=True)
+    with evaluating(model) as run, precision(device, autocast):
+        of_images = [
+            run(model.encode_image, pixels).embedding.float()
+            for pixels in _pixels(gallery.images, even_batches(images, batch_size), device, workers)
+        ]
+        of_texts = [
+            run(embed_texts, model, _texts(gallery, texts[rows], device))
+            for rows in even_batches(order.tolist(), batch_size)
+        ]
+    in_order = torch.cat(of_texts)[order.argsort().to(device)]
+    return Embeddings(
+        of_all(torch.cat(of_images), len(gallery.images)), of_all(in_order, len(gallery.text_ids))
+    )
 
 
-def _encode_images(model: VLMo, gallery: Gallery, batch_size: int, workers: int) -> Tensor:
-    batches = even_batches(own_share(len(gallery.images)), batch_size)
-    found = [
-        model.encode_image(pixels).embedding.float()
-        for pixels in _pixels(gallery.images, batches, _device(model), workers)
-    ]
-    return of_all(torch.cat(found), len(gallery.images))
+def embed_texts(model: VLMo, texts: passes.Texts) -> Tensor:
+    """Unit vectors ``[n, D]`` float32 of the dual encoder."""
+    x, layout = passes.encode_text(model, texts)
+    return model.project("itc_text_proj", model.transformer.norm(x[layout.first_tokens])).float()
 
 
-def _encode_texts(model: VLMo, gallery: Gallery, batch_size: int) -> Tensor:
-    own = torch.tensor(own_share(len(gallery.text_ids)))
-    # Neighbours of like length hold little padding.
-    order = gallery.text_masks[own].sum(1).argsort(stable=True)
-    found = [
-        model.encode_text(*_texts(gallery, own[rows], _device(model))).embedding.float()
-        for rows in map(torch.tensor, even_batches(order.tolist(), batch_size))
-    ]
-    return of_all(torch.cat(found)[order.argsort().to(_device(model))], len(gallery.text_ids))
+def matching_logits(
+    model: VLMo, texts: passes.Texts, pixels: Tensor, images: Sequence[int]
+) -> Tensor:
+    """Logits ``[n, 2]`` float32 of ITM for text b and image ``images[b]``; 1 is a match."""
+    x, layout = passes.fuse(model, texts, model.embed_image(pixels), images)
+    return model.itm_score(passes.pooled(model, x, layout)).float()
 
 
 @torch.no_grad()
@@ -230,8 +238,7 @@ def rerank(
         every[:images] * texts + shortlists.text.rows,
     )
     pairs = torch.cat([n.flatten() for n in numbers]).unique()
-    with evaluating(model), precision(_device(model), autocast):
-        logits = _match(model, gallery, pairs.cpu(), batch_size, workers)
+    logits = _match(model, gallery, pairs.cpu(), batch_size, workers, autocast)
     return Shortlists(
         *(
             Shortlist(found.rows, logits[torch.searchsorted(pairs, number)] + scale * found.scores)
@@ -246,19 +253,20 @@ def _match(
     pairs: Tensor,  # [P], image * J + text
     batch_size: int,
     workers: int,
+    autocast: torch.dtype | None,
 ) -> Tensor:
     """Matching logits ``[P]`` of pairs, on the model's device."""
-    device, texts = _device(model), len(gallery.text_ids)
+    device, count = device_of(model), len(gallery.text_ids)
     own = pairs[own_share(len(pairs))]
     batches = [own[rows] for rows in even_batches(range(len(own)), batch_size)]
     # In each batch, the images it has and which of them each pair takes.
-    images = [(batch // texts).unique(return_inverse=True) for batch in batches]
+    images = [(batch // count).unique(return_inverse=True) for batch in batches]
     pixels = _pixels(gallery.images, [numbers.tolist() for numbers, _ in images], device, workers)
     logits = []
-    for batch, (_, place), fetched in zip(batches, images, pixels, strict=True):
-        words = _texts(gallery, batch % texts, device)
-        pooled = model.fuse(*words, fetched[place.to(device)]).pooled
-        logits.append(model.itm_score(pooled)[:, 1].float())
+    with evaluating(model) as run, precision(device, autocast):
+        for batch, (_, place), fetched in zip(batches, images, pixels, strict=True):
+            texts = _texts(gallery, batch % count, device)
+            logits.append(run(matching_logits, model, texts, fetched, place.tolist())[:, 1])
     return of_all(torch.cat(logits), len(pairs))
 
 
@@ -290,7 +298,7 @@ def recall_at(
     has_text[owner] = True
     image, text = ranks_of(found, owner, torch.arange(images, device=device))
     return Recall(
-        *({k: float((ranks < k).float().mean()) for k in ks} for ranks in (image, text[has_text]))
+        *({k: float((ranks < k).double().mean()) for k in ks} for ranks in (image, text[has_text]))
     )
 
 
@@ -307,17 +315,6 @@ def chance(image_of_text: Tensor, images: int, ks: Sequence[int] = RECALL_AT) ->
         {k: min(k, images) / images for k in ks},
         {k: 1 - sum(miss(count, k) for count in own) / len(own) for k in ks},
     )
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` into evaluation mode for the block, and back into the mode it was in."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _ranks_of_embeddings(found: Embeddings, owner: Tensor, every: Tensor) -> tuple[Tensor, Tensor]:
@@ -378,15 +375,6 @@ def _pixels(
     return (pixels.to(device, non_blocking=True) for pixels in loader)
 
 
-def _texts(gallery: Gallery, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and masks of some texts, each ``[n, T]``."""
-    return gallery.text_ids[rows].to(device), gallery.text_masks[rows].to(device)
-
-
-def precision(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    """Products in ``dtype`` for the block; None leaves things as they are."""
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+def _texts(gallery: Gallery, rows: Tensor | list[int], device: torch.device) -> passes.Texts:
+    lengths = gallery.text_masks[rows].sum(1).tolist()
+    return passes.end_to_end(gallery.text_ids[rows].to(device, non_blocking=True), lengths)

@@ -1,11 +1,20 @@
-"""Work divided among the ranks of a process group, so that the result does not depend on them."""
+"""How a model is run to be judged: in evaluation mode, its work divided among the ranks.
+
+No result depends on the number of ranks.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from torch import Tensor
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from vlmo.distributed import gather, rank, world_size
 
@@ -27,6 +36,15 @@ def of_all(rows: Tensor, count: int) -> Tensor:
     return gather(rows)[:count]
 
 
+def objects_of_all(rows: list[Any], count: int) -> list[Any]:
+    """:func:`of_all` for a list of anything that can be pickled."""
+    if world_size() == 1:
+        return rows[:count]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, rows)
+    return list(itertools.chain.from_iterable(gathered))[:count]
+
+
 def even_batches(numbers: Sequence[int], batch_size: int) -> list[list[int]]:
     """``numbers`` in order, in as few batches as ``batch_size`` allows, none much smaller.
 
@@ -38,3 +56,41 @@ def even_batches(numbers: Sequence[int], batch_size: int) -> list[list[int]]:
     count = -(-len(numbers) // batch_size)
     edges = [len(numbers) * n // count for n in range(count + 1)] if count else [0]
     return [list(numbers[start:end]) for start, end in itertools.pairwise(edges)]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[Callable[..., Any]]:
+    """Put ``model`` into evaluation mode for the block, and back into the mode it was in.
+
+    Yields:
+        What calls a function (first argument) that uses parts of the model. Under FSDP2 parts can
+        only be used inside the model's forward, which such a call then counts as.
+    """
+    training = model.training
+    model.eval()
+    try:
+        if isinstance(model, FSDPModule):
+            model._evaluation = _call
+            register_fsdp_forward_method(model, "_evaluation")
+            yield lambda function, *arguments: model._evaluation(
+                functools.partial(function, *arguments)
+            )
+        else:
+            yield _call
+    finally:
+        vars(model).pop("_evaluation", None)
+        model.train(training)
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def precision(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """Products in ``dtype`` for the block; None leaves things as they are."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are."""
+    return next(model.parameters()).device

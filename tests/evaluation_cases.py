@@ -1,0 +1,108 @@
+"""Tiny models and data sets of every task of evaluation.
+
+Run by torchrun, it evaluates all of them and rank 0 saves the results:
+python -m torch.distributed.run --nproc-per-node 2 tests/evaluation_cases.py OUTPUT
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from vlmo import VLMo, VLMoConfig
+from vlmo.data import ANSWERS, Draw, digit_tokenizer, open_data
+from vlmo.evaluation import evaluate
+
+TOKENIZER = digit_tokenizer(12)
+TINY = VLMoConfig(
+    dim=24,
+    depth=3,
+    heads=2,
+    vl_start=2,
+    image_size=32,
+    patch_size=16,
+    max_text_length=12,
+    text_capacity=12,
+    vocab_size=TOKENIZER.vocab_size,
+    drop_path=0.5,
+    vqa_labels=len(ANSWERS),
+)
+HEADS = {
+    "retrieval": ("itc", "itm"),
+    "vqa": ("vqa",),
+    "nlvr2": ("nlvr2",),
+    "pretrain": ("mlm", "itc", "itm"),
+    "textmlm": ("textmlm",),
+}
+
+
+class First(torch.utils.data.Dataset):
+    """The first samples of a data set, with some of their keys changed."""
+
+    def __init__(self, dataset, size: int, **changes):
+        self.dataset, self.size, self.changes = dataset, size, changes
+        self.answers = dataset.answers
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, item) -> dict:
+        index = Draw.of(item).index
+        changed = {name: values[index] for name, values in self.changes.items()}
+        return self.dataset[item] | changed
+
+
+def digits(task: str, size: int = 11, **changes) -> First:
+    """The first scenes of the validation split."""
+    return First(open_data("digits", task, "val", image_size=32), size, **changes)
+
+
+def model_of(tasks: tuple[str, ...], seed: int = 0, **changes) -> VLMo:
+    """A model whose outputs differ from sample to sample."""
+    torch.manual_seed(seed)
+    model = VLMo(TINY.replace(tasks=tasks, **changes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bias" in name or parameter.dim() == 2:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def results(wrap, folder: Path, size: int = 11) -> dict[str, dict[str, float]]:
+    """Metrics of every task, and the prediction files."""
+    found = {}
+    for task, tasks in HEADS.items():
+        options = {"batch_size": 4}
+        if task in ("vqa", "nlvr2"):
+            options["predictions"] = folder / task
+        if task == "retrieval":
+            options["rerank"] = 3
+        model = wrap(model_of(tasks))
+        found[task] = evaluate(model, digits(task, size), TOKENIZER, task, **options)
+    return found
+
+
+def sharded(model: VLMo) -> VLMo:
+    """FSDP2, as in training."""
+    for block in model.transformer.blocks:
+        fully_shard(block)
+    return fully_shard(model, ignored_params={p for p in model.parameters() if p.dim() == 0})
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    for name, wrap in (("ddp", DistributedDataParallel), ("fsdp", sharded)):
+        mine = folder / name
+        mine.mkdir(exist_ok=True)
+        found = {str(size): results(wrap, mine, size) for size in (11, 2)}
+        (mine / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,435 @@
+"""Evaluation of every task: metrics of a whole data set, and the files its benchmarks ask for.
+
+With a process group the ranks divide the work; no sample counts twice, and the numbers are the same
+on every rank and for any number of ranks.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sized
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vlmo import objectives, passes
+from vlmo.config import VLMoConfig
+from vlmo.data import Draw, GlobalBatches, TextTokenizer, loader, to_device
+from vlmo.data.draws import hashed
+from vlmo.distributed import rank
+from vlmo.files import replacing
+from vlmo.model import VLMo
+from vlmo.negatives import Negatives, draw_negatives
+from vlmo.objectives import Batch, Whole
+from vlmo.retrieval import Gallery, Recall, encode, recall_at, shortlist
+from vlmo.retrieval import rerank as rerank_lists
+from vlmo.sharing import (
+    device_of,
+    evaluating,
+    even_batches,
+    objects_of_all,
+    of_all,
+    own_share,
+    precision,
+)
+
+TASKS = ("retrieval", "vqa", "nlvr2", "pretrain", "textmlm")
+MASK_SHARE = 0.15  # of the words, as in training
+SPLITS = ("train", "val", "dev", "test", "test1", "test2")  # in the names of NLVR2's samples
+
+_NEEDED = {  # at least one of these heads
+    "retrieval": ("itc", "irtr"),
+    "vqa": ("vqa",),
+    "nlvr2": ("nlvr2",),
+    "pretrain": ("itc", "irtr", "mlm"),
+    "textmlm": ("mlm", "textmlm"),
+}
+_LABELLED = "labelled"  # share of the questions that have an answer
+_NAME_OF = {"vqa": "question_id", "nlvr2": "identifier"}  # of a sample, in prediction files
+
+Sums = dict[str, tuple[Tensor, float]]  # of a metric over a batch, and the rows it is of
+
+
+class Measured(NamedTuple):
+    """What is found for a batch of B rows.
+
+    Attributes:
+        sums: of every metric, with the number of rows that divides the total.
+        chosen: ``[B]`` int64, the answer given to each row.
+    """
+
+    sums: Sums
+    chosen: Tensor | None = None
+
+
+def evaluate(
+    model: torch.nn.Module,
+    dataset: Dataset,
+    tokenizer: TextTokenizer,
+    task: str,
+    *,
+    batch_size: int = 64,
+    rerank: int = 0,
+    workers: int = 0,
+    autocast: torch.dtype | None = None,
+    predictions: str | os.PathLike[str] | None = None,
+) -> dict[str, float]:
+    """Metrics of a model on a data set, as shares of 1.
+
+    ==========  ==================================================================================
+    retrieval   ``tr@k`` (texts of an image) and ``ir@k`` (images of a text), k = 1, 5, 10, by the
+                dual encoder's cosines among all images and texts; ``mean_recall`` of the six. With
+                ``rerank``, the same of the re-ranked candidates as ``reranked_...``
+    vqa         ``vqa_score``: mean soft score of the likeliest answer; ``vqa_loss``. Neither where
+                no question has an answer
+    nlvr2       ``accuracy``, ``nlvr2_loss``; where samples are of several splits by their
+                ``table_name`` or ``identifier``, also ``dev_accuracy``, ``test1_accuracy``, ...
+    pretrain    of the model's tasks: ``itc_loss``, ``itc_i2t_accuracy``, ``itc_t2i_accuracy``,
+                ``itc_vl_i2t_accuracy``, ``itc_vl_t2i_accuracy``; ``irtr_loss``,
+                ``irtr_i2t_accuracy``, ``irtr_t2i_accuracy``; ``itm_loss``, ``itm_accuracy``;
+                ``mlm_loss``, ``mlm_accuracy``; ``loss``, the sum of the losses
+    textmlm     ``mlm_loss``, ``mlm_accuracy``
+    ==========  ==================================================================================
+
+    The names are the official ones (``set_metrics``) where that code has them; losses have the
+    weights of training. Contrast and its hard negatives see one batch at a time, so their numbers
+    depend on ``batch_size``; masks and negatives are the same on every run.
+
+    Args:
+        model: a :class:`vlmo.VLMo`, or DistributedDataParallel or FSDP2 around one; left in the
+            mode it was in.
+        dataset: of :func:`vlmo.data.open_data`, opened for this task and not for training.
+        tokenizer: of the model's text length.
+        task: one of ``TASKS``.
+        batch_size: samples at a time on one rank.
+        rerank: candidates of each query that the fusion encoder scores anew (retrieval), 0 for
+            none; 32 in Table 2 of the supplement.
+        workers: processes that make samples, on each rank.
+        autocast: dtype of the model's products; None for the parameters' own.
+        predictions: file for the answers, for the servers that judge them. vqa: JSON, a list of
+            ``{"question_id": ..., "answer": ...}``; nlvr2: lines of ``identifier,True``.
+
+    Raises:
+        ValueError: an unknown task, an empty data set, a head that the model lacks, answers of
+            another number than the model's, samples without the names that ``predictions`` needs.
+        OSError: ``predictions`` cannot be written.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    model = cast(VLMo, model)
+    _check(model.config, dataset, task, rerank, predictions)
+    if task == "retrieval":
+        gallery = gallery_of(dataset, tokenizer, workers=workers)
+        options = {"batch_size": batch_size, "workers": workers, "autocast": autocast}
+        return _retrieval(model, gallery, rerank, options)
+    batches = _Batches(len(cast(Sized, dataset)), batch_size, shuffled=task == "pretrain")
+    if task == "pretrain" and "itm" in model.config.tasks:
+        _check_negatives(batches)
+    loaded = loader(
+        dataset,
+        cast(GlobalBatches, batches),
+        tokenizer,
+        mask_share=MASK_SHARE if task in ("pretrain", "textmlm") else None,
+        workers=workers,
+    )
+    device, names, tables, given = device_of(model), [], [], []
+    with torch.no_grad(), evaluating(model) as run, precision(device, autocast):
+        for number, batch in zip(batches.own, loaded, strict=True):
+            sums, chosen = run(_MEASURES[task], model, to_device(batch, device), number)
+            names = list(sums)
+            tables.append(_table(sums))
+            if predictions is not None:
+                given.append((_names(batch, task), chosen))
+    totals = of_all(torch.stack(tables), len(batches.every)).sum(0).tolist()
+    if predictions is not None:
+        answers = objects_of_all([(n, c.tolist()) for n, c in given], len(batches.every))
+        if rank() == 0:
+            _write(predictions, task, dataset, answers)
+    return _finished(
+        {name: total / rows for name, (total, rows) in zip(names, totals, strict=True) if rows}
+    )
+
+
+def gallery_of(dataset: Dataset, tokenizer: TextTokenizer, *, workers: int = 0) -> Gallery:
+    """The images and texts of a retrieval data set, an image of several texts once.
+
+    Images are fetched from the data set whenever they are asked for. With a process group each rank
+    reads the texts of its share.
+
+    Args:
+        dataset: of samples with ``image``, ``text`` and ``image_id``.
+        tokenizer: of the model's text length.
+        workers: processes that read the texts.
+
+    Raises:
+        ValueError: samples have no ``image_id``.
+    """
+    size = len(cast(Sized, dataset))
+    share = DataLoader(
+        dataset,
+        sampler=own_share(size),
+        batch_size=None,
+        num_workers=workers,
+        generator=torch.Generator(),
+    )
+    found: list[tuple[Hashable, str]] = []
+    for sample in share:
+        if "image_id" not in sample:
+            raise ValueError(f"dataset: its samples have no image_id, only {sorted(sample)}")
+        found.append((sample["image_id"], sample["text"]))
+    found = objects_of_all(found, size)
+    first: dict[Hashable, int] = {}
+    for row, (image, _) in enumerate(found):
+        first.setdefault(image, row)
+    place = {image: number for number, image in enumerate(first)}
+    words = tokenizer.encode([text for _, text in found])
+    return Gallery(
+        images=_Pictures(dataset, list(first.values())),
+        text_ids=words["text_ids"],
+        text_masks=words["text_masks"],
+        image_of_text=torch.tensor([place[image] for image, _ in found]),
+    )
+
+
+class _Pictures(Dataset):
+    """The images of some samples."""
+
+    def __init__(self, dataset: Dataset, rows: list[int]):
+        self.dataset, self.rows = dataset, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self.dataset[self.rows[number]]["image"]
+
+
+class _Batches(Sampler[list[Draw]]):
+    """Every sample once, in batches of which this rank yields its share.
+
+    Attributes:
+        every: the rows of all batches.
+        own: numbers of this rank's batches, see :func:`own_share`.
+    """
+
+    def __init__(self, size: int, batch_size: int, *, shuffled: bool):
+        self.size = size
+        order = torch.arange(size)
+        if shuffled:  # captions of one image are neighbours, and would contradict each other
+            order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+        self.every = even_batches(order.tolist(), batch_size)
+        self.own = own_share(len(self.every))
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        for number in self.own:
+            rows = self.every[number]
+            yield [*map(Draw, rows, hashed(rows).tolist())]
+
+
+def _retrieval(
+    model: VLMo, gallery: Gallery, candidates: int, options: dict[str, Any]
+) -> dict[str, float]:
+    embeddings = encode(model, gallery, **options)
+    result = _named(recall_at(embeddings, gallery.image_of_text))
+    if candidates:
+        lists = rerank_lists(model, gallery, shortlist(embeddings, candidates), **options)
+        fused = _named(recall_at(lists, gallery.image_of_text))
+        result |= {f"reranked_{name}": value for name, value in fused.items()}
+    return result
+
+
+def _named(recall: Recall) -> dict[str, float]:
+    named = {f"tr@{k}": value for k, value in recall.text.items()}
+    named |= {f"ir@{k}": value for k, value in recall.image.items()}
+    return named | {"mean_recall": recall.mean}
+
+
+def _vqa(model: VLMo, batch: Batch, number: int) -> Measured:
+    output = objectives.vqa(model, batch, model.embed_image(batch["image"]))
+    targets, rows = output["vqa_targets"], len(batch["text_ids"])
+    best = output["vqa_logits"].argmax(1)
+    sums = {
+        "vqa_score": (targets.gather(1, best[:, None]).sum(), rows),
+        "vqa_loss": (output["vqa_loss"] * rows, rows),
+        _LABELLED: (targets.any(1).sum(), rows),
+    }
+    return Measured(sums, best)
+
+
+def _nlvr2(model: VLMo, batch: Batch, number: int) -> Measured:
+    output = objectives.nlvr2(model, batch)
+    best, rows = output["nlvr2_logits"].argmax(1), len(batch["text_ids"])
+    right = best == output["nlvr2_labels"]
+    sums: Sums = {
+        "accuracy": (right.sum(), rows),
+        "nlvr2_loss": (output["nlvr2_loss"] * rows, rows),
+    }
+    names = batch.get("table_name", batch.get("identifier"))
+    if names is not None:
+        splits = [re.split("[-_]", str(name)) for name in names]
+        for split in SPLITS:
+            inside = torch.tensor([split in parts for parts in splits], device=right.device)
+            sums[f"{split}_accuracy"] = ((right & inside).sum(), int(inside.sum()))
+    return Measured(sums, best)
+
+
+def _text_mlm(model: VLMo, batch: Batch, number: int) -> Measured:
+    return Measured(_words(objectives.text_mlm(model, batch, _alone(batch)), batch))
+
+
+def _pretrain(model: VLMo, batch: Batch, number: int) -> Measured:
+    tasks, rows = model.config.tasks, len(batch["text_ids"])
+    patches = model.embed_image(batch["image"])
+    sums: Sums = {}
+    if {"itc", "irtr"} & set(tasks):
+        streams = objectives.encode_streams(model, batch, patches)
+        logits = model.logit_scale.exp() * streams.image @ streams.text.T
+        loss, accuracies = _contrast(logits)
+        if "irtr" in tasks:
+            sums |= {"irtr_loss": (loss * rows, rows)}
+            sums |= {f"irtr_{name}": (right, rows) for name, right in accuracies.items()}
+        if "itc" in tasks:
+            assert streams.vl_image is not None and streams.vl_text is not None
+            vl_logits = model.logit_vl_scale.exp() * streams.vl_image @ streams.vl_text.T
+            vl_loss, vl_accuracies = _contrast(vl_logits)
+            sums |= {"itc_loss": (0.5 * (loss + vl_loss) * rows, rows)}
+            sums |= {f"itc_{name}": (right, rows) for name, right in accuracies.items()}
+            sums |= {f"itc_vl_{name}": (right, rows) for name, right in vl_accuracies.items()}
+    if "itm" in tasks:
+        output = objectives.itm(model, batch, patches, _negatives(logits, batch, number))
+        right = (output["itm_logits"].argmax(1) == output["itm_labels"]).sum()
+        sums |= {"itm_loss": (output["itm_loss"] * rows, rows), "itm_accuracy": (right, 3 * rows)}
+    if "mlm" in tasks:
+        sums |= _words(objectives.mlm(model, batch, patches, _alone(batch)), batch)
+    return Measured(sums)
+
+
+def _contrast(logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of ``[B, B]`` image-to-text logits, and how often each direction is right."""
+    logits = logits.float()
+    label = torch.arange(len(logits), device=logits.device)
+    loss = (F.cross_entropy(logits, label) + F.cross_entropy(logits.T, label)) / 2
+    return loss, {
+        "i2t_accuracy": (logits.argmax(1) == label).sum(),
+        "t2i_accuracy": (logits.argmax(0) == label).sum(),
+    }
+
+
+def _negatives(logits: Tensor, batch: Batch, number: int) -> Negatives:
+    """Hard negatives among the rows of this batch alone, the same whenever it is drawn."""
+    generator = torch.Generator(logits.device).manual_seed(number)
+    images, texts = draw_negatives(logits.T, generator), draw_negatives(logits, generator)
+    lengths = passes.text_lengths(batch)
+    return Negatives(
+        batch["text_ids"][texts],
+        [lengths[n] for n in texts.tolist()],
+        images.tolist(),
+        batch["image"][:0],
+    )
+
+
+def _alone(batch: Batch) -> Whole:
+    """The batch is all there is, whatever other ranks have."""
+    words = len(objectives.masked_tokens(batch))
+    return Whole(torch.tensor(float(words), device=batch["text_ids"].device), {})
+
+
+def _words(output: objectives.Output, batch: Batch) -> Sums:
+    right = (output["mlm_logits"].argmax(1) == output["mlm_labels"]).sum()
+    words = len(output["mlm_labels"])
+    return {"mlm_loss": (output["mlm_loss"] * words, words), "mlm_accuracy": (right, words)}
+
+
+_MEASURES: dict[str, Callable[[VLMo, Batch, int], Measured]] = {
+    "vqa": _vqa,
+    "nlvr2": _nlvr2,
+    "pretrain": _pretrain,
+    "textmlm": _text_mlm,
+}
+
+
+def _table(sums: Sums) -> Tensor:
+    """``[M, 2]`` float64: total and rows of each metric."""
+    totals = torch.stack([total.double() for total, _ in sums.values()])
+    rows = torch.tensor([rows for _, rows in sums.values()], dtype=torch.float64)
+    return torch.stack([totals, rows.to(totals.device)], dim=1)
+
+
+def _finished(result: dict[str, float]) -> dict[str, float]:
+    """Without what says nothing, and with the total of the losses."""
+    if result.pop(_LABELLED, 1.0) == 0:
+        return {}
+    of_splits = [f"{split}_accuracy" for split in SPLITS if f"{split}_accuracy" in result]
+    if len(of_splits) == 1:
+        del result[of_splits[0]]
+    losses = [value for name, value in result.items() if name.endswith("_loss")]
+    return {"loss": sum(losses), **result} if len(losses) > 1 else result
+
+
+def _check(
+    config: VLMoConfig,
+    dataset: Dataset,
+    task: str,
+    rerank: int,
+    predictions: str | os.PathLike[str] | None,
+) -> None:
+    if task not in TASKS:
+        raise ValueError(f"task: {task!r} is not one of {TASKS}")
+    if not len(cast(Sized, dataset)):
+        raise ValueError("dataset: holds no sample")
+    if rerank < 0 or (rerank and task != "retrieval"):
+        raise ValueError(f"rerank: {rerank} candidates cannot be re-ranked for task {task!r}")
+    needed = _NEEDED[task]
+    if not set(needed) & set(config.tasks):
+        heads = " or ".join(needed)
+        raise ValueError(f"task: {task!r} needs a head of {heads}, the model has {config.tasks}")
+    if task == "pretrain" and "itm" in config.tasks and "itc" not in config.tasks:
+        raise ValueError(f"task: itm needs itc, which weighs its negatives, not {config.tasks}")
+    if rerank and "itm" not in config.tasks:
+        raise ValueError(f"rerank: needs the head of itm, the model has {config.tasks}")
+    if task == "vqa" and len(cast(Any, dataset).answers) != config.vqa_labels:
+        count = len(cast(Any, dataset).answers)
+        raise ValueError(f"dataset: has {count} answers, the model has {config.vqa_labels}")
+    if predictions is not None and task not in _NAME_OF:
+        raise ValueError(f"predictions: task {task!r} has none, only {sorted(_NAME_OF)}")
+
+
+def _check_negatives(batches: _Batches) -> None:
+    smallest = min(map(len, batches.every))
+    if smallest < 2:
+        raise ValueError(
+            f"batch_size: image-text matching has no negatives in a batch of {smallest} sample"
+        )
+
+
+def _names(batch: Mapping[str, Any], task: str) -> list[Any]:
+    name = _NAME_OF[task]
+    if name not in batch:
+        raise ValueError(f"predictions: the samples have no {name}")
+    return batch[name]
+
+
+def _write(
+    path: str | os.PathLike[str],
+    task: str,
+    dataset: Any,
+    answers: list[tuple[list[Any], list[int]]],
+) -> None:
+    pairs = [pair for names, chosen in answers for pair in zip(names, chosen, strict=True)]
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
+        if task == "vqa":
+            rows = [{"question_id": n, "answer": dataset.answers[answer]} for n, answer in pairs]
+            json.dump(rows, stream)
+        else:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerows((name, bool(answer)) for name, answer in pairs)
