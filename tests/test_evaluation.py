@@ -149,6 +149,22 @@ def test_gallery_holds_an_image_of_several_captions_once():
     assert torch.equal(gallery.text_masks, words["text_masks"])
 
 
+def test_no_image_is_decoded_to_learn_what_the_gallery_holds():
+    class Telling(First):
+        image_ids = ("b", "b", "a")
+
+        def text(self, index: int) -> str:
+            return f"a {index}"
+
+        def __getitem__(self, item) -> dict:
+            raise AssertionError("a sample was made")
+
+    scenes = open_data("digits", "retrieval", "val", image_size=32)
+    gallery = gallery_of(Telling(scenes, 3), TOKENIZER)
+    assert gallery.image_of_text.tolist() == [0, 0, 1]
+    assert torch.equal(gallery.text_ids, TOKENIZER.encode(["a 0", "a 1", "a 2"])["text_ids"])
+
+
 def test_retrieval_is_the_recall_of_the_models_embeddings():
     dataset, model = digits("retrieval"), model_of(HEADS["retrieval"])
     found = evaluate(model, dataset, TOKENIZER, "retrieval", batch_size=4, rerank=100)

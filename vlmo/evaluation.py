@@ -160,42 +160,52 @@ def evaluate(
 def gallery_of(dataset: Dataset, tokenizer: TextTokenizer, *, workers: int = 0) -> Gallery:
     """The images and texts of a retrieval data set, an image of several texts once.
 
-    Images are fetched from the data set whenever they are asked for. With a process group each rank
-    reads the texts of its share.
+    Images are fetched from the data set whenever they are asked for.
 
     Args:
-        dataset: of samples with ``image``, ``text`` and ``image_id``.
+        dataset: of samples with ``image``, ``text`` and ``image_id``. If it has ``image_ids`` (one
+            for each sample) and ``text(index)``, no image is decoded here.
         tokenizer: of the model's text length.
-        workers: processes that read the texts.
+        workers: processes that read the samples of a data set that has not.
 
     Raises:
         ValueError: samples have no ``image_id``.
     """
+    if hasattr(dataset, "image_ids"):
+        told = cast(Any, dataset)
+        images, texts = list(told.image_ids), [told.text(n) for n in range(len(told))]
+    else:
+        images, texts = _read_pairs(dataset, workers)
+    first: dict[Hashable, int] = {}
+    for row, image in enumerate(images):
+        first.setdefault(image, row)
+    place = {image: number for number, image in enumerate(first)}
+    words = tokenizer.encode(texts)
+    return Gallery(
+        images=_Pictures(dataset, list(first.values())),
+        text_ids=words["text_ids"],
+        text_masks=words["text_masks"],
+        image_of_text=torch.tensor([place[image] for image in images]),
+    )
+
+
+def _read_pairs(dataset: Dataset, workers: int) -> tuple[list[Hashable], list[str]]:
+    """Image ids and texts of all samples; with a process group each rank reads its share."""
     size = len(cast(Sized, dataset))
-    share = DataLoader(
+    loaded = DataLoader(
         dataset,
         sampler=own_share(size),
         batch_size=None,
         num_workers=workers,
         generator=torch.Generator(),
     )
-    found: list[tuple[Hashable, str]] = []
-    for sample in share:
+    pairs: list[tuple[Hashable, str]] = []
+    for sample in loaded:
         if "image_id" not in sample:
             raise ValueError(f"dataset: its samples have no image_id, only {sorted(sample)}")
-        found.append((sample["image_id"], sample["text"]))
-    found = objects_of_all(found, size)
-    first: dict[Hashable, int] = {}
-    for row, (image, _) in enumerate(found):
-        first.setdefault(image, row)
-    place = {image: number for number, image in enumerate(first)}
-    words = tokenizer.encode([text for _, text in found])
-    return Gallery(
-        images=_Pictures(dataset, list(first.values())),
-        text_ids=words["text_ids"],
-        text_masks=words["text_masks"],
-        image_of_text=torch.tensor([place[image] for image, _ in found]),
-    )
+        pairs.append((sample["image_id"], sample["text"]))
+    images, texts = zip(*objects_of_all(pairs, size), strict=True)
+    return list(images), list(texts)
 
 
 class _Pictures(Dataset):

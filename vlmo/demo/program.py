@@ -23,17 +23,17 @@ from vlmo.data import DigitScenes, TextTokenizer, digit_tokenizer, retrieval_gal
 from vlmo.demo.figures import draw_losses, draw_retrieval
 from vlmo.demo.training import (
     Recipe,
-    autocast_dtype,
     pretrain_batches,
     pretrain_steps,
     tiny_config,
     tiny_model,
 )
 from vlmo.files import replacing
-from vlmo.kernels import use_backend, why_not
+from vlmo.kernels import use_backend
 from vlmo.kernels.target import describe, devices
 from vlmo.machine import show_machine
 from vlmo.parity import Parity, check_backends
+from vlmo.placement import autocast_dtype, chosen_device, require_backend
 from vlmo.retrieval import (
     Embeddings,
     Gallery,
@@ -85,8 +85,8 @@ def run(settings: Settings, console: Console) -> list[str]:
         OSError: the output folder cannot be made or written.
         ImportError: an extra of ``vlmo[demo]`` is missing.
     """
-    device = _device(settings.device)
-    _require_backend(settings.backend, device)
+    device = chosen_device(settings.device)
+    require_backend(settings.backend, device, autocast_dtype(device))
     settings.output.mkdir(parents=True, exist_ok=True)
     console.rule("This machine")
     show_machine(console)
@@ -102,28 +102,6 @@ def run(settings: Settings, console: Console) -> list[str]:
     if not failures and settings.steps is None:
         console.print("[bold green]All checks passed.[/]")
     return failures
-
-
-def _device(name: str) -> torch.device:
-    available = {device.type for device in devices()}
-    if name == "auto":
-        name = "cuda" if "cuda" in available else "cpu"
-    if name not in available:
-        raise ValueError(f"device: {name!r} is not one of this machine's {sorted(available)}")
-    return torch.device(name)
-
-
-def _require_backend(backend: str | None, device: torch.device) -> None:
-    """Raise now what would otherwise come up in the middle of the demo."""
-    if backend is None:
-        return
-    dtype = autocast_dtype(device) or torch.float32
-    for operation in ("moe_ffn", "shared_attention"):
-        reason = why_not(operation, backend, device=device, dtype=dtype)
-        if reason is not None:
-            raise NotImplementedError(
-                f"backend {backend!r} cannot run {operation} on {device}: {reason}"
-            )
 
 
 def _check_kernels(settings: Settings, device: torch.device, console: Console) -> list[str]:

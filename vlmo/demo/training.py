@@ -12,8 +12,8 @@ from torch import Tensor
 
 from vlmo import VLMo, VLMoConfig, objectives
 from vlmo.data import DigitScenes, TextTokenizer, mask_whole_words, normalise
-from vlmo.kernels.target import compute_capability
 from vlmo.negatives import PendingNegatives
+from vlmo.placement import autocast_dtype
 from vlmo.train import StepRecord, adamw, linear_schedule, train_steps
 
 _TRIES = 4  # to find a row's partner
@@ -222,11 +222,3 @@ def pretrain_steps(
         clip_norm=recipe.clip_norm,
         autocast=autocast_dtype(device),
     )
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The 16-bit type to compute in: bfloat16 where the GPU has it, float16 on older ones."""
-    capability = compute_capability(device)
-    if capability is None:
-        return None
-    return torch.bfloat16 if capability >= (8, 0) else torch.float16
