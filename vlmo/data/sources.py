@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch.utils.data import Dataset
 
@@ -25,31 +26,63 @@ def open_data(
     train: bool = False,
     answers: Sequence[str] | None = None,
     datasets: Sequence[str] | None = None,
+    answer_minimum: int = 1,
+    flip: bool = True,
 ) -> Dataset:
     """A data set of one split, whose samples :func:`~vlmo.data.collate` puts together.
 
+    docs/data.md shows an example of every kind of source.
+
     Args:
-        source: "digits" for :class:`~vlmo.data.DigitScenes`.
+        source: "digits" for :class:`~vlmo.data.DigitScenes`; a folder of the official Arrow files;
+            a .jsonl, .parquet or .txt file, or a folder with one for each split; a folder of
+            pictures, each beside a .txt file with a caption on every line.
         task: "textmlm", "pretrain", "retrieval", "vqa" or "nlvr2".
         split: "train", "val" or "test".
         image_size: S, side of the pictures in pixels.
-        train: augment pictures; digit scenes are never augmented.
-        answers: of vqa, in the order of their ids; None for the source's own.
-        datasets: which of a source's data sets to open.
+        train: augment pictures (:class:`~vlmo.data.transforms.SquareTransform`); digit scenes are
+            never augmented.
+        answers: of vqa, in the order of their ids; None for the source's own: what the Arrow files
+            name, or the answers of the records of the train split.
+        datasets: which of the official data sets to open, see :mod:`vlmo.data.arrow`; None for the
+            official choice.
+        answer_minimum: in a user's own data, number of questions that an answer must be the major
+            answer of, see :func:`~vlmo.data.answers.vocabulary`; VQAv2 has 9.
+        flip: mirror half of the augmented pictures, as the official code does for every task.
 
     Returns:
-        A map-style data set with ``.answers`` for vqa, a list of str in the order of their ids.
+        A map-style data set with ``.answers`` for vqa, a list of str in the order of their ids;
+        ``.text(index)`` and ``.image_ids`` tell about samples without decoding pictures, and
+        ``.keys`` and ``.groups`` are for :class:`~vlmo.data.GlobalBatches`.
 
     Raises:
-        ValueError: an argument outside what is listed.
+        FileNotFoundError: the source, or files that it needs or names, are missing.
+        ImportError: an extra of ``vlmo[train]`` is missing.
+        ValueError: an argument outside what is listed, or data of another form.
     """
     if task not in TASKS:
         raise ValueError(f"task: {task!r} is not one of {TASKS}")
     if split not in SPLITS:
         raise ValueError(f"split: {split!r} is not one of {SPLITS}")
+    if answer_minimum < 1:
+        raise ValueError(f"answer_minimum: {answer_minimum} is not positive")
     if source == "digits":
         return _open_digits(task, split, image_size, answers, datasets)
-    raise ValueError(f"source: {os.fspath(source)!r} is not known")
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"source: {path} does not exist")
+    try:
+        from vlmo.data.arrow import open_arrow
+        from vlmo.data.own import open_own
+        from vlmo.data.transforms import SquareTransform
+    except ImportError as error:
+        raise ImportError(f"data in files needs {error.name}: pip install 'vlmo[train]'") from error
+    transform = SquareTransform(image_size, train, flip)
+    if path.is_dir() and any(path.glob("*.arrow")):
+        return open_arrow(path, task, split, transform, answers=answers, datasets=datasets)
+    if datasets is not None:
+        raise ValueError(f"datasets: {list(datasets)} can be chosen from Arrow files only")
+    return open_own(path, task, split, transform, answers=answers, answer_minimum=answer_minimum)
 
 
 def _open_digits(

@@ -1,0 +1,70 @@
+"""Answers of visual questions: the vocabulary, and soft scores by the official rule."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+_SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)  # by the number of people who gave an answer
+
+
+def normal_answer(answer: str) -> str:
+    """Lower case, with single spaces: the form in which answers are compared."""
+    return " ".join(answer.lower().split())
+
+
+def soft_scores(given: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
+    """Right answers and their scores, in normal form.
+
+    Args:
+        given: one right answer; or the answers of several people, which score 0.3, 0.6, 0.9 and 1
+            if one, two, three and more gave them, as in VQAv2; or scores within 0 and 1. A list of
+            one answer is that right answer.
+
+    Raises:
+        ValueError: a score outside 0 and 1, or no answer.
+    """
+    if isinstance(given, str):
+        return {normal_answer(given): 1.0}
+    if not given:
+        raise ValueError("is empty")
+    if isinstance(given, Mapping):
+        for answer, score in given.items():
+            if not isinstance(score, (int, float)) or not 0 <= score <= 1:
+                raise ValueError(f"gives {answer!r} the score {score!r}, which is not within 0..1")
+        return {normal_answer(answer): float(score) for answer, score in given.items()}
+    if len(given) == 1:
+        return {normal_answer(given[0]): 1.0}
+    counts = Counter(map(normal_answer, given))
+    return {answer: _SCORES[min(count, 4)] for answer, count in counts.items()}
+
+
+def vocabulary(scored: Iterable[Mapping[str, float]], minimum: int = 1) -> list[str]:
+    """The answers to tell apart, in the order in which they are first seen.
+
+    Args:
+        scored: of each question, as of :func:`soft_scores`. Its major answer counts, which is the
+            first of those with the highest score.
+        minimum: number of questions that an answer must be the major answer of; 9 for VQAv2.
+
+    Raises:
+        ValueError: no answer is frequent enough.
+    """
+    counts = Counter(max(scores, key=scores.__getitem__) for scores in scored if scores)
+    frequent = [answer for answer, count in counts.items() if count >= minimum]
+    if not frequent:
+        raise ValueError(f"answer_minimum: no answer is that of {minimum} questions")
+    return frequent
+
+
+def answer_ids(answers: Sequence[str]) -> dict[str, int]:
+    """Ids by normal form.
+
+    Raises:
+        ValueError: two answers have the same normal form.
+    """
+    ids: dict[str, int] = {}
+    for number, answer in enumerate(answers):
+        if ids.setdefault(normal_answer(answer), number) != number:
+            raise ValueError(f"answers: {answer!r} is listed twice")
+    return ids

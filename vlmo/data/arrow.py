@@ -1,0 +1,275 @@
+"""The Arrow files of the official code: one row per image, its texts in a list.
+
+The files are mapped into memory and never read as a whole. What a data set needs, by file, is
+``DATASETS``; docs/data.md lists the columns.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from vlmo.data.samples import Samples, picture_names
+from vlmo.data.transforms import SquareTransform, read_image
+
+_COCO, _F30K = "coco_caption_karpathy", "f30k_caption_karpathy"
+
+# Files, without ".arrow", of each split of each data set.
+DATASETS: dict[str, dict[str, tuple[str, ...]]] = {
+    "coco": {
+        "train": (f"{_COCO}_train", f"{_COCO}_restval"),
+        "val": (f"{_COCO}_val",),
+        "test": (f"{_COCO}_test",),
+    },
+    "f30k": {split: (f"{_F30K}_{split}",) for split in ("train", "val", "test")},
+    "vg": {"train": ("vg",)},
+    "sbu": {"train": tuple(f"sbu_{n}" for n in range(9))},
+    "gcc": {
+        "train": tuple(f"conceptual_caption_train_{n}" for n in range(30)),
+        "val": ("conceptual_caption_val_0",),
+    },
+    "wikibk": {"train": tuple(f"wikibk_train_{n}" for n in range(50)), "val": ("wikibk_val_0",)},
+    "vqa": {
+        "train": ("vqav2_train", "vqav2_trainable_val"),
+        "val": ("vqav2_rest_val",),
+        "test": ("vqav2_test",),
+    },
+    "vqa-test-dev": {"test": ("vqav2_test-dev",)},
+    "nlvr2": {
+        "train": ("nlvr2_train",),
+        "val": ("nlvr2_dev", "nlvr2_test1"),
+        "test": ("nlvr2_test1",),
+    },
+}
+_CAPTIONED = ("coco", "f30k", "vg", "sbu", "gcc")
+_ALLOWED = {
+    "textmlm": ("wikibk", *_CAPTIONED),
+    "pretrain": _CAPTIONED,
+    "retrieval": ("coco", "f30k"),
+    "vqa": ("vqa", "vqa-test-dev"),
+    "nlvr2": ("nlvr2",),
+}
+_DEFAULT = {
+    "textmlm": ("wikibk",),
+    "pretrain": ("coco", "vg", "sbu", "gcc"),
+    "vqa": ("vqa",),
+    "nlvr2": ("nlvr2",),
+}
+
+
+def open_arrow(
+    folder: Path,
+    task: str,
+    split: str,
+    transform: SquareTransform,
+    *,
+    answers: Sequence[str] | None = None,
+    datasets: Sequence[str] | None = None,
+) -> ArrowSamples:
+    """Data set of the official Arrow files.
+
+    Args:
+        folder: with the files.
+        task: as of :func:`~vlmo.data.open_data`.
+        split: as of :func:`~vlmo.data.open_data`.
+        transform: of the pictures.
+        answers: of vqa; None for those that the files name.
+        datasets: names of ``DATASETS``; None for the official ones of the task, which of retrieval
+            are coco or f30k, whichever is there. Those without files of the split are passed over.
+
+    Raises:
+        FileNotFoundError: files are missing; all of them are named.
+        ValueError: an argument that does not fit, or files of another layout.
+    """
+    chosen = _chosen(folder, task, datasets)
+    names = [name for dataset in chosen for name in DATASETS[dataset].get(split, ())]
+    if not names:
+        raise ValueError(f"datasets: {', '.join(chosen)} have no split {split!r}")
+    _require_files(folder, split, chosen)
+    if task == "vqa":
+        answers = _vqa_answers(folder, answers)
+    return ArrowSamples([folder / f"{name}.arrow" for name in names], task, transform, answers)
+
+
+class ArrowSamples(Samples):
+    """One sample per image and text of some Arrow files.
+
+    The files are opened again in every process, so that forked and spawned workers work alike.
+
+    Args:
+        paths: files of the same task, in order.
+        task: as of :func:`~vlmo.data.open_data`.
+        transform: of the pictures.
+        answers: of vqa.
+
+    Raises:
+        ValueError: a file is no Arrow file, or lacks a column.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        task: str,
+        transform: SquareTransform,
+        answers: Sequence[str] | None = None,
+    ):
+        super().__init__(picture_names(task), transform, answers)
+        self._paths, self._task = list(paths), task
+        self._text = "questions" if task in ("vqa", "nlvr2") else "caption"
+        self._tables: tuple[int, list[pa.Table]] | None = None
+        tables = zip(self._open(), paths, strict=True)
+        counts = [self._counts(table, path) for table, path in tables]
+        # Numbers of the first row of each file and of the first sample of each row, and the ends.
+        self._first_row = np.cumsum([0, *map(len, counts)])
+        self._first_sample = np.cumsum(np.concatenate([[0], *counts]))
+
+    def __len__(self) -> int:
+        return int(self._first_sample[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_tables": None}
+
+    def fields(self, index: int) -> dict[str, Any]:
+        file, row, number = self._locate(index)
+        table = self._open()[file]
+        sample = {"text": _member(table, self._text, row, number)}
+        if self._task in ("pretrain", "retrieval"):
+            sample["image_id"] = table["image_id"][row].as_py()
+        elif self._task == "vqa":
+            sample["image_id"] = table["image_id"][row].as_py()
+            sample["question_id"] = _member(table, "question_id", row, number)
+            # Test questions have empty lists, or one list that is empty for all of them.
+            for name in ("answer_labels", "answer_scores"):
+                given = table[name][row]
+                sample[name] = given[number].as_py() if number < len(given) else []
+        elif self._task == "nlvr2":
+            sample["answers"] = int(str(_member(table, "answers", row, number)) == "True")
+            sample["identifier"] = table["identifier"][row].as_py()
+            sample["table_name"] = self._paths[file].stem
+        return sample
+
+    def picture(self, index: int, name: str) -> Image.Image:
+        file, row, _ = self._locate(index)
+        content = self._open()[file][name][row].as_py()
+        return read_image(content, f"{self._paths[file]}, row {row}, {name}")
+
+    @property
+    def image_ids(self) -> list[int] | list[str]:
+        by_row = [identity for table in self._open() for identity in table["image_id"].to_pylist()]
+        return [by_row[row] for row in np.repeat(range(len(by_row)), np.diff(self._first_sample))]
+
+    def _locate(self, index: int) -> tuple[int, int, int]:
+        """File, row in it, and text in the row of a sample."""
+        row = int(np.searchsorted(self._first_sample, index, side="right")) - 1
+        file = int(np.searchsorted(self._first_row, row, side="right")) - 1
+        return file, row - int(self._first_row[file]), index - int(self._first_sample[row])
+
+    def _open(self) -> list[pa.Table]:
+        """The files' tables, mapped by this very process."""
+        if self._tables is None or self._tables[0] != os.getpid():
+            self._tables = os.getpid(), [_table(path) for path in self._paths]
+        return self._tables[1]
+
+    def _counts(self, table: pa.Table, path: Path) -> np.ndarray:
+        """Number of texts in each row."""
+        extra = {
+            "pretrain": ("image_id",),
+            "retrieval": ("image_id",),
+            "vqa": ("image_id", "question_id", "answer_labels", "answer_scores"),
+            "nlvr2": ("answers", "identifier"),
+        }
+        needed = [*self._pictures, self._text, *extra.get(self._task, ())]
+        if lacking := [name for name in needed if name not in table.column_names]:
+            raise ValueError(f"{path}: lacks the columns {', '.join(lacking)}")
+        column = table[self._text]
+        if not pa.types.is_list(column.type) and not pa.types.is_large_list(column.type):
+            raise ValueError(f"{path}: {self._text}: {column.type} is not a list of texts")
+        return pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+
+
+def _chosen(folder: Path, task: str, datasets: Sequence[str] | None) -> Sequence[str]:
+    """Names of the data sets to open."""
+    allowed = _ALLOWED[task]
+    if datasets is not None:
+        if isinstance(datasets, str) or not datasets:
+            raise ValueError(f"datasets: {datasets!r} is not a list of {', '.join(allowed)}")
+        for name in datasets:
+            if name not in allowed:
+                raise ValueError(f"datasets: {name!r} is not one of {', '.join(allowed)}")
+        return datasets
+    if task in _DEFAULT:
+        return _DEFAULT[task]
+    present = [name for name in allowed if any(_present(folder, name))]
+    if len(present) > 1:
+        raise ValueError(f"datasets: {folder} holds {' and '.join(present)}, choose one")
+    return present or allowed
+
+
+def _present(folder: Path, dataset: str) -> list[str]:
+    names = {name for files in DATASETS[dataset].values() for name in files}
+    return [name for name in names if (folder / f"{name}.arrow").is_file()]
+
+
+def _require_files(folder: Path, split: str, datasets: Sequence[str]) -> None:
+    missing = [
+        f"{name}.arrow for {dataset}"
+        for dataset in datasets
+        for name in DATASETS[dataset].get(split, ())
+        if not (folder / f"{name}.arrow").is_file()
+    ]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder}: {len(missing)} files of the {split} split are missing: {', '.join(missing)}"
+        )
+
+
+def _table(path: Path) -> pa.Table:
+    try:
+        return pa.ipc.open_file(pa.memory_map(os.fspath(path))).read_all()
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: is not an Arrow file: {error}") from error
+
+
+def _member(table: pa.Table, column: str, row: int, number: int) -> Any:
+    return table[column][row][number].as_py()
+
+
+def _vqa_answers(folder: Path, given: Sequence[str] | None) -> list[str]:
+    """Answers by id, as the labelled files name them.
+
+    Raises:
+        ValueError: ids without a name, or names that differ from the given ones.
+    """
+    names: dict[int, str] = {}
+    for stem in sorted({*_present(folder, "vqa")} - {"vqav2_test"}):
+        table = _table(folder / f"{stem}.arrow")
+        labels, texts = (
+            pc.list_flatten(pc.list_flatten(table[name])) for name in ("answer_labels", "answers")
+        )
+        pairs = pa.table({"label": labels, "text": texts}).group_by(["label", "text"]).aggregate([])
+        for pair in pairs.to_pylist():
+            label, text = pair["label"], pair["text"]
+            if names.setdefault(label, text) != text:
+                raise ValueError(f"{folder}: answer {label} is {names[label]!r} and {text!r}")
+    if given is not None:
+        for label, text in names.items():
+            if label >= len(given) or given[label] != text:
+                found = repr(given[label]) if label < len(given) else "missing"
+                raise ValueError(f"answers: answer {label} is {found}, but {text!r} in {folder}")
+        return list(given)
+    if not names:
+        raise ValueError(f"answers: {folder} has no labelled questions to take them from")
+    unnamed = sorted(set(range(max(names, default=0) + 1)) - set(names))
+    if unnamed:
+        raise ValueError(
+            f"{folder}: {len(unnamed)} answers have no name in its files, the first is answer "
+            f"{unnamed[0]}: give the answers"
+        )
+    return [names[label] for label in range(len(names))]
