@@ -21,13 +21,13 @@ class Draw(NamedTuple):
         seed: 0 .. 2**63 - 1.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # tuple.index finds members, which nobody asks for
     seed: int
 
     @classmethod
     def of(cls, item: Draw | int) -> Draw:
         """``item`` itself, or the draw of a plain index, with seed 0."""
-        return item if isinstance(item, cls) else cls(int(item), 0)
+        return item if isinstance(item, Draw) else cls(int(item), 0)
 
 
 def hashed(*parts: ArrayLike) -> np.ndarray:

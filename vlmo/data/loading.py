@@ -61,8 +61,8 @@ def collate(
     columns = {name: [sample[name] for sample in samples] for name in samples[0]}
     batch: dict[str, Any] = {}
     if "answer_labels" in columns:
-        labels, scores = columns.pop("answer_labels"), columns.pop("answer_scores")
-        batch["vqa_targets"] = _soft_targets(labels, scores, answers)
+        right, scores = columns.pop("answer_labels"), columns.pop("answer_scores")
+        batch["vqa_targets"] = _soft_targets(right, scores, answers)
     for name, values in columns.items():
         if isinstance(values[0], Tensor):
             batch[name] = torch.stack(values)
