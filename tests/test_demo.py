@@ -14,9 +14,9 @@ from vlmo import VLMo, load_checkpoint
 from vlmo.cli import app
 from vlmo.data import DigitScenes, digit_tokenizer
 from vlmo.demo import program
+from vlmo.demo.steps import train_steps, write_log
 from vlmo.demo.training import (
     Recipe,
-    distinct_rows,
     pretrain_batches,
     pretrain_steps,
     tiny_config,
@@ -25,13 +25,11 @@ from vlmo.demo.training import (
 from vlmo.files import replacing
 from vlmo.parity import Deviation, check_backends
 from vlmo.retrieval import Recall
-from vlmo.train import (
+from vlmo.training.optimizer import (
     adamw,
     linear_schedule,
     parameter_groups,
-    train_steps,
     warmup_then_decay,
-    write_log,
 )
 
 CPU = torch.device("cpu")
@@ -142,21 +140,14 @@ def test_negatives_harden_once_matching_is_trained():
     assert factors == pytest.approx([0, 0, 0.25, 0.5, 0.5])
 
 
-def test_batches_hold_no_meaning_twice_and_leave_no_row_out():
-    keys = [row % 10 for row in range(40)]
-    groups = [key // 2 for key in keys]  # two meanings each
-    batches = distinct_rows(keys, groups, 6, torch.Generator().manual_seed(0))
-    drawn = list(itertools.islice(batches, 100))
-    for rows in drawn:
-        assert len({keys[row] for row in rows.tolist()}) == 6
-    sizes = [len({groups[row] for row in rows.tolist()}) for rows in drawn]
-    assert sum(sizes) / len(sizes) < 4, "most rows must come with one of their group"
-    assert torch.cat(drawn).bincount(minlength=40).min() >= 5
-
-
-def test_batch_larger_than_the_number_of_meanings_is_refused():
-    with pytest.raises(ValueError, match="batch_size: 3"):
-        next(distinct_rows([1, 1, 2, 2], [0, 0, 0, 0], 3, torch.Generator()))
+def test_batches_hold_no_meaning_twice():
+    tokenizer, scenes = digit_tokenizer(8), DigitScenes("train", 512)
+    batches = pretrain_batches(
+        scenes, tokenizer, batch_size=64, steps=10, mask_share=0.25, seed=0, device=CPU
+    )
+    drawn = [batch["image_id"] for batch in batches]
+    assert len(drawn) == 10
+    assert all(len({scenes.keys[row] for row in rows}) == 64 for rows in drawn)
 
 
 def test_schedule_rises_and_falls():

@@ -21,6 +21,7 @@ from rich.table import Table
 from vlmo import VLMo, save_checkpoint
 from vlmo.data import DigitScenes, TextTokenizer, digit_tokenizer, retrieval_gallery
 from vlmo.demo.figures import draw_losses, draw_retrieval
+from vlmo.demo.steps import StepRecord, write_log
 from vlmo.demo.training import (
     Recipe,
     pretrain_batches,
@@ -46,7 +47,6 @@ from vlmo.retrieval import (
     rerank,
     shortlist,
 )
-from vlmo.train import StepRecord, write_log
 
 TEXT_LENGTH = 8  # of the longest caption, [CLS] and [SEP] included
 SCENES = 16384
@@ -236,13 +236,9 @@ def _search(
 
 def _gallery(split: str, tokenizer: TextTokenizer, seed: int) -> tuple[DigitScenes, Gallery]:
     pairs = retrieval_gallery(split, GALLERY, seed=seed)
-    stored = pairs.materialise(tokenizer)
-    gallery = Gallery(
-        images=stored["image"].unsqueeze(1).expand(-1, 3, -1, -1),
-        text_ids=stored["text_ids"],
-        text_masks=stored["text_masks"],
-        image_of_text=torch.arange(GALLERY),
-    )
+    texts = tokenizer.encode([pairs.text(row) for row in range(GALLERY)])
+    images, image_of_text = pairs.images(range(GALLERY)), torch.arange(GALLERY)
+    gallery = Gallery(images=images, image_of_text=image_of_text, **texts)
     return pairs, gallery
 
 

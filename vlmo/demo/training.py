@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from vlmo import VLMo, VLMoConfig, objectives
-from vlmo.data import DigitScenes, TextTokenizer, mask_whole_words, normalise
+from vlmo.data import DigitScenes, GlobalBatches, TextTokenizer, loader, to_device
+from vlmo.demo.steps import StepRecord, train_steps
 from vlmo.negatives import PendingNegatives
 from vlmo.placement import autocast_dtype
-from vlmo.train import StepRecord, adamw, linear_schedule, train_steps
-
-_TRIES = 4  # to find a row's partner
+from vlmo.recipes import tiny
+from vlmo.training.initial import start_wide
+from vlmo.training.optimizer import adamw, linear_schedule
 
 
 @dataclass(frozen=True)
@@ -62,40 +63,19 @@ class Recipe:
 
 def tiny_config(tokenizer: TextTokenizer, **changes: Any) -> VLMoConfig:
     """A VLMo for 32-pixel pictures that trains in two minutes on two CPU cores."""
-    sizes: dict[str, Any] = dict(
-        dim=96,
-        depth=3,
-        heads=4,
-        mlp_ratio=2.0,
-        vl_start=2,
-        image_size=32,
-        patch_size=16,
+    sizes = dict(
         max_text_length=tokenizer.max_length,
         text_capacity=tokenizer.max_length,
         vocab_size=tokenizer.vocab_size,
-        # Learned positions beside the relative bias: [CLS] sees through them where a digit lies.
-        absolute_position=True,
-        layer_scale=1.0,
-        drop_path=0.0,
     )
-    return VLMoConfig(**{**sizes, **changes})
+    return tiny(**{**sizes, **changes})
 
 
 def tiny_model(config: VLMoConfig, seed: int) -> VLMo:
-    """A new model whose blocks and patch positions start wider than the official ones.
-
-    The official deviation of 0.02 suits width 768. At an eighth of the width it makes all branches
-    next to nothing, and positions next to nothing beside the patches: a short training would be
-    spent on growing them.
-    """
+    """A new model that starts wide."""
     torch.manual_seed(seed)
     model = VLMo(config)
-    with torch.no_grad():
-        for parameter in model.transformer.blocks.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.8 * config.dim**-0.5)
-        if model.transformer.pos_embed is not None:
-            model.transformer.pos_embed.normal_(std=0.5)
+    start_wide(model)
     return model
 
 
@@ -120,72 +100,11 @@ def pretrain_batches(
         seed: of order and masks.
         device: where the batches are put.
     """
-    generator = torch.Generator().manual_seed(seed)
-    stored = scenes.materialise(tokenizer)
-    keys = [scenes.scene(row).key for row in range(len(scenes))]
-    groups = [frozenset(key.digits) for key in keys]
-    for rows in itertools.islice(distinct_rows(keys, groups, batch_size, generator), steps):
-        ids = stored["text_ids"][rows]
-        masked, labels = mask_whole_words(ids, tokenizer, mask_share, generator=generator)
-        batch = {
-            "image": normalise(stored["image"][rows]),
-            "text_ids": ids,
-            "text_masks": stored["text_masks"][rows],
-            "text_ids_mlm": masked,
-            "text_labels_mlm": labels,
-        }
-        yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def distinct_rows(
-    keys: Sequence[Hashable],
-    groups: Sequence[Hashable],
-    batch_size: int,
-    generator: torch.Generator,
-) -> Iterator[Tensor]:
-    """Rows ``[batch_size]`` with different keys, half of them drawn, half similar to those.
-
-    A batch with two pictures of one meaning would teach that the one's caption is false of the
-    other. And a batch drawn at random seldom holds two scenes that differ in their arrangement
-    alone, so that contrast would learn to count digits and matching would find no hard negative.
-
-    Args:
-        keys: rows with equal keys never share a batch.
-        groups: each drawn row brings a random one of its group along, if there is one that fits.
-        batch_size: rows of a batch.
-        generator: of the order; all rows are drawn about equally often.
-
-    Raises:
-        ValueError: there are fewer different keys than ``batch_size``.
-    """
-    different = len(set(keys))
-    if different < batch_size:
-        raise ValueError(f"batch_size: {batch_size} exceeds the {different} different keys")
-    members: dict[Hashable, list[int]] = {}
-    for row, group in enumerate(groups):
-        members.setdefault(group, []).append(row)
-    waiting: list[int] = []
-    while True:
-        rows: list[int] = []
-        seen: set[Hashable] = set()
-        held: list[int] = []
-        while len(rows) < batch_size:
-            if not waiting:
-                waiting = torch.randperm(len(keys), generator=generator).tolist()
-            row = waiting.pop()
-            if keys[row] in seen:
-                held.append(row)
-                continue
-            similar = members[groups[row]]
-            picks = torch.randint(len(similar), (_TRIES,), generator=generator).tolist()
-            partners = (similar[pick] for pick in picks if keys[similar[pick]] not in seen)
-            partner = next((other for other in partners if keys[other] != keys[row]), None)
-            for chosen in (row, partner):
-                if chosen is not None and len(rows) < batch_size:
-                    rows.append(chosen)
-                    seen.add(keys[chosen])
-        waiting += held
-        yield torch.tensor(rows)
+    order = GlobalBatches(
+        len(scenes), batch_size, seed=seed, steps=steps, keys=scenes.keys, groups=scenes.groups
+    )
+    for batch in loader(scenes, order, tokenizer, mask_share=mask_share):
+        yield to_device(batch, device)
 
 
 def pretrain_steps(

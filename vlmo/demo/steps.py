@@ -1,8 +1,4 @@
-"""The parts of a training program: optimizer groups, schedule, step loop, loss log.
-
-The rules are those of the official recipes. What a program trains on and what it does between two
-steps (progress, validation, checkpoints) stays with the program.
-"""
+"""The demo's step loop, whose objective changes as it goes, and its loss log."""
 
 from __future__ import annotations
 
@@ -11,66 +7,16 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler
 
 from vlmo.files import replacing
 
 Batch = Mapping[str, Tensor]
 Objective = Callable[[Batch], Mapping[str, Tensor]]
-
-# Names that hold one of these are not decayed: every bias (the relative position table is one of
-# them) and these norms, but not the norms of the experts.
-_NOT_DECAYED = ("bias", "LayerNorm.weight", "norm.weight", "norm1.weight")
-_FINE_TUNING_HEADS = ("vqa_classifier.", "nlvr2_classifier.")
-
-
-def parameter_groups(
-    model: nn.Module, *, lr: float, weight_decay: float = 0.01, head_lr_scale: float = 1.0
-) -> list[dict[str, Any]]:
-    """Groups for an optimizer, with the official rule for weight decay.
-
-    Args:
-        model: parameters without ``requires_grad`` are left out.
-        lr: learning rate.
-        weight_decay: of the parameters that have one.
-        head_lr_scale: factor of ``lr`` for the VQA and NLVR2 classifiers.
-    """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            decay = 0.0 if any(part in name for part in _NOT_DECAYED) else weight_decay
-            head = any(part in name for part in _FINE_TUNING_HEADS)
-            key = (decay, lr * head_lr_scale if head else lr)
-            groups.setdefault(key, []).append(parameter)
-    return [
-        {"params": members, "weight_decay": decay, "lr": rate}
-        for (decay, rate), members in groups.items()
-    ]
-
-
-def adamw(model: nn.Module, *, lr: float, weight_decay: float = 0.01, **options) -> Optimizer:
-    """AdamW with the official betas; ``options`` are those of :func:`parameter_groups`."""
-    groups = parameter_groups(model, lr=lr, weight_decay=weight_decay, **options)
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8)
-
-
-def warmup_then_decay(step: int, *, warmup: int, total: int, power: float = 1.0) -> float:
-    """Factor of the learning rate: linear from 0 over ``warmup`` steps, then to 0 at ``total``."""
-    if step < warmup:
-        return step / warmup
-    return max(0.0, (total - step) / max(total - warmup, 1)) ** power
-
-
-def linear_schedule(optimizer: Optimizer, *, warmup: int, total: int) -> LRScheduler:
-    """:func:`warmup_then_decay` for every group; the first step already has a rate above 0."""
-    return LambdaLR(
-        optimizer, lambda step: warmup_then_decay(step + 1, warmup=warmup, total=total + 1)
-    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Training: what a recipe, data and a machine become."""
