@@ -68,7 +68,7 @@ def open_data(
         raise ValueError(f"answer_minimum: {answer_minimum} is not positive")
     if source == "digits":
         return _open_digits(task, split, image_size, answers, datasets)
-    path = Path(source)
+    path = Path(source).absolute()  # for workers, and after a change of folder
     if not path.exists():
         raise FileNotFoundError(f"source: {path} does not exist")
     try:
