@@ -1,12 +1,7 @@
 """Data: sources and their samples, global batches, text tokenisation and masking."""
 
 from vlmo.data.digit_language import ANSWERS, Meaning, Question
-from vlmo.data.digit_scenes import (
-    DigitScenes,
-    Scene,
-    normalise,
-    retrieval_gallery,
-)
+from vlmo.data.digit_scenes import DigitScenes, Scene, retrieval_gallery
 from vlmo.data.digit_tokenizer import digit_tokenizer
 from vlmo.data.draws import Draw
 from vlmo.data.loading import HOST_KEYS, collate, evaluation_loader, loader, to_device
@@ -32,7 +27,6 @@ __all__ = [
     "load_vocabulary",
     "loader",
     "mask_whole_words",
-    "normalise",
     "open_data",
     "retrieval_gallery",
     "to_device",

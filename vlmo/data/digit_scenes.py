@@ -20,7 +20,6 @@ from vlmo.data import digit_language as language
 from vlmo.data.digit_language import ANSWERS, Meaning, Question
 from vlmo.data.digit_scans import SPLITS, enlarged_scans, load_scans, split_scans
 from vlmo.data.draws import Draw
-from vlmo.data.tokenizer import TextTokenizer
 
 TASKS = ("pretrain", "retrieval", "vqa", "nlvr2", "textmlm")
 AXES = ("single", "horizontal", "vertical")
@@ -216,6 +215,11 @@ class DigitScenes(Dataset):
     def __len__(self) -> int:
         return len(self._tables[0].scans)
 
+    @property
+    def image_ids(self) -> list[int]:
+        """The image_id of every sample: each has a picture of its own."""
+        return list(range(len(self)))
+
     def scene(self, index: int, image: int = 0) -> Scene:
         """Description of a picture; ``image`` 1 is the second one of nlvr2."""
         return self._tables[image].scene(index)
@@ -250,8 +254,8 @@ class DigitScenes(Dataset):
 
     def images(self, indices: Sequence[int] | np.ndarray, image: int = 0) -> Tensor:
         """Pictures uint8 [n, 3, S, S]; ``image`` 1 is the second one of nlvr2."""
-        grey = self._pictures(indices, image)
-        return grey.unsqueeze(1).expand(-1, 3, -1, -1).contiguous()
+        grey = self._tables[image].render(np.asarray(indices, dtype=np.int64))
+        return torch.from_numpy(grey).unsqueeze(1).expand(-1, 3, -1, -1).contiguous()
 
     def __getitem__(self, item: Draw | int) -> dict:
         return self.__getitems__([item])[0]
@@ -276,30 +280,6 @@ class DigitScenes(Dataset):
                 sample |= {"answers": target, "identifier": f"{self.split}-{index}"}
             samples.append(sample)
         return samples
-
-    def materialise(self, tokenizer: TextTokenizer) -> dict[str, Tensor]:
-        """The whole data set in memory, for loops that need no DataLoader.
-
-        Returns:
-            image (or image_0 and image_1) uint8 [N, S, S], for :func:`normalise`; text_ids and
-            text_masks int64 [N, T]; answers int64 [N] where the task has them.
-        """
-        rows = np.arange(len(self))
-        tensors = {
-            name: self._pictures(rows, image) for image, name in enumerate(self._image_names())
-        }
-        texts, targets = zip(*(self._text_and_target(row) for row in rows.tolist()), strict=True)
-        # There are far fewer different texts than samples.
-        numbers = {text: n for n, text in enumerate(dict.fromkeys(texts))}
-        encoded = tokenizer.encode(list(numbers))
-        order = torch.tensor([numbers[text] for text in texts])
-        tensors |= {name: value[order] for name, value in encoded.items()}
-        if targets[0] is not None:
-            tensors["answers"] = torch.tensor(targets)
-        return tensors
-
-    def _pictures(self, indices: Sequence[int] | np.ndarray, image: int) -> Tensor:
-        return torch.from_numpy(self._tables[image].render(np.asarray(indices, dtype=np.int64)))
 
     def _image_names(self) -> tuple[str, ...]:
         names = {"nlvr2": ("image_0", "image_1"), "textmlm": ()}
@@ -329,12 +309,6 @@ def retrieval_gallery(split: str = "test", size: int = 256, **options) -> DigitS
         options: ``image_size``, ``seed``, ``digit_size``, ``jitter`` of :class:`DigitScenes`.
     """
     return DigitScenes(split, size, task="retrieval", distinct=True, **options)
-
-
-def normalise(pictures: Tensor) -> Tensor:
-    """Grey uint8 [B, S, S] to float32 [B, 3, S, S] in [-1, 1]: mean and deviation 0.5."""
-    scaled = pictures.float().div_(127.5).sub_(1)
-    return scaled.unsqueeze(1).expand(-1, 3, -1, -1).contiguous()
 
 
 def _check_arguments(split: str, size: int, image_size: int, task: str) -> None:
