@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -252,6 +253,9 @@ def test_folder_of_pictures(folder):
     assert data.image_ids == ["0.png", "1.png", "1.png", "2.png"]
     assert [level(data[n]) for n in range(4)] == [0, 50, 50, 100]
     assert opened(source, "textmlm")[2] == {"text": "dark"}
+    (source / "1.txt").write_bytes("ü".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"1\.txt: is not UTF-8"):
+        opened(source, "retrieval")
     (source / "1.txt").write_text("\n")
     with pytest.raises(ValueError, match=r"1\.txt: holds no caption"):
         opened(source, "retrieval")
@@ -324,7 +328,10 @@ def test_files_that_are_not_what_they_seem(tmp_path):
     with pytest.raises(ValueError, match=r"a\.jsonl, line 3: is not JSON"):
         opened(tmp_path / "a.jsonl", "textmlm")
     (tmp_path / "b.jsonl").write_text("[1]\n")
-    with pytest.raises(ValueError, match=r"b\.jsonl, line 1: '\[1\]' is not a JSON object"):
+    with pytest.raises(ValueError, match=r"b\.jsonl, line 1: \[1\] is not a JSON object"):
+        opened(tmp_path / "b.jsonl", "textmlm")
+    (tmp_path / "b.jsonl").write_bytes('{"text": "x"}\n{"text": "ü"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"b\.jsonl, line 2: is not JSON"):
         opened(tmp_path / "b.jsonl", "textmlm")
     (tmp_path / "c.parquet").write_text("no parquet")
     with pytest.raises(ValueError, match=r"c\.parquet: is not a Parquet file"):
@@ -345,6 +352,16 @@ def test_sources_that_cannot_be_read(folder):
         opened(path, "pretrain", datasets=["coco"])
     with pytest.raises(ValueError, match="image_size: 0"):
         opened(path, "pretrain", image_size=0)
+
+
+def test_missing_extras_are_named(folder, monkeypatch):
+    path = write_jsonl(folder / "pairs.jsonl", CAPTIONS)
+    for module in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for module in ("arrow", "own"):
+        monkeypatch.delitem(sys.modules, f"vlmo.data.{module}")
+    with pytest.raises(ImportError, match=r"needs pyarrow.*: pip install 'vlmo\[train\]'"):
+        opened(path, "pretrain")
 
 
 def test_training_augments_by_the_seed_of_the_draw(folder):

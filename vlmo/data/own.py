@@ -254,17 +254,17 @@ def _file_records(path: Path, split: str | None) -> Iterator[_Record]:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig") as stream:
+    with path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
             place = f"{path}, line {number}"
             try:
                 values = json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # of the syntax or of the encoding
                 raise ValueError(f"{place}: is not JSON: {error}") from error
             if not isinstance(values, dict):
-                raise ValueError(f"{place}: {line.strip()[:40]!r} is not a JSON object")
+                raise ValueError(f"{place}: {reprlib.repr(values)} is not a JSON object")
             yield place, values
 
 
@@ -296,13 +296,20 @@ def _folder_records(source: Path, split: str) -> Iterator[_Record]:
     if bare:
         raise FileNotFoundError(f"{folder}: {_listed(bare, 'pictures have no .txt of captions')}")
     for number, path in enumerate(images):
-        captions = path.with_suffix(".txt").read_text(encoding="utf-8-sig").splitlines()
-        captions = [text.strip() for text in captions if text.strip()]
-        if not captions:
-            raise ValueError(f"{path.with_suffix('.txt')}: holds no caption")
         name = path.relative_to(folder).as_posix()
-        values = {"image": name, "caption": captions}
+        values = {"image": name, "caption": _caption_lines(path.with_suffix(".txt"))}
         yield _Record(values, os.fspath(path), number, folder)
+
+
+def _caption_lines(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8: {error}") from error
+    captions = [line.strip() for line in lines if line.strip()]
+    if not captions:
+        raise ValueError(f"{path}: holds no caption")
+    return captions
 
 
 def _captions(record: _Record) -> Iterator[Item]:

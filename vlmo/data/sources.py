@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-
-from torch.utils.data import Dataset
+from typing import TYPE_CHECKING
 
 from vlmo.data.digit_language import ANSWERS
 from vlmo.data.digit_scans import SPLITS
 from vlmo.data.digit_scenes import DigitScenes
+
+if TYPE_CHECKING:
+    from vlmo.data.samples import Samples
 
 TASKS = ("textmlm", "pretrain", "retrieval", "vqa", "nlvr2")
 _DIGIT_SIZES = {"train": 16384, "val": 512, "test": 1024}
@@ -28,7 +30,7 @@ def open_data(
     datasets: Sequence[str] | None = None,
     answer_minimum: int = 1,
     flip: bool = True,
-) -> Dataset:
+) -> Samples | DigitScenes:
     """A data set of one split, whose samples :func:`~vlmo.data.collate` puts together.
 
     docs/data.md shows an example of every kind of source.

@@ -156,7 +156,7 @@ _OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         levels = np.asarray(image)
-        wide = levels.max(initial=0) > 255
+        wide = image.mode.startswith("I;16") or levels.max(initial=0) > 255
         grey = (levels >> 8 if wide else levels).clip(0, 255).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
