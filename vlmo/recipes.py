@@ -15,6 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
 from vlmo.config import VLMoConfig
 
 STAGES = ("textmlm", "pretrain", "vqa", "nlvr2", "retrieval")
@@ -25,6 +29,9 @@ TASKS_OF = {
     "nlvr2": ("nlvr2",),
     "retrieval": ("irtr",),
 }
+# Retrieval whose fusion encoder can re-rank, as in Table 2 of the supplement. The official code has
+# the re-ranking (never called) but no training for it.
+RERANK_LOSSES = ("itc", "itm")
 # Stage 2 trains what holds one of these in its name; the rest, BEiT's, is frozen (run.py:153).
 TEXT_PARTS = (
     "text_embeddings",
@@ -94,6 +101,7 @@ class Recipe:
         itc_grad_scale: factor of the gradient of image-text contrast. The official code gathers
             features without their gradient, so that it has 1 / GPUs, 1/64 in the published base
             model; 1 is the gradient of the loss as the paper states it.
+        losses: out of :data:`vlmo.config.TASKS`; None for those of the stage.
         separate_attention: text and image have attention of their own below the vision-language
             experts (ablation, Table 1 of the supplement).
         wide_start: start the blocks wider than the official code does, which a width of 96 needs.
@@ -122,6 +130,7 @@ class Recipe:
     mask_share: float | None = None
     official_masking: bool = False
     itc_grad_scale: float = 1.0
+    losses: tuple[str, ...] | None = None
     separate_attention: bool = False
     wide_start: bool = False
     source: str = "supplement"
@@ -142,7 +151,7 @@ class Recipe:
     @property
     def tasks(self) -> tuple[str, ...]:
         """The losses, as in :attr:`VLMoConfig.tasks`."""
-        return TASKS_OF[self.stage]
+        return self.losses or TASKS_OF[self.stage]
 
     def replace(self, **changes: Any) -> Recipe:
         """A copy with some fields changed; steps and epochs, and both warm-ups, replace another."""
@@ -271,7 +280,9 @@ def _retrieval() -> Iterator[Recipe]:
     for size, lr, epochs in (("base", 2e-5, 20), ("large", 1e-5, 10)):
         start = f"pretrain_{size}"
         name = f"coco_retrieval_{size}"
-        yield paper(name, size=size, lr=lr, epochs=epochs, initial_from=start, **coco)
+        found = paper(name, size=size, lr=lr, epochs=epochs, initial_from=start, **coco)
+        yield found
+        yield found.replace(name=f"coco_rerank_{size}", losses=RERANK_LOSSES, source="own")
     for size, lr in rates.items():
         name = f"coco_retrieval_{size}" + ("" if size == "base_plus" else "_code")
         start = f"pretrain_{size}"
@@ -282,7 +293,14 @@ def _retrieval() -> Iterator[Recipe]:
         flickr |= dict(
             initial_from=f"coco_retrieval_{size}", drop_path=0.15 if size == "base" else 0.2
         )
-        yield paper(f"flickr30k_retrieval_{size}", size=size, lr=1e-5, epochs=40, **flickr)
+        found = paper(f"flickr30k_retrieval_{size}", size=size, lr=1e-5, epochs=40, **flickr)
+        yield found
+        yield found.replace(
+            name=f"flickr30k_rerank_{size}",
+            losses=RERANK_LOSSES,
+            initial_from=f"coco_rerank_{size}",
+            source="own",
+        )
     for size, lr in rates.items():
         plus = size == "base_plus"
         name = f"flickr30k_retrieval_{size}" + ("" if plus else "_code")
@@ -326,6 +344,7 @@ def _digits() -> Iterator[Recipe]:
     yield tuned("digits_vqa", stage="vqa", head_lr_scale=2.0)
     yield tuned("digits_nlvr2", stage="nlvr2", head_lr_scale=2.0)
     yield tuned("digits_retrieval", stage="retrieval")
+    yield tuned("digits_rerank", stage="retrieval", losses=RERANK_LOSSES)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -333,3 +352,34 @@ RECIPES: dict[str, Recipe] = {
     for group in (_pretraining, _classification, _retrieval, _digits)
     for found in group()
 }
+
+
+def show_recipes(console: Console) -> None:
+    """Print the recipes as a table."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    columns = (
+        "recipe",
+        "lr",
+        "batch",
+        "length",
+        "warm-up",
+        "pixels",
+        "drop path",
+        "from",
+        "source",
+    )
+    for name in columns:
+        table.add_column(name, no_wrap=True)
+    stage = None
+    for entry in RECIPES.values():
+        if stage not in (None, entry.stage):
+            table.add_section()
+        stage = entry.stage
+        length = f"{entry.epochs} epochs" if entry.steps is None else f"{entry.steps:,} steps"
+        share = entry.warmup_share
+        warmup = f"{entry.warmup:,}" if share is None else f"{100 * share:.0f} %"
+        pixels = "-" if entry.stage == "textmlm" else str(entry.image_size)
+        numbers = (f"{entry.lr:g}", str(entry.batch_size), length, warmup, pixels)
+        origin = entry.initial_from or "-"
+        table.add_row(entry.name, *numbers, f"{entry.drop_path:g}", origin, entry.source)
+    console.print(table)
