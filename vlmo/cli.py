@@ -40,6 +40,13 @@ class Dtype(str, enum.Enum):
     float32 = "float32"
 
 
+class Parallel(str, enum.Enum):
+    """DistributedDataParallel or FSDP2."""
+
+    ddp = "ddp"
+    fsdp = "fsdp"
+
+
 @app.command()
 def info() -> None:
     """Show versions, devices, built kernels, and what can run here."""
@@ -76,6 +83,140 @@ def demo(
     failures = run(settings, Console())
     if failures:
         raise typer.Exit(1)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes of vlmo train."""
+    from vlmo.recipes import show_recipes
+
+    show_recipes(Console())
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A name of vlmo recipes.")],
+    data: Annotated[
+        str, typer.Option(help="digits, a folder of Arrow files, or own data (docs/data.md).")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the run; what it holds goes on.  [default: runs/RECIPE]"),
+    ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Checkpoint, or folder of a run, to start from.")
+    ] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Keys that start so are not taken from --init.")
+    ] = None,
+    vocab: Annotated[
+        Path | None, typer.Option(help="vocab.txt; default: that of the run or of --init.")
+    ] = None,
+    datasets: Annotated[
+        list[str] | None, typer.Option(help="Official data sets, instead of the recipe's.")
+    ] = None,
+    answer_minimum: Annotated[
+        int, typer.Option(min=1, help="Questions that make an answer one of own VQA data.")
+    ] = 1,
+    steps: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
+    warmup: Annotated[int | None, typer.Option(min=0, help="Steps; instead of ...")] = None,
+    lr: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Over all processes; instead of the recipe's.")
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels; instead of ...")] = None,
+    clip_norm: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
+    itc_grad_scale: Annotated[
+        float | None, typer.Option(help="Of contrast; official: 1 / GPUs (docs/training.md).")
+    ] = None,
+    separate_attention: Annotated[
+        bool, typer.Option("--separate-attention", help="Text and image with their own attention.")
+    ] = False,
+    official_masking: Annotated[
+        bool, typer.Option("--official-masking", help="Choose words as the official code does.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 1,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Rows at a time on a process; default: all.")
+    ] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Compute activations twice to save memory.")
+    ] = False,
+    parallel: Annotated[Parallel, typer.Option(help="How processes share.")] = Parallel.ddp,
+    device: Annotated[Device, typer.Option(help="Where to run.")] = Device.auto,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the products; default: 16 bits on a GPU.")
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="cuda, triton or reference; default: the first that can.")
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that make samples, for each that trains.")
+    ] = 0,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 10,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 1000,
+    evaluate_every: Annotated[
+        int | None, typer.Option(min=0, help="Steps; 0 for never.  [default: at the end]")
+    ] = None,
+    evaluation_batch: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 64,
+    tensorboard: Annotated[bool, typer.Option(help="Write its log as well.")] = True,
+) -> None:
+    """Train a model by a recipe, alone or under torchrun (docs/training.md).
+
+    Exits with 1 if the loss or a weight is no longer finite, and with 143 or 130 after SIGTERM or
+    SIGINT, having saved; the same command then goes on.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as in demo
+    from vlmo.recipes import recipe as recipe_of
+
+    changes = dict(
+        steps=steps,
+        epochs=epochs,
+        warmup=warmup,
+        lr=lr,
+        batch_size=batch_size,
+        image_size=image_size,
+        clip_norm=clip_norm,
+        itc_grad_scale=itc_grad_scale,
+        separate_attention=separate_attention or None,
+        official_masking=official_masking or None,
+    )
+    chosen = recipe_of(recipe).replace(**{k: v for k, v in changes.items() if v is not None})
+    from vlmo.training import Interrupted, Settings
+    from vlmo.training import train as run
+
+    settings = Settings(
+        chosen,
+        data,
+        output or Path("runs") / recipe,
+        datasets=tuple(datasets) if datasets else None,
+        vocabulary=vocab,
+        initial=init,
+        skip=tuple(skip or ()),
+        answer_minimum=answer_minimum,
+        seed=seed,
+        micro_batch=micro_batch,
+        device=device.value,
+        dtype=dtype.value if dtype else "auto",
+        backend=backend,
+        parallel=parallel.value,
+        checkpointing=checkpointing,
+        workers=workers,
+        log_every=log_every,
+        save_every=save_every,
+        evaluate_every=evaluate_every,
+        evaluation_batch=evaluation_batch,
+        board=tensorboard,
+    )
+    try:
+        run(settings, Console())
+    except Interrupted as stop:
+        print(f"vlmo: {stop}", file=sys.stderr)
+        raise typer.Exit(128 + stop.number) from stop
+    except FloatingPointError as error:
+        print(f"vlmo: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
 
 
 @app.command()

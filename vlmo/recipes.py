@@ -355,7 +355,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def show_recipes(console: Console) -> None:
-    """Print the recipes as a table."""
+    """Print the recipes as a table, as wide as it is."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     columns = (
         "recipe",
@@ -372,7 +372,7 @@ def show_recipes(console: Console) -> None:
         table.add_column(name, no_wrap=True)
     stage = None
     for entry in RECIPES.values():
-        if stage not in (None, entry.stage):
+        if stage not in (None, entry.stage) and entry.source != "own":
             table.add_section()
         stage = entry.stage
         length = f"{entry.epochs} epochs" if entry.steps is None else f"{entry.steps:,} steps"
@@ -382,4 +382,5 @@ def show_recipes(console: Console) -> None:
         numbers = (f"{entry.lr:g}", str(entry.batch_size), length, warmup, pixels)
         origin = entry.initial_from or "-"
         table.add_row(entry.name, *numbers, f"{entry.drop_path:g}", origin, entry.source)
+    console.width = max(console.width, console.measure(table).maximum)
     console.print(table)

@@ -1,0 +1,128 @@
+"""One process or many: the process group, and the model wrapped for it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from vlmo.distributed import rank, world_size
+from vlmo.model import VLMo
+from vlmo.placement import chosen_device
+
+WAYS = ("ddp", "fsdp")
+
+
+@contextlib.contextmanager
+def joined_group(device: str) -> Iterator[torch.device]:
+    """The process group that torchrun has set up for this process, if it has, for the block.
+
+    NCCL between GPUs, and gloo between CPUs and for what stays on the host.
+
+    Args:
+        device: a name for :func:`vlmo.placement.chosen_device`; "auto" and "cuda" are the GPU of
+            this process's LOCAL_RANK.
+
+    Yields:
+        This process's device.
+
+    Raises:
+        ValueError: no such device, or fewer GPUs than processes.
+    """
+    chosen = chosen_device(device)
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        yield chosen
+        return
+    if chosen.type == "cuda":
+        local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= count:
+            raise ValueError(
+                f"device: process {local} of this machine has none of its {count} GPUs"
+            )
+        chosen = torch.device("cuda", local)
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield chosen
+    finally:
+        dist.destroy_process_group()
+
+
+def check_way(way: str) -> None:
+    """Raise ValueError if ``way`` is none of ``WAYS``, or fsdp without a process group."""
+    if way not in WAYS:
+        raise ValueError(f"parallel: {way!r} is not one of {WAYS}")
+    if way == "fsdp" and not dist.is_initialized():
+        raise ValueError("parallel: 'fsdp' needs processes started by torchrun")
+
+
+def wrapped(model: VLMo, way: str) -> nn.Module:
+    """The model ready for :func:`vlmo.step.backward` on all ranks.
+
+    Args:
+        model: on its device, with what is not trained frozen.
+        way: "ddp" keeps the whole model on each rank, "fsdp" (FSDP2) a part of every parameter; the
+            logit scales, which it cannot divide, are whole on each.
+    """
+    if way == "fsdp":
+        mesh = init_device_mesh(next(model.parameters()).device.type, (world_size(),))
+        for block in model.transformer.blocks:
+            fully_shard(block, mesh=mesh)
+        scalars = {parameter for parameter in model.parameters() if parameter.dim() == 0}
+        fully_shard(model, mesh=mesh, ignored_params=scalars)
+        return model
+    if world_size() == 1:
+        return model
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+class Agreement:
+    """A number that any rank may raise, and on which all agree a step later.
+
+    Nothing waits for a device; between hosts it travels while the step runs.
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[torch.Tensor, Any] | None = None
+
+    def highest(self, own: int) -> int:
+        """The highest number of all ranks' last calls; in a world of one, ``own``."""
+        if world_size() == 1:
+            return own
+        before = 0
+        if self._pending is not None:
+            value, work = self._pending
+            work.wait()
+            before = int(value)
+        value = torch.tensor(own)
+        self._pending = (value, dist.all_reduce(value, dist.ReduceOp.MAX, async_op=True))
+        return before
+
+    def close(self) -> None:
+        """Wait for what is on its way."""
+        if self._pending is not None:
+            self._pending[1].wait()
+            self._pending = None
+
+
+def raise_together(error: str | None) -> None:
+    """Raise OSError on all ranks if the first one gives an error."""
+    if world_size() > 1:
+        told = [error]
+        dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
+        error = told[0]
+    if error is not None:
+        raise OSError(error)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return rank() == 0
