@@ -17,6 +17,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from vlmo.config import VLMoConfig
@@ -382,5 +383,6 @@ def show_recipes(console: Console) -> None:
         numbers = (f"{entry.lr:g}", str(entry.batch_size), length, warmup, pixels)
         origin = entry.initial_from or "-"
         table.add_row(entry.name, *numbers, f"{entry.drop_path:g}", origin, entry.source)
-    console.width = max(console.width, console.measure(table).maximum)
+    unlimited = console.options.update(max_width=1000)
+    console.width = max(console.width, Measurement.get(console, unlimited, table).maximum)
     console.print(table)
