@@ -12,13 +12,14 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "Predictor": "predictor",
     "VLMo": "model",
     "VLMoConfig": "config",
     "load_checkpoint": "checkpoint",
     "save_checkpoint": "checkpoint",
 }
 
-__all__ = ["VLMo", "VLMoConfig", "load_checkpoint", "save_checkpoint"]
+__all__ = ["Predictor", "VLMo", "VLMoConfig", "load_checkpoint", "save_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:

@@ -44,13 +44,28 @@ def read_image(source: str | os.PathLike[str] | bytes, name: str) -> Image.Image
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return _as_rgb(ImageOps.exif_transpose(image))
+            return as_rgb(image)
     except FileNotFoundError:
         raise
     except UnidentifiedImageError as error:
         raise ValueError(f"{name}: is no image of a known format") from error
     except Exception as error:  # Pillow's readers raise many kinds for damaged files
         raise ValueError(f"{name}: the image cannot be read: {error}") from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The picture in RGB, see :func:`read_image`; a picture that is still in its file is read."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        levels = np.asarray(image)
+        wide = image.mode.startswith("I;16") or levels.max(initial=0) > 255
+        grey = (levels >> 8 if wide else levels).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -151,19 +166,6 @@ _OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "translate_y": lambda image, m: _affine(image, 1, 0, 0, 0, 1, 10 * m),
     "rotate": lambda image, m: image.rotate(30 * m, Resampling.BILINEAR, fillcolor=FILL),
 }
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        levels = np.asarray(image)
-        wide = image.mode.startswith("I;16") or levels.max(initial=0) > 255
-        grey = (levels >> 8 if wide else levels).clip(0, 255).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
 
 
 def _tensor(image: Image.Image) -> Tensor:

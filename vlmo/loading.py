@@ -1,0 +1,95 @@
+"""A trained model with what it needs to be used: its vocabulary and the names of its answers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer
+
+from vlmo.data.tokenizer import load_vocabulary
+from vlmo.model import VLMo
+
+WEIGHTS, VOCABULARY, ANSWERS = "model.safetensors", "vocab.txt", "answers.json"  # of a run folder
+
+
+class Loaded(NamedTuple):
+    """A model to use.
+
+    Attributes:
+        model: on the CPU, in evaluation mode.
+        vocabulary: of its texts, for :class:`vlmo.data.TextTokenizer`; None if there is none.
+        answers: of visual questions in the order of their ids; None if there are none.
+    """
+
+    model: VLMo
+    vocabulary: Tokenizer | None
+    answers: list[str] | None
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    *,
+    vocabulary: str | os.PathLike[str] | None = None,
+    answers: str | os.PathLike[str] | Sequence[str] | None = None,
+    **changes: Any,
+) -> Loaded:
+    """Load a checkpoint, or what a training has left in its folder.
+
+    Args:
+        source: a checkpoint of any layout that :func:`vlmo.load_checkpoint` reads; or a run folder,
+            which has a vocab.txt and, after VQA training, an answers.json beside its weights.
+        vocabulary: vocab.txt of the model, where the folder has none or another is wanted.
+        answers: the answers in the order of their ids, or a JSON file with a list of them.
+        changes: fields to change in the configuration found, e.g. ``image_size=480``.
+
+    Raises:
+        FileNotFoundError: ``source`` or a file it needs does not exist.
+        CheckpointError: the checkpoint is damaged or of another kind.
+        ValueError: vocabulary or answers are not those of the model, or no valid configuration.
+    """
+    path = Path(source)
+    if path.is_dir():
+        folder, path = path, path / WEIGHTS
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder}: has no {WEIGHTS}, so it is no run folder")
+        if vocabulary is None and (folder / VOCABULARY).is_file():
+            vocabulary = folder / VOCABULARY
+        if answers is None and (folder / ANSWERS).is_file():
+            answers = folder / ANSWERS
+    model = VLMo.from_checkpoint(path, **changes).eval()
+    tokenizer = None if vocabulary is None else _vocabulary(vocabulary, model.config.vocab_size)
+    named = None
+    if answers is not None and "vqa" in model.config.tasks:
+        named = _answers(answers, model.config.vqa_labels)
+    return Loaded(model, tokenizer, named)
+
+
+def _vocabulary(path: str | os.PathLike[str], size: int) -> Tokenizer:
+    tokenizer = load_vocabulary(path)
+    found = tokenizer.get_vocab_size()
+    if found != size:
+        raise ValueError(f"vocabulary: {os.fspath(path)} has {found} tokens, the model has {size}")
+    return tokenizer
+
+
+def _answers(given: str | os.PathLike[str] | Sequence[str], count: int) -> list[str]:
+    names: Any = given
+    place = "answers"
+    if isinstance(given, (str, os.PathLike)):
+        place = f"answers: {os.fspath(given)}"
+        try:
+            names = json.loads(Path(given).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{place} is not JSON: {error}") from error
+        if not isinstance(names, list):
+            raise ValueError(f"{place} holds no list")
+    wrong = next((name for name in names if not isinstance(name, str)), None)
+    if wrong is not None:
+        raise ValueError(f"{place}: {wrong!r} is not a text")
+    if len(names) != count:
+        raise ValueError(f"{place}: has {len(names)} answers, the model has {count}")
+    return list(names)

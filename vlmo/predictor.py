@@ -1,0 +1,456 @@
+"""A trained VLMo on single images and texts.
+
+from vlmo import Predictor
+predictor = Predictor.load("run/")
+predictor.answer("photo.jpg", "what colour is the car?")
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vlmo import objectives, passes
+from vlmo.data.tokenizer import TextTokenizer
+from vlmo.data.transforms import SquareTransform, as_rgb, read_image
+from vlmo.loading import load_model
+from vlmo.model import VLMo
+from vlmo.placement import chosen_device, chosen_dtype, require_backend
+from vlmo.retrieval import (
+    Embeddings,
+    Gallery,
+    Shortlist,
+    Shortlists,
+    embed_texts,
+    matching_logits,
+    shortlist,
+)
+from vlmo.retrieval import (
+    rerank as rerank_lists,
+)
+from vlmo.sharing import device_of, even_batches, precision
+
+Picture: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
+Pictures: TypeAlias = Picture | Sequence[Picture]
+Texts: TypeAlias = str | Sequence[str]
+
+_THREADS = 8  # that decode images
+
+
+class Answer(NamedTuple):
+    """An answer to a question about an image.
+
+    Attributes:
+        text: as the model's list of answers has it.
+        probability: that it is right; answers are judged one by one, so these need not sum to 1.
+    """
+
+    text: str
+    probability: float
+
+
+class Hit(NamedTuple):
+    """An image found for a text.
+
+    Attributes:
+        image: its number among the images.
+        score: cosine; after re-ranking, matching logit and cosine.
+    """
+
+    image: int
+    score: float
+
+
+class Predictor:
+    """A model, its vocabulary and its answers, to be asked about any number of images and texts.
+
+    Images are paths, Pillow images, or uint8 arrays ``[H, W]``, ``[H, W, 3]`` or, of several,
+    ``[n, H, W, 3]``; they are resized to the model's square. Texts longer than the model's lose
+    their end, with a warning. Wherever images and texts are taken one by one, a single one goes
+    with all of the others. Everything is done in batches; tensors come back in float32 on the CPU.
+
+    Args:
+        model: put into evaluation mode.
+        vocabulary: of :func:`vlmo.data.load_vocabulary`; None for a model that only sees images.
+        answers: of visual questions in the order of their ids.
+        autocast: dtype of the model's products; None for the parameters' own.
+        batch_size: images, texts or pairs at a time.
+
+    Attributes:
+        model: as given.
+        answers: as given.
+
+    Raises:
+        ValueError: ``batch_size`` is not positive.
+    """
+
+    def __init__(
+        self,
+        model: VLMo,
+        vocabulary: Tokenizer | None = None,
+        answers: Sequence[str] | None = None,
+        *,
+        autocast: torch.dtype | None = None,
+        batch_size: int = 64,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size: {batch_size} is not positive")
+        self.model, self.answers = model.eval(), answers
+        self.autocast, self.batch_size = autocast, batch_size
+        self._transform = SquareTransform(model.config.image_size)
+        self._vocabulary = vocabulary
+        self._tokenizer = None
+        if vocabulary is not None:
+            self._tokenizer = TextTokenizer(vocabulary, model.config.max_text_length)
+
+    @classmethod
+    def load(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        vocabulary: str | os.PathLike[str] | None = None,
+        answers: str | os.PathLike[str] | Sequence[str] | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        backend: str | None = None,
+        batch_size: int = 64,
+        **changes: Any,
+    ) -> Predictor:
+        """The predictor of a run folder or a checkpoint, see :func:`vlmo.loading.load_model`.
+
+        Args:
+            source: run folder, or checkpoint of any layout.
+            vocabulary: vocab.txt; a run folder has its own.
+            answers: of visual questions; a run folder of VQA has its own.
+            device: "auto" for the GPU if there is one, "cpu", "cuda" or "cuda:1".
+            dtype: of the products, "float32", "bfloat16" or "float16"; "auto" is float32 on the
+                CPU and a 16-bit type on a GPU.
+            backend: of the kernels; None for the first that can run.
+            batch_size: images, texts or pairs at a time.
+            changes: fields to change in the configuration found, e.g. ``image_size=480``.
+
+        Raises:
+            NotImplementedError: the backend cannot run here.
+            ValueError: no such device, dtype or backend, or as :func:`vlmo.loading.load_model`,
+                whose other errors come up as well.
+        """
+        place = chosen_device(device)
+        autocast = chosen_dtype(dtype, place)
+        require_backend(backend, place, autocast)
+        loaded = load_model(
+            source, vocabulary=vocabulary, answers=answers, kernels=backend, **changes
+        )
+        model = loaded.model.to(place)
+        return cls(
+            model, loaded.vocabulary, loaded.answers, autocast=autocast, batch_size=batch_size
+        )
+
+    def has(self, *heads: str) -> bool:
+        """Whether the model has one of these heads."""
+        return bool(set(heads) & set(self.model.config.tasks))
+
+    @torch.no_grad()
+    def embed_images(self, images: Pictures) -> Tensor:
+        """Unit vectors ``[n, D]`` of the dual encoder.
+
+        Raises:
+            FileNotFoundError: an image does not exist.
+            ValueError: an image cannot be read, or the model has no head of retrieval.
+        """
+        self._require("embed_images", "itc", "irtr")
+        shown = _many(images)
+        batches = even_batches(range(len(shown)), self.batch_size)
+        with self._precision():
+            found = [
+                self.model.encode_image(pixels).embedding for pixels in self._pixels(shown, batches)
+            ]
+        return self._joined(found, (self.model.config.dim,))
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Texts) -> Tensor:
+        """Unit vectors ``[n, D]`` of the dual encoder.
+
+        Raises:
+            ValueError: the model has no head of retrieval, or there is no vocabulary.
+        """
+        self._require("embed_texts", "itc", "irtr")
+        said = _many(texts)
+        found = []
+        with self._precision():
+            for rows in even_batches(range(len(said)), self.batch_size):
+                words = self._words([said[row] for row in rows])
+                found.append(embed_texts(self.model, words))
+        return self._joined(found, (self.model.config.dim,))
+
+    def similarity(self, images: Pictures, texts: Texts) -> Tensor:
+        """Cosines ``[texts, images]`` of all texts and all images; errors as of the embeddings."""
+        return self.embed_texts(texts) @ self.embed_images(images).T
+
+    @torch.no_grad()
+    def match(self, images: Pictures, texts: Texts) -> Tensor:
+        """Probability ``[n]`` that an image and a text belong together, by the fusion encoder.
+
+        Raises:
+            FileNotFoundError: an image does not exist.
+            ValueError: an image cannot be read, images and texts do not pair, the model has no head
+                of matching, or there is no vocabulary.
+        """
+        self._require("match", "itm")
+
+        def matched(texts: passes.Texts, pixels: Tensor, places: Sequence[int]) -> Tensor:
+            return matching_logits(self.model, texts, pixels, places).softmax(1)[:, 1]
+
+        return self._joined([*self._pairs(matched, images, texts)])
+
+    def answer(self, image: Picture, question: str, top: int = 1) -> list[Answer]:
+        """The likeliest answers to one question, best first; errors as of :meth:`answer_all`."""
+        return self.answer_all(image, question, top)[0]
+
+    @torch.no_grad()
+    def answer_all(self, images: Pictures, questions: Texts, top: int = 1) -> list[list[Answer]]:
+        """The ``top`` likeliest answers to each question, best first.
+
+        Raises:
+            FileNotFoundError: an image does not exist.
+            ValueError: an image cannot be read, images and questions do not pair, ``top`` is not
+                positive, the model has no head of VQA, or there is no vocabulary or no answers.
+        """
+        self._require("answer", "vqa")
+        if self.answers is None:
+            raise ValueError("answer: no names of the answers were given: load(..., answers=...)")
+        if top < 1:
+            raise ValueError(f"top: {top} is not positive")
+        model, names = self.model, self.answers
+
+        def logits(texts: passes.Texts, pixels: Tensor, places: Sequence[int]) -> Tensor:
+            x, layout = passes.fuse(model, texts, model.embed_image(pixels), places)
+            return model.vqa_classifier(passes.pooled(model, x, layout))
+
+        found = [
+            part.sigmoid().topk(min(top, len(names)), dim=1)
+            for part in self._pairs(logits, images, questions)
+        ]
+        return [
+            [Answer(names[n], p) for n, p in zip(numbers, values, strict=True)]
+            for part in found
+            for numbers, values in zip(part.indices.tolist(), part.values.tolist(), strict=True)
+        ]
+
+    @torch.no_grad()
+    def judge(self, images_0: Pictures, images_1: Pictures, statements: Texts) -> Tensor:
+        """Probability ``[n]`` that a statement about two images is true (NLVR2).
+
+        Raises:
+            FileNotFoundError: an image does not exist.
+            ValueError: an image cannot be read, images and statements do not pair, the model has no
+                head of NLVR2, or there is no vocabulary.
+        """
+        self._require("judge", "nlvr2")
+        first, second, said = _many(images_0), _many(images_1), _many(statements)
+        count = _common_length(images_0=first, images_1=second, statements=said)
+        batches = even_batches(range(count), self.batch_size)
+        first, second, said = (_spread(given, count) for given in (first, second, said))
+        found = []
+        pixels = zip(self._pixels(first, batches), self._pixels(second, batches), strict=True)
+        with self._precision():
+            for rows, (one, other) in zip(batches, pixels, strict=True):
+                batch = self._encoded([said[row] for row in rows])
+                batch |= {"image_0": one, "image_1": other}
+                # The labels are made up; nothing looks at the loss.
+                batch["answers"] = torch.zeros(len(rows), dtype=torch.int64, device=one.device)
+                output = objectives.nlvr2(self.model, batch)
+                found.append(output["nlvr2_logits"].float().softmax(1)[:, 1])
+        return self._joined(found)
+
+    @torch.no_grad()
+    def rank(
+        self, texts: Texts, images: Pictures, k: int = 5, *, rerank: int = 0
+    ) -> list[list[Hit]]:
+        """The ``k`` best of the images for each text, best first.
+
+        Args:
+            texts: to search for.
+            images: to search among.
+            k: images to return for each text.
+            rerank: candidates by cosine that the fusion encoder scores anew, 0 for none; the new
+                score is the matching logit plus the cosine.
+
+        Raises:
+            FileNotFoundError: an image does not exist.
+            ValueError: an image cannot be read, ``k`` is not positive, ``rerank`` is below ``k``
+                and not 0, the model lacks a head, or there is no vocabulary.
+        """
+        self._require("rank", "itc", "irtr")
+        if rerank:
+            self._require("rank", "itm")
+            if rerank < k:
+                raise ValueError(f"rerank: {rerank} candidates are fewer than k: {k}")
+        said, shown = _many(texts), _many(images)
+        if not said or not shown:
+            return [[] for _ in said]
+        embeddings = Embeddings(self.embed_images(shown), self.embed_texts(said))
+        found = shortlist(embeddings, rerank or k).image
+        if rerank:
+            found = self._reranked(said, shown, found)
+        order = found.scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        rows, scores = found.rows.gather(1, order), found.scores.gather(1, order)
+        return [
+            [Hit(image, score) for image, score in zip(*row, strict=True)]
+            for row in zip(rows.tolist(), scores.tolist(), strict=True)
+        ]
+
+    def _reranked(
+        self, texts: Sequence[str], images: Sequence[Picture], found: Shortlist
+    ) -> Shortlist:
+        words = self._encoded(texts)
+        gallery = Gallery(
+            images=_Decoded(images, self._decoded),
+            text_ids=words["text_ids"].cpu(),
+            text_masks=words["text_masks"].cpu(),
+            image_of_text=torch.zeros(len(texts), dtype=torch.int64),  # not looked at
+        )
+        device = device_of(self.model)
+        nothing = Shortlist(
+            torch.zeros(len(images), 0, dtype=torch.int64, device=device),
+            torch.zeros(len(images), 0, device=device),
+        )
+        lists = Shortlists(Shortlist(*(part.to(device) for part in found)), nothing)
+        reranked = rerank_lists(
+            self.model, gallery, lists, batch_size=self.batch_size, autocast=self.autocast
+        )
+        return Shortlist(*(part.cpu() for part in reranked.image))
+
+    def _require(self, method: str, *heads: str) -> None:
+        if not self.has(*heads):
+            raise ValueError(
+                f"{method}: the model has no head of {' or '.join(heads)}, it has those of "
+                f"{', '.join(self.model.config.tasks)}"
+            )
+
+    def _precision(self):
+        return precision(device_of(self.model), self.autocast)
+
+    def _pairs(
+        self,
+        function: Callable[[passes.Texts, Tensor, Sequence[int]], Tensor],
+        images: Pictures,
+        texts: Texts,
+    ) -> Iterator[Tensor]:
+        """``function`` of the texts, images and image numbers of each batch of pairs."""
+        shown, said = _many(images), _many(texts)
+        count = _common_length(images=shown, texts=said)
+        batches = even_batches(range(count), self.batch_size)
+        alone = len(shown) == 1  # then a batch needs it once
+        pixels = self._pixels(shown, [[0] for _ in batches] if alone else batches)
+        said = _spread(said, count)
+        for rows, fetched in zip(batches, pixels, strict=True):
+            words = self._words([said[row] for row in rows])
+            with self._precision():
+                found = function(words, fetched, [0] * len(rows) if alone else range(len(rows)))
+            yield found.float()
+
+    def _pixels(
+        self, images: Sequence[Picture], batches: Sequence[Sequence[int]]
+    ) -> Iterator[Tensor]:
+        """uint8 ``[n, 3, S, S]`` on the device, the next batch being decoded meanwhile."""
+        device = device_of(self.model)
+        waiting: deque[list[Future[Tensor]]] = deque()
+        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+            for rows in batches:
+                waiting.append([pool.submit(self._decoded, images[row]) for row in rows])
+                if len(waiting) > 1:
+                    yield _stacked(waiting.popleft()).to(device)
+            for futures in waiting:
+                yield _stacked(futures).to(device)
+
+    def _decoded(self, image: Picture) -> Tensor:
+        if isinstance(image, (str, os.PathLike)):
+            return self._transform(read_image(image, os.fspath(image)))
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)) or image.ndim < 2:
+                raise ValueError(
+                    f"image: {image.dtype} {image.shape} is not uint8 [H, W] or [H, W, 3]"
+                )
+            image = Image.fromarray(image)
+        if not isinstance(image, Image.Image):
+            kind = type(image).__name__
+            raise ValueError(f"image: {kind} is neither a path, a Pillow image nor an array")
+        return self._transform(as_rgb(image))
+
+    def _encoded(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        if self._tokenizer is None:
+            raise ValueError("texts: no vocabulary was given: load(..., vocabulary='vocab.txt')")
+        batch = self._tokenizer.encode(texts)
+        self._warn_of_long_texts(texts, batch["text_masks"])
+        lengths = batch["text_masks"].sum(1)
+        device = device_of(self.model)
+        return {name: value.to(device) for name, value in batch.items()} | {"text_lengths": lengths}
+
+    def _words(self, texts: Sequence[str]) -> passes.Texts:
+        batch = self._encoded(texts)
+        return passes.end_to_end(batch["text_ids"], passes.text_lengths(batch))
+
+    def _warn_of_long_texts(self, texts: Sequence[str], masks: Tensor) -> None:
+        assert self._vocabulary is not None
+        for row in masks.all(1).nonzero()[:, 0].tolist():
+            count = len(self._vocabulary.encode(texts[row]).ids)
+            if count > masks.shape[1]:
+                warnings.warn(
+                    f"the text {texts[row]!r} has {count} tokens, the model reads the first "
+                    f"{masks.shape[1]}",
+                    stacklevel=2,
+                )
+
+    def _joined(self, parts: Sequence[Tensor], shape: tuple[int, ...] = ()) -> Tensor:
+        if not parts:
+            return torch.zeros(0, *shape)
+        return torch.cat([*parts]).float().cpu()
+
+
+class _Decoded(Dataset):
+    """Images as a gallery asks for them."""
+
+    def __init__(self, images: Sequence[Picture], decoded: Callable[[Picture], Tensor]):
+        self.images, self.decoded = images, decoded
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self.decoded(self.images[number])
+
+
+def _many(given: Any) -> Sequence[Any]:
+    """One image or text as a sequence of one."""
+    if isinstance(given, (str, os.PathLike, Image.Image, np.ndarray)):
+        return list(given) if isinstance(given, np.ndarray) and given.ndim == 4 else [given]
+    return given if isinstance(given, Sequence) else list(given)
+
+
+def _common_length(**given: Sequence[Any]) -> int:
+    """Number of rows when a single one goes with all of the others."""
+    counts = {name: len(values) for name, values in given.items()}
+    several = {count for count in counts.values() if count != 1}
+    if len(several) > 1:
+        listed = ", ".join(f"{count} {name}" for name, count in counts.items())
+        raise ValueError(f"{listed}: are not one for each other")
+    return several.pop() if several else 1
+
+
+def _spread(given: Sequence[Any], count: int) -> Sequence[Any]:
+    return [given[0]] * count if len(given) == 1 else given
+
+
+def _stacked(futures: Sequence[Future[Tensor]]) -> Tensor:
+    return torch.stack([future.result() for future in futures])
