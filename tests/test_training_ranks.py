@@ -1,0 +1,95 @@
+"""Two processes train what one trains, and each goes on from the other's state."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from training_cases import CASES, SIZES, STAGES, STEPS, keep_states, run, small
+from vlmo.data import sources
+from vlmo.training import trainer
+from vlmo.training.logs import read_table
+from vlmo.training.parallel import WAYS
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Folders of trainings: one process's by stage, two processes' by case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with pytest.MonkeyPatch.context() as patch:
+        for split, size in SIZES.items():
+            patch.setitem(sources._DIGIT_SIZES, split, size)
+        patch.setattr(trainer, "save_state", trainer.save_state)  # put back at the end
+        keep_states()
+        for stage in STAGES:
+            run(small(stage), folder / stage, evaluate_every=None)
+        shutil.copy(folder / "pretrain" / "state2.pt", folder / "given.pt")
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        command += ["--standalone", str(TESTS / "training_cases.py"), str(folder)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=400
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        yield folder
+
+
+def assert_same_training(actual: Path, expected: Path, steps=range(1, STEPS + 1)) -> None:
+    rows = [{row["step"]: row for row in read_table(f / "log.csv")[1]} for f in (actual, expected)]
+    for step in map(str, steps):
+        for name, value in rows[1][step].items():
+            if name.endswith("loss") and not name.startswith("val_"):
+                assert float(rows[0][step][name]) == pytest.approx(float(value), rel=2e-5), name
+    weights = load_file(actual / "model.safetensors")
+    wanted = load_file(expected / "model.safetensors")
+    assert weights.keys() == wanted.keys()
+    # Where a gradient is next to nothing, AdamW makes a step out of its rounding error.
+    lr = small("pretrain").lr
+    for name, tensor in wanted.items():
+        error = (weights[name] - tensor).float()
+        assert error.abs().max() <= lr, name
+        assert error.square().mean().sqrt() <= 0.01 * lr, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_two_processes_train_as_one(folder, case):
+    """With DistributedDataParallel and FSDP2, whole shares and parts."""
+    stage, way, rows = case
+    assert_same_training(folder / f"{stage}-{way}-{rows}", folder / stage)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_validation_of_two_processes(folder, stage):
+    """Under FSDP2."""
+    two, one = (
+        json.loads((folder / name / "metrics.json").read_text())["validation"]
+        for name in (f"{stage}-fsdp-2", stage)
+    )
+    assert two and two.keys() == one.keys()
+    for name, value in one.items():
+        assert two[name] == pytest.approx(value, rel=1e-3, abs=0.05), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_go_on_from_the_state_of_one(folder, way):
+    assert_same_training(folder / f"resumed-{way}", folder / "pretrain", range(3, STEPS + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_one_process_goes_on_from_the_state_of_two(folder, way):
+    output = folder / f"one-after-{way}"
+    output.mkdir()
+    shutil.copy(folder / f"pretrain-{way}-None" / "state2.pt", output / "training.pt")
+    assert "step 2 of 4" in run(small("pretrain"), output)
+    assert_same_training(output, folder / "pretrain", range(3, STEPS + 1))

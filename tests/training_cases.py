@@ -1,0 +1,83 @@
+"""Small trainings on digit scenes, for tests in one process and, by torchrun, in two.
+
+python -m torch.distributed.run --nproc-per-node 2 tests/training_cases.py FOLDER
+
+trains every case of ``CASES`` in a folder of its own within FOLDER, and goes on from
+FOLDER/given.pt, a single process's state, with each of ``WAYS``.
+"""
+
+import io
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from vlmo.data import sources
+from vlmo.recipes import Recipe, recipe
+from vlmo.training import Settings, train, trainer
+from vlmo.training.parallel import WAYS, is_first, joined_group
+from vlmo.training.state import save_state
+
+STAGES = ("textmlm", "pretrain", "vqa", "nlvr2", "retrieval")
+STEPS = 4
+# stage, way, rows at a time
+CASES = [(stage, "ddp", None) for stage in STAGES]
+CASES += [(stage, "fsdp", 2) for stage in STAGES]
+CASES += [("pretrain", "ddp", 2), ("pretrain", "fsdp", None)]
+
+SIZES = {"train": 96, "val": 24, "test": 24}
+
+
+def small(stage: str, **changes) -> Recipe:
+    return recipe(f"digits_{stage}").replace(**{"steps": STEPS, "batch_size": 8, **changes})
+
+
+def settings_of(found: Recipe, output: Path, **changes) -> Settings:
+    options = dict(board=False, log_every=1, save_every=2, evaluate_every=0, evaluation_batch=8)
+    return Settings(found, "digits", output, **{**options, **changes})
+
+
+def run(found: Recipe, output: Path, **changes) -> str:
+    """Train on the CPU; returns what was said."""
+    console = Console(file=io.StringIO(), width=200)
+    train(settings_of(found, output, device="cpu", **changes), console)
+    return console.file.getvalue()
+
+
+def keep_states() -> None:
+    """Leave a copy of every saved state, as state2.pt after step 2, in the run's folder."""
+
+    def save_and_keep(path, training, run):
+        save_state(path, training, run)
+        if is_first():
+            shutil.copy(path, path.with_name(f"state{training.step}.pt"))
+
+    trainer.save_state = save_and_keep
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    sources._DIGIT_SIZES |= SIZES
+    keep_states()
+    with joined_group("cpu"):
+        for stage, way, rows in CASES:
+            run(
+                small(stage),
+                folder / f"{stage}-{way}-{rows}",
+                parallel=way,
+                micro_batch=rows,
+                evaluate_every=None if way == "fsdp" and rows else 0,
+            )
+        for way in WAYS:
+            output = folder / f"resumed-{way}"
+            if is_first():
+                output.mkdir()
+                shutil.copy(folder / "given.pt", output / "training.pt")
+            torch.distributed.barrier()
+            run(small("pretrain"), output, parallel=way)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
