@@ -40,6 +40,24 @@ class Dtype(str, enum.Enum):
     float32 = "float32"
 
 
+class Task(str, enum.Enum):
+    """What a model can be judged by."""
+
+    retrieval = "retrieval"
+    vqa = "vqa"
+    nlvr2 = "nlvr2"
+    pretrain = "pretrain"
+    textmlm = "textmlm"
+
+
+class Split(str, enum.Enum):
+    """Of the data."""
+
+    train = "train"
+    val = "val"
+    test = "test"
+
+
 class Parallel(str, enum.Enum):
     """DistributedDataParallel or FSDP2."""
 
@@ -217,6 +235,120 @@ def train(
     except FloatingPointError as error:
         print(f"vlmo: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Checkpoint, or folder of a run.")],
+    task: Annotated[Task, typer.Argument()],
+    data: Annotated[
+        str, typer.Option(help="digits, a folder of Arrow files, or own data (docs/data.md).")
+    ],
+    split: Annotated[Split, typer.Option()] = Split.test,
+    datasets: Annotated[
+        list[str] | None, typer.Option(help="Official data sets; default: those of the task.")
+    ] = None,
+    rerank: Annotated[
+        int, typer.Option(min=0, help="Candidates that the fusion encoder scores; paper: 32.")
+    ] = 0,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels; default: the model's.")
+    ] = None,
+    vocab: Annotated[Path | None, typer.Option(help="vocab.txt; a run folder has its own.")] = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="JSON list of VQA's answers; a run folder has its own.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time on a process.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that make samples.")] = 0,
+    device: Annotated[Device, typer.Option(help="Where to run.")] = Device.auto,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the products; default: 16 bits on a GPU.")
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="cuda, triton or reference; default: the first that can.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the metrics.")] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="File of answers to submit (vqa: JSON, nlvr2: CSV).")
+    ] = None,
+) -> None:
+    """Measure a model on a data set, alone or under torchrun (docs/prediction.md)."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as in demo
+    from vlmo.commands.evaluate import Settings, run
+
+    settings = Settings(
+        model,
+        task.value,
+        data,
+        split=split.value,
+        datasets=tuple(datasets) if datasets else None,
+        vocabulary=vocab,
+        answers=answers,
+        image_size=image_size,
+        rerank=rerank,
+        batch_size=batch_size,
+        workers=workers,
+        device=device.value,
+        dtype=dtype.value if dtype else "auto",
+        backend=backend,
+        output=output,
+        predictions=predictions,
+    )
+    run(settings, Console())
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="Checkpoint, or folder of a run.")],
+    image: Annotated[
+        list[Path] | None, typer.Option(help="An image; twice for a statement about two.")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="Caption, question or statement; may be repeated.")
+    ] = None,
+    input: Annotated[
+        Path | None, typer.Option(help=".jsonl of images and texts (docs/prediction.md).")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help=".jsonl file.  [default: standard output]")
+    ] = None,
+    embeddings: Annotated[
+        Path | None, typer.Option(help=".npz file for unit vectors of images and texts.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Answers to a question.")] = 1,
+    vocab: Annotated[Path | None, typer.Option(help="vocab.txt; a run folder has its own.")] = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="JSON list of VQA's answers; a run folder has its own.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 64,
+    device: Annotated[Device, typer.Option(help="Where to run.")] = Device.auto,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the products; default: 16 bits on a GPU.")
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="cuda, triton or reference; default: the first that can.")
+    ] = None,
+) -> None:
+    """Say what the model's heads can of images and texts: similarity, match, answers, truth."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as in demo
+    from vlmo.commands.predict import Settings, run
+
+    settings = Settings(
+        model,
+        images=tuple(image or ()),
+        texts=tuple(text or ()),
+        input=input,
+        output=output,
+        embeddings=embeddings,
+        top=top,
+        vocabulary=vocab,
+        answers=answers,
+        batch_size=batch_size,
+        device=device.value,
+        dtype=dtype.value if dtype else "auto",
+        backend=backend,
+    )
+    run(settings)
 
 
 @app.command()

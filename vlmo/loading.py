@@ -13,7 +13,9 @@ from tokenizers import Tokenizer
 from vlmo.data.tokenizer import load_vocabulary
 from vlmo.model import VLMo
 
-WEIGHTS, VOCABULARY, ANSWERS = "model.safetensors", "vocab.txt", "answers.json"  # of a run folder
+# Files of a run folder.
+WEIGHTS, RECIPE = "model.safetensors", "recipe.json"
+VOCABULARY, ANSWERS = "vocab.txt", "answers.json"
 
 
 class Loaded(NamedTuple):
@@ -41,7 +43,8 @@ def load_model(
 
     Args:
         source: a checkpoint of any layout that :func:`vlmo.load_checkpoint` reads; or a run folder,
-            which has a vocab.txt and, after VQA training, an answers.json beside its weights.
+            which has a vocab.txt and, after VQA training, an answers.json beside its weights, or a
+            checkpoint in one, such as best.safetensors.
         vocabulary: vocab.txt of the model, where the folder has none or another is wanted.
         answers: the answers in the order of their ids, or a JSON file with a list of them.
         changes: fields to change in the configuration found, e.g. ``image_size=480``.
@@ -52,10 +55,12 @@ def load_model(
         ValueError: vocabulary or answers are not those of the model, or no valid configuration.
     """
     path = Path(source)
+    folder = path if path.is_dir() else path.parent
     if path.is_dir():
-        folder, path = path, path / WEIGHTS
+        path /= WEIGHTS
         if not path.is_file():
             raise FileNotFoundError(f"{folder}: has no {WEIGHTS}, so it is no run folder")
+    if Path(source).is_dir() or (folder / RECIPE).is_file():
         if vocabulary is None and (folder / VOCABULARY).is_file():
             vocabulary = folder / VOCABULARY
         if answers is None and (folder / ANSWERS).is_file():

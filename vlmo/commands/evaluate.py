@@ -1,0 +1,143 @@
+"""``vlmo evaluate``: the metrics of a trained model on a data set."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from vlmo.data import TextTokenizer, open_data
+from vlmo.evaluation import evaluate
+from vlmo.files import replacing
+from vlmo.loading import load_model
+from vlmo.machine import versions
+from vlmo.placement import chosen_dtype, require_backend
+from vlmo.training.parallel import is_first, joined_group
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line decides.
+
+    Attributes:
+        model: checkpoint or run folder.
+        task: of :func:`vlmo.evaluation.evaluate`.
+        data: source for :func:`vlmo.data.open_data`.
+        split: "train", "val" or "test".
+        datasets: of the official data; None for the task's.
+        vocabulary: vocab.txt; None for that of the run folder.
+        answers: JSON list of VQA's answers; None for those of the run folder, else of the data.
+        image_size: in pixels; None for the model's.
+        rerank: candidates that the fusion encoder scores anew, 0 for none.
+        batch_size: samples at a time on each process.
+        workers: processes that make samples, for each that evaluates.
+        device: name for :func:`vlmo.placement.chosen_device`.
+        dtype: name for :func:`vlmo.placement.chosen_dtype`.
+        backend: of every operation; None for the first that can run.
+        output: JSON file for the metrics; None for none.
+        predictions: file for the answers; None for none.
+    """
+
+    model: Path
+    task: str
+    data: str
+    split: str = "test"
+    datasets: tuple[str, ...] | None = None
+    vocabulary: Path | None = None
+    answers: Path | None = None
+    image_size: int | None = None
+    rerank: int = 0
+    batch_size: int = 64
+    workers: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    backend: str | None = None
+    output: Path | None = None
+    predictions: Path | None = None
+
+
+def run(settings: Settings, console: Console) -> dict[str, float]:
+    """Evaluate, alone or as one of torchrun's processes; the first one prints and writes.
+
+    Raises:
+        ValueError, OSError, NotImplementedError: what a user can mend; nothing has been written.
+    """
+    for path in (settings.output, settings.predictions):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise FileNotFoundError(f"{path}: its folder does not exist")
+    with joined_group(settings.device) as device:
+        autocast = chosen_dtype(settings.dtype, device)
+        require_backend(settings.backend, device, autocast)
+        metrics = _metrics(settings, device, autocast)
+        if is_first():
+            _report(settings, metrics, console)
+        return metrics
+
+
+def _metrics(
+    settings: Settings, device: torch.device, autocast: torch.dtype | None
+) -> dict[str, float]:
+    size = {} if settings.image_size is None else {"image_size": settings.image_size}
+    model, vocabulary, answers = load_model(
+        settings.model,
+        vocabulary=settings.vocabulary,
+        answers=settings.answers,
+        kernels=settings.backend,
+        **size,
+    )
+    if vocabulary is None:
+        raise ValueError(
+            f"vocab: {settings.model} has no vocab.txt beside it; for the published models it is "
+            "that of bert-base-uncased"
+        )
+    dataset = open_data(
+        settings.data,
+        settings.task,
+        settings.split,
+        image_size=model.config.image_size,
+        answers=answers if settings.task == "vqa" else None,
+        datasets=settings.datasets,
+    )
+    return evaluate(
+        model.to(device),
+        dataset,
+        TextTokenizer(vocabulary, model.config.max_text_length),
+        settings.task,
+        batch_size=settings.batch_size,
+        rerank=settings.rerank,
+        workers=settings.workers,
+        autocast=autocast,
+        predictions=settings.predictions,
+    )
+
+
+def _report(settings: Settings, metrics: Mapping[str, float], console: Console) -> None:
+    table = Table(box=box.SIMPLE_HEAD, title=f"{settings.model} on {settings.split}")
+    table.add_column(settings.task)
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4f}")
+    if metrics:
+        console.print(table)
+    else:
+        console.print("[yellow]The split has no answers: there is nothing to measure.[/]")
+    if settings.output is not None:
+        given = {
+            name: os.fspath(value) if isinstance(value, Path) else value
+            for name, value in dataclasses.asdict(settings).items()
+        }
+        content: dict[str, Any] = {"metrics": dict(metrics), **given, "versions": versions()}
+        with replacing(settings.output) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    written = [str(p) for p in (settings.output, settings.predictions) if p is not None]
+    if written:
+        console.print(f"Written: {', '.join(written)}")
