@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from vlmo.data import sources
 from vlmo.training import trainer
 from vlmo.training.logs import read_table
 from vlmo.training.parallel import WAYS
+from vlmo.training.state import load_state
 
 TESTS = Path(__file__).parent
 
@@ -93,3 +95,14 @@ def test_one_process_goes_on_from_the_state_of_two(folder, way):
     shutil.copy(folder / f"pretrain-{way}-None" / "state2.pt", output / "training.pt")
     assert "step 2 of 4" in run(small("pretrain"), output)
     assert_same_training(output, folder / "pretrain", range(3, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_after_the_same_step(folder):
+    stories = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert stories[0] == stories[1]
+    assert stories[0]["number"] == signal.SIGTERM
+    step = load_state(folder / "stopped" / "training.pt")["step"]
+    assert 3 <= step <= 5
+    assert f"after step {step} of 50" in stories[0]["said"]
+    assert len(read_table(folder / "stopped" / "log.csv")[1]) == step

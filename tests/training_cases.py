@@ -2,12 +2,16 @@
 
 python -m torch.distributed.run --nproc-per-node 2 tests/training_cases.py FOLDER
 
-trains every case of ``CASES`` in a folder of its own within FOLDER, and goes on from
-FOLDER/given.pt, a single process's state, with each of ``WAYS``.
+trains every case of ``CASES`` in a folder of its own within FOLDER, goes on from FOLDER/given.pt,
+a single process's state, with each of ``WAYS``, and stops a training by a signal to the second
+process alone.
 """
 
 import io
+import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -15,8 +19,10 @@ import torch
 from rich.console import Console
 
 from vlmo.data import sources
+from vlmo.distributed import rank
 from vlmo.recipes import Recipe, recipe
-from vlmo.training import Settings, train, trainer
+from vlmo.step import backward
+from vlmo.training import Interrupted, Settings, train, trainer
 from vlmo.training.parallel import WAYS, is_first, joined_group
 from vlmo.training.state import save_state
 
@@ -77,6 +83,25 @@ def main(folder: Path) -> None:
                 shutil.copy(folder / "given.pt", output / "training.pt")
             torch.distributed.barrier()
             run(small("pretrain"), output, parallel=way)
+        stop_the_second(folder / "stopped")
+
+
+def stop_the_second(output: Path) -> None:
+    """Leaves the ranks' stories in rank0.json and rank1.json."""
+
+    def backward_and_signal(*args, seed, **kwargs):
+        if rank() == 1 and seed[1] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return backward(*args, seed=seed, **kwargs)
+
+    trainer.backward = backward_and_signal
+    story = {}
+    try:
+        run(small("textmlm", steps=50), output)
+    except Interrupted as stop:
+        story = {"said": str(stop), "number": stop.number}
+    trainer.backward = backward
+    (output.parent / f"rank{rank()}.json").write_text(json.dumps(story))
 
 
 if __name__ == "__main__":

@@ -38,10 +38,10 @@ class RunLog:
 
     def __init__(self, folder: Path, step: int = 0, *, board: bool = True):
         self._table, self._lines = folder / TABLE, folder / LINES
-        self._columns, rows = read_table(self._table)
-        if not step:
-            self._columns = []
-        self._replace([row for row in rows if int(row["step"]) <= step])
+        columns, rows = read_table(self._table)
+        rows = [row for row in rows if int(row["step"]) <= step]
+        self._columns = [name for name in columns if any(row[name] for row in rows)]
+        self._replace(rows)
         kept = [line for line in _whole_lines(self._lines) if json.loads(line)["step"] <= step]
         with replacing(self._lines) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

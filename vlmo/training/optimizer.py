@@ -75,7 +75,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> Tensor
 
     Sharded parameters (FSDP2) and whole ones may be mixed.
     """
-    sharded, whole = [], []
+    sharded: list[nn.Parameter] = []
+    whole: list[nn.Parameter] = []
     for parameter in parameters:
         if parameter.grad is not None:
             (sharded if isinstance(parameter.grad, DTensor) else whole).append(parameter)
@@ -84,7 +85,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> Tensor
         if members:
             norm = nn.utils.get_total_norm([p.grad for p in members if p.grad is not None])
             norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    total = torch.linalg.vector_norm(torch.stack(norms))
+    total = torch.linalg.vector_norm(torch.stack(norms or [torch.zeros(())]))
     for members in (sharded, whole):
         nn.utils.clip_grads_with_norm_(members, largest, total)
     return total

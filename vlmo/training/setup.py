@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,10 @@ from vlmo.training.initial import start_wide
 from vlmo.training.state import differences, load_state
 
 STATE, RECIPE, METRICS = "training.pt", "recipe.json", "metrics.json"
+# Temporary names of vlmo.files.replacing.
+_UNFINISHED = re.compile(
+    r"\.(training|model|best|log|recipe|vocab|answers|metrics)\.\d+-[0-9a-f]{8}\.\w+"
+)
 
 
 @dataclass(frozen=True)
@@ -119,8 +124,8 @@ def prepare(settings: Settings, console: Console) -> Materials:
             raise ValueError(f"{name}: {getattr(settings, name)} is not positive")
     if settings.output.exists() and not settings.output.is_dir():
         raise NotADirectoryError(f"output: {settings.output} exists and is no folder")
-    tokenizer = _tokenizer(settings)
     data = _open(settings, "train", None)
+    tokenizer = _tokenizer(settings)
     answers = getattr(data, "answers", None) if recipe.stage == "vqa" else None
     _check_answers(settings, answers)
     validation = _validation(settings, answers, console)
@@ -184,10 +189,15 @@ def freeze(model: VLMo, recipe: Recipe) -> None:
 def write_folder(settings: Settings, materials: Materials) -> None:
     """Make the run's folder and write what does not change: recipe, vocabulary, answers.
 
+    What a killed process has left half written is removed.
+
     Raises:
         OSError: it cannot be written.
     """
     settings.output.mkdir(parents=True, exist_ok=True)
+    for path in settings.output.iterdir():
+        if _UNFINISHED.fullmatch(path.name):
+            path.unlink()
     names = ("data", "datasets", "initial", "dtype", "parallel", "micro_batch")
     facts = {name: getattr(settings, name) for name in names}
     facts["initial"] = None if settings.initial is None else str(settings.initial)

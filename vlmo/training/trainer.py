@@ -127,6 +127,7 @@ class Run:
         self.training = Training(module, optimizer, schedule, scaler)
         if materials.state is not None:
             restore(materials.state, self.training)
+        self._loader = self._batches()
         self.metrics: dict[str, float] = {}
         self._log: RunLog | None = None
         self._agreement = Agreement()
@@ -144,7 +145,7 @@ class Run:
                 self.console.print("[yellow]No TensorBoard log: pip install tensorboard[/]")
             self._log = RunLog(self.settings.output, training.step, board=board)
         with Display(self.console, training.step, total) as display:
-            batches = iter(self._batches())
+            batches = iter(self._loader)
             while training.step < total:
                 losses = self._step(to_device(next(batches), self.device))
                 stop = self._agreement.highest(request.number)
