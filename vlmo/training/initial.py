@@ -9,14 +9,21 @@ from vlmo.model import VLMo
 
 @torch.no_grad()
 def start_wide(model: VLMo) -> None:
-    """Draw blocks and patch positions anew, wider than the official ones.
+    """Draw blocks, patch positions and classifiers anew, wider than the official ones.
 
     The official deviation of 0.02 suits width 768. At an eighth of the width it makes all branches
     next to nothing, and positions next to nothing beside the patches: a short training would be
-    spent on growing them.
+    spent on growing them. A classifier that begins next to nothing sees little but what all samples
+    have in common, and its gradient makes the features of NLVR2 equal before it finds out what
+    tells them apart; a wide one with a last layer of zeros finds out.
     """
     for parameter in model.transformer.blocks.parameters():
         if parameter.dim() == 2:
             parameter.normal_(std=0.8 * model.config.dim**-0.5)
     if model.transformer.pos_embed is not None:
         model.transformer.pos_embed.normal_(std=0.5)
+    for name in ("vqa_classifier", "nlvr2_classifier"):
+        if hasattr(model, name):
+            head = model.get_submodule(name)
+            head[0].weight.normal_(std=head[0].in_features ** -0.5)
+            head[3].weight.zero_()
