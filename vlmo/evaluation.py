@@ -268,7 +268,7 @@ def _vqa(model: VLMo, batch: Batch, number: int) -> Measured:
     output = objectives.vqa(model, batch, model.embed_image(batch["image"]))
     targets, rows = output["vqa_targets"], len(batch["text_ids"])
     best = output["vqa_logits"].argmax(1)
-    sums = {
+    sums: Sums = {
         "vqa_score": (targets.gather(1, best[:, None]).sum(), rows),
         "vqa_loss": (output["vqa_loss"] * rows, rows),
         _LABELLED: (targets.any(1).sum(), rows),

@@ -287,16 +287,18 @@ def recall_at(
     """
     if isinstance(found, Embeddings):
         texts, images, device = len(found.text), len(found.image), found.image.device
-        ranks_of = _ranks_of_embeddings
     else:
         texts, images = len(found.image.rows), len(found.text.rows)
         device = found.image.rows.device
-        ranks_of = _ranks_on_shortlists
     _check_relation(image_of_text, texts, images)
     owner = image_of_text.to(device)
     has_text = torch.zeros(images, dtype=torch.bool, device=device)
     has_text[owner] = True
-    image, text = ranks_of(found, owner, torch.arange(images, device=device))
+    every = torch.arange(images, device=device)
+    if isinstance(found, Embeddings):
+        image, text = _ranks_of_embeddings(found, owner, every)
+    else:
+        image, text = _ranks_on_shortlists(found, owner, every)
     return Recall(
         *({k: float((ranks < k).double().mean()) for k in ks} for ranks in (image, text[has_text]))
     )

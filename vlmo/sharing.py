@@ -70,9 +70,10 @@ def evaluating(model: nn.Module) -> Iterator[Callable[..., Any]]:
     model.eval()
     try:
         if isinstance(model, FSDPModule):
-            model._evaluation = _call
-            register_fsdp_forward_method(model, "_evaluation")
-            yield lambda function, *arguments: model._evaluation(
+            sharded: Any = model
+            sharded._evaluation = _call
+            register_fsdp_forward_method(sharded, "_evaluation")
+            yield lambda function, *arguments: sharded._evaluation(
                 functools.partial(function, *arguments)
             )
         else:

@@ -97,7 +97,8 @@ def run(settings: Settings) -> None:
     )
     if settings.embeddings is not None:
         with replacing(settings.embeddings) as temporary:
-            np.savez(temporary, **_embed(predictor, settings))
+            arrays: dict[str, Any] = _embed(predictor, settings)
+            np.savez(temporary, **arrays)
     if settings.embeddings is None or settings.output is not None:
         with _opened(settings.output) as stream:
             for records in _chunks(settings):
@@ -111,45 +112,53 @@ def _predict(predictor: Predictor, records: list[Record], top: int) -> list[dict
     """What the heads of the model say about each record."""
     _check_heads(predictor, records)
     said: list[dict[str, Any]] = [{} for _ in records]
-
-    def add(name: str, rows: list[int], values: list[Any]) -> None:
-        for row, value in zip(rows, values, strict=True):
-            said[row][name] = value
-
-    for count in (1, 2):
+    for count, say in ((1, _say_of_one), (2, _say_of_two)):
         rows = [n for n, record in enumerate(records) if len(record.images) == count]
-        if not rows:
-            continue
-        images = [[records[n].images[k] for n in rows] for k in range(count)]
-        texts = [records[n].text or "" for n in rows]
-        if count == 2:
-            add("true", rows, predictor.judge(*images, texts).tolist())
-            continue
-        if predictor.has("itc", "irtr"):
-            cosines = predictor.embed_images(*images) * predictor.embed_texts(texts)
-            add("similarity", rows, cosines.sum(1).tolist())
-        if predictor.has("itm"):
-            add("match", rows, predictor.match(*images, texts).tolist())
-        if predictor.has("vqa"):
-            answers = predictor.answer_all(*images, texts, top)
-            add("answers", rows, [[answer._asdict() for answer in row] for row in answers])
+        columns = say(predictor, [records[n] for n in rows], top) if rows else {}
+        for name, values in columns.items():
+            for row, value in zip(rows, values, strict=True):
+                said[row][name] = value
     return said
 
 
+def _say_of_one(predictor: Predictor, records: list[Record], top: int) -> dict[str, list[Any]]:
+    """What is said of one image and a text, one value for each record."""
+    images, texts = [record.images[0] for record in records], _texts(records)
+    columns: dict[str, list[Any]] = {}
+    if predictor.has("itc", "irtr"):
+        cosines = predictor.embed_images(images) * predictor.embed_texts(texts)
+        columns["similarity"] = cosines.sum(1).tolist()
+    if predictor.has("itm"):
+        columns["match"] = predictor.match(images, texts).tolist()
+    if predictor.has("vqa"):
+        answers = predictor.answer_all(images, texts, top)
+        columns["answers"] = [[answer._asdict() for answer in row] for row in answers]
+    return columns
+
+
+def _say_of_two(predictor: Predictor, records: list[Record], top: int) -> dict[str, list[Any]]:
+    first, second = ([record.images[n] for record in records] for n in range(2))
+    return {"true": predictor.judge(first, second, _texts(records)).tolist()}
+
+
+def _texts(records: list[Record]) -> list[str]:
+    return [record.text for record in records if record.text is not None]
+
+
 def _check_heads(predictor: Predictor, records: list[Record]) -> None:
-    sayable = {1: predictor.has("itc", "irtr", "itm", "vqa"), 2: predictor.has("nlvr2")}
+    wanted = {}
+    if predictor.has("itc", "irtr", "itm", "vqa"):
+        wanted[1] = "an image and a text"
+    if predictor.has("nlvr2"):
+        wanted[2] = "two images and a text"
+    heads = ", ".join(predictor.model.config.tasks)
     for record in records:
-        count = len(record.images)
-        if record.text is None or not sayable.get(count):
-            heads = ", ".join(predictor.model.config.tasks)
-            text = "no text" if record.text is None else "a text"
-            raise ValueError(
-                f"{record.place}: a model with heads of {heads} says nothing of {text} with "
-                f"{count} images"
-            )
+        if record.text is None or len(record.images) not in wanted:
+            needed = " or ".join(wanted.values()) or "other things"
+            raise ValueError(f"{record.place}: the model's heads ({heads}) need {needed}")
 
 
-def _embed(predictor: Predictor, settings: Settings) -> dict[str, np.ndarray]:
+def _embed(predictor: Predictor, settings: Settings) -> dict[str, Any]:
     found: dict[str, list[np.ndarray]] = {"image": [], "text": []}
     kind = None
     for records in _chunks(settings):
@@ -163,7 +172,7 @@ def _embed(predictor: Predictor, settings: Settings) -> dict[str, np.ndarray]:
         if records[0].images:
             found["image"].append(predictor.embed_images([r.images[0] for r in records]).numpy())
         if records[0].text is not None:
-            found["text"].append(predictor.embed_texts([r.text or "" for r in records]).numpy())
+            found["text"].append(predictor.embed_texts(_texts(records)).numpy())
     return {name: np.concatenate(parts) for name, parts in found.items() if parts}
 
 
