@@ -2,33 +2,28 @@
 
 import itertools
 import json
-import multiprocessing
-import os
-import random
 import resource
 import shutil
-import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from named_init import named_init
+from processes import command, forked, rows_of
 from test_golden import REL, SHARED
 from training_cases import SIZES, keep_states, run, small
 from vlmo import VLMo, VLMoConfig, load_checkpoint, recipes, save_checkpoint
-from vlmo.cli import main
 from vlmo.data import digit_tokenizer, sources
 from vlmo.loading import load_model
 from vlmo.recipes import Recipe
 from vlmo.step import backward
 from vlmo.training import setup, trainer
-from vlmo.training.logs import RunLog, read_table
+from vlmo.training.logs import RunLog
 from vlmo.training.optimizer import clip_gradients
 from vlmo.training.setup import check_batch
-from vlmo.training.state import differences, load_state
+from vlmo.training.state import load_state
 
 FOLDER = {"recipe.json", "vocab.txt", "training.pt", "log.csv", "log.jsonl", "model.safetensors"}
 
@@ -38,44 +33,6 @@ def small_digits(monkeypatch):
     for split, size in SIZES.items():
         monkeypatch.setitem(sources._DIGIT_SIZES, split, size)
     monkeypatch.setattr(trainer, "save_state", trainer.save_state)  # put back what tests change
-
-
-def command(monkeypatch, *arguments: str) -> int:
-    """Exit code of a command line."""
-    monkeypatch.setattr(sys, "argv", ["vlmo", *map(str, arguments)])
-    try:
-        main()
-    except SystemExit as end:
-        return end.code or 0
-    return 0
-
-
-def forked(function, output: Path) -> multiprocessing.Process:
-    """A process that has started ``function``; what it says goes to ``output``."""
-
-    def body():
-        with output.open("w", buffering=1) as stream:
-            sys.stdout = sys.stderr = stream
-            function()
-
-    process = multiprocessing.get_context("fork").Process(target=body)
-    process.start()
-    return process
-
-
-def wait_for(condition, process) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert process.is_alive() and time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def rows_of(folder: Path) -> list[dict[str, str]]:
-    return read_table(folder / "log.csv")[1]
-
-
-def steps_of(folder: Path) -> list[int]:
-    return [int(row["step"]) for row in rows_of(folder)]
 
 
 # What a training leaves behind
@@ -168,110 +125,6 @@ def test_a_golden_model_is_tuned_at_another_resolution(tmp_path, monkeypatch):
     config = load_model(tmp_path / "run").model.config
     assert (config.image_size, config.dim, config.tasks) == (96, 64, ("irtr",))
     assert all(float(row["irtr_loss"]) < 10 for row in rows_of(tmp_path / "run"))
-
-
-# Going on
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path):
-    """SIGKILL at random moments, most of them while something is written."""
-    found = small("pretrain", steps=30)
-    options = dict(log_every=1, save_every=1, evaluate_every=7)
-    run(found, tmp_path / "whole", **options)
-    folder, chance = tmp_path / "killed", random.Random(0)
-    saved = [0]
-    for _ in range(6):
-        process = forked(lambda: run(found, folder, **options), tmp_path / "said")
-        before = saved[-1]
-
-        def ahead(before=before):
-            return (folder / "log.csv").exists() and len(steps_of(folder)) > before
-
-        wait_for(ahead, process)
-        time.sleep(chance.uniform(0, 0.15))
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-        if (folder / "training.pt").exists():
-            saved.append(load_state(folder / "training.pt")["step"])
-    assert 0 < saved[-1] < 30 and len(set(saved)) > 3
-    assert f"step {saved[-1]} of 30" in run(found, folder, **options)
-    for name in ("log.csv", "model.safetensors", "best.safetensors", "metrics.json"):
-        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, 31))
-    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_step_and_saves(tmp_path, monkeypatch, number, code):
-    folder, said = tmp_path / "run", tmp_path / "said"
-    arguments = ["train", "digits_textmlm", "--data", "digits", "--output", folder, "--device"]
-    arguments += ["cpu", "--steps", "2000", "--batch-size", "8", "--log-every", "1"]
-    arguments += ["--no-tensorboard", "--evaluate-every", "0"]
-
-    def train():
-        sys.exit(command(monkeypatch, *arguments))
-
-    process = forked(train, said)
-    wait_for(lambda: (folder / "log.csv").exists() and len(rows_of(folder)) > 2, process)
-    os.kill(process.pid, number)
-    process.join()
-    assert process.exitcode == code
-    step = load_state(folder / "training.pt")["step"]
-    assert steps_of(folder) == list(range(1, step + 1))
-    assert f"stopped by signal {int(number)} after step {step} of 2000" in said.read_text()
-    assert not (folder / "model.safetensors").exists()
-
-
-def test_workers_and_parts_change_nothing_that_matters(tmp_path):
-    run(small("pretrain"), tmp_path / "none")
-    run(small("pretrain"), tmp_path / "workers", workers=2)
-    assert (tmp_path / "none" / "log.csv").read_text() == (
-        tmp_path / "workers" / "log.csv"
-    ).read_text()
-    run(small("pretrain"), tmp_path / "parts", micro_batch=2, checkpointing=True)
-    for row, parts in zip(*(rows_of(tmp_path / n) for n in ("none", "parts")), strict=True):
-        assert float(parts["loss"]) == pytest.approx(float(row["loss"]), rel=1e-4)
-
-
-def test_a_finished_training_is_not_begun_again(tmp_path):
-    run(small("textmlm"), tmp_path)
-    before = (tmp_path / "training.pt").stat()
-    (tmp_path / ".training.123-0a1b2c3d.pt").write_bytes(b"half a state of a killed process")
-    (tmp_path / ".mine").touch()
-    assert "step 4 of 4" in run(small("textmlm"), tmp_path)
-    assert (tmp_path / "training.pt").stat().st_mtime_ns == before.st_mtime_ns
-    assert steps_of(tmp_path) == [1, 2, 3, 4]
-    assert [path.name for path in tmp_path.iterdir() if path.name[0] == "."] == [".mine"]
-
-
-@pytest.mark.parametrize("saved", [True, False])
-def test_a_folder_of_another_training_is_refused(tmp_path, saved):
-    run(small("textmlm"), tmp_path)
-    if not saved:
-        (tmp_path / "training.pt").unlink()
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=r"another training \(lr: 0\.002 instead of 0\.001; seed"):
-        run(small("textmlm", lr=2e-3), tmp_path, seed=7)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_what_is_no_state_is_refused(tmp_path):
-    (tmp_path / "training.pt").write_bytes(b"not a state")
-    with pytest.raises(ValueError, match=r"training\.pt: is damaged"):
-        run(small("textmlm"), tmp_path)
-    torch.save({"version": 0}, tmp_path / "training.pt")
-    with pytest.raises(ValueError, match=r"training\.pt: version 0 is not 1"):
-        run(small("textmlm"), tmp_path)
-
-
-def test_differences_name_nested_fields():
-    old = {"recipe": {"lr": 1.0, "trained": ["a"]}, "seed": 1}
-    new = {"recipe": {"lr": 2.0, "trained": ("a",)}, "seed": 1, "samples": 3}
-    assert differences(old, new) == ["lr: 2.0 instead of 1.0", "samples: 3 instead of None"]
-    assert differences(old, old) == []
 
 
 # What goes wrong
@@ -396,6 +249,9 @@ def test_a_head_for_other_answers_is_not_taken_over(tmp_path):
     found = small("vqa")
     with pytest.raises(ValueError, match=r"init: .* --skip vqa_classifier\."):
         run(found, tmp_path / "second", initial=tmp_path / "first")
+    given = dict(initial=tmp_path / "first", answers=tmp_path / "first" / "answers.json")
+    with pytest.raises(ValueError, match="are not those of digit scenes"):
+        run(found, tmp_path / "second", **given)
     said = run(found, tmp_path / "second", initial=tmp_path / "first", skip=("vqa_classifier.",))
     assert "missing, left as they were (6): vqa_classifier" in said
 

@@ -74,6 +74,7 @@ def main(folder: Path) -> None:
                 folder / f"{stage}-{way}-{rows}",
                 parallel=way,
                 micro_batch=rows,
+                checkpointing=(way, rows) in (("ddp", 2), ("fsdp", None)),
                 evaluate_every=None if way == "fsdp" and rows else 0,
             )
         for way in WAYS:

@@ -133,6 +133,9 @@ def train(
     datasets: Annotated[
         list[str] | None, typer.Option(help="Official data sets, instead of the recipe's.")
     ] = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="JSON list of VQA's answers; default: those of the data.")
+    ] = None,
     answer_minimum: Annotated[
         int, typer.Option(min=1, help="Questions that make an answer one of own VQA data.")
     ] = 1,
@@ -212,6 +215,7 @@ def train(
         vocabulary=vocab,
         initial=init,
         skip=tuple(skip or ()),
+        answers=answers,
         answer_minimum=answer_minimum,
         seed=seed,
         micro_batch=micro_batch,

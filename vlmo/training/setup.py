@@ -47,6 +47,7 @@ class Settings:
         vocabulary: vocab.txt; None for that of ``initial`` or of the run, or of digit scenes.
         initial: checkpoint or run folder to start from.
         skip: prefixes of keys of ``initial`` that are not loaded.
+        answers: JSON file with a list of VQA's answers; None for those of the data.
         answer_minimum: of :func:`vlmo.data.open_data`.
         seed: of weights, order, augmentation, masks, negatives and stochastic depth.
         micro_batch: rows at a time on each process; None for all.
@@ -71,6 +72,7 @@ class Settings:
     vocabulary: Path | None = None
     initial: Path | None = None
     skip: tuple[str, ...] = ()
+    answers: Path | None = None
     answer_minimum: int = 1
     seed: int = 1
     micro_batch: int | None = None
@@ -124,7 +126,7 @@ def prepare(settings: Settings, console: Console) -> Materials:
             raise ValueError(f"{name}: {getattr(settings, name)} is not positive")
     if settings.output.exists() and not settings.output.is_dir():
         raise NotADirectoryError(f"output: {settings.output} exists and is no folder")
-    data = _open(settings, "train", None)
+    data = _open(settings, "train", _given_answers(settings.answers))
     tokenizer = _tokenizer(settings)
     answers = getattr(data, "answers", None) if recipe.stage == "vqa" else None
     _check_answers(settings, answers)
@@ -177,6 +179,32 @@ def new_model(settings: Settings, config: VLMoConfig, console: Console) -> VLMo:
             f"[yellow]Random weights: no --init, and this recipe starts from {origin}.[/]"
         )
     return model
+
+
+class FirstSamples(Dataset):
+    """The first samples of a data set, to try something on.
+
+    Args:
+        dataset: of :func:`vlmo.data.open_data`.
+        count: at most so many.
+    """
+
+    def __init__(self, dataset: Dataset, count: int):
+        self._dataset = cast(Any, dataset)
+        self._count = min(count, len(self._dataset))
+        self.answers = getattr(dataset, "answers", None)
+        if hasattr(dataset, "image_ids"):
+            self.image_ids = self._dataset.image_ids[: self._count]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, item: Any) -> dict[str, Any]:
+        return self._dataset[item]
+
+    def text(self, index: int) -> str:
+        """Of a sample."""
+        return self._dataset.text(index)
 
 
 def freeze(model: VLMo, recipe: Recipe) -> None:
@@ -245,6 +273,18 @@ def _open(settings: Settings, split: str, answers: list[str] | None) -> Dataset:
     )
 
 
+def _given_answers(path: Path | None) -> list[str] | None:
+    if path is None:
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"answers: {path} is not JSON: {error}") from error
+    if not isinstance(found, list) or not all(isinstance(answer, str) for answer in found):
+        raise ValueError(f"answers: {path} holds no list of texts")
+    return found
+
+
 def _validation(settings: Settings, answers: list[str] | None, console: Console) -> Dataset | None:
     if settings.evaluate_every == 0:
         return None
@@ -264,8 +304,8 @@ def _check_answers(settings: Settings, answers: list[str] | None) -> None:
     path = settings.initial / ANSWERS
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != answers:
         raise ValueError(
-            f"init: {settings.initial} answers other questions than these data ask; leave its "
-            "head out with --skip vqa_classifier."
+            f"init: {path} is not the list of these data; give it as --answers, or leave the head "
+            "out with --skip vqa_classifier."
         )
 
 

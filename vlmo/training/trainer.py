@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils.data import Dataset
 
 from vlmo.checkpoint import save_checkpoint
 from vlmo.data import GlobalBatches, loader, to_device
@@ -32,6 +33,7 @@ from vlmo.training.progress import Display
 from vlmo.training.setup import (
     METRICS,
     STATE,
+    FirstSamples,
     Materials,
     Settings,
     freeze,
@@ -144,6 +146,7 @@ class Run:
             if self.settings.board and not board:
                 self.console.print("[yellow]No TensorBoard log: pip install tensorboard[/]")
             self._log = RunLog(self.settings.output, training.step, board=board)
+        self._try_validation()
         with Display(self.console, training.step, total) as display:
             batches = iter(self._loader)
             while training.step < total:
@@ -254,18 +257,28 @@ class Run:
                 f"step {self.training.step}: {fault}; what was saved before is as it was"
             )
 
-    def _validate(self) -> dict[str, float]:
-        """Metrics of the val split for a row; keeps the weights if they are the best so far."""
-        assert self.materials.validation is not None
-        self.metrics = evaluate(
+    def _try_validation(self) -> None:
+        """Validate on a few samples: what is wrong with it is told now, not after the training."""
+        data = self.materials.validation
+        if data is not None and self.training.step < self.materials.total:
+            self._evaluate(FirstSamples(data, 4 * world_size()))
+
+    def _evaluate(self, data: Dataset) -> dict[str, float]:
+        return evaluate(
             self.training.model,
-            self.materials.validation,
+            data,
             self.materials.tokenizer,
             self.recipe.stage,
             batch_size=self.settings.evaluation_batch,
             workers=self.settings.workers,
             autocast=self.autocast,
         )
+
+    def _validate(self) -> dict[str, float]:
+        """Metrics of the val split for a row; keeps the weights if they are the best so far."""
+        data = self.materials.validation
+        assert data is not None
+        self.metrics = self._evaluate(data)
         name, more = JUDGED_BY[self.recipe.stage]
         value = self.metrics.get(name)
         row = {f"val_{key}": metric for key, metric in self.metrics.items()}
