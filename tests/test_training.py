@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from named_init import named_init
-from processes import command, forked, rows_of
+from processes import command, forked, rows_of, steps_of
+from test_data_arrow import PAIRS, write
 from test_golden import REL, SHARED
 from training_cases import SIZES, keep_states, run, small
 from vlmo import VLMo, VLMoConfig, load_checkpoint, recipes, save_checkpoint
@@ -127,6 +129,43 @@ def test_a_golden_model_is_tuned_at_another_resolution(tmp_path, monkeypatch):
     assert all(float(row["irtr_loss"]) < 10 for row in rows_of(tmp_path / "run"))
 
 
+def test_own_questions_from_the_command_line(tmp_path, monkeypatch, capsys):
+    digit_tokenizer(12).save_vocabulary(tmp_path / "vocab.txt")
+    for split, count in (("train", 6), ("val", 3)):
+        lines = []
+        for number in range(count):
+            Image.new("RGB", (40, 30), (40 * number,) * 3).save(tmp_path / f"{split}{number}.png")
+            record = {"image": f"{split}{number}.png", "question": "how many?", "answer": "two"}
+            lines.append(json.dumps(record | ({"answer": "none"} if number else {})))
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    folder = tmp_path / "run"
+    arguments = ["train", "digits_vqa", "--data", tmp_path, "--output", folder, "--device", "cpu"]
+    arguments += ["--batch-size", 3, "--epochs", 2, "--no-tensorboard", "--log-every", 1]
+    assert command(monkeypatch, *arguments, "--vocab", tmp_path / "vocab.txt") == 0
+    assert json.loads((folder / "answers.json").read_text()) == ["two", "none"]
+    assert (folder / "vocab.txt").read_bytes() == (tmp_path / "vocab.txt").read_bytes()
+    assert steps_of(folder) == [1, 2, 3, 4]
+    assert 0 <= json.loads((folder / "metrics.json").read_text())["validation"]["vqa_score"] <= 1
+    assert "step 4/4" in capsys.readouterr().out
+    assert command(monkeypatch, *arguments) == 0  # with the vocabulary of the run
+    assert "step 4 of 4" in capsys.readouterr().out
+
+
+def test_official_files(tmp_path):
+    """Of the recipe's data set among those that are there."""
+    digit_tokenizer(12).save_vocabulary(tmp_path / "vocab.txt")
+    names = [f"coco_caption_karpathy_{split}" for split in ("train", "restval", "val")]
+    write(tmp_path, PAIRS, *names, "f30k_caption_karpathy_train", "f30k_caption_karpathy_val")
+    found = small("retrieval", datasets=("coco",), batch_size=3)
+    given = dict(data=str(tmp_path), vocabulary=tmp_path / "vocab.txt")
+    assert "6 samples" in run(found, tmp_path / "run", **given)
+    assert "3 samples" in run(found, tmp_path / "other", datasets=("f30k",), **given)
+    (tmp_path / "coco_caption_karpathy_val.arrow").unlink()
+    with pytest.raises(FileNotFoundError, match="coco_caption_karpathy_val"):
+        run(found, tmp_path / "third", evaluate_every=2, **given)
+    assert "No validation: " in run(found, tmp_path / "third", evaluate_every=None, **given)
+
+
 # What goes wrong
 
 
@@ -185,7 +224,6 @@ def test_a_loss_that_is_not_finite_exits_with_1(tmp_path, monkeypatch, capsys):
     )
 
 
-CAPTIONED = {"image": "a.png", "captions": ["a dog"]}
 ERRORS = {
     "recipe: 'digits_pretrian' is unknown; did you mean digits_pretrain": [
         *("digits_pretrian", "--data", "digits"),

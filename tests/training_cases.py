@@ -40,9 +40,9 @@ def small(stage: str, **changes) -> Recipe:
     return recipe(f"digits_{stage}").replace(**{"steps": STEPS, "batch_size": 8, **changes})
 
 
-def settings_of(found: Recipe, output: Path, **changes) -> Settings:
+def settings_of(found: Recipe, output: Path, data: str = "digits", **changes) -> Settings:
     options = dict(board=False, log_every=1, save_every=2, evaluate_every=0, evaluation_batch=8)
-    return Settings(found, "digits", output, **{**options, **changes})
+    return Settings(found, data, output, **{**options, **changes})
 
 
 def run(found: Recipe, output: Path, **changes) -> str:

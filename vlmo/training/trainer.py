@@ -334,7 +334,7 @@ class Run:
         self.console.print(
             f"{recipe.name}: {parameters:,} parameters in {dtype} on {processes} x "
             f"{describe(self.device)}; {self.materials.run['samples']:,} samples, batches of "
-            f"{recipe.batch_size} ({processes} processes x {share} rows in {parts} parts), "
+            f"{recipe.batch_size} ({processes} x {parts} x {share // parts} rows), "
             f"{self.materials.total:,} steps",
             highlight=False,
         )
