@@ -14,8 +14,8 @@ from vlmo.retrieval import Shortlist
 _RIGHT, _WRONG, _MUTED = "#1a9850", "#d9d9d9", "#555555"
 _LOSSES = {
     "itc_loss": ("contrast (ITC)", "#1f77b4"),
-    "itm_loss": ("matching (ITM, weighted)", "#d62728"),
-    "mlm_loss": ("masked words (MLM, weighted)", "#2ca02c"),
+    "itm_loss": ("matching (ITM)", "#d62728"),
+    "mlm_loss": ("masked words (MLM)", "#2ca02c"),
 }
 
 

@@ -5,36 +5,26 @@ The demo is a check as well: :func:`run` returns what was not as it must be.
 
 from __future__ import annotations
 
-import json
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vlmo import VLMo, save_checkpoint
+from vlmo import VLMo
 from vlmo.data import DigitScenes, TextTokenizer, digit_tokenizer, retrieval_gallery
 from vlmo.demo.figures import draw_losses, draw_retrieval
-from vlmo.demo.steps import StepRecord, write_log
-from vlmo.demo.training import (
-    Recipe,
-    pretrain_batches,
-    pretrain_steps,
-    tiny_config,
-    tiny_model,
-)
-from vlmo.files import replacing
 from vlmo.kernels import use_backend
-from vlmo.kernels.target import describe, devices
+from vlmo.kernels.target import devices
+from vlmo.loading import load_model
 from vlmo.machine import show_machine
 from vlmo.parity import Parity, check_backends
 from vlmo.placement import autocast_dtype, chosen_device, require_backend
+from vlmo.recipes import recipe
 from vlmo.retrieval import (
     Embeddings,
     Gallery,
@@ -47,9 +37,12 @@ from vlmo.retrieval import (
     rerank,
     shortlist,
 )
+from vlmo.training import Settings as TrainingSettings
+from vlmo.training import train
+from vlmo.training.logs import TABLE, read_table
+from vlmo.training.setup import write_json
 
-TEXT_LENGTH = 8  # of the longest caption, [CLS] and [SEP] included
-SCENES = 16384
+RECIPE = recipe("digits_demo")
 GALLERY = 256
 CANDIDATES = 16
 SCALES = (1.0, 2.0, 4.0)  # times the temperature: candidates for the weight of the cosine
@@ -94,7 +87,8 @@ def run(settings: Settings, console: Console) -> list[str]:
         console.rule("Kernels against float64")
         failures = _check_kernels(settings, device, console)
         console.rule("Training")
-        model, tokenizer = _train(settings, device, console)
+        model, tokenizer = _train(settings, console)
+        model.to(device)
         console.rule("Retrieval on held-out pictures")
         failures += _search(model, tokenizer, settings, console)
     for failure in failures:
@@ -146,69 +140,35 @@ def _inexact(row: Parity) -> str:
     )
 
 
-def _train(
-    settings: Settings, device: torch.device, console: Console
-) -> tuple[VLMo, TextTokenizer]:
-    recipe = Recipe() if settings.steps is None else Recipe(settings.steps)
-    tokenizer = digit_tokenizer(TEXT_LENGTH)
-    scenes = DigitScenes("train", SCENES, seed=settings.seed, paraphrase=False)
-    model = tiny_model(tiny_config(tokenizer, kernels=settings.backend), settings.seed).to(device)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    console.print(f"VLMo with {count:,} parameters on {describe(device)}, {SCENES:,} scenes")
-    batches = pretrain_batches(
-        scenes,
-        tokenizer,
-        batch_size=recipe.batch_size,
-        steps=recipe.steps,
-        mask_share=recipe.mask_share,
-        seed=settings.seed,
-        device=device,
+def _train(settings: Settings, console: Console) -> tuple[VLMo, TextTokenizer]:
+    """A model trained by the recipe; a training that was stopped goes on."""
+    chosen = RECIPE if settings.steps is None else RECIPE.replace(steps=settings.steps)
+    folder = settings.output / f"run-{chosen.steps}-steps-seed-{settings.seed}"
+    train(
+        TrainingSettings(
+            chosen,
+            data="digits",
+            output=folder,
+            seed=settings.seed,
+            device=settings.device,
+            backend=settings.backend,
+            log_every=max(1, chosen.steps // 100),
+            evaluate_every=0,
+            board=False,
+        ),
+        console,
     )
-    records: list[StepRecord] = []
-    try:
-        _follow(pretrain_steps(model, batches, recipe), recipe.steps, records, console)
-    finally:  # an interrupted training leaves its log as well
-        rows = [record.row() for record in records]
-        write_log(settings.output / "losses.csv", rows)
-    draw_losses(settings.output / "loss.png", rows)
-    save_checkpoint(model, settings.output / "model.safetensors")
-    last = records[-1]
-    console.print(
-        f"{last.samples:,} samples in {last.seconds:.0f} s, {last.samples / last.seconds:.0f} a "
-        f"second; losses: {_summary(rows)}"
-    )
-    return model, tokenizer
-
-
-def _follow(
-    steps: Iterator[StepRecord], total: int, records: list[StepRecord], console: Console
-) -> None:
-    """Run through the steps with a progress bar; ``records`` gets them all."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:.0f} samples/s"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("training", total=total, loss=math.nan, rate=0.0)
-        for record in steps:
-            records.append(record)
-            # Reading a loss waits for the device, so not every step.
-            if record.step % 10 == 0 or record.step == total:
-                loss = float(record.losses["loss"])
-                if not math.isfinite(loss):
-                    raise FloatingPointError(f"the loss of step {record.step} is {loss}")
-                rate = record.samples / record.seconds
-                progress.update(bar, completed=record.step, loss=loss, rate=rate)
+    columns, rows = read_table(folder / TABLE)
+    losses = [{name: float(row[name]) for name in columns if row[name]} for row in rows]
+    draw_losses(settings.output / "loss.png", losses)
+    console.print(f"losses, mean of the last tenth of the steps: {_summary(losses)}")
+    return load_model(folder).model, digit_tokenizer(chosen.text_length)
 
 
 def _summary(rows: Sequence[Mapping[str, float]]) -> str:
-    """Each task's loss, mean of the last tenth of the steps."""
     tail = rows[-max(1, len(rows) // 10) :]
     names = [name for name in tail[-1] if name.endswith("_loss")]
-    means = {name: sum(row.get(name, math.nan) for row in tail) / len(tail) for name in names}
+    means = {name: sum(row[name] for row in tail) / len(tail) for name in names}
     return ", ".join(f"{name.removesuffix('_loss')} {mean:.3f}" for name, mean in means.items())
 
 
@@ -273,7 +233,7 @@ def _choose_scale(model: VLMo, gallery: Gallery) -> float:
     return max((factor * temperature for factor in SCALES), key=recalled)
 
 
-_RESULTS = ("retrieval.png", "loss.png", "losses.csv", "metrics.json", "model.safetensors")
+_RESULTS = ("retrieval.png", "retrieval.json", "loss.png")
 
 
 def judge(guess: Recall, dual: Recall, fused: Recall) -> list[str]:
@@ -348,8 +308,7 @@ def _write_results(
         "judged": settings.steps is None,
         "failures": list(failures),
     }
-    with replacing(settings.output / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    write_json(settings.output / "retrieval.json", metrics)
 
 
 def _shown(candidates: Shortlist) -> list[int]:
