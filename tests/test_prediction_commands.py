@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -248,3 +250,48 @@ def test_predict_names_the_record_it_cannot_use(
 )
 def test_predict_refuses_wrong_options(folder, monkeypatch, capsys, arguments, message):
     assert message in refused(monkeypatch, capsys, "predict", folder / "run", *arguments)
+
+
+@pytest.fixture
+def documented(folder, tmp_path, monkeypatch) -> str:
+    """docs/prediction.md, in a folder that has what its examples name."""
+    for name, source in (("photo.jpg", "a.png"), ("other.jpg", "b.png")):
+        Image.open(folder / source).save(tmp_path / name)
+    (tmp_path / "run").symlink_to(folder / "run")
+    monkeypatch.chdir(tmp_path)
+    return (Path(__file__).parents[1] / "docs" / "prediction.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:the text .* has 13 tokens")
+def test_the_documented_python_runs(documented):
+    (code,) = re.findall(r"```python\n(.*?)```", documented, re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    similarity = names["predictor"].similarity(["photo.jpg", "other.jpg"], ["a red car", "a dog"])
+    torch.testing.assert_close(names["texts"] @ names["images"].T, similarity)
+
+
+@pytest.mark.filterwarnings("ignore:the text .* has 13 tokens")
+def test_the_documented_predictions_run(documented, tmp_path):
+    records = re.findall(r"^    (\{.*\})$", documented, re.MULTILINE)
+    (tmp_path / "pairs.jsonl").write_text("\n".join(records))
+    texts = [{"caption": "a dog"}, {"caption": "a red car"}]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    commands = re.findall(r"^    vlmo (predict run/.*)$", documented, re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        vlmo(*shlex.split(command))
+    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == len(records) == 2
+    with np.load(tmp_path / "vectors.npz") as arrays:
+        assert arrays["text"].shape == (2, TINY.dim)
+
+
+def test_the_documented_evaluations_are_commands(documented):
+    """Their data are not here: what is checked is that every option exists."""
+    commands = re.findall(
+        r"^    (?:torchrun .* -m )?vlmo (evaluate runs.*)$", documented, re.MULTILINE
+    )
+    assert len(commands) >= 8
+    for command in commands:
+        result = CliRunner().invoke(app, [*shlex.split(command), "--device", "cpu"])
+        assert isinstance(result.exception, FileNotFoundError), command
