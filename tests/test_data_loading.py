@@ -194,8 +194,8 @@ def test_workers_change_nothing():
         assert same(one, two)
 
 
-def test_spawned_workers_change_nothing():
-    spawned = make_loader(2)
+def test_a_spawned_worker_changes_nothing():
+    spawned = make_loader(1)
     spawned.multiprocessing_context = "spawn"
     for one, two in zip(make_loader(0), spawned, strict=True):
         assert same(one, two)
