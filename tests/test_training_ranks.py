@@ -69,6 +69,15 @@ def test_two_processes_train_as_one(folder, case):
 
 
 @pytest.mark.slow
+def test_float16_with_parts_of_weights(folder):
+    """The scaler of the loss sees sharded gradients and the whole one of the logit scale."""
+    half, full = (read_table(folder / f / "log.csv")[1] for f in ("float16", "retrieval"))
+    for row, wanted in zip(half, full, strict=True):
+        assert float(row["loss"]) == pytest.approx(float(wanted["loss"]), rel=1e-2)
+    assert load_state(folder / "float16" / "training.pt")["scaler"]["scale"] == 65536
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_validation_of_two_processes(folder, stage):
     """Under FSDP2."""

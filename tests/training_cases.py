@@ -2,9 +2,9 @@
 
 python -m torch.distributed.run --nproc-per-node 2 tests/training_cases.py FOLDER
 
-trains every case of ``CASES`` in a folder of its own within FOLDER, goes on from FOLDER/given.pt,
-a single process's state, with each of ``WAYS``, and stops a training by a signal to the second
-process alone.
+trains every case of ``CASES`` in a folder of its own within FOLDER, and one in float16; goes on
+from FOLDER/given.pt, a single process's state, with each of ``WAYS``; and stops a training by a
+signal to the second process alone.
 """
 
 import io
@@ -77,6 +77,7 @@ def main(folder: Path) -> None:
                 checkpointing=(way, rows) in (("ddp", 2), ("fsdp", None)),
                 evaluate_every=None if way == "fsdp" and rows else 0,
             )
+        run(small("retrieval"), folder / "float16", parallel="fsdp", dtype="float16")
         for way in WAYS:
             output = folder / f"resumed-{way}"
             if is_first():

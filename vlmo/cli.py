@@ -141,12 +141,16 @@ def train(
     ] = 1,
     steps: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
-    warmup: Annotated[int | None, typer.Option(min=0, help="Steps; instead of ...")] = None,
+    warmup: Annotated[
+        int | None, typer.Option(min=0, help="Steps; instead of the recipe's.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Over all processes; instead of the recipe's.")
     ] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels; instead of ...")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels; instead of the recipe's.")
+    ] = None,
     clip_norm: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
     itc_grad_scale: Annotated[
         float | None, typer.Option(help="Of contrast; official: 1 / GPUs (docs/training.md).")

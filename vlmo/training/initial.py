@@ -24,6 +24,6 @@ def start_wide(model: VLMo) -> None:
         model.transformer.pos_embed.normal_(std=0.5)
     for name in ("vqa_classifier", "nlvr2_classifier"):
         if hasattr(model, name):
-            head = model.get_submodule(name)
-            head[0].weight.normal_(std=head[0].in_features ** -0.5)
-            head[3].weight.zero_()
+            first = model.get_parameter(f"{name}.0.weight")
+            first.normal_(std=first.shape[1] ** -0.5)
+            model.get_parameter(f"{name}.3.weight").zero_()

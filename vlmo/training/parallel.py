@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -81,7 +82,11 @@ def wrapped(model: VLMo, way: str) -> nn.Module:
         return model
     if world_size() == 1:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Buffers are constants. PyTorch 2.13 has another name for the option.
+    known = inspect.signature(DistributedDataParallel).parameters
+    still = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {still: False}
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
 
 
 class Agreement:
