@@ -121,9 +121,9 @@ def _metrics(
 
 
 def _report(settings: Settings, metrics: Mapping[str, float], console: Console) -> None:
-    table = Table(box=box.SIMPLE_HEAD, title=f"{settings.model} on {settings.split}")
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column(settings.task)
-    table.add_column("value", justify="right")
+    table.add_column(f"{settings.data}, {settings.split}", justify="right")
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4f}")
     if metrics:
