@@ -110,6 +110,14 @@ TITLES = {
 }
 
 
+def origin(run: Run) -> Run:
+    """The run whose weights another one starts from."""
+    if run.recipe != "digits_pretrain":
+        return run._replace(recipe="digits_pretrain")
+    # The losses of pre-training make no difference before it.
+    return Run("separate" if run.variant == "separate" else "all", "digits_textmlm", run.seed)
+
+
 def train(run: Run, work: Path) -> dict[str, Any]:
     """One training and its metrics on the test split; what is done already is read."""
     import torch
@@ -133,14 +141,11 @@ def train(run: Run, work: Path) -> dict[str, Any]:
     if not pretrains:
         changes = {name: value for name, value in changes.items() if name != "losses"}
     chosen = recipe(run.recipe).replace(**changes)
-    origin = run._replace(recipe="digits_pretrain")
-    if pretrains:  # the losses of pre-training make no difference before it
-        origin = Run("separate" if run.variant == "separate" else "all", "digits_textmlm", run.seed)
     settings = Settings(
         recipe=chosen,
         data="digits",
         output=folder,
-        initial=None if run.recipe == "digits_textmlm" else work / origin.name,
+        initial=None if run.recipe == "digits_textmlm" else work / origin(run).name,
         seed=run.seed,
         board=False,
     )

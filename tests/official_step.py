@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmo import VLMo, layers, layout
+from vlmo import VLMo, layers, sequences
 
 
 def official_step(model: VLMo, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -103,7 +103,7 @@ def counting() -> Iterator[Counter]:
             layers, "moe_ffn", wrapped(layers.moe_ffn, lambda x: x.shape[:-1].numel())
         ),
         mock.patch.object(
-            layout, "shared_attention", wrapped(layout.shared_attention, lambda x: 0)
+            sequences, "shared_attention", wrapped(sequences.shared_attention, lambda x: 0)
         ),
         mock.patch.object(layers.PatchEmbedding, "forward", embed_counting),
     ):

@@ -37,7 +37,7 @@ def eager_attention(qkv: Tensor, *, offsets: Tensor, **_) -> Tensor:
 def dense(monkeypatch):
     """The kernels' operations hide their products from the counter."""
     monkeypatch.setattr("vlmo.layers.moe_ffn", eager_moe_ffn)
-    monkeypatch.setattr("vlmo.layout.shared_attention", eager_attention)
+    monkeypatch.setattr("vlmo.sequences.shared_attention", eager_attention)
 
 
 def batch_of(lengths: list[int]) -> dict[str, Tensor]:

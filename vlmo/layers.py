@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vlmo.config import VLMoConfig
 from vlmo.kernels import moe_ffn
-from vlmo.layout import Layout
+from vlmo.sequences import Layout
 
 
 class PatchEmbedding(nn.Module):

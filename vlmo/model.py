@@ -20,7 +20,7 @@ from vlmo import objectives
 from vlmo.config import VLMoConfig
 from vlmo.kernels import RelativePositionIndex
 from vlmo.layers import MLMHead, MultiwayTransformer, Pooler, Projection, TextEmbeddings, classifier
-from vlmo.layout import Layout, Packed, Padded
+from vlmo.sequences import Layout, Packed, Padded
 
 
 class FusionOutput(NamedTuple):

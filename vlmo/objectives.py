@@ -33,9 +33,9 @@ from torch import Tensor
 
 from vlmo import distributed, passes
 from vlmo.config import VLMoConfig
-from vlmo.layout import Packed
 from vlmo.negatives import Negatives, PendingNegatives
 from vlmo.passes import Streams
+from vlmo.sequences import Packed
 from vlmo.transfer import upload
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmo.layout import Packed
+from vlmo.sequences import Packed
 from vlmo.transfer import upload
 
 if TYPE_CHECKING:
