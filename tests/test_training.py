@@ -294,6 +294,19 @@ def test_a_head_for_other_answers_is_not_taken_over(tmp_path):
     assert "missing, left as they were (6): vqa_classifier" in said
 
 
+def test_another_vocabulary_is_not_taken_for_the_models_own(tmp_path):
+    run(small("textmlm"), tmp_path / "first")
+    words = (tmp_path / "first" / "vocab.txt").read_text().splitlines()
+    (tmp_path / "vocab.txt").write_text("\n".join([*words[:-2], words[-1], words[-2]]) + "\n")
+    with pytest.raises(ValueError, match=r"vocab: it is not .*first/vocab\.txt"):
+        run(
+            small("pretrain"),
+            tmp_path / "second",
+            initial=tmp_path / "first",
+            vocabulary=tmp_path / "vocab.txt",
+        )
+
+
 # The logs
 
 

@@ -129,6 +129,7 @@ def prepare(settings: Settings, console: Console) -> Materials:
     data = _open(settings, "train", _given_answers(settings.answers))
     tokenizer = _tokenizer(settings)
     answers = getattr(data, "answers", None) if recipe.stage == "vqa" else None
+    _check_vocabulary(settings, tokenizer)
     _check_answers(settings, answers)
     validation = _validation(settings, answers, console)
     config = recipe.config(
@@ -295,6 +296,17 @@ def _validation(settings: Settings, answers: list[str] | None, console: Console)
             raise
         console.print(f"[yellow]No validation: {error}[/]")
         return None
+
+
+def _check_vocabulary(settings: Settings, tokenizer: TextTokenizer) -> None:
+    """Ids that mean other words would not be noticed."""
+    path = settings.initial and settings.initial / VOCABULARY
+    if path is None or not path.is_file():
+        return
+    before = TextTokenizer(load_vocabulary(path), settings.recipe.text_length)
+    tokens = [found.tokens(range(found.vocab_size)) for found in (before, tokenizer)]
+    if tokens[0] != tokens[1]:
+        raise ValueError(f"vocab: it is not {path}, with which the model of --init was trained")
 
 
 def _check_answers(settings: Settings, answers: list[str] | None) -> None:
