@@ -89,12 +89,13 @@ def compute(
     tasks = model.config.tasks
     if "itm" in tasks and "itc" not in tasks:
         raise ValueError(f"tasks: {tasks} have itm without itc, which weighs its negatives")
-    patches = model.embed_image(batch["image"]) if set(tasks) - {"textmlm", "nlvr2"} else None
+    patches = torch.empty(0)
+    if set(tasks) - {"textmlm", "nlvr2"}:
+        patches = model.embed_image(batch["image"])
     output: Output = {}
     negatives = None if whole is None else whole.negatives
     pending = None
     if {"itc", "irtr"} & set(tasks):
-        assert patches is not None
         streams = encode_streams(model, batch, patches)
         if streams_only:
             return {name: v for name, v in streams._asdict().items() if v is not None}
@@ -189,7 +190,7 @@ def encode_streams(model: VLMo, batch: Batch, patches: Tensor) -> Streams:
     scale = model.config.itc_grad_scale
     if scale == 1:
         return streams
-    return Streams(*(v if v is None else v * scale + v.detach() * (1 - scale) for v in streams))
+    return Streams._make(v if v is None else v * scale + v.detach() * (1 - scale) for v in streams)
 
 
 def contrast(model: VLMo, streams: Streams) -> Output:
@@ -200,10 +201,9 @@ def contrast(model: VLMo, streams: Streams) -> Output:
         [B, W * B]; the same with ``irtr_``.
     """
     everything = [v for v in streams if v is not None]
-    gathered = distributed.gather(torch.cat(everything, 1)).split(model.config.dim, 1)
-    everyone = Streams(*gathered)
+    everyone = distributed.gather(torch.cat(everything, 1)).split(model.config.dim, 1)
     i2t, t2i, loss = _directions(streams.image, streams.text, everyone[:2], model.logit_scale)
-    output = {}
+    output: Output = {}
     if "itc" in model.config.tasks:
         assert streams.vl_image is not None and streams.vl_text is not None
         *_, vl_loss = _directions(

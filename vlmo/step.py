@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vlmo import distributed, objectives
+from vlmo.model import VLMo
 from vlmo.negatives import PendingNegatives
 from vlmo.objectives import Whole
 from vlmo.passes import Streams
@@ -61,7 +62,7 @@ def backward(
     size = rows if micro_batch is None else micro_batch
     if not 1 <= size <= rows or rows % size:
         raise ValueError(f"micro_batch: {size} does not divide the {rows} rows of a rank")
-    model = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
+    model = cast(VLMo, wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped)
     device = batch["text_ids"].device
     generator = torch.Generator(device).manual_seed(_mix(*seed))
 
@@ -110,7 +111,7 @@ def split(batch: Batch, size: int) -> list[dict[str, Any]]:
 
 
 def _wholes(
-    model: Any, batch: Batch, streams: list[Streams], count: int, generator: torch.Generator
+    model: VLMo, batch: Batch, streams: list[Streams], count: int, generator: torch.Generator
 ) -> Iterator[Whole]:
     """What each of ``count`` parts has to know; ``streams`` are those of all parts."""
     device = batch["text_ids"].device
@@ -121,11 +122,9 @@ def _wholes(
     if not streams:
         yield from (Whole(words, {}) for _ in range(count))
         return
-    leaves = Streams(
-        *(
-            None if values[0] is None else torch.cat(values).float().requires_grad_()
-            for values in zip(*streams, strict=True)
-        )
+    leaves = Streams._make(
+        None if values[0] is None else torch.cat(values).float().requires_grad_()
+        for values in zip(*streams, strict=True)
     )
     output = objectives.contrast(model, leaves)
     losses = {name: loss for name, loss in output.items() if name.endswith("_loss")}
@@ -148,8 +147,9 @@ def _wholes(
 
         def surrogate(streams: Streams, own: list[Tensor] = own) -> Tensor:
             pairs = zip((v for v in streams if v is not None), own, strict=True)
-            total = count * sum((value.float() * g).sum() for value, g in pairs)
-            return total + sum(scale * g for scale, g in of_scales if g is not None)
+            terms = [count * (value.float() * g).sum() for value, g in pairs]
+            terms += [scale * g for scale, g in of_scales if g is not None]
+            return torch.stack(terms).sum()
 
         yield Whole(words, detached, surrogate, negatives[number])
 

@@ -142,8 +142,9 @@ def _inexact(row: Parity) -> str:
 
 def _train(settings: Settings, console: Console) -> tuple[VLMo, TextTokenizer]:
     """A model trained by the recipe; a training that was stopped goes on."""
-    chosen = RECIPE if settings.steps is None else RECIPE.replace(steps=settings.steps)
-    folder = settings.output / f"run-{chosen.steps}-steps-seed-{settings.seed}"
+    steps = settings.steps or RECIPE.total_steps(0)
+    chosen = RECIPE.replace(steps=steps)
+    folder = settings.output / f"run-{steps}-steps-seed-{settings.seed}"
     train(
         TrainingSettings(
             chosen,
@@ -152,7 +153,7 @@ def _train(settings: Settings, console: Console) -> tuple[VLMo, TextTokenizer]:
             seed=settings.seed,
             device=settings.device,
             backend=settings.backend,
-            log_every=max(1, chosen.steps // 100),
+            log_every=max(1, steps // 100),
             evaluate_every=0,
             board=False,
         ),
