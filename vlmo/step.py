@@ -128,12 +128,12 @@ def _wholes(
     )
     output = objectives.contrast(model, leaves)
     losses = {name: loss for name, loss in output.items() if name.endswith("_loss")}
-    used = [leaf for leaf in leaves if leaf is not None]
+    used: list[Tensor] = [leaf for leaf in leaves if leaf is not None]
     scales = [
         p for name, p in model.named_parameters() if name in ("logit_scale", "logit_vl_scale")
     ]
     gradients = torch.autograd.grad(
-        torch.stack(list(losses.values())).sum(), used + scales, allow_unused=True
+        torch.stack(list(losses.values())).sum(), [*used, *scales], allow_unused=True
     )
     negatives: list = [None] * count
     if "itm" in model.config.tasks:
