@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vlmo.data import Draw, GlobalBatches, digit_tokenizer, evaluation_loader, loader, open_data
+from vlmo.data import Draw, GlobalBatches, collate, digit_tokenizer, loader, open_data
 from vlmo.data.arrow import DATASETS
 
 COCO = "coco_caption_karpathy"
@@ -172,7 +172,7 @@ def test_visual_questions(questions):
         "answer_scores": [pytest.approx(0.9)],
     }
     assert train.image_ids == [7, 7, 8] * 2
-    batch = next(iter(evaluation_loader(train, digit_tokenizer(8), batch_size=3)))
+    batch = collate([train[n] for n in range(3)], digit_tokenizer(8), answers=3)
     expected = torch.tensor([[1, 0, 0.3], [0, 0.9, 0], [0.6, 0, 0]])
     assert torch.allclose(batch["vqa_targets"], expected)
     assert len(opened(questions, "vqa", "val")) == 3
@@ -184,7 +184,7 @@ def test_questions_without_answers(questions, datasets):
     assert [test.fields(n)["question_id"] for n in range(3)] == [70, 71, 80]
     assert all(test.fields(n)["answer_labels"] == [] for n in range(3))
     assert test.answers == ["red", "2", "blue"]
-    batch = next(iter(evaluation_loader(test, digit_tokenizer(8), batch_size=3)))
+    batch = collate([test[n] for n in range(3)], digit_tokenizer(8), answers=3)
     assert torch.equal(batch["vqa_targets"], torch.zeros(3, 3))
 
 

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from vlmo import objectives, passes
 from vlmo.config import VLMoConfig
-from vlmo.data import Draw, GlobalBatches, TextTokenizer, loader, to_device
+from vlmo.data import Draw, TextTokenizer, loader, to_device
 from vlmo.data.draws import hashed
 from vlmo.distributed import rank
 from vlmo.files import replacing
@@ -134,7 +134,7 @@ def evaluate(
         _check_negatives(batches)
     loaded = loader(
         dataset,
-        cast(GlobalBatches, batches),
+        batches,
         tokenizer,
         mask_share=MASK_SHARE if task in ("pretrain", "textmlm") else None,
         workers=workers,
@@ -221,7 +221,7 @@ class _Pictures(Dataset):
         return self.dataset[self.rows[number]]["image"]
 
 
-class _Batches(Sampler[list[Draw]]):
+class _Batches:
     """Every sample once, in batches of which this rank yields its share.
 
     Attributes:

@@ -4,26 +4,25 @@ from vlmo.data.digit_language import ANSWERS, Meaning, Question
 from vlmo.data.digit_scenes import DigitScenes, Scene, retrieval_gallery
 from vlmo.data.digit_tokenizer import digit_tokenizer
 from vlmo.data.draws import Draw
-from vlmo.data.loading import HOST_KEYS, collate, evaluation_loader, loader, to_device
+from vlmo.data.loading import HOST_KEYS, Batches, collate, loader, to_device
 from vlmo.data.masking import mask_whole_words
-from vlmo.data.sampling import GlobalBatches, OrderedBatches
+from vlmo.data.sampling import GlobalBatches
 from vlmo.data.sources import open_data
 from vlmo.data.tokenizer import TextTokenizer, load_vocabulary, train_wordpiece
 
 __all__ = [
     "ANSWERS",
     "HOST_KEYS",
+    "Batches",
     "DigitScenes",
     "Draw",
     "GlobalBatches",
     "Meaning",
-    "OrderedBatches",
     "Question",
     "Scene",
     "TextTokenizer",
     "collate",
     "digit_tokenizer",
-    "evaluation_loader",
     "load_vocabulary",
     "loader",
     "mask_whole_words",

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping, Sequence, Sized
-from typing import Any, cast
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlmo.data.draws import Draw
 from vlmo.data.masking import IGNORE, mask_whole_words
-from vlmo.data.sampling import GlobalBatches, OrderedBatches
 from vlmo.data.tokenizer import TextTokenizer
 
 HOST_KEYS = ("text_lengths", "mlm_tokens")  # read on the CPU, to lay out a packed batch
@@ -93,16 +92,24 @@ def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str,
     }
 
 
+class Batches(Protocol):
+    """Which samples make up this rank's batches, as :class:`vlmo.data.GlobalBatches` tells."""
+
+    size: int  # of the data set
+
+    def __iter__(self) -> Iterator[list[Draw]]: ...
+
+
 def loader(
     dataset: Dataset,
-    batches: GlobalBatches,
+    batches: Batches,
     tokenizer: TextTokenizer,
     *,
     mask_share: float | None = None,
     workers: int = 0,
     official_masking: bool = False,
 ) -> DataLoader:
-    """Training batches of :func:`collate`, in the order of ``batches``.
+    """Batches of :func:`collate`, in the order of ``batches``.
 
     They are the same for any number of workers. With a CUDA device they lie in pinned memory.
 
@@ -120,41 +127,26 @@ def loader(
     size = len(cast(Sized, dataset))
     if batches.size != size:
         raise ValueError(f"batches: of {batches.size} samples, the data set has {size}")
-    return _loader(dataset, batches, tokenizer, mask_share, workers, official_masking)
-
-
-def evaluation_loader(
-    dataset: Dataset,
-    tokenizer: TextTokenizer,
-    *,
-    batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int = 0,
-    mask_share: float | None = None,
-    official_masking: bool = False,
-) -> DataLoader:
-    """Batches of :func:`collate` with every sample once and in order.
-
-    A rank gets a contiguous share, which is empty if there are fewer samples than ranks. What is
-    masked is the same on every run.
-
-    Args:
-        dataset: takes a :class:`Draw` as index.
-        tokenizer: sets the length T.
-        batch_size: of this rank.
-        rank: 0 .. ``world_size`` - 1.
-        world_size: number of ranks.
-        workers: processes that make samples; 0 for none.
-        mask_share: share of the words to mask; None for no masked copy.
-        official_masking: see :func:`mask_whole_words`.
-
-    Raises:
-        ValueError: an argument outside what is listed.
-    """
-    size = len(cast(Sized, dataset))
-    batches = OrderedBatches(size, batch_size, rank=rank, world_size=world_size)
-    return _loader(dataset, batches, tokenizer, mask_share, workers, official_masking)
+    if workers < 0:
+        raise ValueError(f"workers: {workers} is negative")
+    names = getattr(dataset, "answers", None)
+    function = functools.partial(
+        _collate_seeded,
+        tokenizer=tokenizer,
+        mask_share=mask_share,
+        official_masking=official_masking,
+        answers=None if names is None else len(names),
+    )
+    return DataLoader(
+        _Seeded(dataset),
+        batch_sampler=cast(Any, batches),  # yields lists; needs nothing else
+        collate_fn=function,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_start_worker,
+        # Of nothing that is used here; without one, every epoch would advance torch's own.
+        generator=torch.Generator(),
+    )
 
 
 class _Seeded(Dataset):
@@ -172,36 +164,6 @@ class _Seeded(Dataset):
         else:
             samples = [self.dataset[cast(int, draw)] for draw in draws]
         return [(sample, draw.seed) for sample, draw in zip(samples, draws, strict=True)]
-
-
-def _loader(
-    dataset: Dataset,
-    batches: GlobalBatches | OrderedBatches,
-    tokenizer: TextTokenizer,
-    mask_share: float | None,
-    workers: int,
-    official_masking: bool,
-) -> DataLoader:
-    if workers < 0:
-        raise ValueError(f"workers: {workers} is negative")
-    names = getattr(dataset, "answers", None)
-    function = functools.partial(
-        _collate_seeded,
-        tokenizer=tokenizer,
-        mask_share=mask_share,
-        official_masking=official_masking,
-        answers=None if names is None else len(names),
-    )
-    return DataLoader(
-        _Seeded(dataset),
-        batch_sampler=batches,
-        collate_fn=function,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_start_worker,
-        # Of nothing that is used here; without one, every epoch would advance torch's own.
-        generator=torch.Generator(),
-    )
 
 
 def _collate_seeded(drawn: Sequence[tuple[dict[str, Any], int]], **options: Any) -> dict[str, Any]:

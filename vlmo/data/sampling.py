@@ -63,7 +63,8 @@ class GlobalBatches(Sampler[list[Draw]]):
         keys: Sequence[Hashable] | None = None,
         groups: Sequence[Hashable] | None = None,
     ):
-        _check_ranks(rank, world_size)
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: {rank} is not within 0..{world_size - 1}")
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"batch_size: {batch_size} is not a multiple of {world_size} ranks")
         if batch_size > size:
@@ -110,35 +111,6 @@ class GlobalBatches(Sampler[list[Draw]]):
         order = torch.randperm(self.size, generator=generator).numpy()
         for number in range(first, self.steps_per_epoch):
             yield order[number * self.batch_size : (number + 1) * self.batch_size]
-
-
-class OrderedBatches(Sampler[list[Draw]]):
-    """A rank's contiguous share of all samples, each once and in order, for evaluation.
-
-    Args:
-        size: number of samples.
-        batch_size: of this rank; the last batch may be smaller.
-        rank: 0 .. ``world_size`` - 1.
-        world_size: number of ranks; their shares differ by one sample at most.
-
-    Raises:
-        ValueError: an argument outside what is listed.
-    """
-
-    def __init__(self, size: int, batch_size: int, *, rank: int = 0, world_size: int = 1):
-        _check_ranks(rank, world_size)
-        if batch_size < 1:
-            raise ValueError(f"batch_size: {batch_size} is not positive")
-        start, stop = (size * n // world_size for n in (rank, rank + 1))
-        self.rows, self.batch_size = range(start, stop), batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        for start in range(0, len(self.rows), self.batch_size):
-            rows = self.rows[start : start + self.batch_size]
-            yield [*map(Draw, rows, hashed(np.arange(rows.start, rows.stop)).tolist())]
 
 
 def _distinct(
@@ -203,13 +175,6 @@ def _partner(
             return candidates.pop()
         candidates.rotate(1)
     return None
-
-
-def _check_ranks(rank: int, world_size: int) -> None:
-    if world_size < 1:
-        raise ValueError(f"world_size: {world_size} is not positive")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank: {rank} is not within 0..{world_size - 1}")
 
 
 def _check_keys(
