@@ -65,6 +65,24 @@ class Parallel(str, enum.Enum):
     fsdp = "fsdp"
 
 
+# What several commands ask for.
+DataOption = Annotated[
+    str, typer.Option(help="digits, a folder of Arrow files, or own data (docs/data.md).")
+]
+ModelArgument = Annotated[Path, typer.Argument(help="Checkpoint, or folder of a run.")]
+VocabularyOption = Annotated[Path | None, typer.Option(help="vocab.txt; a run folder has its own.")]
+AnswersOption = Annotated[
+    Path | None, typer.Option(help="JSON list of VQA's answers; a run folder has its own.")
+]
+DeviceOption = Annotated[Device, typer.Option(help="Where to run.")]
+DtypeOption = Annotated[
+    Dtype | None, typer.Option(help="Of the products; default: 16 bits on a GPU.")
+]
+BackendOption = Annotated[
+    str | None, typer.Option(help="cuda, triton or reference; default: the first that can.")
+]
+
+
 @app.command()
 def info() -> None:
     """Show versions, devices, built kernels, and what can run here."""
@@ -81,10 +99,8 @@ def demo(
         typer.Option(min=1, help="Train so many steps only; the results are then not judged."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of data, weights and training.")] = 0,
-    device: Annotated[Device, typer.Option(help="Where to run.")] = Device.auto,
-    backend: Annotated[
-        str | None, typer.Option(help="cuda, triton or reference; default: the first that can.")
-    ] = None,
+    device: DeviceOption = Device.auto,
+    backend: BackendOption = None,
 ) -> None:
     """Check the kernels, train a small VLMo, and search pictures with it.
 
@@ -114,9 +130,7 @@ def recipes() -> None:
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="A name of vlmo recipes.")],
-    data: Annotated[
-        str, typer.Option(help="digits, a folder of Arrow files, or own data (docs/data.md).")
-    ],
+    data: DataOption,
     output: Annotated[
         Path | None,
         typer.Option(help="Folder of the run; what it holds goes on.  [default: runs/RECIPE]"),
@@ -169,13 +183,9 @@ def train(
         bool, typer.Option("--checkpointing", help="Compute activations twice to save memory.")
     ] = False,
     parallel: Annotated[Parallel, typer.Option(help="How processes share.")] = Parallel.ddp,
-    device: Annotated[Device, typer.Option(help="Where to run.")] = Device.auto,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Of the products; default: 16 bits on a GPU.")
-    ] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="cuda, triton or reference; default: the first that can.")
-    ] = None,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = None,
+    backend: BackendOption = None,
     workers: Annotated[
         int, typer.Option(min=0, help="Processes that make samples, for each that trains.")
     ] = 0,
@@ -247,11 +257,9 @@ def train(
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="Checkpoint, or folder of a run.")],
+    model: ModelArgument,
     task: Annotated[Task, typer.Argument()],
-    data: Annotated[
-        str, typer.Option(help="digits, a folder of Arrow files, or own data (docs/data.md).")
-    ],
+    data: DataOption,
     split: Annotated[Split, typer.Option()] = Split.test,
     datasets: Annotated[
         list[str] | None, typer.Option(help="Official data sets; default: those of the task.")
@@ -262,19 +270,13 @@ def evaluate(
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Pixels; default: the model's.")
     ] = None,
-    vocab: Annotated[Path | None, typer.Option(help="vocab.txt; a run folder has its own.")] = None,
-    answers: Annotated[
-        Path | None, typer.Option(help="JSON list of VQA's answers; a run folder has its own.")
-    ] = None,
+    vocab: VocabularyOption = None,
+    answers: AnswersOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time on a process.")] = 64,
     workers: Annotated[int, typer.Option(min=0, help="Processes that make samples.")] = 0,
-    device: Annotated[Device, typer.Option(help="Where to run.")] = Device.auto,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Of the products; default: 16 bits on a GPU.")
-    ] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="cuda, triton or reference; default: the first that can.")
-    ] = None,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = None,
+    backend: BackendOption = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the metrics.")] = None,
     predictions: Annotated[
         Path | None, typer.Option(help="File of answers to submit (vqa: JSON, nlvr2: CSV).")
@@ -307,7 +309,7 @@ def evaluate(
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Argument(help="Checkpoint, or folder of a run.")],
+    model: ModelArgument,
     image: Annotated[
         list[Path] | None, typer.Option(help="An image; twice for a statement about two.")
     ] = None,
@@ -324,18 +326,12 @@ def predict(
         Path | None, typer.Option(help=".npz file for unit vectors of images and texts.")
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Answers to a question.")] = 1,
-    vocab: Annotated[Path | None, typer.Option(help="vocab.txt; a run folder has its own.")] = None,
-    answers: Annotated[
-        Path | None, typer.Option(help="JSON list of VQA's answers; a run folder has its own.")
-    ] = None,
+    vocab: VocabularyOption = None,
+    answers: AnswersOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 64,
-    device: Annotated[Device, typer.Option(help="Where to run.")] = Device.auto,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Of the products; default: 16 bits on a GPU.")
-    ] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="cuda, triton or reference; default: the first that can.")
-    ] = None,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = None,
+    backend: BackendOption = None,
 ) -> None:
     """Say what the model's heads can of images and texts: similarity, match, answers, truth."""
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as in demo
