@@ -7,8 +7,9 @@ import torch
 
 from official_step import OnDevice, counting, official_step
 from vlmo import VLMo, VLMoConfig, objectives, step
-from vlmo.data import HOST_KEYS
+from vlmo.data import HOST_KEYS, to_device
 from vlmo.negatives import PendingNegatives
+from vlmo.placement import autocast_dtype
 
 TINY = VLMoConfig(
     dim=24,
@@ -193,6 +194,30 @@ def test_bad_batches():
     labels = torch.full_like(batch["text_labels_mlm"], 1)
     with pytest.raises(ValueError, match="text_labels_mlm: a label stands on padding"):
         model({k: v for k, v in batch.items() if k != "mlm_tokens"} | {"text_labels_mlm": labels})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_a_step_on_a_gpu(micro_batch):
+    """In 16 bits near the CPU's losses, and no operation waits, once all is compiled.
+
+    Hard negatives are awaited by an event, which the mode that raises here does not count.
+    """
+    batch, device = batch_of(8), torch.device("cuda")
+    expected = step.backward(model_of(TINY), batch)
+    model = model_of(TINY).to(device)
+    there = to_device(batch, device)
+    options = {"micro_batch": micro_batch, "autocast": autocast_dtype(device)}
+    step.backward(model, there, **options)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = step.backward(model, there, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name in ("itc_loss", "mlm_loss"):
+        torch.testing.assert_close(losses[name].cpu(), expected[name], rtol=0.05, atol=0.01)
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
 
 
 BASE = VLMoConfig.base(dim=8, heads=1, vocab_size=50, drop_path=0.0)  # its numbers of tokens
