@@ -18,6 +18,7 @@ from vlmo.data import (
     GlobalBatches,
     collate,
     digit_tokenizer,
+    has_splits,
     loader,
     open_data,
 )
@@ -399,3 +400,18 @@ def test_workers_change_nothing(folder, method):
                     assert torch.equal(value, two[name]), name
                 else:
                     assert value == two[name], name
+
+
+def test_which_sources_tell_their_splits_apart(folder):
+    assert has_splits("digits")
+    bare = write_jsonl(folder / "bare.jsonl", CAPTIONS)
+    told = write_jsonl(folder / "told.jsonl", [*CAPTIONS, CAPTIONS[0] | {"split": "val"}])
+    assert [has_splits(source) for source in (bare, told, folder)] == [False, True, False]
+    (folder / "lines.txt").write_text("a\n")
+    assert not has_splits(folder / "lines.txt")
+    write_jsonl(folder / "train.jsonl", CAPTIONS)
+    assert has_splits(folder)
+    for name in ("pictures", "parted"):
+        (folder / name / "val").mkdir(parents=True)
+    (folder / "pictures" / "val").rmdir()
+    assert [has_splits(folder / name) for name in ("pictures", "parted")] == [False, True]

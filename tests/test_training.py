@@ -149,6 +149,14 @@ def test_own_questions_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert "step 4/4" in capsys.readouterr().out
     assert command(monkeypatch, *arguments) == 0  # with the vocabulary of the run
     assert "step 4 of 4" in capsys.readouterr().out
+    # What is trained on is not validated with.
+    arguments[3], arguments[5] = tmp_path / "train.jsonl", tmp_path / "other"
+    assert command(monkeypatch, *arguments, "--vocab", tmp_path / "vocab.txt") == 0
+    assert "No validation: data: " in capsys.readouterr().out
+    arguments[5] = tmp_path / "third"
+    arguments += ["--vocab", tmp_path / "vocab.txt", "--evaluate-every", 2]
+    assert command(monkeypatch, *arguments) == 2
+    assert "has one split only" in capsys.readouterr().err
 
 
 def test_official_files(tmp_path):

@@ -7,7 +7,7 @@ from vlmo.data.draws import Draw
 from vlmo.data.loading import HOST_KEYS, Batches, collate, loader, to_device
 from vlmo.data.masking import mask_whole_words
 from vlmo.data.sampling import GlobalBatches
-from vlmo.data.sources import open_data
+from vlmo.data.sources import has_splits, open_data
 from vlmo.data.tokenizer import TextTokenizer, load_vocabulary, train_wordpiece
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "TextTokenizer",
     "collate",
     "digit_tokenizer",
+    "has_splits",
     "load_vocabulary",
     "loader",
     "mask_whole_words",

@@ -66,6 +66,17 @@ def open_own(
     return RecordSamples(path or source, items, picture_names(task), transform, answers)
 
 
+def has_splits(source: Path) -> bool:
+    """Whether a file or folder tells its splits apart; else all of it serves any split."""
+    if source.is_dir():
+        names = [name for split in SPLITS for name in (split, f"{split}.txt")]
+        names += [f"{split}{suffix}" for split in SPLITS for suffix in RECORD_SUFFIXES]
+        return any((source / name).exists() for name in names)
+    if source.suffix not in RECORD_SUFFIXES:
+        return False
+    return any("split" in record.values for record in _file_records(source, None))
+
+
 class RecordSamples(Samples):
     """Samples of records, their pictures in files of their own.
 

@@ -87,6 +87,16 @@ def open_data(
     return open_own(path, task, split, transform, answers=answers, answer_minimum=answer_minimum)
 
 
+def has_splits(source: str | os.PathLike[str]) -> bool:
+    """Whether a source of :func:`open_data` tells splits apart; else all of it serves any split."""
+    path = Path(source)
+    if source == "digits" or (path.is_dir() and any(path.glob("*.arrow"))):
+        return True
+    from vlmo.data import own
+
+    return own.has_splits(path)
+
+
 def _open_digits(
     task: str,
     split: str,

@@ -47,6 +47,7 @@ GALLERY = 256
 CANDIDATES = 16
 SCALES = (1.0, 2.0, 4.0)  # times the temperature: candidates for the weight of the cosine
 FARTHER_THAN_CHANCE = 5  # times chance, or the demo has failed
+NOISE = 0.005  # of a mean recall: so much re-ranking may lose to rounding on another machine
 SHOWN, SHOWN_WRONG = 2, 4  # first queries in the picture, and first wrong ones of the dual encoder
 
 
@@ -250,7 +251,7 @@ def judge(guess: Recall, dual: Recall, fused: Recall) -> list[str]:
                     f"R@1 of the {name}, {direction}, is {found:.1%}, less than "
                     f"{FARTHER_THAN_CHANCE} times chance ({by_chance:.1%})."
                 )
-    if fused.mean < dual.mean:
+    if fused.mean < dual.mean - NOISE:
         failures.append(
             f"Re-ranking lowers the mean recall from {dual.mean:.1%} to {fused.mean:.1%}."
         )

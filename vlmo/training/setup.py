@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from vlmo.checkpoint import load_checkpoint
 from vlmo.config import VLMoConfig
-from vlmo.data import TextTokenizer, digit_tokenizer, load_vocabulary, open_data
+from vlmo.data import TextTokenizer, digit_tokenizer, has_splits, load_vocabulary, open_data
 from vlmo.distributed import world_size
 from vlmo.files import replacing
 from vlmo.loading import ANSWERS, VOCABULARY, WEIGHTS
@@ -290,6 +290,8 @@ def _validation(settings: Settings, answers: list[str] | None, console: Console)
     if settings.evaluate_every == 0:
         return None
     try:
+        if not has_splits(settings.data):
+            raise ValueError(f"data: {settings.data} has one split only, which is trained on")
         return _open(settings, "val", answers)
     except (FileNotFoundError, ValueError) as error:
         if settings.evaluate_every is not None:
