@@ -7,12 +7,11 @@ import sys
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from test_step import TASKS, TINY, batch_of, model_of
 from vlmo import distributed, objectives, step
+from vlmo.training.parallel import wrapped
 
 ROWS = 8
 
@@ -21,11 +20,7 @@ def wrap(model, how):
     unused = objectives.unused_parameters(model.config)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in unused)
-    if how == "ddp":
-        return DistributedDataParallel(model)
-    for block in model.transformer.blocks:
-        fully_shard(block)
-    return fully_shard(model, ignored_params={p for p in model.parameters() if p.dim() == 0})
+    return wrapped(model, how)
 
 
 def whole(tensor):
@@ -42,8 +37,8 @@ def main(output: str) -> None:
         for how in ("ddp", "fsdp"):
             for micro_batch in (size, size // 2):
                 model = model_of(TINY.replace(tasks=tasks))
-                wrapped = wrap(model, how)
-                losses = step.backward(wrapped, share, micro_batch=micro_batch, seed=(1, 2))
+                module = wrap(model, how)
+                losses = step.backward(module, share, micro_batch=micro_batch, seed=(1, 2))
                 # Reading a sharded gradient is a collective.
                 grads = {
                     n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None

@@ -5,24 +5,14 @@ import dataclasses
 import pytest
 import torch
 
+import test_model
 from official_step import OnDevice, counting, official_step
 from vlmo import VLMo, VLMoConfig, objectives, step
 from vlmo.data import HOST_KEYS, to_device
 from vlmo.negatives import PendingNegatives
 from vlmo.placement import autocast_dtype
 
-TINY = VLMoConfig(
-    dim=24,
-    depth=3,
-    heads=2,
-    vl_start=2,
-    image_size=32,
-    max_text_length=6,
-    text_capacity=8,
-    vocab_size=30,
-    drop_path=0.0,
-    vqa_labels=7,
-)
+TINY = test_model.TINY.replace(vqa_labels=7)
 ABSOLUTE = TINY.replace(relative_position_bias=False, absolute_position=True, layer_scale=None)
 TASKS = [("mlm", "itc", "itm"), ("textmlm",), ("irtr",), ("vqa",), ("nlvr2",), ("irtr", "itc")]
 
