@@ -195,9 +195,9 @@ def report(results: list[dict[str, Any]]) -> str:
     lines = [
         "# All stages and tasks on digit scenes",
         "",
-        f"`{COMMAND} WORK_FOLDER` wrote this from {len(results)} trainings, {minutes:.0f} minutes "
-        f"on one CPU core each. Percent on the test split, mean and standard deviation over the "
-        f"seeds {seeds}; chance is 50 for statements (NLVR2) and 0.4 for TR@1 and IR@1. Scenes and "
+        f"`{COMMAND} WORK_FOLDER` wrote this from {len(results)} trainings on one CPU core "
+        f"each, {minutes:.0f} minutes in all. Percent on the test split, mean and standard "
+        f"deviation over the seeds {seeds}; chance is 50 for statements (NLVR2) and 0.4 for TR@1 and IR@1. Scenes and "
         "recipes are ours and small (docs/data.md, `vlmo recipes`): the paper's numbers stand "
         "beside them for the direction of an effect, not for its size.",
         "",
@@ -256,7 +256,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         )
         axis.set_title(title.split(" (")[0], fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("percent, test split")
+    axes[0].set_ylabel("percent of the test split, from 40")
     axes[0].set_ylim(40, 100)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=130, bbox_inches="tight")
