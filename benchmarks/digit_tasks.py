@@ -198,8 +198,8 @@ def report(results: list[dict[str, Any]]) -> str:
         f"`{COMMAND} WORK_FOLDER` wrote this from {len(results)} trainings on one CPU core "
         f"each, {minutes:.0f} minutes in all. Percent on the test split, mean and standard "
         f"deviation over the seeds {seeds}; chance is 50 for statements (NLVR2) and 0.4 for TR@1 "
-        "and IR@1. Scenes and recipes are ours and small (docs/data.md, `vlmo recipes`): the paper's numbers stand "
-        "beside them for the direction of an effect, not for its size.",
+        "and IR@1. Scenes and recipes are ours and small (docs/data.md, `vlmo recipes`): the "
+        "paper's numbers stand beside them for the direction of an effect, not for its size.",
         "",
     ]
     for title, paper, rows in TABLES:
