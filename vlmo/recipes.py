@@ -339,7 +339,7 @@ def _digits() -> Iterator[Recipe]:
     masked = functools.partial(digits, mask_share=0.25)  # captions are short
     yield masked("digits_textmlm", stage="textmlm", steps=300)
     yield masked("digits_pretrain", stage="pretrain", steps=1200, initial_from="digits_textmlm")
-    yield masked("digits_demo", stage="pretrain", steps=700, text_length=8, text_capacity=8)
+    yield masked("digits_demo", stage="pretrain", steps=1000, text_length=8, text_capacity=8)
     tuned = functools.partial(digits, initial_from="digits_pretrain", lr=5e-4, steps=500)
     # At 5e-4, two of five runs of NLVR2 made all features equal and stayed at chance.
     longer = functools.partial(tuned, lr=3e-4, steps=1500, warmup_share=0.3, head_lr_scale=3.0)
