@@ -245,8 +245,8 @@ ERRORS = {
     "batch_size: 97 exceeds the 96 samples": [
         *("digits_nlvr2", "--data", "digits", "--batch-size", "97"),
     ],
-    "warmup: 600 exceeds the 500 steps": [
-        *("digits_vqa", "--data", "digits", "--warmup", "600"),
+    "warmup: 1600 exceeds the 1500 steps": [
+        *("digits_vqa", "--data", "digits", "--warmup", "1600"),
     ],
     "missing.pt": ["digits_vqa", "--data", "digits", "--init", "missing.pt"],
     "init: . has no model.safetensors": ["digits_vqa", "--data", "digits", "--init", "."],

@@ -33,7 +33,10 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path):
     run(found, tmp_path / "whole", **options)
     folder, chance = tmp_path / "killed", random.Random(0)
     saved = [0]
-    for _ in range(6):
+    # A kill may come before the state is ahead: the next ones leave a slow machine more time.
+    for _ in range(20):
+        if len(set(saved)) > 4:
+            break
         process = forked(lambda: run(found, folder, **options), tmp_path / "said")
         before = saved[-1]
 
@@ -41,13 +44,13 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path):
             return (folder / "log.csv").exists() and len(steps_of(folder)) > before
 
         wait_for(ahead, process)
-        time.sleep(chance.uniform(0, 0.15))
+        time.sleep(chance.uniform(0, 0.15 * saved.count(before)))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert process.exitcode == -signal.SIGKILL
         if (folder / "training.pt").exists():
             saved.append(load_state(folder / "training.pt")["step"])
-    assert 0 < saved[-1] < 30 and len(set(saved)) > 3
+    assert 0 < saved[-1] < 30 and len(set(saved)) > 4
     assert f"step {saved[-1]} of 30" in run(found, folder, **options)
     for name in ("log.csv", "metrics.json"):
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

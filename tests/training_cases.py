@@ -108,3 +108,5 @@ def stop_the_second(output: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    # At once: taking the interpreter down beside gloo's threads has aborted (torch 2.13).
+    os._exit(0)
