@@ -125,11 +125,11 @@ def train(run: Run, work: Path) -> dict[str, Any]:
 
     from vlmo.data import digit_tokenizer, open_data
     from vlmo.evaluation import evaluate
+    from vlmo.files import write_json
     from vlmo.loading import load_model
     from vlmo.recipes import recipe
     from vlmo.training import Settings
     from vlmo.training import train as train_by
-    from vlmo.training.setup import write_json
 
     folder = work / run.name
     record = folder / "test.json"
@@ -269,9 +269,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from vlmo.files import replacing
+    from vlmo.files import replacing, write_json
     from vlmo.machine import versions
-    from vlmo.training.setup import write_json
 
     results = []
     with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:

@@ -4,6 +4,7 @@ Run by torchrun, it evaluates all of them and rank 0 saves the results:
 python -m torch.distributed.run --nproc-per-node 2 tests/evaluation_cases.py OUTPUT
 """
 
+import functools
 import json
 import os
 import sys
@@ -11,12 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 from vlmo import VLMo, VLMoConfig
 from vlmo.data import ANSWERS, Draw, digit_tokenizer, open_data
 from vlmo.evaluation import evaluate
+from vlmo.training.parallel import WAYS, wrapped
 
 TOKENIZER = digit_tokenizer(12)
 TINY = VLMoConfig(
@@ -87,20 +87,15 @@ def results(wrap, folder: Path, size: int = 11) -> dict[str, dict[str, float]]:
     return found
 
 
-def sharded(model: VLMo) -> VLMo:
-    """FSDP2, as in training."""
-    for block in model.transformer.blocks:
-        fully_shard(block)
-    return fully_shard(model, ignored_params={p for p in model.parameters() if p.dim() == 0})
-
-
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    for name, wrap in (("ddp", DistributedDataParallel), ("fsdp", sharded)):
+    for name in WAYS:
         mine = folder / name
         mine.mkdir(exist_ok=True)
-        found = {str(size): results(wrap, mine, size) for size in (11, 2)}
+        found = {
+            str(size): results(functools.partial(wrapped, way=name), mine, size) for size in (11, 2)
+        }
         (mine / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

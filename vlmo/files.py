@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -34,6 +36,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     _sync(final.parent)  # the new name as well
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Write a JSON file through :func:`replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _sync(path: Path) -> None:

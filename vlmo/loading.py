@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,19 +82,35 @@ def _vocabulary(path: str | os.PathLike[str], size: int) -> Tokenizer:
 
 
 def _answers(given: str | os.PathLike[str] | Sequence[str], count: int) -> list[str]:
-    names: Any = given
-    place = "answers"
     if isinstance(given, (str, os.PathLike)):
-        place = f"answers: {os.fspath(given)}"
-        try:
-            names = json.loads(Path(given).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place} is not JSON: {error}") from error
-        if not isinstance(names, list):
-            raise ValueError(f"{place} holds no list")
-    wrong = next((name for name in names if not isinstance(name, str)), None)
-    if wrong is not None:
-        raise ValueError(f"{place}: {wrong!r} is not a text")
+        place, names = f"answers: {os.fspath(given)}", read_answers(given)
+    else:
+        place, names = "answers", list(given)
+        _check_texts(place, names)
     if len(names) != count:
         raise ValueError(f"{place}: has {len(names)} answers, the model has {count}")
-    return list(names)
+    return names
+
+
+def read_answers(path: str | os.PathLike[str]) -> list[str]:
+    """The answers of a JSON file, in the order of their ids.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON, or holds anything but a list of texts.
+    """
+    place = f"answers: {os.fspath(path)}"
+    try:
+        names = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # of the syntax or of the encoding
+        raise ValueError(f"{place} is not JSON: {error}") from error
+    if not isinstance(names, list):
+        raise ValueError(f"{place} holds no list")
+    _check_texts(place, names)
+    return names
+
+
+def _check_texts(place: str, names: Iterable[Any]) -> None:
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"{place}: {name!r} is not a text")

@@ -129,9 +129,7 @@ def _wholes(
     output = objectives.contrast(model, leaves)
     losses = {name: loss for name, loss in output.items() if name.endswith("_loss")}
     used: list[Tensor] = [leaf for leaf in leaves if leaf is not None]
-    scales = [
-        p for name, p in model.named_parameters() if name in ("logit_scale", "logit_vl_scale")
-    ]
+    scales = [p for name, p in model.named_parameters() if name in SCALES]
     gradients = torch.autograd.grad(
         torch.stack(list(losses.values())).sum(), [*used, *scales], allow_unused=True
     )

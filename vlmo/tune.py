@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from vlmo.files import replacing
+from vlmo.files import write_json
 from vlmo.kernels.moe_ffn import tiles, triton_impl
 from vlmo.kernels.moe_ffn.tiles import Tile, Tiles
 from vlmo.kernels.target import describe, interpreted
@@ -74,8 +73,7 @@ def tune(problem: Problem, output: Path, console: Console, *, quick: bool = Fals
     }
     row = dict(generation=generation, operands=operands, tiles=asdict(best), measured=measured)
     table = {"version": tiles.FILE_VERSION, "rows": [*others, row]}
-    with replacing(output) as temporary:
-        temporary.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    write_json(output, table)
     console.print(f"Wrote {output}. To use it: VLMO_TILES={output}", soft_wrap=True)
     return best
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from rich.table import Table
 
 from vlmo.data import TextTokenizer, open_data
 from vlmo.evaluation import evaluate
-from vlmo.files import replacing
+from vlmo.files import write_json
 from vlmo.loading import load_model
 from vlmo.machine import versions
 from vlmo.placement import chosen_dtype, require_backend
@@ -136,8 +135,7 @@ def _report(settings: Settings, metrics: Mapping[str, float], console: Console) 
             for name, value in dataclasses.asdict(settings).items()
         }
         content: dict[str, Any] = {"metrics": dict(metrics), **given, "versions": versions()}
-        with replacing(settings.output) as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(settings.output, content)
     written = [str(p) for p in (settings.output, settings.predictions) if p is not None]
     if written:
         console.print(f"Written: {', '.join(written)}")

@@ -20,6 +20,7 @@ from vlmo.data import digit_language as language
 from vlmo.data.digit_language import ANSWERS, Meaning, Question
 from vlmo.data.digit_scans import SPLITS, enlarged_scans, load_scans, split_scans
 from vlmo.data.draws import Draw
+from vlmo.data.samples import picture_names
 
 TASKS = ("pretrain", "retrieval", "vqa", "nlvr2", "textmlm")
 AXES = ("single", "horizontal", "vertical")
@@ -266,7 +267,7 @@ class DigitScenes(Dataset):
             if not 0 <= index < len(self):
                 raise IndexError(f"sample {index} of {len(self)}")
         pictures = {
-            name: self.images(indices, image) for image, name in enumerate(self._image_names())
+            name: self.images(indices, image) for image, name in enumerate(picture_names(self.task))
         }
         samples = []
         for n, index in enumerate(indices):
@@ -280,10 +281,6 @@ class DigitScenes(Dataset):
                 sample |= {"answers": target, "identifier": f"{self.split}-{index}"}
             samples.append(sample)
         return samples
-
-    def _image_names(self) -> tuple[str, ...]:
-        names = {"nlvr2": ("image_0", "image_1"), "textmlm": ()}
-        return names.get(self.task, ("image",))
 
     def _text_and_target(self, index: int) -> tuple[str, int | None]:
         draws = self._text_draws[index].tolist()

@@ -80,7 +80,7 @@ def open_data(
     except ImportError as error:
         raise ImportError(f"data in files needs {error.name}: pip install 'vlmo[train]'") from error
     transform = SquareTransform(image_size, train, flip)
-    if path.is_dir() and any(path.glob("*.arrow")):
+    if holds_arrow(path):
         return open_arrow(path, task, split, transform, answers=answers, datasets=datasets)
     if datasets is not None:
         raise ValueError(f"datasets: {list(datasets)} can be chosen from Arrow files only")
@@ -89,12 +89,16 @@ def open_data(
 
 def has_splits(source: str | os.PathLike[str]) -> bool:
     """Whether a source of :func:`open_data` tells splits apart; else all of it serves any split."""
-    path = Path(source)
-    if source == "digits" or (path.is_dir() and any(path.glob("*.arrow"))):
+    if source == "digits" or holds_arrow(source):
         return True
     from vlmo.data import own
 
-    return own.has_splits(path)
+    return own.has_splits(Path(source))
+
+
+def holds_arrow(source: str | os.PathLike[str]) -> bool:
+    """Whether a source is a folder of Arrow files."""
+    return any(Path(source).glob("*.arrow"))
 
 
 def _open_digits(

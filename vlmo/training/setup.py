@@ -18,9 +18,10 @@ from torch.utils.data import Dataset
 from vlmo.checkpoint import load_checkpoint
 from vlmo.config import VLMoConfig
 from vlmo.data import TextTokenizer, digit_tokenizer, has_splits, load_vocabulary, open_data
+from vlmo.data.sources import holds_arrow
 from vlmo.distributed import world_size
-from vlmo.files import replacing
-from vlmo.loading import ANSWERS, VOCABULARY, WEIGHTS
+from vlmo.files import write_json
+from vlmo.loading import ANSWERS, VOCABULARY, WEIGHTS, read_answers
 from vlmo.machine import versions
 from vlmo.model import VLMo
 from vlmo.objectives import unused_parameters
@@ -126,7 +127,8 @@ def prepare(settings: Settings, console: Console) -> Materials:
             raise ValueError(f"{name}: {getattr(settings, name)} is not positive")
     if settings.output.exists() and not settings.output.is_dir():
         raise NotADirectoryError(f"output: {settings.output} exists and is no folder")
-    data = _open(settings, "train", _given_answers(settings.answers))
+    given = None if settings.answers is None else read_answers(settings.answers)
+    data = _open(settings, "train", given)
     tokenizer = _tokenizer(settings)
     answers = getattr(data, "answers", None) if recipe.stage == "vqa" else None
     _check_vocabulary(settings, tokenizer)
@@ -237,12 +239,6 @@ def write_folder(settings: Settings, materials: Materials) -> None:
         write_json(settings.output / ANSWERS, list(cast(Any, materials.data).answers))
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file, which appears whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def _tokenizer(settings: Settings) -> TextTokenizer:
     length = settings.recipe.text_length
     if settings.vocabulary is not None:
@@ -260,7 +256,7 @@ def _tokenizer(settings: Settings) -> TextTokenizer:
 def _open(settings: Settings, split: str, answers: list[str] | None) -> Dataset:
     recipe = settings.recipe
     datasets = settings.datasets
-    if datasets is None and any(Path(settings.data).glob("*.arrow")):
+    if datasets is None and holds_arrow(settings.data):
         datasets = recipe.datasets
     return open_data(
         settings.data,
@@ -272,18 +268,6 @@ def _open(settings: Settings, split: str, answers: list[str] | None) -> Dataset:
         datasets=datasets,
         answer_minimum=settings.answer_minimum,
     )
-
-
-def _given_answers(path: Path | None) -> list[str] | None:
-    if path is None:
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"answers: {path} is not JSON: {error}") from error
-    if not isinstance(found, list) or not all(isinstance(answer, str) for answer in found):
-        raise ValueError(f"answers: {path} holds no list of texts")
-    return found
 
 
 def _validation(settings: Settings, answers: list[str] | None, console: Console) -> Dataset | None:
@@ -316,7 +300,7 @@ def _check_answers(settings: Settings, answers: list[str] | None) -> None:
     if answers is None or settings.initial is None or "vqa_classifier." in settings.skip:
         return
     path = settings.initial / ANSWERS
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != answers:
+    if path.is_file() and read_answers(path) != answers:
         raise ValueError(
             f"init: {path} is not the list of these data; give it as --answers, or leave the head "
             "out with --skip vqa_classifier."

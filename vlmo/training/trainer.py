@@ -20,6 +20,7 @@ from vlmo.checkpoint import save_checkpoint
 from vlmo.data import GlobalBatches, loader, to_device
 from vlmo.distributed import rank, world_size
 from vlmo.evaluation import evaluate
+from vlmo.files import write_json
 from vlmo.flops import step_flops
 from vlmo.kernels.target import describe
 from vlmo.loading import WEIGHTS
@@ -40,7 +41,6 @@ from vlmo.training.setup import (
     new_model,
     prepare,
     write_folder,
-    write_json,
 )
 from vlmo.training.state import Training, restore, save_state
 from vlmo.training.stopping import Interrupted, StopRequest, stop_requests
