@@ -12,9 +12,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from cost import Cost, moe_ffn_backward, moe_ffn_forward
 from reporting import benchmarks_enabled
 from sublayer import Sublayer, compiled, dense, routed, slices
+from vlmo.bench.cost import Cost, moe_ffn_backward, moe_ffn_forward
 from vlmo.kernels import BACKEND_NAMES, why_not
 
 PHASES = ("forward", "forward+backward")

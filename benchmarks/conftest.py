@@ -13,9 +13,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-import launches
-from cost import Cost
 from reporting import ROOT, Record, Results, benchmarks_enabled, summary
+from vlmo.bench import launches
+from vlmo.bench.cost import Cost
 from vlmo.timing import median_seconds
 
 

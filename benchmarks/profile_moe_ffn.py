@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import torch
 
-import launches
 from sublayer import Sublayer, routed, slices
+from vlmo.bench import launches
 from vlmo.kernels.target import describe
 
 

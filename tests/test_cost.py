@@ -1,11 +1,11 @@
-"""The formulas of benchmarks/cost.py, against what PyTorch counts."""
+"""The formulas of vlmo/bench/cost.py, against what PyTorch counts."""
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cost import Cost, moe_ffn_backward, moe_ffn_forward
 from moe_ffn_cases import Case, eager, expert_ids, leaves, make_tensors
+from vlmo.bench.cost import Cost, moe_ffn_backward, moe_ffn_forward
 from vlmo.kernels.moe_ffn import reference
 from vlmo.trial import Problem, make_call
 
