@@ -5,7 +5,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_ffn_cases import Case, eager, expert_ids, leaves, make_tensors
-from vlmo.bench.cost import Cost, moe_ffn_backward, moe_ffn_forward
+from vlmo.bench.cost import (
+    Cost,
+    attention_backward,
+    attention_forward,
+    moe_ffn_backward,
+    moe_ffn_forward,
+)
 from vlmo.kernels.moe_ffn import reference
 from vlmo.trial import Problem, make_call
 
@@ -69,6 +75,47 @@ def test_bytes_are_those_of_the_tensors(gated):
     assert moe_ffn_backward(*shape, **facts).bytes == 3 * x.nbytes + 2 * parameters + pre
     again = moe_ffn_backward(*shape, **facts, recomputes=True)
     assert again.bytes == 3 * x.nbytes + 2 * parameters
+
+
+# Sequences, tokens, heads, numbers of a head; entries of the table.
+ATTENTION, ENTRIES = (3, 10, 2, 8), 7
+
+
+def attention_tensors(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """q, k, v and the table."""
+    sequences, length, heads, dim = ATTENTION
+    shapes = [(sequences, heads, length, dim)] * 3 + [(ENTRIES, heads)]
+    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def test_flops_of_attention_are_those_of_eager_pytorch():
+    q, k, v, table = attention_tensors()
+    index = torch.arange(ATTENTION[1] ** 2).reshape(ATTENTION[1], -1) % ENTRIES
+    with FlopCounterMode(display=False) as forward:
+        scores = q @ k.transpose(2, 3) + table[index].permute(2, 0, 1)
+        y = scores.softmax(dim=-1) @ v
+    with FlopCounterMode(display=False) as backward:
+        torch.autograd.grad(y.sum(), [q, k, v, table])
+    facts = dict(itemsize=4, entries=ENTRIES)
+    assert attention_forward(*ATTENTION, **facts).flops == forward.get_total_flops()
+    assert attention_backward(*ATTENTION, **facts).flops == backward.get_total_flops()
+    # One more product, of the size of each of the forward's two.
+    again = attention_backward(*ATTENTION, **facts, recomputes=True).flops
+    assert again == backward.get_total_flops() + forward.get_total_flops() // 2
+
+
+def test_bytes_of_attention_are_those_of_the_tensors():
+    q, k, v, table = attention_tensors(torch.float16)
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32)
+    read = sum(t.nbytes for t in (q, k, v))
+    facts = dict(itemsize=2, entries=ENTRIES)
+    assert attention_forward(*ATTENTION, itemsize=2).bytes == read + out.nbytes
+    assert attention_forward(*ATTENTION, **facts).bytes == read + table.nbytes + out.nbytes
+    kept = attention_forward(*ATTENTION, **facts, keeps_lse=True)
+    assert kept.bytes == read + table.nbytes + out.nbytes + lse.nbytes
+    # dq, dk, dv and the table's gradient are as large as what they are of.
+    backward = attention_backward(*ATTENTION, **facts)
+    assert backward.bytes == 2 * (read + table.nbytes) + 2 * out.nbytes + lse.nbytes
 
 
 def test_costs_add_up():

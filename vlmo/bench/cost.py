@@ -68,6 +68,58 @@ def moe_ffn_backward(
     return Cost(flops, itemsize * (moved + 2 * _parameters(dim, hidden, pre, experts)))
 
 
+def attention_forward(
+    sequences: int,
+    length: int,
+    heads: int,
+    dim: int,
+    *,
+    itemsize: int,
+    entries: int = 0,
+    keeps_lse: bool = False,
+) -> Cost:
+    r"""Softmax attention with B sequences of N tokens, H heads of ``dim`` = K numbers each.
+
+    .. math:: flops = 4 B H N^2 K
+
+    .. math:: bytes = itemsize \cdot (4 B H N K + H \, entries) + [keeps\_lse] \, 4 B H N
+
+    Scores and weighted values. q, k and v are read, the output is written, and the logarithms of
+    the softmax's sums in float32 if a backward follows; the table of the relative position bias
+    (``entries`` x H) is read once. Scores, weights and bias count as never leaving the chip.
+    """
+    rows = sequences * heads * length
+    moved = 4 * rows * dim + heads * entries
+    return Cost(4 * rows * length * dim, itemsize * moved + keeps_lse * 4 * rows)
+
+
+def attention_backward(
+    sequences: int,
+    length: int,
+    heads: int,
+    dim: int,
+    *,
+    itemsize: int,
+    entries: int = 0,
+    recomputes: bool = False,
+) -> Cost:
+    r"""The backward for q, k, v and, with ``entries``, the table of the bias.
+
+    .. math:: flops = (8 + [recomputes] \, 2) B H N^2 K
+
+    .. math:: bytes = itemsize \cdot (8 B H N K + 2 H \, entries) + 4 B H N
+
+    The four products of the gradients of values, weights, queries and keys. A fifth computes the
+    scores again; fused forms need it and eager PyTorch, which keeps the weights, does not, so it is
+    no useful work: papers of FlashAttention count it, and their rates are 10 / 8 of these for the
+    same time (with the forward, 14 / 12). q, k, v, the output, its gradient, the sums of the
+    softmax (float32) and the table are read, and the gradients of q, k, v and the table written.
+    """
+    rows = sequences * heads * length
+    moved = 8 * rows * dim + 2 * heads * entries
+    return Cost((8 + 2 * recomputes) * rows * length * dim, itemsize * moved + 4 * rows)
+
+
 def _parameters(dim: int, hidden: int, pre: int, experts: int) -> int:
     """Elements: w1, b1, w2, b2 and LayerNorm's two vectors of each expert, one layer scale."""
     return experts * (pre * dim + pre + dim * hidden + dim + 2 * dim) + dim
