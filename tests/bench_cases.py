@@ -1,0 +1,58 @@
+"""Reports as ``vlmo bench`` writes them, with numbers that are made up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlmo.bench.report import Record, Report
+
+
+def measured(contender: str, ms: float, **changes: Any) -> Record:
+    """A record of one case of the feed-forward suite, at 1 TFLOP and 10 GB a call."""
+    record = dict(
+        suite="moe_ffn",
+        size="base",
+        dtype="bfloat16",
+        phase="forward",
+        tokens=8192,
+        split="40:197",
+        contender=contender,
+        device_ms=ms,
+        device_ms_low=0.99 * ms,
+        device_ms_high=1.01 * ms,
+        wall_ms=ms + 0.01,
+        calls=100,
+        tflops=1e3 / ms,
+        gb_per_s=1e4 / ms,
+        share_of_roof=0.5,
+        samples_per_s=35e3 / ms,
+        peak_mib=None,
+        launches=None,
+        millijoules=None,
+        clock_mhz=None,
+        temperature_c=None,
+        throttled=None,
+        error=0.25,
+    )
+    return record | changes
+
+
+def not_run(contender: str, reason: str, **changes: Any) -> Record:
+    """A record of a contender without numbers."""
+    record = measured(contender, 1.0)
+    labels = {k: record[k] for k in ("suite", "size", "dtype", "phase", "tokens", "split")}
+    return labels | {"contender": contender, "reason": reason} | changes
+
+
+def report(*records: Record, **changes: Any) -> Report:
+    """A report of some records on a machine that does not exist."""
+    content: dict[str, Any] = dict(
+        machine={"name": "Testing Unit 9", "cores": 2},
+        commit="abc1234",
+        command="vlmo bench --suite moe_ffn",
+        versions={"torch": "2.13.0"},
+        roof={"copy_gb_per_s": 10.0, "matrix_tflops": {"bfloat16": 2.0}},
+        unmeasured=[],
+        records=list(records),
+    )
+    return Report(**(content | changes))

@@ -1,0 +1,398 @@
+"""What a run of suites found: on disk, as tables on the console, and as Markdown."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vlmo.files import write_json
+
+FORMAT = 1
+# One case and contender, flat: Case.labels, "contender", and "reason" or MEASURED.
+Record = dict[str, Any]
+LABELS = ("suite", "size", "dtype", "phase")  # of every case; its shape adds more
+MEASURED = (
+    "device_ms",
+    "device_ms_low",
+    "device_ms_high",
+    "wall_ms",
+    "calls",
+    "tflops",
+    "gb_per_s",
+    "share_of_roof",
+    "samples_per_s",
+    "peak_mib",
+    "launches",
+    "millijoules",
+    "clock_mhz",
+    "temperature_c",
+    "throttled",
+    "error",
+)
+_ALWAYS_MEASURED = ("device_ms", "device_ms_low", "device_ms_high", "tflops", "gb_per_s")
+# How each suite's computation is written by those who publish it.
+OFFICIAL = ("slices", "eager", "official")
+NOT_EXACT = "not exact"
+
+
+@dataclass
+class Report:
+    """The records of a run, and what they depend on.
+
+    Attributes:
+        machine: ``name``, short, which names the file ("cpu", or the GPU's name), and more for
+            people.
+        commit: of what was measured.
+        command: that was run.
+        versions: of what a time can depend on.
+        roof: ``copy_gb_per_s``, and ``matrix_tflops`` by dtype; as of ``roofline.Roof``.
+        unmeasured: sentences: what could not be measured on this machine, and why.
+        records: one for each case and contender.
+    """
+
+    machine: dict[str, Any]
+    commit: str
+    command: str
+    versions: dict[str, str]
+    roof: dict[str, Any]
+    unmeasured: list[str] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+
+    @property
+    def stem(self) -> str:
+        """Name of its files without a suffix: the machine and the commit."""
+        return f"{_slug(self.machine['name'])}-{_slug(self.commit)}"
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the JSON file into a folder, which is made; its path is returned."""
+        path = Path(folder) / f"{self.stem}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"format": FORMAT} | asdict(self))
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Report:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: it is something else; the message names the file and what is wrong.
+            OSError: it cannot be read.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:  # of JSON, or of the encoding
+            raise ValueError(f"{path}: is not JSON: {error}") from error
+        wrong = _why_no_report(content)
+        if wrong is not None:
+            raise ValueError(f"{path}: {wrong}")
+        return cls(**{known.name: content[known.name] for known in fields(cls)})
+
+    def table(self, console: Console) -> None:
+        """Print everything: a table for each case, what was not run, what was not measured."""
+        for group in groups(self.records):
+            columns = _columns(group)
+            table = Table(title=escape(group.title), title_justify="left", box=box.SIMPLE_HEAD)
+            for column in columns:
+                left = column is columns[0]
+                table.add_column(column.title, justify="left" if left else "right", no_wrap=True)
+            for record in group.records:
+                style = "bold" if is_ours(record["contender"]) else None
+                table.add_row(*(escape(c.cell(group, record)) for c in columns), style=style)
+            console.print(table)
+            for note in group.notes:
+                console.print(f"  {escape(note)}", highlight=False)
+        for title, lines in self._below():
+            console.print(f"\n[bold]{title}[/]")
+            for line in lines:
+                style = "red" if line.startswith(NOT_EXACT) else None
+                console.print(f"  {escape(line)}", style=style, highlight=False)
+
+    def markdown(self) -> str:
+        """Everything as a page, headed by machine, commit, command and versions."""
+        machine = "; ".join(f"{key} {value}" for key, value in self.machine.items())
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        lines = [
+            f"# Measured on {self.machine['name']}",
+            "",
+            f"* machine: {machine}",
+            f"* commit: {self.commit}",
+            f"* command: `{self.command}`",
+            f"* versions: {versions}",
+            f"* roof: {self._roof()}",
+            "",
+            "docs/performance.md says what the columns mean.",
+            "",
+        ]
+        for group in groups(self.records):
+            columns = _columns(group)
+            lines += [f"## {group.title}", ""]
+            rows = [[c.cell(group, record) for c in columns] for record in group.records]
+            lines += markdown_table([c.title for c in columns], rows)
+            lines += ["", *(f"{note}\n" for note in group.notes)]
+        for title, below in self._below():
+            lines += [f"## {title}", "", *(f"* {line}" for line in below), ""]
+        return "\n".join(lines)
+
+    @property
+    def inexact(self) -> list[Record]:
+        """Records of contenders that failed the parity check."""
+        return [r for r in self.records if str(r.get("reason", "")).startswith(NOT_EXACT)]
+
+    def not_run(self) -> list[str]:
+        """Each reason once, with its contenders and how many cases of each it kept out."""
+        found: dict[str, dict[str, int]] = {}
+        for record in self.records:
+            if "reason" in record:
+                counts = found.setdefault(record["reason"], {})
+                counts[record["contender"]] = counts.get(record["contender"], 0) + 1
+        return [
+            f"{reason}: {', '.join(f'{who} ({_cases(count)})' for who, count in counts.items())}"
+            for reason, counts in sorted(found.items(), key=lambda item: _order(item[0]))
+        ]
+
+    def _below(self) -> Iterator[tuple[str, list[str]]]:
+        for title, lines in (
+            ("Not run", self.not_run()),
+            ("Not measured here", self.unmeasured),
+        ):
+            if lines:
+                yield title, lines
+
+    def _roof(self) -> str:
+        rates = self.roof.get("matrix_tflops", {}).items()
+        parts = [f"copies {number(self.roof['copy_gb_per_s'])} GB/s"] if self.roof else []
+        parts += [f"{dtype} products {number(rate)} TFLOP/s" for dtype, rate in rates]
+        return ", ".join(parts) or "not measured"
+
+
+@dataclass(frozen=True)
+class Group:
+    """What was measured of one case: ours first, then peers, then dense layers; fast ones first.
+
+    Attributes:
+        labels: of the case.
+        records: those with numbers.
+    """
+
+    labels: dict[str, int | str]
+    records: list[Record]
+
+    @property
+    def title(self) -> str:
+        """The case in words."""
+        shape = [f"{k} {v}" for k, v in self.labels.items() if k not in LABELS]
+        return ", ".join([*(str(self.labels[name]) for name in LABELS), *shape])
+
+    @property
+    def best(self) -> Record | None:
+        """The fastest of ours."""
+        return self._fastest(lambda name: is_ours(name))
+
+    @property
+    def best_peer(self) -> Record | None:
+        """The fastest of the others that compute the same."""
+        return self._fastest(lambda name: not is_ours(name) and not is_dense(name))
+
+    @property
+    def official(self) -> Record | None:
+        """The published way of writing it."""
+        return self._fastest(lambda name: name in OFFICIAL)
+
+    @property
+    def dense(self) -> Record | None:
+        """The fastest layer without experts, which computes something else."""
+        return self._fastest(is_dense)
+
+    @property
+    def notes(self) -> list[str]:
+        """What has to be said below the table."""
+        found = []
+        if self.dense is not None:
+            found.append("dense: one expert for all tokens, which computes something else.")
+        for record in self.records:
+            if record.get("throttled"):
+                reasons = ", ".join(record["throttled"])
+                found.append(f"{record['contender']}: the GPU was throttled ({reasons}).")
+        return found
+
+    def _fastest(self, wanted: Callable[[str], bool]) -> Record | None:
+        chosen = [record for record in self.records if wanted(record["contender"])]
+        return min(chosen, key=lambda record: record["device_ms"], default=None)
+
+
+def groups(records: Sequence[Record]) -> list[Group]:
+    """The measured records by case, in the order of the cases."""
+    found: dict[str, Group] = {}
+    for record in records:
+        labels = labels_of(record)
+        if "device_ms" in record:
+            found.setdefault(json.dumps(labels), Group(labels, [])).records.append(record)
+    for group in found.values():
+        group.records.sort(key=lambda record: (_rank(record["contender"]), record["device_ms"]))
+    return list(found.values())
+
+
+def labels_of(record: Record) -> dict[str, int | str]:
+    """What tells the case of a record from other cases."""
+    others = ("contender", "reason", *MEASURED)
+    return {name: value for name, value in record.items() if name not in others}
+
+
+def is_ours(contender: str) -> bool:
+    """Whether it is of this library."""
+    return contender.startswith("vlmo")
+
+
+def is_dense(contender: str) -> bool:
+    """Whether it is a layer without experts."""
+    return contender.startswith("dense")
+
+
+def times_as_fast(record: Record, other: Record | None) -> float | None:
+    """The other's time over this one's; None if there is no other."""
+    return None if other is None else other["device_ms"] / record["device_ms"]
+
+
+def number(value: float) -> str:
+    """Three significant digits, never an exponent."""
+    if value == 0 or not math.isfinite(value):
+        return str(value)
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{digits}f}"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table, the first column left, the others right."""
+    ruler = ["---", *["---:"] * (len(header) - 1)]
+    return [f"| {' | '.join(cells)} |" for cells in (header, ruler, *rows)]
+
+
+class _Column(NamedTuple):
+    """One column of a case's table."""
+
+    title: str
+    cell: Callable[[Group, Record], str]
+    shown: Callable[[Group], bool]
+
+
+def _measured(title: str, name: str, shown: Callable[[float], str] = number) -> _Column:
+    """A column that is there if a record has a value."""
+
+    def has(record: Record) -> bool:
+        return record.get(name) is not None
+
+    return _Column(
+        title,
+        lambda group, record: shown(record[name]) if has(record) else "-",
+        lambda group: any(map(has, group.records)),
+    )
+
+
+def _ratio(title: str, other: Callable[[Group], Record | None]) -> _Column:
+    def cell(group: Group, record: Record) -> str:
+        times = times_as_fast(record, other(group))
+        return "-" if times is None else f"{times:.2f} x"
+
+    return _Column(title, cell, lambda group: other(group) is not None)
+
+
+def _milliseconds(group: Group, record: Record) -> str:
+    low, high = number(record["device_ms_low"]), number(record["device_ms_high"])
+    return f"{number(record['device_ms'])} ({low} to {high})"
+
+
+_COLUMNS = (
+    _Column("contender", lambda group, record: record["contender"], lambda group: True),
+    _Column("ms (quartiles)", _milliseconds, lambda group: True),
+    _measured("TFLOP/s", "tflops"),
+    _measured("GB/s", "gb_per_s"),
+    _measured("of roof", "share_of_roof", lambda share: f"{share:.0%}"),
+    _measured("samples/s", "samples_per_s")._replace(shown=lambda g: g.labels["suite"] == "model"),
+    _ratio("/ best peer", lambda group: group.best_peer),
+    _ratio("/ official", lambda group: group.official),
+    _ratio("/ dense", lambda group: group.dense),
+    _measured("peak MiB", "peak_mib"),
+    _measured("launches", "launches", str),
+    _measured("mJ", "millijoules"),
+)
+
+
+def _columns(group: Group) -> list[_Column]:
+    return [column for column in _COLUMNS if column.shown(group)]
+
+
+def _rank(contender: str) -> int:
+    return 0 if is_ours(contender) else 2 if is_dense(contender) else 1
+
+
+def _order(reason: str) -> bool:
+    """What is wrong comes before what is only missing."""
+    return not reason.startswith(NOT_EXACT)
+
+
+def _cases(count: int) -> str:
+    return f"{count} case" if count == 1 else f"{count} cases"
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", str(name).lower()).strip("-")
+
+
+def _why_no_report(content: Any) -> str | None:
+    """What is wrong with the content of a file."""
+    if not isinstance(content, dict):
+        return "is no report of vlmo bench: not a JSON object"
+    if content.get("modelled") or content.get("kind") == "modelled":
+        return "has modelled figures, which are never put beside measured ones"
+    if content.get("format") != FORMAT:
+        return f"format {content.get('format')!r} is not {FORMAT}: no report of this vlmo bench"
+    kinds = dict(machine=dict, commit=str, command=str, versions=dict, roof=dict)
+    for key, kind in (kinds | dict(unmeasured=list, records=list)).items():
+        if key not in content:
+            return f"has no {key!r}"
+        if not isinstance(content[key], kind):
+            return f"{key!r} is of type {type(content[key]).__name__}, not {kind.__name__}"
+    if not isinstance(content["machine"].get("name"), str):
+        return "'machine' has no 'name'"
+    for number_, record in enumerate(content["records"]):
+        wrong = _why_no_record(record)
+        if wrong is not None:
+            return f"record {number_}: {wrong}"
+    return None
+
+
+def _why_no_record(record: Any) -> str | None:
+    if not isinstance(record, dict):
+        return "is not a JSON object"
+    for key in (*LABELS, "contender"):
+        if not isinstance(record.get(key), str):
+            return f"{key!r} is {record.get(key)!r}, not a text"
+    for key, value in labels_of(record).items():
+        if not isinstance(value, int | str):
+            return f"{key!r} is {value!r}: neither a label nor something that is measured"
+    if ("reason" in record) == ("device_ms" in record):
+        return "needs either a 'reason' or a 'device_ms'"
+    if "reason" in record:
+        return None if isinstance(record["reason"], str) else "'reason' is not a text"
+    for key in MEASURED:
+        value = record.get(key)
+        if value is None and key not in _ALWAYS_MEASURED:
+            continue
+        if key == "throttled":
+            right = isinstance(value, list)
+        else:
+            right = isinstance(value, int | float) and math.isfinite(value) and value >= 0
+        if not right or (key == "device_ms" and value == 0):
+            return f"{key!r} is {value!r}"
+    return None
