@@ -1,14 +1,16 @@
 """Cycle estimate of one V100 SM from an emulated launch.
 
 The model takes the stall counts and scoreboards that ptxas wrote into each instruction and the
-addresses of the emulated run. Latencies, bandwidths and pipe rates (`DEFAULTS`, `UNITS`) are
-plausible assumptions that have NOT been calibrated against a V100: use the numbers to compare
-variants of a kernel and to find the limiting unit, not as run times.
+addresses of the emulated run. Whatever else it knows of the hardware (`ASSUMED`, `_UNITS`,
+`TENSOR`) is a plausible assumption that has NOT been calibrated against a V100: use the numbers to
+compare variants of a kernel and to find the limiting unit, not as run times. `assumptions()` lists
+them all.
 """
 
 import ctypes
 import functools
 import pathlib
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,22 +40,37 @@ REGISTERS_PER_SM, SHARED_PER_SM, WARPS_PER_SM, CTAS_PER_SM = 65536, 96 * 1024, 6
 SHARED_CARVEOUTS = (0, 8, 16, 32, 64, 96)  # KiB
 L1_AND_SHARED = 128  # KiB
 
-# Bandwidths are per SM and cycle; dram_fraction is the part of L2 traffic that goes on to DRAM;
-# l1_bytes None: what the shared-memory carve-out leaves.
-DEFAULTS = dict(
-    l2_bytes_per_cycle=20.0,
-    dram_bytes_per_cycle=6.6,
-    dram_fraction=0.25,
-    l1_latency=28,
-    l2_latency=165,
-    dram_latency=320,
-    shared_latency=19,
-    queue_depth=8,
-    l1_bytes=None,
-    barrier_latency=12,
-    branch_penalty=4,
-    cta_overhead=150,
-)
+
+class Assumption(NamedTuple):
+    """A constant of the model that nobody has held against a V100."""
+
+    value: float | None
+    unit: str
+    meaning: str
+
+
+ASSUMED = {
+    "l2_bytes_per_cycle": Assumption(20.0, "bytes/cycle", "what L2 delivers to one SM"),
+    "dram_bytes_per_cycle": Assumption(6.6, "bytes/cycle", "what DRAM delivers to one SM"),
+    "dram_fraction": Assumption(0.25, "", "part of the L2 traffic that goes on to DRAM"),
+    "l1_latency": Assumption(28, "cycles", "of a global load that hits L1"),
+    "l2_latency": Assumption(165, "cycles", "of one that misses L1, behind the queue for L2"),
+    "dram_latency": Assumption(320, "cycles", "of one that misses L2, behind the queue for DRAM"),
+    "shared_latency": Assumption(19, "cycles", "of a shared load without conflicts"),
+    "queue_depth": Assumption(8, "requests", "that wait for the load/store unit, a scheduler"),
+    "l1_bytes": Assumption(None, "bytes", "of L1, by default what shared memory leaves of 128 KiB"),
+    "barrier_latency": Assumption(12, "cycles", "from the last warp's arrival until all go on"),
+    "branch_penalty": Assumption(4, "cycles", "lost by a branch that is taken"),
+    "cta_overhead": Assumption(150, "cycles", "from the end of a CTA to the start of the next"),
+    "operands_of_memory": Assumption(
+        2, "cycles", "from a load or store until its registers may change"
+    ),
+    "operands_of_pipe": Assumption(
+        4, "cycles", "the same for other instructions with a scoreboard"
+    ),
+    "atomic_passes": Assumption(2, "", "a shared atomic's wavefronts beside those of a store"),
+}
+DEFAULTS = {name: assumption.value for name, assumption in ASSUMED.items()}
 
 # opcode -> (pipe, cycles the pipe of a scheduler is busy, latency)
 _UNITS = {
@@ -72,6 +89,8 @@ _UNITS = {
 }
 UNITS = {op: unit for unit, ops in _UNITS.items() for op in ops.split()}
 DEFAULT_UNIT = ("ALU", 2, 6)
+# HMMA, by its accumulators: cycles a scheduler's pipe is busy; latency.
+TENSOR = {"F32": (2, 10), "F16": (4, 10)}
 
 ACCESS = {
     **dict.fromkeys("LDG LDS LD LDL".split(), LOAD),
@@ -83,10 +102,22 @@ ACCESS = {
 def classify(inst):
     """(pipe name, issue cycles, latency) of an instruction."""
     if inst.op == "HMMA":
-        return "TENSOR", 2 if "F32" in inst.mods[1:3] else 4, 10
+        return "TENSOR", *TENSOR["F32" if "F32" in inst.mods[1:3] else "F16"]
     if inst.op == "BAR" and "ARV" in inst.mods:
         return "OTHER", 1, 10
     return UNITS.get(inst.op, DEFAULT_UNIT)
+
+
+def assumptions(**parameters):
+    """Rows of name, value, meaning: every uncalibrated constant; `parameters` as of estimate()."""
+    for name, (default, unit, meaning) in ASSUMED.items():
+        value = parameters.get(name, default)
+        yield name, "derived" if value is None else f"{value} {unit}".strip(), meaning
+    pipes = [(*unit, names.replace(" ", ", ")) for unit, names in _UNITS.items()]
+    pipes += [("TENSOR", *rate, f"HMMA that adds up in {kind}") for kind, rate in TENSOR.items()]
+    pipes += [(*DEFAULT_UNIT, "every other instruction")]
+    for pipe, busy, latency, meaning in pipes:
+        yield f"{pipe} pipe", f"busy {busy}, latency {latency} cycles", meaning
 
 
 class _StaticInfo(ctypes.Structure):
@@ -123,6 +154,9 @@ class _Parameters(ctypes.Structure):
             "barrier_latency",
             "branch_penalty",
             "cta_overhead",
+            "operands_of_memory",
+            "operands_of_pipe",
+            "atomic_passes",
         )
     ]
 

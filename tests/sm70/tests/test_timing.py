@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sm70 import Kernel, analyse_loops, compare, compile_cuda, estimate
-from sm70.timing import occupancy
+from sm70.timing import DEFAULTS, UNITS, assumptions, occupancy
 
 GEMM = pathlib.Path(__file__).with_name("gemm.cu")
 
@@ -67,3 +67,23 @@ def test_static_model():
     assert loop.mix["TENSOR"] % 128 == 0
     assert loop.bounds["tensor pipe"] == 2 * loop.mix["TENSOR"] * loop.warps_per_scheduler
     assert 0.2 < loop.tensor_bound <= 1 and loop.stall_sum >= loop.instructions
+
+
+def test_assumptions_are_listed_with_their_meaning():
+    rows = {(name, meaning): value for name, value, meaning in assumptions(dram_fraction=0.5)}
+    assert {name for name, _ in rows} >= set(DEFAULTS)
+    assert all(meaning for _, meaning in rows)
+    assert rows["dram_fraction", "part of the L2 traffic that goes on to DRAM"] == "0.5"
+    assert rows["TENSOR pipe", "HMMA that adds up in F32"] == "busy 2, latency 10 cycles"
+    named = " ".join(meaning for _, meaning in rows).replace(",", "").split()
+    assert set(UNITS) <= set(named)
+
+
+def test_parameters_reach_the_model():
+    kernel = Kernel(compile_cuda(GEMM), "gemm", strict=True)
+    args = [np.ones((64, 64), np.float16)] * 2 + [np.zeros((64, 64), np.float16), 64, 64, 64]
+    cycles = [
+        estimate(kernel, (1, 1), 128, args, **changes)["cycles"]
+        for changes in ({}, {"operands_of_memory": 200}, {"shared_latency": 190})
+    ]
+    assert cycles[1] > cycles[0] and cycles[2] > cycles[0]
