@@ -5,21 +5,22 @@
 runs the shipped sm_70 machine code in the emulator (tests/sm70), gives its trace to the timing
 model of one multiprocessor, replays the tickets of whole launches with the cycles found there, and
 writes ``results/volta.md`` and ``.json`` beside this file. No GPU is needed; it takes minutes.
+``--page`` makes the former from the latter.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
-from vlmo.files import replacing
+import modelled_results
+from modelled_results import assumed, assumptions_section
 from vlmo.kernels import ModalityRouting, moe_ffn
 from vlmo.kernels.moe_ffn import cuda_launch
 from vlmo.kernels.moe_ffn.schedule import Banded, replay
@@ -30,6 +31,7 @@ sys.path.insert(0, str(ROOT.parent / "tests"))
 from emulated import emulated, kernel, memory_of  # noqa: E402
 from sm70 import estimate  # noqa: E402
 
+COMMAND = "python benchmarks/model_volta.py"
 MULTIPROCESSORS = 80
 PROGRAMS = cuda_launch.PROGRAMS
 DRAM_FRACTION = 0.125  # of L2 traffic: good rasterisation
@@ -219,7 +221,7 @@ def launches(size: str, found: Sequence[Product]) -> Iterator[Launch]:
 INTRODUCTION = f"""\
 # moe_ffn on a V100: MODELLED
 
-No V100 was involved. `python benchmarks/model_volta.py` runs the shipped sm_70 machine code in the
+No V100 was involved. `{COMMAND}` runs the shipped sm_70 machine code in the
 emulator and its trace through the timing model of one multiprocessor (`tests/sm70/README.md` says
 what is not modelled; it is not calibrated, so compare columns, do not quote cycles). Two CTAs share
 the multiprocessor; prologue, tickets, epilogue and the stagger of the CTAs count; {DRAM_FRACTION}
@@ -232,7 +234,12 @@ pre-activation and makes no sums.
 """
 
 
-def markdown(results: dict[str, list[Product]], forwards: Sequence[Launch], norms: Any) -> str:
+def markdown(table: Mapping[str, Any]) -> str:
+    """The page of what :func:`compute` gives."""
+    results = {
+        size: [Product(*(p[name] for name in Product._fields)) for p in found]
+        for size, found in table["products"].items()
+    }
     lines = [INTRODUCTION, "## Tensor pipe busy in a tile of 128 x 128\n"]
     lines += ["| size | product | depth | cycles | busy | CUTLASS |", "|---|---|---|---|---|---|"]
     for size, found in results.items():
@@ -247,41 +254,35 @@ def markdown(results: dict[str, list[Product]], forwards: Sequence[Launch], norm
         "| size | tokens | band | fill | ms at 1.53 GHz | faster |",
         "|---|---|---|---|---|---|",
     ]
-    for f in forwards:
+    for f in (Launch(**launch) for launch in table["launches"]):
         cells = f.size, f.tokens, f.band, f"{f.fill:.3f}", f"{f.milliseconds:.3f}"
         lines.append(f"| {' | '.join(map(str, cells))} | {f.speedup:.2f} x |")
     lines.append("\n## The norm's phase\n")
-    for size, (cycles, share) in norms.items():
+    for size, cycles in table["norm_cycles"].items():
+        (dim, hidden), (fc1, _, fc2, *_) = SIZES[size], results[size]
+        of_products = fc1.cycles * hidden / TILE + fc2.cycles * dim / TILE
+        share = cycles * TILE / cuda_launch.NORM_ROWS / of_products
         lines.append(
             f"* {size}: {cycles:,.0f} cycles of a multiprocessor for {cuda_launch.NORM_ROWS} rows, "
             f"{100 * share:.1f} % of the forward's products."
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *assumptions_section(table)]) + "\n"
 
 
-def main() -> None:
+def compute() -> dict[str, Any]:
+    """All figures."""
     torch.set_num_threads(1)
     results = {size: products(size) for size in SIZES}
     forwards = [launch for size in SIZES for launch in launches(size, results[size])]
-    norms = {}
-    for size, (dim, hidden) in SIZES.items():
-        cycles, (fc1, _, fc2, *_) = norm_cycles(dim), results[size]
-        of_products = fc1.cycles * hidden / TILE + fc2.cycles * dim / TILE
-        norms[size] = cycles, cycles * TILE / cuda_launch.NORM_ROWS / of_products
-    table = {
+    return {
         "modelled": True,
+        "command": COMMAND,
         "products": {s: [p._asdict() | {"busy": p.busy} for p in ps] for s, ps in results.items()},
         "launches": [f._asdict() for f in forwards],
-        "norm_cycles": {size: cycles for size, (cycles, _) in norms.items()},
+        "norm_cycles": {size: norm_cycles(dim) for size, (dim, _) in SIZES.items()},
+        "assumptions": assumed(dram_fraction=DRAM_FRACTION),
     }
-    for suffix, text in (
-        ("md", markdown(results, forwards, norms)),
-        ("json", json.dumps(table, indent=1) + "\n"),
-    ):
-        with replacing(ROOT / "results" / f"volta.{suffix}") as temporary:
-            temporary.write_text(text)
-    print(markdown(results, forwards, norms))
 
 
 if __name__ == "__main__":
-    main()
+    modelled_results.main("volta", __doc__.splitlines()[0], compute, markdown)

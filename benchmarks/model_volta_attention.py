@@ -4,22 +4,22 @@
 
 runs the shipped sm_70 machine code in the emulator (tests/sm70), gives its trace to the timing
 model of one multiprocessor, and writes ``results/volta_attention.md`` and ``.json`` beside this
-file. No GPU is needed; it takes minutes.
+file. No GPU is needed; it takes minutes. ``--page`` makes the former from the latter.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
-from vlmo.files import replacing
+import modelled_results
+from modelled_results import assumed, assumptions_section
 from vlmo.kernels import RelativePositionIndex
 from vlmo.kernels.attention import cuda_backward, cuda_forward, cuda_launch, cuda_table
 from vlmo.kernels.attention.reference import Call
@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT.parent / "tests"))
 from emulated import PROGRAMS, emulated, kernel, memory_of  # noqa: E402
 from sm70 import estimate  # noqa: E402
 
+COMMAND = "python benchmarks/model_volta_attention.py"
 MULTIPROCESSORS = 80
 CLOCK = 1.53e9
 BATCH, HEADS, DIM = 64, 12, 64
@@ -219,7 +220,7 @@ def figures(parts: list[Part]) -> Iterator[Figure]:
 INTRODUCTION = f"""\
 # shared_attention on a V100: MODELLED
 
-No V100 was involved. `python benchmarks/model_volta_attention.py` runs the shipped sm_70 machine
+No V100 was involved. `{COMMAND}` runs the shipped sm_70 machine
 code in the emulator and its trace through the timing model of one multiprocessor
 (`tests/sm70/README.md` says what is not modelled; it is not calibrated, so compare columns, do
 not quote figures). Head dim {DIM}, {BATCH} sequences of {HEADS} heads without padding, q, k and v
@@ -237,7 +238,10 @@ likelier one from N = 237 on, has a cache in which rows do not survive from tile
 """
 
 
-def markdown(parts: list[Part], found: list[Figure]) -> str:
+def markdown(table: Mapping[str, Any]) -> str:
+    """The page of what :func:`compute` gives."""
+    found = [Figure(*(f[name] for name in Figure._fields)) for f in table["figures"]]
+    parts = [Part(**part) for part in table["kernels"]]
     lines = [INTRODUCTION]
     for phase in FLOPS:
         with_table = ", with the gradient of the table" if phase == "backward" else ""
@@ -267,10 +271,11 @@ def markdown(parts: list[Part], found: list[Figure]) -> str:
         lines.append(
             f"| {p.kernel} | {p.length} | {bias} | {p.cycles:,.0f} | {' | '.join(shares)} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *assumptions_section(table)]) + "\n"
 
 
-def main() -> None:
+def compute() -> dict[str, Any]:
+    """All figures."""
     torch.set_num_threads(1)
     parts = [
         part(phase, length, bias, launch)
@@ -278,20 +283,17 @@ def main() -> None:
         for bias in (True, False)
         for phase, launch in launches(length, bias)
     ]
-    found = list(figures(parts))
-    table = {
+    return {
         "modelled": True,
-        "figures": [f._asdict() | {"faster": f.faster} for f in found],
+        "command": COMMAND,
+        "figures": [f._asdict() | {"faster": f.faster} for f in figures(parts)],
         "kernels": [p._asdict() for p in parts],
+        "assumptions": [
+            [name, "by kernel (DRAM share)" if name == "dram_fraction" else value, meaning]
+            for name, value, meaning in assumed()
+        ],
     }
-    for suffix, text in (
-        ("md", markdown(parts, found)),
-        ("json", json.dumps(table, indent=1) + "\n"),
-    ):
-        with replacing(ROOT / "results" / f"volta_attention.{suffix}") as temporary:
-            temporary.write_text(text)
-    print(markdown(parts, found))
 
 
 if __name__ == "__main__":
-    main()
+    modelled_results.main("volta_attention", __doc__.splitlines()[0], compute, markdown)
