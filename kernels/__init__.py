@@ -5,9 +5,9 @@ Shape letters, used in every file of this package:
     B batch   L sequence   T tokens (B * L)   D model     F hidden
     E experts H heads      K head dim         N attention length
 
-Every operation takes ``backend="cuda" | "triton" | "reference"``; without one, :func:`use_backend`,
-then the environment variable ``VLMO_KERNELS``, then the first backend that can run decides. A
-backend asked for by name never falls back: it runs or raises its reason.
+Every operation takes ``backend="cuda" | "triton" | "cpu" | "reference"``; without one,
+:func:`use_backend`, then the environment variable ``VLMO_KERNELS``, then the first backend that can
+run decides. A backend asked for by name never falls back: it runs or raises its reason.
 """
 
 if __name__ != "vlmo.kernels":

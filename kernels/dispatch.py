@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-BACKEND_NAMES = ("cuda", "triton", "reference")
+BACKEND_NAMES = ("cuda", "triton", "cpu", "reference")
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 # A plain module global: Dynamo guards on it, so a compiled model recompiles when it changes.

@@ -55,6 +55,7 @@ def _convert_float(values, source, target, rounding):
 @pytest.fixture(
     params=[
         ("cpu", "reference"),
+        ("cpu", "cpu"),
         ("cpu", "triton"),
         ("cpu", "cuda"),
         pytest.param(("cuda", "reference"), marks=pytest.mark.gpu),

@@ -79,7 +79,7 @@ DtypeOption = Annotated[
     Dtype | None, typer.Option(help="Of the products; default: 16 bits on a GPU.")
 ]
 BackendOption = Annotated[
-    str | None, typer.Option(help="cuda, triton or reference; default: the first that can.")
+    str | None, typer.Option(help="cuda, triton, cpu or reference; default: the first that can.")
 ]
 
 

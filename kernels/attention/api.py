@@ -46,7 +46,7 @@ def shared_attention(
         positions: row of ``bias.index`` of each token; by default its place in its sequence.
         causal: let a query attend to keys at its own place and before only.
         scale: factor of the scores, ``K ** -0.5`` by default; applied to q before the product.
-        backend: ``"cuda"``, ``"triton"`` or ``"reference"``; see :mod:`vlmo.kernels`.
+        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; see :mod:`vlmo.kernels`.
 
     Returns:
         The attention output, in the shape and dtype of q. A query without a valid key gets zeros.
@@ -81,8 +81,8 @@ def shared_attention(
     _check_bias(q, bias, positions, length)
 
     facts = (q.device, q.dtype, q.shape[-1], 0 if bias is None else bias.index.entries)
-    # On the CPU a kernel runs in an interpreter, for tests: it has to be asked for by name.
-    asked = requested(backend) or ("reference" if q.device.type == "cpu" else None)
+    # On the CPU a GPU's kernel runs in an interpreter, for tests: it has to be asked for by name.
+    asked = requested(backend) or ("cpu" if q.device.type == "cpu" else None)
     name = choose("shared_attention", ops.BACKENDS, asked, *facts)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     call = Call(

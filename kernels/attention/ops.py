@@ -9,16 +9,22 @@ import torch
 from torch import Tensor
 
 from vlmo.kernels.arguments import without_autocast
-from vlmo.kernels.attention import cuda_impl, reference, triton_impl
+from vlmo.kernels.attention import cpu_impl, cuda_impl, reference, triton_impl
 from vlmo.kernels.attention.reference import Call
 from vlmo.kernels.dispatch import Backend, runs_eagerly
 
 BACKENDS: dict[str, Backend] = {
     "cuda": cuda_impl,
     "triton": triton_impl,
+    "cpu": cpu_impl,
     "reference": reference,
 }
-_IMPLEMENTATIONS = {"cuda": cuda_impl, "triton": triton_impl, "reference": reference}
+_IMPLEMENTATIONS = {
+    "cuda": cuda_impl,
+    "triton": triton_impl,
+    "cpu": cpu_impl,
+    "reference": reference,
+}
 
 
 def run(call: Call, backend: str) -> Tensor:

@@ -60,7 +60,7 @@ def moe_ffn(
         recompute: keep only x for the backward and compute ``W1_e norm_e(x) + b1_e`` again there,
             at the cost of one more product. By default it is kept, as F numbers per token (2 F if
             gated), unless no gradient is recorded. Gradients are the same.
-        backend: ``"cuda"``, ``"triton"`` or ``"reference"``; see :mod:`vlmo.kernels`.
+        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; see :mod:`vlmo.kernels`.
 
     Returns:
         y, in the shape of x; its dtype is that of ``residual`` if given, else that of ``w2``.
@@ -103,8 +103,8 @@ def moe_ffn(
     width = x.shape[-1]
     hidden = tuple(weight.shape[1] for weight in experts.w2)
     facts = (x.device, experts.w1[0].dtype, width, hidden, activation)
-    # On the CPU a kernel runs in an interpreter, for tests: it has to be asked for by name.
-    asked = requested(backend) or ("reference" if x.device.type == "cpu" else None)
+    # On the CPU a GPU's kernel runs in an interpreter, for tests: it has to be asked for by name.
+    asked = requested(backend) or ("cpu" if x.device.type == "cpu" else None)
     name = choose("moe_ffn", ops.BACKENDS, asked, *facts)
     ids, rows, offsets, pieces = routing.ids, None, None, routing.pieces
     if name != "reference" and not routing.by_arithmetic:

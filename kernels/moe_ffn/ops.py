@@ -13,15 +13,21 @@ from torch import Tensor
 
 from vlmo.kernels.arguments import without_autocast
 from vlmo.kernels.dispatch import Backend, runs_eagerly
-from vlmo.kernels.moe_ffn import cuda_impl, reference, triton_impl
+from vlmo.kernels.moe_ffn import cpu_impl, cuda_impl, reference, triton_impl
 from vlmo.kernels.moe_ffn.reference import Call, pre_shape
 
 BACKENDS: dict[str, Backend] = {
     "cuda": cuda_impl,
     "triton": triton_impl,
+    "cpu": cpu_impl,
     "reference": reference,
 }
-_IMPLEMENTATIONS = {"cuda": cuda_impl, "triton": triton_impl, "reference": reference}
+_IMPLEMENTATIONS = {
+    "cuda": cuda_impl,
+    "triton": triton_impl,
+    "cpu": cpu_impl,
+    "reference": reference,
+}
 
 
 def run(call: Call, backend: str) -> Tensor:

@@ -74,7 +74,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     y = call.x.new_zeros(call.x.shape, dtype=dtype)
     pre = call.x.new_zeros(pre_shape(call), dtype=call.w1[0].dtype)
     for e, rows in _rows_of_experts(call):
-        h1 = _pre(_norm(_take(call.x, rows), e, call), e, call)
+        h1 = _pre(norm(_take(call.x, rows), e, call), e, call)
         h2 = F.linear(_act(h1, call.activation), call.w2[e], _at(call.b2, e))
         branch = h2 if call.layer_scale is None else h2 * call.layer_scale
         if call.token_scale is not None:
@@ -99,18 +99,18 @@ def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list
     dscale = None if call.layer_scale is None else torch.zeros_like(call.layer_scale)
     for e, rows in _rows_of_experts(call):
         wants = [bool(flags) and flags[e] for flags in wanted]
-        normed, norm_vjp = _norm_vjp(_take(call.x, rows), e, call)
+        normed, of_norm = norm_vjp(_take(call.x, rows), e, call)
         kept = pre.numel() > 0
         h1 = _take(pre, rows)[:, : call.w1[e].shape[0]] if kept else _pre(normed, e, call)
-        act, act_vjp = _act_vjp(h1, call.activation)
+        act, of_act = act_vjp(h1, call.activation)
 
         dbranch = _take(dy, rows)
         if call.token_scale is not None:
             dbranch = dbranch * _take(call.token_scale, rows)[:, None]
         dh2 = dbranch if call.layer_scale is None else dbranch * call.layer_scale
         dh2 = dh2.to(act.dtype)
-        dh1 = act_vjp(dh2 @ call.w2[e])
-        dx_rows, dnorm_weight, dnorm_bias = norm_vjp(dh1 @ call.w1[e])
+        dh1 = of_act(dh2 @ call.w2[e])
+        dx_rows, dnorm_weight, dnorm_bias = of_norm(dh1 @ call.w1[e])
 
         if needs[0]:
             dx = _put(dx, rows, dx_rows.to(dx.dtype))
@@ -135,7 +135,7 @@ def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list
     return flat
 
 
-def _norm(x: Tensor, e: int, call: Call) -> Tensor:
+def norm(x: Tensor, e: int, call: Call) -> Tensor:
     """norm_e(x) [rows, D], computed in float32 or better, in the dtype of the weights."""
     if call.norm == "none":
         return x
@@ -150,9 +150,9 @@ def _norm(x: Tensor, e: int, call: Call) -> Tensor:
 Gradients = tuple[Tensor, Tensor | None, Tensor | None]
 
 
-def _norm_vjp(x: Tensor, e: int, call: Call) -> tuple[Tensor, Callable[[Tensor], Gradients]]:
+def norm_vjp(x: Tensor, e: int, call: Call) -> tuple[Tensor, Callable[[Tensor], Gradients]]:
     """norm_e(x), and the map from its gradient to those of x, norm_weight and norm_bias."""
-    normed = _norm(x, e, call)
+    normed = norm(x, e, call)
     if call.norm == "none":
         return normed, lambda d: (d, None, None)
     x = x.to(_accumulator(x))
@@ -185,7 +185,7 @@ def _act(h: Tensor, activation: str) -> Tensor:
     return F.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def _act_vjp(h: Tensor, activation: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def act_vjp(h: Tensor, activation: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """act(h), and the map from its gradient to that of h."""
     aten = torch.ops.aten
     if activation not in GATED:

@@ -8,9 +8,12 @@ from torch import Tensor
 from vlmo.kernels.dispatch import Absent, Backend
 from vlmo.kernels.routing import cuda_impl, reference
 
-_NO_TRITON = Absent("the routing index has no Triton kernel.")
-
-BACKENDS: dict[str, Backend] = {"cuda": cuda_impl, "triton": _NO_TRITON, "reference": reference}
+BACKENDS: dict[str, Backend] = {
+    "cuda": cuda_impl,
+    "triton": Absent("the routing index has no Triton kernel."),
+    "cpu": Absent("the routing index is made by the reference on a CPU."),
+    "reference": reference,
+}
 _IMPLEMENTATIONS = {"cuda": cuda_impl.index, "reference": reference.index}
 
 
