@@ -225,14 +225,9 @@ def report(results: list[dict[str, Any]]) -> str:
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Each comparison as bars with every seed as a dot."""
-    import matplotlib
+    from vlmo.plotting import pyplot, save_figure
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    from vlmo.files import replacing
-
-    figure, axes = plt.subplots(1, len(TABLES), figsize=(13, 3.6), sharey=True)
+    figure, axes = pyplot().subplots(1, len(TABLES), figsize=(13, 3.6), sharey=True)
     colours = ("#1f77b4", "#d62728", "#2ca02c")
     for axis, (title, _, rows) in zip(axes, TABLES, strict=True):
         bars = [(row, metric) for row in rows for metric in row[3]]
@@ -258,8 +253,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("percent of the test split, from 40")
     axes[0].set_ylim(40, 100)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130, bbox_inches="tight")
+    save_figure(figure, path, dpi=130, bbox_inches="tight")
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from vlmo.files import replacing
+from vlmo.plotting import pyplot, save_figure
 from vlmo.retrieval import Shortlist
 
 _RIGHT, _WRONG, _MUTED = "#1a9850", "#d9d9d9", "#555555"
@@ -30,7 +30,7 @@ def draw_retrieval(
     top: int = 5,
 ) -> None:
     """Draw each query's best images before and after re-ranking, the true one framed."""
-    plt = _pyplot()
+    plt = pyplot()
     # Columns: the caption, the first list, a gap, the second list.
     widths = [2.5, *[1] * top, 0.35, *[1] * top]
     figure, axes = plt.subplots(
@@ -61,7 +61,7 @@ def draw_retrieval(
         "last queries are the first that the dual encoder gets wrong."
     )
     figure.text(0.5, 0.02, note, ha="center", fontsize=9, color=_MUTED)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_losses(
@@ -69,7 +69,7 @@ def draw_losses(
     rows: Sequence[Mapping[str, float]],
 ) -> None:
     """Draw the loss log: each task's loss over the steps, as it was and smoothed."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 4))
     for name, (label, colour) in _LOSSES.items():
         points = np.array([(row["step"], row[name]) for row in rows if name in row])
@@ -83,19 +83,7 @@ def draw_losses(
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     figure.tight_layout()
-    _save(figure, path)
-
-
-def _pyplot():
-    """pyplot without a window."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+    save_figure(figure, path)
 
 
 def _tile(axis, picture: np.ndarray, *, right: bool) -> None:
@@ -124,9 +112,3 @@ def _smooth(values: np.ndarray, share: float = 0.03) -> np.ndarray:
     middle = np.arange(len(values))
     low, high = np.maximum(middle - reach, 0), np.minimum(middle + reach + 1, len(values))
     return (total[high] - total[low]) / (high - low)
-
-
-def _save(figure, path: str | os.PathLike[str]) -> None:
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150)
-    _pyplot().close(figure)
