@@ -1,0 +1,141 @@
+"""What is measured of the contenders of a case."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+import pytest
+import torch
+
+from vlmo.bench import meter
+from vlmo.bench.gpu import State
+from vlmo.bench.meter import Settings, describe_error, measure
+from vlmo.timing import median_seconds, times
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_functions_are_called_in_turn_and_as_often_as_asked():
+    order = []
+    work = [lambda: order.append("a"), lambda: order.append("b"), lambda: order.append("c")]
+    found = times(work, CPU, calls=[8, 3, 1], rounds=4)
+    assert [len(seconds) for seconds in found] == [8, 3, 1]
+    assert "".join(order) == "aa" + "aab" + "aab" + "aabc"
+    assert min(min(seconds) for seconds in found) >= 0
+
+
+def test_the_median_is_that_of_all_calls():
+    durations = iter([0.0, 0.0, 0.02, 0.02, 0.02])
+    [seconds] = median_seconds([lambda: time.sleep(next(durations))], CPU, rounds=5, launches=1)
+    assert 0.02 <= seconds < 0.2
+
+
+def test_numbers_on_a_cpu_are_those_of_the_contender():
+    found = measure(
+        {"slow": lambda: time.sleep(0.02), "fast": lambda: time.sleep(0.001)},
+        CPU,
+        Settings(seconds=0.1),
+    )
+    slow, fast = found["slow"], found["fast"]
+    assert 3 <= slow["calls"] <= 5 and 3 <= fast["calls"] <= 100
+    assert slow["device_ms_low"] <= slow["device_ms"] <= slow["device_ms_high"]
+    assert slow["device_ms"] >= 20 and slow["device_ms"] > fast["device_ms"] >= 1
+    assert slow["wall_ms"] == slow["device_ms"]
+    for name in ("peak_mib", "launches", "millijoules", "clock_mhz", "temperature_c", "throttled"):
+        assert slow[name] is None
+
+
+def test_three_calls_at_least_and_a_hundred_at_most():
+    found = measure({"quick": lambda: None}, CPU, Settings(seconds=0))
+    assert found["quick"]["calls"] == 3
+    found = measure({"quick": lambda: None}, CPU, Settings(seconds=1))
+    assert found["quick"]["calls"] == 100
+
+
+def test_one_that_raises_keeps_the_others_going():
+    def fails():
+        raise RuntimeError("\n  CUDA out of memory.\nTried to allocate")
+
+    found = measure({"bad": fails, "good": lambda: None}, CPU, Settings(seconds=0))
+    assert found["bad"] == {"reason": "RuntimeError: CUDA out of memory."}
+    assert found["good"]["calls"] == 3
+    assert list(found) == ["bad", "good"]
+    assert describe_error(ValueError()) == "ValueError"
+
+
+class FakeGpu:
+    """As much of torch.cuda as is asked, and a GPU on which a call takes 10 ms and 2 kernels."""
+
+    def __init__(self, monkeypatch, *, counter=True, power=250.0, kernels=2):
+        self.now, self.counter, self.power, self.kernels = 0.0, counter, power, kernels
+        self.queued = self.calls = 0
+        self.timed: list[int] = []
+        self.seen_at_work = True
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2**30)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30 + 3 * 2**20)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+        monkeypatch.setattr(meter.launches, "count", lambda work: self.count(work))
+        monkeypatch.setattr(meter.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(meter, "times", self.times)
+
+    def work(self):
+        self.queued += 1
+        self.calls += 1
+
+    def synchronize(self):
+        self.now += 0.01 * self.queued
+        self.queued = 0
+
+    def count(self, work):
+        work()
+        return Counter(kernel=self.kernels), Counter()
+
+    def times(self, work, device, *, calls, rounds, flush):
+        assert flush and device == CUDA
+        self.timed = list(calls)
+        return [[0.008] * count for count in calls]
+
+    def millijoules(self):
+        return int(1e6 * self.now * self.power / 1e3) if self.counter else None
+
+    def state(self):
+        self.seen_at_work &= self.queued > 0
+        return State(1400, 2600, 70, self.power, ["power cap"])
+
+
+@pytest.mark.parametrize("counter", [True, False])
+def test_numbers_on_a_gpu(monkeypatch, counter):
+    gpu = FakeGpu(monkeypatch, counter=counter)
+    [found] = measure({"a": gpu.work}, CUDA, Settings(seconds=0.5, sensors=gpu)).values()
+    assert found["device_ms"] == pytest.approx(8.0)
+    assert found["wall_ms"] == pytest.approx(10.0)  # with what the host adds
+    assert found["peak_mib"] == 3.0 and found["launches"] == 2
+    assert found["calls"] == 50 and gpu.timed == [50]
+    assert found["millijoules"] == pytest.approx(250 * 10)  # watts times milliseconds of a call
+    sensed = (found["clock_mhz"], found["temperature_c"], found["throttled"])
+    assert sensed == (1400, 70, ["power cap"]) and gpu.seen_at_work
+
+
+def test_energy_is_measured_for_as_long_as_asked(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    measure({"a": gpu.work}, CUDA, Settings(seconds=0.03, energy_seconds=0, sensors=gpu))
+    few = gpu.calls
+    measure({"a": gpu.work}, CUDA, Settings(seconds=0.03, energy_seconds=0.5, sensors=gpu))
+    assert gpu.calls - few == few + 45  # five at a time: 50 ms between two looks
+
+
+def test_a_gpu_that_tells_neither_energy_nor_power(monkeypatch):
+    gpu = FakeGpu(monkeypatch, counter=False, power=None)
+    [found] = measure({"a": gpu.work}, CUDA, Settings(seconds=0, sensors=gpu)).values()
+    assert found["millijoules"] is None and found["clock_mhz"] == 1400
+
+
+def test_calls_of_a_turn_fit_the_queue_of_a_gpu(monkeypatch):
+    gpu = FakeGpu(monkeypatch, kernels=400)
+    measure({"a": gpu.work}, CUDA, Settings(seconds=10))
+    assert gpu.timed == [20]  # ten turns of 2 * 400 kernels
+    gpu = FakeGpu(monkeypatch, kernels=0)
+    [found] = measure({"a": gpu.work}, CUDA, Settings(seconds=10)).values()
+    assert found["launches"] is None and gpu.timed == [100]

@@ -1,0 +1,60 @@
+"""The roof of a device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vlmo.bench import roofline
+from vlmo.bench.cost import Cost
+from vlmo.bench.roofline import Roof
+
+CPU = torch.device("cpu")
+
+
+def test_the_lower_of_the_two_rates_is_attainable():
+    roof = Roof(copy_gb_per_s=500.0, matrix_tflops={"float16": 100.0})
+    # 10 operations a byte: memory feeds 500 GB/s * 10 = 5 TFLOP/s.
+    assert roof.attainable_tflops(Cost(flops=1000, bytes=100), "float16") == pytest.approx(5.0)
+    assert roof.attainable_tflops(Cost(flops=10**6, bytes=1), "float16") == 100.0
+    with pytest.raises(ValueError, match=r"dtype: 'float32' is not of float16"):
+        roof.attainable_tflops(Cost(1, 1), "float32")
+
+
+@pytest.fixture
+def one_second(monkeypatch):
+    """Everything takes a second; what is timed has run before."""
+    timed = []
+
+    def median_seconds(work, device, **turns):
+        timed.extend(work)
+        return [1.0] * len(work)
+
+    monkeypatch.setattr(roofline, "median_seconds", median_seconds)
+    return timed
+
+
+def test_a_copy_counts_what_it_reads_and_writes(one_second):
+    assert roofline.copy_gb_per_s(CPU, 4000) == pytest.approx(2 * 4000 / 1e9)
+    [work] = one_second
+    [source] = work.args
+    assert source.nbytes == 4000 and work().data_ptr() != source.data_ptr()
+
+
+@pytest.mark.parametrize(("fast", "size"), [(True, 512), (False, 256)])
+def test_a_product_is_large_enough_and_no_larger_on_a_cpu(monkeypatch, one_second, fast, size):
+    monkeypatch.setattr(roofline, "_GPU_SIZE", 512)
+    monkeypatch.setattr(roofline, "wall_seconds", lambda work: 0.001 if fast else 0.1)
+    rate = roofline.matrix_tflops(CPU, torch.bfloat16)
+    assert rate == pytest.approx(2 * size**3 / 1e12)
+    a, b = one_second[0].args
+    assert a.shape == b.shape == (size, size) and a.dtype == torch.bfloat16
+
+
+def test_a_roof_of_this_machine(monkeypatch):
+    monkeypatch.setattr(roofline, "_GPU_SIZE", 256)
+    monkeypatch.setattr(roofline, "copy_gb_per_s", lambda device: 10.0)
+    roof = roofline.measure_roof(CPU, [torch.float32, torch.float64])
+    assert roof.copy_gb_per_s == 10.0 and set(roof.matrix_tflops) == {"float32", "float64"}
+    # From a slow core to a large server.
+    assert all(1e-4 < rate < 1e3 for rate in roof.matrix_tflops.values())

@@ -1,0 +1,164 @@
+"""Measures the contenders of one case beside each other.
+
+Times are those of :func:`vlmo.timing.times`: interleaved, after a flush of the L2 cache, with the
+queue kept full, so that a GPU never waits for the host. CUDA graphs would do that too, but they
+cannot hold contenders that wait for the GPU or build their launches from values. What remains: a
+contender that waits for the GPU itself is timed with its waiting, and so are calls of more than
+about a thousand kernels, which is as much as a queue holds, if the host is slower than the GPU.
+There ``wall_ms`` is near ``device_ms``.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from vlmo.bench import launches
+from vlmo.bench.gpu import Sensors
+from vlmo.timing import Work, times, wall_seconds
+
+Numbers = dict[str, Any]
+
+_LEAST_CALLS, _MOST_CALLS = 3, 100
+_ROUNDS = 10
+# Kernels that wait in a GPU's queue before the host has to.
+_QUEUE = 900
+# Between two looks at the sensors.
+_GLANCE_SECONDS = 0.05
+
+
+class Settings(NamedTuple):
+    """How thoroughly to measure.
+
+    Attributes:
+        seconds: about what the timed calls of one contender may take; at least three are made.
+        energy_seconds: of the calls without a pause that energy is measured over. NVML's counter
+            moves every 0.02 to 0.1 s.
+        flush: overwrite the L2 cache of a GPU before each timed call.
+        sensors: of the GPU, if it has some.
+    """
+
+    seconds: float = 2.0
+    energy_seconds: float = 0.5
+    flush: bool = True
+    sensors: Sensors | None = None
+
+
+def measure(
+    works: Mapping[str, Work], device: torch.device, settings: Settings | None = None
+) -> dict[str, Numbers]:
+    """Numbers of each contender (the keys are those of a record, see :mod:`vlmo.bench.report`).
+
+    All are called before anything is timed. One that raises then has a ``reason`` and no numbers.
+    """
+    settings = settings or Settings()
+    found = {name: _begin(work, device) for name, work in works.items()}
+    ready = {name: work for name, work in works.items() if "reason" not in found[name]}
+    calls = [_calls(found[name], settings) for name in ready]
+    timed = times(list(ready.values()), device, calls=calls, rounds=_ROUNDS, flush=settings.flush)
+    for (name, work), seconds in zip(ready.items(), timed, strict=True):
+        found[name] |= _times(work, seconds, device) | _sensed(work, found[name], settings)
+    return found
+
+
+def describe_error(error: Exception) -> str:
+    """Its type and the first line that it says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return ": ".join([type(error).__name__, *lines[:1]])
+
+
+def _wall(work: Work, device: torch.device) -> float:
+    """Seconds of one call with launch and synchronisation."""
+    if device.type != "cuda":
+        return wall_seconds(work)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _begin(work: Work, device: torch.device) -> Numbers:
+    """Time, memory and kernels of single calls, or the reason why it cannot be called."""
+    try:
+        work()
+        begun: Numbers = dict(wall_ms=1e3 * _wall(work, device), peak_mib=None, launches=None)
+        if device.type == "cuda":
+            begun["peak_mib"] = _peak_bytes(work) / 2**20
+            # The profiler sees no kernel where it has no right to look.
+            begun["launches"] = launches.count(work)[0].total() or None
+    except Exception as error:  # out of memory, a compiler's refusal: whatever others raise
+        return {"reason": describe_error(error)}
+    return begun
+
+
+def _peak_bytes(work: Work) -> int:
+    """Memory that a call takes beyond what is held before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _calls(begun: Numbers, settings: Settings) -> int:
+    """How often to call it."""
+    wanted = min(_MOST_CALLS, int(1e3 * settings.seconds / begun["wall_ms"]))
+    if begun["launches"] is not None:
+        wanted = min(wanted, _ROUNDS * max(1, _QUEUE // begun["launches"]))
+    return max(_LEAST_CALLS, wanted)
+
+
+def _times(work: Work, seconds: list[float], device: torch.device) -> Numbers:
+    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    wall = middle
+    if device.type == "cuda":
+        walls = min(len(seconds), 20)
+        wall = statistics.median(_wall(work, device) for _ in range(walls))
+    return dict(
+        device_ms=1e3 * middle,
+        device_ms_low=1e3 * low,
+        device_ms_high=1e3 * high,
+        wall_ms=1e3 * wall,
+        calls=len(seconds),
+    )
+
+
+def _sensed(work: Work, begun: Numbers, settings: Settings) -> Numbers:
+    """Energy of a call, and clocks, temperature and throttling while it runs.
+
+    Calls follow each other without a pause, and the sensors are read while the GPU is at work, for
+    its clocks fall as soon as it is not. Without an energy counter, it is the mean power over time.
+    """
+    if settings.sensors is None:
+        return dict(millijoules=None, clock_mhz=None, temperature_c=None, throttled=None)
+    sensors, watts, calls = settings.sensors, [], 0
+    batch = max(1, round(1e3 * _GLANCE_SECONDS / begun["wall_ms"]))
+    torch.cuda.synchronize()
+    before, start = sensors.millijoules(), time.perf_counter()
+    while True:
+        for _ in range(batch):
+            work()
+        calls += batch
+        state = sensors.state()
+        torch.cuda.synchronize()
+        watts.append(state.watts)
+        elapsed = time.perf_counter() - start
+        if elapsed >= settings.energy_seconds:
+            break
+    after, millijoules = sensors.millijoules(), None
+    if before is not None and after is not None:
+        millijoules = (after - before) / calls
+    elif None not in watts:
+        millijoules = 1e3 * statistics.mean(watts) * elapsed / calls
+    return dict(
+        millijoules=millijoules,
+        clock_mhz=state.clock_mhz,
+        temperature_c=state.temperature_c,
+        throttled=state.throttled,
+    )

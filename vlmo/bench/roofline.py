@@ -1,0 +1,80 @@
+"""The roof of this device, measured: how fast memory is copied and matrices are multiplied."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from vlmo.bench.cost import Cost
+from vlmo.timing import Work, median_seconds, wall_seconds
+
+# Far more than every cache, even of a server's CPU.
+_COPIED_BYTES = 2**29
+_GPU_SIZE = 8192
+# A CPU's matrices are as large as lets a product take so long, which is enough for any thread.
+_CPU_SECONDS = 0.02
+
+
+class Roof(NamedTuple):
+    """Rates that a computation on this device can at best come near.
+
+    Attributes:
+        copy_gb_per_s: bytes read and written by a copy of a large tensor, 1e9 a second.
+        matrix_tflops: of a large matrix product, by the name of the operands' dtype; float32 with
+            or without TF32 as ``torch.backends.cuda.matmul`` says.
+    """
+
+    copy_gb_per_s: float
+    matrix_tflops: dict[str, float]
+
+    def attainable_tflops(self, cost: Cost, dtype: str) -> float:
+        """The lower of the matrix rate and what memory can feed at the intensity of ``cost``.
+
+        Data that lie in a cache come faster than a copy, so small problems may exceed it.
+
+        Raises:
+            ValueError: the rate of ``dtype`` was not measured.
+        """
+        if dtype not in self.matrix_tflops:
+            raise ValueError(f"dtype: {dtype!r} is not of {', '.join(self.matrix_tflops)}")
+        intensity = cost.flops / cost.bytes
+        return min(self.matrix_tflops[dtype], self.copy_gb_per_s * intensity / 1e3)
+
+
+def measure_roof(device: torch.device, dtypes: Sequence[torch.dtype]) -> Roof:
+    """Measure it, in a few seconds."""
+    rates = {str(dtype).removeprefix("torch."): matrix_tflops(device, dtype) for dtype in dtypes}
+    return Roof(copy_gb_per_s(device), rates)
+
+
+def copy_gb_per_s(device: torch.device, size: int = _COPIED_BYTES) -> float:
+    """Of ``size`` bytes, read and written."""
+    source, target = (torch.ones(size // 4, device=device) for _ in range(2))
+    return 2 * size / _seconds(functools.partial(target.copy_, source), device) / 1e9
+
+
+def matrix_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """Of a square product of random numbers: zeros would draw less power and clock higher."""
+    size = _GPU_SIZE
+    if device.type != "cuda":
+        size = 256
+        while size < _GPU_SIZE and wall_seconds(_product(size, dtype, device)) < _CPU_SECONDS:
+            size *= 2
+    return 2 * size**3 / _seconds(_product(size, dtype, device), device) / 1e12
+
+
+def _product(size: int, dtype: torch.dtype, device: torch.device) -> Work:
+    a, b, c = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
+    work = functools.partial(torch.mm, a, b, out=c)
+    work()
+    return work
+
+
+def _seconds(work: Work, device: torch.device) -> float:
+    work()
+    launches = 10 if device.type == "cuda" else 1
+    [seconds] = median_seconds([work], device, rounds=5, launches=launches)
+    return seconds
