@@ -1,0 +1,268 @@
+"""Suites within a time limit, by suites that pretend."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from vlmo.bench import runner
+from vlmo.bench.cost import Cost
+from vlmo.bench.report import Report
+from vlmo.bench.roofline import Roof
+from vlmo.bench.runner import ALL, run
+from vlmo.bench.suite import Case, Scale, Suite
+from vlmo.parity import Deviation
+
+CPU = torch.device("cpu")
+COST = Cost(flops=4 * 10**9, bytes=10**9)
+RIGHT, WRONG = Deviation("y", 1.0, 1.0, 2.0), Deviation("dx", 3.0, 1.0, 2.0)
+
+
+def out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB.")
+
+
+@dataclass
+class FakeProblem:
+    """Contenders by name: what a check finds, or what it raises, and what a call does."""
+
+    found: dict[str, Sequence[Deviation] | Callable[[], None]]
+    works: dict[str, Callable[[], object]] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+    cost: Cost = COST
+    samples: int = 8
+
+    @property
+    def contenders(self) -> list[str]:
+        return list(self.found)
+
+    def why_not(self, contender):
+        return self.unavailable.get(contender)
+
+    def work(self, contender):
+        return self.works.get(contender, lambda: None)
+
+    def check(self, contender):
+        found = self.found[contender]
+        return found() if callable(found) else found
+
+
+def case(suite="fake", *, tokens=8, size="tiny", dtype=torch.float32) -> Case:
+    return Case(suite, size, dtype, "forward", {"tokens": tokens})
+
+
+def suite_of(problem, cases=None, name="fake") -> Suite:
+    """A suite whose cases are all ``problem``, or what it makes of a case."""
+    make = problem if callable(problem) else lambda case, device: problem
+    return Suite(name, lambda device, scale: cases or [case(name)], make)
+
+
+@pytest.fixture(autouse=True)
+def no_roof(monkeypatch):
+    """A roof at once: 1 GB/s, 3 TFLOP/s."""
+
+    def measure_roof(device, dtypes):
+        return Roof(1.0, {str(dtype).removeprefix("torch."): 3.0 for dtype in dtypes})
+
+    monkeypatch.setattr(runner, "measure_roof", measure_roof)
+
+
+def smoke(*suites, seconds=60.0, **options) -> Report:
+    return run(suites, CPU, scale=Scale.smoke, seconds=seconds, **options)
+
+
+def test_a_record_has_the_case_and_all_numbers(monkeypatch, tmp_path):
+    numbers = dict(device_ms=2.0, device_ms_low=1.0, device_ms_high=3.0, calls=3)
+    nothing = dict.fromkeys(["peak_mib", "launches", "millijoules", "clock_mhz", "temperature_c"])
+    measured = numbers | nothing | dict(wall_ms=2.0, throttled=None)
+    monkeypatch.setattr(runner, "measure", lambda works, *args: dict.fromkeys(works, measured))
+    told = []
+    report = smoke(
+        suite_of(FakeProblem({"vlmo:a": [RIGHT]})),
+        commit="abc",
+        command="vlmo bench",
+        on_record=told.append,
+    )
+    rates = dict(tflops=2.0, gb_per_s=500.0, samples_per_s=4000.0)
+    # 4 operations a byte at 1 GB/s: 0.004 TFLOP/s are attainable.
+    rates |= dict(share_of_roof=pytest.approx(500.0), error=0.5)
+    labels = dict(suite="fake", size="tiny", dtype="float32", phase="forward", tokens=8)
+    assert report.records == told == [labels | {"contender": "vlmo:a"} | measured | rates]
+    assert (report.commit, report.command) == ("abc", "vlmo bench")
+    assert report.roof == {"copy_gb_per_s": 1.0, "matrix_tflops": {"float32": 3.0}}
+    assert report.machine["name"] == "cpu" and report.machine["cores"] >= 1
+    assert any("GPU only" in sentence for sentence in report.unmeasured)
+    assert {"torch", "cuda", "vlmo"} <= set(report.versions)
+    # What is measured can be written and read again.
+    assert Report.load(smoke(suite_of(FakeProblem({"a": [RIGHT]}))).save(tmp_path)).records
+
+
+def test_who_cannot_run_or_is_wrong_has_a_reason_and_the_run_goes_on():
+    problem = FakeProblem(
+        {
+            "missing": [RIGHT],
+            "raises": out_of_memory,
+            "wrong": [RIGHT, WRONG],
+            "nan": [Deviation("y", float("nan"), 1.0, 2.0)],
+            "late": [RIGHT],
+            "good": [RIGHT],
+        },
+        works={"late": out_of_memory},
+        unavailable={"missing": "missing is not installed"},
+    )
+    report = smoke(suite_of(problem))
+    reasons = {record["contender"]: record.get("reason") for record in report.records}
+    assert list(reasons) == list(problem.found)
+    memory = "OutOfMemoryError: CUDA out of memory."
+    assert reasons["missing"] == "missing is not installed"
+    assert reasons["raises"] == reasons["late"] == memory
+    assert reasons["wrong"] == "not exact: dx is off by 3.00e+00, allowed are 2.00e+00"
+    assert reasons["nan"] == "not exact: y is off by nan, allowed are 2.00e+00"
+    assert reasons["good"] is None and report.records[-1]["calls"] == 3
+    assert {record["contender"] for record in report.inexact} == {"wrong", "nan"}
+
+
+def test_one_that_fails_beside_the_others_does_not_end_the_run(monkeypatch):
+    def measure(works, *arguments):
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(runner, "measure", measure)
+    cases = [case(tokens=1), case(tokens=2)]
+    report = smoke(suite_of(FakeProblem({"a": [RIGHT]}), cases))
+    assert [record["tokens"] for record in report.records] == [1, 2]
+    assert all("illegal memory access" in record["reason"] for record in report.records)
+
+
+def test_a_problem_that_does_not_fit_is_recorded():
+    def make(case, device):
+        return out_of_memory() if case.shape["tokens"] == 1 else FakeProblem({"a": [RIGHT]})
+
+    report = smoke(suite_of(make, [case(tokens=1), case(tokens=2)]))
+    assert report.records[0]["contender"] == ALL
+    assert report.records[0]["reason"] == "OutOfMemoryError: CUDA out of memory."
+    assert report.records[1]["device_ms"] >= 0
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(runner.time, "monotonic", lambda: self.now)
+
+    def passes(self, seconds, found):
+        def check():
+            self.now += seconds
+            return found
+
+        return check
+
+
+def test_what_begins_after_the_time_limit_has_that_as_its_reason(monkeypatch):
+    clock = Clock(monkeypatch)
+    slow = FakeProblem({name: clock.passes(40, [RIGHT]) for name in "abc"})
+    report = smoke(suite_of(slow, [case(tokens=1), case(tokens=2)]), seconds=60)
+    first, second, third, fourth = report.records
+    assert "device_ms" in first and "device_ms" in second  # b began before the limit
+    late = "began after the time limit of 60 s"
+    assert (third["contender"], third["reason"]) == ("c", late)
+    assert (fourth["contender"], fourth["tokens"], fourth["reason"]) == (ALL, 2, late)
+
+
+def test_calls_are_as_many_as_what_is_left_allows(monkeypatch):
+    clock, given = Clock(monkeypatch), []
+
+    def measure(works, device, settings):
+        given.append(settings.seconds)
+        return {}
+
+    monkeypatch.setattr(runner, "measure", measure)
+    problems = {
+        1: FakeProblem({name: clock.passes(1, [RIGHT]) for name in "ab"}),
+        2: FakeProblem({"a": clock.passes(20, [RIGHT])}),
+        3: FakeProblem({"a": clock.passes(0, [RIGHT])}),
+    }
+    suite = suite_of(
+        lambda case, device: problems[case.shape["tokens"]],
+        [case(tokens=tokens) for tokens in problems],
+    )
+    run([suite], CPU, scale=Scale.cpu, seconds=24)
+    # 24 s for three cases, two of the first 8 gone, two contenders, half of the time for calls;
+    # 22 s for two cases, all gone; 2 s for the last.
+    assert given == [1.5, 0.1, 1.0]
+
+
+def test_suites_take_turns_but_their_records_are_told_together():
+    told = []
+    first = suite_of(FakeProblem({"a": [RIGHT]}), [case("one", tokens=n) for n in (1, 2)], "one")
+    second = suite_of(FakeProblem({"a": [RIGHT]}), [case("two", tokens=n) for n in (3,)], "two")
+    report = smoke(first, second, on_record=told.append)
+    assert [record["tokens"] for record in told] == [1, 3, 2]
+    assert [record["tokens"] for record in report.records] == [1, 2, 3]
+
+
+def test_filters_let_some_cases_and_contenders_through():
+    cases = [
+        case(size=size, dtype=dtype)
+        for size in ("base", "large")
+        for dtype in (torch.float16, torch.float32)
+    ]
+    suite = suite_of(FakeProblem({n: [RIGHT] for n in ("vlmo:a", "vlmo:b", "slices")}), cases)
+    report = smoke(suite, dtypes=["float16"], sizes=["large"], contenders=["vlmo"])
+    found = [(r["size"], r["dtype"], r["contender"]) for r in report.records]
+    assert found == [("large", "float16", "vlmo:a"), ("large", "float16", "vlmo:b")]
+    report = smoke(suite, dtypes=["float16"], contenders=["slices", "vlmo:b"])
+    assert [r["contender"] for r in report.records] == ["vlmo:b", "slices"] * 2
+    with pytest.raises(ValueError, match=r"no case of fake has dtypes: float8; sizes: huge"):
+        smoke(suite, dtypes=["float8"], sizes=["huge"])
+    with pytest.raises(ValueError, match=r"contenders: no case has one of quack"):
+        smoke(suite, contenders=["quack"])
+
+
+def test_a_gpu_s_report_tells_what_its_sensors_do_not():
+    gpu, record = torch.device("cuda"), {"device_ms": 1.0, "launches": 5}
+
+    class Sensors:
+        def __init__(self, energy, watts):
+            self.energy, self.watts = energy, watts
+
+        def millijoules(self):
+            return self.energy
+
+        def state(self):
+            return self
+
+    def told(sensors, record=record):
+        return " ".join(runner._unmeasured(gpu, sensors, [record]))
+
+    assert told(Sensors(1, 100.0)) == ""
+    assert "pynvml is missing" in told("pynvml is missing")
+    assert "power times time" in told(Sensors(None, 100.0))
+    assert "nor a power sensor" in told(Sensors(None, None))
+    assert "profiler saw no kernel" in told(Sensors(1, 100.0), record | {"launches": None})
+    assert told(Sensors(1, 100.0), {"reason": "is not installed"}) == ""
+
+
+def test_the_commit_is_that_of_the_repository_of_this_package(monkeypatch, tmp_path):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True)
+
+    git("init", "-q")
+    file = tmp_path / "runner.py"
+    file.write_text("one\n")
+    monkeypatch.setattr(runner, "__file__", str(file))
+    git("commit", "-q", "--allow-empty", "-m", "of something else")
+    assert runner.commit_of_this() == "unknown"
+    git("add", "runner.py")
+    git("commit", "-q", "-m", "of this")
+    found = runner.commit_of_this()
+    assert len(found) >= 7 and int(found, 16)
+    file.write_text("two\n")
+    assert runner.commit_of_this() == f"{found}-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert runner.commit_of_this() == "unknown"

@@ -1,0 +1,283 @@
+"""Runs suites within a time limit."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from vlmo.bench.gpu import Sensors, open_sensors
+from vlmo.bench.meter import Numbers, Settings, describe_error, measure
+from vlmo.bench.report import NOT_EXACT, Record, Report
+from vlmo.bench.roofline import Roof, measure_roof
+from vlmo.bench.suite import Case, Problem, Scale, Suite
+from vlmo.kernels.target import describe
+from vlmo.machine import versions
+from vlmo.parity import Deviation
+from vlmo.timing import Work
+
+# In the place of contenders' names where a case did not come so far as to have some.
+ALL = "all"
+# Timed calls take this part of a contender's time, within bounds; wall time and energy the rest.
+_TIMED = 0.5
+_LEAST_SECONDS, _MOST_SECONDS = 0.1, 2.0
+
+
+class Progress(Protocol):
+    """What is called with each record as soon as its case is done."""
+
+    def __call__(self, record: Record, /) -> object: ...
+
+
+def run(
+    suites: Sequence[Suite],
+    device: torch.device,
+    *,
+    scale: Scale,
+    seconds: float,
+    dtypes: Collection[str] | None = None,
+    sizes: Collection[str] | None = None,
+    contenders: Collection[str] | None = None,
+    commit: str | None = None,
+    command: str = "",
+    on_record: Progress | None = None,
+) -> Report:
+    """Measure the cases of some suites, the most telling of each first.
+
+    Args:
+        suites: take turns, case by case.
+        device: where to run.
+        scale: how much of each suite; smoke takes three calls of everything.
+        seconds: time limit: calls are as many as it allows, and what would begin later is recorded
+            with that as its reason. What has begun is finished.
+        dtypes: names; only cases in these.
+        sizes: only cases of these.
+        contenders: names; only these, or all that begin with one and a colon ("vlmo").
+        commit: of what is measured; asked of git if it is not given.
+        command: that the user gave, for the report.
+        on_record: is called with each record.
+
+    Raises:
+        ValueError: a filter lets no case or no contender through.
+    """
+    started = time.monotonic()
+    cases = _cases(suites, device, scale, dtypes, sizes)
+    on_gpu = device.type == "cuda"
+    with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
+        sensors = open_sensors(device)
+        roof = measure_roof(device, list({case.dtype: None for _, case in cases}))
+        session = _Session(device, scale, roof, sensors, contenders, started + seconds, seconds)
+        records: list[Record] = []
+        for position, (suite, case) in enumerate(cases):
+            found = session.records(suite, case, len(cases) - position)
+            records += found
+            for record in found:
+                if on_record is not None:
+                    on_record(record)
+            _free()
+    if not records:
+        raise ValueError(f"contenders: no case has one of {', '.join(contenders or ())}")
+    names = [suite.name for suite in suites]
+    return Report(
+        machine=machine(device),
+        commit=commit or commit_of_this(),
+        command=command,
+        versions=versions() | {"cuda": str(torch.version.cuda)},
+        roof=roof._asdict(),
+        unmeasured=_unmeasured(device, sensors, records),
+        records=sorted(records, key=lambda record: names.index(record["suite"])),
+    )
+
+
+def why_inexact(deviations: Sequence[Deviation]) -> str | None:
+    """One sentence if a tensor breaks the rule of :mod:`vlmo.parity`."""
+    wrong = [deviation for deviation in deviations if not deviation.ok]
+    if not wrong:
+        return None
+    worst = max(wrong, key=lambda deviation: deviation.share)
+    return (
+        f"{NOT_EXACT}: {worst.name} is off by {worst.actual:.2e}, allowed are {worst.allowed:.2e}"
+    )
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What it is measured on."""
+    on_gpu = device.type == "cuda"
+    facts = {"name": torch.cuda.get_device_name(device) if on_gpu else "cpu"}
+    if on_gpu:
+        facts["gpu"] = describe(device)
+    cores = len(os.sched_getaffinity(0))
+    return facts | {"cpu": _cpu(), "cores": cores, "threads": torch.get_num_threads()}
+
+
+def commit_of_this() -> str:
+    """Short hash, marked if tracked files differ from it; "unknown" where git cannot tell."""
+    folder = Path(__file__).parent
+    # An installed package may lie in a repository that is about something else.
+    tracked = _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)
+    described = tracked and _git(folder, "describe", "--always", "--dirty", "--exclude=*")
+    return described or "unknown"
+
+
+@dataclass(frozen=True)
+class _Session:
+    """What all cases of a run share."""
+
+    device: torch.device
+    scale: Scale
+    roof: Roof
+    sensors: Sensors | str
+    contenders: Collection[str] | None
+    deadline: float
+    limit: float
+
+    def records(self, suite: Suite, case: Case, cases_left: int) -> list[Record]:
+        """Of every contender of one case."""
+        if self._late is not None:
+            return [case.labels | {"contender": ALL, "reason": self._late}]
+        until = time.monotonic() + (self.deadline - time.monotonic()) / cases_left
+        try:
+            problem = suite.make(case, self.device)
+        except Exception as error:  # as in _prepare
+            return [case.labels | {"contender": ALL, "reason": describe_error(error)}]
+        works: dict[str, Work] = {}
+        names = [name for name in problem.contenders if self._wants(name)]
+        found = {name: self._prepare(problem, name, works) for name in names}
+        settings = self._settings((until - time.monotonic()) / max(1, len(works)))
+        for name, numbers in self._measure(works, settings).items():
+            found[name] = self._completed(numbers, found[name], problem, case)
+        return [case.labels | {"contender": name} | numbers for name, numbers in found.items()]
+
+    @property
+    def _late(self) -> str | None:
+        late = time.monotonic() >= self.deadline
+        return f"began after the time limit of {self.limit:.0f} s" if late else None
+
+    def _wants(self, name: str) -> bool:
+        wanted = self.contenders
+        return wanted is None or name in wanted or name.partition(":")[0] in wanted
+
+    def _prepare(self, problem: Problem, name: str, works: dict[str, Work]) -> Numbers:
+        """The error of a contender, whose work is added, or the reason why it is not."""
+        reason = self._late or problem.why_not(name)
+        if reason is not None:
+            return {"reason": reason}
+        try:
+            deviations = problem.check(name)
+            reason = why_inexact(deviations)
+            if reason is not None:
+                return {"reason": reason}
+            works[name] = problem.work(name)
+        except Exception as error:  # a peer, a compiler or the allocator may raise anything
+            return {"reason": describe_error(error)}
+        finally:
+            _free()
+        return {"error": max(deviation.share for deviation in deviations)}
+
+    def _measure(self, works: Mapping[str, Work], settings: Settings) -> dict[str, Numbers]:
+        try:
+            return measure(works, self.device, settings)
+        except Exception as error:  # one that ran alone, but not beside the others
+            reason = f"while it was timed beside the others: {describe_error(error)}"
+            return {name: {"reason": reason} for name in works}
+
+    def _settings(self, share: float) -> Settings:
+        """For contenders with so many seconds each."""
+        sensors = None if isinstance(self.sensors, str) else self.sensors
+        if self.scale is Scale.smoke:
+            return Settings(seconds=0, energy_seconds=0, sensors=sensors)
+        timed = max(_LEAST_SECONDS, min(_MOST_SECONDS, _TIMED * share))
+        return Settings(seconds=timed, sensors=sensors)
+
+    def _completed(
+        self, numbers: Numbers, checked: Numbers, problem: Problem, case: Case
+    ) -> Numbers:
+        """With rates, by the cost of the problem."""
+        if "reason" in numbers:
+            return numbers
+        seconds, cost = numbers["device_ms"] / 1e3, problem.cost
+        tflops = cost.flops / seconds / 1e12
+        attainable = self.roof.attainable_tflops(cost, str(case.labels["dtype"]))
+        rates = dict(
+            tflops=tflops,
+            gb_per_s=cost.bytes / seconds / 1e9,
+            share_of_roof=tflops / attainable,
+            samples_per_s=problem.samples / seconds,
+        )
+        return numbers | rates | checked
+
+
+def _cases(
+    suites: Sequence[Suite],
+    device: torch.device,
+    scale: Scale,
+    dtypes: Collection[str] | None,
+    sizes: Collection[str] | None,
+) -> list[tuple[Suite, Case]]:
+    """In the order in which they are measured: the first of every suite, then the second."""
+
+    def chosen(suite: Suite) -> Iterator[tuple[Suite, Case]]:
+        for case in suite.cases(device, scale):
+            right_dtype = dtypes is None or case.labels["dtype"] in dtypes
+            if right_dtype and (sizes is None or case.size in sizes):
+                yield suite, case
+
+    turns = itertools.zip_longest(*map(chosen, suites))
+    found = [entry for turn in turns for entry in turn if entry is not None]
+    if not found:
+        filters = {"dtypes": dtypes, "sizes": sizes}
+        told = [f"{k}: {', '.join(v)}" for k, v in filters.items() if v is not None]
+        raise ValueError(f"no case of {', '.join(s.name for s in suites)} has {'; '.join(told)}")
+    return found
+
+
+def _unmeasured(
+    device: torch.device, sensors: Sensors | str, records: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """What a user might look for in the records, and why it is not there."""
+    if device.type != "cuda":
+        return [
+            "Peak memory, launches, energy and clocks are measured on a GPU only.",
+            "Times on a CPU are wall times, with caches as the call before left them.",
+        ]
+    found = []
+    if isinstance(sensors, str):
+        found.append(f"Energy, clocks, temperature and throttling: {sensors}.")
+    elif sensors.millijoules() is None:
+        how = "mJ are its power times time" if sensors.state().watts else "nor a power sensor"
+        found.append(f"This GPU has no energy counter: {how}.")
+    if any("device_ms" in record and record["launches"] is None for record in records):
+        found.append("Launches: PyTorch's profiler saw no kernel.")
+    return found
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
