@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import test_model
-from official_step import OnDevice, counting, official_step
+from counting import OnDevice, counting
 from vlmo import VLMo, VLMoConfig, objectives, step
+from vlmo.bench.official import pretraining
 from vlmo.data import HOST_KEYS, to_device
 from vlmo.negatives import PendingNegatives
 from vlmo.placement import autocast_dtype
@@ -70,7 +71,7 @@ def test_a_packed_step_equals_the_official_composition(config):
     model, batch = model_of(config), batch_of(6)
     padded = batch | {"image": batch["image"].float() / 127.5 - 1}
     torch.manual_seed(5)
-    expected = official_step(model, padded)
+    expected = pretraining(model, padded)
     expected["loss"].backward()
     wanted = gradients(model)
     model.zero_grad()
@@ -232,9 +233,7 @@ def test_what_a_pretraining_step_costs_beside_the_official_one():
         output = model(on_device)
     torch.manual_seed(5)
     with counting() as official:
-        expected = official_step(
-            model, on_device | {"image": on_device["image"].float() / 127.5 - 1}
-        )
+        expected = pretraining(model, on_device | {"image": on_device["image"].float() / 127.5 - 1})
     assert_same({name: output[name].detach() for name in expected}, expected)
 
     assert official == {

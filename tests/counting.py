@@ -1,8 +1,4 @@
-"""The pre-training step as the official code composes it, on padded batches, and what a step costs.
-
-Six passes: fusion for MLM, images and texts alone with their tails, and matching in three calls,
-with a draw that waits for the device for every row (``objectives.py``, ``compute_itm_hardneg``).
-"""
+"""Counts what a training step costs: token-layers, launches, images embedded, waits."""
 
 import contextlib
 from collections import Counter
@@ -10,41 +6,9 @@ from collections.abc import Iterator
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vlmo import VLMo, layers, sequences
-
-
-def official_step(model: VLMo, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Losses of MLM, ITC and ITM in one process."""
-    ids, masks, image = batch["text_ids"], batch["text_masks"], batch["image"]
-    words = model.mlm_score(model.fuse(batch["text_ids_mlm"], masks, image).text)
-    mlm = 0.25 * F.cross_entropy(words.flatten(0, 1), batch["text_labels_mlm"].flatten())
-
-    images = model.encode_image(image, vl_tail=True)
-    texts = model.encode_text(ids, masks, vl_tail=True)
-    i2t = model.logit_scale.exp() * images.embedding @ texts.embedding.T
-    vl_i2t = model.logit_vl_scale.exp() * images.vl_embedding @ texts.vl_embedding.T
-    label = torch.arange(len(ids))
-    four = [F.cross_entropy(x, label) for x in (i2t, i2t.T, vl_i2t, vl_i2t.T)]
-    itc = torch.stack(four).sum() / 4
-
-    wrong_images = torch.stack([image[row] for row in _draw(i2t.T)])
-    drawn = _draw(i2t)
-    wrong_ids = torch.stack([ids[row] for row in drawn])
-    wrong_masks = torch.stack([masks[row] for row in drawn])
-    pairs = ((ids, masks, image), (ids, masks, wrong_images), (wrong_ids, wrong_masks, image))
-    logits = torch.cat([model.itm_score(model.fuse(*pair).pooled) for pair in pairs])
-    itm = F.cross_entropy(logits, (torch.arange(len(logits)) < len(ids)).long())
-    return {"mlm_loss": mlm, "itc_loss": itc, "itm_loss": itm, "loss": mlm + itc + itm}
-
-
-def _draw(logits: Tensor) -> list[int]:
-    weights = logits.detach().softmax(1)
-    weights = weights.masked_fill(torch.eye(len(weights), dtype=torch.bool), 0)
-    return [torch.multinomial(row, 1).item() for row in weights]
-
+from vlmo import layers, sequences
 
 _WAITS = {
     getattr(Tensor, name)

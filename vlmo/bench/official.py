@@ -1,0 +1,131 @@
+"""VLMo as the official code computes it: what the model is measured against.
+
+The same parameters and the same mathematics. What differs from :class:`vlmo.VLMo`: batches are
+padded to the longest text that is allowed, tokens are sliced by modality, fed through their experts
+and concatenated, the bias of all layers is looked up at once into ``[N, N, H * layers]``, and scores
+of all heads exist in float32 (``multiway_transformer.py``, ``vlmo_module.py``, ``objectives.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmo.layers import Block
+from vlmo.model import VLMo
+from vlmo.objectives import MLM_WEIGHT, with_total
+from vlmo.sequences import Layout, Padded
+
+
+class SwitchedVLMo(VLMo):
+    """A VLMo that can also run its padded passes in the official way; the parameters are shared."""
+
+    _official = False
+
+    @contextlib.contextmanager
+    def the_official_way(self) -> Iterator[None]:
+        """Inside, :meth:`fuse`, :meth:`encode_text` and :meth:`encode_image` run so."""
+        self._official = True
+        try:
+            yield
+        finally:
+            self._official = False
+
+    def run(self, x: Tensor, layout: Layout, *, start: int = 0, stop: int | None = None) -> Tensor:
+        """Blocks ``start`` to ``stop``; see :meth:`VLMo.run`."""
+        if not self._official:
+            return super().run(x, layout, start=start, stop=stop)
+        assert isinstance(layout, Padded)
+        biases = self._biases(layout)
+        for number in range(start, self.config.depth if stop is None else stop):
+            x = block(self.transformer.blocks[number], x, layout, biases[number])
+        return x
+
+    def _biases(self, layout: Padded) -> list[Tensor | None]:
+        """``[H, N, N]`` of every layer, as ``get_rel_pos_bias`` makes them for a whole forward."""
+        table, depth = self.relative_position_bias_table, self.config.depth
+        if table is None or layout.index is None:
+            return [None] * depth
+        spread = F.embedding(layout.index.matrix.long(), table)  # [N, N, H * layers]
+        return list(spread.permute(2, 0, 1).contiguous().chunk(depth))
+
+
+def block(weights: Block, x: Tensor, layout: Padded, bias: Tensor | None) -> Tensor:
+    """One block: attention over materialised scores, then each expert on its slice."""
+    q, k, v = weights.attn.project(weights.norm1(x)).permute(2, 0, 3, 1, 4)
+    scores = (q * q.shape[-1] ** -0.5).float() @ k.float().transpose(-1, -2)
+    if bias is not None:
+        scores = scores + bias[None]
+    if layout.key_mask is not None:
+        scores = scores.masked_fill(~layout.key_mask[:, None, None, :], float("-inf"))
+    attended = (scores.softmax(-1).type_as(x) @ v).transpose(1, 2).flatten(2)
+    x = x + _scaled(weights.attn.proj(attended), weights.gamma_1)
+    names, routing = layout.experts(weights.has_vl)
+    if len(names) == 1:
+        return _expert(weights, names[0], x)
+    parts = x.split([length for _, length in routing.pieces], dim=1)
+    return torch.cat([_expert(weights, n, part) for n, part in zip(names, parts, strict=True)], 1)
+
+
+def pretraining(model: VLMo, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Losses of MLM, ITC and ITM in one process, composed as the official code does.
+
+    Six passes on padded batches: fusion for MLM, images and texts alone with their tails, matching
+    in three calls, and a draw that waits for the device for every row (``compute_itm_hardneg``).
+    The passes are ``model``'s own.
+
+    Args:
+        model: with the tasks mlm, itc and itm.
+        batch: as :mod:`vlmo.objectives` reads it, images as floats.
+    """
+    ids, masks, image = batch["text_ids"], batch["text_masks"], batch["image"]
+    words = model.mlm_score(model.fuse(batch["text_ids_mlm"], masks, image).text)
+    labels = batch["text_labels_mlm"].flatten()
+    mlm = MLM_WEIGHT * F.cross_entropy(words.flatten(0, 1).float(), labels)
+
+    images = model.encode_image(image, vl_tail=True)
+    texts = model.encode_text(ids, masks, vl_tail=True)
+    assert images.vl_embedding is not None and texts.vl_embedding is not None
+    i2t = model.logit_scale.exp() * images.embedding @ texts.embedding.T
+    vl_i2t = model.logit_vl_scale.exp() * images.vl_embedding @ texts.vl_embedding.T
+    label = torch.arange(len(ids), device=ids.device)
+    four = [F.cross_entropy(x.float(), label) for x in (i2t, i2t.T, vl_i2t, vl_i2t.T)]
+    itc = torch.stack(four).sum() / 4
+
+    wrong_images = torch.stack([image[row] for row in _draw(i2t.T)])
+    drawn = _draw(i2t)
+    wrong_ids = torch.stack([ids[row] for row in drawn])
+    wrong_masks = torch.stack([masks[row] for row in drawn])
+    pairs = ((ids, masks, image), (ids, masks, wrong_images), (wrong_ids, wrong_masks, image))
+    logits = torch.cat([model.itm_score(model.fuse(*pair).pooled) for pair in pairs])
+    matches = torch.arange(len(logits), device=ids.device) < len(ids)
+    itm = F.cross_entropy(logits.float(), matches.long())
+    return with_total({"mlm_loss": mlm, "itc_loss": itc, "itm_loss": itm})
+
+
+def vqa(model: VLMo, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The loss of VQA on a padded batch; arguments as of :func:`pretraining`."""
+    fused = model.fuse(batch["text_ids"], batch["text_masks"], batch["image"])
+    logits, targets = model.vqa_classifier(fused.pooled), batch["vqa_targets"]
+    loss = F.binary_cross_entropy_with_logits(logits.float(), targets.float())
+    return with_total({"vqa_loss": loss * targets.shape[1]})
+
+
+def _expert(weights: Block, name: str, x: Tensor) -> Tensor:
+    mlp, norm = getattr(weights, f"mlp_{name}"), getattr(weights, f"norm2_{name}")
+    return x + _scaled(mlp.fc2(F.gelu(mlp.fc1(norm(x)))), weights.gamma_2)
+
+
+def _scaled(branch: Tensor, gamma: Tensor | None) -> Tensor:
+    return branch if gamma is None else gamma * branch
+
+
+def _draw(logits: Tensor) -> list[int]:
+    weights = logits.detach().float().softmax(1)
+    itself = torch.eye(len(weights), dtype=torch.bool, device=weights.device)
+    return [int(torch.multinomial(row, 1)) for row in weights.masked_fill(itself, 0)]
