@@ -88,9 +88,9 @@ def test_ratios_are_beside_the_best_peer_the_official_way_and_dense_layers():
     header = row(text, "contender")
     rows = {name: dict(zip(header, row(text, name), strict=True)) for name in ("vlmo:triton",)}
     found = rows["vlmo:triton"]
-    assert found["/ best peer"] == "1.50 x"
-    assert found["/ official"] == "2.00 x"
-    assert found["/ dense"] == "0.50 x"
+    assert found["x best peer"] == "1.50 x"
+    assert found["x official"] == "2.00 x"
+    assert found["x dense"] == "0.50 x"
     assert found["ms (quartiles)"] == "2.00 (1.98 to 2.02)"
     assert found["of roof"] == "50%"
     assert "computes something else" in text

@@ -1,0 +1,100 @@
+"""Pictures of reports."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+
+from bench_cases import measured, not_run, report
+from vlmo.bench import pictures
+from vlmo.bench.pictures import draw, require_matplotlib
+from vlmo.plotting import pyplot
+
+CONTENDERS = {"vlmo:triton": 1.0, "vlmo:reference": 4.0, "slices": 2.0, "dense": 1.5}
+
+
+def cases(*tokens: int):
+    return [
+        measured(name, ms * count / 1000, tokens=count, phase=phase)
+        for phase in ("forward", "forward+backward")
+        for count in tokens
+        for name, ms in CONTENDERS.items()
+    ]
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, by file name; they are not written."""
+    found = {}
+    monkeypatch.setattr(pictures, "save_figure", lambda f, path, **_: found.update({path.name: f}))
+    yield found
+    pyplot().close("all")
+
+
+def test_every_picture_is_there_for_light_and_dark_pages(tmp_path):
+    it = report(*cases(8192, 1000), not_run("quack", "is not installed"))
+    written = draw(it, tmp_path)
+    names = [
+        f"testing-unit-9-abc1234-{name}-{theme}.png"
+        for theme in ("light", "dark")
+        for name in ("roofline", "speed-moe_ffn", "speed")
+    ]
+    assert [path.name for path in written] == names
+    corners = [pyplot().imread(path)[0, 0, :3] for path in written]
+    assert (np.array(corners[:3]) == 1).all() and (np.array(corners[3:]) < 0.1).all()
+    # A README shows them at about 800 pixels, or twice as many on a fine screen.
+    assert all(1300 < pyplot().imread(path).shape[1] < 1900 for path in written)
+
+
+def test_bars_are_times_of_the_official_way(figures, tmp_path):
+    draw(report(*cases(8192)), tmp_path)
+    assert not any("speed-moe_ffn" in name for name in figures)
+    [axis] = figures["testing-unit-9-abc1234-speed-light.png"].axes
+    widths = [bar.get_width() for bar in axis.patches]
+    assert widths == pytest.approx(2 * [2.0, 2 / 1.5, 1.0, 0.5])
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    assert names == 2 * ["vlmo:triton", "dense", "slices", "vlmo:reference"]
+    colours = [bar.get_facecolor() for bar in axis.patches[:4]]
+    assert len(set(colours)) == 4
+
+
+def test_lines_go_over_the_first_number_in_its_order(figures, tmp_path):
+    draw(report(*cases(8192, 1000)), tmp_path)
+    axes = figures["testing-unit-9-abc1234-speed-moe_ffn-light.png"].axes
+    assert [axis.get_title(loc="left") for axis in axes] == [
+        "base, forward",
+        "base, forward+backward",
+    ]
+    lines = {line.get_label(): line for line in axes[0].get_lines()}
+    assert set(lines) == set(CONTENDERS)
+    assert list(lines["slices"].get_xdata()) == [1000, 8192]
+    assert lines["slices"].get_ydata() == pytest.approx([1e3 / 2, 1e3 / 16.384])
+    assert lines["vlmo:triton"].get_linewidth() > lines["slices"].get_linewidth()
+
+
+def test_points_stand_at_intensity_and_rate_below_the_roof(figures, tmp_path):
+    draw(report(*cases(8192)), tmp_path)
+    [axis] = figures["testing-unit-9-abc1234-roofline-light.png"].axes
+    roof, *points = [line for line in axis.get_lines() if len(line.get_xdata())]
+    xs, ys = roof.get_xdata(), roof.get_ydata()
+    assert ys == pytest.approx(np.minimum(2.0, 10.0 * xs / 1e3))
+    found = [(p.get_xdata()[0], p.get_ydata()[0]) for p in points]
+    # The best peer and the best of ours, forward and backward; 1 TFLOP and 10 GB: 100 FLOP/byte.
+    assert found == [(pytest.approx(100), pytest.approx(1e3 / ms)) for ms in 2 * [16.384, 8.192]]
+
+
+def test_a_report_without_numbers_has_no_pictures(tmp_path):
+    assert draw(report(not_run("quack", "is not installed")), tmp_path) == []
+
+
+def test_a_suite_without_an_official_way_has_no_bars(figures, tmp_path):
+    draw(report(measured("vlmo:triton", 1.0), measured("masks", 2.0)), tmp_path)
+    assert {name.split("-")[-2] for name in figures} == {"roofline"}
+
+
+def test_without_matplotlib_one_sentence_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        require_matplotlib()
