@@ -197,10 +197,15 @@ def test_calls_are_as_many_as_what_is_left_allows(monkeypatch):
 
 
 def test_suites_take_turns_but_their_records_are_told_together():
-    told = []
+    told, lengths = [], []
     first = suite_of(FakeProblem({"a": [RIGHT]}), [case("one", tokens=n) for n in (1, 2)], "one")
     second = suite_of(FakeProblem({"a": [RIGHT]}), [case("two", tokens=n) for n in (3,)], "two")
-    report = smoke(first, second, on_record=told.append)
+    report = smoke(
+        *(first, second),
+        on_record=told.append,
+        on_case=lambda report: lengths.append(len(report.records)),
+    )
+    assert lengths == [1, 2, 3]
     assert [record["tokens"] for record in told] == [1, 3, 2]
     assert [record["tokens"] for record in report.records] == [1, 2, 3]
 

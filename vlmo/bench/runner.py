@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,6 +51,7 @@ def run(
     commit: str | None = None,
     command: str = "",
     on_record: Progress | None = None,
+    on_case: Callable[[Report], object] | None = None,
 ) -> Report:
     """Measure the cases of some suites, the most telling of each first.
 
@@ -66,37 +67,41 @@ def run(
         commit: of what is measured; asked of git if it is not given.
         command: that the user gave, for the report.
         on_record: is called with each record.
+        on_case: is called with the report so far after each case, for a run that may be killed.
 
     Raises:
         ValueError: a filter lets no case or no contender through.
     """
     started = time.monotonic()
     cases = _cases(suites, device, scale, dtypes, sizes)
+    order = [suite.name for suite in suites]
     on_gpu = device.type == "cuda"
     with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
         sensors = open_sensors(device)
         roof = measure_roof(device, list({case.dtype: None for _, case in cases}))
+        report = Report(
+            machine=machine(device),
+            commit=commit or commit_of_this(),
+            command=command,
+            versions=versions() | {"cuda": str(torch.version.cuda)},
+            roof=roof._asdict(),
+        )
         session = _Session(device, scale, roof, sensors, contenders, started + seconds, seconds)
-        records: list[Record] = []
         for position, (suite, case) in enumerate(cases):
             found = session.records(suite, case, len(cases) - position)
-            records += found
+            _free()
+            report.records = sorted(
+                report.records + found, key=lambda record: order.index(record["suite"])
+            )
+            report.unmeasured = _unmeasured(device, sensors, report.records)
             for record in found:
                 if on_record is not None:
                     on_record(record)
-            _free()
-    if not records:
+            if on_case is not None:
+                on_case(report)
+    if not report.records:
         raise ValueError(f"contenders: no case has one of {', '.join(contenders or ())}")
-    names = [suite.name for suite in suites]
-    return Report(
-        machine=machine(device),
-        commit=commit or commit_of_this(),
-        command=command,
-        versions=versions() | {"cuda": str(torch.version.cuda)},
-        roof=roof._asdict(),
-        unmeasured=_unmeasured(device, sensors, records),
-        records=sorted(records, key=lambda record: names.index(record["suite"])),
-    )
+    return report
 
 
 def why_inexact(deviations: Sequence[Deviation]) -> str | None:
