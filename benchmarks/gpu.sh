@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Everything a machine with a GPU should do for moe_ffn, and the tests of shared_attention, in at most
-# 25 minutes and without a network.
+# Everything a machine with a GPU should do, in at most 25 minutes and without a network.
 #
 #   benchmarks/gpu.sh OUTPUT [SECTION...]
 #
@@ -12,11 +11,13 @@
 # WHEELS   folder with a wheel of vlmo, installed without its dependencies if vlmo is not (dist)
 # COMMIT   what is being measured, where git cannot tell
 # SANITIZE -k expression of the tests that run under compute-sanitizer
-# SECONDS_OF_BENCH  benchmarks that would begin later are skipped (480)
+# MINUTES_OF_BENCH  whole ones; what would begin later is not measured (6)
+#
+# Limits in seconds: tests 80 + 300, sanitizer 4 * 80, bench 360 + 60, tune 240, profile 60: 1420.
 set -uo pipefail
 
 if [ $# -lt 1 ]; then
-    sed -n '2,16s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,17s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
@@ -32,6 +33,7 @@ done
 
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
+COMMIT=${COMMIT:-$(git describe --always --dirty --exclude='*' 2>/dev/null)}
 # The folder vlmo/ of the tree has no kernels/ in it: only the installed package is whole.
 export PYTHONSAFEPATH=1
 export TRITON_INTERPRET=0
@@ -67,7 +69,7 @@ run() {
     local section=$1 limit=$2 status
     shift 2
     printf '\n$ %s\n' "$*" >>"$out/$section.log"
-    timeout --kill-after=10 "$limit" "$@" >>"$out/$section.log" 2>&1
+    timeout --kill-after=5 "$limit" "$@" >>"$out/$section.log" 2>&1
     status=$?
     [ $status -eq 124 ] && echo "stopped after $limit s" >>"$out/$section.log"
     return $status
@@ -76,7 +78,7 @@ run() {
 tests() {
     # Nearly all of the time goes into compiling, which one process does on one core.
     local shards=$(($(nproc) < 12 ? $(nproc) : 12)) status=0 shard pids=()
-    local collect=("$python" -m pytest --collect-only -q -p no:cacheprovider)
+    local collect=(timeout 40 "$python" -m pytest --collect-only -q -p no:cacheprovider)
     # Tests of other parts may need packages that are not here: what cannot be collected is in the log.
     {
         "${collect[@]}" tests -m gpu --continue-on-collection-errors
@@ -91,7 +93,7 @@ tests() {
         awk -v n="$shards" -v i="$shard" 'NR % n == i' "$out/tests.txt" >"$out/tests-$shard.txt"
         : >"$out/tests-$shard.log"
         # The V100's kernels too, if the wheel was built with VLMO_TEST_TARGETS.
-        VLMO_VOLTA_ANYWHERE=1 run "tests-$shard" 360 xargs -r -d '\n' -a "$out/tests-$shard.txt" \
+        VLMO_VOLTA_ANYWHERE=1 run "tests-$shard" 300 xargs -r -d '\n' -a "$out/tests-$shard.txt" \
             "$python" -m pytest -q -p no:cacheprovider &
         pids+=($!)
     done
@@ -111,12 +113,12 @@ sanitizer() {
     fi
     for tool in memcheck racecheck; do
         # An allocation of its own for each tensor, or memcheck would not see its end.
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 run sanitizer 110 \
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 run sanitizer 80 \
             compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
             "$python" -m pytest tests/test_moe_ffn.py -q -x -p no:cacheprovider \
             -k "${SANITIZE:-test_parity and cuda-triton and bfloat16 and (vlmo or ids)}" || status=1
         # The V100's kernels, if the wheel was built with VLMO_TEST_TARGETS; else their test skips.
-        VLMO_VOLTA_ANYWHERE=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 run sanitizer 110 \
+        VLMO_VOLTA_ANYWHERE=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 run sanitizer 80 \
             compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
             "$python" -m pytest tests/test_moe_ffn_cuda.py tests/test_attention_cuda.py \
             -q -x -p no:cacheprovider \
@@ -126,16 +128,13 @@ sanitizer() {
 }
 
 bench() {
-    local seconds=${SECONDS_OF_BENCH:-480}
-    # bfloat16 whole, float16 where it is most used.
-    run bench $((seconds + 40)) "$python" -m pytest benchmarks -q -p no:cacheprovider \
-        --benchmark-enable --benchmark-columns=median --time-limit "$seconds" \
-        --save-results="$out" ${COMMIT:+--commit "$COMMIT"} \
-        -k "bfloat16 or (float16 and 32768 and 40:197)"
+    local minutes=${MINUTES_OF_BENCH:-6}
+    run bench $((60 * minutes + 60)) "$python" -m vlmo bench --output "$out" --minutes "$minutes" \
+        ${COMMIT:+--commit "$COMMIT"}
 }
 
 tune() {
-    run tune 270 "$python" -m vlmo tune --quick --dtype bfloat16 --output "$out/tiles.json"
+    run tune 240 "$python" -m vlmo tune --quick --dtype bfloat16 --output "$out/tiles.json"
 }
 
 profile() {
