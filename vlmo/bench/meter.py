@@ -137,7 +137,8 @@ def _sensed(work: Work, begun: Numbers, settings: Settings) -> Numbers:
     """
     if settings.sensors is None:
         return dict(millijoules=None, clock_mhz=None, temperature_c=None, throttled=None)
-    sensors, watts, calls = settings.sensors, [], 0
+    sensors, calls = settings.sensors, 0
+    watts: list[float] = []
     batch = max(1, round(1e3 * _GLANCE_SECONDS / begun["wall_ms"]))
     torch.cuda.synchronize()
     before, start = sensors.millijoules(), time.perf_counter()
@@ -147,14 +148,15 @@ def _sensed(work: Work, begun: Numbers, settings: Settings) -> Numbers:
         calls += batch
         state = sensors.state()
         torch.cuda.synchronize()
-        watts.append(state.watts)
+        if state.watts is not None:
+            watts.append(state.watts)
         elapsed = time.perf_counter() - start
         if elapsed >= settings.energy_seconds:
             break
     after, millijoules = sensors.millijoules(), None
     if before is not None and after is not None:
         millijoules = (after - before) / calls
-    elif None not in watts:
+    elif watts:
         millijoules = 1e3 * statistics.mean(watts) * elapsed / calls
     return dict(
         millijoules=millijoules,
