@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -386,6 +387,89 @@ def tune(
     given = dict(dim=dim, hidden=hidden, tokens=tokens, split=split, dtype=dtype and dtype.value)
     problem = parse_problem({name: value for name, value in given.items() if value is not None})
     tune(problem, output, Console(), quick=quick)
+
+
+bench_app = typer.Typer(pretty_exceptions_enable=False)
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.callback(invoke_without_command=True)
+def bench(
+    context: typer.Context,
+    suite: Annotated[
+        list[str] | None, typer.Option(help="moe_ffn, attention or model.", show_default="all")
+    ] = None,
+    dtype: Annotated[
+        list[Dtype] | None, typer.Option(help="Only cases in it.", show_default="all")
+    ] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="base or large.", show_default="all")
+    ] = None,
+    contender: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this one; vlmo for all of ours.", show_default="all"),
+    ] = None,
+    device: DeviceOption = Device.auto,
+    minutes: Annotated[
+        float | None, typer.Option(help="At most.", show_default="5 on a CPU, 20 on a GPU")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("vlmo-bench"),
+    commit: Annotated[
+        str | None, typer.Option(help="Of what is measured.", show_default="ask git")
+    ] = None,
+    pictures: Annotated[bool, typer.Option(help="Draw the results (needs matplotlib).")] = True,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Tiny sizes: see that everything runs.")
+    ] = False,
+    modelled: Annotated[
+        str | None, typer.Option(help="Show the modelled figures of v100 instead.")
+    ] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Compute the modelled figures anew, in minutes.")
+    ] = False,
+) -> None:
+    """Measure the operations and the model here, beside peers and the roof (docs/performance.md).
+
+    Nothing is timed that has not been held against float64: exits with 1 if a contender was not
+    exact. Each of --suite, --dtype, --size and --contender may be repeated.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if again and modelled is None:
+        raise ValueError("again: only goes with --modelled")
+    if modelled is not None:
+        from vlmo.bench.modelled import show
+
+        show(modelled, Console(), again=again)
+        return
+    from vlmo.commands.bench import Settings, run
+
+    settings = Settings(
+        output,
+        suites=tuple(suite or ()),
+        dtypes=tuple(name.value for name in dtype or ()),
+        sizes=tuple(size or ()),
+        contenders=tuple(contender or ()),
+        device=device.value,
+        minutes=minutes,
+        smoke=smoke,
+        draws=pictures,
+        commit=commit,
+        command=shlex.join(["vlmo", *sys.argv[1:]]),
+    )
+    if run(settings, Console()).inexact:
+        raise typer.Exit(1)
+
+
+@bench_app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="JSON file of vlmo bench.")],
+    after: Annotated[Path, typer.Argument(help="Another one.")],
+) -> None:
+    """Show what is faster, slower or the same in the second of two reports."""
+    from vlmo.commands.bench import run_compare
+
+    run_compare(before, after, Console())
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vlmo.bench.report import Group, Record, Report, labels_of, number
+from vlmo.bench.report import Group, Record, Report, labels_of, number, print_whole
 
 THRESHOLD = 0.02
 RULE = (
@@ -62,8 +62,9 @@ class Comparison:
         """Print everything, and the rule."""
         for warning in self.warnings:
             console.print(f"[yellow]Warning: {escape(warning)}[/]", highlight=False)
-        table = Table(title=f"Verdict: {RULE}", title_justify="left", box=box.SIMPLE_HEAD)
-        table.add_column("case")
+        console.print(f"Verdict: {RULE}.", highlight=False)
+        table = Table(box=box.SIMPLE_HEAD)
+        table.add_column("case", no_wrap=True)
         table.add_column("contender", no_wrap=True)
         for column in ("ms before", "ms after", "times as fast", "verdict"):
             table.add_column(column, justify="right", no_wrap=True)
@@ -78,7 +79,7 @@ class Comparison:
                 f"[{_STYLES[change.verdict]}]{change.verdict}[/]",
             )
             told = case
-        console.print(table)
+        print_whole(console, table)
         counts = Counter(change.verdict for change in self.changes)
         console.print(", ".join(f"{counts[verdict]} {verdict}" for verdict in _STYLES) + ".")
         for title, names in (

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from vlmo.files import write_json
@@ -101,17 +102,11 @@ class Report:
     def table(self, console: Console) -> None:
         """Print everything: a table for each case, what was not run, what was not measured."""
         for group in groups(self.records):
-            columns = _columns(group)
-            table = Table(title=escape(group.title), title_justify="left", box=box.SIMPLE_HEAD)
-            for column in columns:
-                left = column is columns[0]
-                table.add_column(column.title, justify="left" if left else "right", no_wrap=True)
-            for record in group.records:
-                style = "bold" if is_ours(record["contender"]) else None
-                table.add_row(*(escape(c.cell(group, record)) for c in columns), style=style)
-            console.print(table)
-            for note in group.notes:
-                console.print(f"  {escape(note)}", highlight=False)
+            show_group(group, console)
+        self.summary(console)
+
+    def summary(self, console: Console) -> None:
+        """Print what was not run and what was not measured, and why."""
         for title, lines in self._below():
             console.print(f"\n[bold]{title}[/]")
             for line in lines:
@@ -262,6 +257,28 @@ def is_dense(contender: str) -> bool:
 def times_as_fast(record: Record, other: Record | None) -> float | None:
     """The other's time over this one's; None if there is no other."""
     return None if other is None else other["device_ms"] / record["device_ms"]
+
+
+def show_group(group: Group, console: Console) -> None:
+    """Print the table of one case."""
+    columns = _columns(group)
+    table = Table(title=escape(group.title), title_justify="left", box=box.SIMPLE_HEAD)
+    for column in columns:
+        left = column is columns[0]
+        table.add_column(column.title, justify="left" if left else "right", no_wrap=True)
+    for record in group.records:
+        style = "bold" if is_ours(record["contender"]) else None
+        table.add_row(*(escape(c.cell(group, record)) for c in columns), style=style)
+    print_whole(console, table)
+    for note in group.notes:
+        console.print(f"  {escape(note)}", highlight=False)
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Print a table wider than the console rather than without some of its digits."""
+    wide = console.options.update(width=1000)
+    table.width = Measurement.get(console, wide, table).maximum
+    console.print(table, crop=False, no_wrap=True, overflow="ignore")
 
 
 def number(value: float) -> str:
