@@ -13,8 +13,10 @@ from collections.abc import Callable
 
 import torch
 
-from sublayer import Sublayer, routed, slices
 from vlmo.bench import launches
+from vlmo.bench.contest import leaves
+from vlmo.bench.moe_ffn import Sublayer, routed
+from vlmo.bench.suite import Case
 from vlmo.kernels.target import describe
 
 
@@ -32,27 +34,23 @@ def show(name: str, work: Callable[[], object]) -> list[str]:
 
 def main() -> int:
     device, backend = torch.device("cuda"), (sys.argv[1:] or ["triton"])[0]
-    sublayer = Sublayer.make(
-        *(routed(backend), slices),
-        tokens=8192,
-        dim=768,
-        hidden=3072,
-        split=(40, 197),
-        dtype=torch.bfloat16,
-        device=device,
+    case = Case(
+        *("moe_ffn", "base", torch.bfloat16, "forward+backward"),
+        dict(tokens=8192, split="40:197"),
     )
-    leaves = [sublayer.x, *(tensor for tensors in sublayer.parameters for tensor in tensors)]
+    sublayer = Sublayer(case, device)
+    form, inputs = routed(sublayer.split, backend), [sublayer.x, *leaves(sublayer.parameters)]
 
     def output() -> torch.Tensor:
-        return sublayer.form(sublayer.x, sublayer.parameters, sublayer.split)
+        return form(sublayer.x, sublayer.parameters)
 
     for _ in range(2):  # compiles, and makes what later calls reuse
-        torch.autograd.grad(output(), leaves, sublayer.dy)
+        torch.autograd.grad(output(), inputs, sublayer.dy)
     print(f"{describe(device)}, torch {torch.__version__}, backend {backend}")
     print(f"base, {sublayer.tokens} tokens, 40:197, bfloat16, every gradient")
     found = show("forward", output)
     y = output()
-    found += show("backward", functools.partial(torch.autograd.grad, y, leaves, sublayer.dy))
+    found += show("backward", functools.partial(torch.autograd.grad, y, inputs, sublayer.dy))
     print(f"\nwaits for the GPU or copies: {', '.join(found) or 'nothing'}")
     return 1 if found else 0
 

@@ -1,0 +1,207 @@
+"""What the suites of operations have in common: contenders in their forms, timed and checked."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlmo.bench.cost import Cost
+from vlmo.bench.suite import Case
+from vlmo.kernels import BACKEND_NAMES, why_not
+from vlmo.kernels.target import compute_capability, interpreted
+from vlmo.parity import Deviation, deviations
+from vlmo.timing import Work
+
+# Asks for contenders that torch.compile makes for the CPU, which takes minutes of a C++ compiler.
+COMPILE_VARIABLE = "VLMO_BENCH_COMPILE"
+
+# A named tuple whose fields are tensors or lists of tensors.
+Parameters = Any
+Form = Callable[[Tensor, Parameters], Tensor]
+# Of a form: for all sequences, or for those of the given numbers only.
+Make = Callable[[Sequence[int] | None], Form]
+
+
+class Contender(NamedTuple):
+    """One way to compute a case.
+
+    Attributes:
+        make: its form.
+        eager: the same function of the same parameters in plain PyTorch, right in float64.
+        parameters: of that function, in the layout that the form takes.
+        why_not: one sentence if it cannot run here, else None.
+    """
+
+    make: Make
+    eager: Make
+    parameters: Callable[[], Parameters]
+    why_not: Callable[[], str | None] = lambda: None
+
+
+class Contest:
+    """A :class:`vlmo.bench.suite.Problem` of sequences that do not depend on each other.
+
+    Args:
+        entered: the contenders by name.
+        x: ``[B, ...]``, the input; it requires a gradient.
+        dy: the gradient of the output.
+        backward: whether a call is forward and backward.
+    """
+
+    contenders: Sequence[str]
+    cost: Cost
+    samples: int
+
+    def __init__(
+        self, entered: dict[str, Contender], x: Tensor, dy: Tensor, *, backward: bool
+    ) -> None:
+        # Else the shapes of earlier cases count towards Dynamo's limit of recompilations.
+        torch._dynamo.reset()
+        self.entered, self.x, self.dy, self.backward = entered, x, dy, backward
+        self.contenders = tuple(entered)
+        self.samples = x.shape[0]
+        self._expected: dict[tuple[int, int], list[dict[str, Tensor]]] = {}
+
+    def why_not(self, contender: str) -> str | None:
+        """One sentence if it cannot run here, else None."""
+        return self._entry(contender).why_not()
+
+    def work(self, contender: str) -> Work:
+        """A call of it: forward without recording gradients, or forward and every gradient."""
+        entry = self._entry(contender)
+        form, parameters = entry.make(None), entry.parameters()
+        if not self.backward:
+            return functools.partial(torch.no_grad()(form), self.x, parameters)
+        inputs = [self.x, *leaves(parameters)]
+
+        def both() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(form(self.x, parameters), inputs, self.dy)
+
+        return both
+
+    def check(self, contender: str) -> Sequence[Deviation]:
+        """Run at full size and hold against float64 what depends on three sequences only.
+
+        Those are the first, the middle and the last. The outputs and gradients of sequences are
+        independent of each other, and with a dy that is zero elsewhere, the other sequences add
+        nothing to the gradient of a parameter. So a large problem is checked at the cost of one
+        call of the contender and a few of a small one.
+        """
+        entry = self._entry(contender)
+        chosen = sorted({0, self.samples // 2, self.samples - 1})
+        dy = torch.zeros_like(self.dy)
+        dy[chosen] = self.dy[chosen]
+        actual = self._run(entry.make(None), self.x, entry.parameters(), dy)
+        actual |= {name: actual[name][chosen] for name in actual if name in ("y", "dx")}
+        return deviations(actual, *self._expectation(entry, chosen))
+
+    def _expectation(self, entry: Contender, chosen: list[int]) -> list[dict[str, Tensor]]:
+        """The chosen sequences in plain PyTorch: in the dtype of the case, and in float64."""
+        parameters = entry.parameters()
+        key = (id(entry.eager), id(parameters))
+        if key not in self._expected:
+            wide = type(parameters)(*(_wide(field) for field in parameters))
+            form, x = entry.eager(chosen), self.x.detach()[chosen]
+            self._expected[key] = [
+                self._run(form, given.requires_grad_(), p, self.dy[chosen].to(given.dtype))
+                for given, p in ((x, parameters), (x.double(), wide))
+            ]
+        return self._expected[key]
+
+    def _run(self, form: Form, x: Tensor, p: Parameters, dy: Tensor) -> dict[str, Tensor]:
+        if not self.backward:
+            with torch.no_grad():
+                return {"y": form(x, p)}
+        y = form(x, p)
+        dx, *gradients = torch.autograd.grad(y, [x, *leaves(p)], dy)
+        return {"y": y.detach(), "dx": dx} | dict(zip(_names(p), gradients, strict=True))
+
+    def _entry(self, contender: str) -> Contender:
+        if contender not in self.entered:
+            raise ValueError(f"contender: {contender!r} is none of {', '.join(self.entered)}")
+        return self.entered[contender]
+
+
+def leaves(parameters: Parameters) -> list[Tensor]:
+    """Every tensor in them."""
+    return [tensor for field in parameters for tensor in _tensors(field)]
+
+
+def ours(
+    operation: str,
+    case: Case,
+    device: torch.device,
+    make: Callable[[str], Make],
+    *,
+    eager: Make,
+    parameters: Callable[[], Parameters],
+) -> dict[str, Contender]:
+    """``vlmo:BACKEND`` for every backend."""
+
+    def reason(backend: str) -> str | None:
+        if backend == "triton" and device.type == "cpu" and case.size != "tiny" and interpreted():
+            return "Triton's interpreter is for tests: at this size a call takes hours."
+        return why_not(operation, backend, device=device, dtype=case.dtype)
+
+    return {
+        f"vlmo:{name}": Contender(make(name), eager, parameters, functools.partial(reason, name))
+        for name in BACKEND_NAMES
+    }
+
+
+def compiled(entry: Contender, case: Case, device: torch.device, *, whole: bool) -> Contender:
+    """The contender through ``torch.compile``; ``whole`` if it must be one graph."""
+    # On the CPU only to see that it can be traced: building C++ code would take too long.
+    traced_only = device.type == "cpu" and case.size == "tiny"
+    backend = "aot_eager" if traced_only else "inductor"
+
+    def make(chosen: Sequence[int] | None) -> Form:
+        form = entry.make(chosen)
+        return torch.compile(form, fullgraph=whole, dynamic=False, backend=backend)
+
+    def reason() -> str | None:
+        if device.type == "cpu" and not traced_only and os.environ.get(COMPILE_VARIABLE) != "1":
+            return (
+                "torch.compile takes minutes to build C++ code for a CPU; "
+                f"{COMPILE_VARIABLE}=1 asks for it."
+            )
+        return entry.why_not()
+
+    return entry._replace(make=make, why_not=reason)
+
+
+def half_dtypes(device: torch.device) -> list[torch.dtype]:
+    """Those of 16 bits that the device multiplies: below sm_80 there is no bfloat16."""
+    capability = compute_capability(device)
+    if capability is not None and capability < (8, 0):
+        return [torch.float16]
+    return [torch.bfloat16, torch.float16]
+
+
+def smoke_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" else half_dtypes(device)[0]
+
+
+def first_reason(reasons: Iterable[Callable[[], str | None]]) -> str | None:
+    """The first there is; what comes after it is not asked."""
+    return next((found for ask in reasons if (found := ask()) is not None), None)
+
+
+def _tensors(field: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return [field] if isinstance(field, Tensor) else field
+
+
+def _wide(field: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
+    wide = [tensor.detach().double().requires_grad_() for tensor in _tensors(field)]
+    return wide[0] if isinstance(field, Tensor) else wide
+
+
+def _names(parameters: Parameters) -> list[str]:
+    """Of the gradients, in the order of the leaves."""
+    named = zip(parameters._fields, parameters, strict=True)
+    return [f"d{name}[{i}]" for name, field in named for i, _ in enumerate(_tensors(field))]
