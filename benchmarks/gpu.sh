@@ -128,9 +128,10 @@ sanitizer() {
 }
 
 bench() {
-    local minutes=${MINUTES_OF_BENCH:-6}
+    local minutes=${MINUTES_OF_BENCH:-6} pictures=--pictures
+    "$python" -c 'import matplotlib' 2>/dev/null || pictures=--no-pictures
     run bench $((60 * minutes + 60)) "$python" -m vlmo bench --output "$out" --minutes "$minutes" \
-        ${COMMIT:+--commit "$COMMIT"}
+        "$pictures" ${COMMIT:+--commit "$COMMIT"}
 }
 
 tune() {

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -33,12 +33,6 @@ _TIMED = 0.5
 _LEAST_SECONDS, _MOST_SECONDS = 0.1, 2.0
 
 
-class Progress(Protocol):
-    """What is called with each record as soon as its case is done."""
-
-    def __call__(self, record: Record, /) -> object: ...
-
-
 def run(
     suites: Sequence[Suite],
     device: torch.device,
@@ -50,7 +44,6 @@ def run(
     contenders: Collection[str] | None = None,
     commit: str | None = None,
     command: str = "",
-    on_record: Progress | None = None,
     on_case: Callable[[Report], object] | None = None,
 ) -> Report:
     """Measure the cases of some suites, the most telling of each first.
@@ -66,7 +59,6 @@ def run(
         contenders: names; only these, or all that begin with one and a colon ("vlmo").
         commit: of what is measured; asked of git if it is not given.
         command: that the user gave, for the report.
-        on_record: is called with each record.
         on_case: is called with the report so far after each case, for a run that may be killed.
 
     Raises:
@@ -94,9 +86,6 @@ def run(
                 report.records + found, key=lambda record: order.index(record["suite"])
             )
             report.unmeasured = _unmeasured(device, sensors, report.records)
-            for record in found:
-                if on_record is not None:
-                    on_record(record)
             if on_case is not None:
                 on_case(report)
     if not report.records:
