@@ -1,9 +1,11 @@
-"""What every benchmark reports, and where.
+"""The suites of ``vlmo bench``, a test for each case and contender.
 
-Each case tells its device time (events around calls on a full queue, median), wall time with launch
-and synchronisation, TFLOP/s and GB/s by the formulas of cost.py, its share of the rate at which the
-same GPU multiplies two 8192 x 8192 matrices of the same dtype, peak memory and number of launches.
-The L2 cache is not flushed: one call's tensors are larger. Ratios are told at the end.
+    pytest benchmarks                                            # a smoke test at tiny sizes
+    pytest benchmarks --benchmark-enable --benchmark-json=FILE   # measures
+
+``vlmo bench`` measures the contenders of a case in turn, within a time limit, and writes a report;
+this is for pytest's selection (``-k``). The statistics of pytest-benchmark are of wall time; device
+time, memory, launches and energy are in the file's ``extra_info``, by :mod:`vlmo.bench.meter`.
 """
 
 from __future__ import annotations
@@ -13,89 +15,82 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from reporting import ROOT, Record, Results, benchmarks_enabled, summary
-from vlmo.bench import launches
-from vlmo.bench.cost import Cost
-from vlmo.timing import median_seconds
+from vlmo.bench.gpu import Sensors, open_sensors
+from vlmo.bench.meter import Settings, measure
+from vlmo.bench.runner import SUITES, why_inexact
+from vlmo.bench.suite import Problem, Scale
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def pytest_addoption(parser):
-    group = parser.getgroup("vlmo")
-    group.addoption(
-        "--save-results",
-        nargs="?",
-        const=str(ROOT / "results"),
-        metavar="FOLDER",
-        help="write a JSON named by GPU and commit to FOLDER, by default benchmarks/results",
+def pytest_generate_tests(metafunc):
+    """Of a module whose ``SUITE`` is the name of one."""
+    suite = SUITES[metafunc.module.SUITE]
+    tiny = suite.cases(DEVICE, Scale.smoke)
+    # Large problems are not made to be asked who takes part: who is none is skipped.
+    names = {name: None for case in tiny for name in suite.make(case, DEVICE).contenders}
+    cases = tiny
+    if _enabled(metafunc.config):
+        cases = suite.cases(DEVICE, Scale.full if DEVICE.type == "cuda" else Scale.cpu)
+    entered = [(case, name) for case in cases for name in names]
+    metafunc.parametrize(
+        ("problem", "contender"),
+        entered,
+        indirect=["problem"],
+        ids=[f"{case}-{name}" for case, name in entered],
+        scope="module",
     )
-    group.addoption(
-        "--commit", default=None, help="commit for --save-results, where git cannot tell"
-    )
-    group.addoption(
-        "--time-limit", type=float, metavar="SECONDS", help="skip the cases that begin later"
-    )
 
 
-RESULTS = pytest.StashKey[Results]()
+@pytest.fixture(autouse=True)
+def _threads(request):
+    """One in a smoke test: those of tiny operations wait longer for each other than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads if _enabled(request.config) else 1)
+    yield
+    torch.set_num_threads(threads)
 
 
-def pytest_configure(config):
-    config.stash[RESULTS] = Results(config)
+@pytest.fixture(scope="module")
+def problem(request) -> Problem:
+    """Shared by the contenders of a case, which follow each other."""
+    return SUITES[request.module.SUITE].make(request.param, DEVICE)
 
 
 @pytest.fixture
-def measured(request, benchmark) -> Callable[..., None]:
-    """Measures ``work``, which must have run before, and records it with its labels."""
-    results = request.config.stash[RESULTS]
-    if results.time_is_up:
-        pytest.skip(f"began after the time limit of {results.time_limit:.0f} s")
+def held(request, benchmark) -> Callable[[Problem, str], None]:
+    """Holds a contender against float64, and calls or measures it."""
 
-    def measure(
-        work: Callable[[], object],
-        device: torch.device,
-        dtype: torch.dtype,
-        cost: Cost,
-        labels: Record,
-    ) -> None:
-        wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    def hold(problem: Problem, contender: str) -> None:
+        if contender not in problem.contenders:
+            pytest.skip(f"{contender} takes no part in this case")
+        reason = problem.why_not(contender)
+        if reason is not None:
+            pytest.skip(f"{contender}: {reason}")
+        wrong = why_inexact(problem.check(contender))
+        assert wrong is None, f"{contender} is {wrong}"
+        work = problem.work(contender)
 
-        def timed() -> None:
+        def waited_for() -> None:
             work()
-            wait()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
 
-        if not benchmarks_enabled(request.config):
-            benchmark.pedantic(timed)
+        if not _enabled(request.config):
+            benchmark.pedantic(waited_for)
             return
-        roof = results.roof(device, dtype)
-        benchmark.pedantic(timed, rounds=10, warmup_rounds=2)
-        [seconds] = median_seconds([work], device)
-        found = dict(
-            device_ms=1e3 * seconds,
-            wall_ms=1e3 * benchmark.stats.stats.median,
-            tflops=cost.flops / seconds / 1e12,
-            gb_per_s=cost.bytes / seconds / 1e9,
-            share_of_roof=cost.flops / seconds / 1e12 / roof,
-        )
-        if device.type == "cuda":
-            found["peak_mib"] = _peak_bytes(timed) / 2**20
-            found["launches"] = launches.count(work)[0].total()
-        benchmark.extra_info |= labels | found
-        results.add(labels | found)
+        sensors = open_sensors(DEVICE)
+        settings = Settings(sensors=sensors if isinstance(sensors, Sensors) else None)
+        [numbers] = measure({contender: work}, DEVICE, settings).values()
+        assert "reason" not in numbers, numbers["reason"]
+        benchmark.extra_info |= numbers
+        benchmark.pedantic(waited_for, rounds=3)
 
-    return measure
+    return hold
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    lines = summary(config.stash[RESULTS].records)
-    if lines:
-        terminalreporter.section("device time, and how many times as fast as a baseline")
-        for line in lines:
-            terminalreporter.write_line(line)
-
-
-def _peak_bytes(work: Callable[[], None]) -> int:
-    """Memory that a call takes beyond what is held before it."""
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    work()
-    return torch.cuda.max_memory_allocated() - before
+def _enabled(config: pytest.Config) -> bool:
+    """Whether to measure."""
+    if config.getoption("benchmark_disable") and not config.getoption("benchmark_enable"):
+        return False
+    return not hasattr(config, "workerinput")  # pytest-xdist
