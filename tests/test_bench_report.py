@@ -93,7 +93,7 @@ def test_ratios_are_beside_the_best_peer_the_official_way_and_dense_layers():
     assert found["x dense"] == "0.50 x"
     assert found["ms (quartiles)"] == "2.00 (1.98 to 2.02)"
     assert found["of roof"] == "50%"
-    assert "computes something else" in text
+    assert "dense: all tokens through one expert." in text
     names = [line.split("|")[1].strip() for line in text.splitlines() if " x |" in line]
     assert names == ["vlmo:triton", "vlmo:reference", "grouped_mm", "slices", "dense"]
 

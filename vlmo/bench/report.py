@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
+from vlmo.bench.moe_ffn import NOTES
 from vlmo.files import write_json
 
 FORMAT = 1
@@ -152,7 +153,7 @@ class Report:
                 counts = found.setdefault(record["reason"], {})
                 counts[record["contender"]] = counts.get(record["contender"], 0) + 1
         return [
-            f"{reason}: {', '.join(f'{who} ({_cases(count)})' for who, count in counts.items())}"
+            f"{reason.rstrip('.')}: {', '.join(f'{who} ({_cases(n)})' for who, n in counts.items())}"
             for reason, counts in sorted(found.items(), key=lambda item: _order(item[0]))
         ]
 
@@ -196,7 +197,7 @@ class Group:
 
     @property
     def best_peer(self) -> Record | None:
-        """The fastest of the others that compute the same."""
+        """The fastest of the others; of those that compute something else, :data:`NOTES` tells."""
         return self._fastest(lambda name: not is_ours(name) and not is_dense(name))
 
     @property
@@ -212,9 +213,8 @@ class Group:
     @property
     def notes(self) -> list[str]:
         """What has to be said below the table."""
-        found = []
-        if self.dense is not None:
-            found.append("dense: one expert for all tokens, which computes something else.")
+        names = [record["contender"] for record in self.records]
+        found = [f"{name}: {NOTES[name]}." for name in names if name in NOTES]
         for record in self.records:
             if record.get("throttled"):
                 reasons = ", ".join(record["throttled"])
