@@ -442,6 +442,7 @@ def bench(
 
         show(modelled, Console(), again=again)
         return
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as in demo
     from vlmo.commands.bench import Settings, run
 
     settings = Settings(

@@ -152,10 +152,12 @@ class Report:
             if "reason" in record:
                 counts = found.setdefault(record["reason"], {})
                 counts[record["contender"]] = counts.get(record["contender"], 0) + 1
-        return [
-            f"{reason.rstrip('.')}: {', '.join(f'{who} ({_cases(n)})' for who, n in counts.items())}"
-            for reason, counts in sorted(found.items(), key=lambda item: _order(item[0]))
-        ]
+        told = []
+        # What is wrong comes before what is only missing.
+        for reason in sorted(found, key=lambda reason: not reason.startswith(NOT_EXACT)):
+            whose = [f"{who} ({_cases(count)})" for who, count in found[reason].items()]
+            told.append(f"{reason.rstrip('.')}: {', '.join(whose)}")
+        return told
 
     def _below(self) -> Iterator[tuple[str, list[str]]]:
         for title, lines in (
@@ -353,11 +355,6 @@ def _rank(contender: str) -> int:
     return 0 if is_ours(contender) else 2 if is_dense(contender) else 1
 
 
-def _order(reason: str) -> bool:
-    """What is wrong comes before what is only missing."""
-    return not reason.startswith(NOT_EXACT)
-
-
 def _cases(count: int) -> str:
     return f"{count} case" if count == 1 else f"{count} cases"
 
@@ -403,13 +400,13 @@ def _why_no_record(record: Any) -> str | None:
     if "reason" in record:
         return None if isinstance(record["reason"], str) else "'reason' is not a text"
     for key in MEASURED:
-        value = record.get(key)
-        if value is None and key not in _ALWAYS_MEASURED:
+        measured = record.get(key)
+        if measured is None and key not in _ALWAYS_MEASURED:
             continue
         if key == "throttled":
-            right = isinstance(value, list)
+            right = isinstance(measured, list)
         else:
-            right = isinstance(value, int | float) and math.isfinite(value) and value >= 0
-        if not right or (key == "device_ms" and value == 0):
-            return f"{key!r} is {value!r}"
+            right = isinstance(measured, int | float) and 0 <= measured < math.inf
+        if not right or (key == "device_ms" and measured == 0):
+            return f"{key!r} is {measured!r}"
     return None

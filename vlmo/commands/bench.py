@@ -118,11 +118,13 @@ class _Progress:
                 self._console.print()
                 show_group(group, self._console)
         for record in report.records:
-            reason = record["contender"], record.get("reason")
-            if reason[1] is not None and reason not in self._reasons:
-                self._reasons.add(reason)
-                style = "red" if reason[1].startswith(NOT_EXACT) else "dim"
-                told = escape(f"  {reason[0]}: {reason[1]}")
+            if "reason" not in record:
+                continue
+            who, reason = record["contender"], record["reason"]
+            if (who, reason) not in self._reasons:
+                self._reasons.add((who, reason))
+                style = "red" if reason.startswith(NOT_EXACT) else "dim"
+                told = escape(f"  {who}: {reason}")
                 self._console.print(told, style=style, highlight=False, soft_wrap=True)
         _completed(report, self._settings).save(self._settings.output)
 
