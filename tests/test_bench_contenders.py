@@ -4,12 +4,15 @@ import itertools
 import sys
 import types
 from importlib import metadata
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 
-from vlmo.bench import contest, moe_ffn, peers
+from vlmo.bench import attention, contest, moe_ffn, peers
+from vlmo.bench.attention import Attention
 from vlmo.bench.contest import Contender, Contest
 from vlmo.bench.moe_ffn import Sublayer, feed_forward, slices
 from vlmo.bench.suite import Case, Scale
@@ -27,8 +30,9 @@ def sublayer(phase="forward+backward", *, dtype=torch.float32, size="tiny", spli
 def enter(problem: Contest, form, eager) -> str:
     """One more contender, on the parameters of the eager ones."""
     entry = Contender(lambda chosen: form, lambda chosen: eager, lambda: problem.parameters)
-    problem.entered["another"] = entry
-    return "another"
+    name = f"another {len(problem.entered)}"
+    problem.entered[name] = entry
+    return name
 
 
 def assert_exact(problem, contender):
@@ -107,6 +111,20 @@ def test_a_check_at_full_size_costs_one_call_of_the_contender():
         assert_exact(problem, another)
     # The three sequences in the same dtype and in float64, but once for all contenders.
     assert tokens == [350, 21, 21, 350]
+
+
+def test_what_is_checked_is_what_is_timed():
+    problem, made = sublayer(), []
+
+    def make(chosen):
+        made.append(chosen)
+        return slices((3, 4))
+
+    entry = problem.entered["slices"]
+    problem.entered["another"] = entry._replace(make=make)
+    assert_exact(problem, "another")
+    problem.work("another")()
+    assert made == [None]
 
 
 def test_unknown_contender():
@@ -299,3 +317,165 @@ def test_swiglu_has_no_biases():
     assert len(p.b1) == len(p.b2) == 0
     y = feed_forward(problem.x[:, :3], p, 0, "swiglu")
     assert torch.equal(y, slices((3, 4), "swiglu")(problem.x, p)[:, :3])
+
+
+# Attention ---------------------------------------------------------------------------------------
+
+
+def problem_of_attention(
+    phase="forward+backward", *, dtype=torch.float32, bias="table", mask="text"
+):
+    shape = dict(length=30, sequences=3, bias=bias, mask=mask)
+    return Attention(Case("attention", "tiny", dtype, phase, shape), CPU)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("bias", "mask"), [("table", "none"), ("table", "text"), ("none", "text")])
+def test_contenders_of_attention(bias, mask, phase, dtype):
+    problem = problem_of_attention(phase, dtype=dtype, bias=bias, mask=mask)
+    names = ["y", "dx", "dtable[0]"][: 1 if phase == "forward" else 2 + (bias == "table")]
+    ran = []
+    for contender in problem.contenders:
+        if contender == "vlmo:triton" or problem.why_not(contender) is not None:
+            continue
+        assert [deviation.name for deviation in assert_exact(problem, contender)] == names
+        result = problem.work(contender)()
+        if phase == "forward":
+            assert result.shape == (3, 30, 2, 64) and not result.requires_grad
+        else:
+            assert len(result) == len(names) - 1 and result[0].shape == problem.x.shape
+        ran.append(contender)
+    assert {"vlmo:reference", "eager", "eager-compiled", "sdpa"} <= {*ran}
+
+
+def test_a_wrong_attention_is_found_out():
+    problem = problem_of_attention()
+    right = attention.eager(problem.inputs)
+    unmasked = attention.eager(problem.inputs._replace(key_mask=None))
+
+    def found(make, phase="forward+backward"):
+        other = problem_of_attention(phase)
+        other.entered["another"] = Contender(make, right, lambda: other.parameters)
+        return [deviation.name for deviation in other.check("another") if not deviation.ok]
+
+    def without_bias(chosen):
+        return lambda qkv, p: right(chosen)(qkv, attention.Parameters([0 * p.table[0]]))
+
+    def of_another_table(chosen):
+        form = right(chosen)
+        return lambda qkv, p: form(qkv, attention.Parameters([WrongGradient.apply(p.table[0])]))
+
+    assert found(right) == []
+    assert "y" in found(unmasked) and "y" in found(without_bias, "forward")
+    assert found(of_another_table) == ["dtable[0]"]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("bias", "mask"), [("table", "text"), ("table", "none"), ("none", "none")])
+def test_flex_attention_reads_the_table(bias, mask):
+    problem = problem_of_attention("forward", bias=bias, mask=mask)
+    # Compiled or with gradients it needs a GPU.
+    flex = Contender(
+        attention.flex(problem.inputs),
+        attention.eager(problem.inputs),
+        lambda: problem.parameters,
+    )
+    problem.entered["flex, not compiled"] = flex
+    assert_exact(problem, "flex, not compiled")
+
+
+def test_sdpa_in_a_chosen_kernel():
+    problem = problem_of_attention()
+    entry = problem.entered["sdpa-efficient"]
+    math = attention.sdpa(problem.inputs, [SDPBackend.MATH])
+    problem.entered["sdpa-math"] = entry._replace(make=math)
+    assert_exact(problem, "sdpa-math")
+    cudnn = attention.sdpa(problem.inputs, [SDPBackend.CUDNN_ATTENTION])
+    problem.entered["sdpa-cudnn"] = entry._replace(make=cudnn)
+    with pytest.raises(RuntimeError, match=r"[Nn]o available kernel|No viable backend"):
+        problem.work("sdpa-cudnn")()
+
+
+@pytest.mark.parametrize("can", [False, True])
+def test_reasons_of_sdpa(can, monkeypatch):
+    asked = []
+
+    class Params(NamedTuple):
+        q: torch.Tensor
+        k: torch.Tensor
+        v: torch.Tensor
+        mask: torch.Tensor | None
+        dropout: float
+        causal: bool
+        grouped: bool
+
+    def answer(params):
+        asked.append(params)
+        return can
+
+    for name in ("can_use_cudnn_attention", "can_use_efficient_attention"):
+        monkeypatch.setattr(torch.backends.cuda, name, answer)
+    monkeypatch.setattr(torch.backends.cuda, "SDPAParams", Params)
+
+    both = problem_of_attention(dtype=torch.bfloat16)
+    for kernel in ("efficient", "cudnn"):
+        assert both.why_not(f"sdpa-{kernel}").endswith("needs an NVIDIA GPU.")
+    monkeypatch.setattr(attention, "compute_capability", lambda device: (9, 0))
+    assert both.why_not("sdpa-cudnn") == "PyTorch's cuDNN attention has no gradient of a bias."
+    assert not asked
+
+    reason = both.why_not("sdpa-efficient")
+    assert reason is None if can else reason.endswith("refuses this call.")
+    [params] = asked
+    assert params.mask.dtype == params.q.dtype == torch.bfloat16 and params.mask.requires_grad
+    assert params.mask.shape == (3, 2, 30, 30) and params.q.shape == (3, 2, 30, 64)
+    for problem in (problem_of_attention("forward"), problem_of_attention(bias="none")):
+        reason = problem.why_not("sdpa-cudnn")
+        assert reason is None if can else "cuDNN" in reason
+        mask = asked[-1].mask
+        assert mask.dtype == torch.bool or not mask.requires_grad
+
+
+def test_reasons_of_flex(monkeypatch):
+    problem = problem_of_attention("forward")
+    assert "GPUs only" in problem.why_not("flex")
+    for capability, runs in (((7, 0), False), ((9, 0), True)):
+        monkeypatch.setattr(attention, "compute_capability", lambda device, c=capability: c)
+        assert (problem.why_not("flex") is None) == runs
+
+
+def test_cost_and_cases_of_attention():
+    forward, both = problem_of_attention("forward"), problem_of_attention()
+    assert both.cost.flops == 3 * forward.cost.flops == 3 * 4 * 3 * 2 * 30**2 * 64
+    assert problem_of_attention("forward", bias="none").cost.bytes < forward.cost.bytes
+    for scale in Scale:
+        cases = attention.SUITE.cases(CPU, scale)
+        assert len({str(case) for case in cases}) == len(cases)
+        assert all(case.labels["suite"] == attention.SUITE.name for case in cases)
+    full = attention.SUITE.cases(CPU, Scale.full)
+    assert str(full[0]) == "attention-base-bfloat16-forward-237-138-table-none"
+    assert {case.shape["length"] for case in full} == {40, 197, 237, 617, 941}
+    tokens = [case.shape["length"] * case.shape["sequences"] for case in full]
+    assert max(abs(count / 32768 - 1) for count in tokens) < 0.02
+    assert set(attention.NOTES) <= set(both.contenders)
+
+
+@pytest.mark.parametrize("length", attention.LENGTHS)
+def test_sequences_of_attention(length):
+    shape = dict(length=length, sequences=2, bias="table", mask="text")
+    problem = Attention(Case("attention", "tiny", torch.float32, "forward", shape), CPU)
+    assert problem.inputs.index.matrix.shape == (length, length)
+    _, text = attention.LENGTHS[length]
+    mask = problem.inputs.key_mask
+    assert mask[:, text:].all() and mask.any(dim=1).all()
+    assert bool(mask.all()) == (text == 0)
+    assert_exact(problem, "sdpa")
+
+
+def test_half_precision_below_sm_80_is_float16(monkeypatch):
+    for capability, names in (((7, 0), {"float16"}), ((9, 0), {"bfloat16", "float16"})):
+        monkeypatch.setattr(contest, "compute_capability", lambda device, c=capability: c)
+        for suite in (moe_ffn.SUITE, attention.SUITE):
+            cases = suite.cases(torch.device("cuda"), Scale.full)
+            assert {case.labels["dtype"] for case in cases} == names

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +65,7 @@ class Contest:
         self.entered, self.x, self.dy, self.backward = entered, x, dy, backward
         self.contenders = tuple(entered)
         self.samples = x.shape[0]
+        self._forms: dict[str, Form] = {}
         self._expected: dict[tuple[int, int], list[dict[str, Tensor]]] = {}
 
     def why_not(self, contender: str) -> str | None:
@@ -73,10 +74,9 @@ class Contest:
 
     def work(self, contender: str) -> Work:
         """A call of it: forward without recording gradients, or forward and every gradient."""
-        entry = self._entry(contender)
-        form, parameters = entry.make(None), entry.parameters()
+        form, parameters = self._form(contender), self._entry(contender).parameters()
         if not self.backward:
-            return functools.partial(torch.no_grad()(form), self.x, parameters)
+            return functools.partial(torch.no_grad()(form), self.x.detach(), parameters)
         inputs = [self.x, *leaves(parameters)]
 
         def both() -> tuple[Tensor, ...]:
@@ -96,8 +96,11 @@ class Contest:
         chosen = sorted({0, self.samples // 2, self.samples - 1})
         dy = torch.zeros_like(self.dy)
         dy[chosen] = self.dy[chosen]
-        actual = self._run(entry.make(None), self.x, entry.parameters(), dy)
+        actual = self._run(self._form(contender), self.x, entry.parameters(), dy)
         actual |= {name: actual[name][chosen] for name in actual if name in ("y", "dx")}
+        # The gradient of a float32 parameter counts as one in the dtype of the operands, too: some
+        # contenders take what is made of the parameter in that dtype.
+        actual = {name: tensor.to(self.x.dtype) for name, tensor in actual.items()}
         return deviations(actual, *self._expectation(entry, chosen))
 
     def _expectation(self, entry: Contender, chosen: list[int]) -> list[dict[str, Tensor]]:
@@ -116,10 +119,16 @@ class Contest:
     def _run(self, form: Form, x: Tensor, p: Parameters, dy: Tensor) -> dict[str, Tensor]:
         if not self.backward:
             with torch.no_grad():
-                return {"y": form(x, p)}
+                return {"y": form(x.detach(), p)}
         y = form(x, p)
         dx, *gradients = torch.autograd.grad(y, [x, *leaves(p)], dy)
         return {"y": y.detach(), "dx": dx} | dict(zip(_names(p), gradients, strict=True))
+
+    def _form(self, contender: str) -> Form:
+        """Of all sequences; what is checked is what is timed, compiled once."""
+        if contender not in self._forms:
+            self._forms[contender] = self._entry(contender).make(None)
+        return self._forms[contender]
 
     def _entry(self, contender: str) -> Contender:
         if contender not in self.entered:
@@ -165,12 +174,14 @@ def compiled(entry: Contender, case: Case, device: torch.device, *, whole: bool)
         return torch.compile(form, fullgraph=whole, dynamic=False, backend=backend)
 
     def reason() -> str | None:
-        if device.type == "cpu" and not traced_only and os.environ.get(COMPILE_VARIABLE) != "1":
+        found = entry.why_not()
+        asked = os.environ.get(COMPILE_VARIABLE) == "1"
+        if found is None and device.type == "cpu" and not traced_only and not asked:
             return (
                 "torch.compile takes minutes to build C++ code for a CPU; "
                 f"{COMPILE_VARIABLE}=1 asks for it."
             )
-        return entry.why_not()
+        return found
 
     return entry._replace(make=make, why_not=reason)
 
@@ -185,11 +196,6 @@ def half_dtypes(device: torch.device) -> list[torch.dtype]:
 
 def smoke_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else half_dtypes(device)[0]
-
-
-def first_reason(reasons: Iterable[Callable[[], str | None]]) -> str | None:
-    """The first there is; what comes after it is not asked."""
-    return next((found for ask in reasons if (found := ask()) is not None), None)
 
 
 def _tensors(field: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
