@@ -77,9 +77,9 @@ def bench(monkeypatch, folder: Path, *arguments: str):
 
 
 def test_a_run_prints_each_case_and_writes_everything(tmp_path, monkeypatch):
-    folder = tmp_path / "new" / "folder"
-    result = bench(monkeypatch, folder, "--suite", "one", "--suite", "two")
+    result = bench(monkeypatch, tmp_path / "new", "--suite", "one", "--suite", "two")
     assert result.exit_code == 0, result.output
+    folder = tmp_path / "new" / "smoke"
     pictures = [f"cpu-abc-{n}-{t}.png" for n in ("roofline", "speed") for t in ("dark", "light")]
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         ["cpu-abc.json", "cpu-abc.md", *pictures]
@@ -100,11 +100,11 @@ def test_a_run_prints_each_case_and_writes_everything(tmp_path, monkeypatch):
 def test_filters_and_scale_are_those_of_the_command_line(tmp_path, monkeypatch):
     wanted = ["--dtype", "float32", "--contender", "vlmo", "--contender", "quack", "--suite", "two"]
     assert bench(monkeypatch, tmp_path, *wanted, "--no-pictures").exit_code == 0
-    found = Report.load(tmp_path / "cpu-abc.json").records
+    found = Report.load(tmp_path / "smoke" / "cpu-abc.json").records
     assert {(r["suite"], r["dtype"]) for r in found} == {("two", "float32")}
     assert [r["contender"] for r in found] == ["vlmo:cpu", "quack"]
     assert scales == [Scale.smoke]
-    assert not list(tmp_path.glob("*.png"))
+    assert not list(tmp_path.glob("**/*.png"))
     seen = {}
 
     def run(suites, device, **options):
@@ -114,6 +114,7 @@ def test_filters_and_scale_are_those_of_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "run", run)
     arguments = ["bench", "--output", str(tmp_path), "--device", "cpu", "--no-pictures"]
     assert vlmo(monkeypatch, *arguments).exit_code == 0
+    assert (tmp_path / "testing-unit-9-abc1234.json").is_file()
     assert (seen["scale"], seen["seconds"], seen["dtypes"]) == (Scale.cpu, 300, None)
     assert vlmo(monkeypatch, *arguments, "--minutes", "0.5").exit_code == 0
     assert seen["seconds"] == 30
@@ -124,7 +125,7 @@ def test_one_that_is_not_exact_is_told_and_exits_with_1(tmp_path, monkeypatch):
     assert result.exit_code == 1
     assert "not exact: y is off by 3.00e+00" in result.output
     assert "2 of 6 records: not exact" in result.output
-    assert len(Report.load(tmp_path / "cpu-abc.json").inexact) == 2
+    assert len(Report.load(tmp_path / "smoke" / "cpu-abc.json").inexact) == 2
 
 
 def test_what_is_measured_is_saved_before_the_run_ends(tmp_path, monkeypatch):
@@ -138,7 +139,7 @@ def test_what_is_measured_is_saved_before_the_run_ends(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner, "measure", killed)
     bench(monkeypatch, tmp_path, "--suite", "one")
-    assert len(Report.load(tmp_path / "cpu-abc.json").records) == 3
+    assert len(Report.load(tmp_path / "smoke" / "cpu-abc.json").records) == 3
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,20 @@ def test_lines_go_over_the_first_number_in_its_order(figures, tmp_path):
     assert lines["vlmo:triton"].get_linewidth() > lines["slices"].get_linewidth()
 
 
+def test_other_numbers_may_change_with_the_first_but_words_may_not(figures, tmp_path):
+    records = [
+        measured(name, ms * count, tokens=count, sequences=32768 // count, mask=mask)
+        for mask in ("none", "text")
+        for count in (237, 941)
+        for name, ms in CONTENDERS.items()
+    ]
+    draw(report(*records), tmp_path)
+    figure = figures["testing-unit-9-abc1234-speed-moe_ffn-light.png"]
+    assert figure.get_suptitle().endswith("moe_ffn, bfloat16, split 40:197, mask none")
+    [axis] = figure.axes
+    assert {len(line.get_xdata()) for line in axis.get_lines()} == {2}
+
+
 def test_points_stand_at_intensity_and_rate_below_the_roof(figures, tmp_path):
     draw(report(*cases(8192)), tmp_path)
     [axis] = figures["testing-unit-9-abc1234-roofline-light.png"].axes

@@ -196,22 +196,31 @@ def _intensity(record: Record) -> float:
 
 
 def _panels(of_suite: Sequence[Group]) -> list[list[Group]]:
-    """Groups that differ in the first number of the shape only, if it has several values.
+    """Groups that differ in numbers of the shape only, if its first has several values.
 
     The most telling come first, so of every size and phase it is the first dtype, and the first of
-    what else the shape tells.
+    what else the shape tells in words.
     """
     key = next((name for name in of_suite[0].labels if name not in LABELS), None)
     if key is None or not all(isinstance(g.labels.get(key), int) for g in of_suite):
         return []
     panels: dict[tuple[Any, Any], dict[tuple[Any, ...], list[Group]]] = {}
     for group in of_suite:
-        rest = tuple(v for k, v in group.labels.items() if k not in (key, "size", "phase"))
+        rest = tuple(_words(group))
         place = group.labels["size"], group.labels["phase"]
         panels.setdefault(place, {}).setdefault(rest, []).append(group)
     chosen = [next(iter(by_rest.values())) for by_rest in panels.values()]
     chosen = [sorted(panel, key=lambda group: group.labels[key]) for panel in chosen]
     return [panel for panel in chosen if len(panel) > 1][:_PANELS]
+
+
+def _words(group: Group) -> list[str]:
+    """What the labels tell in words, but for size and phase."""
+    return [
+        str(value) if name in LABELS else f"{name} {value}"
+        for name, value in group.labels.items()
+        if isinstance(value, str) and name not in ("size", "phase")
+    ]
 
 
 def _lines(report: Report, panels: Sequence[Sequence[Group]], theme: _Theme) -> Any:
@@ -257,9 +266,7 @@ def _lines(report: Report, panels: Sequence[Sequence[Group]], theme: _Theme) -> 
     figure.legend(
         handles=handles, loc="upper center", ncol=4, bbox_to_anchor=(0.5, 0.0), fontsize=10
     )
-    rest = [f"{k} {v}" for k, v in panels[0][0].labels.items() if k not in (*LABELS, key)]
-    head = [str(panels[0][0].labels[name]) for name in ("suite", "dtype")]
-    title = f"{_machine(report)}\n{', '.join([*head, *rest])}"
+    title = f"{_machine(report)}\n{', '.join(_words(panels[0][0]))}"
     figure.suptitle(title, x=0.01, y=1.0, va="bottom", ha="left", fontsize=12)
     return figure
 
@@ -288,7 +295,7 @@ def _bars(report: Report, found: Sequence[Group], theme: _Theme) -> Any:
     place, ticks = 0.0, {}
     longest = max(times_as_fast(r, g.official) or 0 for g in found for r in g.records)
     for group in found:
-        axis.text(0, place, group.title, weight="bold", va="center", fontsize=11)
+        _headline(axis, place, group)
         first = place = place + 1
         for record in sorted(group.records, key=lambda record: record["device_ms"]):
             times = times_as_fast(record, group.official) or 0
@@ -314,6 +321,17 @@ def _bars(report: Report, found: Sequence[Group], theme: _Theme) -> Any:
     axis.spines["left"].set_visible(False)
     axis.set_title(_machine(report), loc="left", fontsize=12, pad=12)
     return figure
+
+
+def _headline(axis: Any, place: float, group: Group) -> None:
+    """Suite and phase, and in small what else tells the case."""
+    labels = group.labels
+    told = f"{labels['suite']}, {labels['phase']}"
+    head = axis.text(0, place, told, weight="bold", va="center", fontsize=11)
+    shape = [f"{k} {v}" for k, v in labels.items() if k not in LABELS]
+    rest = ", ".join([str(labels["size"]), str(labels["dtype"]), *shape])
+    beside = dict(xycoords=head, textcoords="offset points", va="center")
+    axis.annotate(rest, (1, 0.5), (8, 0), fontsize=9, **beside)
 
 
 def _machine(report: Report) -> str:

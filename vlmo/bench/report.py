@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from vlmo.bench.moe_ffn import NOTES
+from vlmo.bench import attention, moe_ffn
 from vlmo.files import write_json
 
 FORMAT = 1
@@ -46,6 +46,7 @@ _ALWAYS_MEASURED = ("device_ms", "device_ms_low", "device_ms_high", "tflops", "g
 # How each suite's computation is written by those who publish it.
 OFFICIAL = ("slices", "eager", "official")
 NOT_EXACT = "not exact"
+_NOTES = {moe_ffn.NAME: moe_ffn.NOTES, attention.NAME: attention.NOTES}
 
 
 @dataclass
@@ -199,7 +200,7 @@ class Group:
 
     @property
     def best_peer(self) -> Record | None:
-        """The fastest of the others; of those that compute something else, :data:`NOTES` tells."""
+        """The fastest of the others; of those that compute something else, notes tell."""
         return self._fastest(lambda name: not is_ours(name) and not is_dense(name))
 
     @property
@@ -216,7 +217,8 @@ class Group:
     def notes(self) -> list[str]:
         """What has to be said below the table."""
         names = [record["contender"] for record in self.records]
-        found = [f"{name}: {NOTES[name]}." for name in names if name in NOTES]
+        notes = _NOTES.get(str(self.labels["suite"]), {})
+        found = [f"{name}: {notes[name]}." for name in names if name in notes]
         for record in self.records:
             if record.get("throttled"):
                 reasons = ", ".join(record["throttled"])
@@ -336,7 +338,7 @@ _COLUMNS = (
     _Column("ms (quartiles)", _milliseconds, lambda group: True),
     _measured("TFLOP/s", "tflops"),
     _measured("GB/s", "gb_per_s"),
-    _measured("of roof", "share_of_roof", lambda share: f"{share:.0%}"),
+    _measured("of roof", "share_of_roof", "{:.0%}".format),
     _measured("samples/s", "samples_per_s")._replace(shown=lambda g: g.labels["suite"] == "model"),
     _ratio("x best peer", lambda group: group.best_peer),
     _ratio("x official", lambda group: group.official),

@@ -32,7 +32,8 @@ class Settings:
         contenders: only these, or all that begin with one and a colon; none for all.
         device: name for :func:`vlmo.placement.chosen_device`.
         minutes: time limit; None for 5 on a CPU and 20 on a GPU.
-        smoke: tiny sizes and three calls of each, to see that everything runs.
+        smoke: tiny sizes and three calls of each, to see that everything runs; written to a folder
+            ``smoke`` in ``output``, so that nothing that was measured is lost.
         draws: whether pictures are wanted.
         commit: of what is measured; None to ask git.
         command: that the user gave.
@@ -68,6 +69,8 @@ def run(settings: Settings, console: Console) -> Report:
         raise ValueError(f"minutes: {minutes} is not more than 0")
     if settings.draws:
         _require_matplotlib()
+    if settings.smoke:
+        settings = dataclasses.replace(settings, output=settings.output / "smoke")
     settings.output.mkdir(parents=True, exist_ok=True)
     names = ", ".join(suite.name for suite in suites)
     console.print(f"Measuring {names} on {device}, {minutes:g} minutes at most.", highlight=False)
