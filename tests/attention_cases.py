@@ -15,6 +15,7 @@ on_every_backend = pytest.mark.parametrize(
     "place",
     [
         ("cpu", "reference"),
+        ("cpu", "cpu"),
         ("cpu", "triton"),
         ("cpu", "cuda"),
         pytest.param(("cuda", "reference"), marks=pytest.mark.gpu),

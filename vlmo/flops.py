@@ -60,6 +60,22 @@ def step_flops(
     return _Step(config, list(text_lengths), words, others, trains).count()
 
 
+def matching_flops(config: VLMoConfig, text_lengths: Sequence[int], images: int) -> int:
+    """Operations of matching each text with an image, without a backward.
+
+    Args:
+        config: of the model.
+        text_lengths: tokens of the text of each pair.
+        images: different images among the pairs.
+    """
+    step = _Step(config, list(text_lengths), 0, 0, lambda name: False)
+    step.patches(images)
+    step.fusion([length + step.image for length in text_lengths])
+    step.linear(len(text_lengths), config.dim, config.dim, "pooler.dense.weight")
+    step.linear(len(text_lengths), config.dim, 2, "itm_score.fc.weight")
+    return step.flops.forward
+
+
 class _Step:
     def __init__(
         self, config: VLMoConfig, texts: list[int], words: int, others: int, trains: Trains
@@ -73,38 +89,38 @@ class _Step:
         tasks, rows = set(self.config.tasks), len(self.texts)
         dim, pair = self.config.dim, [text + self.image for text in self.texts]
         if tasks - {"textmlm"}:
-            self._patches(rows * (2 if "nlvr2" in tasks else 1))
+            self.patches(rows * (2 if "nlvr2" in tasks else 1))
         if tasks & {"itc", "irtr"}:
             self._contrast()
         if "textmlm" in tasks:
             self._blocks(self.texts, sum(self.texts), 0)
             self._words()
         if "mlm" in tasks:
-            self._fusion(pair)
+            self.fusion(pair)
             self._words()
         for task, passes, head in (("itm", 3, "itm_score"), ("vqa", 1, ""), ("nlvr2", 2, "")):
             if task in tasks:
-                self._fusion(pair * passes)
-                self._linear(rows * passes, dim, dim, "pooler.dense.weight")
+                self.fusion(pair * passes)
+                self.linear(rows * passes, dim, dim, "pooler.dense.weight")
                 if head:
-                    self._linear(rows * passes, dim, 2, f"{head}.fc.weight")
+                    self.linear(rows * passes, dim, 2, f"{head}.fc.weight")
         if "vqa" in tasks:
             self._classifier("vqa_classifier", dim, self.config.vqa_labels)
         if "nlvr2" in tasks:
             self._classifier("nlvr2_classifier", 2 * dim, 2)
         return self.flops
 
-    def _linear(
+    def linear(
         self, rows: int, inputs: int, outputs: int, name: str, *, sends_back: bool = True
     ) -> None:
         product = 2 * rows * inputs * outputs
         self.flops.forward += product
         self.flops.backward += product * (sends_back + self.trains(name))
 
-    def _patches(self, images: int) -> None:
+    def patches(self, images: int) -> None:
         values = 3 * self.config.patch_size**2
         name = "transformer.patch_embed.proj.weight"
-        self._linear(images * (self.image - 1), values, self.config.dim, name, sends_back=False)
+        self.linear(images * (self.image - 1), values, self.config.dim, name, sends_back=False)
 
     def _blocks(
         self,
@@ -128,17 +144,17 @@ class _Step:
             if vl and number >= self.config.first_vl_block:
                 routed = (("vl", text + image), ("vl", 0))
             for expert, tokens in routed:
-                self._linear(tokens, dim, hidden, f"{name}mlp_{expert}.fc1.weight")
-                self._linear(tokens, hidden, dim, f"{name}mlp_{expert}.fc2.weight")
+                self.linear(tokens, dim, hidden, f"{name}mlp_{expert}.fc1.weight")
+                self.linear(tokens, hidden, dim, f"{name}mlp_{expert}.fc2.weight")
 
     def _attention(self, name: str, text: int, image: int, *, below: bool) -> None:
         dim = self.config.dim
         own = "attn_text" if self.config.separate_attention and below else "attn"
         for attention, tokens in ((own, text), ("attn", image)):
-            self._linear(tokens, dim, 3 * dim, f"{name}{attention}.qkv.weight")
-            self._linear(tokens, dim, dim, f"{name}{attention}.proj.weight")
+            self.linear(tokens, dim, 3 * dim, f"{name}{attention}.qkv.weight")
+            self.linear(tokens, dim, dim, f"{name}{attention}.proj.weight")
 
-    def _fusion(self, pairs: list[int]) -> None:
+    def fusion(self, pairs: list[int]) -> None:
         images = len(pairs) * self.image
         self._blocks(pairs, sum(pairs) - images, images, vl=True)
 
@@ -153,17 +169,17 @@ class _Step:
             self._blocks(streams, *tokens, vl=bool(tail), start=start)
             for stream in ("text", "image"):
                 name = f"itc{tail}_{stream}_proj.fc.weight"
-                self._linear(rows, self.config.dim, self.config.dim, name)
+                self.linear(rows, self.config.dim, self.config.dim, name)
             cosines = 2 * 2 * rows * (rows + self.others) * self.config.dim
             self.flops.forward += cosines
             self.flops.backward += 2 * cosines
 
     def _words(self) -> None:
         dim = self.config.dim
-        self._linear(self.words, dim, dim, "mlm_score.transform.dense.weight")
-        self._linear(self.words, dim, self.config.vocab_size, "mlm_score.decoder.weight")
+        self.linear(self.words, dim, dim, "mlm_score.transform.dense.weight")
+        self.linear(self.words, dim, self.config.vocab_size, "mlm_score.decoder.weight")
 
     def _classifier(self, name: str, inputs: int, outputs: int) -> None:
         hidden = 2 * self.config.dim
-        self._linear(len(self.texts), inputs, hidden, f"{name}.0.weight")
-        self._linear(len(self.texts), hidden, outputs, f"{name}.3.weight")
+        self.linear(len(self.texts), inputs, hidden, f"{name}.0.weight")
+        self.linear(len(self.texts), hidden, outputs, f"{name}.3.weight")

@@ -35,6 +35,10 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     lse = call.q.new_empty(call.q.shape[:-1], dtype=batch.wide)
     flat_out, flat_lse = batch.flat(out), batch.flat(lse)
     for group in batch.groups:
+        if group.no_key:  # PyTorch's kernel divides by their number
+            group.put(flat_out, 0)
+            group.put(flat_lse, float("-inf"))
+            continue
         q, k, v = (batch.take(t, group).transpose(1, 2) for t in (call.q, call.k, call.v))
         if group.keys is not None:
             k, v = k[:, :, group.keys], v[:, :, group.keys]
@@ -59,6 +63,8 @@ def backward(dout: Tensor, out: Tensor, lse: Tensor, call: Call, needs_table: bo
     flat = [batch.flat(grad) for grad in grads]
     dbias = torch.zeros_like(batch.bias) if needs_table and batch.bias is not None else None
     for group in batch.groups:
+        if group.no_key:
+            continue
         mask, blind = batch.mask(group)
         for part in group.chunks(call.q.shape[-2] * batch.wide.itemsize):
             tensors = [batch.take(t, part) for t in (call.q, call.k, call.v, dout)]
@@ -131,9 +137,16 @@ class _Group:
             return slice(first, first + len(self.starts) * length)
         return (torch.tensor(self.starts)[:, None] + torch.arange(length)).flatten()
 
-    def put(self, flat: Tensor, part: Tensor) -> None:
-        """Write ``[n, length, ...]`` into the rows of ``[T, ...]``."""
-        flat[self.rows] = part.flatten(0, 1).to(flat.dtype)
+    @property
+    def no_key(self) -> bool:
+        """Whether nothing may be attended to."""
+        return self.keys is not None and len(self.keys) == 0
+
+    def put(self, flat: Tensor, part: Tensor | float) -> None:
+        """Write ``[n, length, ...]``, or one number, into the rows of ``[T, ...]``."""
+        if isinstance(part, Tensor):
+            part = part.flatten(0, 1).to(flat.dtype)
+        flat[self.rows] = part
 
     @functools.cached_property
     def _key_places(self) -> np.ndarray:
@@ -179,8 +192,9 @@ class _Batch:
         return t if self.call.offsets is not None else t.flatten(0, 1)
 
     def take(self, t: Tensor, group: _Group) -> Tensor:
-        """``[n, length, ...]`` of a group."""
-        return self.flat(t)[group.rows].unflatten(0, (len(group.starts), group.length))
+        """``[n, length, ...]`` of a group; its last dimension is dense, as flash attention asks."""
+        t = self.flat(t)[group.rows].unflatten(0, (len(group.starts), group.length))
+        return t if t.stride(-1) == 1 else t.contiguous()
 
     @functools.cached_property
     def matrix(self) -> Tensor | None:
@@ -204,20 +218,19 @@ class _Batch:
         assert self.call.table is not None and self.matrix is not None
         entries, heads = self.call.table.shape
         sums = dbias.new_zeros(heads, entries)
-        sums.index_add_(1, self.matrix.flatten(), dbias.flatten(1))
+        # Six times as fast as index_add_, and as repeatable.
+        sums.scatter_add_(1, self.matrix.flatten().long().expand(heads, -1), dbias.flatten(1))
         return sums.t().to(self.call.table.dtype).contiguous()
 
     def mask(self, group: _Group) -> tuple[Tensor | None, Tensor | None]:
         """What to add to the scores, ``[H or 1, L, keys]``, and queries without a key, ``[L]``."""
         found = None if self.bias is None else group.of(self.bias)
-        count = group.length if group.keys is None else len(group.keys)
         if not self.call.causal:
-            nobody = torch.ones(group.length, dtype=torch.bool)
-            return found, nobody if count == 0 and group.length else None
+            return found, None
         keys = torch.arange(group.length) if group.keys is None else group.keys
         later = keys > torch.arange(group.length)[:, None]
         if found is None:
-            found = torch.zeros(1, group.length, count, dtype=self.wide)
+            found = torch.zeros(1, *later.shape, dtype=self.wide)
         blind = later.all(1)
         return found.masked_fill(later, float("-inf")), blind if blind.any() else None
 

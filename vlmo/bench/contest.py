@@ -152,15 +152,18 @@ def ours(
 ) -> dict[str, Contender]:
     """``vlmo:BACKEND`` for every backend."""
 
-    def reason(backend: str) -> str | None:
-        if backend == "triton" and device.type == "cpu" and case.size != "tiny" and interpreted():
-            return "Triton's interpreter is for tests: at this size a call takes hours."
-        return why_not(operation, backend, device=device, dtype=case.dtype)
-
+    reason = functools.partial(why_not_ours, operation, case, device)
     return {
         f"vlmo:{name}": Contender(make(name), eager, parameters, functools.partial(reason, name))
         for name in BACKEND_NAMES
     }
+
+
+def why_not_ours(operation: str, case: Case, device: torch.device, backend: str) -> str | None:
+    """One sentence if a backend cannot run an operation of this library here, else None."""
+    if backend == "triton" and device.type == "cpu" and case.size != "tiny" and interpreted():
+        return "Triton's interpreter is for tests: at this size a call takes hours."
+    return why_not(operation, backend, device=device, dtype=case.dtype)
 
 
 def compiled(entry: Contender, case: Case, device: torch.device, *, whole: bool) -> Contender:
@@ -174,16 +177,20 @@ def compiled(entry: Contender, case: Case, device: torch.device, *, whole: bool)
         return torch.compile(form, fullgraph=whole, dynamic=False, backend=backend)
 
     def reason() -> str | None:
-        found = entry.why_not()
-        asked = os.environ.get(COMPILE_VARIABLE) == "1"
-        if found is None and device.type == "cpu" and not traced_only and not asked:
-            return (
-                "torch.compile takes minutes to build C++ code for a CPU; "
-                f"{COMPILE_VARIABLE}=1 asks for it."
-            )
-        return found
+        # What is not installed comes first: it would not run compiled either.
+        return entry.why_not() or (None if traced_only else why_not_compiled(device))
 
     return entry._replace(make=make, why_not=reason)
+
+
+def why_not_compiled(device: torch.device) -> str | None:
+    """One sentence if ``torch.compile`` is not worth its wait here, else None."""
+    if device.type != "cpu" or os.environ.get(COMPILE_VARIABLE) == "1":
+        return None
+    return (
+        "torch.compile takes minutes to build C++ code for a CPU; "
+        f"{COMPILE_VARIABLE}=1 asks for it."
+    )
 
 
 def half_dtypes(device: torch.device) -> list[torch.dtype]:

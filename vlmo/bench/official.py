@@ -2,13 +2,15 @@
 
 The same parameters and the same mathematics. What differs from :class:`vlmo.VLMo`: batches are
 padded to the longest text that is allowed, tokens are sliced by modality, fed through their experts
-and concatenated, the bias of all layers is looked up at once into ``[N, N, H * layers]``, and scores
-of all heads exist in float32 (``multiway_transformer.py``, ``vlmo_module.py``, ``objectives.py``).
+and concatenated, the bias of all layers is looked up at once into ``[N, N, H * layers]``, and the
+scores of all heads exist in float32 (``multiway_transformer.py``, ``vlmo_module.py``,
+``objectives.py``).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,25 +27,29 @@ from vlmo.sequences import Layout, Padded
 class SwitchedVLMo(VLMo):
     """A VLMo that can also run its padded passes in the official way; the parameters are shared."""
 
-    _official = False
+    _block: Any = None
 
     @contextlib.contextmanager
-    def the_official_way(self) -> Iterator[None]:
-        """Inside, :meth:`fuse`, :meth:`encode_text` and :meth:`encode_image` run so."""
-        self._official = True
+    def the_official_way(self, *, compiled: bool = False) -> Iterator[None]:
+        """Inside, :meth:`fuse`, :meth:`encode_text` and :meth:`encode_image` run so.
+
+        Args:
+            compiled: each block by ``torch.compile``.
+        """
+        self._block = _compiled_block() if compiled else block
         try:
             yield
         finally:
-            self._official = False
+            self._block = None
 
     def run(self, x: Tensor, layout: Layout, *, start: int = 0, stop: int | None = None) -> Tensor:
         """Blocks ``start`` to ``stop``; see :meth:`VLMo.run`."""
-        if not self._official:
+        if self._block is None:
             return super().run(x, layout, start=start, stop=stop)
         assert isinstance(layout, Padded)
         biases = self._biases(layout)
         for number in range(start, self.config.depth if stop is None else stop):
-            x = block(self.transformer.blocks[number], x, layout, biases[number])
+            x = self._block(self.transformer.blocks[number], x, layout, biases[number])
         return x
 
     def _biases(self, layout: Padded) -> list[Tensor | None]:
@@ -70,6 +76,11 @@ def block(weights: Block, x: Tensor, layout: Padded, bias: Tensor | None) -> Ten
         return _expert(weights, names[0], x)
     parts = x.split([length for _, length in routing.pieces], dim=1)
     return torch.cat([_expert(weights, n, part) for n, part in zip(names, parts, strict=True)], 1)
+
+
+@functools.cache
+def _compiled_block() -> Any:
+    return torch.compile(block, dynamic=False)
 
 
 def pretraining(model: VLMo, batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from vlmo.bench import moe_ffn
+from vlmo.bench import attention, model, moe_ffn
 from vlmo.bench.gpu import Sensors, open_sensors
 from vlmo.bench.meter import Numbers, Settings, describe_error, measure
 from vlmo.bench.report import NOT_EXACT, Record, Report
@@ -27,7 +27,7 @@ from vlmo.machine import versions
 from vlmo.parity import Deviation
 from vlmo.timing import Work
 
-SUITES = {suite.name: suite for suite in (moe_ffn.SUITE,)}
+SUITES = {suite.name: suite for suite in (moe_ffn.SUITE, attention.SUITE, model.SUITE)}
 # In the place of contenders' names where a case did not come so far as to have some.
 ALL = "all"
 # Timed calls take this part of a contender's time, within bounds; wall time and energy the rest.

@@ -50,24 +50,27 @@ class Case:
     def labels(self) -> dict[str, int | str]:
         """Everything, for a record."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return dict(suite=self.suite, size=self.size, dtype=dtype, phase=self.phase) | self.shape
+        found = dict(suite=self.suite, size=self.size, dtype=dtype, phase=self.phase)
+        return {**found, **self.shape}
 
     def __str__(self) -> str:
         return "-".join(str(value) for value in self.labels.values())
 
 
 class Problem(Protocol):
-    """Inputs of one case on one device, and the ways to compute it.
+    """Inputs of one case on one device, and the ways to compute it."""
 
-    Attributes:
-        contenders: names, this library's own first (they begin with ``vlmo``).
-        cost: what the computation costs at least, whoever does it.
-        samples: pairs or sequences that one call takes.
-    """
+    @property
+    def contenders(self) -> Sequence[str]:
+        """Names, this library's own first (they begin with ``vlmo``)."""
 
-    contenders: Sequence[str]
-    cost: Cost
-    samples: int
+    @property
+    def cost(self) -> Cost:
+        """What the computation costs at least, whoever does it."""
+
+    @property
+    def samples(self) -> int:
+        """Pairs or sequences that one call takes."""
 
     def why_not(self, contender: str) -> str | None:
         """One sentence if it cannot run here, else None."""

@@ -1,0 +1,268 @@
+"""The suite of the whole model: what a training or a search waits for, beside the official way.
+
+Texts have 12 tokens on average, as captions of COCO do, of the 40 that fit. The official way pads
+them to 40, fuses in separate passes, and embeds an image in each of them; this library packs. A
+step is forward and backward of the losses, without an optimizer and without stochastic depth.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmo import objectives, passes, retrieval
+from vlmo.bench import official
+from vlmo.bench.contest import why_not_compiled, why_not_ours
+from vlmo.bench.cost import Cost
+from vlmo.bench.official import SwitchedVLMo
+from vlmo.bench.suite import Case, Scale, Suite
+from vlmo.config import VLMoConfig
+from vlmo.flops import matching_flops, step_flops
+from vlmo.kernels import BACKEND_NAMES, use_backend
+from vlmo.parity import Deviation
+from vlmo.timing import Work
+
+Batch = dict[str, Any]
+Named = dict[str, Tensor]
+
+MATCHING, ENCODING, RERANKING = "matching", "retrieval encoding", "re-ranking"
+PRETRAINING, VQA = "pre-training step", "VQA step"
+STEPS = (PRETRAINING, VQA)
+PHASES = (PRETRAINING, MATCHING, RERANKING, ENCODING, VQA)
+
+_OFFICIAL = ("official", "official-compiled")
+_CANDIDATES = 4  # images that re-ranking matches each text with
+_LEAST = 2  # pairs, for matching needs a wrong one
+_MASKED = 2  # tokens of each text that masked language modelling predicts: 15 % of 12
+
+
+def cases(device: torch.device, scale: Scale) -> list[Case]:
+    """Every phase; a pair is an image and a text."""
+    if scale is Scale.smoke:
+        return [_case("tiny", torch.float32, phase, 2) for phase in PHASES]
+    if scale is Scale.cpu:
+        pairs = {PRETRAINING: 2, VQA: 4, MATCHING: 8, RERANKING: 8, ENCODING: 8}
+        dtypes = (torch.float32, torch.bfloat16)
+        return [_case("base", dtype, phase, pairs[phase]) for phase in PHASES for dtype in dtypes]
+    pairs = {PRETRAINING: 64, VQA: 128, MATCHING: 256, RERANKING: 256, ENCODING: 256}
+    return [
+        _case(size, dtype, phase, pairs[phase] // (2 if size == "large" else 1))
+        for dtype in (torch.bfloat16, torch.float16)
+        for size in ("base", "large")
+        for phase in PHASES
+    ]
+
+
+def _case(size: str, dtype: torch.dtype, phase: str, pairs: int) -> Case:
+    return Case("model", size, dtype, phase, {"pairs": pairs})
+
+
+def config_of(size: str, phase: str) -> VLMoConfig:
+    """The published sizes at 224 pixels; "tiny" is for tests."""
+    tasks = ("vqa",) if phase == VQA else ("mlm", "itc", "itm")
+    changes: dict[str, Any] = dict(tasks=tasks, drop_path=0.0)
+    if size == "tiny":
+        changes |= dict(dim=32, depth=3, heads=2, vl_start=2, image_size=32, vocab_size=100)
+    return VLMoConfig.large(**changes) if size == "large" else VLMoConfig.base(**changes)
+
+
+class ModelProblem:
+    """Pairs of images and texts, and a model that takes them in one phase.
+
+    See :class:`vlmo.bench.suite.Problem`.
+    """
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self.phase, self.dtype, self.device = case, case.phase, case.dtype, device
+        self.config = config_of(case.size, case.phase)
+        self.contenders = (*(f"vlmo:{name}" for name in BACKEND_NAMES), *_OFFICIAL)
+        self.samples = int(case.shape["pairs"])
+        self.batch = _batch(self.config, self.samples, device, case.dtype)
+        self.cost = _cost(self.config, self.batch, case)
+
+    def why_not(self, contender: str) -> str | None:
+        """One sentence if it cannot run here, else None."""
+        if contender == "official-compiled":
+            return why_not_compiled(self.device)
+        if contender == "official":
+            return None
+        facts = (self.case, self.device, contender.removeprefix("vlmo:"))
+        return why_not_ours("moe_ffn", *facts) or why_not_ours("shared_attention", *facts)
+
+    @functools.cached_property
+    def model(self) -> SwitchedVLMo:
+        """Made when it is first needed: an official one may take gigabytes."""
+        return _model(self.config, self.device, self.dtype)
+
+    def work(self, contender: str) -> Work:
+        """A call of it: forward without recording gradients, or forward and backward."""
+        model, batch, phase = self.model, self.batch, self.phase
+        form = _form(contender, model)
+
+        def step() -> None:
+            form(phase, model, batch)["loss"].backward()
+            # Not kept from call to call: the next one would add to them, and memory counts them.
+            model.zero_grad(set_to_none=True)
+
+        def forward() -> Named:
+            with torch.no_grad():
+                return form(phase, model, batch)
+
+        return step if phase in STEPS else forward
+
+    def check(self, contender: str) -> Sequence[Deviation]:
+        """Hold a model of two blocks, otherwise of this size, against float64 on two pairs.
+
+        Two pairs leave no choice to the draw of wrong ones. Errors are L2 norms over a tensor, and
+        over all numbers that come alone, such as losses: a single one may be right by luck.
+        """
+        model, batch, eager, exact = self._small
+        actual = self._results(contender, model, batch)
+        unit = torch.finfo(self.dtype).eps
+        found = []
+        for name, target in exact.items():
+            errors = [float((t[name].double() - target).norm()) for t in (actual, eager)]
+            allowed = 2 * errors[1] + unit * float(target.norm())
+            found.append(Deviation(name, errors[0], errors[1], allowed))
+        return found
+
+    @functools.cached_property
+    def _small(self) -> tuple[SwitchedVLMo, Batch, Named, Named]:
+        """Model and batch of the check, and what comes of them in its dtype and in float64."""
+        config = self.config.replace(depth=2, vl_start=1)
+        batch = _batch(config, _LEAST, self.device, self.dtype)
+        model = _model(config, self.device, self.dtype)
+        eager = self._results("official", model, batch)
+        wide = _model(config, self.device, torch.float64)
+        wide.load_state_dict(model.state_dict())
+        floats = {
+            k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+            for k, v in batch.items()
+        }
+        return model, batch, eager, self._results("official", wide, floats)
+
+    def _results(self, contender: str, model: SwitchedVLMo, batch: Batch) -> Named:
+        """Outputs, or losses and every gradient."""
+        form = _form(contender, model)
+        if self.phase not in STEPS:
+            with torch.no_grad():
+                return form(self.phase, model, batch)
+        output = form(self.phase, model, batch)
+        output["loss"].backward()
+        found = {name: v.detach() for name, v in output.items() if name.endswith("loss")}
+        found |= {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        numbers = torch.stack([found[n].double() for n in sorted(found) if not found[n].dim()])
+        return {"numbers": numbers} | {n: t for n, t in found.items() if t.dim()}
+
+
+SUITE = Suite("model", cases, ModelProblem)
+
+Form = Callable[[str, SwitchedVLMo, Batch], Named]
+
+
+def _form(contender: str, model: SwitchedVLMo) -> Form:
+    """How a contender computes a phase."""
+    if contender in _OFFICIAL:
+        compiled = contender == "official-compiled"
+
+        def in_the_official_way(phase: str, model: SwitchedVLMo, batch: Batch) -> Named:
+            with model.the_official_way(compiled=compiled):
+                return _official(phase, model, batch)
+
+        return in_the_official_way
+
+    def packed(phase: str, model: SwitchedVLMo, batch: Batch) -> Named:
+        with use_backend(contender.removeprefix("vlmo:")):
+            return _packed(phase, model, batch)
+
+    return packed
+
+
+def _packed(phase: str, model: SwitchedVLMo, batch: Batch) -> Named:
+    """As :class:`vlmo.Predictor`, ``vlmo evaluate`` and ``vlmo train`` compute it."""
+    if phase in STEPS:
+        return objectives.compute(model, batch)
+    texts = passes.end_to_end(batch["text_ids"], passes.text_lengths(batch))
+    if phase == ENCODING:
+        images = model.encode_image(batch["image"]).embedding
+        return {"image": images, "text": retrieval.embed_texts(model, texts)}
+    images, pairs = _candidates(phase, batch)
+    return {"logits": retrieval.matching_logits(model, texts, images, pairs)}
+
+
+def _official(phase: str, model: SwitchedVLMo, batch: Batch) -> Named:
+    if phase == PRETRAINING:
+        return official.pretraining(model, batch)
+    if phase == VQA:
+        return official.vqa(model, batch)
+    ids, masks = batch["text_ids"], batch["text_masks"]
+    if phase == ENCODING:
+        images, texts = model.encode_image(batch["image"]), model.encode_text(ids, masks)
+        return {"image": images.embedding, "text": texts.embedding}
+    images, pairs = _candidates(phase, batch)
+    return {"logits": model.itm_score(model.fuse(ids, masks, images[pairs]).pooled)}
+
+
+def _candidates(phase: str, batch: Batch) -> tuple[Tensor, list[int]]:
+    """Images and, for each text, which of them it is matched with.
+
+    Re-ranking matches a query with several candidates; here a text with the same few images, which
+    ``vlmo.retrieval.rerank`` embeds once.
+    """
+    count = len(batch["text_ids"])
+    images = batch["image"] if phase == MATCHING else batch["image"][:_CANDIDATES]
+    return images, [row % len(images) for row in range(count)]
+
+
+def _model(config: VLMoConfig, device: torch.device, dtype: torch.dtype) -> SwitchedVLMo:
+    """Random weights, the bias included, which an official model starts with at zero."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = SwitchedVLMo(config)
+        if model.relative_position_bias_table is not None:
+            torch.nn.init.normal_(model.relative_position_bias_table)
+    return model.to(device, dtype)
+
+
+def _batch(config: VLMoConfig, rows: int, device: torch.device, dtype: torch.dtype) -> Batch:
+    random = torch.Generator().manual_seed(0)
+    length, side = config.max_text_length, config.image_size
+    lengths = 8 + 5 * torch.arange(rows) % 9  # 12 on average
+    masks = torch.arange(length) < lengths[:, None]
+    ids = torch.randint(1, config.vocab_size, (rows, length), generator=random) * masks
+    labels = torch.full_like(ids, -100)
+    labels[:, 1 : 1 + _MASKED] = ids[:, 1 : 1 + _MASKED]
+    image = torch.rand(rows, 3, side, side, generator=random) * 2 - 1
+    on_device = dict(
+        text_ids=ids,
+        text_masks=masks.long(),
+        text_ids_mlm=torch.where(labels < 0, ids, 1),
+        text_labels_mlm=labels,
+        image=image.to(dtype),
+        vqa_targets=torch.rand(rows, config.vqa_labels, generator=random).to(dtype),
+    )
+    return {name: tensor.to(device) for name, tensor in on_device.items()} | dict(
+        text_lengths=lengths, mlm_tokens=(labels.flatten() >= 0).nonzero()[:, 0]
+    )
+
+
+def _cost(config: VLMoConfig, batch: Batch, case: Case) -> Cost:
+    """FLOPs without padding; as bytes the parameters: read, and in a step read and written again.
+
+    Activations are not counted: how often they leave a cache is each implementation's own.
+    """
+    lengths = batch["text_lengths"].tolist()
+    if case.phase in STEPS:
+        flops = step_flops(config, lengths, words=len(batch["mlm_tokens"])).total
+    elif case.phase == ENCODING:
+        flops = step_flops(config.replace(tasks=("irtr",)), lengths).forward
+    else:
+        flops = matching_flops(config, lengths, len(_candidates(case.phase, batch)[0]))
+    with torch.device("meta"):
+        size = sum(p.numel() for p in SwitchedVLMo(config).parameters()) * case.dtype.itemsize
+    return Cost(flops, size * (3 if case.phase in STEPS else 1))
