@@ -149,19 +149,20 @@ class _Group:
         flat[self.rows] = part
 
     @functools.cached_property
-    def _key_places(self) -> np.ndarray:
+    def _in_bias(self) -> tuple[np.ndarray, np.ndarray]:
+        """Places of the queries and of the keys."""
         assert self.places is not None
-        return self.places if self.keys is None else self.places[self.keys.numpy()]
+        return self.places, self.places if self.keys is None else self.places[self.keys.numpy()]
 
     def of(self, bias: Tensor) -> Tensor:
         """``[H, length, keys]`` out of ``[H, M, M]``; a view where the places lie together."""
-        rows, columns = _runs(self.places), _runs(self._key_places)
+        places, key_places = self._in_bias
+        rows, columns = _runs(places), _runs(key_places)
         if len(rows) == len(columns) == 1:
             return bias[:, rows[0][1], columns[0][1]]
         if max(len(rows), len(columns)) > _MAX_RUNS:
-            places, key_places = map(torch.from_numpy, (self.places, self._key_places))
-            return bias[:, places][:, :, key_places]
-        found = bias.new_empty(len(bias), len(self.places), len(self._key_places))
+            return bias[:, torch.from_numpy(places)][:, :, torch.from_numpy(key_places)]
+        found = bias.new_empty(len(bias), len(places), len(key_places))
         for here, there in rows:
             for key_here, key_there in columns:
                 found[:, here, key_here] = bias[:, there, key_there]
@@ -169,10 +170,11 @@ class _Group:
 
     def add_to(self, dbias: Tensor, dscores: Tensor) -> None:
         """Add ``[H, length, keys]`` to where :meth:`of` reads."""
-        rows, columns = _runs(self.places), _runs(self._key_places)
+        places, key_places = self._in_bias
+        rows, columns = _runs(places), _runs(key_places)
         if max(len(rows), len(columns)) > _MAX_RUNS:
-            places = self.places[:, None].astype(np.int64) * dbias.shape[2] + self._key_places
-            dbias.flatten(1).index_add_(1, torch.from_numpy(places.reshape(-1)), dscores.flatten(1))
+            flat = places[:, None].astype(np.int64) * dbias.shape[2] + key_places
+            dbias.flatten(1).index_add_(1, torch.from_numpy(flat.reshape(-1)), dscores.flatten(1))
             return
         for here, there in rows:
             for key_here, key_there in columns:
@@ -274,9 +276,8 @@ class _Batch:
         return self.flat(call.positions)[start : start + length].numpy()
 
 
-def _runs(places: np.ndarray | None) -> list[tuple[slice, slice]]:
+def _runs(places: np.ndarray) -> list[tuple[slice, slice]]:
     """Where places go on one by one: numbers of the tokens, and their places."""
-    assert places is not None
     ends = [*(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
     starts = [0, *ends[:-1]]
     return [

@@ -202,8 +202,8 @@ def _official(phase: str, model: SwitchedVLMo, batch: Batch) -> Named:
         return official.vqa(model, batch)
     ids, masks = batch["text_ids"], batch["text_masks"]
     if phase == ENCODING:
-        images, texts = model.encode_image(batch["image"]), model.encode_text(ids, masks)
-        return {"image": images.embedding, "text": texts.embedding}
+        image, text = model.encode_image(batch["image"]), model.encode_text(ids, masks)
+        return {"image": image.embedding, "text": text.embedding}
     images, pairs = _candidates(phase, batch)
     return {"logits": model.itm_score(model.fuse(ids, masks, images[pairs]).pooled)}
 
