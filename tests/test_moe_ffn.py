@@ -134,23 +134,24 @@ def test_autocast(norm, place):
         assert y.dtype == place.autocast_dtype
 
 
-def test_frozen_expert_gets_no_gradient_and_costs_none(monkeypatch):
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_frozen_expert_gets_no_gradient_and_costs_none(monkeypatch, backend):
     case = Case()
     tensors, routing = make_tensors(case, "cpu", torch.float32), make_routing(case, "cpu")
     leaves(tensors)
     for name in ("w1", "w2", "b1", "b2", "norm_weight", "norm_bias"):
         tensors[name][0].requires_grad_(False)
     seen = []
-    reference = ops._IMPLEMENTATIONS["reference"]
-    backward = reference.backward
+    implementation = ops._IMPLEMENTATIONS[backend]
+    backward = implementation.backward
 
     def spy(dy, pre, args, needs):
         grads = backward(dy, pre, args, needs)
         seen.append([tuple(g.shape) for g in grads])
         return grads
 
-    monkeypatch.setattr(reference, "backward", spy)
-    call(case, routing, tensors).sum().backward()
+    monkeypatch.setattr(implementation, "backward", spy)
+    call(case, routing, tensors, backend=backend).sum().backward()
     assert tensors["w1"][0].grad is None
     assert tensors["w1"][1].grad is not None
     shapes = seen[0]  # x, w1 x 2, w2 x 2, ...
