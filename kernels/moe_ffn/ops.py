@@ -14,7 +14,7 @@ from torch import Tensor
 from vlmo.kernels.arguments import without_autocast
 from vlmo.kernels.dispatch import Backend, runs_eagerly
 from vlmo.kernels.moe_ffn import cpu_impl, cuda_impl, reference, triton_impl
-from vlmo.kernels.moe_ffn.reference import Call, pre_shape
+from vlmo.kernels.moe_ffn.reference import Call
 
 BACKENDS: dict[str, Backend] = {
     "cuda": cuda_impl,
@@ -77,7 +77,7 @@ def _forward(
     save_pre: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """y [T, D] and the pre-activation that the backward reads, of pre_shape."""
+    """y [T, D] and what the backward reads: the pre-activation, of the backend's pre_shape."""
     call = Call(
         *(x, w1, w2, b1, b2, norm_weight, norm_bias, layer_scale, token_scale, residual),
         *(ids, rows, offsets, pieces, norm, norm_eps, activation, save_pre),
@@ -94,7 +94,8 @@ def _(*inputs):
     call = Call(*inputs[:-1])
     dtype = call.w2[0].dtype if call.residual is None else call.residual.dtype
     y = call.x.new_empty(call.x.shape, dtype=dtype)
-    return y, call.x.new_empty(pre_shape(call), dtype=call.w1[0].dtype)
+    shape = _IMPLEMENTATIONS[inputs[-1]].pre_shape(call)
+    return y, call.x.new_empty(shape, dtype=call.w1[0].dtype)
 
 
 def _backward(
