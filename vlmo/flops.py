@@ -5,7 +5,8 @@ width, F the hidden width of an expert, L blocks, t tokens of a pass and n_i of 
 
 .. math:: block = 2 t D (3 D + D) + 4 t D F + 4 D \sum_i n_i^2
 
-the projections of attention, the expert, and scores and weighted values. The backward has two
+the projections of attention, the expert, and scores and weighted values. The last block projects
+and feeds forward only the tokens that a head reads: CLS, or the masked words. The backward has two
 products for each of these: for the gradients of the input and, if it is trained, of the weight. To
 these come the patches (2 * 3 * 16^2 * D each), the heads on the tokens that they see, and the
 cosines of contrast.
@@ -70,7 +71,8 @@ def matching_flops(config: VLMoConfig, text_lengths: Sequence[int], images: int)
     """
     step = _Step(config, list(text_lengths), 0, 0, lambda name: False)
     step.patches(images)
-    step.fusion([length + step.image for length in text_lengths])
+    pairs = [length + step.image for length in text_lengths]
+    step.fusion(pairs, read=len(pairs))
     step.linear(len(text_lengths), config.dim, config.dim, "pooler.dense.weight")
     step.linear(len(text_lengths), config.dim, 2, "itm_score.fc.weight")
     return step.flops.forward
@@ -93,14 +95,14 @@ class _Step:
         if tasks & {"itc", "irtr"}:
             self._contrast()
         if "textmlm" in tasks:
-            self._blocks(self.texts, sum(self.texts), 0)
+            self._blocks(self.texts, sum(self.texts), 0, read=(self.words, 0))
             self._words()
         if "mlm" in tasks:
-            self.fusion(pair)
+            self.fusion(pair, read=self.words)
             self._words()
         for task, passes, head in (("itm", 3, "itm_score"), ("vqa", 1, ""), ("nlvr2", 2, "")):
             if task in tasks:
-                self.fusion(pair * passes)
+                self.fusion(pair * passes, read=rows * passes)
                 self.linear(rows * passes, dim, dim, "pooler.dense.weight")
                 if head:
                     self.linear(rows * passes, dim, 2, f"{head}.fc.weight")
@@ -131,15 +133,23 @@ class _Step:
         vl: bool = False,
         start: int = 0,
         stop: int | None = None,
+        read: tuple[int, int] | None = None,
     ) -> None:
-        """Sequences of ``text`` and ``image`` tokens in all, through some blocks."""
+        """Sequences of ``text`` and ``image`` tokens in all, through some blocks.
+
+        Heads read so many of either of the last of all blocks.
+        """
         dim, hidden = self.config.dim, int(self.config.dim * self.config.mlp_ratio)
         squares = sum(length**2 for length in sequences)
         for number in range(start, self.config.depth if stop is None else stop):
             name = f"transformer.blocks.{number}."
-            self._attention(name, text, image, below=number < self.config.first_vl_block)
+            below = number < self.config.first_vl_block
+            self._attention(name, "qkv", text, image, 3 * dim, below=below)
             self.flops.forward += 4 * dim * squares
             self.flops.backward += 8 * dim * squares
+            if number == self.config.depth - 1 and read is not None:
+                text, image = read
+            self._attention(name, "proj", text, image, dim, below=below)
             routed = (("text", text), ("imag", image))
             if vl and number >= self.config.first_vl_block:
                 routed = (("vl", text + image), ("vl", 0))
@@ -147,16 +157,17 @@ class _Step:
                 self.linear(tokens, dim, hidden, f"{name}mlp_{expert}.fc1.weight")
                 self.linear(tokens, hidden, dim, f"{name}mlp_{expert}.fc2.weight")
 
-    def _attention(self, name: str, text: int, image: int, *, below: bool) -> None:
-        dim = self.config.dim
+    def _attention(
+        self, name: str, layer: str, text: int, image: int, outputs: int, *, below: bool
+    ) -> None:
         own = "attn_text" if self.config.separate_attention and below else "attn"
         for attention, tokens in ((own, text), ("attn", image)):
-            self.linear(tokens, dim, 3 * dim, f"{name}{attention}.qkv.weight")
-            self.linear(tokens, dim, dim, f"{name}{attention}.proj.weight")
+            self.linear(tokens, self.config.dim, outputs, f"{name}{attention}.{layer}.weight")
 
-    def fusion(self, pairs: list[int]) -> None:
+    def fusion(self, pairs: list[int], *, read: int) -> None:
+        """Pairs of so many tokens each; heads read so many tokens of texts in all."""
         images = len(pairs) * self.image
-        self._blocks(pairs, sum(pairs) - images, images, vl=True)
+        self._blocks(pairs, sum(pairs) - images, images, vl=True, read=(read, 0))
 
     def _contrast(self) -> None:
         """Texts and images alone, the top blocks twice with ITC, and their cosines."""
@@ -166,7 +177,7 @@ class _Step:
         tails = ["", "_vl"] if "itc" in self.config.tasks else [""]
         self._blocks(streams, *tokens, stop=start)
         for tail in tails:
-            self._blocks(streams, *tokens, vl=bool(tail), start=start)
+            self._blocks(streams, *tokens, vl=bool(tail), start=start, read=(rows, rows))
             for stream in ("text", "image"):
                 name = f"itc{tail}_{stream}_proj.fc.weight"
                 self.linear(rows, self.config.dim, self.config.dim, name)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vlmo.config import VLMoConfig
 from vlmo.kernels import moe_ffn
-from vlmo.sequences import Layout
+from vlmo.sequences import Chosen, Layout, Tokens
 
 
 class PatchEmbedding(nn.Module):
@@ -104,21 +104,28 @@ class Block(nn.Module):
         x: Tensor,  # [B, N, D] or [T, D]
         layout: Layout,
         table: Tensor | None,  # [entries, H]
+        chosen: Chosen | None = None,
     ) -> Tensor:
+        """All tokens, or those of ``chosen`` only."""
         attended = self._attend(self.norm1(x), layout, table)
+        tokens: Tokens = layout
+        if chosen is not None:
+            x, attended = (t.index_select(0, chosen.index) for t in (x, attended))
+            tokens = chosen
+        attended = self._project(attended, tokens)
         if self.gamma_1 is not None:
             attended = attended * self.gamma_1
         drops = self.training and self.drop_path > 0
         if drops:
-            attended = attended * layout.drop_path(self.drop_path, x.device)[..., None]
+            attended = attended * tokens.drop_path(self.drop_path, x.device)[..., None]
         x = x + attended
 
-        names, routing = layout.experts(self.has_vl)
+        names, routing = tokens.experts(self.has_vl)
         mlps = [getattr(self, f"mlp_{name}") for name in names]
         norms = [getattr(self, f"norm2_{name}") for name in names]
         token_scale = None
         if drops:
-            token_scale = layout.drop_path_of_experts(self.drop_path, self.has_vl, x.device)
+            token_scale = tokens.drop_path_of_experts(self.drop_path, self.has_vl, x.device)
         return moe_ffn(
             x,
             routing,
@@ -138,12 +145,16 @@ class Block(nn.Module):
 
     def _attend(self, x: Tensor, layout: Layout, table: Tensor | None) -> Tensor:
         if self.attn_text is None:
-            out = layout.attend(self.attn.project(x), table, self.kernels)
-            return self.attn.proj(out.flatten(-2))
-        # Each modality through its own projections; every token still attends to every other.
-        qkv = layout.by_modality(x, self.attn_text.project, self.attn.project)
-        out = layout.attend(qkv, table, self.kernels).flatten(-2)
-        return layout.by_modality(out, self.attn_text.proj, self.attn.proj)
+            qkv = self.attn.project(x)
+        else:
+            # Each modality through its own projections; every token still attends to every other.
+            qkv = layout.by_modality(x, self.attn_text.project, self.attn.project)
+        return layout.attend(qkv, table, self.kernels).flatten(-2)
+
+    def _project(self, attended: Tensor, tokens: Tokens) -> Tensor:
+        if self.attn_text is None:
+            return self.attn.proj(attended)
+        return tokens.by_modality(attended, self.attn_text.proj, self.attn.proj)
 
 
 class MultiwayTransformer(nn.Module):

@@ -20,7 +20,7 @@ from vlmo import objectives
 from vlmo.config import VLMoConfig
 from vlmo.kernels import RelativePositionIndex
 from vlmo.layers import MLMHead, MultiwayTransformer, Pooler, Projection, TextEmbeddings, classifier
-from vlmo.sequences import Layout, Packed, Padded
+from vlmo.sequences import Chosen, Layout, Packed, Padded
 
 
 class FusionOutput(NamedTuple):
@@ -197,17 +197,17 @@ class VLMo(nn.Module):
         *,
         start: int = 0,
         stop: int | None = None,
+        chosen: Chosen | None = None,
     ) -> Tensor:
-        """Blocks ``start`` to ``stop``, without the final norm."""
+        """Blocks ``start`` to ``stop``, without the final norm; of ``chosen`` tokens if given."""
         tables = self._tables()
         saves = self.config.checkpointing and torch.is_grad_enabled()
-        for number in range(start, self.config.depth if stop is None else stop):
+        stop = self.config.depth if stop is None else stop
+        for number in range(start, stop):
             block = self.transformer.blocks[number]
-            if saves:
-                x = checkpoint(block, x, layout, tables[number], use_reentrant=False)
-            else:
-                x = block(x, layout, tables[number])
-        return x
+            inputs = (x, layout, tables[number], chosen if number == stop - 1 else None)
+            x = checkpoint(block, *inputs, use_reentrant=False) if saves else block(*inputs)
+        return x.index_select(0, chosen.index) if chosen is not None and start >= stop else x
 
     def _tables(self) -> list[Tensor | None]:
         """The bias table of each layer: strided views of the model-wide one."""

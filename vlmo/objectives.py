@@ -35,7 +35,6 @@ from vlmo import distributed, passes
 from vlmo.config import VLMoConfig
 from vlmo.negatives import Negatives, PendingNegatives
 from vlmo.passes import Streams
-from vlmo.sequences import Packed
 from vlmo.transfer import upload
 
 if TYPE_CHECKING:
@@ -137,15 +136,15 @@ def mlm(model: VLMo, batch: Batch, patches: Tensor, whole: Whole | None = None) 
         ``mlm_loss``; ``mlm_logits`` [M, V] and ``mlm_labels`` [M] of the M masked tokens.
     """
     texts = passes.end_to_end(batch["text_ids_mlm"], passes.text_lengths(batch))
-    x, layout = passes.fuse(model, texts, patches, range(len(patches)))
-    return _mlm_output(model, batch, x, layout, whole, weight=MLM_WEIGHT)
+    x = passes.fuse(model, texts, patches, range(len(patches)), _masked(batch, texts))
+    return _mlm_output(model, batch, x, whole, weight=MLM_WEIGHT)
 
 
 def text_mlm(model: VLMo, batch: Batch, whole: Whole | None = None) -> Output:
     """Masked language modelling on text alone (stage-2 pre-training); returns as :func:`mlm`."""
     texts = passes.end_to_end(batch["text_ids_mlm"], passes.text_lengths(batch))
-    x, layout = passes.encode_text(model, texts)
-    return _mlm_output(model, batch, x, layout, whole, weight=1.0)
+    x = passes.encode_text(model, texts, _masked(batch, texts))
+    return _mlm_output(model, batch, x, whole, weight=1.0)
 
 
 def masked_tokens(batch: Batch) -> Tensor:
@@ -155,23 +154,25 @@ def masked_tokens(batch: Batch) -> Tensor:
     return (batch["text_labels_mlm"].flatten() >= 0).nonzero()[:, 0].cpu()
 
 
+def _masked(batch: Batch, texts: passes.Texts) -> passes.Places:
+    tokens, capacity = masked_tokens(batch), batch["text_labels_mlm"].shape[1]
+    found = passes.Places(tokens // capacity, tokens % capacity)
+    if (found.places >= torch.tensor(texts.lengths)[found.texts]).any():
+        raise ValueError("text_labels_mlm: a label stands on padding")
+    return found
+
+
 def _mlm_output(
     model: VLMo,
     batch: Batch,
-    x: Tensor,  # [T, D]
-    layout: Packed,
+    x: Tensor,  # [M, D]
     whole: Whole | None,
     weight: float,
 ) -> Output:
-    """The head sees masked tokens only; the loss is the mean over those of the global batch."""
-    labels = batch["text_labels_mlm"]
+    """The loss is the mean over the masked tokens of the global batch."""
     tokens = masked_tokens(batch)
-    text, place = tokens // labels.shape[1], tokens % labels.shape[1]
-    if (place >= torch.tensor(layout.texts)[text]).any():
-        raise ValueError("text_labels_mlm: a label stands on padding")
-    rows = upload(torch.tensor(layout.starts)[text] + place, x.device)
-    logits = model.mlm_score(model.transformer.norm(x[rows]))
-    labels = labels.flatten()[upload(tokens, x.device)]
+    logits = model.mlm_score(x)
+    labels = batch["text_labels_mlm"].flatten()[upload(tokens, x.device)]
     total = F.cross_entropy(logits.float(), labels, reduction="sum")
     if whole is None:
         count = torch.full((), len(tokens), dtype=torch.float32, device=x.device)
@@ -242,9 +243,9 @@ def itm(model: VLMo, batch: Batch, patches: Tensor, negatives: Negatives) -> Out
     texts = passes.end_to_end(ids, lengths + lengths + negatives.text_lengths)
     if len(negatives.pixels):
         patches = torch.cat([patches, model.embed_image(negatives.pixels)])
-    x, layout = passes.fuse(model, texts, patches, own + negatives.images + own)
-    logits = model.itm_score(passes.pooled(model, x, layout))
-    labels = (torch.arange(3 * len(own), device=x.device) < len(own)).long()
+    cls = passes.fuse(model, texts, patches, own + negatives.images + own)
+    logits = model.itm_score(model.pooler(cls))
+    labels = (torch.arange(3 * len(own), device=cls.device) < len(own)).long()
     loss = F.cross_entropy(logits.float(), labels)
     return {"itm_loss": loss, "itm_logits": logits, "itm_labels": labels}
 
@@ -252,8 +253,8 @@ def itm(model: VLMo, batch: Batch, patches: Tensor, negatives: Negatives) -> Out
 def vqa(model: VLMo, batch: Batch, patches: Tensor) -> Output:
     """VQA as classification with soft targets: mean BCE times the number of answers."""
     texts = passes.end_to_end(batch["text_ids"], passes.text_lengths(batch))
-    x, layout = passes.fuse(model, texts, patches, range(len(patches)))
-    logits = model.vqa_classifier(passes.pooled(model, x, layout))
+    cls = passes.fuse(model, texts, patches, range(len(patches)))
+    logits = model.vqa_classifier(model.pooler(cls))
     if "vqa_targets" in batch:
         targets = batch["vqa_targets"]
     else:
@@ -269,8 +270,8 @@ def nlvr2(model: VLMo, batch: Batch) -> Output:
     lengths = passes.text_lengths(batch)
     texts = passes.end_to_end(torch.cat([batch["text_ids"]] * 2), lengths * 2)
     patches = torch.cat([model.embed_image(batch[f"image_{i}"], i + 1) for i in range(2)])
-    x, layout = passes.fuse(model, texts, patches, range(len(patches)))
-    first, second = passes.pooled(model, x, layout).chunk(2)
+    cls = passes.fuse(model, texts, patches, range(len(patches)))
+    first, second = model.pooler(cls).chunk(2)
     logits = model.nlvr2_classifier(torch.cat([first, second], dim=1))
     labels = batch["answers"].long()
     loss = F.cross_entropy(logits.float(), labels)

@@ -1,7 +1,8 @@
 """The passes of the training objectives through the model, on packed sequences.
 
 Texts keep their own lengths: no padding reaches attention or an expert. Both unimodal streams are
-one pass, and so are all pairs of a fusion.
+one pass, and so are all pairs of a fusion. Of the last block, only tokens that a head reads are
+projected and fed forward.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmo.sequences import Packed
+from vlmo.sequences import Chosen, Packed
 from vlmo.transfer import upload
 
 if TYPE_CHECKING:
@@ -41,6 +42,18 @@ class Streams(NamedTuple):
     text: Tensor
     vl_image: Tensor | None = None
     vl_text: Tensor | None = None
+
+
+class Places(NamedTuple):
+    """Some tokens of a batch of texts, in any order.
+
+    Attributes:
+        texts: ``[n]`` int64 on the CPU, the number of each token's text.
+        places: ``[n]`` int64 on the CPU, its place in it.
+    """
+
+    texts: Tensor
+    places: Tensor
 
 
 def text_lengths(batch: Mapping[str, Any]) -> list[int]:
@@ -96,9 +109,8 @@ def encode_streams(model: VLMo, texts: Texts, patches: Tensor, *, vl_tail: bool)
         x = torch.cat([x, x])
         use_vl = own + [True] * len(own)
         layout = model.pack(text_tokens * 2, image_tokens * 2, use_vl, x.device)
-    x = model.run(x, layout, start=start)
-    cls = model.transformer.norm(x[layout.first_tokens])
-    text, image, *tail = cls.split([count, images] * (2 if vl_tail else 1))
+    x = _end(model, x, layout, None, start=start)
+    text, image, *tail = x.split([count, images] * (2 if vl_tail else 1))
     streams = Streams(model.project("itc_image_proj", image), model.project("itc_text_proj", text))
     if not vl_tail:
         return streams
@@ -108,24 +120,41 @@ def encode_streams(model: VLMo, texts: Texts, patches: Tensor, *, vl_tail: bool)
     )
 
 
-def encode_text(model: VLMo, texts: Texts) -> tuple[Tensor, Packed]:
-    """Texts alone with their own experts: ``[n, D]`` before the final norm, and the layout."""
+def encode_text(model: VLMo, texts: Texts, tokens: Places | None = None) -> Tensor:
+    """Texts alone with their own experts.
+
+    Args:
+        model: any.
+        texts: B texts.
+        tokens: that are wanted; None for the first one of each text.
+
+    Returns:
+        ``[n, D]`` of the wanted tokens, after the final norm.
+    """
     count = len(texts.lengths)
     x = model.embed_text(texts.ids, texts.places)
     layout = model.pack(texts.lengths, [0] * count, [False] * count, x.device)
-    return model.run(x, layout), layout
+    return _end(model, x, layout, tokens)
 
 
 def fuse(
-    model: VLMo, texts: Texts, patches: Tensor, images: Sequence[int]
-) -> tuple[Tensor, Packed]:
-    """Pairs of text b and image ``images[b]``: ``[T, D]`` before the final norm, and the layout.
+    model: VLMo,
+    texts: Texts,
+    patches: Tensor,
+    images: Sequence[int],
+    tokens: Places | None = None,
+) -> Tensor:
+    """Pairs of text b and image ``images[b]``.
 
     Args:
         model: any.
         texts: B texts.
         patches: ``[I, N, D]`` of :meth:`VLMo.embed_image`.
         images: for each text, the row of ``patches``.
+        tokens: of the texts, that are wanted; None for the first one of each pair.
+
+    Returns:
+        ``[n, D]`` of the wanted tokens, after the final norm.
     """
     words = model.embed_text(texts.ids, texts.places)
     count, length = len(images), patches.shape[1]
@@ -140,9 +169,15 @@ def fuse(
     places = upload(torch.cat(rows), words.device)
     # An embedding's gradient is the same on every run; that of an index adds in any order.
     x = F.embedding(places, torch.cat([words, patches.flatten(0, 1).to(words.dtype)]))
-    return model.run(x, layout), layout
+    return _end(model, x, layout, tokens)
 
 
-def pooled(model: VLMo, x: Tensor, layout: Packed) -> Tensor:
-    """``[B, D]`` pooled first tokens of packed sequences before the final norm."""
-    return model.pooler(model.transformer.norm(x[layout.first_tokens]))
+def _end(
+    model: VLMo, x: Tensor, layout: Packed, tokens: Places | None, *, start: int = 0
+) -> Tensor:
+    """Run the blocks from ``start`` on; ``[n, D]`` of the wanted tokens after the final norm."""
+    first = torch.tensor(layout.starts[:-1])
+    rows = first if tokens is None else first[tokens.texts] + tokens.places
+    # Without any, as of a batch without masked words, one keeps the graph the same on every rank.
+    chosen = Chosen(layout, rows if len(rows) else first[:1])
+    return model.transformer.norm(model.run(x, layout, start=start, chosen=chosen))[: len(rows)]

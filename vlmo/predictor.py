@@ -234,8 +234,8 @@ class Predictor:
         model, names = self.model, self.answers
 
         def logits(texts: passes.Texts, pixels: Tensor, places: Sequence[int]) -> Tensor:
-            x, layout = passes.fuse(model, texts, model.embed_image(pixels), places)
-            return model.vqa_classifier(passes.pooled(model, x, layout))
+            cls = passes.fuse(model, texts, model.embed_image(pixels), places)
+            return model.vqa_classifier(model.pooler(cls))
 
         found = [
             part.sigmoid().topk(min(top, len(names)), dim=1)

@@ -155,16 +155,15 @@ def encode(
 
 def embed_texts(model: VLMo, texts: passes.Texts) -> Tensor:
     """Unit vectors ``[n, D]`` float32 of the dual encoder."""
-    x, layout = passes.encode_text(model, texts)
-    return model.project("itc_text_proj", model.transformer.norm(x[layout.first_tokens])).float()
+    return model.project("itc_text_proj", passes.encode_text(model, texts)).float()
 
 
 def matching_logits(
     model: VLMo, texts: passes.Texts, pixels: Tensor, images: Sequence[int]
 ) -> Tensor:
     """Logits ``[n, 2]`` float32 of ITM for text b and image ``images[b]``; 1 is a match."""
-    x, layout = passes.fuse(model, texts, model.embed_image(pixels), images)
-    return model.itm_score(passes.pooled(model, x, layout)).float()
+    cls = passes.fuse(model, texts, model.embed_image(pixels), images)
+    return model.itm_score(model.pooler(cls)).float()
 
 
 @torch.no_grad()

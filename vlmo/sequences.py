@@ -34,14 +34,11 @@ class Experts(NamedTuple):
     routing: ModalityRouting
 
 
-class Layout(Protocol):
-    """What a block asks of a batch; tokens are ``[B, N, D]`` or ``[T, D]``."""
+class Tokens(Protocol):
+    """What a block asks of tokens ``[B, N, D]`` or ``[T, D]`` that it takes one by one."""
 
     def experts(self, has_vl: bool) -> Experts:
         """For a block with (``has_vl``) or without a vision-language expert."""
-
-    def attend(self, qkv: Tensor, table: Tensor | None, backend: str | None) -> Tensor:
-        """Attention within each sequence: ``[..., 3, H, K]`` to ``[..., H, K]``."""
 
     def by_modality(self, x: Tensor, text: Project, image: Project) -> Tensor:
         """``text`` of the text tokens and ``image`` of the image tokens, in their places."""
@@ -51,6 +48,13 @@ class Layout(Protocol):
 
     def drop_path_of_experts(self, rate: float, has_vl: bool, device: torch.device) -> Tensor:
         """Factor of the expert's branch of each token: one draw for each run of one expert."""
+
+
+class Layout(Tokens, Protocol):
+    """What a block asks of whole sequences."""
+
+    def attend(self, qkv: Tensor, table: Tensor | None, backend: str | None) -> Tensor:
+        """Attention within each sequence: ``[..., 3, H, K]`` to ``[..., H, K]``."""
 
 
 def survival(count: int, rate: float, device: torch.device) -> Tensor:
@@ -142,11 +146,6 @@ class Packed:
         """First row of each sequence, and T at the end."""
         return [0, *itertools.accumulate(self.lengths)]
 
-    @functools.cached_property
-    def first_tokens(self) -> Tensor:
-        """``[B]`` int64, the row of each sequence's first token."""
-        return self._move(torch.tensor(self.starts[:-1]))
-
     def experts(self, has_vl: bool) -> Experts:
         return self._experts_with_vl if has_vl else self._experts_without_vl
 
@@ -166,10 +165,7 @@ class Packed:
             return text(x)
         if not any(self.texts):
             return image(x)
-        count = sum(self.texts)
-        apart = x[self._text_first]
-        out = torch.cat([text(apart[:count]), image(apart[count:])])
-        return torch.empty_like(out).index_copy(0, self._text_first, out)
+        return _by_modality(x, self._text_first, sum(self.texts), text, image)
 
     def drop_path(self, rate: float, device: torch.device) -> Tensor:
         return survival(len(self.lengths), rate, device)[self._sequence]
@@ -178,7 +174,11 @@ class Packed:
         run = self._run_with_vl if has_vl else self._run_without_vl
         return survival(2 * len(self.lengths), rate, device)[run]
 
-    def _runs(self, has_vl: bool) -> list[tuple[str, int]]:
+    def runs_of_tokens(self, has_vl: bool) -> Tensor:
+        """``[T]`` on the CPU, the number in :meth:`runs` of each token's run."""
+        return _numbers([length for _, length in self.runs(has_vl)])
+
+    def runs(self, has_vl: bool) -> list[tuple[str, int]]:
         """(expert, length) of the two runs of every sequence, empty ones included."""
         runs = []
         for text, image, vl in zip(self.texts, self.images, self.vl, strict=True):
@@ -189,13 +189,7 @@ class Packed:
         return runs
 
     def _experts(self, has_vl: bool) -> Experts:
-        runs = [run for run in self._runs(has_vl) if run[1]]
-        used = {name for name, _ in runs}
-        names = tuple(name for name in ("text", "imag", "vl") if name in used)
-        if len(names) == 1:
-            return Experts(names, ModalityRouting.segments([(0, self.starts[-1])]))
-        pieces = [(names.index(name), length) for name, length in runs]
-        return Experts(names, ModalityRouting.packed([pieces], device=self.device))
+        return _routed([run for run in self.runs(has_vl) if run[1]], self.device)
 
     # What every block asks for, made once.
 
@@ -221,9 +215,7 @@ class Packed:
 
     @functools.cached_property
     def _text_first(self) -> Tensor:
-        is_text = torch.tensor([True, False]).repeat(len(self.texts))
-        lengths = torch.tensor([length for _, length in self._runs(False)])
-        return self._move(is_text.repeat_interleave(lengths).logical_not().argsort(stable=True))
+        return self._move((self.runs_of_tokens(False) % 2).argsort(stable=True))
 
     @functools.cached_property
     def _sequence(self) -> Tensor:
@@ -231,14 +223,72 @@ class Packed:
 
     @functools.cached_property
     def _run_with_vl(self) -> Tensor:
-        return self._move(_numbers([length for _, length in self._runs(True)]))
+        return self._move(self.runs_of_tokens(True))
 
     @functools.cached_property
     def _run_without_vl(self) -> Tensor:
-        return self._move(_numbers([length for _, length in self._runs(False)]))
+        return self._move(self.runs_of_tokens(False))
 
     def _move(self, tensor: Tensor) -> Tensor:
         return upload(tensor, self.device)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Some tokens of packed sequences, ``[n, D]``: those that a head reads.
+
+    All of the last block but its attention is spent on them alone.
+
+    Attributes:
+        packed: all tokens.
+        rows: ``[n]`` int64 on the CPU, the chosen ones of them; n is not 0.
+    """
+
+    packed: Packed
+    rows: Tensor
+
+    @functools.cached_property
+    def index(self) -> Tensor:
+        """``rows`` on the device."""
+        return upload(self.rows, self.packed.device)
+
+    def experts(self, has_vl: bool) -> Experts:
+        runs = self.packed.runs(has_vl)
+        own = self.packed.runs_of_tokens(has_vl)[self.rows].tolist()
+        return _routed([(runs[number][0], 1) for number in own], self.packed.device)
+
+    def by_modality(self, x: Tensor, text: Project, image: Project) -> Tensor:
+        is_image = self.packed.runs_of_tokens(False)[self.rows] % 2
+        texts = len(x) - int(is_image.sum())
+        if texts in (0, len(x)):
+            return text(x) if texts else image(x)
+        text_first = upload(is_image.argsort(stable=True), self.packed.device)
+        return _by_modality(x, text_first, texts, text, image)
+
+    def drop_path(self, rate: float, device: torch.device) -> Tensor:
+        return self.packed.drop_path(rate, device)[self.index]
+
+    def drop_path_of_experts(self, rate: float, has_vl: bool, device: torch.device) -> Tensor:
+        return self.packed.drop_path_of_experts(rate, has_vl, device)[self.index]
+
+
+def _routed(runs: Sequence[tuple[str, int]], device: torch.device) -> Experts:
+    """Of ``(expert, length)`` runs, none of them empty."""
+    used = {name for name, _ in runs}
+    names = tuple(name for name in ("text", "imag", "vl") if name in used)
+    if len(names) == 1:
+        return Experts(names, ModalityRouting.segments([(0, sum(length for _, length in runs))]))
+    pieces = [(names.index(name), length) for name, length in runs]
+    return Experts(names, ModalityRouting.packed([pieces], device=device))
+
+
+def _by_modality(
+    x: Tensor, text_first: Tensor, texts: int, text: Project, image: Project
+) -> Tensor:
+    """``text_first`` are the rows of ``x``, those of the text tokens first."""
+    apart = x[text_first]
+    out = torch.cat([text(apart[:texts]), image(apart[texts:])])
+    return torch.empty_like(out).index_copy(0, text_first, out)
 
 
 def _numbers(lengths: Sequence[int]) -> Tensor:

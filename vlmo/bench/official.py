@@ -21,7 +21,7 @@ from torch import Tensor
 from vlmo.layers import Block
 from vlmo.model import VLMo
 from vlmo.objectives import MLM_WEIGHT, with_total
-from vlmo.sequences import Layout, Padded
+from vlmo.sequences import Chosen, Layout, Padded
 
 
 class SwitchedVLMo(VLMo):
@@ -42,11 +42,19 @@ class SwitchedVLMo(VLMo):
         finally:
             self._block = None
 
-    def run(self, x: Tensor, layout: Layout, *, start: int = 0, stop: int | None = None) -> Tensor:
+    def run(
+        self,
+        x: Tensor,
+        layout: Layout,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        chosen: Chosen | None = None,
+    ) -> Tensor:
         """Blocks ``start`` to ``stop``; see :meth:`VLMo.run`."""
         if self._block is None:
-            return super().run(x, layout, start=start, stop=stop)
-        assert isinstance(layout, Padded)
+            return super().run(x, layout, start=start, stop=stop, chosen=chosen)
+        assert isinstance(layout, Padded) and chosen is None
         biases = self._biases(layout)
         for number in range(start, self.config.depth if stop is None else stop):
             x = self._block(self.transformer.blocks[number], x, layout, biases[number])
