@@ -10,13 +10,9 @@ time, memory, launches and energy are in the file's ``extra_info``, by :mod:`vlm
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
-
-os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as in vlmo bench; read when torch is imported
-
 import torch
 
 from vlmo.bench.gpu import Sensors, open_sensors

@@ -442,7 +442,8 @@ def bench(
 
         show(modelled, Console(), again=again)
         return
-    os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as in demo
+    if smoke:
+        os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as in demo
     from vlmo.commands.bench import Settings, run
 
     settings = Settings(

@@ -302,7 +302,7 @@ def _pretrain(model: VLMo, batch: Batch, number: int) -> Measured:
     patches = model.embed_image(batch["image"])
     sums: Sums = {}
     if {"itc", "irtr"} & set(tasks):
-        streams = objectives.encode_streams(model, batch, patches)
+        streams, _ = objectives.encode_streams(model, batch, patches)
         logits = model.logit_scale.exp() * streams.image @ streams.text.T
         loss, accuracies = _contrast(logits)
         if "irtr" in tasks:

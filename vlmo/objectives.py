@@ -94,8 +94,15 @@ def compute(
     output: Output = {}
     negatives = None if whole is None else whole.negatives
     pending = None
-    if {"itc", "irtr"} & set(tasks):
-        streams = encode_streams(model, batch, patches)
+    contrasts = bool({"itc", "irtr"} & set(tasks))
+    # Parts of a batch see their streams twice, and must draw the same dropout: streams are alone.
+    joined = "mlm" in tasks and contrasts and whole is None and not streams_only
+    joined = joined and _joins(patches.device)
+    if contrasts:
+        words = _words(batch) if joined else None
+        streams, masked = encode_streams(model, batch, patches, words)
+        if masked is not None:
+            output |= _mlm_output(model, batch, masked, whole, weight=MLM_WEIGHT)
         if streams_only:
             return {name: v for name, v in streams._asdict().items() if v is not None}
         if whole is None:
@@ -110,7 +117,7 @@ def compute(
             output[first] = whole.losses[first] + surrogate - surrogate.detach()
     if "textmlm" in tasks:
         output |= text_mlm(model, batch, whole)
-    if "mlm" in tasks:
+    if "mlm" in tasks and not joined:
         output |= mlm(model, batch, patches, whole)
     if pending is not None:
         negatives = pending.all()
@@ -121,6 +128,15 @@ def compute(
     if "nlvr2" in tasks:
         output |= nlvr2(model, batch)
     return with_total(output)
+
+
+def _joins(device: torch.device) -> bool:
+    """Whether masked language modelling joins the pass of the streams.
+
+    Blocks then read their weights, and add to their gradients, once less, which tells on a CPU. A
+    GPU needs it later: its queue is not empty while the host waits for the hard negatives.
+    """
+    return device.type == "cpu"
 
 
 def with_total(output: Output) -> Output:
@@ -135,15 +151,14 @@ def mlm(model: VLMo, batch: Batch, patches: Tensor, whole: Whole | None = None) 
     Returns:
         ``mlm_loss``; ``mlm_logits`` [M, V] and ``mlm_labels`` [M] of the M masked tokens.
     """
-    texts = passes.end_to_end(batch["text_ids_mlm"], passes.text_lengths(batch))
-    x = passes.fuse(model, texts, patches, range(len(patches)), _masked(batch, texts))
+    texts, tokens = _words(batch)
+    x = passes.fuse(model, texts, patches, range(len(patches)), tokens)
     return _mlm_output(model, batch, x, whole, weight=MLM_WEIGHT)
 
 
 def text_mlm(model: VLMo, batch: Batch, whole: Whole | None = None) -> Output:
     """Masked language modelling on text alone (stage-2 pre-training); returns as :func:`mlm`."""
-    texts = passes.end_to_end(batch["text_ids_mlm"], passes.text_lengths(batch))
-    x = passes.encode_text(model, texts, _masked(batch, texts))
+    x = passes.encode_text(model, *_words(batch))
     return _mlm_output(model, batch, x, whole, weight=1.0)
 
 
@@ -154,12 +169,13 @@ def masked_tokens(batch: Batch) -> Tensor:
     return (batch["text_labels_mlm"].flatten() >= 0).nonzero()[:, 0].cpu()
 
 
-def _masked(batch: Batch, texts: passes.Texts) -> passes.Places:
-    tokens, capacity = masked_tokens(batch), batch["text_labels_mlm"].shape[1]
-    found = passes.Places(tokens // capacity, tokens % capacity)
-    if (found.places >= torch.tensor(texts.lengths)[found.texts]).any():
+def _words(batch: Batch) -> passes.Words:
+    texts = passes.end_to_end(batch["text_ids_mlm"], passes.text_lengths(batch))
+    masked, capacity = masked_tokens(batch), batch["text_labels_mlm"].shape[1]
+    tokens = passes.Places(masked // capacity, masked % capacity)
+    if (tokens.places >= torch.tensor(texts.lengths)[tokens.texts]).any():
         raise ValueError("text_labels_mlm: a label stands on padding")
-    return found
+    return passes.Words(texts, tokens)
 
 
 def _mlm_output(
@@ -183,15 +199,22 @@ def _mlm_output(
     return {"mlm_loss": weight * loss, "mlm_logits": logits, "mlm_labels": labels}
 
 
-def encode_streams(model: VLMo, batch: Batch, patches: Tensor) -> Streams:
-    """What contrast compares, with the gradient scale of the configuration."""
+def encode_streams(
+    model: VLMo, batch: Batch, patches: Tensor, words: passes.Words | None = None
+) -> tuple[Streams, Tensor | None]:
+    """What contrast compares, with the gradient scale of the configuration, and masked tokens.
+
+    See :func:`vlmo.passes.encode_streams`.
+    """
     texts = passes.end_to_end(batch["text_ids"], passes.text_lengths(batch))
     vl_tail = "itc" in model.config.tasks
-    streams = passes.encode_streams(model, texts, patches, vl_tail=vl_tail)
+    streams, masked = passes.encode_streams(model, texts, patches, vl_tail=vl_tail, words=words)
     scale = model.config.itc_grad_scale
-    if scale == 1:
-        return streams
-    return Streams._make(v if v is None else v * scale + v.detach() * (1 - scale) for v in streams)
+    if scale != 1:
+        streams = Streams._make(
+            v if v is None else v * scale + v.detach() * (1 - scale) for v in streams
+        )
+    return streams, masked
 
 
 def contrast(model: VLMo, streams: Streams) -> Output:

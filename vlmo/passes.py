@@ -1,8 +1,8 @@
 """The passes of the training objectives through the model, on packed sequences.
 
 Texts keep their own lengths: no padding reaches attention or an expert. Both unimodal streams are
-one pass, and so are all pairs of a fusion. Of the last block, only tokens that a head reads are
-projected and fed forward.
+one pass, which the pairs of masked language modelling may join, and so are all pairs of a fusion.
+Of the last block, only tokens that a head reads are projected and fed forward.
 """
 
 from __future__ import annotations
@@ -86,38 +86,62 @@ def end_to_end(text_ids: Tensor, lengths: Sequence[int]) -> Texts:
     return Texts(text_ids.flatten()[tokens], places, list(lengths))
 
 
-def encode_streams(model: VLMo, texts: Texts, patches: Tensor, *, vl_tail: bool) -> Streams:
+class Words(NamedTuple):
+    """Pairs of text b and image b that masked language modelling reads.
+
+    Attributes:
+        texts: as many as there are images.
+        tokens: the masked ones.
+    """
+
+    texts: Texts
+    tokens: Places
+
+
+def encode_streams(
+    model: VLMo, texts: Texts, patches: Tensor, *, vl_tail: bool, words: Words | None = None
+) -> tuple[Streams, Tensor | None]:
     """Texts alone and images alone, in one pass; with ``vl_tail`` also through the VL experts.
 
-    The blocks below the first VL block run once for both.
+    The blocks below the first VL block run once for both. One pass rather than two lets every block
+    read its weights, and add to their gradients, once.
 
     Args:
         model: with the projections of ITC.
         texts: B texts.
         patches: ``[I, N, D]`` of :meth:`VLMo.embed_image`.
         vl_tail: see above.
+        words: pairs that are fused in the same pass.
+
+    Returns:
+        The streams, and ``[n, D]`` of the tokens of ``words``, if given, after the final norm.
     """
+    count, images, length = len(texts.lengths), len(patches), patches.shape[1]
     x = torch.cat([model.embed_text(texts.ids, texts.places), patches.flatten(0, 1)])
-    count, images = len(texts.lengths), len(patches)
-    text_tokens = [*texts.lengths, *[0] * images]
-    image_tokens = [*[0] * count, *[patches.shape[1]] * images]
-    own = [False] * (count + images)
-    start = model.config.first_vl_block
-    layout = model.pack(text_tokens, image_tokens, own, x.device)
-    x = model.run(x, layout, stop=start)
+    streams = _Sequences([*texts.lengths, *[0] * images], [*[0] * count, *[length] * images], False)
+    pairs = _Sequences([], [], True)
+    fused = x.new_empty(0, x.shape[1])
+    if words is not None:
+        pairs = _Sequences(words.texts.lengths, [length] * images, True)
+        fused = _pairs(model, words.texts, patches, range(images)).to(x.dtype)
+    start, runs = model.config.first_vl_block, [streams, pairs]
+    both = model.run(torch.cat([x, fused]), _packed(model, runs, x.device), stop=start)
     if vl_tail:
-        x = torch.cat([x, x])
-        use_vl = own + [True] * len(own)
-        layout = model.pack(text_tokens * 2, image_tokens * 2, use_vl, x.device)
-    x = _end(model, x, layout, None, start=start)
+        x, fused = both.split([len(x), len(fused)])
+        both, runs = torch.cat([x, x, fused]), [streams, streams._replace(vl=True), pairs]
+    layout = _packed(model, runs, x.device)
+    first = torch.tensor(layout.starts[:-1])
+    own = first[: len(first) - len(pairs.texts)]
+    rows = own if words is None else torch.cat([own, _rows(first[len(own) :], words.tokens)])
+    x, masked = _end(model, both, layout, rows, start=start).tensor_split([len(own)])
     text, image, *tail = x.split([count, images] * (2 if vl_tail else 1))
-    streams = Streams(model.project("itc_image_proj", image), model.project("itc_text_proj", text))
-    if not vl_tail:
-        return streams
-    return streams._replace(
-        vl_image=model.project("itc_vl_image_proj", tail[1]),
-        vl_text=model.project("itc_vl_text_proj", tail[0]),
-    )
+    found = Streams(model.project("itc_image_proj", image), model.project("itc_text_proj", text))
+    if vl_tail:
+        found = found._replace(
+            vl_image=model.project("itc_vl_image_proj", tail[1]),
+            vl_text=model.project("itc_vl_text_proj", tail[0]),
+        )
+    return found, None if words is None else masked
 
 
 def encode_text(model: VLMo, texts: Texts, tokens: Places | None = None) -> Tensor:
@@ -134,7 +158,7 @@ def encode_text(model: VLMo, texts: Texts, tokens: Places | None = None) -> Tens
     count = len(texts.lengths)
     x = model.embed_text(texts.ids, texts.places)
     layout = model.pack(texts.lengths, [0] * count, [False] * count, x.device)
-    return _end(model, x, layout, tokens)
+    return _end(model, x, layout, _rows(torch.tensor(layout.starts[:-1]), tokens))
 
 
 def fuse(
@@ -156,9 +180,28 @@ def fuse(
     Returns:
         ``[n, D]`` of the wanted tokens, after the final norm.
     """
-    words = model.embed_text(texts.ids, texts.places)
-    count, length = len(images), patches.shape[1]
-    layout = model.pack(texts.lengths, [length] * count, [True] * count, words.device)
+    x = _pairs(model, texts, patches, images)
+    pairs = _Sequences(texts.lengths, [patches.shape[1]] * len(images), True)
+    layout = _packed(model, [pairs], x.device)
+    return _end(model, x, layout, _rows(torch.tensor(layout.starts[:-1]), tokens))
+
+
+class _Sequences(NamedTuple):
+    """Text and image tokens of each of some sequences, and whether they go to VL experts."""
+
+    texts: list[int]
+    images: list[int]
+    vl: bool
+
+
+def _packed(model: VLMo, runs: Sequence[_Sequences], device: torch.device) -> Packed:
+    texts, images = ([n for run in runs for n in run[i]] for i in range(2))
+    return model.pack(texts, images, [run.vl for run in runs for _ in run.texts], device)
+
+
+def _pairs(model: VLMo, texts: Texts, patches: Tensor, images: Sequence[int]) -> Tensor:
+    """``[T, D]``: the words of each text, then the patches of its image."""
+    words, length = model.embed_text(texts.ids, texts.places), patches.shape[1]
     # Row of each token among all words, then all patches.
     word, rows = 0, []
     everything = torch.arange(len(words) + patches.shape[0] * length)
@@ -168,16 +211,16 @@ def fuse(
         word += text
     places = upload(torch.cat(rows), words.device)
     # An embedding's gradient is the same on every run; that of an index adds in any order.
-    x = F.embedding(places, torch.cat([words, patches.flatten(0, 1).to(words.dtype)]))
-    return _end(model, x, layout, tokens)
+    return F.embedding(places, torch.cat([words, patches.flatten(0, 1).to(words.dtype)]))
 
 
-def _end(
-    model: VLMo, x: Tensor, layout: Packed, tokens: Places | None, *, start: int = 0
-) -> Tensor:
-    """Run the blocks from ``start`` on; ``[n, D]`` of the wanted tokens after the final norm."""
-    first = torch.tensor(layout.starts[:-1])
-    rows = first if tokens is None else first[tokens.texts] + tokens.places
+def _rows(first: Tensor, tokens: Places | None) -> Tensor:
+    """Of tokens, or the first ones, of sequences that begin at rows ``first``."""
+    return first if tokens is None else first[tokens.texts] + tokens.places
+
+
+def _end(model: VLMo, x: Tensor, layout: Packed, rows: Tensor, *, start: int = 0) -> Tensor:
+    """Run the blocks from ``start`` on; ``[n, D]`` of the wanted rows after the final norm."""
     # Without any, as of a batch without masked words, one keeps the graph the same on every rank.
-    chosen = Chosen(layout, rows if len(rows) else first[:1])
+    chosen = Chosen(layout, rows if len(rows) else torch.zeros(1, dtype=torch.int64))
     return model.transformer.norm(model.run(x, layout, start=start, chosen=chosen))[: len(rows)]
