@@ -247,7 +247,7 @@ def saved_bytes(function, parameters) -> int:
 def test_memory_kept_for_the_backward(device):
     """A GPU keeps at most half of what eager slices keep, a sixth with recompute, at VLMo's width.
 
-    A CPU keeps the activations, too.
+    A CPU keeps the activations, too, and what LayerScale multiplies.
     """
     dim, hidden, batch, lengths = 768, 3072, 2, (3, 5)
     case = Case(tuple(enumerate(lengths)), "segments", batch, dim, (hidden,) * 2, token_scale=False)
@@ -273,9 +273,9 @@ def test_memory_kept_for_the_backward(device):
     )
     tokens = batch * sum(lengths)
     on_cpu = device.type == "cpu"
-    assert kept == 2 * tokens * (dim + hidden * (2 if on_cpu else 1))
+    assert kept == 2 * tokens * (2 * (dim + hidden) if on_cpu else dim + hidden)
     assert again == 2 * tokens * dim
-    assert kept <= eager_bytes * (0.9 if on_cpu else 0.5)
+    assert kept <= eager_bytes * (0.95 if on_cpu else 0.5)
     assert again <= eager_bytes / 6
 
 

@@ -28,8 +28,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
     """:func:`linear` into memory that is there."""
-    if weight.dtype == torch.float32 and _takes(weight):
-        out.copy_(linear(x, weight, bias))  # oneDNN's product and this copy take less than MKL's
+    if _takes(weight):
+        out.copy_(linear(x, weight, bias))  # with this copy it still takes less than addmm
     elif bias is None:
         torch.mm(x, weight.T, out=out)
     else:

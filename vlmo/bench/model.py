@@ -45,7 +45,7 @@ def cases(device: torch.device, scale: Scale) -> list[Case]:
     if scale is Scale.smoke:
         return [_case("tiny", torch.float32, phase, 2) for phase in PHASES]
     if scale is Scale.cpu:
-        pairs = {PRETRAINING: 2, VQA: 4, MATCHING: 8, RERANKING: 8, ENCODING: 8}
+        pairs = {PRETRAINING: 2, VQA: 2, MATCHING: 4, RERANKING: 8, ENCODING: 4}
         dtypes = (torch.float32, torch.bfloat16)
         return [_case("base", dtype, phase, pairs[phase]) for phase in PHASES for dtype in dtypes]
     pairs = {PRETRAINING: 64, VQA: 128, MATCHING: 256, RERANKING: 256, ENCODING: 256}
