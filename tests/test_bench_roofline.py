@@ -23,14 +23,14 @@ def test_the_lower_of_the_two_rates_is_attainable():
 
 @pytest.fixture
 def one_second(monkeypatch):
-    """Everything takes a second; what is timed has run before."""
+    """Everything takes a second at best; what is timed has run before."""
     timed = []
 
-    def median_seconds(work, device, **turns):
+    def times(work, device, **turns):
         timed.extend(work)
-        return [1.0] * len(work)
+        return [[1.5, 1.0, 2.0]] * len(work)
 
-    monkeypatch.setattr(roofline, "median_seconds", median_seconds)
+    monkeypatch.setattr(roofline, "times", times)
     return timed
 
 
@@ -41,7 +41,7 @@ def test_a_copy_counts_what_it_reads_and_writes(one_second):
     assert source.nbytes == 4000 and work().data_ptr() != source.data_ptr()
 
 
-@pytest.mark.parametrize(("fast", "size"), [(True, 512), (False, 256)])
+@pytest.mark.parametrize(("fast", "size"), [(True, 768), (False, 192)])
 def test_a_product_is_large_enough_and_no_larger_on_a_cpu(monkeypatch, one_second, fast, size):
     monkeypatch.setattr(roofline, "_GPU_SIZE", 512)
     monkeypatch.setattr(roofline, "wall_seconds", lambda work: 0.001 if fast else 0.1)

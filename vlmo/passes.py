@@ -117,13 +117,17 @@ def encode_streams(
         The streams, and ``[n, D]`` of the tokens of ``words``, if given, after the final norm.
     """
     count, images, length = len(texts.lengths), len(patches), patches.shape[1]
-    x = torch.cat([model.embed_text(texts.ids, texts.places), patches.flatten(0, 1)])
+    # One embedding, whose gradient has the size of the vocabulary.
+    given = [texts] if words is None else [texts, words.texts]
+    ids, places = (torch.cat(tensors) for tensors in zip(*(t[:2] for t in given), strict=True))
+    embedded = model.embed_text(ids, places).tensor_split([len(texts.ids)])
+    x = torch.cat([embedded[0], patches.flatten(0, 1)])
     streams = _Sequences([*texts.lengths, *[0] * images], [*[0] * count, *[length] * images], False)
     pairs = _Sequences([], [], True)
     fused = x.new_empty(0, x.shape[1])
     if words is not None:
         pairs = _Sequences(words.texts.lengths, [length] * images, True)
-        fused = _pairs(model, words.texts, patches, range(images)).to(x.dtype)
+        fused = _pairs(embedded[1], words.texts, patches, range(images)).to(x.dtype)
     start, runs = model.config.first_vl_block, [streams, pairs]
     both = model.run(torch.cat([x, fused]), _packed(model, runs, x.device), stop=start)
     if vl_tail:
@@ -161,6 +165,18 @@ def encode_text(model: VLMo, texts: Texts, tokens: Places | None = None) -> Tens
     return _end(model, x, layout, _rows(torch.tensor(layout.starts[:-1]), tokens))
 
 
+def encode_images(model: VLMo, patches: Tensor) -> Tensor:
+    """``[I, D]`` of the first tokens of images alone, after the final norm.
+
+    Args:
+        model: any.
+        patches: ``[I, N, D]`` of :meth:`VLMo.embed_image`.
+    """
+    images = _Sequences([0] * len(patches), [patches.shape[1]] * len(patches), False)
+    layout = _packed(model, [images], patches.device)
+    return _end(model, patches.flatten(0, 1), layout, torch.tensor(layout.starts[:-1]))
+
+
 def fuse(
     model: VLMo,
     texts: Texts,
@@ -180,7 +196,7 @@ def fuse(
     Returns:
         ``[n, D]`` of the wanted tokens, after the final norm.
     """
-    x = _pairs(model, texts, patches, images)
+    x = _pairs(model.embed_text(texts.ids, texts.places), texts, patches, images)
     pairs = _Sequences(texts.lengths, [patches.shape[1]] * len(images), True)
     layout = _packed(model, [pairs], x.device)
     return _end(model, x, layout, _rows(torch.tensor(layout.starts[:-1]), tokens))
@@ -195,13 +211,14 @@ class _Sequences(NamedTuple):
 
 
 def _packed(model: VLMo, runs: Sequence[_Sequences], device: torch.device) -> Packed:
-    texts, images = ([n for run in runs for n in run[i]] for i in range(2))
+    texts = [length for run in runs for length in run.texts]
+    images = [length for run in runs for length in run.images]
     return model.pack(texts, images, [run.vl for run in runs for _ in run.texts], device)
 
 
-def _pairs(model: VLMo, texts: Texts, patches: Tensor, images: Sequence[int]) -> Tensor:
-    """``[T, D]``: the words of each text, then the patches of its image."""
-    words, length = model.embed_text(texts.ids, texts.places), patches.shape[1]
+def _pairs(words: Tensor, texts: Texts, patches: Tensor, images: Sequence[int]) -> Tensor:
+    """``[T, D]``: the embedded words of each text, then the patches of its image."""
+    length = patches.shape[1]
     # Row of each token among all words, then all patches.
     word, rows = 0, []
     everything = torch.arange(len(words) + patches.shape[0] * length)

@@ -140,7 +140,7 @@ def encode(
     order = gallery.text_masks[texts].sum(1).argsort(stable=True)
     with evaluating(model) as run, precision(device, autocast):
         of_images = [
-            run(model.encode_image, pixels).embedding.float()
+            run(embed_images, model, pixels)
             for pixels in _pixels(gallery.images, even_batches(images, batch_size), device, workers)
         ]
         of_texts = [
@@ -151,6 +151,12 @@ def encode(
     return Embeddings(
         of_all(torch.cat(of_images), len(gallery.images)), of_all(in_order, len(gallery.text_ids))
     )
+
+
+def embed_images(model: VLMo, pixels: Tensor) -> Tensor:
+    """Unit vectors ``[n, D]`` float32 of the dual encoder."""
+    cls = passes.encode_images(model, model.embed_image(pixels))
+    return model.project("itc_image_proj", cls).float()
 
 
 def embed_texts(model: VLMo, texts: passes.Texts) -> Tensor:

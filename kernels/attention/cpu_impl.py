@@ -263,7 +263,7 @@ class _Batch:
         before, number = None, 0
         for b, (start, stop) in enumerate(itertools.pairwise(bounds.tolist())):
             length = stop - start
-            keys = _keys(None if masks is None else masks[b], limits and limits[b], length)
+            keys = _keys(length, *(None if t is None else t[b] for t in (masks, limits)))
             places = self._places(start, stop)
             if not length or (keys is not None and not len(keys)):
                 continue
@@ -286,7 +286,7 @@ class _Batch:
         return self.flat(call.positions).numpy()[start:stop]
 
 
-def _keys(mask: np.ndarray | None, limit: int | None, length: int) -> np.ndarray | None:
+def _keys(length: int, mask: np.ndarray | None, limit: int | None) -> np.ndarray | None:
     """Numbers of the keys that may be attended to; None for all."""
     if mask is None and (limit is None or limit >= length):
         return None

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from vlmo.bench.cost import Cost
-from vlmo.timing import Work, median_seconds, wall_seconds
+from vlmo.timing import Work, times, wall_seconds
 
 # Far more than every cache, even of a server's CPU.
 _COPIED_BYTES = 2**29
@@ -60,7 +60,7 @@ def matrix_tflops(device: torch.device, dtype: torch.dtype) -> float:
     """Of a square product of random numbers: zeros would draw less power and clock higher."""
     size = _GPU_SIZE
     if device.type != "cuda":
-        size = 256
+        size = 192  # not a power of two, whose rows meet in few sets of a cache
         while size < _GPU_SIZE and _fastest(_product(size, dtype, device)) < _CPU_SECONDS:
             size *= 2
     return 2 * size**3 / _seconds(_product(size, dtype, device), device) / 1e12
@@ -79,7 +79,8 @@ def _fastest(work: Work) -> float:
 
 
 def _seconds(work: Work, device: torch.device) -> float:
+    """Of the fastest call: what the device can do at best."""
     work()
-    launches = 10 if device.type == "cuda" else 1
-    [seconds] = median_seconds([work], device, rounds=5, launches=launches)
-    return seconds
+    calls = 50 if device.type == "cuda" else 7
+    [seconds] = times([work], device, calls=[calls])
+    return min(seconds)
