@@ -32,7 +32,7 @@ SUITES = {suite.name: suite for suite in (moe_ffn.SUITE, attention.SUITE, model.
 ALL = "all"
 # Timed calls take this part of a contender's time, within bounds; wall time and energy the rest.
 _TIMED = 0.5
-_LEAST_SECONDS, _MOST_SECONDS = 0.1, 2.0
+_LEAST_SECONDS, _MOST_SECONDS = 0.1, {Scale.cpu: 1.2, Scale.full: 2.0}
 
 
 def run(
@@ -192,7 +192,7 @@ class _Session:
         sensors = None if isinstance(self.sensors, str) else self.sensors
         if self.scale is Scale.smoke:
             return Settings(seconds=0, energy_seconds=0, sensors=sensors)
-        timed = max(_LEAST_SECONDS, min(_MOST_SECONDS, _TIMED * share))
+        timed = max(_LEAST_SECONDS, min(_MOST_SECONDS[self.scale], _TIMED * share))
         return Settings(seconds=timed, sensors=sensors)
 
     def _completed(
