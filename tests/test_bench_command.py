@@ -115,7 +115,7 @@ def test_filters_and_scale_are_those_of_the_command_line(tmp_path, monkeypatch):
     arguments = ["bench", "--output", str(tmp_path), "--device", "cpu", "--no-pictures"]
     assert vlmo(monkeypatch, *arguments).exit_code == 0
     assert (tmp_path / "testing-unit-9-abc1234.json").is_file()
-    assert (seen["scale"], seen["seconds"], seen["dtypes"]) == (Scale.cpu, 300, None)
+    assert (seen["scale"], seen["seconds"], seen["dtypes"]) == (Scale.cpu, 270, None)
     assert vlmo(monkeypatch, *arguments, "--minutes", "0.5").exit_code == 0
     assert seen["seconds"] == 30
 

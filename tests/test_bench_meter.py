@@ -53,6 +53,13 @@ def test_three_calls_at_least_and_a_hundred_at_most():
     assert found["quick"]["calls"] == 100
 
 
+def test_two_long_calls_after_one_that_warms_up(monkeypatch):
+    called = []
+    monkeypatch.setattr(meter, "wall_seconds", lambda work: called.append(work()) or 5.5)
+    found = measure({"long": lambda: None}, CPU, Settings(seconds=0))
+    assert found["long"]["calls"] == 2 and len(called) == 1
+
+
 def test_one_that_raises_keeps_the_others_going():
     def fails():
         raise RuntimeError("\n  CUDA out of memory.\nTried to allocate")

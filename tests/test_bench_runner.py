@@ -190,8 +190,8 @@ def test_calls_are_as_many_as_what_is_left_allows(monkeypatch):
     )
     run([suite], CPU, scale=Scale.cpu, seconds=24)
     # 24 s for three cases, two of the first 8 gone, two contenders, half of the time for calls, but
-    # 1.2 s at most on a CPU; 22 s for two cases, all gone; 2 s for the last.
-    assert given == [1.2, 0.1, 1.0]
+    # 0.8 s at most on a CPU; 22 s for two cases, all gone; 2 s for the last.
+    assert given == [0.8, 0.1, 0.8]
 
 
 def test_suites_take_turns_but_their_records_are_told_together():

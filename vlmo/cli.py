@@ -411,7 +411,8 @@ def bench(
     ] = None,
     device: DeviceOption = Device.auto,
     minutes: Annotated[
-        float | None, typer.Option(help="At most.", show_default="5 on a CPU, 20 on a GPU")
+        float | None,
+        typer.Option(help="Nothing begins later.", show_default="4.5 on a CPU, 20 on a GPU"),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("vlmo-bench"),
     commit: Annotated[

@@ -24,11 +24,12 @@ from vlmo.timing import Work, times, wall_seconds
 Numbers = dict[str, Any]
 
 _LEAST_CALLS, _MOST_CALLS = 3, 100
+_LEAST_LONG_CALLS, _LONG_CALL_SECONDS = 2, 5.0
 _ROUNDS = 10
 # Kernels that wait in a GPU's queue before the host has to.
 _QUEUE = 900
-# Of a call on a CPU that need not be warmed up.
-_LONG_SECONDS = 1.0
+# Of a call on a CPU that one call warms up and tells the time of.
+_ONCE_SECONDS = 1.0
 # Between two looks at the sensors.
 _GLANCE_SECONDS = 0.05
 
@@ -37,7 +38,8 @@ class Settings(NamedTuple):
     """How thoroughly to measure.
 
     Attributes:
-        seconds: about what the timed calls of one contender may take; at least three are made.
+        seconds: about what the timed calls of one contender may take; at least three are made, or
+            two if each takes more than five seconds.
         energy_seconds: of the calls without a pause that energy is measured over. NVML's counter
             moves every 0.02 to 0.1 s.
         flush: overwrite the L2 cache of a GPU before each timed call.
@@ -88,7 +90,7 @@ def _begin(work: Work, device: torch.device) -> Numbers:
     """Time, memory and kernels of single calls, or the reason why it cannot be called."""
     try:
         first = _wall(work, device)
-        warm = device.type != "cuda" and first >= _LONG_SECONDS
+        warm = device.type != "cuda" and first >= _ONCE_SECONDS
         seconds = first if warm else _wall(work, device)
         begun: Numbers = dict(wall_ms=1e3 * seconds, peak_mib=None, launches=None)
         if device.type == "cuda":
@@ -115,7 +117,8 @@ def _calls(begun: Numbers, settings: Settings) -> int:
     wanted = min(_MOST_CALLS, int(1e3 * settings.seconds / begun["wall_ms"]))
     if begun["launches"] is not None:
         wanted = min(wanted, _ROUNDS * max(1, _QUEUE // begun["launches"]))
-    return max(_LEAST_CALLS, wanted)
+    least = _LEAST_CALLS if begun["wall_ms"] < 1e3 * _LONG_CALL_SECONDS else _LEAST_LONG_CALLS
+    return max(least, wanted)
 
 
 def _times(work: Work, seconds: list[float], device: torch.device) -> Numbers:

@@ -46,7 +46,7 @@ def cases(device: torch.device, scale: Scale) -> list[Case]:
     if scale is Scale.smoke:
         return [_case("tiny", torch.float32, phase, 2) for phase in PHASES]
     if scale is Scale.cpu:
-        pairs = {PRETRAINING: 2, VQA: 2, MATCHING: 8, RERANKING: 8, ENCODING: 4}
+        pairs = {PRETRAINING: 2, VQA: 2, MATCHING: 4, RERANKING: 8, ENCODING: 4}
         dtypes = (torch.float32, torch.bfloat16)
         return [_case("base", dtype, phase, pairs[phase]) for phase in PHASES for dtype in dtypes]
     pairs = {PRETRAINING: 64, VQA: 128, MATCHING: 256, RERANKING: 256, ENCODING: 256}
@@ -124,7 +124,7 @@ class ModelProblem:
         over all numbers that come alone, such as losses: a single one may be right by luck.
         """
         model, batch, eager, exact = self._small
-        actual = self._results(contender, model, batch)
+        actual = eager if contender == "official" else self._results(contender, model, batch)
         unit = torch.finfo(self.dtype).eps
         found = []
         for name, target in exact.items():
