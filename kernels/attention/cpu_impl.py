@@ -33,7 +33,7 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, entries: in
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out, in the shape of q, and zeros: this backward does without the log-sum-exp."""
     batch = _Batch(call)
-    out = torch.zeros_like(call.q, memory_format=torch.contiguous_format)
+    out = batch.new_like(call.q)
     for group in batch.groups:
         for piece in group.pieces(batch):
             q, k, v = (piece.take(batch.flat(t)) for t in call[:3])
@@ -45,7 +45,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 def backward(dout: Tensor, out: Tensor, lse: Tensor, call: Call, needs_table: bool) -> list[Tensor]:
     """Gradients of q, k, v and the table (empty unless wanted)."""
     batch = _Batch(call)
-    grads = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in call[:3]]
+    grads = [batch.new_like(t) for t in call[:3]]
     flat = [batch.flat(grad) for grad in grads]
     dbias = torch.zeros_like(batch.bias) if needs_table and batch.bias is not None else None
     for group in batch.groups:
@@ -55,7 +55,7 @@ def backward(dout: Tensor, out: Tensor, lse: Tensor, call: Call, needs_table: bo
             for target, grad in zip(flat, found, strict=True):
                 piece.put(target, grad)
             if dbias is not None:
-                group.add_to_bias(dbias[piece.heads], dscores.sum(0))
+                group.add_to_bias(dbias[piece.heads], _sum_of_first(dscores))
     return [*grads, call.q.new_empty(0) if dbias is None else batch.table_gradient(dbias)]
 
 
@@ -200,7 +200,7 @@ class _Piece:
     def take(self, flat: Tensor) -> Tensor:
         """``[n, h, length, K]`` out of ``[T, H, K]``."""
         found = flat[self.rows, self.heads]
-        return found.unflatten(0, (len(self.starts), self.length)).transpose(1, 2)
+        return found.view(len(self.starts), self.length, *found.shape[1:]).transpose(1, 2)
 
     def put(self, flat: Tensor, part: Tensor) -> None:
         """Write ``[n, h, length, K]`` where :meth:`take` reads."""
@@ -218,6 +218,12 @@ class _Batch:
     def flat(self, t: Tensor) -> Tensor:
         """``[T, H, K]`` of a tensor of every token."""
         return t if self.call.offsets is not None else t.flatten(0, 1)
+
+    def new_like(self, t: Tensor) -> Tensor:
+        """For every token, with zeros if no group writes some of them."""
+        written = sum(len(group.starts) * group.length for group in self.groups)
+        new = torch.empty_like if written == self.flat(t).shape[0] else torch.zeros_like
+        return new(t, memory_format=torch.contiguous_format)
 
     @functools.cached_property
     def matrix(self) -> Tensor | None:
@@ -284,6 +290,11 @@ class _Batch:
         if call.positions is None:
             return np.arange(stop - start)
         return self.flat(call.positions).numpy()[start:stop]
+
+
+def _sum_of_first(t: Tensor) -> Tensor:
+    """Over the first dimension; without a copy if it is 1."""
+    return t[0] if len(t) == 1 else t.sum(0)
 
 
 def _keys(length: int, mask: np.ndarray | None, limit: int | None) -> np.ndarray | None:
