@@ -10,7 +10,7 @@ from vlmo.bench.compare import compare
 
 
 def quartiles(ms: float, low: float, high: float, **changes):
-    return measured("slices", ms, device_ms_low=low, device_ms_high=high, **changes)
+    return measured("vlmo:cpu", ms, device_ms_low=low, device_ms_high=high, **changes)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,16 @@ def test_other_differences_are_warned_of():
     assert "the command differs" in text
     assert "version of triton differs: None before, '3.7.1' after" in text
     assert "torch" not in text
+
+
+@pytest.mark.parametrize(("masks", "warned"), [(0.99, []), (0.8, ["1.25 x"]), (1.25, ["0.80 x"])])
+def test_a_machine_in_another_state_is_warned_of(masks, warned):
+    names = ["slices", "masks", "dense", "vlmo:cpu"]
+    before = report(*(measured(name, 1.0) for name in names))
+    after = report(*(measured(n, t) for n, t in zip(names, [1.6, masks, 0.5, 1.0], strict=True)))
+    found = compare(before, after).warnings
+    for times, text in zip(warned, found, strict=True):
+        assert f"contenders of others are {times} as fast as before (median of 3)" in text
 
 
 def test_everything_is_printed_with_the_rule():

@@ -59,7 +59,8 @@ def moe_ffn(
         residual: added at the end; often x itself.
         recompute: keep only x for the backward and compute ``W1_e norm_e(x) + b1_e`` again there,
             at the cost of one more product. By default it is kept, as F numbers per token (2 F if
-            gated), unless no gradient is recorded. Gradients are the same.
+            gated), unless no gradient is recorded; on a CPU so are the activations and what
+            ``layer_scale`` multiplies, F + D more. Gradients are the same.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; see :mod:`vlmo.kernels`.
 
     Returns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vlmo.bench.report import Group, Record, Report, labels_of, number, print_whole
+from vlmo.bench.report import Group, Record, Report, is_ours, labels_of, number, print_whole
 
 THRESHOLD = 0.02
 RULE = (
@@ -50,7 +51,9 @@ class Comparison:
         changes: of what both have measured, in the order of the second.
         only_before: measured in the first only, in words.
         only_after: measured in the second only, in words.
-        warnings: what else differs, so that times need not be those of the same thing.
+        warnings: what else differs, so that times need not be those of the same thing. If the
+            contenders of others, whose code did not change, are faster or slower by more than
+            2 % (median), the machine was in another state.
     """
 
     changes: Sequence[Change]
@@ -99,11 +102,13 @@ def compare(before: Report, after: Report) -> Comparison:
     between the quartiles do not overlap; else they are the same.
     """
     old, new = _measured(before), _measured(after)
+    both = [(old[key], new[key]) for key in new if key in old]
+    changes = [Change(*records, _verdict(*records)) for records in both]
     return Comparison(
-        [Change(old[key], new[key], _verdict(old[key], new[key])) for key in new if key in old],
+        changes,
         [_name(record) for key, record in old.items() if key not in new],
         [_name(record) for key, record in new.items() if key not in old],
-        _warnings(before, after),
+        [*_warnings(before, after), *_drift(changes)],
     )
 
 
@@ -150,3 +155,15 @@ def _warnings(before: Report, after: Report) -> list[str]:
             if key != "name" and old.get(key) != new.get(key)
         ]
     return found
+
+
+def _drift(changes: Sequence[Change]) -> list[str]:
+    """A warning if code that is not this library's has become faster or slower."""
+    others = [change.times for change in changes if not is_ours(change.after["contender"])]
+    drift = statistics.median(others) if others else 1.0
+    if abs(drift - 1) <= THRESHOLD:
+        return []
+    return [
+        f"contenders of others are {drift:.2f} x as fast as before (median of {len(others)}): "
+        "the machine was in another state; divide by that, or measure both again in turn"
+    ]
