@@ -30,6 +30,7 @@ from vlmo.bench.contest import (
     smoke_dtype,
 )
 from vlmo.bench.cost import attention_backward, attention_forward
+from vlmo.bench.official import scores_of
 from vlmo.bench.suite import Case, Scale, Suite
 from vlmo.kernels import RelativePositionBias, RelativePositionIndex, shared_attention
 from vlmo.kernels.target import compute_capability
@@ -44,6 +45,8 @@ TOKENS = 32768  # about so many in every case on a GPU
 
 # What a reader of the numbers must know of a contender.
 NOTES = {
+    "eager": "the product of queries and keys has a result in the dtype of the operands, as under "
+    "autocast in the official code; the allowed error is that of one in float32",
     "sdpa": "any of PyTorch's kernels that has the gradient of a bias, which cuDNN's has not",
 }
 
@@ -68,16 +71,18 @@ class Inputs(NamedTuple):
         return mask[:, None, None, :]
 
 
-def eager(inputs: Inputs) -> Make:
-    """The official code's way: scores of all heads in float32, with the bias as a tensor."""
+def eager(inputs: Inputs, *, wide_scores: bool = True) -> Make:
+    """The official code's way: scores of all heads in float32, with the bias as a tensor.
+
+    The code multiplies queries and keys in float32 (``wide_scores``), which autocast takes back.
+    """
 
     def make(chosen: Sequence[int] | None) -> Form:
         mask, matrix = inputs.mask(chosen), inputs.index.matrix.long()
 
         def form(qkv: Tensor, p: Parameters) -> Tensor:
             q, k, v = qkv.permute(2, 0, 3, 1, 4)
-            wide = torch.promote_types(q.dtype, torch.float32)
-            scores = (q * q.shape[-1] ** -0.5).to(wide) @ k.to(wide).transpose(-2, -1)
+            scores = scores_of(q * q.shape[-1] ** -0.5, k, wide=wide_scores)
             if p.table:
                 scores = scores + F.embedding(matrix, p.table[0]).permute(2, 0, 1)[None]
             if mask is not None:
@@ -179,15 +184,16 @@ class Attention(Contest):
             self.cost += attention_backward(*shape, itemsize=itemsize, entries=entries)
 
     def _contenders(self) -> dict[str, Contender]:
-        official, inputs = eager(self.inputs), self.inputs
+        right, inputs = eager(self.inputs), self.inputs
+        official = eager(inputs, wide_scores=False)
         facts = (self.case, self.device)
 
         def entry(make: Make, why_not: Callable[[], str | None] = lambda: None) -> Contender:
-            return Contender(make, official, lambda: self.parameters, why_not)
+            return Contender(make, right, lambda: self.parameters, why_not)
 
         found = ours(
             *("shared_attention", *facts, lambda name: routed(inputs, name)),
-            eager=official,
+            eager=right,
             parameters=lambda: self.parameters,
         )
         of_any = None

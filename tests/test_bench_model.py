@@ -1,0 +1,105 @@
+"""The suite of the whole model: every contender is exact, and what is named compiled is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vlmo.bench import model, official
+from vlmo.bench.model import PHASES, ModelProblem
+from vlmo.bench.suite import Case
+
+CPU = torch.device("cpu")
+
+
+def problem_of(phase: str, dtype: torch.dtype = torch.float32, pairs: int = 3) -> ModelProblem:
+    return ModelProblem(Case("model", "tiny", dtype, phase, {"pairs": pairs}), CPU)
+
+
+def wrong(problem: ModelProblem, contender: str) -> list[str]:
+    return [deviation.name for deviation in problem.check(contender) if not deviation.ok]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("phase", PHASES)
+def test_contenders_of_the_model(phase, dtype):
+    problem = problem_of(phase, dtype)
+    ran = []
+    for contender in ("vlmo:cpu", "vlmo:reference", "official"):
+        assert problem.why_not(contender) is None
+        assert not wrong(problem, contender)
+        problem.work(contender)()
+        ran.append(contender)
+    assert set(ran) < set(problem.contenders)
+    assert all(parameter.grad is None for parameter in problem.model.parameters())
+
+
+@pytest.mark.parametrize("phase", [model.PRETRAINING, model.RERANKING])
+def test_what_is_named_compiled_is(phase, monkeypatch):
+    """Every block in the timed call runs in a graph, whatever was compiled for the check."""
+    ran, passes = [], []
+
+    def compiler(graph, inputs, **options):
+        def called(*arguments):
+            ran.append(graph)
+            return graph(*arguments)
+
+        return called
+
+    real = official.SwitchedVLMo._spread
+
+    def spread(vlmo, layout):
+        passes.append(layout)
+        return real(vlmo, layout)
+
+    monkeypatch.setattr(ModelProblem, "_compiler", property(lambda problem: compiler))
+    monkeypatch.setattr(official.SwitchedVLMo, "_spread", spread)
+    problem = problem_of(phase)
+    assert not wrong(problem, "official-compiled")
+    ran.clear()
+    passes.clear()
+    problem.work("official-compiled")()
+    tails = 2 if phase == model.PRETRAINING else 0  # the VL block after texts and images alone
+    assert len(passes) == {model.PRETRAINING: 6, model.RERANKING: 1}[phase]
+    assert len(ran) == 3 * len(passes) + tails
+
+
+def test_a_block_that_would_not_be_compiled_is_an_error(monkeypatch):
+    monkeypatch.setattr(official, "_GRAPHS", 1)
+    problem = problem_of(model.PRETRAINING)
+    with pytest.raises(Exception, match="recompile_limit"):
+        problem.check("official-compiled")
+
+
+def test_wrong_forms_are_found_out(monkeypatch):
+    problem = problem_of(model.RERANKING)
+    right = model._candidates
+
+    def swapped(phase, batch):
+        images, pairs = right(phase, batch)
+        return images, pairs[::-1]
+
+    assert problem._small  # what is right, before anything is wrong
+    monkeypatch.setattr(model, "_candidates", swapped)
+    assert wrong(problem, "vlmo:cpu") == ["logits"]
+
+
+def test_the_float64_results_are_in_float64(monkeypatch):
+    """Nothing on the way is narrower."""
+    seen = []
+    real = torch.Tensor.to
+
+    def to(tensor, *arguments, **options):
+        result = real(tensor, *arguments, **options)
+        if tensor.dtype == torch.float64 and result.is_floating_point():
+            seen.append(result.dtype)
+        return result
+
+    for phase in PHASES:
+        problem = problem_of(phase)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.Tensor, "to", to)
+            patched.setattr(torch.Tensor, "float", lambda tensor: to(tensor, torch.float32))
+            _, _, _, exact = problem._small
+        assert {tensor.dtype for tensor in exact.values()} == {torch.float64}, phase
+        assert set(seen) <= {torch.float64}, phase
