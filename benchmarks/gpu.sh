@@ -40,6 +40,10 @@ export TRITON_INTERPRET=0
 unset VLMO_TILES VLMO_KERNELS VLMO_VOLTA_ANYWHERE
 
 if ! "$python" -c 'import vlmo.kernels, vlmo._C' 2>/dev/null; then
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        echo "gpu.sh: with Python 3.10 an installed wheel is hidden by this tree; pip install -e ." >&2
+        exit 2
+    fi
     "$python" -m pip install --no-index --no-deps --force-reinstall "${WHEELS:-dist}"/vlmo-*.whl || exit 2
 fi
 "$python" - >"$out/machine.txt" 2>&1 <<'EOF' || { cat "$out/machine.txt" >&2 && exit 2; }
@@ -62,6 +66,7 @@ if ! { diff -rq -x __pycache__ kernels "$installed" &&
     diff -rq -x __pycache__ -x kernels -x kernels.pyi -x '_C*' vlmo "$package"; } \
     >>"$out/machine.txt"; then
     echo "WARNING: the installed package is not this tree; see machine.txt" | tee -a "$out/summary.txt"
+    COMMIT=${COMMIT:-unknown}-installed-differs
 fi
 
 # run SECTION SECONDS COMMAND...: adds to the section's log; its status is the command's.

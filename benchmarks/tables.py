@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vlmo.bench.pictures import draw
+from vlmo.bench.pictures import draw, missing
 from vlmo.bench.report import Group, Record, Report, groups, markdown_table, number, times_as_fast
 from vlmo.files import replacing
 
@@ -203,10 +203,10 @@ def stale(*, write: bool) -> list[str]:
             found.append(f"{REPORTS}/{page.name}")
             if write:
                 _write(page, made)
-        if not (RESULTS / f"{report.stem}-roofline-light.png").is_file():
-            found.append(f"{REPORTS}/{report.stem}-*.png")
-            if write:
-                draw(report, RESULTS)
+        old = missing(report, RESULTS)
+        found += [f"{REPORTS}/{picture.name}" for picture in old]
+        if old and write:
+            draw(report, RESULTS)
     return found
 
 

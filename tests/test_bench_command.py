@@ -124,8 +124,8 @@ def test_one_that_is_not_exact_is_told_and_exits_with_1(tmp_path, monkeypatch):
     result = bench(monkeypatch, tmp_path, "--suite", "bad", "--no-pictures")
     assert result.exit_code == 1
     assert "not exact: y is off by 3.00e+00" in result.output
-    assert "2 of 6 records: not exact" in result.output
-    assert len(Report.load(tmp_path / "smoke" / "cpu-abc.json").inexact) == 2
+    assert "2 of 6 records: not exact, or failed" in result.output
+    assert len(Report.load(tmp_path / "smoke" / "cpu-abc.json").defects) == 2
 
 
 def test_what_is_measured_is_saved_before_the_run_ends(tmp_path, monkeypatch):
@@ -139,7 +139,20 @@ def test_what_is_measured_is_saved_before_the_run_ends(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner, "measure", killed)
     bench(monkeypatch, tmp_path, "--suite", "one")
-    assert len(Report.load(tmp_path / "smoke" / "cpu-abc.json").records) == 3
+    found = Report.load(tmp_path / "smoke" / "cpu-abc.json")
+    assert len(found.records) == 3
+    assert (tmp_path / "smoke" / "cpu-abc.md").read_text() == found.markdown()
+
+
+def test_an_earlier_run_keeps_its_files(tmp_path, monkeypatch):
+    common = ["bench", "--output", str(tmp_path), "--device", "cpu", "--suite", "one"]
+    for _ in range(2):
+        assert vlmo(monkeypatch, *common, "--commit", "abc", "--no-pictures").exit_code == 0
+    stems = ["cpu-abc", "cpu-abc-2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        f"{stem}.{suffix}" for stem in stems for suffix in ("json", "md")
+    )
+    assert [Report.load(tmp_path / f"{stem}.json").run for stem in stems] == [1, 2]
 
 
 @pytest.mark.parametrize(

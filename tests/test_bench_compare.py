@@ -48,6 +48,19 @@ def test_records_are_matched_by_case_and_contender():
     assert [name.rsplit(": ", 1)[1] for name in result.only_after] == ["masks"]
 
 
+@pytest.mark.parametrize(
+    ("command", "same"),
+    [
+        ("vlmo bench --suite moe_ffn --output 'x' --commit=b --no-pictures", True),
+        ("vlmo bench --suite moe_ffn --minutes 2", False),
+    ],
+)
+def test_where_results_go_is_no_difference(command, same):
+    before = report(measured("slices", 1.0), command="vlmo bench --output y --suite moe_ffn")
+    warnings = compare(before, report(measured("slices", 1.0), command=command)).warnings
+    assert (not warnings) == same
+
+
 def test_other_differences_are_warned_of():
     before = report(measured("slices", 1.0))
     after = report(

@@ -76,7 +76,7 @@ class FakeGpu:
 
     def __init__(self, monkeypatch, *, counter=True, power=250.0, kernels=2):
         self.now, self.counter, self.power, self.kernels = 0.0, counter, power, kernels
-        self.queued = self.calls = 0
+        self.queued = self.calls = self.glances = 0
         self.timed: list[int] = []
         self.seen_at_work = True
         monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
@@ -109,7 +109,9 @@ class FakeGpu:
 
     def state(self):
         self.seen_at_work &= self.queued > 0
-        return State(1400, 2600, 70, self.power, ["power cap"])
+        self.glances += 1
+        reason = "power cap" if self.glances != 2 else "board limit"  # for a moment
+        return State(1400, 2600, 70, self.power, [reason])
 
 
 @pytest.mark.parametrize("counter", [True, False])
@@ -122,7 +124,7 @@ def test_numbers_on_a_gpu(monkeypatch, counter):
     assert found["calls"] == 50 and gpu.timed == [50]
     assert found["millijoules"] == pytest.approx(250 * 10)  # watts times milliseconds of a call
     sensed = (found["clock_mhz"], found["temperature_c"], found["throttled"])
-    assert sensed == (1400, 70, ["power cap"]) and gpu.seen_at_work
+    assert sensed == (1400, 70, ["power cap", "board limit"]) and gpu.seen_at_work
 
 
 def test_energy_is_measured_for_as_long_as_asked(monkeypatch):

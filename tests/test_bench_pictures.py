@@ -48,6 +48,15 @@ def test_every_picture_is_there_for_light_and_dark_pages(tmp_path):
     assert all(1300 < pyplot().imread(path).shape[1] < 1900 for path in written)
 
 
+def test_pictures_of_something_else_are_missing(tmp_path):
+    it = report(*cases(8192, 1000))
+    written = draw(it, tmp_path)
+    assert pictures.missing(it, tmp_path) == []
+    written[-1].unlink()
+    assert pictures.missing(it, tmp_path) == written[-1:]
+    assert pictures.missing(report(*cases(8192, 2000)), tmp_path) == written
+
+
 def test_bars_are_times_of_the_official_way(figures, tmp_path):
     draw(report(*cases(8192)), tmp_path)
     assert not any("speed-moe_ffn" in name for name in figures)

@@ -50,6 +50,8 @@ CONTENT = {"format": 1} | vars(report(measured("slices", 1.0)))
         ({k: v for k, v in CONTENT.items() if k != "roof"}, "has no 'roof'"),
         (CONTENT | {"records": {}}, "'records' is of type dict"),
         (CONTENT | {"machine": {}}, "'machine' has no 'name'"),
+        (CONTENT | {"roof": {"copy_gb_per_s": 1.0}}, "'roof' is {'copy_gb_per_s': 1.0}"),
+        (CONTENT | {"roof": {"copy_gb_per_s": 1.0, "matrix_tflops": {"float32": 0}}}, "'roof' is"),
         (CONTENT | {"records": [measured("slices", -1.0)]}, "record 0: 'device_ms' is -1.0"),
         (CONTENT | {"records": [measured("a", 1.0, size=3)]}, "record 0: 'size' is 3"),
         (CONTENT | {"records": [measured("a", 1.0, speed=3.5)]}, "record 0: 'speed' is 3.5"),
@@ -127,9 +129,21 @@ def test_a_reason_is_told_once_and_failures_first(show):
     assert "energy: there is no GPU" in text
 
 
-def test_failures_of_parity_are_found():
-    bad = not_run("vlmo:cuda", "not exact: dx")
-    assert report(measured("a", 1.0), not_run("b", "is not installed"), bad).inexact == [bad]
+def test_defects_are_found():
+    bad = [not_run("vlmo:cuda", "not exact: dx"), not_run("vlmo:triton", "failed: KeyError: 1")]
+    assert report(measured("a", 1.0), not_run("b", "is not installed"), *bad).defects == bad
+
+
+def test_a_later_run_of_the_same_commit_has_files_of_its_own(tmp_path):
+    first, it = report(measured("a", 1.0)), report(measured("a", 2.0))
+    paths = [first.save(tmp_path)]
+    for _ in range(2):
+        paths += [it.numbered(tmp_path).save(tmp_path)]
+    stems = ["testing-unit-9-abc1234" + end for end in ("", "-2", "-3")]
+    assert [path.stem for path in paths] == stems
+    assert Report.load(paths[0]) == first
+    assert [Report.load(path).stem for path in paths] == stems
+    assert it.run == 1
 
 
 def test_markdown_is_headed_by_what_the_numbers_depend_on():

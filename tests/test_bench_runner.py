@@ -121,7 +121,45 @@ def test_who_cannot_run_or_is_wrong_has_a_reason_and_the_run_goes_on():
     assert reasons["wrong"] == "not exact: dx is off by 3.00e+00, allowed are 2.00e+00"
     assert reasons["nan"] == "not exact: y is off by nan, allowed are 2.00e+00"
     assert reasons["good"] is None and report.records[-1]["calls"] == 3
-    assert {record["contender"] for record in report.inexact} == {"wrong", "nan"}
+    assert {record["contender"] for record in report.defects} == {"wrong", "nan"}
+
+
+def fail():
+    raise KeyError("no tile")
+
+
+def test_one_of_ours_that_fails_is_a_defect():
+    found = {name: [RIGHT] for name in ("vlmo:called", "slices", "vlmo:absent", "vlmo:good")}
+    problem = FakeProblem(
+        found | {"vlmo:checked": fail, "vlmo:large": out_of_memory},
+        works={"vlmo:called": fail, "slices": fail},
+        unavailable={"vlmo:absent": "needs a GPU"},
+    )
+    report = smoke(suite_of(problem))
+    reasons = {record["contender"]: record.get("reason") for record in report.records}
+    assert reasons["vlmo:called"] == reasons["vlmo:checked"] == "failed: KeyError: 'no tile'"
+    assert reasons["slices"] == "KeyError: 'no tile'"
+    assert reasons["vlmo:large"] == "OutOfMemoryError: CUDA out of memory."
+    assert reasons["vlmo:good"] is None
+    assert [r["contender"] for r in report.defects] == ["vlmo:called", "vlmo:checked"]
+
+
+def test_nothing_runs_on_a_gpu_that_no_longer_answers(monkeypatch):
+    def synchronize():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(runner.torch.cuda, "synchronize", synchronize)
+    problem = FakeProblem({name: [RIGHT] for name in ("slices", "vlmo:a")})
+    session = runner._Session(
+        torch.device("cuda"), Scale.smoke, Roof(1.0, {}), "no sensors", None, float("inf"), 60.0
+    )
+    monkeypatch.setattr(runner, "measure", lambda works, *rest: {n: {"reason": "-"} for n in works})
+    first, second = session.records(suite_of(problem), case(), 1)
+    assert first["reason"] == "-"  # it had been checked when the GPU was found not to answer
+    assert second["reason"].startswith("failed: the GPU no longer answers: RuntimeError: CUDA")
+    [rest] = session.records(suite_of(problem), case(), 1)
+    assert (rest["contender"], rest["reason"]) == (ALL, second["reason"])
+    session.free()  # once more, in vain
 
 
 def test_one_that_fails_beside_the_others_does_not_end_the_run(monkeypatch):
@@ -132,7 +170,7 @@ def test_one_that_fails_beside_the_others_does_not_end_the_run(monkeypatch):
     cases = [case(tokens=1), case(tokens=2)]
     report = smoke(suite_of(FakeProblem({"a": [RIGHT]}), cases))
     assert [record["tokens"] for record in report.records] == [1, 2]
-    assert all("illegal memory access" in record["reason"] for record in report.records)
+    assert all("illegal memory access (while" in record["reason"] for record in report.records)
 
 
 def test_a_problem_that_does_not_fit_is_recorded():
@@ -142,6 +180,7 @@ def test_a_problem_that_does_not_fit_is_recorded():
     report = smoke(suite_of(make, [case(tokens=1), case(tokens=2)]))
     assert report.records[0]["contender"] == ALL
     assert report.records[0]["reason"] == "OutOfMemoryError: CUDA out of memory."
+    assert not report.defects
     assert report.records[1]["device_ms"] >= 0
 
 
@@ -217,12 +256,15 @@ def test_filters_let_some_cases_and_contenders_through():
     report = smoke(suite, dtypes=["float16"], sizes=["large"], contenders=["vlmo"])
     found = [(r["size"], r["dtype"], r["contender"]) for r in report.records]
     assert found == [("large", "float16", "vlmo:a"), ("large", "float16", "vlmo:b")]
-    report = smoke(suite, dtypes=["float16"], contenders=["slices", "vlmo:b"])
+    report = smoke(suite, dtypes=["float16"], contenders=["slices", "vlmo:b", "flex"])
     assert [r["contender"] for r in report.records] == ["vlmo:b", "slices"] * 2
+    assert report.unmeasured[-1] == "flex: no case has such a contender."
     with pytest.raises(ValueError, match=r"no case of fake has dtypes: float8; sizes: huge"):
         smoke(suite, dtypes=["float8"], sizes=["huge"])
+    told = []
     with pytest.raises(ValueError, match=r"contenders: no case has one of quack"):
-        smoke(suite, contenders=["quack"])
+        smoke(suite, contenders=["quack"], on_case=told.append)
+    assert not told
 
 
 def test_a_gpu_s_report_tells_what_its_sensors_do_not():

@@ -460,7 +460,7 @@ def bench(
         commit=commit,
         command=shlex.join(["vlmo", *sys.argv[1:]]),
     )
-    if run(settings, Console()).inexact:
+    if run(settings, Console()).defects:
         raise typer.Exit(1)
 
 

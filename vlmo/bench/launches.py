@@ -9,7 +9,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 # What would make the host wait, or go over the bus.
-WAITING = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cuMemcpy")
+_CALLS = ("StreamSynchronize", "EventSynchronize", "Memcpy")
+WAITING = tuple(f"{interface}{call}" for interface in ("cuda", "cu") for call in _CALLS)
 
 
 def count(work: Callable[[], object]) -> tuple[Counter[str], Counter[str]]:

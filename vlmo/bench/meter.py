@@ -41,13 +41,13 @@ class Settings(NamedTuple):
         seconds: about what the timed calls of one contender may take; at least three are made, or
             two if each takes more than five seconds.
         energy_seconds: of the calls without a pause that energy is measured over. NVML's counter
-            moves every 0.02 to 0.1 s.
+            moves every 0.02 to 0.1 s, so that it is right to a tenth or better.
         flush: overwrite the L2 cache of a GPU before each timed call.
         sensors: of the GPU, if it has some.
     """
 
     seconds: float = 2.0
-    energy_seconds: float = 0.5
+    energy_seconds: float = 1.0
     flush: bool = True
     sensors: Sensors | None = None
 
@@ -146,6 +146,7 @@ def _sensed(work: Work, begun: Numbers, settings: Settings) -> Numbers:
         return dict(millijoules=None, clock_mhz=None, temperature_c=None, throttled=None)
     sensors, calls = settings.sensors, 0
     watts: list[float] = []
+    throttled: dict[str, None] | None = None
     batch = max(1, round(1e3 * _GLANCE_SECONDS / begun["wall_ms"]))
     torch.cuda.synchronize()
     before, start = sensors.millijoules(), time.perf_counter()
@@ -157,6 +158,8 @@ def _sensed(work: Work, begun: Numbers, settings: Settings) -> Numbers:
         torch.cuda.synchronize()
         if state.watts is not None:
             watts.append(state.watts)
+        if state.throttled is not None:
+            throttled = (throttled or {}) | dict.fromkeys(state.throttled)
         elapsed = time.perf_counter() - start
         if elapsed >= settings.energy_seconds:
             break
@@ -169,5 +172,5 @@ def _sensed(work: Work, begun: Numbers, settings: Settings) -> Numbers:
         millijoules=millijoules,
         clock_mhz=state.clock_mhz,
         temperature_c=state.temperature_c,
-        throttled=state.throttled,
+        throttled=None if throttled is None else list(throttled),
     )

@@ -131,15 +131,17 @@ class ModelProblem:
         """Hold a model of two blocks, otherwise of this size, against float64 on a few pairs.
 
         Errors are L2 norms over a tensor, and over all numbers that come alone, such as losses: a
-        single one may be right by luck.
+        single one may be right by luck. The official way, with 16-bit products of scores, may be
+        four times as far off as the yardstick, which has wide ones; ours twice.
         """
         model, batch, eager, exact = self._small
+        times = 4 if contender in _OFFICIAL else 2
         actual = self._results(self._form(contender), model, batch)
         unit = torch.finfo(self.dtype).eps
         found = []
         for name, target in exact.items():
             errors = [float((t[name].double() - target).norm()) for t in (actual, eager)]
-            allowed = 2 * errors[1] + unit * float(target.norm())
+            allowed = times * errors[1] + unit * float(target.norm())
             found.append(Deviation(name, errors[0], errors[1], allowed))
         return found
 

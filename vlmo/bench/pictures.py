@@ -7,8 +7,9 @@ roof. ``speed`` has bars beside the official way, of the most telling case of ea
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +71,8 @@ def require_matplotlib() -> None:
 def draw(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
     """Write the pictures that the records allow, named ``{report.stem}-{picture}-{theme}.png``.
 
+    Each says in its metadata what it was drawn from: see :func:`missing`.
+
     Args:
         report: what was measured.
         folder: there already.
@@ -77,32 +80,47 @@ def draw(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    found = groups(report.records)
-    if not found:
-        return []
-    written = []
+    written, figures = [], _figures(report)
+    options = dict(
+        dpi=_DPI, bbox_inches="tight", pad_inches=0.15, metadata={"Source": report.digest}
+    )
     for theme in _THEMES:
         with pyplot().rc_context(_style(theme)):
-            for name, figure in _figures(report, found, theme):
-                path = Path(folder) / f"{report.stem}-{name}-{theme.name}.png"
-                save_figure(figure, path, dpi=_DPI, bbox_inches="tight", pad_inches=0.15)
+            for name, drawn in figures.items():
+                path = _path(report, folder, name, theme)
+                save_figure(drawn(theme), path, **options)
                 written.append(path)
     return written
 
 
-def _figures(report: Report, found: Sequence[Group], theme: _Theme) -> Iterator[tuple[str, Any]]:
-    if report.roof:
-        yield "roofline", _roofline(report, found, theme)
+def missing(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
+    """The pictures of a report that are not in the folder, or were drawn from something else."""
+    paths = [_path(report, folder, name, theme) for theme in _THEMES for name in _figures(report)]
+    digest = report.digest.encode()
+    return [path for path in paths if not path.is_file() or digest not in path.read_bytes()]
+
+
+def _path(report: Report, folder: str | os.PathLike[str], name: str, theme: _Theme) -> Path:
+    return Path(folder) / f"{report.stem}-{name}-{theme.name}.png"
+
+
+def _figures(report: Report) -> dict[str, Callable[[_Theme], Any]]:
+    """What the records allow to draw, by name."""
+    found = groups(report.records)
+    figures: dict[str, Callable[[_Theme], Any]] = {}
+    if report.roof and found:
+        figures["roofline"] = functools.partial(_roofline, report, found)
     for suite in dict.fromkeys(str(group.labels["suite"]) for group in found):
         panels = _panels([group for group in found if group.labels["suite"] == suite])
         if panels:
-            yield f"speed-{suite}", _lines(report, panels, theme)
+            figures[f"speed-{suite}"] = functools.partial(_lines, report, panels)
     firsts: dict[tuple[Any, Any], Group] = {}
     for group in found:
         if group.official is not None:
             firsts.setdefault((group.labels["suite"], group.labels["phase"]), group)
     if firsts:
-        yield "speed", _bars(report, list(firsts.values()), theme)
+        figures["speed"] = functools.partial(_bars, report, list(firsts.values()))
+    return figures
 
 
 def _style(theme: _Theme) -> dict[str, Any]:

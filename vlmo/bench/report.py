@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -45,7 +47,8 @@ MEASURED = (
 _ALWAYS_MEASURED = ("device_ms", "device_ms_low", "device_ms_high", "tflops", "gb_per_s")
 # How each suite's computation is written by those who publish it.
 OFFICIAL = ("slices", "eager", "official")
-NOT_EXACT = "not exact"
+# What reasons begin with that are defects: of anyone, or of this library's own contenders.
+NOT_EXACT, FAILED = "not exact", "failed"
 _NOTES = {moe_ffn.NAME: moe_ffn.NOTES, attention.NAME: attention.NOTES}
 
 
@@ -62,6 +65,7 @@ class Report:
         roof: ``copy_gb_per_s``, and ``matrix_tflops`` by dtype; as of ``roofline.Roof``.
         unmeasured: sentences: what could not be measured on this machine, and why.
         records: one for each case and contender.
+        run: its number among those of this machine and commit in one folder.
     """
 
     machine: dict[str, Any]
@@ -71,11 +75,25 @@ class Report:
     roof: dict[str, Any]
     unmeasured: list[str] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
+    run: int = 1
 
     @property
     def stem(self) -> str:
-        """Name of its files without a suffix: the machine and the commit."""
-        return f"{_slug(self.machine['name'])}-{_slug(self.commit)}"
+        """Name of its files without a suffix: machine, commit, and from the second on the run."""
+        name = f"{_slug(self.machine['name'])}-{_slug(self.commit)}"
+        return name if self.run == 1 else f"{name}-{self.run}"
+
+    @property
+    def digest(self) -> str:
+        """Of everything in it."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def numbered(self, folder: str | os.PathLike[str]) -> Report:
+        """The same with the first number of which the folder has no file."""
+        report = dataclasses.replace(self, run=1)
+        while (Path(folder) / f"{report.stem}.json").exists():
+            report.run += 1
+        return report
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the JSON file into a folder, which is made; its path is returned."""
@@ -112,7 +130,7 @@ class Report:
         for title, lines in self._below():
             console.print(f"\n[bold]{title}[/]")
             for line in lines:
-                style = "red" if line.startswith(NOT_EXACT) else None
+                style = "red" if is_defect(line) else None
                 console.print(f"  {escape(line)}", style=style, highlight=False)
 
     def markdown(self) -> str:
@@ -142,9 +160,9 @@ class Report:
         return "\n".join(lines)
 
     @property
-    def inexact(self) -> list[Record]:
-        """Records of contenders that failed the parity check."""
-        return [r for r in self.records if str(r.get("reason", "")).startswith(NOT_EXACT)]
+    def defects(self) -> list[Record]:
+        """Records of contenders that are not exact, and of our own that failed."""
+        return [record for record in self.records if is_defect(record.get("reason", ""))]
 
     def not_run(self) -> list[str]:
         """Each reason once, with its contenders and how many cases of each it kept out."""
@@ -155,7 +173,7 @@ class Report:
                 counts[record["contender"]] = counts.get(record["contender"], 0) + 1
         told = []
         # What is wrong comes before what is only missing.
-        for reason in sorted(found, key=lambda reason: not reason.startswith(NOT_EXACT)):
+        for reason in sorted(found, key=lambda reason: not is_defect(reason)):
             whose = [f"{who} ({_cases(count)})" for who, count in found[reason].items()]
             told.append(f"{reason.rstrip('.')}: {', '.join(whose)}")
         return told
@@ -246,6 +264,11 @@ def labels_of(record: Record) -> dict[str, int | str]:
     """What tells the case of a record from other cases."""
     others = ("contender", "reason", *MEASURED)
     return {name: value for name, value in record.items() if name not in others}
+
+
+def is_defect(reason: str) -> bool:
+    """Whether a record has no numbers because something is wrong, rather than missing."""
+    return reason.startswith((NOT_EXACT, FAILED))
 
 
 def is_ours(contender: str) -> bool:
@@ -374,18 +397,26 @@ def _why_no_report(content: Any) -> str | None:
     if content.get("format") != FORMAT:
         return f"format {content.get('format')!r} is not {FORMAT}: no report of this vlmo bench"
     kinds = dict(machine=dict, commit=str, command=str, versions=dict, roof=dict)
-    for key, kind in (kinds | dict(unmeasured=list, records=list)).items():
+    for key, kind in (kinds | dict(unmeasured=list, records=list, run=int)).items():
         if key not in content:
             return f"has no {key!r}"
         if not isinstance(content[key], kind):
             return f"{key!r} is of type {type(content[key]).__name__}, not {kind.__name__}"
     if not isinstance(content["machine"].get("name"), str):
         return "'machine' has no 'name'"
+    rates = [content["roof"].get("copy_gb_per_s"), *_values(content["roof"], "matrix_tflops")]
+    if content["roof"] and not all(isinstance(rate, int | float) and rate > 0 for rate in rates):
+        return f"'roof' is {content['roof']!r}"
     for number_, record in enumerate(content["records"]):
         wrong = _why_no_record(record)
         if wrong is not None:
             return f"record {number_}: {wrong}"
     return None
+
+
+def _values(content: dict[str, Any], key: str) -> list[Any]:
+    values = content.get(key)
+    return list(values.values()) if isinstance(values, dict) else [None]
 
 
 def _why_no_record(record: Any) -> str | None:

@@ -10,7 +10,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from vlmo.bench import attention, model, moe_ffn
 from vlmo.bench.gpu import Sensors, open_sensors
 from vlmo.bench.meter import Numbers, Settings, describe_error, measure
-from vlmo.bench.report import NOT_EXACT, Record, Report
+from vlmo.bench.report import FAILED, NOT_EXACT, Record, Report, is_ours
 from vlmo.bench.roofline import Roof, measure_roof
 from vlmo.bench.suite import Case, Problem, Scale, Suite
 from vlmo.kernels.target import describe
@@ -32,7 +32,8 @@ SUITES = {suite.name: suite for suite in (moe_ffn.SUITE, attention.SUITE, model.
 ALL = "all"
 # Timed calls take this part of a contender's time, within bounds; wall time and energy the rest.
 _TIMED = 0.5
-_LEAST_SECONDS, _MOST_SECONDS = 0.1, {Scale.cpu: 0.8, Scale.full: 2.0}
+_LEAST_SECONDS = {Scale.cpu: 0.1, Scale.full: 0.4}
+_MOST_SECONDS = {Scale.cpu: 0.8, Scale.full: 2.0}
 
 
 def run(
@@ -61,7 +62,8 @@ def run(
         contenders: names; only these, or all that begin with one and a colon ("vlmo").
         commit: of what is measured; asked of git if it is not given.
         command: that the user gave, for the report.
-        on_case: is called with the report so far after each case, for a run that may be killed.
+        on_case: is called with the report so far after each case of which there is a record, for
+            a run that may be killed.
 
     Raises:
         ValueError: a filter lets no case or no contender through.
@@ -83,12 +85,15 @@ def run(
         session = _Session(device, scale, roof, sensors, contenders, started + seconds, seconds)
         for position, (suite, case) in enumerate(cases):
             found = session.records(suite, case, len(cases) - position)
-            _free()
+            session.free()
             report.records = sorted(
                 report.records + found, key=lambda record: order.index(record["suite"])
             )
-            report.unmeasured = _unmeasured(device, sensors, report.records)
-            if on_case is not None:
+            report.unmeasured = [
+                *_unmeasured(device, sensors, report.records),
+                *(f"{name}: no case has such a contender." for name in sorted(session.unknown)),
+            ]
+            if report.records and on_case is not None:
                 on_case(report)
     if not report.records:
         raise ValueError(f"contenders: no case has one of {', '.join(contenders or ())}")
@@ -125,9 +130,14 @@ def commit_of_this() -> str:
     return described or "unknown"
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Session:
-    """What all cases of a run share."""
+    """What all cases of a run share.
+
+    Attributes:
+        unknown: names among ``contenders`` that no case has had so far.
+        broken: why nothing can run any more, after a kernel has destroyed the GPU's context.
+    """
 
     device: torch.device
     scale: Scale
@@ -136,36 +146,60 @@ class _Session:
     contenders: Collection[str] | None
     deadline: float
     limit: float
+    unknown: set[str] = field(init=False)
+    broken: str | None = None
+
+    def __post_init__(self) -> None:
+        self.unknown = set(self.contenders or ())
 
     def records(self, suite: Suite, case: Case, cases_left: int) -> list[Record]:
         """Of every contender of one case."""
-        if self._late is not None:
-            return [case.labels | {"contender": ALL, "reason": self._late}]
+        if self._over is not None:
+            return [case.labels | {"contender": ALL, "reason": self._over}]
         until = time.monotonic() + (self.deadline - time.monotonic()) / cases_left
         try:
             problem = suite.make(case, self.device)
         except Exception as error:  # as in _prepare
-            return [case.labels | {"contender": ALL, "reason": describe_error(error)}]
+            return [case.labels | {"contender": ALL, "reason": _failed(ALL, describe_error(error))}]
         works: dict[str, Work] = {}
         names = [name for name in problem.contenders if self._wants(name)]
         found = {name: self._prepare(problem, name, works) for name in names}
         settings = self._settings((until - time.monotonic()) / max(1, len(works)))
         for name, numbers in self._measure(works, settings).items():
-            found[name] = self._completed(numbers, found[name], problem, case)
+            if "reason" in numbers:
+                found[name] = {"reason": _failed(name, numbers["reason"])}
+            else:
+                found[name] |= numbers | self._rates(numbers, problem, case)
         return [case.labels | {"contender": name} | numbers for name, numbers in found.items()]
 
+    def free(self) -> None:
+        """Give back what is not needed any more, and see whether the GPU still answers."""
+        gc.collect()
+        if self.device.type != "cuda" or self.broken is not None:
+            return
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except Exception as error:
+            self.broken = f"{FAILED}: the GPU no longer answers: {describe_error(error)}"
+
     @property
-    def _late(self) -> str | None:
+    def _over(self) -> str | None:
+        """Why nothing more begins."""
         late = time.monotonic() >= self.deadline
-        return f"began after the time limit of {self.limit:.0f} s" if late else None
+        told = f"began after the time limit of {self.limit:.0f} s" if late else None
+        return self.broken or told
 
     def _wants(self, name: str) -> bool:
-        wanted = self.contenders
-        return wanted is None or name in wanted or name.partition(":")[0] in wanted
+        if self.contenders is None:
+            return True
+        fitting = {name, name.partition(":")[0]} & set(self.contenders)
+        self.unknown -= fitting
+        return bool(fitting)
 
     def _prepare(self, problem: Problem, name: str, works: dict[str, Work]) -> Numbers:
         """The error of a contender, whose work is added, or the reason why it is not."""
-        reason = self._late or problem.why_not(name)
+        reason = self._over or problem.why_not(name)
         if reason is not None:
             return {"reason": reason}
         try:
@@ -175,16 +209,16 @@ class _Session:
                 return {"reason": reason}
             works[name] = problem.work(name)
         except Exception as error:  # a peer, a compiler or the allocator may raise anything
-            return {"reason": describe_error(error)}
+            return {"reason": _failed(name, describe_error(error))}
         finally:
-            _free()
+            self.free()
         return {"error": max(deviation.share for deviation in deviations)}
 
     def _measure(self, works: Mapping[str, Work], settings: Settings) -> dict[str, Numbers]:
         try:
             return measure(works, self.device, settings)
         except Exception as error:  # one that ran alone, but not beside the others
-            reason = f"while it was timed beside the others: {describe_error(error)}"
+            reason = f"{describe_error(error)} (while it was timed beside the others)"
             return {name: {"reason": reason} for name in works}
 
     def _settings(self, share: float) -> Settings:
@@ -192,25 +226,27 @@ class _Session:
         sensors = None if isinstance(self.sensors, str) else self.sensors
         if self.scale is Scale.smoke:
             return Settings(seconds=0, energy_seconds=0, sensors=sensors)
-        timed = max(_LEAST_SECONDS, min(_MOST_SECONDS[self.scale], _TIMED * share))
+        least, most = _LEAST_SECONDS[self.scale], _MOST_SECONDS[self.scale]
+        timed = max(least, min(most, _TIMED * share))
         return Settings(seconds=timed, sensors=sensors)
 
-    def _completed(
-        self, numbers: Numbers, checked: Numbers, problem: Problem, case: Case
-    ) -> Numbers:
-        """With rates, by the cost of the problem."""
-        if "reason" in numbers:
-            return numbers
+    def _rates(self, numbers: Numbers, problem: Problem, case: Case) -> Numbers:
+        """By the cost of the problem."""
         seconds, cost = numbers["device_ms"] / 1e3, problem.cost
         tflops = cost.flops / seconds / 1e12
         attainable = self.roof.attainable_tflops(cost, str(case.labels["dtype"]))
-        rates = dict(
+        return dict(
             tflops=tflops,
             gb_per_s=cost.bytes / seconds / 1e9,
             share_of_roof=tflops / attainable,
             samples_per_s=problem.samples / seconds,
         )
-        return numbers | rates | checked
+
+
+def _failed(contender: str, error: str) -> str:
+    """The reason to record: a defect if it is ours, which runs where it says, memory permitting."""
+    fits = not error.startswith(torch.OutOfMemoryError.__name__)
+    return f"{FAILED}: {error}" if fits and (is_ours(contender) or contender == ALL) else error
 
 
 def _cases(
@@ -255,12 +291,6 @@ def _unmeasured(
     if any("device_ms" in record and record["launches"] is None for record in records):
         found.append("Launches: PyTorch's profiler saw no kernel.")
     return found
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 def _cpu() -> str:

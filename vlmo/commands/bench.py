@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from vlmo.bench import pictures, runner
 from vlmo.bench.compare import compare
-from vlmo.bench.report import NOT_EXACT, Report, groups, show_group
+from vlmo.bench.report import Report, groups, is_defect, show_group
 from vlmo.bench.suite import Scale, Suite
 from vlmo.files import replacing
 from vlmo.placement import chosen_device
@@ -33,7 +33,7 @@ class Settings:
         device: name for :func:`vlmo.placement.chosen_device`.
         minutes: after which nothing begins; None for 4.5 on a CPU and 20 on a GPU.
         smoke: tiny sizes and three calls of each, to see that everything runs; written to a folder
-            ``smoke`` in ``output``, so that nothing that was measured is lost.
+            ``smoke`` in ``output``, in the place of the last such run.
         draws: whether pictures are wanted.
         commit: of what is measured; None to ask git.
         command: that the user gave.
@@ -55,7 +55,8 @@ class Settings:
 def run(settings: Settings, console: Console) -> Report:
     """Measure, print each case as it is finished and what could not run, and write everything.
 
-    The JSON file is there after the first case, for a run that may be killed.
+    The JSON file and the page are there after the first case, for a run that may be killed. An
+    earlier run of the same commit keeps its files: this one gets a number.
 
     Raises:
         ValueError: a name that nothing has, or no time.
@@ -74,6 +75,7 @@ def run(settings: Settings, console: Console) -> Report:
     settings.output.mkdir(parents=True, exist_ok=True)
     names = ", ".join(suite.name for suite in suites)
     console.print(f"Measuring {names} on {device}, {minutes:g} minutes.", highlight=False)
+    progress = _Progress(settings, console)
     report = runner.run(
         suites,
         device,
@@ -84,14 +86,16 @@ def run(settings: Settings, console: Console) -> Report:
         contenders=settings.contenders or None,
         commit=settings.commit,
         command=settings.command,
-        on_case=_Progress(settings, console),
+        on_case=progress,
     )
-    report = _completed(report, settings)
+    report = progress.completed(report)
     report.summary(console)
     written = _write(report, settings)
+    if settings.draws:
+        written += pictures.draw(report, settings.output)
     console.print(f"\nWritten: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
-    if report.inexact:
-        told = f"{len(report.inexact)} of {len(report.records)} records: {NOT_EXACT}"
+    if report.defects:
+        told = f"{len(report.defects)} of {len(report.records)} records: not exact, or failed"
         console.print(f"[red]{told}; see above.[/]", highlight=False)
     return report
 
@@ -113,6 +117,7 @@ class _Progress:
         self._console = console
         self._cases: set[str] = set()
         self._reasons: set[tuple[str, str]] = set()
+        self._run: int | None = None
 
     def __call__(self, report: Report) -> None:
         for group in groups(report.records):
@@ -126,18 +131,19 @@ class _Progress:
             who, reason = record["contender"], record["reason"]
             if (who, reason) not in self._reasons:
                 self._reasons.add((who, reason))
-                style = "red" if reason.startswith(NOT_EXACT) else "dim"
+                style = "red" if is_defect(reason) else "dim"
                 told = escape(f"  {who}: {reason}")
                 self._console.print(told, style=style, highlight=False, soft_wrap=True)
-        _completed(report, self._settings).save(self._settings.output)
+        _write(self.completed(report), self._settings)
 
-
-def _completed(report: Report, settings: Settings) -> Report:
-    """With what only the command knows."""
-    if not settings.smoke:
-        return report
-    note = "Speed: this was a smoke run of tiny sizes and few calls, so its times mean nothing."
-    return dataclasses.replace(report, unmeasured=[note, *report.unmeasured])
+    def completed(self, report: Report) -> Report:
+        """With what only the command knows."""
+        if self._settings.smoke:
+            note = "Speed: a smoke run of tiny sizes and few calls, whose times mean nothing."
+            return dataclasses.replace(report, unmeasured=[note, *report.unmeasured])
+        if self._run is None:
+            self._run = report.numbered(self._settings.output).run
+        return dataclasses.replace(report, run=self._run)
 
 
 def _suites(names: Sequence[str]) -> list[Suite]:
@@ -166,5 +172,4 @@ def _write(report: Report, settings: Settings) -> list[Path]:
     page = settings.output / f"{report.stem}.md"
     with replacing(page) as temporary:
         temporary.write_text(report.markdown(), encoding="utf-8")
-    drawn = pictures.draw(report, settings.output) if settings.draws else []
-    return [data, page, *drawn]
+    return [data, page]
