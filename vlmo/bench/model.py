@@ -129,11 +129,11 @@ class ModelProblem:
         return step if phase in STEPS else forward
 
     def check(self, contender: str) -> Sequence[Deviation]:
-        """Hold a model of this width, with two blocks, fewer words and a few pairs, against float64.
+        """Hold a model of this width, with two blocks and fewer words, against float64.
 
-        Errors are L2 norms over a tensor, and over all numbers that come alone, such as losses: a
-        single one may be right by luck. The official way, with 16-bit products of scores, may be
-        four times as far off as the yardstick, which has wide ones; ours twice.
+        A few pairs tell. Errors are L2 norms over a tensor, and over all numbers that come alone,
+        such as losses: a single one may be right by luck. The official way, with 16-bit products of
+        scores, may be four times as far off as the yardstick, which has wide ones; ours twice.
         """
         model, batch, eager, exact = self._small
         times = 4 if contender in _OFFICIAL else 2
