@@ -91,7 +91,7 @@ def run(
             )
             report.unmeasured = [
                 *_unmeasured(device, sensors, report.records),
-                *(f"{name}: no case has such a contender." for name in sorted(session.unknown)),
+                *(f"{name}: no case that began has such a contender." for name in sorted(session.unknown)),
             ]
             if report.records and on_case is not None:
                 on_case(report)
