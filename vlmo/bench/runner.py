@@ -89,10 +89,9 @@ def run(
             report.records = sorted(
                 report.records + found, key=lambda record: order.index(record["suite"])
             )
-            report.unmeasured = [
-                *_unmeasured(device, sensors, report.records),
-                *(f"{name}: no case that began has such a contender." for name in sorted(session.unknown)),
-            ]
+            report.unmeasured = _unmeasured(device, sensors, report.records)
+            for name in sorted(session.unknown):
+                report.unmeasured.append(f"{name}: no case so far has such a contender.")
             if report.records and on_case is not None:
                 on_case(report)
     if not report.records:
