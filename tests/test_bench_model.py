@@ -52,7 +52,7 @@ def test_what_is_named_compiled_is(phase, monkeypatch):
         passes.append(layout)
         return real(vlmo, layout)
 
-    monkeypatch.setattr(ModelProblem, "_compiler", property(lambda problem: compiler))
+    monkeypatch.setattr(model, "compiler_of", lambda case, device: compiler)
     monkeypatch.setattr(official.SwitchedVLMo, "_spread", spread)
     problem = problem_of(phase)
     assert not wrong(problem, "official-compiled")

@@ -168,9 +168,7 @@ def why_not_ours(operation: str, case: Case, device: torch.device, backend: str)
 
 def compiled(entry: Contender, case: Case, device: torch.device, *, whole: bool) -> Contender:
     """The contender through ``torch.compile``; ``whole`` if it must be one graph."""
-    # On the CPU only to see that it can be traced: building C++ code would take too long.
-    traced_only = device.type == "cpu" and case.size == "tiny"
-    backend = "aot_eager" if traced_only else "inductor"
+    backend = compiler_of(case, device)
 
     def make(chosen: Sequence[int] | None) -> Form:
         form = entry.make(chosen)
@@ -178,14 +176,23 @@ def compiled(entry: Contender, case: Case, device: torch.device, *, whole: bool)
 
     def reason() -> str | None:
         # What is not installed comes first: it would not run compiled either.
-        return entry.why_not() or (None if traced_only else why_not_compiled(device))
+        return entry.why_not() or why_not_compiled(case, device)
 
     return entry._replace(make=make, why_not=reason)
 
 
-def why_not_compiled(device: torch.device) -> str | None:
+def compiler_of(case: Case, device: torch.device) -> str:
+    """The backend of ``torch.compile``.
+
+    A tiny case on a CPU is only to see that it can be traced: building C++ code takes too long.
+    """
+    return "aot_eager" if device.type == "cpu" and case.size == "tiny" else "inductor"
+
+
+def why_not_compiled(case: Case, device: torch.device) -> str | None:
     """One sentence if ``torch.compile`` is not worth its wait here, else None."""
-    if device.type != "cpu" or os.environ.get(COMPILE_VARIABLE) == "1":
+    builds = device.type == "cpu" and compiler_of(case, device) == "inductor"
+    if not builds or os.environ.get(COMPILE_VARIABLE) == "1":
         return None
     return (
         "torch.compile takes minutes to build C++ code for a CPU; "

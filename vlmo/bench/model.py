@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vlmo import objectives, passes, retrieval
 from vlmo.bench import official
-from vlmo.bench.contest import why_not_compiled, why_not_ours
+from vlmo.bench.contest import compiler_of, why_not_compiled, why_not_ours
 from vlmo.bench.cost import Cost
 from vlmo.bench.official import SwitchedVLMo
 from vlmo.bench.suite import Case, Scale, Suite
@@ -94,19 +94,13 @@ class ModelProblem:
     def why_not(self, contender: str) -> str | None:
         """One sentence if it cannot run here, else None."""
         if contender == "official-compiled":
-            return None if self._compiler == "eager" else why_not_compiled(self.device)
+            return why_not_compiled(self.case, self.device)
         if contender == "official":
             return None
         if contender == "vlmo:reference" and self.device.type == "cpu" and self.case.size != "tiny":
             return "the oracle of tests: on a CPU it would take a third of the time."
         facts = (self.case, self.device, contender.removeprefix("vlmo:"))
         return why_not_ours("moe_ffn", *facts) or why_not_ours("shared_attention", *facts)
-
-    @property
-    def _compiler(self) -> str:
-        """Building C++ code for a CPU takes too long; a tiny model there is traced only."""
-        traced_only = self.device.type == "cpu" and self.case.size == "tiny"
-        return "eager" if traced_only else "inductor"
 
     @functools.cached_property
     def model(self) -> SwitchedVLMo:
@@ -186,7 +180,8 @@ class ModelProblem:
         """How a contender computes a phase."""
         if contender in _OFFICIAL:
             compiles = contender == "official-compiled"
-            return _in_the_official_way(compiler=self._compiler if compiles else None)
+            compiler = compiler_of(self.case, self.device) if compiles else None
+            return _in_the_official_way(compiler=compiler)
 
         def packed(phase: str, model: SwitchedVLMo, batch: Batch) -> Named:
             with use_backend(contender.removeprefix("vlmo:")):

@@ -10,7 +10,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def run(
                 report.records + found, key=lambda record: order.index(record["suite"])
             )
             report.unmeasured = _unmeasured(device, sensors, report.records)
-            for name in sorted(session.unknown):
+            for name in _absent(contenders, report.records):
                 report.unmeasured.append(f"{name}: no case so far has such a contender.")
             if report.records and on_case is not None:
                 on_case(report)
@@ -134,7 +134,6 @@ class _Session:
     """What all cases of a run share.
 
     Attributes:
-        unknown: names among ``contenders`` that no case has had so far.
         broken: why nothing can run any more, after a kernel has destroyed the GPU's context.
     """
 
@@ -145,11 +144,7 @@ class _Session:
     contenders: Collection[str] | None
     deadline: float
     limit: float
-    unknown: set[str] = field(init=False)
     broken: str | None = None
-
-    def __post_init__(self) -> None:
-        self.unknown = set(self.contenders or ())
 
     def records(self, suite: Suite, case: Case, cases_left: int) -> list[Record]:
         """Of every contender of one case."""
@@ -190,11 +185,7 @@ class _Session:
         return self.broken or told
 
     def _wants(self, name: str) -> bool:
-        if self.contenders is None:
-            return True
-        fitting = {name, name.partition(":")[0]} & set(self.contenders)
-        self.unknown -= fitting
-        return bool(fitting)
+        return self.contenders is None or any(_means(w, name) for w in self.contenders)
 
     def _prepare(self, problem: Problem, name: str, works: dict[str, Work]) -> Numbers:
         """The error of a contender, whose work is added, or the reason why it is not."""
@@ -270,6 +261,17 @@ def _cases(
         told = [f"{k}: {', '.join(v)}" for k, v in filters.items() if v is not None]
         raise ValueError(f"no case of {', '.join(s.name for s in suites)} has {'; '.join(told)}")
     return found
+
+
+def _means(wanted: str, contender: str) -> bool:
+    """Whether a name of the caller's is that of a contender, or of all backends of which it is."""
+    return wanted in (contender, contender.partition(":")[0])
+
+
+def _absent(contenders: Collection[str] | None, records: Sequence[Record]) -> list[str]:
+    """Names of the caller's that no record has."""
+    names = {record["contender"] for record in records}
+    return [w for w in dict.fromkeys(contenders or ()) if not any(_means(w, n) for n in names)]
 
 
 def _unmeasured(
