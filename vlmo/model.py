@@ -19,8 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from vlmo import objectives
 from vlmo.config import VLMoConfig
 from vlmo.kernels import RelativePositionIndex
+from vlmo.kernels.arguments import check_values
 from vlmo.layers import MLMHead, MultiwayTransformer, Pooler, Projection, TextEmbeddings, classifier
 from vlmo.sequences import Chosen, Layout, Packed, Padded
+
+_LARGEST_PIXEL = 16.0  # more than any usual normalisation gives, less than 0..255 holds
 
 
 class FusionOutput(NamedTuple):
@@ -242,7 +245,12 @@ class VLMo(nn.Module):
         return self.text_embeddings(text_ids, places) + self.token_type_embeddings.weight[0]
 
     def embed_image(self, image: Tensor, image_type: int = 1) -> Tensor:
-        """Pixels ``[B, 3, S, S]``, uint8 or scaled to [-1, 1], to ``[B, patches + 1, D]``."""
+        """Pixels ``[B, 3, S, S]``, uint8 or scaled to [-1, 1], to ``[B, patches + 1, D]``.
+
+        Raises:
+            ValueError: another shape, an ``image_type`` that the model has not, or floats far
+                outside [-1, 1], as of 0 to 255; on a GPU the device asserts the latter.
+        """
         size = self.config.image_size
         if image.dim() != 4 or image.shape[1:] != (3, size, size):
             raise ValueError(f"image: shape {tuple(image.shape)} is not (batch, 3, {size}, {size})")
@@ -252,6 +260,8 @@ class VLMo(nn.Module):
             )
         if image.dtype == torch.uint8:  # mean and deviation 0.5, as in the official transforms
             image = image.to(self.transformer.cls_token.dtype).div(127.5).sub(1)
+        else:
+            check_values("image", image, image.abs() > _LARGEST_PIXEL, "not scaled to -1..1")
         return self.transformer.embed(image) + self.token_type_embeddings.weight[image_type]
 
     def _embed_padded(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
