@@ -22,6 +22,7 @@ from vlmo.kernels import RelativePositionIndex
 from vlmo.kernels.arguments import check_values
 from vlmo.layers import MLMHead, MultiwayTransformer, Pooler, Projection, TextEmbeddings, classifier
 from vlmo.sequences import Chosen, Layout, Packed, Padded
+from vlmo.wrappers import rows_of
 
 _LARGEST_PIXEL = 16.0  # more than any usual normalisation gives, less than 0..255 holds
 
@@ -242,7 +243,7 @@ class VLMo(nn.Module):
 
     def embed_text(self, text_ids: Tensor, places: Tensor | None = None) -> Tensor:
         """Ids ``[B, T]``, or ``[tokens]`` with their places in their texts, to ``[..., D]``."""
-        return self.text_embeddings(text_ids, places) + self.token_type_embeddings.weight[0]
+        return self.text_embeddings(text_ids, places) + rows_of(self.token_type_embeddings, 0)
 
     def embed_image(self, image: Tensor, image_type: int = 1) -> Tensor:
         """Pixels ``[B, 3, S, S]``, uint8 or scaled to [-1, 1], to ``[B, patches + 1, D]``.
@@ -262,7 +263,7 @@ class VLMo(nn.Module):
             image = image.to(self.transformer.cls_token.dtype).div(127.5).sub(1)
         else:
             check_values("image", image, image.abs() > _LARGEST_PIXEL, "not scaled to -1..1")
-        return self.transformer.embed(image) + self.token_type_embeddings.weight[image_type]
+        return self.transformer.embed(image) + rows_of(self.token_type_embeddings, image_type)
 
     def _embed_padded(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         wanted = (len(text_ids), self.config.max_text_length)
