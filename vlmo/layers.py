@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmo.config import VLMoConfig
-from vlmo.kernels import moe_ffn
+from vlmo.kernels import Constants, moe_ffn
 from vlmo.sequences import Chosen, Experts, Layout, Tokens
 from vlmo.wrappers import is_plain, rows_of
 
@@ -26,7 +26,7 @@ class PatchEmbedding(nn.Module):
         return self.proj(image).flatten(2).transpose(1, 2)
 
 
-class TextEmbeddings(nn.Module):
+class TextEmbeddings(Constants):
     """Token ids ``[...]`` to ``[..., D]``: BERT's embeddings, without the outer token type.
 
     The position embedding is added in models with absolute positions only; elsewhere it is there
@@ -44,7 +44,10 @@ class TextEmbeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(2, config.dim)
         self.LayerNorm = nn.LayerNorm(config.dim, eps=1e-12)
         self.dropout = nn.Dropout(config.drop_path)
-        self.register_buffer("position_ids", torch.arange(config.max_text_length)[None])
+        positions = torch.arange(config.max_text_length, device="cpu")[None]
+        self.register_constant(
+            "position_ids", positions, torch.get_default_device(), persistent=True
+        )
 
     def forward(self, text_ids: Tensor, places: Tensor | None = None) -> Tensor:
         """``places``: of each token in its text; by default the last dimension is one text."""

@@ -18,12 +18,22 @@ from torch.utils.checkpoint import checkpoint
 
 from vlmo import objectives
 from vlmo.config import VLMoConfig
-from vlmo.kernels import RelativePositionIndex
+from vlmo.kernels import Constants, RelativePositionIndex
 from vlmo.kernels.arguments import check_values
-from vlmo.layers import MLMHead, MultiwayTransformer, Pooler, Projection, TextEmbeddings, classifier
+from vlmo.layers import (
+    Attention,
+    Block,
+    MLMHead,
+    MultiwayTransformer,
+    Pooler,
+    Projection,
+    TextEmbeddings,
+    classifier,
+)
 from vlmo.sequences import Chosen, Layout, Packed, Padded
 from vlmo.wrappers import rows_of
 
+LOGIT_SCALE = math.log(1 / 0.07)  # the temperature of contrast to start from, as in CLIP
 _LARGEST_PIXEL = 16.0  # more than any usual normalisation gives, less than 0..255 holds
 
 
@@ -43,6 +53,14 @@ class StreamOutput(NamedTuple):
     embedding: Tensor  # [B, D], unit length: the dual encoder's output
     vl_embedding: Tensor | None  # [B, D], unit length, through the vision-language tail
     cls: Tensor  # [B, D], first token, before the final norm
+
+
+def _materialise_constants(model: nn.Module, _: Any) -> None:
+    """After a load with ``assign=True`` into a model on the meta device."""
+    device = next(model.parameters()).device
+    for module in model.modules():
+        if isinstance(module, Constants):
+            module.materialise(device)
 
 
 class VLMo(nn.Module):
@@ -79,6 +97,7 @@ class VLMo(nn.Module):
             )
         self._add_heads(config)
         self.init_weights()
+        self.register_load_state_dict_post_hook(_materialise_constants)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, **changes: Any) -> VLMo:
@@ -100,17 +119,39 @@ class VLMo(nn.Module):
         if "itm" in tasks:
             self.itm_score = Projection(dim, 2, bias=True)
         if tasks & {"itc", "irtr"}:
-            self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+            self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
             self.itc_text_proj = Projection(dim, dim, bias=False)
             self.itc_image_proj = Projection(dim, dim, bias=False)
         if "itc" in tasks:
-            self.logit_vl_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+            self.logit_vl_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
             self.itc_vl_text_proj = Projection(dim, dim, bias=False)
             self.itc_vl_image_proj = Projection(dim, dim, bias=False)
         if "vqa" in tasks:
             self.vqa_classifier = classifier(dim, 2 * dim, config.vqa_labels)
         if "nlvr2" in tasks:
             self.nlvr2_classifier = classifier(2 * dim, 2 * dim, 2)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Give every parameter its initial value, as after ``to_empty`` on a model from meta."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+            if isinstance(module, Attention):
+                nn.init.zeros_(module.q_bias)
+                nn.init.zeros_(module.v_bias)
+            elif isinstance(module, Block) and module.gamma_1 is not None:
+                assert module.gamma_2 is not None and self.config.layer_scale is not None
+                nn.init.constant_(module.gamma_1, self.config.layer_scale)
+                nn.init.constant_(module.gamma_2, self.config.layer_scale)
+            elif isinstance(module, MLMHead):
+                nn.init.zeros_(module.bias)
+        if self.relative_position_bias_table is not None:
+            nn.init.zeros_(self.relative_position_bias_table)
+        for name, parameter in self.named_parameters(recurse=False):
+            if name in ("logit_scale", "logit_vl_scale"):
+                nn.init.constant_(parameter, LOGIT_SCALE)
+        self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
