@@ -32,11 +32,13 @@ from torch import Tensor, nn
 from vlmo.config import RUN_FIELDS, TASKS, VLMoConfig
 from vlmo.files import replacing
 from vlmo.layouts import (
+    ANSWERS_RECORD,
     CONFIG_RECORD,
     KEY_PREFIXES,
     POSITION_IDS,
     SAFETENSORS_SUFFIX,
     TABLE,
+    VOCABULARY_RECORD,
     CheckpointError,
     Content,
     Source,
@@ -211,17 +213,26 @@ def _plan(
     return values, report
 
 
-def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save_checkpoint(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    vocabulary: str | None = None,
+    answers: str | None = None,
+) -> None:
     """Write ``model`` as a flat official state dict, ``text_embeddings.position_ids`` included.
 
     The file appears under its name only when it is complete and on disk: a failed save leaves an
     older file of that name as it was and no other trace (a killed one, a hidden file beside
-    it). The configuration is recorded in the file's metadata, where :func:`config_of` finds it and
-    others do not look.
+    it). The configuration and the digests are recorded in the file's metadata, where
+    :func:`config_of` and :func:`vlmo.loading.digests_of` find them and others do not look.
 
     Args:
         model: a :class:`vlmo.VLMo`, possibly wrapped, on any device, in any dtype.
         path: ``.pt``, ``.pth`` or ``.bin`` for torch's format, ``.safetensors`` for that one.
+        vocabulary: :func:`vlmo.loading.digest` of the tokens that the model was trained with, in
+            the order of their ids. What loads the model then refuses any other vocabulary.
+        answers: the same of the answers of visual questions.
 
     Raises:
         ValueError: another suffix, or a model on the meta device.
@@ -235,15 +246,17 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     state = _official_state(inner)
     fields = dataclasses.asdict(inner.config)
     fields = {name: value for name, value in fields.items() if name not in RUN_FIELDS}
-    record = json.dumps(fields)
+    records = {CONFIG_RECORD: json.dumps(fields)}
+    given = {VOCABULARY_RECORD: vocabulary, ANSWERS_RECORD: answers}
+    records |= {name: value for name, value in given.items() if value is not None}
 
     with replacing(path) as temporary:
         if suffix == SAFETENSORS_SUFFIX:
-            _write_safetensors(state, record, temporary)
+            _write_safetensors(state, records, temporary)
         else:
             # nn.Module.state_dict() carries versions in the same attribute; load_state_dict reads
             # only the entries it knows, so the official code never sees ours.
-            vars(state)["_metadata"] = {"": {"version": 1, CONFIG_RECORD: record}}
+            vars(state)["_metadata"] = {"": {"version": 1, **records}}
             torch.save(state, temporary)
 
 
@@ -319,12 +332,14 @@ def _official_state(model: nn.Module) -> OrderedDict[str, Tensor]:
     return state
 
 
-def _write_safetensors(state: OrderedDict[str, Tensor], record: str, path: Path) -> None:
+def _write_safetensors(
+    state: OrderedDict[str, Tensor], records: Mapping[str, str], path: Path
+) -> None:
     # safetensors makes files that only their owner may read; the mode of an ordinary new file is
     # the user's choice.
     with path.open("xb") as handle:
         mode = os.fstat(handle.fileno()).st_mode & 0o777
-    save_file(state, path, metadata={"format": "pt", CONFIG_RECORD: record})
+    save_file(state, path, metadata={"format": "pt", **records})
     os.chmod(path, mode)
 
 
@@ -386,10 +401,10 @@ def _mlp_ratio(dim: int, hidden: int) -> float:
 
 def _recorded(content: Content) -> dict[str, Any]:
     """Fields of the recorded configuration; fields this version does not know are left out."""
-    if content.record is None:
+    if CONFIG_RECORD not in content.records:
         return {}
     try:
-        fields = json.loads(content.record)
+        fields = json.loads(content.records[CONFIG_RECORD])
         fields["tasks"] = tuple(fields["tasks"])
         names = {field.name for field in dataclasses.fields(VLMoConfig)} - set(RUN_FIELDS)
         fields = {name: value for name, value in fields.items() if name in names}

@@ -5,10 +5,11 @@ Nothing in a file is ever executed: pickles go through ``torch.load(weights_only
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,11 @@ SAFETENSORS_SUFFIX = ".safetensors"
 ZIP_END = b"PK\x05\x06"
 ZIP_END_REACH = 22 + 2**16
 
-# Where save_checkpoint records the configuration, in the metadata that both formats have room for.
+# What save_checkpoint records in the metadata that both formats have room for: the configuration,
+# and digests of the vocabulary and of the answers that the weights were trained with.
 CONFIG_RECORD = "vlmo_config"
+VOCABULARY_RECORD, ANSWERS_RECORD = "vlmo_vocabulary", "vlmo_answers"
+_RECORDS = (CONFIG_RECORD, VOCABULARY_RECORD, ANSWERS_RECORD)
 
 
 class CheckpointError(ValueError):
@@ -50,28 +54,30 @@ class Content:
     state: dict[str, Tensor]
     converted: tuple[str, ...]
     ignored: tuple[str, ...]
-    record: str | None
+    records: dict[str, str]
     beit: bool
 
 
 def read_content(source: Source) -> Content:
     """Open, unwrap and convert a checkpoint to official keys."""
-    record: str | None = None
     raw: Any = source
-    name = "state dict"
+    name, records = "state dict", {}
     if not isinstance(source, Mapping):
         path = Path(source)
         name = str(path)
         kind = _kind(path)
-        raw, record = _open_safetensors(path) if kind == "safetensors" else _open_torch(path, kind)
+        if kind == "safetensors":
+            raw, records = _open_safetensors(path)
+        else:
+            raw = _open_torch(path, kind)
     if not isinstance(raw, Mapping):
         raise CheckpointError(f"{name}: holds a {type(raw).__name__}, not a dict of tensors")
     converted: list[str] = []
-    wrapper = next((w for w in WRAPPERS if isinstance(raw.get(w), Mapping)), None)
+    wrapper = _wrapper(raw)
     if wrapper is not None:
         raw = raw[wrapper]
         converted.append(f'wrapped in "{wrapper}"')
-    record = record or _attached_record(raw)
+    records = records or _attached_records(raw)
     state: dict[str, Tensor] = {}
     ignored: list[str] = []
     for key, value in raw.items():
@@ -93,7 +99,31 @@ def read_content(source: Source) -> Content:
         state, more = _from_beit(name, state)
         ignored += more
         converted.append("BEiT")
-    return Content(name, state, tuple(converted), tuple(ignored), record, beit)
+    return Content(name, state, tuple(converted), tuple(ignored), records, beit)
+
+
+def read_records(source: str | os.PathLike[str]) -> dict[str, str]:
+    """What :func:`vlmo.save_checkpoint` recorded in a file's metadata; reads no tensor.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError, CheckpointError: as :func:`vlmo.load_checkpoint`.
+    """
+    path = Path(source)
+    kind = _kind(path)
+    if kind == "safetensors":
+        with _safetensors(path) as file:
+            return _own_records(file.metadata())
+    if kind == "pickle":  # a format that we do not write, and that would have to be read whole
+        return {}
+    raw = _open_torch(path, kind)
+    if not isinstance(raw, Mapping):
+        return {}
+    wrapper = _wrapper(raw)
+    return _attached_records(raw if wrapper is None else raw[wrapper])
+
+
+def _wrapper(raw: Mapping[str, Any]) -> str | None:
+    return next((w for w in WRAPPERS if isinstance(raw.get(w), Mapping)), None)
 
 
 def _kind(path: Path) -> str:
@@ -124,11 +154,11 @@ def _kind(path: Path) -> str:
     raise CheckpointError(f"{path}: not a torch checkpoint, it starts with {head[:16]!r}")
 
 
-def _open_torch(path: Path, kind: str) -> tuple[Any, str | None]:
+def _open_torch(path: Path, kind: str) -> Any:
     """Content of a ``torch.save`` file; its storages stay on disk until used where they can."""
     # Arbitrary bytes make torch raise nearly any exception; the caller gets one, with the path.
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip"), None
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
     except Exception as error:
         # torch wraps what its unpickler found in advice to load the file unsafely, which we do not
         # pass on.
@@ -149,13 +179,19 @@ def _complaint(error: BaseException) -> str:
     return f"damaged, or no torch checkpoint ({cause})"
 
 
-def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """Tensors of a safetensors file, and the recorded configuration."""
+def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors of a safetensors file, and our records in its metadata."""
+    with _safetensors(path) as file:
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names}, _own_records(file.metadata())
+
+
+@contextlib.contextmanager
+def _safetensors(path: Path) -> Iterator[Any]:
+    """A safetensors file; whatever its reader raises is one error, with the path."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            record = (file.metadata() or {}).get(CONFIG_RECORD)
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, record
+            yield file
     except Exception as error:
         raise CheckpointError(f"{path}: damaged, or no safetensors file: {error}") from error
 
@@ -194,12 +230,17 @@ def _from_beit(name: str, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], 
     return converted, ignored
 
 
-def _attached_record(raw: Mapping[str, Any]) -> str | None:
-    """The configuration that :func:`save_checkpoint` put beside the tensors, if any."""
+def _attached_records(raw: Mapping[str, Any]) -> dict[str, str]:
+    """What :func:`vlmo.save_checkpoint` put beside the tensors of torch's format, if anything."""
     metadata = getattr(raw, "_metadata", None)
-    root = metadata.get("") if isinstance(metadata, Mapping) else None
-    record = root.get(CONFIG_RECORD) if isinstance(root, Mapping) else None
-    return record if isinstance(record, str) else None
+    return _own_records(metadata.get("") if isinstance(metadata, Mapping) else None)
+
+
+def _own_records(metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, Mapping):
+        return {}
+    found = {name: metadata.get(name) for name in _RECORDS}
+    return {name: value for name, value in found.items() if isinstance(value, str)}
 
 
 def blocks_with(state: Mapping[str, Any], part: str) -> set[int]:
