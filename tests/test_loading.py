@@ -155,3 +155,20 @@ def remove(path: Path, prefix: str) -> None:
     state = load_file(path)
     kept = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
     save_file(kept, path, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "so it is no run folder$"),
+        (["training.pt", "recipe.json"], "its training has not ended"),
+        (["model.safetensors.index.json", "config.json"], "in several files"),
+        (["config.json", "pytorch_model.bin"], "as a model of Hugging Face has"),
+        (["last.ckpt", "vlmo.pt"], "name one of its files: last.ckpt, vlmo.pt"),
+    ],
+)
+def test_a_folder_without_weights_is_described(tmp_path, names, message):
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(FileNotFoundError, match=message):
+        load_model(tmp_path)

@@ -19,6 +19,7 @@ import dataclasses
 import json
 import math
 import os
+import reprlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -43,6 +45,7 @@ from vlmo.layouts import (
     Content,
     Source,
     blocks_with,
+    likeness,
     read_content,
     summary,
 )
@@ -182,12 +185,15 @@ def _plan(
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """What to write into the model, under its keys and in its shapes; nothing is written yet."""
     skipped = {key for key in content.state if key.startswith(skip)}
-    common = [key for key in content.state if key in target and key not in skipped]
-    if not common:
+    ours = [key for key in content.state if key in target]
+    if not _holds_a_block(ours):
+        found = f"only {len(ours)}" if ours else "none"
         raise CheckpointError(
-            f"{content.name}: not a VLMo or BEiT checkpoint: none of its {len(content.state)} "
-            f"tensors belongs to the model (it has {summary(list(content.state))})"
+            f"{content.name}: not a VLMo or BEiT checkpoint: {found} of its {len(content.state)} "
+            f"tensors belong to the model, and no transformer block with its attention and an "
+            f"expert (it has {summary(list(content.state))}){likeness(content.state)}"
         )
+    common = [key for key in ours if key not in skipped]
     values: dict[str, Tensor] = {}
     resized: list[Resized] = []
     for key in common:
@@ -211,6 +217,12 @@ def _plan(
         ignored=(*content.ignored, *sorted(skipped)),
     )
     return values, report
+
+
+def _holds_a_block(keys: Sequence[str]) -> bool:
+    """Whether there is a block with its attention and one of its experts."""
+    state = dict.fromkeys(keys)
+    return bool(blocks_with(state, "attn.qkv.") & blocks_with(state, "mlp_"))
 
 
 def save_checkpoint(
@@ -251,13 +263,17 @@ def save_checkpoint(
     records |= {name: value for name, value in given.items() if value is not None}
 
     with replacing(path) as temporary:
-        if suffix == SAFETENSORS_SUFFIX:
-            _write_safetensors(state, records, temporary)
-        else:
-            # nn.Module.state_dict() carries versions in the same attribute; load_state_dict reads
-            # only the entries it knows, so the official code never sees ours.
-            vars(state)["_metadata"] = {"": {"version": 1, **records}}
-            torch.save(state, temporary)
+        try:
+            if suffix == SAFETENSORS_SUFFIX:
+                _write_safetensors(state, records, temporary)
+            else:
+                # nn.Module.state_dict() carries versions in the same attribute; load_state_dict
+                # reads only the entries it knows, so the official code never sees ours.
+                vars(state)["_metadata"] = {"": {"version": 1, **records}}
+                torch.save(state, temporary)
+        except (RuntimeError, SafetensorError) as error:  # the writers' own, of a full disk
+            reason = str(error).splitlines()[0]
+            raise OSError(f"{path}: could not be written ({reason})") from error
 
 
 def config_of(
@@ -351,7 +367,10 @@ def _require_sizes(content: Content) -> None:
     for key, rank in SIZE_RANKS.items():
         tensor = content.state.get(key)
         if tensor is None and key not in (TABLE, POSITIONS):
-            raise CheckpointError(f"{content.name}: not a whole VLMo checkpoint, it lacks {key}")
+            raise CheckpointError(
+                f"{content.name}: not a whole VLMo checkpoint, it lacks {key}"
+                f"{likeness(content.state)}"
+            )
         if tensor is not None and (tensor.dim() != rank or not tensor.numel()):
             shape = tuple(tensor.shape)
             raise CheckpointError(f"{content.name}: {key} has shape {shape}, not {rank} sizes")
@@ -408,10 +427,22 @@ def _recorded(content: Content) -> dict[str, Any]:
         fields["tasks"] = tuple(fields["tasks"])
         names = {field.name for field in dataclasses.fields(VLMoConfig)} - set(RUN_FIELDS)
         fields = {name: value for name, value in fields.items() if name in names}
+        _check_kinds(fields)
         VLMoConfig(**fields)
-    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(f"{content.name}: its {CONFIG_RECORD} is damaged: {error}") from error
     return fields
+
+
+def _check_kinds(fields: Mapping[str, Any]) -> None:
+    """Raise TypeError unless the fields of a configuration are of the kinds of the defaults."""
+    for name, value in fields.items():
+        default = getattr(VLMoConfig, name)
+        kinds = (int, float) if isinstance(default, float) else (type(default),)
+        if name == "layer_scale":
+            kinds = (*kinds, type(None))
+        if type(value) not in kinds:
+            raise TypeError(f"{name} is {reprlib.repr(value)}")
 
 
 def _heads(content: Content, dim: int, depth: int, told: int | None) -> int:

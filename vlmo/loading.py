@@ -15,7 +15,14 @@ from tokenizers import Tokenizer
 from vlmo.checkpoint import config_of, load_checkpoint
 from vlmo.config import VLMoConfig
 from vlmo.data.tokenizer import load_vocabulary
-from vlmo.layouts import ANSWERS_RECORD, VOCABULARY_RECORD, CheckpointError, read_records, summary
+from vlmo.layouts import (
+    ANSWERS_RECORD,
+    VOCABULARY_RECORD,
+    CheckpointError,
+    contents_of,
+    read_records,
+    summary,
+)
 from vlmo.model import VLMo
 from vlmo.objectives import unused_parameters
 
@@ -112,7 +119,9 @@ def weights_of(source: str | os.PathLike[str]) -> Path:
     if not path.is_dir():
         return path
     if not (path / WEIGHTS).is_file():
-        raise FileNotFoundError(f"{path}: has no {WEIGHTS}, so it is no run folder")
+        raise FileNotFoundError(
+            f"{path}: has no {WEIGHTS}, so it is no run folder{contents_of(path)}"
+        )
     return path / WEIGHTS
 
 
