@@ -134,13 +134,18 @@ def _text(name: str, given: Any) -> str:
         raise ValueError(f"{name}: {_described(given)} is no text; decode it first")
     if not isinstance(given, str):
         raise ValueError(f"{name}: {_described(given)} is not a text")
-    try:
-        given.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name}: {given!r} is no valid Unicode: {error.reason}") from error
-    if not given.strip():
+    if not check_text(name, given).strip():
         warnings.warn(f"{name}: the text is blank", stacklevel=4)
     return given
+
+
+def check_text(name: str, text: str) -> str:
+    """The text; raises ValueError, which begins with ``name``, if it is no valid Unicode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: {text!r} is no valid Unicode: {error.reason}") from error
+    return text
 
 
 def _described(given: Any) -> str:

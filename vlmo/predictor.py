@@ -7,6 +7,7 @@ predictor.answer("photo.jpg", "what colour is the car?")
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections import deque
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -170,6 +172,21 @@ class Predictor:
     def has(self, *heads: str) -> bool:
         """Whether the model has one of these heads."""
         return bool(set(heads) & set(self.model.config.tasks))
+
+    def read_images(self, images: Pictures) -> list[np.ndarray | OSError | ValueError]:
+        """Images in the model's size, uint8 ``[S, S, 3]``, to be given to several methods.
+
+        In place of one that cannot be read stands the error that says why.
+        """
+        shown = pictures_of("images", images)
+        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+            return list(pool.map(self._read, itertools.repeat(shown), range(len(shown))))
+
+    def _read(self, images: Sequence[Picture], number: int) -> np.ndarray | OSError | ValueError:
+        try:
+            return self._decoded(images, number).permute(1, 2, 0).numpy()
+        except (OSError, ValueError) as error:
+            return error
 
     @torch.no_grad()
     def embed_images(self, images: Pictures) -> Tensor:
