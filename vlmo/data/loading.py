@@ -21,7 +21,7 @@ from typing import Any, NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from vlmo.data.draws import Draw
 from vlmo.data.masking import IGNORE, mask_whole_words
@@ -160,15 +160,39 @@ def loader(
         official_masking=official_masking,
         answers=None if names is None else len(names),
     )
-    return _Loader(
+    return guarded_loader(
         _Made(dataset, function, on_bad),
+        collate=None,
         batch_sampler=cast(Any, batches),  # yields lists; needs nothing else
-        collate_fn=_as_it_is,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
+    )
+
+
+def guarded_loader(
+    dataset: Dataset,
+    *,
+    collate: Callable[[Any], Any] | None = default_collate,
+    **options: Any,
+) -> DataLoader:
+    """A DataLoader through which errors of the data set come up as they are, also from workers.
+
+    Args:
+        dataset: map-style.
+        collate: makes a batch of a list of samples; None for none.
+        options: of :class:`torch.utils.data.DataLoader`.
+
+    Raises:
+        ChildProcessError: while it is read: a worker was killed, or there is no memory left that
+            is shared with it.
+    """
+    return _Loader(
+        _Guarded(dataset, collate or _as_it_is),
+        collate_fn=_as_it_is,
         worker_init_fn=_start_worker,
         # Of nothing that is used here; without one, every epoch would advance torch's own.
         generator=torch.Generator(),
+        **options,
     )
 
 
@@ -218,16 +242,46 @@ def _portable(error: Exception) -> Exception:
 class _Loader(DataLoader):
     """Raises the errors of workers as they were, without torch's own words around them."""
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return _checked(super().__iter__())
 
 
-def _checked(batches: Iterator[Any]) -> Iterator[dict[str, Any]]:
+class _Guarded(Dataset):
+    """Samples and batches of a data set, or a :class:`_Failure` of the worker that reads them."""
+
+    def __init__(self, dataset: Dataset, collate: Callable[[Any], Any]):
+        self.dataset, self._collate = dataset, collate
+
+    def __len__(self) -> int:
+        return len(cast(Sized, self.dataset))
+
+    def __getitem__(self, item: Any) -> Any:
+        return self._guarded(self.dataset.__getitem__, item)
+
+    def __getitems__(self, items: Sequence[Any]) -> Any:
+        return self._guarded(self._batch, items)
+
+    def _batch(self, items: Sequence[Any]) -> Any:
+        if hasattr(self.dataset, "__getitems__"):
+            return self._collate(self.dataset.__getitems__(items))
+        return self._collate([self.dataset[item] for item in items])
+
+    @staticmethod
+    def _guarded(function: Callable[[Any], Any], items: Any) -> Any:
+        if get_worker_info() is None:
+            return function(items)
+        try:
+            return _shared(function(items))
+        except (ValueError, OSError, NotImplementedError, ImportError) as error:
+            return _Failure(error)
+
+
+def _checked(batches: Iterator[Any]) -> Iterator[Any]:
     try:
         while (batch := _next(batches)) is not None:
             if isinstance(batch, _Failure):
                 break
-            if "bad_samples" in batch:  # pinning makes lists of tuples
+            if isinstance(batch, dict) and "bad_samples" in batch:  # pinning makes lists of tuples
                 batch["bad_samples"] = [(index, reason) for index, reason in batch["bad_samples"]]
             yield batch
     finally:
@@ -264,15 +318,7 @@ class _Made(Dataset):
     def __len__(self) -> int:
         return len(cast(Sized, self.dataset))
 
-    def __getitems__(self, draws: Sequence[Draw]) -> dict[str, Any] | _Failure:
-        if get_worker_info() is None:
-            return self._batch(draws)
-        try:
-            return _shared(self._batch(draws))
-        except (ValueError, OSError, NotImplementedError, ImportError) as error:
-            return _Failure(error)
-
-    def _batch(self, draws: Sequence[Draw]) -> dict[str, Any]:
+    def __getitems__(self, draws: Sequence[Draw]) -> dict[str, Any]:
         bad: list[tuple[int, str]] = []
         samples, seeds = self._samples(draws, bad)
         batch = self._function(samples, seeds=seeds) if samples or not bad else {}
@@ -321,13 +367,13 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _shared(batch: dict[str, Any]) -> dict[str, Any]:
+def _shared(batch: Any) -> Any:
     """Tensors in the memory that the processes share: here, where its end can be told.
 
     torch would do it while the batch is sent, in a thread whose errors nobody sees.
     """
     try:
-        for value in batch.values():
+        for value in batch.values() if isinstance(batch, dict) else (batch,):
             if isinstance(value, Tensor):
                 value.share_memory_()
     except RuntimeError as error:
