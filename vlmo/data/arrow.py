@@ -160,6 +160,10 @@ class ArrowSamples(Samples):
         content = self._open()[file][name][row].as_py()
         return read_image(content, f"{self._paths[file]}, row {row}, {name}")
 
+    def place(self, index: int, name: str | None = None) -> tuple[str, int | None]:
+        file, row, _ = self._locate(index)
+        return os.fspath(self._paths[file]), row
+
     @property
     def image_ids(self) -> list[int] | list[str]:
         by_row = [identity for table in self._open() for identity in table["image_id"].to_pylist()]

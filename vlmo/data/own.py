@@ -100,6 +100,7 @@ class RecordSamples(Samples):
         answers: Sequence[str] | None,
     ):
         super().__init__(pictures, transform, answers)
+        self._source = os.fspath(source)
         numbers: dict[str, int] = {}
         # Arrow's and NumPy's arrays, and no lists of objects, which every worker would copy.
         self._places = {
@@ -121,8 +122,13 @@ class RecordSamples(Samples):
         return {name: column[index].as_py() for name, column in self._columns.items()}
 
     def picture(self, index: int, name: str) -> Image.Image:
-        path = self._paths[int(self._places[name][index])].as_py()
+        path, _ = self.place(index, name)
         return read_image(path, path)
+
+    def place(self, index: int, name: str | None = None) -> tuple[str, int | None]:
+        if name is None:
+            return self._source, None
+        return self._paths[int(self._places[name][index])].as_py(), None
 
     @property
     def image_ids(self) -> list[int] | list[str]:
@@ -175,6 +181,9 @@ class TextLines(Samples):
 
     def picture(self, index: int, name: str) -> Image.Image:
         raise KeyError(name)
+
+    def place(self, index: int, name: str | None = None) -> tuple[str, int | None]:
+        return os.fspath(self.path), index + 1
 
     @property
     def image_ids(self) -> list[int] | list[str]:
