@@ -567,18 +567,10 @@ def test_a_wrong_name_of_kernels_is_found_first(monkeypatch, capsys, rest):
 @pytest.mark.parametrize(
     ("command", "defaults"),
     [
-        (
-            "predict",
-            [
-                *("standard output", "none", "the run folder's", "auto", "64", "1"),
-            ],
-        ),
+        ("predict", ["standard output", "none", "the run folder's", "auto", "64", "1"]),
         (
             "evaluate",
-            [
-                *("test", "those of the task", "the model's", "the run folder's", "none"),
-                *("error", "64", "0", "auto"),
-            ],
+            ["test", "those of the task", "the model's", "the run folder's", "none", "error", "0"],
         ),
     ],
 )
@@ -601,11 +593,16 @@ def documented(folder, tmp_path, monkeypatch) -> str:
 
 @pytest.mark.filterwarnings("ignore:the text .* has 13 tokens")
 def test_the_documented_python_runs(documented):
-    (code,) = re.findall(r"```python\n(.*?)```", documented, re.DOTALL)
+    examples = re.findall(r"```python\n(.*?)```", documented, re.DOTALL)
+    assert len(examples) == 2
     names: dict = {}
-    exec(code, names)
+    for code in examples:
+        exec(code, names)
     similarity = names["predictor"].similarity(["photo.jpg", "other.jpg"], ["a red car", "a dog"])
     torch.testing.assert_close(names["texts"] @ names["images"].T, similarity)
+    with Image.open("attention.png") as drawn, Image.open("photo.jpg") as photo:
+        assert drawn.size == photo.size
+        assert (np.array(drawn) <= np.array(photo)).all()
 
 
 @pytest.mark.filterwarnings("ignore:the text .* has 13 tokens")
