@@ -97,8 +97,12 @@ def has_splits(source: str | os.PathLike[str]) -> bool:
 
 
 def holds_arrow(source: str | os.PathLike[str]) -> bool:
-    """Whether a source is a folder of Arrow files."""
-    return any(Path(source).glob("*.arrow"))
+    """Whether a source is a folder of Arrow files of the official code."""
+    from vlmo.data.layout import is_hidden, is_saved_by_hugging_face
+
+    folder = Path(source)
+    found = any(not is_hidden(path.name) for path in folder.glob("*.arrow"))
+    return found and not is_saved_by_hugging_face(folder)
 
 
 def _open_digits(
