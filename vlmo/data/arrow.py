@@ -8,26 +8,20 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from vlmo.data.layout import listed
+from vlmo.data import identity
+from vlmo.data.arrow_checks import check_names_of_answers, check_table, flat, kept, members
+from vlmo.data.layout import is_hidden, listed
 from vlmo.data.samples import Samples, picture_names
-from vlmo.data.tables import (
-    check_offsets,
-    is_binary,
-    is_list,
-    is_number,
-    is_text,
-    open_arrow_file,
-)
-from vlmo.data.tokenizer import VISIBLE, is_blank
+from vlmo.data.tables import open_arrow_file
 from vlmo.data.transforms import SquareTransform, read_image
 
 _COCO, _F30K = "coco_caption_karpathy", "f30k_caption_karpathy"
@@ -147,17 +141,17 @@ class ArrowSamples(Samples):
         self._text = "questions" if task in ("vqa", "nlvr2") else "caption"
         self._tables: tuple[int, list[pa.Table]] | None = None
         for table, path in zip(self._open(), paths, strict=True):
-            _check_table(table, path, task, self._text)
-        kept = [_kept(table[self._text]) for table in self._open()]
-        self._warn_of([mask.size - int(mask.sum()) for mask, _ in kept])
+            check_table(table, path, task)
+        found = [kept(table[self._text]) for table in self._open()]
+        self._warn_of([mask.size - int(mask.sum()) for mask, _ in found])
         # Numbers of the first row of each file and of the first sample of each row, and the ends.
-        self._first_row = np.cumsum([0, *(len(counts) for _, counts in kept)])
-        self._first_sample = np.cumsum(np.concatenate([[0], *(counts for _, counts in kept)]))
+        self._first_row = np.cumsum([0, *(len(counts) for _, counts in found)])
+        self._first_sample = np.cumsum(np.concatenate([[0], *(counts for _, counts in found)]))
         # Of each sample, the number of its text in the row; None if no text is left out.
         self._numbers = None
-        if not all(mask.all() for mask, _ in kept):
-            numbers = [_numbers(table[self._text]) for table in self._open()]
-            pairs = zip(numbers, kept, strict=True)
+        if not all(mask.all() for mask, _ in found):
+            numbers = [members(table[self._text]) for table in self._open()]
+            pairs = zip(numbers, found, strict=True)
             self._numbers = np.concatenate([n[mask] for n, (mask, _) in pairs])
         if not len(self):
             raise ValueError(
@@ -196,9 +190,13 @@ class ArrowSamples(Samples):
             raise ValueError(f"{self._paths[file]}, row {row}: has no {name!r}")
         return read_image(content, f"{self._paths[file]}, row {row}, {name}")
 
+    def place(self, index: int, name: str | None = None) -> tuple[str, int | None]:
+        file, row, _ = self._locate(index)
+        return os.fspath(self._paths[file]), row
+
     @property
     def image_ids(self) -> list[int] | list[str]:
-        datasets = [_DATASET_OF.get(path.stem, "") for path in self._paths]
+        datasets = [_DATASET_OF.get(path.stem, path.stem) for path in self._paths]
         by_row: list[Any] = []
         for dataset, table in zip(datasets, self._open(), strict=True):
             identities = table["image_id"].to_pylist()
@@ -206,6 +204,23 @@ class ArrowSamples(Samples):
                 identities = [f"{dataset}/{identity}" for identity in identities]
             by_row += identities
         return [by_row[row] for row in np.repeat(range(len(by_row)), np.diff(self._first_sample))]
+
+    @property
+    def keys(self) -> np.ndarray | None:
+        if self._task not in ("pretrain", "retrieval"):
+            return None
+        text = pa.large_string()
+        slash = pa.scalar("/", text)
+        ids = []
+        for table, path in zip(self._open(), self._paths, strict=True):
+            name = pa.scalar(_DATASET_OF.get(path.stem, path.stem), text)
+            numbers = table["image_id"].cast(text).chunks
+            ids += [pc.binary_join_element_wise(name, chunk, slash) for chunk in numbers]
+        rows = identity.numbered(pa.chunked_array(ids, text))
+        return identity.none_if_different(np.repeat(rows, np.diff(self._first_sample)))
+
+    def fingerprint(self) -> str:
+        return identity.fingerprint(table[name] for table in self._open() for name in self._told())
 
     def _locate(self, index: int) -> tuple[int, int, int]:
         """File, row in it, and text in the row of a sample."""
@@ -222,6 +237,16 @@ class ArrowSamples(Samples):
             self._tables = os.getpid(), [open_arrow_file(path) for path in self._paths]
         return self._tables[1]
 
+    def _told(self) -> tuple[str, ...]:
+        """Columns that are read, but for the pictures."""
+        extra = {
+            "pretrain": ("image_id",),
+            "retrieval": ("image_id",),
+            "vqa": ("image_id", "question_id", "answer_labels", "answer_scores"),
+            "nlvr2": ("answers", "identifier"),
+        }
+        return (self._text, *extra.get(self._task, ()))
+
     def _warn_of(self, left_out: Sequence[int]) -> None:
         if any(left_out):
             named = [f"{p.name} ({n})" for p, n in zip(self._paths, left_out, strict=True) if n]
@@ -230,156 +255,6 @@ class ArrowSamples(Samples):
                 f"{listed(named, 'files')}",
                 stacklevel=4,
             )
-
-
-class _Kind(NamedTuple):
-    """What a column holds: values in lists of lists of ``depth``."""
-
-    depth: int
-    fits: Callable[[pa.DataType], bool]
-    name: str
-
-
-def _is_identity(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or is_text(kind)
-
-
-_PICTURE = _Kind(0, is_binary, "a picture in bytes")
-_TEXTS = _Kind(1, is_text, "a list of texts")
-_IDENTITY = _Kind(0, _is_identity, "an integer or a text")
-_LABELS = _Kind(2, pa.types.is_integer, "a list of lists of integers")
-_CAPTIONS = {"image": _PICTURE, "caption": _TEXTS, "image_id": _IDENTITY}
-_COLUMNS = {
-    "textmlm": {"caption": _TEXTS},
-    "pretrain": _CAPTIONS,
-    "retrieval": _CAPTIONS,
-    "vqa": {
-        "image": _PICTURE,
-        "questions": _TEXTS,
-        "image_id": _IDENTITY,
-        "question_id": _Kind(1, _is_identity, "a list of integers or texts"),
-        "answer_labels": _LABELS,
-        "answer_scores": _Kind(2, is_number, "a list of lists of numbers"),
-    },
-    "nlvr2": {
-        "image_0": _PICTURE,
-        "image_1": _PICTURE,
-        "questions": _TEXTS,
-        "answers": _Kind(1, lambda kind: is_text(kind) or is_number(kind), "a list of texts"),
-        "identifier": _IDENTITY,
-    },
-}
-_NAMES_OF_ANSWERS = {
-    "answers": _Kind(2, is_text, "a list of lists of texts"),
-    "answer_labels": _LABELS,
-}
-
-
-def _check_table(table: pa.Table, path: Path, task: str, text: str) -> None:
-    """Raise ValueError unless a file holds what the samples of a task are made of."""
-    _check_columns(table, path, _COLUMNS[task])
-    for name, kind in _COLUMNS[task].items():
-        if kind == _IDENTITY:
-            _refuse(path, pc.is_null(table[name]).to_numpy(), f"has no {name!r}")
-    single = {"vqa": "question_id", "nlvr2": "answers"}.get(task)
-    if single is not None:
-        differ = _lengths(table[text]) != _lengths(table[single])
-        _refuse(path, differ, f"{text} and {single} are of unequal length")
-        missing = pc.is_null(_flat(table[single])).to_numpy()
-        _refuse(path, missing, f"{single}: one is missing", _parents(table[single]))
-    if task == "vqa":
-        for name in ("answer_labels", "answer_scores"):
-            differ = _lengths(table[text]) != _lengths(table[name])
-            filled = _parents(table[name])[_lengths(_flat(table[name])) > 0]
-            differ &= np.bincount(filled, minlength=len(table)) > 0  # but for unlabelled questions
-            _refuse(path, differ, f"{text} and {name} are of unequal length")
-        _check_pairs(table, path, "answer_labels", "answer_scores")
-        scores = _flat(_flat(table["answer_scores"])).to_numpy()
-        if not ((scores >= 0) & (scores <= 1)).all():
-            raise ValueError(f"{path}: answer_scores: some are not within 0..1")
-    if task == "nlvr2":
-        for value in pc.unique(_flat(table["answers"])).to_pylist():
-            if str(value) not in ("True", "False"):
-                raise ValueError(f"{path}: answers: {value!r} is neither 'True' nor 'False'")
-
-
-def _check_columns(table: pa.Table, path: Path, columns: Mapping[str, _Kind]) -> None:
-    """Raise ValueError if columns are missing, of another type, or damaged."""
-    if lacking := [name for name in columns if name not in table.column_names]:
-        raise ValueError(f"{path}: lacks the columns {', '.join(lacking)}")
-    for name, kind in columns.items():
-        if not _fits(table[name].type, kind):
-            raise ValueError(f"{path}: {name}: {table[name].type} is not {kind.name}")
-        check_offsets(table[name], path, name)
-
-
-def _fits(found: pa.DataType, kind: _Kind) -> bool:
-    for level in range(kind.depth):
-        if not is_list(found):
-            return level > 0 and pa.types.is_null(found)  # of lists that are all empty
-        found = found.value_type
-    return kind.fits(found) or (kind.depth > 0 and pa.types.is_null(found))
-
-
-def _check_pairs(table: pa.Table, path: Path, *names: str) -> None:
-    """Raise ValueError unless two columns of lists of lists are of the same form, without gaps."""
-    columns = [table[name] for name in names]
-    message = f"{' and '.join(names)} are of unequal length"
-    _refuse(path, np.not_equal(*map(_lengths, columns)), message)
-    inner = [*map(_flat, columns)]
-    parents = _parents(columns[0])
-    _refuse(path, np.not_equal(*map(_lengths, inner)), message, parents)
-    for name, lists in zip(names, inner, strict=True):
-        missing = pc.is_null(_flat(lists)).to_numpy()
-        _refuse(path, missing, f"{name}: one is missing", parents[_parents(lists)])
-
-
-def _refuse(path: Path, wrong: np.ndarray, message: str, rows: np.ndarray | None = None) -> None:
-    """Raise ValueError for the first of what is ``wrong``, which lies in ``rows``."""
-    if wrong.any():
-        first = int(wrong.argmax())
-        raise ValueError(f"{path}, row {first if rows is None else rows[first]}: {message}")
-
-
-def _flat(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The members of all lists."""
-    return column if pa.types.is_null(column.type) else pc.list_flatten(column)
-
-
-def _lengths(column: pa.ChunkedArray) -> np.ndarray:
-    """Int64 [rows]: of the lists, 0 for a missing one."""
-    if pa.types.is_null(column.type):
-        return np.zeros(len(column), np.int64)
-    return pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
-
-
-def _parents(column: pa.ChunkedArray) -> np.ndarray:
-    """Int64: for each member of a list, the row of the list."""
-    return np.repeat(np.arange(len(column)), _lengths(column))
-
-
-def _kept(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Of all texts, whether one is neither blank nor missing; and how many such each row has."""
-    texts = _flat(column)
-    if pa.types.is_null(texts.type):
-        mask = np.zeros(len(texts), bool)
-    else:
-        texts = texts.cast(pa.binary() if pa.types.is_string(texts.type) else pa.large_binary())
-        found = pc.match_substring_regex(texts, VISIBLE)
-        mask = pc.fill_null(found, False).to_numpy().copy()
-        for number in np.flatnonzero(~mask):  # few: those without any letter of English
-            content = texts[int(number)].as_py()
-            mask[number] = content is not None and not is_blank(content.decode(errors="replace"))
-    ends = np.cumsum(_lengths(column))
-    before = np.concatenate([[0], np.cumsum(mask)])
-    return mask, np.diff(before[np.concatenate([[0], ends])])
-
-
-def _numbers(column: pa.ChunkedArray) -> np.ndarray:
-    """Int32: number of each text in its row."""
-    lengths = _lengths(column)
-    first = np.cumsum(lengths) - lengths
-    return (np.arange(lengths.sum()) - np.repeat(first, lengths)).astype(np.int32)
 
 
 def _chosen(folder: Path, task: str, datasets: Sequence[str] | None) -> Sequence[str]:
@@ -407,7 +282,8 @@ def _present(folder: Path, dataset: str) -> list[str]:
 
 def _require_official(folder: Path) -> None:
     if not any(_present(folder, name) for name in DATASETS):
-        names = sorted(path.name for path in folder.glob("*.arrow"))
+        found = sorted(path.name for path in folder.glob("*.arrow"))
+        names = [name for name in found if not is_hidden(name)]
         raise ValueError(
             f"{folder}: {listed(names, 'Arrow files')}, none of them named as one of the official "
             "code, such as vg.arrow; other data are read from records (JSON Lines, Parquet, ...) "
@@ -444,9 +320,8 @@ def _vqa_answers(folder: Path, given: Sequence[str] | None) -> list[str]:
     for stem in sorted({*_present(folder, "vqa")} - {"vqav2_test"}):
         path = folder / f"{stem}.arrow"
         table = open_arrow_file(path)
-        _check_columns(table, path, _NAMES_OF_ANSWERS)
-        _check_pairs(table, path, "answer_labels", "answers")
-        labels, texts = (_flat(_flat(table[name])) for name in ("answer_labels", "answers"))
+        check_names_of_answers(table, path)
+        labels, texts = (flat(flat(table[name])) for name in ("answer_labels", "answers"))
         pairs = pa.table({"label": labels, "text": texts}).group_by(["label", "text"]).aggregate([])
         for pair in pairs.to_pylist():
             label, text = pair["label"], pair["text"]

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from vlmo.data import identity
 from vlmo.data.answers import answer_ids, soft_scores, vocabulary
 from vlmo.data.layout import SPLIT_NAMES, Layout, find, listed, split_of
 from vlmo.data.layout import tells_splits as has_splits
@@ -96,6 +97,7 @@ class RecordSamples(Samples):
         root: Path,
     ):
         super().__init__(pictures, transform, answers)
+        self._source = os.fspath(source)
         # Arrow's and NumPy's arrays, and no lists of objects, which every worker would copy.
         known, columns = _Pictures(root), _Columns()
         places = {name: array("q") for name in pictures}
@@ -124,13 +126,32 @@ class RecordSamples(Samples):
         path, row = self._paths[number].as_py(), int(self._rows[number])
         if row < 0:
             return read_image(path, path)
-        return read_image(
-            self._stored.read(Stored(path, row, name)), f"{path}, row {row + 1}, {name}"
-        )
+        content = self._stored.read(Stored(path, row, name))
+        return read_image(content, f"{path}, row {row + 1}, {name}")
+
+    def place(self, index: int, name: str | None = None) -> tuple[str, int | None]:
+        if name is None:
+            return self._source, None
+        number = int(self._places[name][index])
+        row = int(self._rows[number])
+        return self._paths[number].as_py(), None if row < 0 else row + 1
 
     @property
     def image_ids(self) -> list[int] | list[str]:
         return self._columns["image_id"].to_pylist()
+
+    @property
+    def keys(self) -> np.ndarray | None:
+        if self._pictures != ("image",) or self.answers is not None:
+            return None
+        ids = identity.numbered(self._columns["image_id"])
+        return identity.none_if_different(identity.same_pictures(self._places["image"], ids))
+
+    def fingerprint(self) -> str:
+        folder = self._source if os.path.isdir(self._source) else os.path.dirname(self._source)
+        names = identity.relative(self._paths.to_pylist(), folder)
+        pictures = [pa.array(names, pa.large_string()), self._rows, *self._places.values()]
+        return identity.fingerprint([*pictures, *self._columns.values()])
 
 
 class TextLines(Samples):
@@ -168,15 +189,27 @@ class TextLines(Samples):
         return self.__dict__ | {"_content": None}
 
     def fields(self, index: int) -> Item:
+        start = int(self._starts[index])
+        line = self._mapped()[start : start + int(self._lengths[index])]
+        return {"text": line.decode(self._encoding).strip()}
+
+    def _mapped(self) -> mmap.mmap:
         if self._content is None:
             with self.path.open("rb") as stream:
                 self._content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        start = int(self._starts[index])
-        line = self._content[start : start + int(self._lengths[index])]
-        return {"text": line.decode(self._encoding).strip()}
+        return self._content
 
     def picture(self, index: int, name: str) -> Image.Image:
         raise KeyError(name)
+
+    def place(self, index: int, name: str | None = None) -> tuple[str, int | None]:
+        return os.fspath(self.path), index + 1
+
+    def fingerprint(self) -> str:
+        content = self._mapped()
+        spans = zip(self._starts.tolist(), self._lengths.tolist(), strict=True)
+        lines = (content[start : start + length].strip() + b"\n" for start, length in spans)
+        return identity.fingerprint(lines)
 
     @property
     def image_ids(self) -> list[int] | list[str]:
