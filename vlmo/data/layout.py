@@ -75,7 +75,13 @@ def find(source: Path, task: str, split: str) -> Layout:
     suffixes = (*RECORD_SUFFIXES, ".txt") if task == "textmlm" else RECORD_SUFFIXES
     if source.is_file():
         if source.suffix.lower() not in suffixes:
-            raise ValueError(f"source: {source} is not a file of {', '.join(suffixes)} for {task}")
+            hint = {
+                ".txt": ": texts without pictures are for textmlm",
+                ".arrow": ": give the folder of the Arrow files",
+            }.get(source.suffix.lower(), "")
+            raise ValueError(
+                f"source: {source} is not a file of {', '.join(suffixes)} for {task}{hint}"
+            )
         return Layout([source], (), source.parent, mixed=True)
     if is_saved_by_hugging_face(source):
         return _find_saved(source, split)
