@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -45,10 +46,10 @@ class Samples(Dataset, ABC):
 
     Attributes:
         answers: as given; None for tasks other than vqa.
-        keys, groups: None; see :class:`~vlmo.data.GlobalBatches`.
+        groups: None; see :class:`~vlmo.data.GlobalBatches`.
     """
 
-    keys = groups = None
+    groups = None
 
     def __init__(
         self,
@@ -79,6 +80,22 @@ class Samples(Dataset, ABC):
     @abstractmethod
     def place(self, index: int, name: str | None = None) -> tuple[str, int | None]:
         """File and row of a sample's picture, or of its text; None for a file without rows."""
+
+    @property
+    def keys(self) -> np.ndarray | None:
+        """For :class:`~vlmo.data.GlobalBatches`: int64 [N], equal for captions of one picture.
+
+        None where every sample has a picture of its own, and for tasks without captions.
+        """
+        return None
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """16 hex digits of the texts, labels, ids and names of pictures.
+
+        Names are relative to the data, so that a copy elsewhere has the same digits. Pictures are
+        not read.
+        """
 
     def text(self, index: int) -> str:
         """The caption, question, statement or text of a sample.
