@@ -257,6 +257,27 @@ def train(
 
 
 @app.command()
+def vocab(
+    data: Annotated[str, typer.Argument(help="As of vlmo train: docs/data.md.")],
+    output: Annotated[Path, typer.Option(help="File to write.")] = Path("vocab.txt"),
+    task: Annotated[
+        Task, typer.Option(help="Whose texts: captions, questions, statements or texts.")
+    ] = Task.pretrain,
+    split: Annotated[Split, typer.Option(help="Of the data.")] = Split.train,
+    datasets: Annotated[
+        list[str] | None, typer.Option(help="Official data sets; default: those of the task.")
+    ] = None,
+    size: Annotated[int, typer.Option(min=6, help="Tokens, at most.")] = 8000,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+) -> None:
+    """Learn a vocabulary for own data, where that of the published models does not fit."""
+    from vlmo.commands.vocab import Settings, run
+
+    chosen = tuple(datasets) if datasets else None
+    run(Settings(data, output, task.value, split.value, chosen, size, force), Console())
+
+
+@app.command()
 def evaluate(
     model: ModelArgument,
     task: Annotated[Task, typer.Argument()],
