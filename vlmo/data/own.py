@@ -361,8 +361,18 @@ def _records(layout: Layout, names: Sequence[str], split: str) -> Iterator[Recor
     folder = os.fspath(layout.root)
     for number, path in enumerate(layout.pictures):
         name = path.relative_to(layout.root).as_posix()
+        if not _is_utf8(name):
+            raise ValueError(f"{path}: the name of the file is not UTF-8: rename it")
         values = {"image": name, "caption": _caption_lines(path.with_suffix(".txt"))}
         yield Record(os.fspath(path), values, (), number, folder)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # of the bytes that Python makes half surrogate pairs of
+        return False
+    return True
 
 
 def _belongs(record: Record, split: str) -> bool:
