@@ -334,6 +334,47 @@ def vocab(
 
 
 @app.command()
+def check(
+    data: Annotated[
+        str, typer.Argument(help="digits, a folder of Arrow files, or own data (docs/data.md).")
+    ],
+    task: Annotated[Task, typer.Option(help="Which the data are meant for.")],
+    split: Annotated[
+        Split | None, typer.Option(help="Only this one.", show_default="all that there are")
+    ] = None,
+    datasets: Annotated[
+        list[str] | None,
+        typer.Option(help="Official data sets.", show_default="those of the task"),
+    ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(help="JSON list of VQA's answers.", show_default="those of the data"),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option(help=".jsonl file with file, row and reason of each fault.")
+    ] = None,
+) -> None:
+    """Read every text and every picture of some data once, and list those that cannot be read.
+
+    Exits with status 1 if there are any.
+    """
+    from vlmo.commands.check import Settings, run
+
+    settings = Settings(
+        data,
+        task.value,
+        split=split.value if split else None,
+        datasets=tuple(datasets) if datasets else None,
+        answers=answers,
+        workers=workers,
+        output=output,
+    )
+    if run(settings, Console()):
+        raise typer.Exit(1)
+
+
+@app.command()
 def evaluate(
     model: ModelArgument,
     task: Annotated[Task, typer.Argument()],
@@ -591,4 +632,13 @@ def main() -> None:
         app()
     except _USER_ERRORS as error:
         print(f"vlmo: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        # torch raises it wherever the main process is when a worker dies.
+        from vlmo.data import worker_failure
+
+        failure = worker_failure(error)
+        if failure is None:
+            raise
+        print(f"vlmo: {failure}", file=sys.stderr)
         sys.exit(2)
