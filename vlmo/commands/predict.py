@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import os
 import sys
@@ -10,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, TextIO, NamedTuple
 
 import numpy as np
 
@@ -123,7 +124,7 @@ def run(settings: Settings) -> int:
             with _opened(settings.output) as stream:
                 for chunk in _seen(predictor, records(), settings, found):
                     for line in _lines(predictor, chunk, settings.top):
-                        stream.write(f"{line}\n".encode())
+                        stream.write(f"{line}\n")
     if found.places:
         found.say()
     return len(found.places)
@@ -277,10 +278,14 @@ def _embed(predictor: Predictor, chunks: Iterator[list[_Seen]]) -> dict[str, np.
 
 
 @contextlib.contextmanager
-def _opened(path: Path | None) -> Iterator[BinaryIO]:
+def _opened(path: Path | None) -> Iterator[TextIO]:
     if path is None or path == STANDARD:
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
+        if isinstance(sys.stdout, io.TextIOWrapper):  # JSON is UTF-8, whatever the locale
+            sys.stdout.reconfigure(encoding="utf-8", newline="\n")
+        yield sys.stdout
         return
-    with replacing(path) as temporary, temporary.open("wb") as stream:
+    with (
+        replacing(path) as temporary,
+        temporary.open("w", encoding="utf-8", newline="\n") as stream,
+    ):
         yield stream
