@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vlmo.kernels import why_not
+from vlmo.kernels.dispatch import requested
 from vlmo.kernels.target import compute_capability, devices
 
 OPERATIONS = ("moe_ffn", "shared_attention")  # that the model calls
@@ -52,10 +53,17 @@ def require_backend(
 ) -> None:
     """Raise now what would otherwise come up in the middle of the program.
 
+    Args:
+        backend: of every operation; None for what ``use_backend`` or the environment variable
+            VLMO_KERNELS asks for, if either does.
+        device: to run on.
+        autocast: dtype of the products, None for float32.
+
     Raises:
         ValueError: there is no such backend.
         NotImplementedError: it cannot run on this device in this dtype.
     """
+    backend = requested(backend)
     if backend is None:
         return
     dtype = autocast or torch.float32
