@@ -270,7 +270,7 @@ def test_pictures_are_resized_for_another_resolution(run_folder, pictures):
         ({"device": "tpu"}, "device: 'tpu'"),
         ({"dtype": "int8"}, "dtype: 'int8'"),
         ({"backend": "numpy"}, "'numpy' is not one of"),
-        ({"answers": ["yes"]}, "answers: has 1 answers, the model has"),
+        ({"answers": ["yes"]}, "answers: the list has 1 answers, the model has"),
         ({"answers": [1] * len(ANSWERS)}, "answers: 1 is not a text"),
     ],
 )

@@ -17,7 +17,7 @@ from rich.table import Table
 from vlmo.data import TextTokenizer, open_data
 from vlmo.evaluation import evaluate
 from vlmo.files import write_json
-from vlmo.loading import load_model
+from vlmo.loading import check_words, load_model, weights_of
 from vlmo.machine import versions
 from vlmo.placement import chosen_dtype, require_backend
 from vlmo.training.parallel import is_first, joined_group
@@ -86,7 +86,7 @@ def _metrics(
     settings: Settings, device: torch.device, autocast: torch.dtype | None
 ) -> dict[str, float]:
     size = {} if settings.image_size is None else {"image_size": settings.image_size}
-    model, vocabulary, answers = load_model(
+    model, vocabulary, answers, digests = load_model(
         settings.model,
         vocabulary=settings.vocabulary,
         answers=settings.answers,
@@ -106,6 +106,14 @@ def _metrics(
         answers=answers if settings.task == "vqa" else None,
         datasets=settings.datasets,
     )
+    if settings.task == "vqa":
+        check_words(
+            f"data: {settings.data}",
+            dataset.answers or [],
+            "answers",
+            (model.config.vqa_labels, digests.answers),
+            weights_of(settings.model),
+        )
     return evaluate(
         model.to(device),
         dataset,
