@@ -217,8 +217,8 @@ class Recipe:
             raise ValueError(f"lr: {self.lr} is too large for float32")
         if self.batch_size < 2 and set(self.tasks) & {*CONTRASTS, "itm"}:
             raise ValueError(
-                f"batch_size: {self.batch_size} is too small for {', '.join(self.tasks)}: a pair is "
-                "compared with the other pairs of its batch, so at least 2 are needed"
+                f"batch_size: {self.batch_size} is too small for {', '.join(self.tasks)}, which "
+                "compare a pair with the others of its batch: at least 2 are needed"
             )
 
     @property

@@ -149,6 +149,13 @@ class Materials(NamedTuple):
         """Steps done."""
         return 0 if self.state is None else self.state["step"]
 
+    @property
+    def removed(self) -> list[dict[str, Any]]:
+        """The bad samples of the run that goes on, if the data no longer hold them."""
+        if self.state is None or self.state["run"]["samples"] == self.run["samples"]:
+            return []
+        return list(self.state["bad"].values())
+
 
 def prepare(settings: Settings, console: Console) -> Materials:
     """Open and check everything; nothing is written.
@@ -314,6 +321,8 @@ def write_folder(settings: Settings, materials: Materials) -> None:
     facts = {name: getattr(settings, name) for name in names}
     facts["initial"] = None if settings.initial is None else str(settings.initial)
     facts |= {"processes": world_size(), "versions": versions()}
+    if materials.removed:
+        facts["removed"] = materials.removed
     if materials.step < materials.total:
         write_record(settings.output, materials.run, facts, step=materials.step)
     materials.tokenizer.save_vocabulary(settings.output / VOCABULARY)
@@ -369,9 +378,9 @@ def _validation(settings: Settings, answers: list[str] | None, console: Console)
 def _check_initial(settings: Settings, vocabulary: str, answers: str | None) -> None:
     """Ids that mean other words, and a head for other answers, must not be taken over."""
     path = _weights(settings.initial)
-    if path is None:
+    if settings.initial is None or path is None:
         return
-    before = _digests(path)
+    before = _digests(settings.initial, path)
     if before.vocabulary not in (None, vocabulary):
         raise ValueError(
             f"vocab: its words are not those with which {settings.initial} of --init was trained "
@@ -387,9 +396,9 @@ def _check_initial(settings: Settings, vocabulary: str, answers: str | None) -> 
         )
 
 
-def _digests(weights: Path) -> Digests:
-    """Of a checkpoint; what it does not tell, the files of a run beside it may."""
-    found, folder = digests_of(weights), weights.parent
+def _digests(initial: Path, weights: Path) -> Digests:
+    """Of a checkpoint; what it does not tell, the files of a run's folder may."""
+    found, folder = digests_of(weights), initial
     if found.vocabulary is None and (folder / VOCABULARY).is_file():
         words = TextTokenizer(load_vocabulary(folder / VOCABULARY), 3)
         found = found._replace(vocabulary=digest(words.tokens(range(words.vocab_size))))
@@ -511,4 +520,4 @@ def _going_on(
 def _lacks_bad_samples(state: Mapping[str, Any], run: Mapping[str, Any]) -> bool:
     """Whether the data are the former ones without the samples that could not be read."""
     fewer = state.get("fewer")
-    return fewer is not None and fewer == run["data"] != state["run"].get("data")
+    return fewer is not None and fewer == run["data"] and run["data"] != state["run"].get("data")

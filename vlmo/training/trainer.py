@@ -35,7 +35,6 @@ from vlmo.training.bad_samples import SPARES, BadSamples, add_to_list, write_lis
 from vlmo.training.lock import FolderLock
 from vlmo.training.logs import RunLog, why_no_board
 from vlmo.training.optimizer import adamw, clip_gradients, linear_schedule
-from vlmo.training.record import RECIPE
 from vlmo.training.parallel import (
     Agreement,
     check_way,
@@ -46,6 +45,7 @@ from vlmo.training.parallel import (
     wrapped,
 )
 from vlmo.training.progress import Display
+from vlmo.training.record import RECIPE
 from vlmo.training.setup import (
     METRICS,
     FirstSamples,
@@ -167,6 +167,8 @@ class Run:
         self.training = Training(module, optimizer, schedule, scaler)
         if materials.state is not None:
             restore(materials.state, self.training)
+        if materials.removed:  # the numbers of the others are new
+            self.training.bad, self.training.fewer = {}, None
         self._bad = BadSamples(self.training.bad, materials.bearable)
         self._bad.check()
         self._loader = self._batches()
@@ -295,11 +297,11 @@ class Run:
         if not self.settings.dry_run and world_size() == 1:
             self._bad.note(self.training.step + 1, [(error.index, told)])
             if _all_finite(self.training.model):
-                self._tell_bad_samples()
+                self._list_bad_samples()
                 self._save()
                 told += f"; step {self.training.step} is saved, and the same command goes on"
         if self.materials.bearable is None:
-            told += "; mend the file, take the record out, or leave it out with --on-bad-sample skip"
+            told += "; mend the file, take its record out, or give --on-bad-sample skip"
         return ValueError(told)
 
     def _step(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -360,7 +362,10 @@ class Run:
             return
         values = {name: float(value) for name, value in losses.items()}  # waits for the device
         self._require_finite(values["loss"], saves or evaluates)
-        self._tell_bad_samples()
+        if self.materials.bearable is not None:
+            for entry in self._list_bad_samples():
+                told = f"Left out sample {entry['sample']}: {entry['reason']}"
+                self.console.print(told, style="yellow", markup=False, highlight=False)
         if logs:
             row: dict[str, Any] = {"step": step, "samples": step * self.recipe.batch_size}
             row |= {"lr": self._rate, **values}
@@ -393,16 +398,14 @@ class Run:
             self._log.sync()
         save_state(self.settings.output / STATE, self.training, self.materials.run)
 
-    def _tell_bad_samples(self) -> None:
-        """What could not be read since the last time, on the console and in a file."""
+    def _list_bad_samples(self) -> list[dict[str, Any]]:
+        """What could not be read since the last time, on any rank; added to the file of them."""
         new, data = self._bad.gather(), self.materials.data
-        if not new:
-            return
-        for entry in new:
-            told = f"sample {entry['sample']} cannot be read: {entry['reason']}"
-            self.console.print(told, style="yellow", markup=False, highlight=False)
-        on_first(lambda: add_to_list(self.settings.output, new))
-        self.training.fewer = on_first(lambda: fingerprint(data, without=[*self.training.bad]))
+        if new:
+            on_first(lambda: add_to_list(self.settings.output, new))
+            bad = [*self.training.bad]
+            self.training.fewer = on_first(lambda: fingerprint(data, without=bad))
+        return new
 
     def _check_bad_samples(self, saved: bool) -> None:
         """End a training with too many, which can go on with a higher limit."""
