@@ -30,7 +30,6 @@ from vlmo.loading import (
     ANSWERS,
     VOCABULARY,
     WEIGHTS,
-    Digests,
     digest,
     digests_of,
     read_answers,
@@ -376,35 +375,34 @@ def _validation(settings: Settings, answers: list[str] | None, console: Console)
 
 
 def _check_initial(settings: Settings, vocabulary: str, answers: str | None) -> None:
-    """Ids that mean other words, and a head for other answers, must not be taken over."""
-    path = _weights(settings.initial)
-    if settings.initial is None or path is None:
+    """Ids that mean other words, and a head for other answers, must not be taken over.
+
+    What the checkpoint tells counts, and what the files of a run's folder tell.
+    """
+    given, path = settings.initial, _weights(settings.initial)
+    if given is None or path is None:
         return
-    before = _digests(settings.initial, path)
-    if before.vocabulary not in (None, vocabulary):
+    known = digests_of(path)
+    words = {known.vocabulary, _digest_of_file(given / VOCABULARY)} - {None}
+    if words - {vocabulary}:
+        raise ValueError(f"vocab: it is not that with which {given} of --init was trained")
+    lists = {known.answers, _digest_of_file(given / ANSWERS)} - {None}
+    if answers is not None and "vqa_classifier." not in settings.skip and lists - {answers}:
         raise ValueError(
-            f"vocab: its words are not those with which {settings.initial} of --init was trained "
-            f"(digest {vocabulary} instead of {before.vocabulary})"
-        )
-    if answers is None or "vqa_classifier." in settings.skip:
-        return
-    if before.answers not in (None, answers):
-        raise ValueError(
-            f"init: {settings.initial} was trained with other answers than those of these data, or "
-            "with the same in another order; give its list as --answers, or leave the head out "
-            "with --skip vqa_classifier."
+            f"init: {given} was trained with other answers than those of these data, or with the "
+            "same in another order; give its list as --answers, or leave the head out with --skip "
+            "vqa_classifier."
         )
 
 
-def _digests(initial: Path, weights: Path) -> Digests:
-    """Of a checkpoint; what it does not tell, the files of a run's folder may."""
-    found, folder = digests_of(weights), initial
-    if found.vocabulary is None and (folder / VOCABULARY).is_file():
-        words = TextTokenizer(load_vocabulary(folder / VOCABULARY), 3)
-        found = found._replace(vocabulary=digest(words.tokens(range(words.vocab_size))))
-    if found.answers is None and (folder / ANSWERS).is_file():
-        found = found._replace(answers=digest(read_answers(folder / ANSWERS)))
-    return found
+def _digest_of_file(path: Path) -> str | None:
+    """Of a vocab.txt or answers.json; None without one."""
+    if not path.is_file():
+        return None
+    if path.name == ANSWERS:
+        return digest(read_answers(path))
+    words = load_vocabulary(path).get_vocab()
+    return digest(sorted(words, key=words.__getitem__))
 
 
 def _weights(initial: Path | None) -> Path | None:

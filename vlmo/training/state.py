@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from vlmo.distributed import world_size
 from vlmo.files import replacing
-from vlmo.training.parallel import is_first, raise_together
+from vlmo.training.parallel import on_first
 
 VERSION = 1
 STATE = "training.pt"
@@ -86,8 +86,8 @@ def save_state(path: str | os.PathLike[str], training: Training, run: Mapping[st
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model, optimizer = get_state_dict(training.model, training.optimizer, options=options)
-    error = None
-    if is_first():
+
+    def write() -> None:
         state = {
             "version": VERSION,
             "run": dict(run),
@@ -108,8 +108,11 @@ def save_state(path: str | os.PathLike[str], training: Training, run: Mapping[st
         except (OSError, RuntimeError) as caught:  # torch.save's own of a full disk
             older = "; the older file is as it was" if Path(path).exists() else ""
             reason = str(caught).splitlines()[0]
-            error = f"{path}: step {training.step} could not be saved ({reason}){older}"
-    raise_together(error)
+            raise OSError(
+                f"{path}: step {training.step} could not be saved ({reason}){older}"
+            ) from caught
+
+    on_first(write)
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -369,7 +369,7 @@ class Run:
         if logs:
             row: dict[str, Any] = {"step": step, "samples": step * self.recipe.batch_size}
             row |= {"lr": self._rate, **values}
-            row |= {name: math.exp(float(scale)) for name, scale in self._scales().items()}
+            row |= {name: math.exp(scale.item()) for name, scale in self._scales().items()}
             if self.materials.bearable is not None:
                 row["bad_samples"] = len(self._bad)
             machine = self._machine()
@@ -440,7 +440,7 @@ class Run:
             batch_size=self.settings.evaluation_batch,
             workers=self.settings.workers,
             autocast=self.autocast,
-            on_bad_sample="error" if self.materials.bearable is None else "skip",
+            **({} if self.materials.bearable is None else {"on_bad_sample": "skip"}),
         )
 
     def _validate_pending(self, display: Display) -> None:
