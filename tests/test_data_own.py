@@ -78,7 +78,8 @@ def test_captions_of_json_lines(folder, task):
     assert data.image_ids == ["images/0.png", "images/1.png", "images/1.png", "77"]
     assert data[3].keys() == {"image", "text", "image_id"}
     assert data[3]["image_id"] == "77"
-    assert data.answers is data.keys is data.groups is None
+    assert data.answers is data.groups is None
+    assert data.keys.tolist() == [0, 1, 1, 2]
     with pytest.raises(IndexError, match="4 of 4"):
         data[4]
 

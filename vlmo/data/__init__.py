@@ -6,6 +6,7 @@ from vlmo.data.digit_tokenizer import digit_tokenizer
 from vlmo.data.draws import Draw
 from vlmo.data.loading import HOST_KEYS, Batches, collate, loader, to_device
 from vlmo.data.masking import mask_whole_words
+from vlmo.data.samples import BadSample
 from vlmo.data.sampling import GlobalBatches
 from vlmo.data.sources import has_splits, open_data
 from vlmo.data.tokenizer import TextTokenizer, load_vocabulary, train_wordpiece
@@ -13,6 +14,7 @@ from vlmo.data.tokenizer import TextTokenizer, load_vocabulary, train_wordpiece
 __all__ = [
     "ANSWERS",
     "HOST_KEYS",
+    "BadSample",
     "Batches",
     "DigitScenes",
     "Draw",

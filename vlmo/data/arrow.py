@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from vlmo.data import identity
 from vlmo.data.samples import Samples, picture_names
 from vlmo.data.transforms import SquareTransform, read_image
 
@@ -160,10 +161,31 @@ class ArrowSamples(Samples):
         content = self._open()[file][name][row].as_py()
         return read_image(content, f"{self._paths[file]}, row {row}, {name}")
 
+    def place(self, index: int, name: str | None = None) -> tuple[str, int | None]:
+        file, row, _ = self._locate(index)
+        return os.fspath(self._paths[file]), row
+
     @property
     def image_ids(self) -> list[int] | list[str]:
         by_row = [identity for table in self._open() for identity in table["image_id"].to_pylist()]
         return [by_row[row] for row in np.repeat(range(len(by_row)), np.diff(self._first_sample))]
+
+    @property
+    def keys(self) -> np.ndarray | None:
+        if self._task not in ("pretrain", "retrieval"):
+            return None
+        text = pa.large_string()
+        slash = pa.scalar("/", text)
+        ids = []
+        for table, path in zip(self._open(), self._paths, strict=True):
+            name = pa.scalar(_dataset_of(path), text)
+            numbers = table["image_id"].cast(text).chunks
+            ids += [pc.binary_join_element_wise(name, chunk, slash) for chunk in numbers]
+        rows = identity.numbered(pa.chunked_array(ids, text))
+        return identity.none_if_different(np.repeat(rows, np.diff(self._first_sample)))
+
+    def fingerprint(self) -> str:
+        return identity.fingerprint(table[name] for table in self._open() for name in self._told())
 
     def _locate(self, index: int) -> tuple[int, int, int]:
         """File, row in it, and text in the row of a sample."""
@@ -177,15 +199,19 @@ class ArrowSamples(Samples):
             self._tables = os.getpid(), [_table(path) for path in self._paths]
         return self._tables[1]
 
-    def _counts(self, table: pa.Table, path: Path) -> np.ndarray:
-        """Number of texts in each row."""
+    def _told(self) -> tuple[str, ...]:
+        """Columns that are read, but for the pictures."""
         extra = {
             "pretrain": ("image_id",),
             "retrieval": ("image_id",),
             "vqa": ("image_id", "question_id", "answer_labels", "answer_scores"),
             "nlvr2": ("answers", "identifier"),
         }
-        needed = [*self._pictures, self._text, *extra.get(self._task, ())]
+        return (self._text, *extra.get(self._task, ()))
+
+    def _counts(self, table: pa.Table, path: Path) -> np.ndarray:
+        """Number of texts in each row."""
+        needed = (*self._pictures, *self._told())
         if lacking := [name for name in needed if name not in table.column_names]:
             raise ValueError(f"{path}: lacks the columns {', '.join(lacking)}")
         column = table[self._text]
@@ -215,6 +241,12 @@ def _chosen(folder: Path, task: str, datasets: Sequence[str] | None) -> Sequence
 def _present(folder: Path, dataset: str) -> list[str]:
     names = {name for files in DATASETS[dataset].values() for name in files}
     return [name for name in names if (folder / f"{name}.arrow").is_file()]
+
+
+def _dataset_of(path: Path) -> str:
+    """Name of the data set that a file belongs to; image_ids are those of their data set."""
+    stems = {stem: name for name, files in DATASETS.items() for of in files.values() for stem in of}
+    return stems.get(path.stem, path.stem)
 
 
 def _require_files(folder: Path, split: str, datasets: Sequence[str]) -> None:

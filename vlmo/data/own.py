@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from vlmo.data import identity
 from vlmo.data.answers import answer_ids, soft_scores, vocabulary
 from vlmo.data.digit_scans import SPLITS
 from vlmo.data.samples import Samples, picture_names
@@ -100,6 +101,7 @@ class RecordSamples(Samples):
         answers: Sequence[str] | None,
     ):
         super().__init__(pictures, transform, answers)
+        self._source = os.fspath(source)
         numbers: dict[str, int] = {}
         # Arrow's and NumPy's arrays, and no lists of objects, which every worker would copy.
         self._places = {
@@ -121,12 +123,33 @@ class RecordSamples(Samples):
         return {name: column[index].as_py() for name, column in self._columns.items()}
 
     def picture(self, index: int, name: str) -> Image.Image:
-        path = self._paths[int(self._places[name][index])].as_py()
+        path, _ = self.place(index, name)
         return read_image(path, path)
+
+    def place(self, index: int, name: str | None = None) -> tuple[str, int | None]:
+        if name is None:
+            return self._source, None
+        return self._paths[int(self._places[name][index])].as_py(), None
 
     @property
     def image_ids(self) -> list[int] | list[str]:
         return self._columns["image_id"].to_pylist()
+
+    @property
+    def keys(self) -> np.ndarray | None:
+        if self._pictures != ("image",) or self.answers is not None:
+            return None
+        paths = identity.numbered(pa.array(identity.resolved(self._paths.to_pylist())))
+        ids = identity.numbered(self._columns["image_id"])
+        files = paths[self._places["image"]]
+        return identity.none_if_different(identity.same_pictures(files, ids))
+
+    def fingerprint(self) -> str:
+        folder = self._source if os.path.isdir(self._source) else os.path.dirname(self._source)
+        names = identity.relative(self._paths.to_pylist(), folder)
+        return identity.fingerprint(
+            [pa.array(names, pa.large_string()), *self._places.values(), *self._columns.values()]
+        )
 
 
 class TextLines(Samples):
@@ -163,18 +186,30 @@ class TextLines(Samples):
         return self.__dict__ | {"_content": None}
 
     def fields(self, index: int) -> Item:
-        if self._content is None:
-            with self.path.open("rb") as stream:
-                self._content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         start = int(self._starts[index])
-        line = self._content[start : start + int(self._lengths[index])]
+        line = self._mapped()[start : start + int(self._lengths[index])]
         try:
             return {"text": line.decode("utf-8").strip()}
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path}: text {index + 1} is not UTF-8: {error}") from error
 
+    def _mapped(self) -> mmap.mmap:
+        if self._content is None:
+            with self.path.open("rb") as stream:
+                self._content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._content
+
     def picture(self, index: int, name: str) -> Image.Image:
         raise KeyError(name)
+
+    def place(self, index: int, name: str | None = None) -> tuple[str, int | None]:
+        return os.fspath(self.path), index + 1
+
+    def fingerprint(self) -> str:
+        content = self._mapped()
+        spans = zip(self._starts.tolist(), self._lengths.tolist(), strict=True)
+        lines = (content[start : start + length].strip() + b"\n" for start, length in spans)
+        return identity.fingerprint(lines)
 
     @property
     def image_ids(self) -> list[int] | list[str]:
