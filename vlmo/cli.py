@@ -402,10 +402,11 @@ def predict(
         list[str] | None, typer.Option(help="Caption, question or statement; may be repeated.")
     ] = None,
     input: Annotated[
-        Path | None, typer.Option(help=".jsonl of images and texts (docs/prediction.md).")
+        Path | None,
+        typer.Option(help=".jsonl, .json or .csv of images and texts (docs/prediction.md), or -."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help=".jsonl file.  [default: standard output]")
+        Path | None, typer.Option(help=".jsonl file.", show_default="standard output")
     ] = None,
     embeddings: Annotated[
         Path | None, typer.Option(help=".npz file for unit vectors of images and texts.")
@@ -418,7 +419,10 @@ def predict(
     dtype: DtypeOption = None,
     backend: BackendOption = None,
 ) -> None:
-    """Say what the model's heads can of images and texts: similarity, match, answers, truth."""
+    """Say what the model's heads can of images and texts: similarity, match, answers, truth.
+
+    Exits with 1 if images of some records cannot be read, or if outputs are NaN or infinite.
+    """
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as in demo
     from vlmo.commands.predict import Settings, run
 
@@ -437,7 +441,13 @@ def predict(
         dtype=dtype.value if dtype else "auto",
         backend=backend,
     )
-    run(settings)
+    try:
+        failures = run(settings)
+    except FloatingPointError as error:
+        print(f"vlmo: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    if failures:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and texts in whatever Unicode encoding they are."""
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import os
@@ -9,6 +10,15 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+# By their byte order marks; that of UTF-32 begins with that of UTF-16.
+_ENCODINGS = {
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
 
 
 @contextlib.contextmanager
@@ -71,6 +81,74 @@ def _named_in_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a file in UTF-8, or in the encoding of its byte order mark, without the mark.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is in another encoding; file and line are named.
+    """
+    content = Path(path).read_bytes()
+    encoding, start = text_encoding(content[:4])
+    try:
+        text = content[start:].decode(encoding)
+    except UnicodeDecodeError as error:
+        before = content[start : start + error.start].decode(encoding)
+        raise ValueError(_not_text(path, before.count("\n") + 1, encoding)) from error
+    if "\0" in text:
+        raise ValueError(_has_nul(path, text[: text.index("\0")].count("\n") + 1))
+    return text
+
+
+def read_lines(path: str | os.PathLike[str]) -> Iterator[str]:
+    """The lines of a text file as of :func:`read_text`, each without its end (LF or CR LF).
+
+    A file in UTF-8 is read line by line.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is in another encoding; file and line are named.
+    """
+    with open(path, "rb") as stream:
+        encoding, start = text_encoding(stream.read(4))
+        if encoding == "utf-8":
+            stream.seek(start)
+            for number, content in enumerate(stream, 1):
+                yield _line(path, number, content).removesuffix("\n").removesuffix("\r")
+            return
+    for line in read_text(path).removesuffix("\n").split("\n"):
+        yield line.removesuffix("\r")
+
+
+def text_encoding(start: bytes) -> tuple[str, int]:
+    """Encoding of a text file by its first four bytes, and the length of its byte order mark."""
+    for mark, encoding in _ENCODINGS.items():
+        if start.startswith(mark):
+            return encoding, len(mark)
+    return "utf-8", 0
+
+
+def _line(path: str | os.PathLike[str], number: int, content: bytes) -> str:
+    try:
+        line = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(_not_text(path, number, "utf-8")) from error
+    if "\0" in line:
+        raise ValueError(_has_nul(path, number))
+    return line
+
+
+def _not_text(path: str | os.PathLike[str], line: int, encoding: str) -> str:
+    return f"{os.fspath(path)}, line {line}: is not {encoding.upper()}; save the file as UTF-8"
+
+
+def _has_nul(path: str | os.PathLike[str], line: int) -> str:
+    return (
+        f"{os.fspath(path)}, line {line}: holds the character NUL, as a file in UTF-16 without a "
+        "byte order mark does; save the file as UTF-8"
+    )
 
 
 def _sync(path: Path) -> None:
