@@ -164,7 +164,7 @@ def test_official_files(tmp_path):
     digit_tokenizer(12).save_vocabulary(tmp_path / "vocab.txt")
     names = [f"coco_caption_karpathy_{split}" for split in ("train", "restval", "val")]
     write(tmp_path, PAIRS, *names, "f30k_caption_karpathy_train", "f30k_caption_karpathy_val")
-    found = small("retrieval", datasets=("coco",), batch_size=3)
+    found = small("retrieval", datasets=("coco",), batch_size=2)
     given = dict(data=str(tmp_path), vocabulary=tmp_path / "vocab.txt")
     assert "6 samples" in run(found, tmp_path / "run", **given)
     assert "3 samples" in run(found, tmp_path / "other", datasets=("f30k",), **given)

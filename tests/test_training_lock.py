@@ -126,6 +126,6 @@ def test_a_training_that_began_in_the_meantime(tmp_path, monkeypatch):
 
     prepare = trainer.prepare
     monkeypatch.setattr(trainer, "prepare", prepare_slowly)
-    with pytest.raises(OSError, match="another training has begun in .* in the meantime"):
+    with pytest.raises(OSError, match=r"another training has begun in .* in the meantime"):
         run(small("textmlm", steps=1), tmp_path / "run")
     assert content(tmp_path / "run") == {"recipe.json": b"{}"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import mmap
 import os
@@ -144,6 +145,20 @@ class RecordSamples(Samples):
         files = paths[self._places["image"]]
         return identity.none_if_different(identity.same_pictures(files, ids))
 
+    def without(self, rows: Sequence[int]) -> RecordSamples:
+        """A copy as if the records of some samples had not been there."""
+        found = copy.copy(self)
+        kept = np.delete(np.arange(len(self)), rows)
+        used = np.concatenate([places[kept] for places in self._places.values()] or [kept[:0]])
+        old, first = np.unique(used, return_index=True)
+        order = old[np.argsort(first)]  # pictures are numbered as they come
+        number = np.empty(len(self._paths), dtype=np.int64)
+        number[order] = np.arange(len(order))
+        found._places = {name: number[places[kept]] for name, places in self._places.items()}
+        found._paths = self._paths.take(pa.array(order))
+        found._columns = {name: column.take(kept) for name, column in self._columns.items()}
+        return found
+
     def fingerprint(self) -> str:
         folder = self._source if os.path.isdir(self._source) else os.path.dirname(self._source)
         names = identity.relative(self._paths.to_pylist(), folder)
@@ -204,6 +219,12 @@ class TextLines(Samples):
 
     def place(self, index: int, name: str | None = None) -> tuple[str, int | None]:
         return os.fspath(self.path), index + 1
+
+    def without(self, rows: Sequence[int]) -> TextLines:
+        """A copy as if the lines of some texts had not been there."""
+        found = copy.copy(self)
+        found._starts, found._lengths = (np.delete(a, rows) for a in (self._starts, self._lengths))
+        return found
 
     def fingerprint(self) -> str:
         content = self._mapped()

@@ -125,6 +125,8 @@ class Materials(NamedTuple):
     Attributes:
         tokenizer: of the recipe's text length.
         data: to train on.
+        keys: one for each sample, of which a batch holds no two equal ones; None for random
+            batches.
         validation: None if there is to be none.
         config: of the model.
         total: steps of the whole training.
@@ -136,6 +138,7 @@ class Materials(NamedTuple):
 
     tokenizer: TextTokenizer
     data: Dataset
+    keys: Sequence[Hashable] | None
     validation: Dataset | None
     config: VLMoConfig
     total: int
@@ -173,7 +176,9 @@ def prepare(settings: Settings, console: Console) -> Materials:
     tokenizer = _tokenizer(settings)
     samples = len(cast(Sized, data))
     limit = bearable(settings.on_bad_sample, samples)
-    _check_keys(batch_keys(recipe, data), recipe.batch_size, samples)
+    keys = getattr(data, "keys", None)
+    if not recipe.official_batches:
+        _check_keys(keys, recipe.batch_size, samples)
     answers = getattr(data, "answers", None) if recipe.stage == "vqa" else None
     state, before = _earlier(settings.output)
     initial = _initial(settings, before, anew=state is None)
@@ -197,24 +202,22 @@ def prepare(settings: Settings, console: Console) -> Materials:
         initial=initial,
     )
     if before is not None:
-        run = _going_on(settings, before, run, state, data, console)
+        repeats = keys is not None and not isinstance(data, DigitScenes)
+        run = _going_on(settings, before, run, state, repeats, console)
     total = length(run)
     if recipe.warmup_steps(total) > total:
         raise ValueError(f"warmup: {recipe.warmup_steps(total)} exceeds the {total} steps")
-    return Materials(tokenizer, data, validation, config, total, run, state, limit)
-
-
-def batch_keys(recipe: Recipe, data: Dataset) -> Sequence[Hashable] | None:
-    """One for each sample, of which a batch holds no two equal ones; None for random batches."""
-    return None if recipe.official_batches else getattr(data, "keys", None)
+    keys = None if recipe.official_batches else keys
+    return Materials(tokenizer, data, keys, validation, config, total, run, state, limit)
 
 
 def fingerprint(data: Dataset, *, without: Sequence[int] = ()) -> str | None:
     """Of the samples of a data set, or of those that are left; None if it tells none."""
+    if without:
+        left = getattr(data, "without", None)
+        return None if left is None else left(without).fingerprint()
     tell = getattr(data, "fingerprint", None)
-    if tell is None:
-        return None
-    return tell(without=without) if without else tell()
+    return None if tell is None else tell()
 
 
 def check_batch(batch_size: int, processes: int, micro_batch: int | None) -> None:
@@ -472,19 +475,25 @@ def _going_on(
     before: dict[str, Any],
     run: dict[str, Any],
     state: Mapping[str, Any] | None,
-    data: Dataset,
+    repeats: bool,
     console: Console,
 ) -> dict[str, Any]:
     """The identity of a training that goes on, which keeps what it was begun with.
 
+    Args:
+        settings: of the command line.
+        before: identity of the folder's training.
+        run: identity that the command line asks for.
+        state: of the folder's training, None if none is saved.
+        repeats: whether the data have several captions of a picture, and are no digit scenes.
+        console: to speak on.
+
     Raises:
         ValueError: it is another training, or is to end before the step it has come to.
     """
-    drew = before["recipe"].get("official_batches")
-    if drew is None and not isinstance(data, DigitScenes):
-        # Before there was the choice, the batches of all but digit scenes were random.
-        drew = getattr(data, "keys", None) is not None
-        before = {**before, "recipe": {**before["recipe"], "official_batches": drew}}
+    # Before there was the choice, the batches of all but digit scenes were random.
+    drew = before["recipe"].get("official_batches", repeats)
+    before = {**before, "recipe": {**before["recipe"], "official_batches": drew}}
     found = differences(before, run)
     if state is not None and _lacks_bad_samples(state, run):
         found = [phrase for phrase in found if not phrase.startswith(("samples", "data"))]

@@ -51,7 +51,6 @@ from vlmo.training.setup import (
     FirstSamples,
     Materials,
     Settings,
-    batch_keys,
     fingerprint,
     freeze,
     new_model,
@@ -257,8 +256,7 @@ class Run:
             self._log.close()
 
     def _batches(self) -> Any:
-        data, recipe = cast(Any, self.materials.data), self.recipe
-        keys = batch_keys(recipe, data)
+        data, recipe, keys = cast(Any, self.materials.data), self.recipe, self.materials.keys
         skips = self.materials.bearable is not None
         batches = GlobalBatches(
             len(data),
