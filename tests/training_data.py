@@ -40,16 +40,16 @@ def make(folder: Path, task: str, source: str, *, validation: bool = True, count
         write(folder, columns, *train, *(val if validation else ()))
     elif source == "records":
         for split in splits:
-            records(folder, task, split, count)
+            _records(folder, task, split, count)
     else:
         for split in splits:
             _texts(folder, task, split, count)
     return folder
 
 
-def records(folder: Path, task: str, split: str, count: int) -> list[dict]:
-    """A .jsonl file of ``count`` records, each with pictures of its own."""
-    found = []
+def _records(folder: Path, task: str, split: str, count: int) -> None:
+    """A .jsonl file of ``count`` records, each with a picture of its own."""
+    lines = []
     for number in range(count):
         picture = _picture(folder, f"{split}{number}.png", number)
         label = ("two", "three")[number % 2]
@@ -65,13 +65,8 @@ def records(folder: Path, task: str, split: str, count: int) -> list[dict]:
                 "label": bool(number % 2),
             },
         }[task]
-        found.append(record)
-    write_lines(folder / f"{split}.jsonl", found)
-    return found
-
-
-def write_lines(path: Path, found: list[dict]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in found))
+        lines.append(json.dumps(record) + "\n")
+    (folder / f"{split}.jsonl").write_text("".join(lines))
 
 
 def _texts(folder: Path, task: str, split: str, count: int) -> None:

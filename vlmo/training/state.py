@@ -165,7 +165,8 @@ def restore(state: Mapping[str, Any], training: Training) -> None:
         if training.scaler.is_enabled() and state["scaler"]:
             training.scaler.load_state_dict(state["scaler"])
     except (RuntimeError, KeyError, TypeError) as error:
-        raise ValueError(f"{STATE}: does not fit the model: {str(error)[:300]}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{STATE}: does not fit the model: {reason}") from error
     factors = [factor(training.schedule.last_epoch) for factor in training.schedule.lr_lambdas]
     for group, rate, factor in zip(training.optimizer.param_groups, rates, factors, strict=True):
         group["lr"] = rate * factor
