@@ -85,7 +85,9 @@ def test_workers_make_no_difference(tmp_path, whole, data):
 
 def test_by_default_the_first_one_is_an_error_that_loses_nothing(tmp_path, whole, data):
     """The state is saved, and the same training goes on when the option allows it."""
-    with pytest.raises(ValueError, match=r"train\d\.png.*is saved.*--on-bad-sample skip") as caught:
+    with pytest.raises(
+        ValueError, match=r"train\d\.png.*--on-bad-sample skip; step \d is saved"
+    ) as caught:
         train(data, tmp_path, "error", save_every=100)
     state = load_state(tmp_path / "training.pt")
     (entry,) = state["bad"].values()

@@ -41,7 +41,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise FileNotFoundError(f"{final}: its folder does not exist")
     temporary = final.with_name(f".{final.stem}.{os.getpid()}-{secrets.token_hex(4)}{final.suffix}")
     try:
-        with _named_in_errors(final):
+        with named_in_errors(final):
             yield temporary
             _sync(temporary)
             os.replace(temporary, final)
@@ -57,7 +57,7 @@ def append(path: str | os.PathLike[str], text: str) -> None:
         OSError: the file does not exist, the disk is full; its text names the file.
     """
     content = text.encode()
-    with _named_in_errors(path):
+    with named_in_errors(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
         try:
             while content:  # more than one call on a full disk only, whose error the next raises
@@ -73,7 +73,7 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 
 
 @contextlib.contextmanager
-def _named_in_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+def named_in_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Name the file in an error that does not, such as that of a full disk."""
     try:
         yield

@@ -10,6 +10,7 @@ import os
 import socket
 from pathlib import Path
 
+from vlmo.files import named_in_errors
 from vlmo.training.parallel import on_first
 
 LOCK = "training.lock"
@@ -64,9 +65,7 @@ class FolderLock:
                 self._lock(descriptor)
                 # Between opening and locking, the one before may have taken the file away.
                 if _is_file(descriptor, self._path):
-                    os.ftruncate(descriptor, 0)
-                    holder = {"host": socket.gethostname(), "process": os.getpid()}
-                    os.write(descriptor, (json.dumps(holder) + "\n").encode())
+                    self._sign(descriptor)
                     break
             except BaseException:
                 os.close(descriptor)
@@ -74,6 +73,16 @@ class FolderLock:
             os.close(descriptor)
         self._descriptor = descriptor
         _held.add(os.path.realpath(self._path))
+
+    def _sign(self, descriptor: int) -> None:
+        holder = {"host": socket.gethostname(), "process": os.getpid()}
+        try:
+            with named_in_errors(self._path):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, (json.dumps(holder) + "\n").encode())
+        except OSError:
+            self._path.unlink()
+            raise
 
     def _lock(self, descriptor: int) -> None:
         """Raise if another process holds the lock."""

@@ -292,14 +292,14 @@ class Run:
     def _ended_by(self, error: BadSample) -> ValueError:
         """What ends the training; a single process saves the steps that are done."""
         told = str(error)
+        if self.materials.bearable is None:
+            told += "; mend the file, take its record out, or give --on-bad-sample skip"
         if not self.settings.dry_run and world_size() == 1:
-            self._bad.note(self.training.step + 1, [(error.index, told)])
+            self._bad.note(self.training.step + 1, [(error.index, str(error))])
             if _all_finite(self.training.model):
                 self._list_bad_samples()
                 self._save()
-                told += f"; step {self.training.step} is saved, and the same command goes on"
-        if self.materials.bearable is None:
-            told += "; mend the file, take its record out, or give --on-bad-sample skip"
+                told += f"; step {self.training.step} is saved, and the training goes on from there"
         return ValueError(told)
 
     def _step(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
