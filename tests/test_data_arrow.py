@@ -99,8 +99,9 @@ def test_pre_training_joins_four_data_sets(pretraining):
     assert len(train) == 3 * (2 + 1 + 9 + 30)
     assert texts(train)[:4] == ["a dog", "an animal", "a cat", "a dog"]
     assert [level(train[n]) for n in (0, 1, 2, 3, 8, 124, 125)] == [10, 10, 20, 10, 20, 10, 20]
-    assert train.image_ids[:3] == [5, 5, 3]
-    assert train.image_ids[-3:] == ["a.jpg", "a.jpg", "b.jpg"]
+    # Ids of different data sets are different pictures; samples keep their own.
+    assert train.image_ids[:3] == ["coco/5", "coco/5", "coco/3"]
+    assert train.image_ids[-3:] == ["gcc/a.jpg", "gcc/a.jpg", "gcc/b.jpg"]
     assert train.fields(125) == {"text": "a cat", "image_id": "b.jpg"}
     assert train[0].keys() == {"image", "text", "image_id"}
     assert len(opened(pretraining, "pretrain", "val")) == 6  # coco and gcc

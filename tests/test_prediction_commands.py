@@ -20,6 +20,7 @@ from vlmo import Predictor, save_checkpoint
 from vlmo.cli import app, main
 from vlmo.data import ANSWERS, open_data
 from vlmo.evaluation import evaluate
+from vlmo.loading import digest
 
 ALL = ("itc", "itm", "vqa", "nlvr2")
 
@@ -149,6 +150,101 @@ def test_a_checkpoint_alone_needs_a_vocabulary(tmp_path, monkeypatch, capsys):
     assert "vocab: " in refused(monkeypatch, capsys, *arguments)
     TOKENIZER.save_vocabulary(tmp_path / "vocab.txt")
     vlmo(*arguments, "--vocab", tmp_path / "vocab.txt", "--split", "val", "--batch-size", 256)
+
+
+@pytest.fixture
+def questions(tmp_path) -> Path:
+    """Six questions about pictures of their own, the fourth of which is damaged."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = []
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 256, (9, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        record = {"image": f"{number}.png", "question": "how many?", "question_id": 100 + number}
+        lines.append(json.dumps(record | {"answer": ANSWERS[number % 3]}) + "\n")
+    (folder / "3.png").write_bytes(b"no picture")
+    (folder / "val.jsonl").write_text("".join(lines))
+    return folder
+
+
+def test_evaluate_names_a_damaged_picture_or_leaves_it_out(
+    questions, folder, tmp_path, monkeypatch, capsys
+):
+    output, answers = tmp_path / "metrics.json", tmp_path / "answers.json"
+    arguments = ["evaluate", folder / "run", "vqa", "--data", questions, "--split", "val"]
+    arguments += ["--output", output, "--predictions", answers]
+    said = refused(monkeypatch, capsys, *arguments)
+    assert f"{questions / '3.png'}: is no image" in said
+    assert "; --on-bad-sample skip leaves out what cannot be read" in said
+    assert not output.exists()
+    assert not answers.exists()
+    shown = vlmo(*arguments, "--on-bad-sample", "skip")
+    assert re.search(r"skipped +1 ", shown)
+    metrics = json.loads(output.read_text())["metrics"]
+    assert metrics["skipped"] == 1
+    rows = json.loads(answers.read_text())
+    assert [row["question_id"] for row in rows] == [100, 101, 102, 104, 105]
+    right = [row["answer"] == ANSWERS[(row["question_id"] - 100) % 3] for row in rows]
+    assert metrics["vqa_score"] == pytest.approx(sum(right) / 5)
+
+
+def test_evaluate_compares_the_answers_of_the_data_with_those_of_the_model(
+    questions, tmp_path, monkeypatch, capsys
+):
+    """Data that name as many answers in another order, and nobody tells which is right."""
+    run = run_folder(tmp_path / "run", ("vqa",))
+    model = model_of(("vqa",), vqa_labels=3)
+    found = {"answers": digest(ANSWERS[:3])}
+    save_checkpoint(model, run / "model.safetensors", **found)
+    (run / "answers.json").unlink()
+    (questions / "3.png").write_bytes((questions / "2.png").read_bytes())
+    records = (questions / "val.jsonl").read_text().splitlines()
+    (questions / "train.jsonl").write_text("\n".join(records))
+    arguments = ["evaluate", run, "vqa", "--data", questions, "--split", "val"]
+    assert "vqa_score" in vlmo(*arguments)
+    (questions / "train.jsonl").write_text("\n".join(records[::-1]))
+    said = refused(monkeypatch, capsys, *arguments)
+    assert f"data: {questions} has other answers, or the same in another order" in said
+    assert str(run / "model.safetensors") in said
+    # Told their order, the data are labelled by it.
+    (tmp_path / "answers.json").write_text(json.dumps(ANSWERS[:3]))
+    assert "vqa_score" in vlmo(*arguments, "--answers", tmp_path / "answers.json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["vqa", "--image-size", "33"], "image_size: 33 is not a multiple of patch_size 16"),
+        (["vqa", "--rerank", "4"], "rerank: 4 candidates cannot be re-ranked for task 'vqa'"),
+        (["retrieval", "--predictions", "x.json"], "predictions: task 'retrieval' has none"),
+        (["textmlm"], "needs a head of mlm or textmlm"),
+        (["vqa", "--output", "x", "--predictions", "./x"], "predictions: x is the file of output"),
+        (["vqa", "--output", "."], "output: . is a directory"),
+    ],
+)
+def test_evaluate_refuses_before_a_model_is_loaded(folder, monkeypatch, capsys, arguments, message):
+    def loaded(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("vlmo.commands.evaluate.load_model", loaded)
+    said = refused(
+        *(monkeypatch, capsys, "evaluate", folder / "run", *arguments), "--data", "digits"
+    )
+    assert message in said
+
+
+def test_outputs_that_are_not_finite_are_no_metric(tmp_path):
+    run = run_folder(tmp_path / "run", ("vqa",))
+    model = model_of(("vqa",))
+    with torch.no_grad():
+        model.vqa_classifier[3].weight.fill_(3e38)
+    save_checkpoint(model, run / "model.safetensors")
+    arguments = ["evaluate", run, "vqa", "--data", "digits", "--split", "val", "--device", "cpu"]
+    result = CliRunner().invoke(app, [*map(str, arguments), "--output", str(tmp_path / "x.json")])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("vlmo: the model's outputs are NaN or infinite")
+    assert not (tmp_path / "x.json").exists()
 
 
 def test_predict_says_all_that_the_heads_can_of_one_pair(folder):
@@ -468,6 +564,23 @@ def test_a_wrong_name_of_kernels_is_found_first(monkeypatch, capsys, rest):
     assert "VLMO_KERNELS: 'bad' is not a backend" in said
 
 
+@pytest.mark.parametrize(
+    ("command", "defaults"),
+    [
+        ("predict", ["standard output", "none", "the run folder's", "auto", "64", "1"]),
+        (
+            "evaluate",
+            ["test", "those of the task", "the model's", "the run folder's", "none", "error", "0"],
+        ),
+    ],
+)
+def test_help_shows_the_defaults(monkeypatch, command, defaults):
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = CliRunner().invoke(app, [command, "--help"], env={"TERMINAL_WIDTH": "200"}).output
+    for default in defaults:
+        assert re.search(rf"\[default: \(?{re.escape(default)}\)?\]", shown), default
+
+
 @pytest.fixture
 def documented(folder, tmp_path, monkeypatch) -> str:
     """docs/prediction.md, in a folder that has what its examples name."""
@@ -480,11 +593,16 @@ def documented(folder, tmp_path, monkeypatch) -> str:
 
 @pytest.mark.filterwarnings("ignore:the text .* has 13 tokens")
 def test_the_documented_python_runs(documented):
-    (code,) = re.findall(r"```python\n(.*?)```", documented, re.DOTALL)
+    examples = re.findall(r"```python\n(.*?)```", documented, re.DOTALL)
+    assert len(examples) == 2
     names: dict = {}
-    exec(code, names)
+    for code in examples:
+        exec(code, names)
     similarity = names["predictor"].similarity(["photo.jpg", "other.jpg"], ["a red car", "a dog"])
     torch.testing.assert_close(names["texts"] @ names["images"].T, similarity)
+    with Image.open("attention.png") as drawn, Image.open("photo.jpg") as photo:
+        assert drawn.size == photo.size
+        assert (np.array(drawn) <= np.array(photo)).all()
 
 
 @pytest.mark.filterwarnings("ignore:the text .* has 13 tokens")

@@ -59,6 +59,13 @@ class Split(str, enum.Enum):
     test = "test"
 
 
+class OnBadSample(str, enum.Enum):
+    """What evaluation does about a sample that cannot be read."""
+
+    error = "error"
+    skip = "skip"
+
+
 class Parallel(str, enum.Enum):
     """DistributedDataParallel or FSDP2."""
 
@@ -73,9 +80,12 @@ DataOption = Annotated[
     str, typer.Option(help="digits, a folder of Arrow files, or own data (docs/data.md).")
 ]
 ModelArgument = Annotated[Path, typer.Argument(help="Checkpoint, or folder of a run.")]
-VocabularyOption = Annotated[Path | None, typer.Option(help="vocab.txt; a run folder has its own.")]
+VocabularyOption = Annotated[
+    Path | None, typer.Option(help="vocab.txt of the model.", show_default="the run folder's")
+]
 AnswersOption = Annotated[
-    Path | None, typer.Option(help="JSON list of VQA's answers; a run folder has its own.")
+    Path | None,
+    typer.Option(help="JSON list of VQA's answers.", show_default="the run folder's"),
 ]
 DeviceOption = Annotated[Device, typer.Option(help="Where to run.")]
 DtypeOption = Annotated[
@@ -341,19 +351,41 @@ def train(
 
 
 @app.command()
+def vocab(
+    data: Annotated[str, typer.Argument(help="As of vlmo train: docs/data.md.")],
+    output: Annotated[Path, typer.Option(help="File to write.")] = Path("vocab.txt"),
+    task: Annotated[
+        Task, typer.Option(help="Whose texts: captions, questions, statements or texts.")
+    ] = Task.pretrain,
+    split: Annotated[Split, typer.Option(help="Of the data.")] = Split.train,
+    datasets: Annotated[
+        list[str] | None, typer.Option(help="Official data sets; default: those of the task.")
+    ] = None,
+    size: Annotated[int, typer.Option(min=6, help="Tokens, at most.")] = 8000,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+) -> None:
+    """Learn a vocabulary for own data, where that of the published models does not fit."""
+    from vlmo.commands.vocab import Settings, run
+
+    chosen = tuple(datasets) if datasets else None
+    run(Settings(data, output, task.value, split.value, chosen, size, force), Console())
+
+
+@app.command()
 def evaluate(
     model: ModelArgument,
     task: Annotated[Task, typer.Argument()],
     data: DataOption,
     split: Annotated[Split, typer.Option()] = Split.test,
     datasets: Annotated[
-        list[str] | None, typer.Option(help="Official data sets; default: those of the task.")
+        list[str] | None,
+        typer.Option(help="Official data sets.", show_default="those of the task"),
     ] = None,
     rerank: Annotated[
         int, typer.Option(min=0, help="Candidates that the fusion encoder scores; paper: 32.")
     ] = 0,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Pixels; default: the model's.")
+        int | None, typer.Option(min=1, help="Pixels.", show_default="the model's")
     ] = None,
     vocab: VocabularyOption = None,
     answers: AnswersOption = None,
@@ -362,12 +394,23 @@ def evaluate(
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = None,
     backend: BackendOption = None,
-    output: Annotated[Path | None, typer.Option(help="JSON file for the metrics.")] = None,
-    predictions: Annotated[
-        Path | None, typer.Option(help="File of answers to submit (vqa: JSON, nlvr2: CSV).")
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file for the metrics.", show_default="none")
     ] = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of answers to submit (vqa: JSON, nlvr2: CSV).", show_default="none"
+        ),
+    ] = None,
+    on_bad_sample: Annotated[
+        OnBadSample, typer.Option(help="Stop at what cannot be read, or leave it out.")
+    ] = OnBadSample.error,
 ) -> None:
-    """Measure a model on a data set, alone or under torchrun (docs/prediction.md)."""
+    """Measure a model on a data set, alone or under torchrun (docs/prediction.md).
+
+    Exits with 1 if the model's outputs are NaN or infinite.
+    """
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as in demo
     from vlmo.commands.evaluate import Settings, run
 
@@ -388,8 +431,13 @@ def evaluate(
         backend=backend,
         output=output,
         predictions=predictions,
+        on_bad_sample=on_bad_sample.value,
     )
-    run(settings, Console())
+    try:
+        run(settings, Console())
+    except FloatingPointError as error:
+        print(f"vlmo: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
 
 
 @app.command()
@@ -409,7 +457,8 @@ def predict(
         Path | None, typer.Option(help=".jsonl file.", show_default="standard output")
     ] = None,
     embeddings: Annotated[
-        Path | None, typer.Option(help=".npz file for unit vectors of images and texts.")
+        Path | None,
+        typer.Option(help=".npz file for unit vectors of images and texts.", show_default="none"),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Answers to a question.")] = 1,
     vocab: VocabularyOption = None,

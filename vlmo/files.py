@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import io
 import json
 import os
 import secrets
@@ -102,8 +103,8 @@ def read_text(path: str | os.PathLike[str]) -> str:
     return text
 
 
-def read_lines(path: str | os.PathLike[str]) -> Iterator[str]:
-    """The lines of a text file as of :func:`read_text`, each without its end (LF or CR LF).
+def read_lines(path: str | os.PathLike[str], *, ends: bool = False) -> Iterator[str]:
+    """The lines of a text file as of :func:`read_text`, with their ends (LF or CR LF) or without.
 
     A file in UTF-8 is read line by line.
 
@@ -115,11 +116,11 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[str]:
         encoding, start = text_encoding(stream.read(4))
         if encoding == "utf-8":
             stream.seek(start)
-            for number, content in enumerate(stream, 1):
-                yield _line(path, number, content).removesuffix("\n").removesuffix("\r")
-            return
-    for line in read_text(path).removesuffix("\n").split("\n"):
-        yield line.removesuffix("\r")
+            lines = (_line(path, number, content) for number, content in enumerate(stream, 1))
+        else:
+            lines = io.StringIO(read_text(path), newline="\n")
+        for line in lines:
+            yield line if ends else line.removesuffix("\n").removesuffix("\r")
 
 
 def text_encoding(start: bytes) -> tuple[str, int]:

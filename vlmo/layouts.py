@@ -75,7 +75,8 @@ class Content:
 def read_content(source: Source) -> Content:
     """Open, unwrap and convert a checkpoint to official keys."""
     raw: Any = source
-    name, records = "state dict", {}
+    name = "state dict"
+    records: dict[str, str] = {}
     if not isinstance(source, Mapping):
         path = Path(source)
         name = str(path)
@@ -183,7 +184,7 @@ def _open_torch(path: Path, kind: str, classes: tuple[str, ...] = ()) -> Any:
     arguments they were called with. Nobody asks for these: ``classes`` are those of the file that
     :class:`_Empty` stands for.
     """
-    stand_ins = [(_NotCalled(name, (_Empty,), {}), name) for name in classes]
+    stand_ins: list[Any] = [(_NotCalled(name, (_Empty,), {}), name) for name in classes]
     # Arbitrary bytes make torch raise nearly any exception; the caller gets one, with the path.
     try:
         with torch.serialization.safe_globals(stand_ins):

@@ -530,7 +530,7 @@ def _common_length(**given: Sequence[Any]) -> int:
     return several.pop() if several else 1
 
 
-def _spread(given: Sequence[Any], count: int) -> Sequence[Any]:
+def _spread(given: list[Any], count: int) -> list[Any]:
     return [given[0]] * count if len(given) == 1 else given
 
 

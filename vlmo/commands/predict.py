@@ -114,7 +114,9 @@ def run(settings: Settings) -> int:
         warnings.filterwarnings("ignore", message=r".*: the text is blank")  # told already
         if settings.embeddings is not None:
             with replacing(settings.embeddings) as temporary:
-                arrays = _embed(predictor, _seen(predictor, records(), settings, found))
+                arrays: dict[str, Any] = _embed(
+                    predictor, _seen(predictor, records(), settings, found)
+                )
                 np.savez(temporary, **arrays)
         if predicts:
             found = _Failures()

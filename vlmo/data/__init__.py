@@ -8,7 +8,7 @@ from vlmo.data.loading import HOST_KEYS, Batches, collate, loader, to_device
 from vlmo.data.masking import mask_whole_words
 from vlmo.data.samples import BadSample
 from vlmo.data.sampling import GlobalBatches
-from vlmo.data.sources import has_splits, open_data
+from vlmo.data.sources import has_splits, open_data, texts_of
 from vlmo.data.tokenizer import TextTokenizer, load_vocabulary, train_wordpiece
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "mask_whole_words",
     "open_data",
     "retrieval_gallery",
+    "texts_of",
     "to_device",
     "train_wordpiece",
 ]

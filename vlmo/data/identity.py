@@ -91,21 +91,6 @@ def none_if_different(keys: np.ndarray) -> np.ndarray | None:
     return None if len(np.unique(keys)) == len(keys) else keys
 
 
-def resolved(paths: Iterable[str]) -> list[str]:
-    """Paths without symbolic links; one look into each folder, for there may be many files."""
-    folders: dict[str, tuple[str, set[str]]] = {}
-    found = []
-    for path in paths:
-        folder, name = os.path.split(path)
-        if folder not in folders:
-            with os.scandir(folder) as entries:
-                links = {entry.name for entry in entries if entry.is_symlink()}
-            folders[folder] = os.path.realpath(folder), links
-        real, links = folders[folder]
-        found.append(os.path.realpath(path) if name in links else os.path.join(real, name))
-    return found
-
-
 def relative(paths: Iterable[str], folder: str) -> list[str]:
     """Paths as they are found from a folder."""
     folders: dict[str, str] = {}

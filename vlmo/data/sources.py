@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,8 +37,9 @@ def open_data(
 
     Args:
         source: "digits" for :class:`~vlmo.data.DigitScenes`; a folder of the official Arrow files;
-            a .jsonl, .parquet or .txt file, or a folder with one for each split; a folder of
-            pictures, each beside a .txt file with a caption on every line.
+            a .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a folder with one for each split;
+            a folder of pictures with a metadata file, or each beside a .txt file with a caption on
+            every line; a folder that Hugging Face's ``save_to_disk`` wrote.
         task: "textmlm", "pretrain", "retrieval", "vqa" or "nlvr2".
         split: "train", "val" or "test".
         image_size: S, side of the pictures in pixels.
@@ -96,9 +97,22 @@ def has_splits(source: str | os.PathLike[str]) -> bool:
     return own.has_splits(Path(source))
 
 
+def texts_of(dataset: Samples | DigitScenes) -> Iterator[str]:
+    """The caption, question, statement or text of each sample of :func:`open_data`, one by one.
+
+    Raises:
+        BadSample: a text cannot be read.
+    """
+    return (dataset.text(index) for index in range(len(dataset)))
+
+
 def holds_arrow(source: str | os.PathLike[str]) -> bool:
-    """Whether a source is a folder of Arrow files."""
-    return any(Path(source).glob("*.arrow"))
+    """Whether a source is a folder of Arrow files of the official code."""
+    from vlmo.data.layout import is_hidden, is_saved_by_hugging_face
+
+    folder = Path(source)
+    found = any(not is_hidden(path.name) for path in folder.glob("*.arrow"))
+    return found and not is_saved_by_hugging_face(folder)
 
 
 def _open_digits(

@@ -19,7 +19,7 @@ from vlmo.files import read_lines, replacing
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONTINUATION = "##"
 _NORMALIZER = normalizers.BertNormalizer(lowercase=True)
-_VISIBLE = re.compile("[!-~]")  # what no normaliser takes away
+VISIBLE = "[!-~]"  # a pattern: what no normaliser takes away
 _BLOCK = 2**16  # texts at a time to learn from
 
 
@@ -80,7 +80,7 @@ def load_vocabulary(path: str | os.PathLike) -> Tokenizer:
 
 def is_blank(text: str) -> bool:
     """Whether no token is made of a text: it is empty, or holds only spaces, controls and marks."""
-    if _VISIBLE.search(text):
+    if re.search(VISIBLE, text):
         return False
     return not _NORMALIZER.normalize_str(text).strip()
 
