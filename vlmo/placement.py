@@ -54,22 +54,21 @@ def require_backend(
     """Raise now what would otherwise come up in the middle of the program.
 
     Args:
-        backend: of every operation; None for what ``use_backend`` or the environment variable
-            VLMO_KERNELS asks for, if either does.
+        backend: asked for by name; None for that of ``use_backend`` or ``VLMO_KERNELS``, if any.
         device: to run on.
-        autocast: dtype of the products, None for float32.
+        autocast: dtype of the products; None for float32.
 
     Raises:
         ValueError: there is no such backend.
         NotImplementedError: it cannot run on this device in this dtype.
     """
-    backend = requested(backend)
-    if backend is None:
+    name = requested(backend)
+    if name is None:
         return
     dtype = autocast or torch.float32
     for operation in OPERATIONS:
-        reason = why_not(operation, backend, device=device, dtype=dtype)
+        reason = why_not(operation, name, device=device, dtype=dtype)
         if reason is not None:
             raise NotImplementedError(
-                f"backend {backend!r} cannot run {operation} on {device}: {reason}"
+                f"backend {name!r} cannot run {operation} on {device}: {reason}"
             )

@@ -20,7 +20,6 @@ from torch.utils.data import Dataset
 
 from vlmo.checkpoint import save_checkpoint
 from vlmo.data import BadSample, GlobalBatches, loader, to_device
-from vlmo.data.loading import worker_failure
 from vlmo.distributed import rank, world_size
 from vlmo.evaluation import evaluate
 from vlmo.files import write_json
@@ -90,11 +89,6 @@ def train(settings: Settings, console: Console) -> dict[str, float]:
     try:
         with joined_group(settings.device) as device:
             return _train(settings, console, device, lock)
-    except RuntimeError as error:
-        failure = worker_failure(error)  # raised wherever a worker's end happens to be noticed
-        if failure is None:
-            raise
-        raise failure from error
     finally:
         lock.release()
 
@@ -438,7 +432,7 @@ class Run:
             batch_size=self.settings.evaluation_batch,
             workers=self.settings.workers,
             autocast=self.autocast,
-            **({} if self.materials.bearable is None else {"on_bad_sample": "skip"}),
+            on_bad_sample="error" if self.materials.bearable is None else "skip",
         )
 
     def _validate_pending(self, display: Display) -> None:
