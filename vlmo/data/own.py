@@ -173,7 +173,7 @@ class RecordSamples(Samples):
         number = np.empty(len(self._paths), dtype=np.int64)
         number[order] = np.arange(len(order))
         found._places = {name: number[places[kept]] for name, places in self._places.items()}
-        found._paths = self._paths.take(pa.array(order))
+        found._paths, found._rows = self._paths.take(pa.array(order)), self._rows[order]
         found._columns = {name: column.take(kept) for name, column in self._columns.items()}
         return found
 

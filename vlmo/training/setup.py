@@ -496,7 +496,7 @@ def _going_on(
     before = {**before, "recipe": {**before["recipe"], "official_batches": drew}}
     found = differences(before, run)
     if state is not None and _lacks_bad_samples(state, run):
-        found = [phrase for phrase in found if not phrase.startswith(("samples", "data"))]
+        found = [phrase for phrase in found if not phrase.startswith(("samples:", "data ("))]
         console.print(
             f"{before['samples'] - run['samples']} samples that could not be read are no longer "
             f"among the data: {run['samples']} are left"
