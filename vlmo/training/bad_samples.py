@@ -9,10 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from vlmo.distributed import world_size
 from vlmo.files import append, replacing
+from vlmo.training.parallel import objects_of_ranks
 
 FILE = "bad_samples.jsonl"
 SPARES = 8  # of each row of a batch: samples to take in its place
@@ -60,17 +58,17 @@ class BadSamples:
 
     def gather(self) -> list[dict[str, Any]]:
         """The new ones of all ranks since the last call, which all ranks make, as the file has."""
-        everyone: list[Any] = [self._seen]
-        if world_size() > 1:
-            everyone = [None] * world_size()
-            dist.all_gather_object(everyone, self._seen)
-        self._seen = []
+        everyone, self._seen = objects_of_ranks(self._seen), []
         new = []
         for step, number, reason in sorted(entry for seen in everyone for entry in seen):
             if number not in self._known:
                 self._known[number] = {"sample": number, "step": step, "reason": reason}
                 new.append(self._known[number])
         return new
+
+    def until(self, step: int) -> int:
+        """Number of those that were met in steps up to this one."""
+        return sum(entry["step"] <= step for entry in self._known.values())
 
     def check(self) -> None:
         """Raise ValueError if there are more than may be left out."""

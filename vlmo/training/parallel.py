@@ -141,6 +141,15 @@ def on_first(function: Callable[[], T]) -> T:
     return told[0]
 
 
+def objects_of_ranks(own: T) -> list[T]:
+    """What each rank gives, in their order, on all of them."""
+    if world_size() == 1:
+        return [own]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, own)
+    return found
+
+
 def highest(number: int) -> int:
     """The highest number of all ranks, which wait for each other."""
     if world_size() == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -40,6 +41,7 @@ from vlmo.training.parallel import (
     highest,
     is_first,
     joined_group,
+    objects_of_ranks,
     on_first,
     wrapped,
 )
@@ -60,6 +62,10 @@ from vlmo.training.state import STATE, Training, restore, save_state
 from vlmo.training.stopping import Interrupted, StopRequest, stop_requests
 
 BEST = "best.safetensors"
+# Batches that are made before they are used, where ranks agree a step later: all of them can then
+# end together when one of them cannot make its batch.
+_AHEAD = 2
+_BAD = 1000  # a reason to stop above the number of any signal
 # What a validation is judged by, and whether more is better.
 JUDGED_BY = {
     "retrieval": ("mean_recall", True),
@@ -164,7 +170,8 @@ class Run:
             self.training.bad, self.training.fewer = {}, None
         self._bad = BadSamples(self.training.bad, materials.bearable)
         self._bad.check()
-        self._loader = self._batches()
+        self._source: Iterator[dict[str, Any]] = iter(())
+        self._held: deque[dict[str, Any] | BadSample] = deque()
         self._log: RunLog | None = None
         self._agreement = Agreement()
         self._clock = time.perf_counter()
@@ -207,12 +214,17 @@ class Run:
                 self._save()
             elif training.step < total:
                 self._try_validation()
-            stop = highest(request.number)
-            batches = iter(self._loader)
+            self._source = iter(self._batches())
+            for _ in range(_AHEAD if world_size() > 1 else 1):
+                self._fetch()
+            stop = highest(self._own_stop(request))
             while training.step < total and not stop:
-                losses = self._step(self._next(batches))
-                stop = self._agreement.highest(request.number)
+                losses = self._step(self._take())
+                self._fetch()
+                stop = self._agreement.highest(self._own_stop(request))
                 self._after(losses, display, stop)
+            if stop == _BAD:
+                raise self._ended_by_bad_samples()
             if stop:
                 raise Interrupted(
                     f"stopped by signal {stop} after step {training.step} of {total}; the same "
@@ -232,7 +244,11 @@ class Run:
             self.console.print("Nothing is left to train.")
             return {}
         self._try_validation()
-        losses = self._step(self._next(iter(self._loader)))
+        self._source = iter(self._batches())
+        self._fetch()
+        if isinstance(self._held[0], BadSample):
+            raise self._held[0]
+        losses = self._step(self._take())
         values = {name: float(value) for name, value in losses.items()}
         self._require_finite(values["loss"], thoroughly=False)
         shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
@@ -274,27 +290,42 @@ class Run:
             on_bad="replace" if skips else "error",
         )
 
-    def _next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
-        """The next batch, on the device."""
+    def _fetch(self) -> None:
+        """Make one more batch, if the training has one, or note why it cannot be made."""
         try:
-            batch = next(batches)
+            batch = next(self._source, None)
         except BadSample as error:
-            raise self._ended_by(error) from error
+            batch = error
+        if batch is not None:
+            self._held.append(batch)
+
+    def _take(self) -> dict[str, Any]:
+        """The batch of the next step, on the device."""
+        batch = self._held.popleft()
+        assert not isinstance(batch, BadSample)
         self._bad.note(self.training.step + 1, batch.pop("bad_samples", ()))
         return to_device(batch, self.device)
 
-    def _ended_by(self, error: BadSample) -> ValueError:
-        """What ends the training; a single process saves the steps that are done."""
-        told = str(error)
+    def _own_stop(self, request: StopRequest) -> int:
+        """Why this rank wants to stop: a signal, a batch that cannot be made, or 0."""
+        bad = any(isinstance(batch, BadSample) for batch in self._held)
+        return max(request.number, _BAD if bad else 0)
+
+    def _ended_by_bad_samples(self) -> ValueError:
+        """What ends the training on all ranks, whose state is saved."""
+        faults = []
+        for number, batch in enumerate(self._held, self.training.step + 1):
+            if isinstance(batch, BadSample):
+                faults.append(str(batch))
+                self._bad.note(number, [(batch.index, str(batch))])
+        self._list_bad_samples()
+        self._save()
+        told = next(fault for found in objects_of_ranks(faults) for fault in found)
         if self.materials.bearable is None:
             told += "; mend the file, take its record out, or give --on-bad-sample skip"
-        if not self.settings.dry_run and world_size() == 1:
-            self._bad.note(self.training.step + 1, [(error.index, str(error))])
-            if _all_finite(self.training.model):
-                self._list_bad_samples()
-                self._save()
-                told += f"; step {self.training.step} is saved, and the training goes on from there"
-        return ValueError(told)
+        return ValueError(
+            f"{told}; step {self.training.step} is saved, and the training goes on from there"
+        )
 
     def _step(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """One step; its losses stay on the device."""
@@ -363,7 +394,7 @@ class Run:
             row |= {"lr": self._rate, **values}
             row |= {name: math.exp(scale.item()) for name, scale in self._scales().items()}
             if self.materials.bearable is not None:
-                row["bad_samples"] = len(self._bad)
+                row["bad_samples"] = self._bad.until(step)
             machine = self._machine()
             if evaluates:  # whatever becomes of the validation, the training is saved
                 training.pending = {"row": row, "machine": machine}
