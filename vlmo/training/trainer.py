@@ -293,11 +293,11 @@ class Run:
     def _fetch(self) -> None:
         """Make one more batch, if the training has one, or note why it cannot be made."""
         try:
-            batch = next(self._source, None)
+            self._held.append(next(self._source))
         except BadSample as error:
-            batch = error
-        if batch is not None:
-            self._held.append(batch)
+            self._held.append(error)
+        except StopIteration:
+            pass
 
     def _take(self) -> dict[str, Any]:
         """The batch of the next step, on the device."""
