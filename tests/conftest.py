@@ -1,11 +1,18 @@
 """What every test gets: the device and the backend it runs on, and a seeded generator."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
-import torch
+
+# Threads of one test that wait for each other keep the cores from the other tests. Libraries read
+# these when they are loaded; processes that tests start inherit them.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     # Triton's kernels then run in its interpreter. Triton reads this when it is imported.
@@ -99,6 +106,18 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interpreter():
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from interpreter import improve
+
+    with pytest.MonkeyPatch.context() as patch:
+        improve(patch)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,13 @@
-"""Trainings in processes of their own, to be killed."""
+"""Processes of their own: trainings to be killed, and the ranks of a group."""
 
 import multiprocessing
+import os
 import sys
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from vlmo.cli import main
@@ -35,8 +37,36 @@ def forked(function, output: Path) -> multiprocessing.Process:
     return process
 
 
+def in_ranks(function, folder: Path, count: int = 2) -> None:
+    """Call a function in so many processes as torchrun would start them.
+
+    They are copies of this one, which has imported everything already. The function joins the
+    group itself, as it would under torchrun; each process ends with it.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), WORLD_SIZE=str(count))
+    environment |= dict(TORCHELASTIC_USE_AGENT_STORE="True", LOCAL_WORLD_SIZE=str(count))
+
+    def ranked(rank: int):
+        def call() -> None:
+            os.environ |= environment | dict(RANK=str(rank), LOCAL_RANK=str(rank))
+            torch.set_num_threads(1)
+            function()
+            # At once: taking the interpreter down beside gloo's threads has aborted (torch 2.13).
+            sys.stdout.flush()
+            os._exit(0)
+
+        return call
+
+    stories = [folder / f"said-by-rank{rank}" for rank in range(count)]
+    ranks = [forked(ranked(rank), story) for rank, story in enumerate(stories)]
+    for process in ranks:
+        process.join()
+    assert all(process.exitcode == 0 for process in ranks), "".join(s.read_text() for s in stories)
+
+
 def wait_for(condition, process) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600  # of a machine that is busy with something else
     while not condition():
         assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.002)

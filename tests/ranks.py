@@ -1,10 +1,6 @@
-"""Run by torchrun: a step of every task on this rank's share of a batch; rank 0 saves the results.
+"""A step of every task on this rank's share of a batch; rank 0 saves the results."""
 
-python -m torch.distributed.run --nproc-per-node 2 tests/ranks.py OUTPUT
-"""
-
-import os
-import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -28,9 +24,9 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def main(output: str) -> None:
+def main(output: Path) -> None:
+    """Of one rank of a group."""
     dist.init_process_group("gloo")
-    torch.set_num_threads(1)
     size = ROWS // distributed.world_size()
     results = {}
     for tasks in TASKS:
@@ -48,9 +44,3 @@ def main(output: str) -> None:
     if distributed.rank() == 0:
         torch.save(results, output)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
-    # At once: taking the interpreter down beside gloo's threads has aborted (torch 2.13).
-    os._exit(0)

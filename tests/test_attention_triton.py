@@ -1,5 +1,7 @@
 """shared_attention's Triton kernels: sizes, launches, repeatability, memory, the table's sums."""
 
+import itertools
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,15 +51,24 @@ SIZES = {
     17: dict(index="image", grid=(4, 4)),
     40: dict(index="text", text=40),
     64: dict(index="random"),
-    129: dict(index="joint", grid=(8, 12), text=32, mask="padding"),
+    129: dict(index="joint", grid=(8, 12), text=32, mask="padding", heads=1),
     197: dict(index="image", grid=(14, 14), heads=1),
-    237: dict(index="joint", grid=(14, 14), text=40, mask="padding"),
+    237: dict(index="joint", grid=(14, 14), text=40, mask="padding", heads=1),
     300: dict(index="random", heads=1),
 }
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIZED = [
-    Case(**{"heads": 2, "mask": None, "length": length, "head_dim": head_dim, **options})
+    pytest.param(
+        Case(**{"heads": 2, "mask": None, "length": length, "head_dim": head_dim, **options}),
+        dtype,
+        # Long sequences take seconds in the interpreter: both widths, and all dtypes, but not both.
+        marks=[pytest.mark.slow]
+        if length > 100 and (head_dim == 34) != (dtype == DTYPES[1])
+        else [],
+    )
     for length, options in SIZES.items()
     for head_dim in (34, 64)
+    for dtype in DTYPES
 ]
 OTHERS = [
     # a sequence without a valid key, causal with and without a bias, the widest head
@@ -72,8 +83,7 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", SIZED + OTHERS, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), [*SIZED, *itertools.product(OTHERS, DTYPES)], ids=str)
 def test_parity_of_sizes(case, dtype, place):
     assert_parity(case, dtype, place)
 

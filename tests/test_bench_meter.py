@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import itertools
 from collections import Counter
 
 import pytest
@@ -25,32 +25,57 @@ def test_functions_are_called_in_turn_and_as_often_as_asked():
     assert min(min(seconds) for seconds in found) >= 0
 
 
-def test_the_median_is_that_of_all_calls():
-    durations = iter([0.0, 0.0, 0.02, 0.02, 0.02])
-    [seconds] = median_seconds([lambda: time.sleep(next(durations))], CPU, rounds=5, launches=1)
-    assert 0.02 <= seconds < 0.2
+@pytest.fixture
+def passes(monkeypatch):
+    """A clock, and functions that take as long as they are told on it."""
+    now = [0.0]
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
+
+    def make(*durations):
+        left = itertools.cycle(durations)
+
+        def work():
+            now[0] += next(left)
+
+        return work
+
+    return make
 
 
-def test_numbers_on_a_cpu_are_those_of_the_contender():
-    found = measure(
-        {"slow": lambda: time.sleep(0.02), "fast": lambda: time.sleep(0.001)},
-        CPU,
-        Settings(seconds=0.1),
-    )
+def test_the_median_is_that_of_all_calls(passes):
+    work = passes(0.0, 0.0, 0.02, 0.02, 0.02)
+    assert median_seconds([work], CPU, rounds=5, launches=1) == [pytest.approx(0.02)]
+
+
+def test_numbers_on_a_cpu_are_those_of_the_contender(passes):
+    works = {"slow": passes(0.02, 0.02, 0.02, 0.03, 0.04), "fast": passes(0.0005)}
+    found = measure(works, CPU, Settings(seconds=0.1))
     slow, fast = found["slow"], found["fast"]
-    assert 3 <= slow["calls"] <= 5 and 3 <= fast["calls"] <= 100
-    assert slow["device_ms_low"] <= slow["device_ms"] <= slow["device_ms_high"]
-    assert slow["device_ms"] >= 20 and slow["device_ms"] > fast["device_ms"] >= 1
+    assert slow["calls"] == 5 and fast["calls"] == 100
+    # Two calls came before: 20, 30, 40, 20, 20 ms.
+    middle, low, high = (slow[f"device_ms{part}"] for part in ("", "_low", "_high"))
+    assert [low, middle, high] == pytest.approx([20, 20, 30])
+    assert fast["device_ms"] == pytest.approx(0.5)
     assert slow["wall_ms"] == slow["device_ms"]
     for name in ("peak_mib", "launches", "millijoules", "clock_mhz", "temperature_c", "throttled"):
         assert slow[name] is None
 
 
-def test_three_calls_at_least_and_a_hundred_at_most():
-    found = measure({"quick": lambda: None}, CPU, Settings(seconds=0))
-    assert found["quick"]["calls"] == 3
-    found = measure({"quick": lambda: None}, CPU, Settings(seconds=1))
-    assert found["quick"]["calls"] == 100
+def test_three_calls_at_least_and_a_hundred_at_most(passes):
+    for seconds, calls in ((0, 3), (0.05, 50), (1, 100)):
+        settings = Settings(seconds=seconds)
+        found = measure({"quick": passes(0.001)}, CPU, settings)
+        assert found["quick"]["calls"] == calls
+        assert meter.duration(dict(wall_ms=1.0, launches=None), CPU, settings) == calls / 1e3
+
+
+def test_what_has_begun_is_not_begun_again(passes):
+    called = []
+    work = passes(0.001)
+    begun = {"a": meter.begin(work, CPU)}
+    found = measure({"a": lambda: called.append(work())}, CPU, Settings(seconds=0), begun)
+    assert found["a"]["calls"] == len(called) == 3
+    assert [meter.calls_to_begin(s, d) for s, d in ((0.1, CPU), (2, CPU), (2, CUDA))] == [2, 1, 5]
 
 
 def test_two_long_calls_after_one_that_warms_up(monkeypatch):

@@ -129,6 +129,35 @@ def test_a_reason_is_told_once_and_failures_first(show):
     assert "energy: there is no GPU" in text
 
 
+def test_a_peer_out_of_its_bound_is_in_the_table_without_a_time():
+    told = "out of its error bound: dtable[0] is off by 8.45e-06, allowed are 7.41e-06"
+    it = report(measured("vlmo:cpu", 2.0), not_run("slices", told), measured("masks", 4.0))
+    assert set(row(it.markdown(), "slices")[1:]) == {"-"}
+    assert row(it.markdown(), "vlmo:cpu")[1] == "2.00 (1.98 to 2.02)"
+    for text in (it.markdown(), printed(it)):
+        assert f"slices: not timed: {told}." in text
+    assert not it.defects
+    [group] = groups(it.records)
+    assert group.best_peer["contender"] == "masks" and group.official is None
+
+
+def test_what_there_was_no_time_for_is_listed_case_by_case():
+    reason = "left out: it would take about 80 s; 30 s of the time limit of 270 s are left"
+    it = report(
+        measured("vlmo:cpu", 2.0),
+        not_run("masks", reason),
+        not_run("all", reason, dtype="float16"),
+        not_run("quack", "is not installed"),
+    )
+    lines = [
+        f"moe_ffn, base, {dtype}, forward, tokens 8192, split 40:197: {who}: {reason}"
+        for dtype, who in (("bfloat16", "masks"), ("float16", "all"))
+    ]
+    assert it.left_out() == lines
+    assert it.not_run() == ["is not installed: quack (1 case)"]
+    assert all(line in it.markdown() for line in lines)
+
+
 def test_defects_are_found():
     bad = [not_run("vlmo:cuda", "not exact: dx"), not_run("vlmo:triton", "failed: KeyError: 1")]
     assert report(measured("a", 1.0), not_run("b", "is not installed"), *bad).defects == bad

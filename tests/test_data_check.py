@@ -14,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
+from vlmo import cli
 from vlmo.cli import app
 from vlmo.commands import check as command
 from vlmo.data import (
@@ -260,3 +261,22 @@ def test_splits_that_are_there(folder, tmp_path):
     arrow(tmp_path / "vg.arrow", [picture()], [["one"]])
     assert splits_there(str(tmp_path), "retrieval") == ["val"]
     assert splits_there(str(tmp_path), "pretrain", ["vg"]) == ["train"]
+
+
+def test_the_command_line_tells_of_a_killed_worker_wherever_torch_does(monkeypatch, capsys):
+    def raising(message):
+        def run():
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(cli, "app", run)
+        cli.main()
+
+    with pytest.raises(SystemExit, match="2"):
+        raising("DataLoader worker (pid 12) is killed by signal: Killed. ")
+    told = capsys.readouterr().err
+    assert told.startswith(
+        "vlmo: workers: process 12, which made samples, killed by signal: Killed"
+    )
+    assert told.count("\n") == 1
+    with pytest.raises(RuntimeError, match="a defect"):
+        raising("a defect")

@@ -1,18 +1,14 @@
 """Two processes compute what one computes: losses and gradients of the global batch."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+import ranks
+from processes import in_ranks
 from test_step import TASKS, TINY, assert_same, batch_of, gradients, model_of
 from vlmo import distributed, step
 from vlmo.transfer import HostCopy
 
-TESTS = Path(__file__).parent
 ROWS = 8
 
 
@@ -20,11 +16,7 @@ ROWS = 8
 def two_ranks(tmp_path_factory) -> dict:
     """Results of ranks.py: (losses, gradients) by tasks, wrapper and rows of a part."""
     output = tmp_path_factory.mktemp("ranks") / "results.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--standalone", str(TESTS / "ranks.py"), str(output)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    in_ranks(lambda: ranks.main(output), output.parent)
     return torch.load(output, weights_only=True)
 
 

@@ -2,15 +2,13 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import evaluation_cases
 from evaluation_cases import (
     HEADS,
     TINY,
@@ -22,13 +20,12 @@ from evaluation_cases import (
     model_of,
     results,
 )
+from processes import in_ranks
 from vlmo import evaluation, objectives
 from vlmo.data import ANSWERS, BadSample, Draw, TextTokenizer, collate, open_data, train_wordpiece
 from vlmo.data.draws import hashed
 from vlmo.evaluation import evaluate, gallery_of
 from vlmo.retrieval import Embeddings, encode, recall_at
-
-TESTS = Path(__file__).parent
 
 
 class Given(nn.Module):
@@ -441,11 +438,7 @@ def test_a_vocabulary_of_another_number_is_refused():
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--standalone", str(TESTS / "evaluation_cases.py"), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    in_ranks(lambda: evaluation_cases.main(folder), folder)
     return folder
 
 

@@ -125,6 +125,17 @@ def test_without_digests_numbers_are_compared(tmp_path):
         load_model(folder, answers=["yes"])
 
 
+def test_answers_are_read_in_any_unicode_and_other_encodings_are_named(tmp_path):
+    folder = run_folder(tmp_path / "run")
+    path = tmp_path / "answers.json"
+    for encoding in ("utf-8-sig", "utf-16"):
+        path.write_text(json.dumps(ANSWERS), encoding=encoding)
+        assert load_model(folder, answers=path).answers == list(ANSWERS)
+    path.write_bytes('["a",\n"é"]'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"answers\.json, line 2: is not UTF-8"):
+        load_model(folder, answers=path)
+
+
 def test_weights_that_are_not_finite_are_named(tmp_path):
     model = model_of(("vqa",))
     for value in (float("nan"), float("inf"), -float("inf")):

@@ -4,8 +4,6 @@ An eager call goes past torch.library; a compiled one cannot. Both ways share th
 every test here takes both.
 """
 
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_ffn_cases import Case, Spy, call, leaves, make_routing, make_tensors, outputs_and_gradients
+from processes import in_ranks
 from vlmo.kernels import ModalityRouting, moe_ffn
 from vlmo.kernels.moe_ffn import ops
 
@@ -269,14 +268,12 @@ class Layers(nn.Module):
         return x
 
 
-def parallel_worker(rank: int, world: int, port: int) -> None:
+def parallel_worker() -> None:
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
-    )
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     models = [Layers() for _ in range(3)]
     for model in models[1:]:
@@ -302,9 +299,6 @@ def parallel_worker(rank: int, world: int, port: int) -> None:
     dist.destroy_process_group()
 
 
-def test_data_parallel_and_fully_sharded():
+def test_data_parallel_and_fully_sharded(tmp_path):
     """Two processes agree with one on the gradients of the whole batch."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(parallel_worker, (2, port), nprocs=2)
+    in_ranks(parallel_worker, tmp_path)

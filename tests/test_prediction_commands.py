@@ -337,7 +337,9 @@ def test_predict_reads_arrays_and_tables_as_well(folder):
     table = 'image,text,id\r\na.png,a one,7\r\n\r\nb.png,"a ""two"", or",\r\n'
     for content, name in (
         (json.dumps(records, indent=2), "given.json"),
+        (lines, "given.json"),
         (table, "given.csv"),
+        ('image\ttext\tid\na.png\ta one\t7\nb.png\t"a ""two"", or"\t\n', "given.tsv"),
         ("\ufeff" + table, "given.csv"),
         ("\ufeff" + lines, "given.jsonl"),
         (lines.encode("utf-16"), "given.jsonl"),
@@ -493,7 +495,7 @@ def test_predict_names_the_record_it_cannot_use(
     ("name", "content", "message"),
     [
         ("x.jsonl", '{"text": "é"}'.encode("latin-1"), "x.jsonl, line 1: is not UTF-8"),
-        ("x.json", b'{"text": "a"}', "x.json: holds no array"),
+        ("x.json", b'{"text": "a"}\n{"text": 3}', "x.json, line 2: text: 3 is not a text"),
         ("x.json", b'[{"text": "a"}, 3]', "x.json, record 2: 3 is not a JSON object"),
         ("x.json", b'[{"text": "a"},]', "x.json: is not JSON"),
         ("x.csv", b"text,text\na,b\n", "x.csv, line 1: two columns have the same name"),

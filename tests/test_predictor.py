@@ -365,6 +365,9 @@ def test_ranking_is_by_cosine_or_re_ranked(predictor, pictures):
     scores = torch.tensor([[hit.score for hit in row] for row in found])
     torch.testing.assert_close(scores, best.values)
 
+    for options in ({}, {"rerank": 100}):  # more than there are
+        assert [len(row) for row in predictor.rank(TEXTS, pictures, k=100, **options)] == [5] * 5
+
     reranked = predictor.rank(TEXTS, pictures, k=5, rerank=5)
     with torch.no_grad():
         logits = torch.stack(
@@ -491,7 +494,7 @@ def test_pictures_are_resized_for_another_resolution(run_folder, pictures):
     [
         ({"device": "tpu"}, "device: 'tpu'"),
         ({"dtype": "int8"}, "dtype: 'int8'"),
-        ({"backend": "numpy"}, "'numpy' is not one of"),
+        ({"backend": "numpy"}, "backend: 'numpy' is not a backend"),
         ({"answers": ["yes"]}, "answers: the list has 1 answers, the model has"),
         ({"answers": [1] * len(ANSWERS)}, "answers: 1 is not a text"),
     ],

@@ -1,16 +1,15 @@
 """Two processes train what one trains, and each goes on from the other's state."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+import training_cases
+from processes import in_ranks
 from training_cases import CASES, SIZES, STAGES, STEPS, damaged, keep_states, run, small
 from training_data import damage, make
 from vlmo.data import sources
@@ -19,8 +18,6 @@ from vlmo.training.lock import FolderLock
 from vlmo.training.logs import read_table
 from vlmo.training.parallel import WAYS
 from vlmo.training.state import load_state
-
-TESTS = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +37,8 @@ def folder(tmp_path_factory):
             damage(data / f"train{number}.png")
         lock = FolderLock(folder / "locked")
         lock.take()
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-        command += ["--standalone", str(TESTS / "training_cases.py"), str(folder)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=400
-        )
+        in_ranks(lambda: training_cases.main(folder), folder)
         lock.release()
-        assert result.returncode == 0, result.stderr[-3000:]
         yield folder
 
 

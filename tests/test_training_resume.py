@@ -1,12 +1,12 @@
 """Going on after any end: as if the training had not stopped."""
 
+import itertools
 import json
 import os
 import random
 import shutil
 import signal
 import sys
-import time
 
 import pytest
 import torch
@@ -26,32 +26,67 @@ def small_digits(monkeypatch):
     monkeypatch.setattr(trainer, "save_state", trainer.save_state)  # put back what tests change
 
 
-@pytest.mark.slow
+WRITING = [
+    f"{when} {name}" for name in ("write", "fsync", "replace") for when in ("before", "after")
+]
+WRITING += ["in save"]
+
+
+def die(kind: str, count: int) -> None:
+    """Have this process killed at the count-th moment of a kind."""
+    left = itertools.count(count - 1, -1)
+
+    def is_time(moment: str) -> bool:
+        return moment == kind and next(left) == 0
+
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(name):
+        real = getattr(os, name)
+
+        def call(*args):
+            if is_time(f"before {name}"):
+                kill()
+            result = real(*args)
+            if is_time(f"after {name}"):
+                kill()
+            return result
+
+        return call
+
+    for name in ("write", "fsync", "replace"):
+        setattr(os, name, around(name))
+    save = torch.save
+
+    def save_half(state, path):
+        save(state, path)
+        if is_time("in save"):
+            os.truncate(path, path.stat().st_size // 2)
+            kill()
+
+    torch.save = save_half
+
+
 def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path):
-    """SIGKILL at random moments, most of them while something is written."""
+    """SIGKILL while something is written, at moments counted by what was written before."""
     found = small("pretrain", steps=30)
     options = dict(log_every=1, save_every=1, evaluate_every=7)
     run(found, tmp_path / "whole", **options)
-    folder, chance = tmp_path / "killed", random.Random(0)
-    saved = [0]
-    # A kill may come before the state is ahead: the next ones leave a slow machine more time.
-    for _ in range(20):
-        if len(set(saved)) > 4:
-            break
-        process = forked(lambda: run(found, folder, **options), tmp_path / "said")
-        before = saved[-1]
+    folder, chance, saved = tmp_path / "killed", random.Random(0), [0]
+    for kind in WRITING:
+        count = chance.randint(2, 5)
 
-        def ahead(before=before):
-            return (folder / "log.csv").exists() and len(steps_of(folder)) > before
+        def killed(kind=kind, count=count):
+            die(kind, count)
+            run(found, folder, **options)
 
-        wait_for(ahead, process)
-        time.sleep(chance.uniform(0, 0.15 * saved.count(before)))
-        os.kill(process.pid, signal.SIGKILL)
+        process = forked(killed, tmp_path / "said")
         process.join()
-        assert process.exitcode == -signal.SIGKILL
+        assert process.exitcode == -signal.SIGKILL, (tmp_path / "said").read_text()
         if (folder / "training.pt").exists():
             saved.append(load_state(folder / "training.pt")["step"])
-    assert 0 < saved[-1] < 30 and len(set(saved)) > 4
+    assert saved == sorted(saved) and 2 < saved[-1] < 30
     assert f"step {saved[-1]} of 30" in run(found, folder, **options)
     for name in ("log.csv", "metrics.json"):
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

@@ -1,19 +1,10 @@
-"""Small trainings on digit scenes, for tests in one process and, by torchrun, in two.
-
-python -m torch.distributed.run --nproc-per-node 2 tests/training_cases.py FOLDER
-
-trains every case of ``CASES`` in a folder of its own within FOLDER, and one in float16; goes on
-from FOLDER/given.pt, a single process's state, with each of ``WAYS``; stops a training by a signal
-to the second process alone; trains on FOLDER/data/pairs, some of whose pictures are damaged; and
-fails to train in FOLDER/locked, which another process has locked.
-"""
+"""Small trainings on digit scenes, for tests in one process and in two."""
 
 import io
 import json
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import torch
@@ -65,7 +56,12 @@ def keep_states() -> None:
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
+    """Of one of two ranks.
+
+    Trains every case of ``CASES`` in a folder of its own within ``folder``, one in float16; goes on
+    from given.pt there, the state of a single process, with each of ``WAYS``; stops a training by
+    a signal to the second process alone.
+    """
     sources._DIGIT_SIZES |= SIZES
     keep_states()
     with joined_group("cpu"):
@@ -126,9 +122,3 @@ def stop_the_second(output: Path) -> None:
         story = {"said": str(stop), "number": stop.number}
     trainer.backward = backward
     (output.parent / f"rank{rank()}.json").write_text(json.dumps(story))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    # At once: taking the interpreter down beside gloo's threads has aborted (torch 2.13).
-    os._exit(0)

@@ -645,7 +645,9 @@ def bench(
     device: DeviceOption = Device.auto,
     minutes: Annotated[
         float | None,
-        typer.Option(help="Nothing begins later.", show_default="4.5 on a CPU, 20 on a GPU"),
+        typer.Option(
+            help="What would end later is left out.", show_default="4.5 on a CPU, 20 on a GPU"
+        ),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("vlmo-bench"),
     commit: Annotated[
@@ -664,8 +666,9 @@ def bench(
 ) -> None:
     """Measure the operations and the model here, beside peers and the roof (docs/performance.md).
 
-    Nothing is timed that has not been held against float64: exits with 1 if a contender was not
-    exact. Each of --suite, --dtype, --size and --contender may be repeated.
+    Nothing is timed that has not been held against float64: exits with 1 if one of this library's
+    own contenders was not exact or failed. Each of --suite, --dtype, --size and --contender may be
+    repeated.
     """
     if context.invoked_subcommand is not None:
         return

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from vlmo.checkpoint import config_of, load_checkpoint
 from vlmo.config import VLMoConfig
 from vlmo.data.tokenizer import load_vocabulary
+from vlmo.files import read_text
 from vlmo.layouts import (
     ANSWERS_RECORD,
     VOCABULARY_RECORD,
@@ -261,7 +262,7 @@ def read_json(path: str | os.PathLike[str], place: str) -> Any:
         ValueError: it is not JSON, or not UTF-8; begins with ``place``.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:  # of the syntax or of the encoding
         raise ValueError(f"{place} is not JSON: {error}") from error
 

@@ -135,8 +135,9 @@ class VLMo(nn.Module):
     def reset_parameters(self) -> None:
         """Give every parameter its initial value, as after ``to_empty`` on a model from meta."""
         for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if module is not self and reset is not None:
+                reset()
             if isinstance(module, Attention):
                 nn.init.zeros_(module.q_bias)
                 nn.init.zeros_(module.v_bias)

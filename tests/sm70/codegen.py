@@ -1,7 +1,7 @@
 """Translate sm_70 SASS to C++.
 
-Every instruction becomes one `case` of a `switch`; the interpreter loop is in runtime.cpp. Three
-tables handle the opcodes:
+Every instruction becomes a call of a C++ function with its registers and constants as arguments;
+the interpreter loop is in runtime.cpp. Three tables handle the opcodes:
 
   EXPRESSIONS  one 32-bit result per lane, given as a C++ expression with operand placeholders
   HANDLERS     functions, registered with @opcode, that return a C++ statement
@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from .disasm import PT, Instruction
 
 RZ = 255
-GROUP = 64  # instructions of one C++ function: g++ takes a square of its length
 
 IGNORED = {"NOP", "ERRBAR", "CCTL", "CCTLL", "DEPBAR", "PREEXIT", "BPT"}
 
@@ -777,7 +776,7 @@ def hmma(t):
     target, accumulator, step = t.mods[1], t.mods[2], int(t.mods[3][len("STEP") :])
     d, a, b, c = (register_number(x) for x in t.ops[:4])
     return (
-        f"hmma884(w, {d}, {a}, {b}, {c}, {step}, "
+        f"hmma884(w, {d}u, {a}u, {b}u, {c}u, {step}, "
         f"{int('ROW' in t.ops[1])}, {int('COL' in t.ops[2])}, "
         f"{int(target == 'F32')}, {int(accumulator == 'F32')}, {int(reuses_operands(t))});"
     )
@@ -806,12 +805,12 @@ def address_code(t, text, space):
     n = address.register
     if space in ("SHARED", "LOCAL"):
         base = "0u" if n == RZ else f"R[{n}][l] * {address.scale}u"
-        return f"u32 a = {base} + (u32)({address.offset});"
+        return f"u32 a = {base} + {address.offset & 0xFFFFFFFF}u;"
     if n == RZ:
         base = "0ull"
     else:
         base = f"pair(R[{n}][l], R[{n + 1}][l])" if t.has("E") else f"(u64)R[{n}][l]"
-    return f"u64 a = {base} + (u64)(s64)({address.offset});"
+    return f"u64 a = {base} + (u64)(s64)(s32){address.offset & 0xFFFFFFFF}u;"
 
 
 def is_global(space):
@@ -853,7 +852,7 @@ def ldc(t):
         raise Unsupported("constant address")
     bank, address, size = int(m.group(1), 16), parse_address(m.group(2)), t.inst.access_bytes
     n = address.register
-    offset = f"u32 o = {'0u' if n == RZ else f'R[{n}][l]'} + (u32)({address.offset});"
+    offset = f"u32 o = {'0u' if n == RZ else f'R[{n}][l]'} + {address.offset & 0xFFFFFFFF}u;"
     if size < 4:
         kind = C_TYPE[f"{'S' if t.has('S8', 'S16') else 'U'}{8 * size}"]
         return t.put(0, f"(u32)({kind})(constant({bank}, o & ~3u) >> (8 * (o & 3)))", offset)
@@ -1178,9 +1177,28 @@ def branch_targets(instructions):
     return out
 
 
+# What tells instructions of one shape apart: numbers of registers, and constants.
+_PARAMETER = re.compile(r"(?<=\bR\[)\d+(?=\])|(?<=\b[PB]\[)\d+(?=\])|(?<=\bSET[RP]\()\d+|\b\d+u\b")
+
+
+def shape_of(body):
+    """C++ with its registers and constants taken out, as ``arg[i]``; and what they were."""
+    values = []
+
+    def parameter(match):
+        values.append(match[0].removesuffix("u"))
+        return f"arg[{len(values) - 1}]"
+
+    return _PARAMETER.sub(parameter, body), values
+
+
 def translate(instructions) -> Translation:
-    """C++ for a whole kernel, to be included by runtime.cpp."""
-    cases, missing = [], []
+    """C++ for a whole kernel, to be included by runtime.cpp.
+
+    Instructions that differ in nothing but registers and constants share a function: a kernel of
+    ten thousand has less than a thousand, and g++ takes minutes for that many functions.
+    """
+    missing, shapes, entries, parameters = [], {}, [], []
     targets = branch_targets(instructions)
     for k, inst in enumerate(instructions):
         previous = instructions[k - 1] if k and inst.pc not in targets else None
@@ -1191,25 +1209,24 @@ def translate(instructions) -> Translation:
                 Unimplemented(".".join([inst.op, *inst.mods]), inst.pc, inst.text, str(error))
             )
             body = "if (em) { report(UNIMPLEMENTED, pc, 0, w, c, pc); w.live = 0; repick = true; }"
-        comment = inst.text.replace("\\", "")
-        cases.append(f"case {k}: {{ {body} }} break;  // {comment}")
+        shape, values = shape_of(body)
+        number, _ = shapes.setdefault(shape, (len(shapes), inst.text.replace("\\", "")))
+        entries.append(f"{{shape_{number}, {len(parameters)}}}")
+        parameters += values
     guards = ", ".join(str(x.guard) for x in instructions)
     negated = ", ".join(str(int(x.guard_negated)) for x in instructions)
-    groups = [cases[i : i + GROUP] for i in range(0, len(cases), GROUP)]
     functions = [
-        f"static void group_{k}(Step& s) {{ SM70_LOCALS\nswitch (s.index) {{\n"
-        + "\n".join(group)
-        + "\n} }"
-        for k, group in enumerate(groups)
+        f"static void shape_{number}(Step& s, const u32* arg) {{ SM70_LOCALS {body} }}  // {text}"
+        for body, (number, text) in shapes.items()
     ]
-    table = ", ".join(f"group_{k}" for k in range(len(groups)))
     source = (
         f"#ifdef SM70_TABLES\n"
-        f"enum {{ NUM_INSTRUCTIONS = {len(instructions)}, GROUP = {GROUP} }};\n"
+        f"enum {{ NUM_INSTRUCTIONS = {len(instructions)} }};\n"
         f"static const unsigned char GUARD[] = {{{guards}}};\n"
         f"static const unsigned char GUARD_NEG[] = {{{negated}}};\n"
-        f"#endif\n#ifdef SM70_CASES\n"
+        f"static const u32 PARAMETERS[] = {{{'u, '.join([*parameters, '0'])}u}};\n"
+        f"#endif\n#ifdef SM70_SHAPES\n"
         + "\n".join(functions)
-        + f"\nstatic void (*const GROUPS[])(Step&) = {{{table}}};\n#endif\n"
+        + f"\nstatic const Instruction CODE[] = {{{', '.join(entries)}}};\n#endif\n"
     )
     return Translation(source, missing)

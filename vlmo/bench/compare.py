@@ -15,7 +15,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vlmo.bench.report import Group, Record, Report, is_ours, labels_of, number, print_whole
+from vlmo.bench.report import (
+    Record,
+    Report,
+    is_ours,
+    labels_of,
+    number,
+    print_whole,
+    title_of,
+)
 
 THRESHOLD = 0.02
 RULE = (
@@ -74,7 +82,7 @@ class Comparison:
             table.add_column(column, justify="right", no_wrap=True)
         told = None
         for change in self.changes:
-            case = Group(labels_of(change.after), []).title
+            case = title_of(labels_of(change.after))
             times = [number(record["device_ms"]) for record in (change.before, change.after)]
             table.add_row(
                 *(escape(case) if case != told else "", escape(change.after["contender"])),
@@ -134,7 +142,7 @@ def _verdict(before: Record, after: Record) -> str:
 
 
 def _name(record: Record) -> str:
-    return f"{Group(labels_of(record), []).title}: {record['contender']}"
+    return f"{title_of(labels_of(record))}: {record['contender']}"
 
 
 def _warnings(before: Report, after: Report) -> list[str]:

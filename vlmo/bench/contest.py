@@ -84,6 +84,15 @@ class Contest:
 
         return both
 
+    @property
+    def check_cost(self) -> Cost:
+        """A check makes a call at full size."""
+        return self.cost
+
+    def expect(self, contender: str) -> None:
+        """The chosen sequences in plain PyTorch, once for all contenders of the same function."""
+        self._expectation(self._entry(contender))
+
     def check(self, contender: str) -> Sequence[Deviation]:
         """Run at full size and hold against float64 what depends on three sequences only.
 
@@ -93,7 +102,7 @@ class Contest:
         call of the contender and a few of a small one.
         """
         entry = self._entry(contender)
-        chosen = sorted({0, self.samples // 2, self.samples - 1})
+        chosen = self._chosen
         dy = torch.zeros_like(self.dy)
         dy[chosen] = self.dy[chosen]
         actual = self._run(self._form(contender), self.x, entry.parameters(), dy)
@@ -101,11 +110,15 @@ class Contest:
         # The gradient of a float32 parameter counts as one in the dtype of the operands, too: some
         # contenders take what is made of the parameter in that dtype.
         actual = {name: tensor.to(self.x.dtype) for name, tensor in actual.items()}
-        return deviations(actual, *self._expectation(entry, chosen))
+        return deviations(actual, *self._expectation(entry))
 
-    def _expectation(self, entry: Contender, chosen: list[int]) -> list[dict[str, Tensor]]:
+    @property
+    def _chosen(self) -> list[int]:
+        return sorted({0, self.samples // 2, self.samples - 1})
+
+    def _expectation(self, entry: Contender) -> list[dict[str, Tensor]]:
         """The chosen sequences in plain PyTorch: in the dtype of the case, and in float64."""
-        parameters = entry.parameters()
+        parameters, chosen = entry.parameters(), self._chosen
         key = (id(entry.eager), id(parameters))
         if key not in self._expected:
             wide = type(parameters)(*(_wide(field) for field in parameters))

@@ -26,6 +26,8 @@ Numbers = dict[str, Any]
 _LEAST_CALLS, _MOST_CALLS = 3, 100
 _LEAST_LONG_CALLS, _LONG_CALL_SECONDS = 2, 5.0
 _ROUNDS = 10
+# Calls on a GPU of which the wall time is measured.
+_MOST_WALLS = 20
 # Kernels that wait in a GPU's queue before the host has to.
 _QUEUE = 900
 # Of a call on a CPU that one call warms up and tells the time of.
@@ -53,14 +55,18 @@ class Settings(NamedTuple):
 
 
 def measure(
-    works: Mapping[str, Work], device: torch.device, settings: Settings | None = None
+    works: Mapping[str, Work],
+    device: torch.device,
+    settings: Settings | None = None,
+    begun: Mapping[str, Numbers] | None = None,
 ) -> dict[str, Numbers]:
     """Numbers of each contender (the keys are those of a record, see :mod:`vlmo.bench.report`).
 
-    All are called before anything is timed. One that raises then has a ``reason`` and no numbers.
+    All are called before anything is timed: here, or before, where ``begun`` is what :func:`begin`
+    returned for each of them. One that raises then has a ``reason`` and no numbers.
     """
     settings = settings or Settings()
-    found = {name: _begin(work, device) for name, work in works.items()}
+    found = {name: begun[name] if begun else begin(work, device) for name, work in works.items()}
     ready = {name: work for name, work in works.items() if "reason" not in found[name]}
     calls = [_calls(found[name], settings) for name in ready]
     timed = times(list(ready.values()), device, calls=calls, rounds=_ROUNDS, flush=settings.flush)
@@ -86,7 +92,21 @@ def _wall(work: Work, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _begin(work: Work, device: torch.device) -> Numbers:
+def calls_to_begin(seconds: float, device: torch.device) -> int:
+    """How many calls :func:`begin` makes of so many seconds each."""
+    if device.type == "cuda":
+        return 5
+    return 1 if seconds >= _ONCE_SECONDS else 2
+
+
+def duration(begun: Numbers, device: torch.device, settings: Settings) -> float:
+    """About how long :func:`measure` takes for a contender after it has begun."""
+    calls = _calls(begun, settings) + (_ROUNDS + _MOST_WALLS if device.type == "cuda" else 0)
+    energy = 0.0 if settings.sensors is None else settings.energy_seconds
+    return calls * begun["wall_ms"] / 1e3 + energy
+
+
+def begin(work: Work, device: torch.device) -> Numbers:
     """Time, memory and kernels of single calls, or the reason why it cannot be called."""
     try:
         first = _wall(work, device)
@@ -125,7 +145,7 @@ def _times(work: Work, seconds: list[float], device: torch.device) -> Numbers:
     low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
     wall = middle
     if device.type == "cuda":
-        walls = min(len(seconds), 20)
+        walls = min(len(seconds), _MOST_WALLS)
         wall = statistics.median(_wall(work, device) for _ in range(walls))
     return dict(
         device_ms=1e3 * middle,

@@ -123,6 +123,17 @@ class ModelProblem:
 
         return step if phase in STEPS else forward
 
+    @property
+    def check_cost(self) -> Cost:
+        """Of the model of the check."""
+        config = self._small_config
+        batch = _batch(config, _CHECKED[self.phase], torch.device("cpu"), self.dtype)
+        return _cost(config, batch, self.case)
+
+    def expect(self, contender: str) -> None:
+        """Results of the small model, once for all contenders."""
+        assert self._small
+
     def check(self, contender: str) -> Sequence[Deviation]:
         """Hold a model of this width, with two blocks and fewer words, against float64.
 
@@ -147,11 +158,15 @@ class ModelProblem:
             deviations.append(Deviation(layer, *errors, 2 * errors[1] + unit * size))
         return deviations
 
+    @property
+    def _small_config(self) -> VLMoConfig:
+        words = min(_CHECKED_WORDS, self.config.vocab_size)
+        return self.config.replace(depth=2, vl_start=1, vocab_size=words)
+
     @functools.cached_property
     def _small(self) -> tuple[SwitchedVLMo, Batch, Named, Named]:
         """Model and batch of the check, and what comes of them in its dtype and in float64."""
-        words = min(_CHECKED_WORDS, self.config.vocab_size)
-        config = self.config.replace(depth=2, vl_start=1, vocab_size=words)
+        config = self._small_config
         batch = _batch(config, _CHECKED[self.phase], self.device, self.dtype)
         model, right = _model(config, self.device, self.dtype), _in_the_official_way(wide=True)
         eager = self._results(right, model, batch)

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,8 +47,10 @@ MEASURED = (
 _ALWAYS_MEASURED = ("device_ms", "device_ms_low", "device_ms_high", "tflops", "gb_per_s")
 # How each suite's computation is written by those who publish it.
 OFFICIAL = ("slices", "eager", "official")
-# What reasons begin with that are defects: of anyone, or of this library's own contenders.
+# What reasons begin with that are defects of this library's own contenders.
 NOT_EXACT, FAILED = "not exact", "failed"
+# Of peers, who may round otherwise on another CPU; and of what there was no time for.
+PEER_NOT_EXACT, LEFT_OUT = "out of its error bound", "left out"
 _NOTES = {moe_ffn.NAME: moe_ffn.NOTES, attention.NAME: attention.NOTES}
 
 
@@ -152,8 +154,7 @@ class Report:
         for group in groups(self.records):
             columns = _columns(group)
             lines += [f"## {group.title}", ""]
-            rows = [[c.cell(group, record) for c in columns] for record in group.records]
-            lines += markdown_table([c.title for c in columns], rows)
+            lines += markdown_table([c.title for c in columns], group.rows(columns))
             lines += ["", *(f"{note}\n" for note in group.notes)]
         for title, below in self._below():
             lines += [f"## {title}", "", *(f"* {line}" for line in below), ""]
@@ -161,14 +162,14 @@ class Report:
 
     @property
     def defects(self) -> list[Record]:
-        """Records of contenders that are not exact, and of our own that failed."""
+        """Records of our own contenders that are not exact or failed."""
         return [record for record in self.records if is_defect(record.get("reason", ""))]
 
     def not_run(self) -> list[str]:
         """Each reason once, with its contenders and how many cases of each it kept out."""
         found: dict[str, dict[str, int]] = {}
         for record in self.records:
-            if "reason" in record:
+            if "reason" in record and not is_left_out(record):
                 counts = found.setdefault(record["reason"], {})
                 counts[record["contender"]] = counts.get(record["contender"], 0) + 1
         told = []
@@ -178,9 +179,18 @@ class Report:
             told.append(f"{reason.rstrip('.')}: {', '.join(whose)}")
         return told
 
+    def left_out(self) -> list[str]:
+        """The cases and contenders for which there was no time."""
+        return [
+            f"{title_of(labels_of(record))}: {record['contender']}: {record['reason']}"
+            for record in self.records
+            if is_left_out(record)
+        ]
+
     def _below(self) -> Iterator[tuple[str, list[str]]]:
         for title, lines in (
             ("Not run", self.not_run()),
+            ("Left out for lack of time", self.left_out()),
             ("Not measured here", self.unmeasured),
         ):
             if lines:
@@ -200,16 +210,23 @@ class Group:
     Attributes:
         labels: of the case.
         records: those with numbers.
+        inexact: of peers that are out of their error bound, and have no numbers.
     """
 
     labels: dict[str, int | str]
     records: list[Record]
+    inexact: list[Record]
 
     @property
     def title(self) -> str:
         """The case in words."""
-        shape = [f"{k} {v}" for k, v in self.labels.items() if k not in LABELS]
-        return ", ".join([*(str(self.labels[name]) for name in LABELS), *shape])
+        return title_of(self.labels)
+
+    def rows(self, columns: Sequence[_Column]) -> list[list[str]]:
+        """Cells of the table, the inexact last."""
+        measured = [[c.cell(self, record) for c in columns] for record in self.records]
+        nothing = ["-"] * (len(columns) - 1)
+        return measured + [[record["contender"], *nothing] for record in self.inexact]
 
     @property
     def best(self) -> Record | None:
@@ -241,7 +258,7 @@ class Group:
             if record.get("throttled"):
                 reasons = ", ".join(record["throttled"])
                 found.append(f"{record['contender']}: the GPU was throttled ({reasons}).")
-        return found
+        return found + [f"{r['contender']}: not timed: {r['reason']}." for r in self.inexact]
 
     def _fastest(self, wanted: Callable[[str], bool]) -> Record | None:
         chosen = [record for record in self.records if wanted(record["contender"])]
@@ -249,15 +266,24 @@ class Group:
 
 
 def groups(records: Sequence[Record]) -> list[Group]:
-    """The measured records by case, in the order of the cases."""
+    """The cases of which something was measured, in their order."""
     found: dict[str, Group] = {}
     for record in records:
         labels = labels_of(record)
+        group = found.setdefault(json.dumps(labels), Group(labels, [], []))
         if "device_ms" in record:
-            found.setdefault(json.dumps(labels), Group(labels, [])).records.append(record)
+            group.records.append(record)
+        elif record["reason"].startswith(PEER_NOT_EXACT):
+            group.inexact.append(record)
     for group in found.values():
         group.records.sort(key=lambda record: (_rank(record["contender"]), record["device_ms"]))
-    return list(found.values())
+    return [group for group in found.values() if group.records]
+
+
+def title_of(labels: Mapping[str, int | str]) -> str:
+    """A case in words."""
+    shape = [f"{k} {v}" for k, v in labels.items() if k not in LABELS]
+    return ", ".join([*(str(labels[name]) for name in LABELS), *shape])
 
 
 def labels_of(record: Record) -> dict[str, int | str]:
@@ -269,6 +295,11 @@ def labels_of(record: Record) -> dict[str, int | str]:
 def is_defect(reason: str) -> bool:
     """Whether a record has no numbers because something is wrong, rather than missing."""
     return reason.startswith((NOT_EXACT, FAILED))
+
+
+def is_left_out(record: Record) -> bool:
+    """Whether there was no time for it."""
+    return record.get("reason", "").startswith(LEFT_OUT)
 
 
 def is_ours(contender: str) -> bool:
@@ -293,9 +324,8 @@ def show_group(group: Group, console: Console) -> None:
     for column in columns:
         left = column is columns[0]
         table.add_column(column.title, justify="left" if left else "right", no_wrap=True)
-    for record in group.records:
-        style = "bold" if is_ours(record["contender"]) else None
-        table.add_row(*(escape(c.cell(group, record)) for c in columns), style=style)
+    for row in group.rows(columns):
+        table.add_row(*map(escape, row), style="bold" if is_ours(row[0]) else None)
     print_whole(console, table)
     for note in group.notes:
         console.print(f"  {escape(note)}", highlight=False)

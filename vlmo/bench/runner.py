@@ -10,16 +10,25 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vlmo.bench import attention, model, moe_ffn
+from vlmo.bench.forecast import EXPECTATION, Forecast
 from vlmo.bench.gpu import Sensors, open_sensors
-from vlmo.bench.meter import Numbers, Settings, describe_error, measure
-from vlmo.bench.report import FAILED, NOT_EXACT, Record, Report, is_ours
+from vlmo.bench.meter import (
+    Numbers,
+    Settings,
+    begin,
+    calls_to_begin,
+    describe_error,
+    duration,
+    measure,
+)
+from vlmo.bench.report import FAILED, LEFT_OUT, NOT_EXACT, PEER_NOT_EXACT, Record, Report, is_ours
 from vlmo.bench.roofline import Roof, measure_roof
 from vlmo.bench.suite import Case, Problem, Scale, Suite
 from vlmo.kernels.target import describe
@@ -55,8 +64,9 @@ def run(
         suites: take turns, case by case.
         device: where to run.
         scale: how much of each suite; smoke takes three calls of everything.
-        seconds: time limit: calls are as many as it allows, and what would begin later is recorded
-            with that as its reason. What has begun is finished.
+        seconds: time limit: calls are as many as it allows. A case or contender that would not be
+            finished within it, by what :class:`vlmo.bench.forecast.Forecast` says, does not begin
+            and is recorded with that as its reason.
         dtypes: names; only cases in these.
         sizes: only cases of these.
         contenders: names; only these, or all that begin with one and a colon ("vlmo").
@@ -99,15 +109,17 @@ def run(
     return report
 
 
-def why_inexact(deviations: Sequence[Deviation]) -> str | None:
-    """One sentence if a tensor breaks the rule of :mod:`vlmo.parity`."""
+def why_inexact(contender: str, deviations: Sequence[Deviation]) -> str | None:
+    """One sentence if a tensor breaks the rule of :mod:`vlmo.parity`.
+
+    That is a defect of one of ours only: how others round differs from one CPU to the next.
+    """
     wrong = [deviation for deviation in deviations if not deviation.ok]
     if not wrong:
         return None
     worst = max(wrong, key=lambda deviation: deviation.share)
-    return (
-        f"{NOT_EXACT}: {worst.name} is off by {worst.actual:.2e}, allowed are {worst.allowed:.2e}"
-    )
+    what = NOT_EXACT if is_ours(contender) else PEER_NOT_EXACT
+    return f"{what}: {worst.name} is off by {worst.actual:.2e}, allowed are {worst.allowed:.2e}"
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -130,6 +142,25 @@ def commit_of_this() -> str:
 
 
 @dataclass
+class _Entry:
+    """A case while it is measured.
+
+    Attributes:
+        settings: for each contender.
+        works: of contenders that have been checked and called.
+        begun: what :func:`vlmo.bench.meter.begin` said of them.
+        expecting: seconds that the results took that contenders are held against.
+    """
+
+    case: Case
+    problem: Problem
+    settings: Settings
+    works: dict[str, Work] = field(default_factory=dict)
+    begun: dict[str, Numbers] = field(default_factory=dict)
+    expecting: float = 0.0
+
+
+@dataclass
 class _Session:
     """What all cases of a run share.
 
@@ -146,20 +177,33 @@ class _Session:
     limit: float
     broken: str | None = None
 
+    def __post_init__(self) -> None:
+        self._forecast = Forecast(self.roof)
+
     def records(self, suite: Suite, case: Case, cases_left: int) -> list[Record]:
         """Of every contender of one case."""
-        if self._over is not None:
-            return [case.labels | {"contender": ALL, "reason": self._over}]
-        until = time.monotonic() + (self.deadline - time.monotonic()) / cases_left
+        reason = self.broken or self._why_left_out(0.0)
+        if reason is not None:
+            return [case.labels | {"contender": ALL, "reason": reason}]
+        until = time.monotonic() + self._left / cases_left
         try:
             problem = suite.make(case, self.device)
         except Exception as error:  # as in _prepare
             return [case.labels | {"contender": ALL, "reason": _failed(ALL, describe_error(error))}]
-        works: dict[str, Work] = {}
         names = [name for name in problem.contenders if self._wants(name)]
-        found = {name: self._prepare(problem, name, works) for name in names}
-        settings = self._settings((until - time.monotonic()) / max(1, len(works)))
-        for name, numbers in self._measure(works, settings).items():
+        reasons = {name: problem.why_not(name) for name in names}
+        able = [name for name in names if reasons[name] is None]
+        entry = _Entry(case, problem, self._settings(self._left / cases_left / max(1, len(able))))
+        reason = self._why_left_out(self._needed(entry, able)) if able else None
+        if reason is not None:
+            return [case.labels | {"contender": ALL, "reason": reason}]
+        found: dict[str, Numbers] = {
+            name: self._prepare(entry, name) if reasons[name] is None else {"reason": reasons[name]}
+            for name in names
+        }
+        ready = max(1, len(entry.works))
+        entry.settings = self._settings((until - time.monotonic()) / ready)
+        for name, numbers in self._measure(entry).items():
             if "reason" in numbers:
                 found[name] = {"reason": _failed(name, numbers["reason"])}
             else:
@@ -178,38 +222,96 @@ class _Session:
             self.broken = f"{FAILED}: the GPU no longer answers: {describe_error(error)}"
 
     @property
-    def _over(self) -> str | None:
-        """Why nothing more begins."""
-        late = time.monotonic() >= self.deadline
-        told = f"began after the time limit of {self.limit:.0f} s" if late else None
-        return self.broken or told
+    def _left(self) -> float:
+        """Seconds."""
+        return self.deadline - time.monotonic()
+
+    def _why_left_out(self, seconds: float) -> str | None:
+        """One sentence if what takes so long would end too late, else None."""
+        left = self._left
+        if left <= 0:
+            return f"{LEFT_OUT}: the time limit of {self.limit:.0f} s is over"
+        if seconds <= left:
+            return None
+        return (
+            f"{LEFT_OUT}: it would take about {seconds:.0f} s; "
+            f"{left:.0f} s of the time limit of {self.limit:.0f} s are left"
+        )
+
+    def _needed(self, entry: _Entry, names: Sequence[str]) -> float:
+        """Seconds of a case with these contenders."""
+        case, checked = entry.case, entry.problem.check_cost
+        expected = self._forecast.check(case, EXPECTATION, checked)
+        checks = sum(self._forecast.check(case, name, checked) for name in names)
+        return expected + checks + sum(self._to_measure(entry, name) for name in names)
+
+    def _to_measure(self, entry: _Entry, name: str) -> float:
+        """Seconds of the calls of a contender after its check."""
+        seconds = self._forecast.call(entry.case, name, entry.problem.cost)
+        begun = dict(wall_ms=1e3 * seconds, launches=None)
+        first = calls_to_begin(seconds, self.device) * seconds
+        return first + duration(begun, self.device, entry.settings)
 
     def _wants(self, name: str) -> bool:
         return self.contenders is None or any(_means(w, name) for w in self.contenders)
 
-    def _prepare(self, problem: Problem, name: str, works: dict[str, Work]) -> Numbers:
-        """The error of a contender, whose work is added, or the reason why it is not."""
-        reason = self._over or problem.why_not(name)
-        if reason is not None:
-            return {"reason": reason}
+    def _prepare(self, entry: _Entry, name: str) -> Numbers:
+        """The error of a contender, whose first calls are added, or the reason why they are not."""
+        if self.broken is not None:
+            return {"reason": self.broken}
         try:
-            deviations = problem.check(name)
-            reason = why_inexact(deviations)
-            if reason is not None:
-                return {"reason": reason}
-            works[name] = problem.work(name)
+            return self._begin(entry, name)
         except Exception as error:  # a peer, a compiler or the allocator may raise anything
             return {"reason": _failed(name, describe_error(error))}
         finally:
             self.free()
+
+    def _begin(self, entry: _Entry, name: str) -> Numbers:
+        """Check it and call it for the first time, as far as it would all be finished in time.
+
+        The check tells whether calls take far longer than was foretold, and the first calls
+        whether there is time for those to be timed.
+        """
+        case, problem, forecast = entry.case, entry.problem, self._forecast
+        reserved = sum(duration(b, self.device, entry.settings) for b in entry.begun.values())
+        checking = forecast.check(case, name, problem.check_cost)
+        reason = self._why_left_out(checking + self._to_measure(entry, name) + reserved)
+        if reason is not None:
+            return {"reason": reason}
+        started = time.monotonic()
+        problem.expect(name)
+        entry.expecting += time.monotonic() - started
+        forecast.called(case, EXPECTATION, problem.check_cost, entry.expecting)
+
+        started = time.monotonic()
+        deviations = problem.check(name)
+        preparing = time.monotonic() - started
+        forecast.checked(case, name, problem.check_cost, preparing)
+        reason = why_inexact(name, deviations)
+        reason = reason or self._why_left_out(self._to_measure(entry, name) + reserved)
+        if reason is not None:
+            return {"reason": reason}
+
+        started = time.monotonic()
+        work = problem.work(name)
+        preparing += time.monotonic() - started
+        begun = begin(work, self.device)
+        if "reason" in begun:
+            return {"reason": _failed(name, begun["reason"])}
+        forecast.called(case, name, problem.cost, begun["wall_ms"] / 1e3)
+        forecast.prepared(case, name, problem.check_cost, preparing)
+        reason = self._why_left_out(duration(begun, self.device, entry.settings) + reserved)
+        if reason is not None:
+            return {"reason": reason}
+        entry.works[name], entry.begun[name] = work, begun
         return {"error": max(deviation.share for deviation in deviations)}
 
-    def _measure(self, works: Mapping[str, Work], settings: Settings) -> dict[str, Numbers]:
+    def _measure(self, entry: _Entry) -> dict[str, Numbers]:
         try:
-            return measure(works, self.device, settings)
+            return measure(entry.works, self.device, entry.settings, entry.begun)
         except Exception as error:  # one that ran alone, but not beside the others
             reason = f"{describe_error(error)} (while it was timed beside the others)"
-            return {name: {"reason": reason} for name in works}
+            return {name: {"reason": reason} for name in entry.works}
 
     def _settings(self, share: float) -> Settings:
         """For contenders with so many seconds each."""

@@ -69,6 +69,10 @@ class Problem(Protocol):
         """What the computation costs at least, whoever does it."""
 
     @property
+    def check_cost(self) -> Cost:
+        """The same of the call that the check makes."""
+
+    @property
     def samples(self) -> int:
         """Pairs or sequences that one call takes."""
 
@@ -77,6 +81,9 @@ class Problem(Protocol):
 
     def work(self, contender: str) -> Work:
         """A call of it, compiled where that is its point; forward without recording gradients."""
+
+    def expect(self, contender: str) -> None:
+        """Compute what the check needs and contenders share: the results in float64, and eager."""
 
     def check(self, contender: str) -> Sequence[Deviation]:
         """Run it and hold it against float64."""

@@ -12,7 +12,15 @@ from rich.markup import escape
 
 from vlmo.bench import pictures, runner
 from vlmo.bench.compare import compare
-from vlmo.bench.report import Report, groups, is_defect, show_group
+from vlmo.bench.report import (
+    Report,
+    groups,
+    is_defect,
+    is_left_out,
+    labels_of,
+    show_group,
+    title_of,
+)
 from vlmo.bench.suite import Scale, Suite
 from vlmo.files import replacing
 from vlmo.placement import chosen_device
@@ -31,7 +39,7 @@ class Settings:
         sizes: only cases of these; none for all.
         contenders: only these, or all that begin with one and a colon; none for all.
         device: name for :func:`vlmo.placement.chosen_device`.
-        minutes: after which nothing begins; None for 4.5 on a CPU and 20 on a GPU.
+        minutes: within which everything ends; None for 4.5 on a CPU and 20 on a GPU.
         smoke: tiny sizes and three calls of each, to see that everything runs; written to a folder
             ``smoke`` in ``output``, in the place of the last such run.
         draws: whether pictures are wanted.
@@ -95,7 +103,7 @@ def run(settings: Settings, console: Console) -> Report:
         written += pictures.draw(report, settings.output)
     console.print(f"\nWritten: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
     if report.defects:
-        told = f"{len(report.defects)} of {len(report.records)} records: not exact, or failed"
+        told = f"{len(report.defects)} of {len(report.records)} records: ours, not exact or failed"
         console.print(f"[red]{told}; see above.[/]", highlight=False)
     return report
 
@@ -129,6 +137,8 @@ class _Progress:
             if "reason" not in record:
                 continue
             who, reason = record["contender"], record["reason"]
+            if is_left_out(record):
+                who = f"{title_of(labels_of(record))}: {who}"
             if (who, reason) not in self._reasons:
                 self._reasons.add((who, reason))
                 style = "red" if is_defect(reason) else "dim"

@@ -70,9 +70,10 @@ def given_records(images: tuple[Path, ...], texts: tuple[str, ...]) -> Iterator[
 def reader(path: Path) -> Callable[[], Iterator[Record]]:
     """What reads the records of a file from its start, as often as it is called.
 
-    A ``.json`` file is an array of objects, a ``.csv`` file has a header, and any other file has a
-    JSON object on every line. ``-`` is standard input, which has so too, and is read now. Paths of
-    images are relative to the file's folder, those of standard input to the working folder.
+    A ``.json`` file is an array of objects, a ``.csv`` or ``.tsv`` file has a header, and any other
+    file has a JSON object on every line, as a ``.json`` file may have as well. ``-`` is standard
+    input, which has lines of JSON and is read now. Paths of images are relative to the file's
+    folder, those of standard input to the working folder.
 
     The reader raises OSError if the file cannot be read, and ValueError with its place for the
     first record that is none.
@@ -81,8 +82,8 @@ def reader(path: Path) -> Callable[[], Iterator[Record]]:
         lines = [_standard_line(*line) for line in enumerate(sys.stdin.buffer, 1)]
         return lambda: _of_lines(lines, "standard input", Path())
     suffix = path.suffix.lower()
-    if suffix == ".csv":
-        return lambda: _of_csv(path)
+    if suffix in (".csv", ".tsv"):
+        return lambda: _of_csv(path, "," if suffix == ".csv" else "\t")
     if suffix == ".json":
         return lambda: _of_array(path)
     return lambda: _of_lines(read_lines(path), os.fspath(path), path.parent)
@@ -103,15 +104,17 @@ def _of_lines(lines: Iterable[str], name: str, folder: Path) -> Iterator[Record]
 
 
 def _of_array(path: Path) -> Iterator[Record]:
-    values = _parsed(read_text(path), os.fspath(path))
-    if not isinstance(values, list):
-        raise ValueError(f"{path}: holds no array; a file of one object a line ends in .jsonl")
-    for number, value in enumerate(values, 1):
+    text = read_text(path)
+    if not text.lstrip().startswith("["):
+        yield from _of_lines(text.split("\n"), os.fspath(path), path.parent)
+        return
+    for number, value in enumerate(_parsed(text, os.fspath(path)), 1):
         yield _record(value, f"{path}, record {number}", path.parent)
 
 
-def _of_csv(path: Path) -> Iterator[Record]:
-    rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+def _of_csv(path: Path, separator: str) -> Iterator[Record]:
+    content = io.StringIO(read_text(path), newline="")
+    rows = csv.reader(content, delimiter=separator, strict=True)
     names: list[str] | None = None
     while True:
         place = f"{path}, line {rows.line_num + 1}"

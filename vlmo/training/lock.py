@@ -15,8 +15,9 @@ from vlmo.training.parallel import on_first
 
 LOCK = "training.lock"
 
-# By this very process: the locks of POSIX do not keep a process from locking its own file again.
-_held: set[str] = set()
+# Paths and processes: the locks of POSIX do not keep a process from locking its own file again. A
+# forked process has a copy of this, and no lock.
+_held: set[tuple[str, int]] = set()
 
 
 class FolderLock:
@@ -51,12 +52,12 @@ class FolderLock:
             self._path.unlink()
         os.close(self._descriptor)
         self._descriptor = None
-        _held.discard(os.path.realpath(self._path))
+        _held.discard(self._entry())
 
     def _take(self) -> None:
         if self._descriptor is not None:
             return
-        if os.path.realpath(self._path) in _held:
+        if self._entry() in _held:
             raise self._refusal(_Holder(socket.gethostname(), os.getpid()))
         self._folder.mkdir(parents=True, exist_ok=True)
         while True:
@@ -72,7 +73,10 @@ class FolderLock:
                 raise
             os.close(descriptor)
         self._descriptor = descriptor
-        _held.add(os.path.realpath(self._path))
+        _held.add(self._entry())
+
+    def _entry(self) -> tuple[str, int]:
+        return os.path.realpath(self._path), os.getpid()
 
     def _sign(self, descriptor: int) -> None:
         holder = {"host": socket.gethostname(), "process": os.getpid()}
