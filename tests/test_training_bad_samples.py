@@ -134,6 +134,20 @@ def test_it_goes_on_when_the_record_of_a_bad_sample_is_taken_out(tmp_path):
     assert "of 6" in train(data, tmp_path / "run", "error")  # and again
 
 
+@pytest.mark.parametrize("task", ["pretrain", "retrieval"])
+def test_a_validation_leaves_out_and_counts(tmp_path, task):
+    data = make(tmp_path / "data", task, "records", count=12)
+    damage(data / "val1.png")  # among the few that are tried first
+    damage(data / "val9.png")
+    given = dict(data=str(data), vocabulary=tmp_path / "vocab.txt", on_bad_sample="skip")
+    found = small(task, steps=1, batch_size=3)
+    run(found, tmp_path / "run", **OPTIONS | {"evaluate_every": 1} | given)
+    (row,) = rows_of(tmp_path / "run")
+    assert row["val_skipped"] == "2"
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["validation"]["skipped"] == 2
+    assert row["bad_samples"] == "0"
+
+
 def test_what_the_option_means():
     assert bearable("error", 100) is None
     assert bearable("skip", 100) == 10

@@ -1,6 +1,7 @@
 """Two processes train what one trains, and each goes on from the other's state."""
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path

@@ -60,7 +60,8 @@ def main(folder: Path) -> None:
 
     Trains every case of ``CASES`` in a folder of its own within ``folder``, one in float16; goes on
     from given.pt there, the state of a single process, with each of ``WAYS``; stops a training by
-    a signal to the second process alone.
+    a signal to the second process alone; trains on data/pairs, some of whose pictures are damaged;
+    and fails to train in the folder locked, which another process has locked.
     """
     sources._DIGIT_SIZES |= SIZES
     keep_states()
