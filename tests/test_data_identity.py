@@ -141,6 +141,22 @@ def test_fingerprints_are_those_of_the_values():
     assert len({fingerprint(parts) for parts in others} | {whole}) == 6
 
 
+def test_fingerprints_name_pictures_as_they_are_found_from_the_data(folder):
+    """Below their folder, beside it, or by an absolute path."""
+    for home in (folder.parent / "one" / "records", folder.parent / "two" / "records"):
+        home.mkdir(parents=True)
+        shutil.copytree(folder, home.parent / "pictures")
+        shutil.copy(folder / "c.png", home)
+        records = [
+            {"image": "c.png", "caption": "below"},
+            {"image": "../pictures/a.png", "caption": "beside"},
+            {"image": str(home.parent / "pictures" / "b.png"), "caption": "absolute"},
+        ]
+        jsonl(home / "train.jsonl", records)
+    prints = [opened(folder.parent / name / "records").fingerprint() for name in ("one", "two")]
+    assert prints[0] == prints[1]
+
+
 def test_own_data_have_a_fingerprint_of_their_content(folder):
     records = [{"image": f"{name}.png", "caption": [name, "more"]} for name in "abc"]
     whole = opened(jsonl(folder / "pairs.jsonl", records)).fingerprint()
@@ -186,6 +202,8 @@ def test_fingerprints_of_texts_and_folders_of_pictures(folder):
     path.write_bytes(b"one\n\ntwo\n")
     whole = opened(path, "textmlm").fingerprint()
     path.write_bytes(b"one\r\n two\r\n")
+    assert opened(path, "textmlm").fingerprint() == whole
+    path.write_text("one\r\ntwo\n", encoding="utf-16")
     assert opened(path, "textmlm").fingerprint() == whole
     path.write_bytes(b"one\ntoo\n")
     assert opened(path, "textmlm").fingerprint() != whole

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from vlmo import __version__
+
 # The commands import what they need, so that --help does not wait for torch.
 
 app = typer.Typer(
     help="Fused kernels for multiway transformers, and the VLMo model on top of them.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -77,11 +80,52 @@ AnswersOption = Annotated[
 ]
 DeviceOption = Annotated[Device, typer.Option(help="Where to run.")]
 DtypeOption = Annotated[
-    Dtype | None, typer.Option(help="Of the products; default: 16 bits on a GPU.")
+    Dtype | None,
+    typer.Option(
+        help="Dtype of the matrix products.", show_default="float32 on a CPU, 16 bits on a GPU"
+    ),
 ]
 BackendOption = Annotated[
-    str | None, typer.Option(help="cuda, triton, cpu or reference; default: the first that can.")
+    str | None,
+    typer.Option(help="cuda, triton, cpu or reference.", show_default="the first that can run"),
 ]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"vlmo {__version__}")
+        raise typer.Exit
+
+
+@contextlib.contextmanager
+def _ends_of_training() -> Iterator[None]:
+    """Report a training that ended early in one line, and exit.
+
+    The status is 128 plus the number of the signal that stopped it, or 1 if a loss or a weight was
+    not finite.
+    """
+    from vlmo.training import Interrupted
+
+    try:
+        yield
+    except Interrupted as stop:
+        print(f"vlmo: {stop}", file=sys.stderr)
+        raise typer.Exit(128 + stop.number) from stop
+    except FloatingPointError as error:
+        print(f"vlmo: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Fused kernels for multiway transformers, and the VLMo model on top of them."""
 
 
 @app.command()
@@ -97,16 +141,23 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("vlmo-demo"),
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Train so many steps only; the results are then not judged."),
+        typer.Option(
+            min=1,
+            help="Train for this many steps; the results are then not judged.",
+            show_default="those of the recipe digits_demo",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of data, weights and training.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Random seed of data, weights and training.")
+    ] = 0,
     device: DeviceOption = Device.auto,
     backend: BackendOption = None,
 ) -> None:
     """Check the kernels, train a small VLMo, and search pictures with it.
 
-    Exits with 1 if a kernel is less exact than it must be, if retrieval is not far above chance, or
-    if re-ranking makes it worse.
+    Exits with status 1 if a kernel exceeds its error bound, if retrieval is not far above chance,
+    or if re-ranking lowers the recall. After Ctrl-C the training is saved, the status is 130, and
+    the same command continues it.
     """
     # GNU OpenMP reads this when torch is loaded: how long its threads spin for work before they
     # sleep. Left to spin, a step takes forty times as long when another program has one of two
@@ -115,7 +166,8 @@ def demo(
     from vlmo.demo import Settings, run
 
     settings = Settings(output, seed=seed, device=device.value, backend=backend, steps=steps)
-    failures = run(settings, Console())
+    with _ends_of_training():
+        failures = run(settings, Console())
     if failures:
         raise typer.Exit(1)
 
@@ -219,7 +271,7 @@ def train(
         official_masking=official_masking or None,
     )
     chosen = recipe_of(recipe).replace(**{k: v for k, v in changes.items() if v is not None})
-    from vlmo.training import Interrupted, Settings
+    from vlmo.training import Settings
     from vlmo.training import train as run
 
     settings = Settings(
@@ -246,14 +298,8 @@ def train(
         evaluation_batch=evaluation_batch,
         board=tensorboard,
     )
-    try:
+    with _ends_of_training():
         run(settings, Console())
-    except Interrupted as stop:
-        print(f"vlmo: {stop}", file=sys.stderr)
-        raise typer.Exit(128 + stop.number) from stop
-    except FloatingPointError as error:
-        print(f"vlmo: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
 
 
 @app.command()
@@ -275,6 +321,47 @@ def vocab(
 
     chosen = tuple(datasets) if datasets else None
     run(Settings(data, output, task.value, split.value, chosen, size, force), Console())
+
+
+@app.command()
+def check(
+    data: Annotated[
+        str, typer.Argument(help="digits, a folder of Arrow files, or own data (docs/data.md).")
+    ],
+    task: Annotated[Task, typer.Option(help="Which the data are meant for.")],
+    split: Annotated[
+        Split | None, typer.Option(help="Only this one.", show_default="all that there are")
+    ] = None,
+    datasets: Annotated[
+        list[str] | None,
+        typer.Option(help="Official data sets.", show_default="those of the task"),
+    ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(help="JSON list of VQA's answers.", show_default="those of the data"),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option(help=".jsonl file with file, row and reason of each fault.")
+    ] = None,
+) -> None:
+    """Read every text and every picture of some data once, and list those that cannot be read.
+
+    Exits with status 1 if there are any.
+    """
+    from vlmo.commands.check import Settings, run
+
+    settings = Settings(
+        data,
+        task.value,
+        split=split.value if split else None,
+        datasets=tuple(datasets) if datasets else None,
+        answers=answers,
+        workers=workers,
+        output=output,
+    )
+    if run(settings, Console()):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -379,19 +466,21 @@ def predict(
 
 @app.command()
 def tune(
-    dim: Annotated[int | None, typer.Option(min=1, help="Model dimension.  [default: 768]")] = None,
+    dim: Annotated[
+        int | None, typer.Option(min=1, help="Model dimension.", show_default="768")
+    ] = None,
     hidden: Annotated[
-        int | None, typer.Option(min=1, help="Hidden width of an expert.  [default: 3072]")
+        int | None, typer.Option(min=1, help="Hidden width of an expert.", show_default="3072")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of the batch.  [default: 32768]")
+        int | None, typer.Option(min=1, help="Tokens of the batch.", show_default="32768")
     ] = None,
     split: Annotated[
         str | None,
-        typer.Option(help="Tokens of each expert in one sequence.  [default: 40:197]"),
+        typer.Option(help="Tokens of each expert in one sequence.", show_default="40:197"),
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Of weights and activations.  [default: bfloat16]")
+        Dtype | None, typer.Option(help="Of weights and activations.", show_default="bfloat16")
     ] = None,
     output: Annotated[
         Path, typer.Option(help="Table to write; rows of other GPUs in it are kept.")
@@ -502,4 +591,13 @@ def main() -> None:
         app()
     except _USER_ERRORS as error:
         print(f"vlmo: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        # torch raises it wherever the main process is when a worker dies.
+        from vlmo.data import worker_failure
+
+        failure = worker_failure(error)
+        if failure is None:
+            raise
+        print(f"vlmo: {failure}", file=sys.stderr)
         sys.exit(2)

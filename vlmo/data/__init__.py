@@ -1,10 +1,19 @@
 """Data: sources and their samples, global batches, text tokenisation and masking."""
 
+from vlmo.data.check import check_samples
 from vlmo.data.digit_language import ANSWERS, Meaning, Question
 from vlmo.data.digit_scenes import DigitScenes, Scene, retrieval_gallery
 from vlmo.data.digit_tokenizer import digit_tokenizer
 from vlmo.data.draws import Draw
-from vlmo.data.loading import HOST_KEYS, Batches, collate, loader, to_device
+from vlmo.data.loading import (
+    HOST_KEYS,
+    Batches,
+    collate,
+    guarded_loader,
+    loader,
+    to_device,
+    worker_failure,
+)
 from vlmo.data.masking import mask_whole_words
 from vlmo.data.samples import BadSample
 from vlmo.data.sampling import GlobalBatches
@@ -23,8 +32,10 @@ __all__ = [
     "Question",
     "Scene",
     "TextTokenizer",
+    "check_samples",
     "collate",
     "digit_tokenizer",
+    "guarded_loader",
     "has_splits",
     "load_vocabulary",
     "loader",
@@ -34,4 +45,5 @@ __all__ = [
     "texts_of",
     "to_device",
     "train_wordpiece",
+    "worker_failure",
 ]

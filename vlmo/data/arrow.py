@@ -100,7 +100,7 @@ def open_arrow(
         ValueError: an argument that does not fit, or files that are damaged or of another layout.
     """
     _require_official(folder)
-    chosen = _chosen(folder, task, datasets)
+    chosen = chosen_datasets(folder, task, datasets)
     names = [name for dataset in chosen for name in DATASETS[dataset].get(split, ())]
     if not names:
         raise ValueError(f"datasets: {', '.join(chosen)} have no split {split!r}")
@@ -194,6 +194,10 @@ class ArrowSamples(Samples):
         file, row, _ = self._locate(index)
         return os.fspath(self._paths[file]), row
 
+    def picture_numbers(self, name: str) -> np.ndarray:
+        rows = np.repeat(np.arange(len(self._first_sample) - 1), np.diff(self._first_sample))
+        return rows * len(self.picture_names) + self.picture_names.index(name)
+
     @property
     def image_ids(self) -> list[int] | list[str]:
         datasets = [_DATASET_OF.get(path.stem, path.stem) for path in self._paths]
@@ -257,8 +261,8 @@ class ArrowSamples(Samples):
             )
 
 
-def _chosen(folder: Path, task: str, datasets: Sequence[str] | None) -> Sequence[str]:
-    """Names of the data sets to open."""
+def chosen_datasets(folder: Path, task: str, datasets: Sequence[str] | None) -> Sequence[str]:
+    """Names of the data sets that :func:`open_arrow` opens."""
     allowed = _ALLOWED[task]
     if datasets is not None:
         if isinstance(datasets, str) or not datasets:

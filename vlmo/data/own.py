@@ -39,6 +39,7 @@ def open_own(
     *,
     answers: Sequence[str] | None = None,
     answer_minimum: int = 1,
+    allow_missing: bool = False,
 ) -> Samples:
     """Data set of a file or folder, see docs/data.md.
 
@@ -49,6 +50,7 @@ def open_own(
         transform: of the pictures.
         answers: of vqa; None for the answers of the train split.
         answer_minimum: see :func:`~vlmo.data.answers.vocabulary`.
+        allow_missing: as of :func:`~vlmo.data.open_data`.
 
     Raises:
         FileNotFoundError: the split, or pictures that it names, are missing.
@@ -70,7 +72,15 @@ def open_own(
             answers = vocabulary(scores, answer_minimum)
         items = _label_answers(items, answers, place, split)
     items = _some(items, f"{place}: holds nothing of split {split!r}")
-    return RecordSamples(place, items, picture_names(task), transform, answers, root=layout.root)
+    return RecordSamples(
+        place,
+        items,
+        picture_names(task),
+        transform,
+        answers,
+        root=layout.root,
+        allow_missing=allow_missing,
+    )
 
 
 class RecordSamples(Samples):
@@ -84,6 +94,7 @@ class RecordSamples(Samples):
         transform: of the pictures.
         answers: of vqa.
         root: folder.
+        allow_missing: a picture that is not there is a bad sample, and no error now.
 
     Raises:
         FileNotFoundError: pictures are missing; the first ten are named.
@@ -98,6 +109,7 @@ class RecordSamples(Samples):
         answers: Sequence[str] | None,
         *,
         root: Path,
+        allow_missing: bool = False,
     ):
         super().__init__(pictures, transform, answers)
         self._source = os.fspath(source)
@@ -110,7 +122,7 @@ class RecordSamples(Samples):
             if item.get("image_id", "") is None:
                 item["image_id"] = known.names[places["image"][-1]]
             columns.append(item)
-        if known.missing:
+        if known.missing and not allow_missing:
             raise FileNotFoundError(f"{source}: {listed(known.missing, 'image files are missing')}")
         self._places = {name: np.array(numbers, np.int64) for name, numbers in places.items()}
         # Of each picture: its file, or the table and the row that hold it, else -1.
@@ -139,13 +151,16 @@ class RecordSamples(Samples):
         row = int(self._rows[number])
         return self._paths[number].as_py(), None if row < 0 else row + 1
 
+    def picture_numbers(self, name: str) -> np.ndarray:
+        return self._places[name]
+
     @property
     def image_ids(self) -> list[int] | list[str]:
         return self._columns["image_id"].to_pylist()
 
     @property
     def keys(self) -> np.ndarray | None:
-        if self._pictures != ("image",) or self.answers is not None:
+        if self.picture_names != ("image",) or self.answers is not None:
             return None
         ids = identity.numbered(self._columns["image_id"])
         return identity.none_if_different(identity.same_pictures(self._places["image"], ids))
@@ -205,14 +220,19 @@ class TextLines(Samples):
     def picture(self, index: int, name: str) -> Image.Image:
         raise KeyError(name)
 
+    def picture_numbers(self, name: str) -> np.ndarray:
+        raise KeyError(name)
+
     def place(self, index: int, name: str | None = None) -> tuple[str, int | None]:
         return os.fspath(self.path), index + 1
 
     def fingerprint(self) -> str:
         content = self._mapped()
         spans = zip(self._starts.tolist(), self._lengths.tolist(), strict=True)
-        lines = (content[start : start + length].strip() + b"\n" for start, length in spans)
-        return identity.fingerprint(lines)
+        lines = (content[start : start + length] for start, length in spans)
+        if self._encoding != "utf-8":
+            lines = (line.decode(self._encoding, "replace").encode() for line in lines)
+        return identity.fingerprint(line.strip() + b"\n" for line in lines)
 
     @property
     def image_ids(self) -> list[int] | list[str]:
@@ -223,7 +243,7 @@ class _Pictures:
     """Numbers for pictures: one for each, however its path is spelled.
 
     Args:
-        root: folder; pictures in it are called by their path below it.
+        root: folder; pictures are called by their path from it.
 
     Attributes:
         paths, names: of each picture, as first seen; a table's path for one that lies in a table.
@@ -252,6 +272,8 @@ class _Pictures:
             self._numbers[picture] = number
             if number == len(self.paths):
                 name = path.removeprefix(self._root)
+                if os.path.isabs(name):
+                    name = os.path.relpath(path, self._root)
                 self.paths.append(path)
                 self.rows.append(row)
                 self.names.append(name if row < 0 else f"{name}, row {row + 1}")

@@ -46,6 +46,7 @@ class Samples(Dataset, ABC):
 
     Attributes:
         answers: as given; None for tasks other than vqa.
+        picture_names: keys of the pictures, as given.
         groups: None; see :class:`~vlmo.data.GlobalBatches`.
     """
 
@@ -57,7 +58,7 @@ class Samples(Dataset, ABC):
         transform: SquareTransform,
         answers: Sequence[str] | None = None,
     ):
-        self._pictures, self._transform = tuple(pictures), transform
+        self.picture_names, self._transform = tuple(pictures), transform
         self.answers = None if answers is None else list(answers)
 
     @abstractmethod
@@ -97,14 +98,26 @@ class Samples(Dataset, ABC):
         not read.
         """
 
+    @abstractmethod
+    def picture_numbers(self, name: str) -> np.ndarray:
+        """A number for each sample's picture, int64 [N], equal where it is the same one."""
+
     def text(self, index: int) -> str:
         """The caption, question, statement or text of a sample.
 
         Raises:
             BadSample: it cannot be read.
         """
-        with self._reading(index):
-            return self.fields(index)["text"]
+        return self.read(index)["text"]
+
+    def read(self, index: int, name: str | None = None) -> Any:
+        """A sample without its pictures, or one of its pictures, decoded to RGB.
+
+        Raises:
+            BadSample: it cannot be read.
+        """
+        with self._reading(index, name):
+            return self.fields(index) if name is None else self.picture(index, name)
 
     def __getitem__(self, item: Draw | int) -> dict[str, Any]:
         """A sample; its picture is transformed with the seed of the draw.
@@ -116,12 +129,10 @@ class Samples(Dataset, ABC):
         index, seed, _ = Draw.of(item)
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        with self._reading(index):
-            sample = self.fields(index)
-        for number, name in enumerate(self._pictures):
-            with self._reading(index, name):
-                picture = self.picture(index, name)
-                sample[name] = self._transform(picture, int(hashed(seed, number)))
+        sample = self.read(index)
+        for number, name in enumerate(self.picture_names):
+            picture = self.read(index, name)
+            sample[name] = self._transform(picture, int(hashed(seed, number)))
         return sample
 
     @contextmanager

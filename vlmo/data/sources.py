@@ -30,6 +30,7 @@ def open_data(
     datasets: Sequence[str] | None = None,
     answer_minimum: int = 1,
     flip: bool = True,
+    allow_missing: bool = False,
 ) -> Samples | DigitScenes:
     """A data set of one split, whose samples :func:`~vlmo.data.collate` puts together.
 
@@ -52,6 +53,8 @@ def open_data(
         answer_minimum: in a user's own data, number of questions that an answer must be the major
             answer of, see :func:`~vlmo.data.answers.vocabulary`; VQAv2 has 9.
         flip: mirror half of the augmented pictures, as the official code does for every task.
+        allow_missing: pictures of records that are not there are bad samples when they are read
+            (:class:`~vlmo.data.BadSample`), instead of an error now.
 
     Returns:
         A map-style data set with ``.answers`` for vqa, a list of str in the order of their ids;
@@ -85,7 +88,15 @@ def open_data(
         return open_arrow(path, task, split, transform, answers=answers, datasets=datasets)
     if datasets is not None:
         raise ValueError(f"datasets: {list(datasets)} can be chosen from Arrow files only")
-    return open_own(path, task, split, transform, answers=answers, answer_minimum=answer_minimum)
+    return open_own(
+        path,
+        task,
+        split,
+        transform,
+        answers=answers,
+        answer_minimum=answer_minimum,
+        allow_missing=allow_missing,
+    )
 
 
 def has_splits(source: str | os.PathLike[str]) -> bool:
