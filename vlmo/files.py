@@ -8,7 +8,7 @@ import io
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,8 @@ def read_lines(path: str | os.PathLike[str], *, ends: bool = False) -> Iterator[
         encoding, start = text_encoding(stream.read(4))
         if encoding == "utf-8":
             stream.seek(start)
-            lines = (_line(path, number, content) for number, content in enumerate(stream, 1))
+            contents = enumerate(stream, 1)
+            lines: Iterable[str] = (_line(path, number, line) for number, line in contents)
         else:
             lines = io.StringIO(read_text(path), newline="\n")
         for line in lines:

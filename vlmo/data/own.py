@@ -65,8 +65,11 @@ def open_own(
     if task == "vqa":
         if answers is None:
             training = find(source, task, "train")
-            scores = (_labelled(item)["scores"] for item in _items(training, task, "train"))
-            scores = _some(scores, f"{place}: holds nothing of split 'train' to take answers from")
+            questions = _some(
+                _items(training, task, "train"),
+                f"{place}: holds nothing of split 'train' to take answers from",
+            )
+            scores = (_labelled(question)["scores"] for question in questions)
             answers = vocabulary(scores, answer_minimum)
         items = _label_answers(items, answers, place, split)
     items = _some(items, f"{place}: holds nothing of split {split!r}")
@@ -281,18 +284,20 @@ class _Pictures:
     def number(self, picture: str | Stored) -> int:
         number = self._numbers.get(picture)
         if number is None:
-            stored = isinstance(picture, Stored)
-            real = picture if stored else self._resolved(picture)
+            real = picture
+            if isinstance(picture, Stored):
+                path, row = picture.path, picture.row
+            else:
+                path, row, real = picture, -1, self._resolved(picture)
             number = self._numbers.setdefault(real, len(self.paths))
             self._numbers[picture] = number
             if number == len(self.paths):
-                path, row = picture[:2] if stored else (picture, -1)
                 name = path.removeprefix(self._root)
                 if os.path.isabs(name):
                     name = os.path.relpath(path, self._root)
                 self.paths.append(path)
                 self.rows.append(row)
-                self.names.append(f"{name}, row {row + 1}" if stored else name)
+                self.names.append(name if row < 0 else f"{name}, row {row + 1}")
         return number
 
     def _resolved(self, path: str) -> str:
