@@ -625,10 +625,16 @@ def test_json_records_one_after_another(tmp_path):
         ("v2_mscoco_train2014_annotations.json", "holds VQAv2's annotations as they are"),
         ("dataset_coco.json", "holds Karpathy's splits as they are published"),
         ("captions_train2014.json", "holds COCO's annotations as they are published"),
-        ("data.jsonl", r"1 files whose names say no split: data\.jsonl; .* needs train\.jsonl, "),
+        (
+            "data.jsonl",
+            r"1 files whose names say no split: data\.jsonl; .* needs .*train\.jsonl \(or",
+        ),
         ("sub/train.jsonl", "holds no data itself; its folder sub does"),
         ("sub/vg.arrow", "holds no data itself; its folder sub does"),
-        ("readme.md", "holds no pictures .* no train.jsonl, .* with '"),
+        (
+            "readme.md",
+            "holds no pictures .*, no records and no Arrow files; .* needs .*train.jsonl ",
+        ),
     ],
 )
 def test_folders_without_what_is_wanted(tmp_path, task, name, message):
@@ -655,7 +661,7 @@ def test_bare_pictures_are_no_questions(folder, task, wanted, with_texts):
     with pytest.raises(FileNotFoundError) as failure:
         opened(folder, task)
     message = str(failure.value)
-    assert f"train: holds 3 pictures but no records; {task} needs train.jsonl, " in message
+    assert f"train: holds 3 pictures but no records; {task} needs {folder}/train.jsonl " in message
     assert message.endswith(f"with {wanted} in each record")
     assert "caption" not in message
 

@@ -76,6 +76,8 @@ class Parallel(str, enum.Enum):
     fsdp = "fsdp"
 
 
+RECIPES_OWN = "the recipe's"  # what options of train show as their default
+
 # What several commands ask for.
 DataOption = Annotated[
     str, typer.Option(help="digits, a folder of Arrow files, or own data (docs/data.md).")
@@ -114,13 +116,17 @@ def _ends_of_training() -> Iterator[None]:
     The status is 128 plus the number of the signal that stopped it, or 1 if a loss or a weight was
     not finite.
     """
-    from vlmo.training import Interrupted
-
     try:
-        yield
-    except Interrupted as stop:
-        print(f"vlmo: {stop}", file=sys.stderr)
-        raise typer.Exit(128 + stop.number) from stop
+        from vlmo.training import Interrupted
+
+        try:
+            yield
+        except Interrupted as stop:
+            print(f"vlmo: {stop}", file=sys.stderr)
+            raise typer.Exit(128 + stop.number) from stop
+    except KeyboardInterrupt as stop:
+        print("vlmo: stopped at once; what was saved before is as it was", file=sys.stderr)
+        raise typer.Exit(130) from stop
     except FloatingPointError as error:
         print(f"vlmo: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
@@ -196,41 +202,99 @@ def train(
     data: DataOption,
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder of the run; what it holds goes on.  [default: runs/RECIPE]"),
+        typer.Option(help="Folder of the run; what it holds goes on.", show_default="runs/RECIPE"),
     ] = None,
     init: Annotated[
-        Path | None, typer.Option(help="Checkpoint, or folder of a run, to start from.")
+        Path | None,
+        typer.Option(
+            help="Checkpoint, or folder of a run, to start from.", show_default="random weights"
+        ),
     ] = None,
     skip: Annotated[
-        list[str] | None, typer.Option(help="Keys that start so are not taken from --init.")
+        list[str] | None,
+        typer.Option(help="Keys that start so are not taken from --init.", show_default="none"),
     ] = None,
     vocab: Annotated[
-        Path | None, typer.Option(help="vocab.txt; default: that of the run or of --init.")
+        Path | None,
+        typer.Option(help="vocab.txt of the texts.", show_default="that of the run or of --init"),
     ] = None,
     datasets: Annotated[
-        list[str] | None, typer.Option(help="Official data sets, instead of the recipe's.")
+        list[str] | None,
+        typer.Option(help="Official data sets to train on.", show_default="the recipe's"),
     ] = None,
     answers: Annotated[
-        Path | None, typer.Option(help="JSON list of VQA's answers; default: those of the data.")
+        Path | None,
+        typer.Option(help="JSON list of VQA's answers.", show_default="those of the data"),
     ] = None,
     answer_minimum: Annotated[
         int, typer.Option(min=1, help="Questions that make an answer one of own VQA data.")
     ] = 1,
-    steps: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
-    warmup: Annotated[
-        int | None, typer.Option(min=0, help="Steps; instead of the recipe's.")
+    on_bad_sample: Annotated[
+        str,
+        typer.Option(
+            help="A damaged picture or text: error; skip (at most 1 % of the samples, or 10); "
+            "skip:N (N at most)."
+        ),
+    ] = "error",
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the model: tiny, small, base, base_plus, large.", show_default=RECIPES_OWN
+        ),
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="In all; may be raised later.", show_default=RECIPES_OWN),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="In all; may be raised later.", show_default=RECIPES_OWN),
+    ] = None,
+    warmup: Annotated[
+        int | None,
+        typer.Option(min=0, help="Steps until --lr is reached.", show_default=RECIPES_OWN),
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Highest learning rate.", show_default=RECIPES_OWN)
+    ] = None,
+    weight_decay: Annotated[
+        float | None,
+        typer.Option(help="0 to 1; biases and most norms have none.", show_default=RECIPES_OWN),
+    ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Over all processes; instead of the recipe's.")
+        int | None,
+        typer.Option(
+            min=1, help="Samples of a step, over all processes.", show_default=RECIPES_OWN
+        ),
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Pixels; instead of the recipe's.")
+        int | None, typer.Option(min=1, help="Pixels.", show_default=RECIPES_OWN)
     ] = None,
-    clip_norm: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
+    text_length: Annotated[
+        int | None,
+        typer.Option(min=3, help="Tokens, [CLS] and [SEP] included.", show_default=RECIPES_OWN),
+    ] = None,
+    mask_share: Annotated[
+        float | None, typer.Option(help="Of the words, to predict.", show_default=RECIPES_OWN)
+    ] = None,
+    drop_path: Annotated[
+        float | None,
+        typer.Option(help="Stochastic depth of the last block.", show_default=RECIPES_OWN),
+    ] = None,
+    clip_norm: Annotated[
+        float | None, typer.Option(help="Largest norm of the gradient.", show_default=RECIPES_OWN)
+    ] = None,
     itc_grad_scale: Annotated[
-        float | None, typer.Option(help="Of contrast; official: 1 / GPUs (docs/training.md).")
+        float | None,
+        typer.Option(
+            help="Of contrast; official: 1 / GPUs (docs/training.md).", show_default=RECIPES_OWN
+        ),
+    ] = None,
+    max_logit_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Bound of 1 / temperature in contrast; CLIP: 100.", show_default="no bound"
+        ),
     ] = None,
     separate_attention: Annotated[
         bool, typer.Option("--separate-attention", help="Text and image with their own attention.")
@@ -238,9 +302,16 @@ def train(
     official_masking: Annotated[
         bool, typer.Option("--official-masking", help="Choose words as the official code does.")
     ] = False,
+    official_batches: Annotated[
+        bool,
+        typer.Option(
+            "--official-batches", help="Captions of the same picture may meet, and count as wrong."
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 1,
     micro_batch: Annotated[
-        int | None, typer.Option(min=1, help="Rows at a time on a process; default: all.")
+        int | None,
+        typer.Option(min=1, help="Rows at a time on a process.", show_default="all of its rows"),
     ] = None,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Compute activations twice to save memory.")
@@ -255,10 +326,15 @@ def train(
     log_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 10,
     save_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 1000,
     evaluate_every: Annotated[
-        int | None, typer.Option(min=0, help="Steps; 0 for never.  [default: at the end]")
+        int | None,
+        typer.Option(min=0, help="Steps; 0 for never.", show_default="at the end"),
     ] = None,
     evaluation_batch: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 64,
     tensorboard: Annotated[bool, typer.Option(help="Write its log as well.")] = True,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check everything, try one step, and write nothing."),
+    ] = False,
 ) -> None:
     """Train a model by a recipe, alone or under torchrun (docs/training.md).
 
@@ -269,46 +345,55 @@ def train(
     from vlmo.recipes import recipe as recipe_of
 
     changes = dict(
+        size=size,
         steps=steps,
         epochs=epochs,
         warmup=warmup,
         lr=lr,
+        weight_decay=weight_decay,
         batch_size=batch_size,
         image_size=image_size,
+        text_length=text_length,
+        mask_share=mask_share,
+        drop_path=drop_path,
         clip_norm=clip_norm,
         itc_grad_scale=itc_grad_scale,
+        max_logit_scale=max_logit_scale,
         separate_attention=separate_attention or None,
         official_masking=official_masking or None,
+        official_batches=official_batches or None,
     )
     chosen = recipe_of(recipe).replace(**{k: v for k, v in changes.items() if v is not None})
-    from vlmo.training import Settings
-    from vlmo.training import train as run
-
-    settings = Settings(
-        chosen,
-        data,
-        output or Path("runs") / recipe,
-        datasets=tuple(datasets) if datasets else None,
-        vocabulary=vocab,
-        initial=init,
-        skip=tuple(skip or ()),
-        answers=answers,
-        answer_minimum=answer_minimum,
-        seed=seed,
-        micro_batch=micro_batch,
-        device=device.value,
-        dtype=dtype.value if dtype else "auto",
-        backend=backend,
-        parallel=parallel.value,
-        checkpointing=checkpointing,
-        workers=workers,
-        log_every=log_every,
-        save_every=save_every,
-        evaluate_every=evaluate_every,
-        evaluation_batch=evaluation_batch,
-        board=tensorboard,
-    )
     with _ends_of_training():
+        from vlmo.training import Settings
+        from vlmo.training import train as run
+
+        settings = Settings(
+            chosen,
+            data,
+            output or Path("runs") / recipe,
+            datasets=tuple(datasets) if datasets else None,
+            vocabulary=vocab,
+            initial=init,
+            skip=tuple(skip or ()),
+            answers=answers,
+            answer_minimum=answer_minimum,
+            seed=seed,
+            micro_batch=micro_batch,
+            device=device.value,
+            dtype=dtype.value if dtype else "auto",
+            backend=backend,
+            parallel=parallel.value,
+            checkpointing=checkpointing,
+            workers=workers,
+            log_every=log_every,
+            save_every=save_every,
+            evaluate_every=evaluate_every,
+            evaluation_batch=evaluation_batch,
+            board=tensorboard,
+            on_bad_sample=on_bad_sample,
+            dry_run=dry_run,
+        )
         run(settings, Console())
 
 

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     a kill, a hidden file may be left.
 
     Raises:
-        OSError: the folder does not exist, the disk is full, ``path`` is a directory.
+        OSError: the folder does not exist, the disk is full, ``path`` is a directory; its text
+            names the file.
     """
     # A link is followed, or os.replace would put a file in its place.
     final = Path(os.path.realpath(path))
@@ -41,18 +42,46 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise FileNotFoundError(f"{final}: its folder does not exist")
     temporary = final.with_name(f".{final.stem}.{os.getpid()}-{secrets.token_hex(4)}{final.suffix}")
     try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, final)
+        with named_in_errors(final):
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, final)
     finally:
         temporary.unlink(missing_ok=True)
     _sync(final.parent)  # the new name as well
+
+
+def append(path: str | os.PathLike[str], text: str) -> None:
+    """Append to a file in one call of the system, so that a kill leaves all of it or nothing.
+
+    Raises:
+        OSError: the file does not exist, the disk is full; its text names the file.
+    """
+    content = text.encode()
+    with named_in_errors(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        try:
+            while content:  # more than one call on a full disk only, whose error the next raises
+                content = content[os.write(descriptor, content) :]
+        finally:
+            os.close(descriptor)
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Write a JSON file through :func:`replacing`."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def named_in_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Name the file in an error that does not, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -87,7 +116,8 @@ def read_lines(path: str | os.PathLike[str], *, ends: bool = False) -> Iterator[
         encoding, start = text_encoding(stream.read(4))
         if encoding == "utf-8":
             stream.seek(start)
-            lines = (_line(path, number, content) for number, content in enumerate(stream, 1))
+            contents = enumerate(stream, 1)
+            lines: Iterable[str] = (_line(path, number, line) for number, line in contents)
         else:
             lines = io.StringIO(read_text(path), newline="\n")
         for line in lines:

@@ -232,45 +232,38 @@ def _find_pictures(source: Path, task: str, split: str, suffixes: Sequence[str])
         return Layout(metadata, (), folder, within=folder)
     bare = [os.fspath(path) for path in pictures if not path.with_suffix(".txt").is_file()]
     if not pictures or task in ("vqa", "nlvr2") or len(bare) == len(pictures):
-        raise FileNotFoundError(_nothing(folder, task, split, suffixes, bare, len(pictures)))
+        raise FileNotFoundError(_nothing(source, folder, task, split, bare, len(pictures)))
     if bare:
         raise FileNotFoundError(f"{folder}: {listed(bare, 'pictures have no .txt of captions')}")
     return Layout((), pictures, folder)
 
 
 def _nothing(
-    folder: Path,
-    task: str,
-    split: str,
-    suffixes: Sequence[str],
-    bare: Sequence[str],
-    pictures: int,
+    source: Path, folder: Path, task: str, split: str, bare: Sequence[str], pictures: int
 ) -> str:
-    """What was found in a folder that does not serve a task, and what is wanted."""
+    """What was found in the folder of a split that does not serve a task, and what is wanted."""
     visible = [path for path in sorted(folder.iterdir()) if not is_hidden(path.name)]
-    files = [path for path in visible if path.suffix.lower() in suffixes and path.is_file()]
-    for path in files:
+    for path in (*visible, *sorted(source.glob("*.json"))):
         for kind in RAW_KINDS:
             if fnmatch.fnmatch(path.name, kind.name):
                 return f"{path}: {kind.advice}"
-    wanted = f"{_any_of(split, suffixes)} with {_WANTED[task]} in each record"
-    if pictures and task not in ("vqa", "nlvr2", "textmlm"):
-        wanted += ", or a .txt with captions beside each picture"
-    records = [path.name for path in files if path.suffix != ".txt"]
+    others = ", ".join(RECORD_SUFFIXES[1:])
+    needs = f"{task} needs {source / split}.jsonl (or {others}) with {_WANTED[task]} in each record"
+    if task == "textmlm":
+        needs += f", or {split}.txt"
+    records = [path.name for path in visible if path.suffix.lower() in RECORD_SUFFIXES]
     if records:
         return (
-            f"{folder}: holds {listed(records, 'files whose names say no split')}; {task} needs "
-            f"{wanted}: rename the file, or give it itself as the source"
+            f"{folder}: holds {listed(records, 'files whose names say no split')}; {needs}: rename "
+            "the file, or give it itself as the source"
         )
+    if pictures and task in ("vqa", "nlvr2"):
+        return f"{folder}: holds {pictures} pictures but no records; {needs}"
     if pictures:
-        if task in ("vqa", "nlvr2"):
-            return f"{folder}: holds {pictures} pictures but no records; {task} needs {wanted}"
         what = listed(bare, "pictures have no .txt of captions")
-        return f"{folder}: {what}; {task} needs {wanted}"
+        return f"{folder}: {what}; {needs}, or such a .txt beside each picture"
     for below in visible:
-        if below.is_dir() and (_named_files(below, suffixes) or any(below.glob("*.arrow"))):
+        if below.is_dir() and (_named_files(below, RECORD_SUFFIXES) or any(below.glob("*.arrow"))):
             return f"{folder}: holds no data itself; its folder {below.name} does: give {below}"
-    return (
-        f"{folder}: holds no pictures ({', '.join(IMAGE_SUFFIXES)}), no Arrow files, and no "
-        f"{_any_of(split, suffixes)}; {task} needs {wanted}"
-    )
+    kinds = ", ".join(IMAGE_SUFFIXES)
+    return f"{folder}: holds no pictures ({kinds}), no records and no Arrow files; {needs}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import mmap
 import os
 from array import array
@@ -64,8 +65,11 @@ def open_own(
     if task == "vqa":
         if answers is None:
             training = find(source, task, "train")
-            scores = (_labelled(item)["scores"] for item in _items(training, task, "train"))
-            scores = _some(scores, f"{place}: holds nothing of split 'train' to take answers from")
+            questions = _some(
+                _items(training, task, "train"),
+                f"{place}: holds nothing of split 'train' to take answers from",
+            )
+            scores = (_labelled(question)["scores"] for question in questions)
             answers = vocabulary(scores, answer_minimum)
         items = _label_answers(items, answers, place, split)
     items = _some(items, f"{place}: holds nothing of split {split!r}")
@@ -162,6 +166,20 @@ class RecordSamples(Samples):
         ids = identity.numbered(self._columns["image_id"])
         return identity.none_if_different(identity.same_pictures(self._places["image"], ids))
 
+    def without(self, rows: Sequence[int]) -> RecordSamples:
+        """A copy as if the records of some samples had not been there."""
+        found = copy.copy(self)
+        kept = np.delete(np.arange(len(self)), rows)
+        used = np.concatenate([places[kept] for places in self._places.values()] or [kept[:0]])
+        old, first = np.unique(used, return_index=True)
+        order = old[np.argsort(first)]  # pictures are numbered as they come
+        number = np.empty(len(self._paths), dtype=np.int64)
+        number[order] = np.arange(len(order))
+        found._places = {name: number[places[kept]] for name, places in self._places.items()}
+        found._paths, found._rows = self._paths.take(pa.array(order)), self._rows[order]
+        found._columns = {name: column.take(kept) for name, column in self._columns.items()}
+        return found
+
     def fingerprint(self) -> str:
         folder = self._source if os.path.isdir(self._source) else os.path.dirname(self._source)
         names = identity.relative(self._paths.to_pylist(), folder)
@@ -223,6 +241,12 @@ class TextLines(Samples):
     def place(self, index: int, name: str | None = None) -> tuple[str, int | None]:
         return os.fspath(self.path), index + 1
 
+    def without(self, rows: Sequence[int]) -> TextLines:
+        """A copy as if the lines of some texts had not been there."""
+        found = copy.copy(self)
+        found._starts, found._lengths = (np.delete(a, rows) for a in (self._starts, self._lengths))
+        return found
+
     def fingerprint(self) -> str:
         content = self._mapped()
         spans = zip(self._starts.tolist(), self._lengths.tolist(), strict=True)
@@ -260,18 +284,20 @@ class _Pictures:
     def number(self, picture: str | Stored) -> int:
         number = self._numbers.get(picture)
         if number is None:
-            stored = isinstance(picture, Stored)
-            real = picture if stored else self._resolved(picture)
+            real = picture
+            if isinstance(picture, Stored):
+                path, row = picture.path, picture.row
+            else:
+                path, row, real = picture, -1, self._resolved(picture)
             number = self._numbers.setdefault(real, len(self.paths))
             self._numbers[picture] = number
             if number == len(self.paths):
-                path, row = picture[:2] if stored else (picture, -1)
                 name = path.removeprefix(self._root)
                 if os.path.isabs(name):
                     name = os.path.relpath(path, self._root)
                 self.paths.append(path)
                 self.rows.append(row)
-                self.names.append(f"{name}, row {row + 1}" if stored else name)
+                self.names.append(name if row < 0 else f"{name}, row {row + 1}")
         return number
 
     def _resolved(self, path: str) -> str:

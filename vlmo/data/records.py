@@ -65,6 +65,7 @@ RAW_KINDS = (
         "'image' (a path), 'caption' (a list) and 'split' (restval belongs to train)",
     ),
 )
+_RAW_NAMES = {name for kind in RAW_KINDS for name in kind.lists}
 
 
 class Record(NamedTuple):
@@ -248,7 +249,7 @@ def _json_row(path: Path, line: int, values: Any) -> Row:
     if not isinstance(values, dict):
         hint = "; a list of records belongs into a .json file" if isinstance(values, list) else ""
         raise ValueError(f"{place}: {reprlib.repr(values)} is not a JSON object{hint}")
-    for kind in RAW_KINDS:
+    for kind in () if _RAW_NAMES.isdisjoint(values) else RAW_KINDS:
         if all(_is_table(values.get(name)) for name in kind.lists):
             raise ValueError(f"{place}: {kind.advice}")
     return Row(place, values, values.keys())

@@ -67,13 +67,12 @@ def open_arrow_file(path: str | os.PathLike[str]) -> pa.Table:
         is_file = stream.read(6) == b"ARROW1"
         stream.seek(max(0, os.path.getsize(path) - len(_END_OF_STREAM)))
         ends = stream.read() == _END_OF_STREAM
-    try:
+    what = "is a damaged Arrow file" if is_file else "is not an Arrow file, or is damaged"
+    with _errors(f"{path}: {what}"):
         source = pa.memory_map(path)
         reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
         table = reader.read_all()
-    except (pa.ArrowException, OSError) as error:
-        what = "is a damaged Arrow file" if is_file else "is not an Arrow file"
-        raise ValueError(f"{path}: {what}: {error}") from error
+        _ = table.column_names  # which are decoded
     if not is_file and not ends:
         warnings.warn(f"{path}: has no end mark, so it may be incomplete", stacklevel=2)
     return table
@@ -223,11 +222,10 @@ class _Parquet:
 
     def __init__(self, path: Path):
         self._path = path
-        try:
+        with _errors(f"{path}: is not a Parquet file, or is damaged"):
             self._file = _parquet_file(os.fspath(path))
-        except pa.ArrowException as error:
-            raise ValueError(f"{path}: is not a Parquet file: {error}") from error
-        self.schema = self._file.schema_arrow
+            self.schema = self._file.schema_arrow
+            self._leaves = [column.path for column in self._file.schema]
 
     def stored(self, name: str) -> np.ndarray:
         """Bool [rows]: whether a row holds the bytes of a picture."""
@@ -236,11 +234,7 @@ class _Parquet:
         row = 0
         for group in range(meta.num_row_groups):
             part = meta.row_group(group)
-            (chunk,) = (
-                part.column(n)
-                for n in range(part.num_columns)
-                if part.column(n).path_in_schema == leaf
-            )
+            chunk = part.column(self._leaves.index(leaf))
             if chunk.total_uncompressed_size > _GROUP_BYTES:
                 raise ValueError(
                     f"{self._path}, row group {group}: holds {chunk.total_uncompressed_size:,} "
@@ -278,11 +272,18 @@ class _Parquet:
 
 
 @contextlib.contextmanager
-def _group_errors(path: str | os.PathLike[str], group: int) -> Iterator[None]:
+def _errors(message: str) -> Iterator[None]:
+    """Arrow's errors of damaged files as ValueError; those of the system stay what they are."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{os.fspath(path)}, row group {group}: is damaged: {error}") from error
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(f"{message}: {error}") from error
+
+
+def _group_errors(path: str | os.PathLike[str], group: int) -> contextlib.AbstractContextManager:
+    return _errors(f"{os.fspath(path)}, row group {group}: is damaged")
 
 
 def _parquet_file(path: str) -> pq.ParquetFile:
