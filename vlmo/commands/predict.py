@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
