@@ -451,7 +451,7 @@ def test_identities_of_any_size(folder):
 
 
 def test_ids_are_alike_over_many_rows(folder, monkeypatch):
-    monkeypatch.setattr("vlmo.data.own._CHUNK", 2)
+    monkeypatch.setattr("vlmo.data.columns._CHUNK", 2)
     lines = [named(RECORDS["vqa"][0]) | {"question_id": n} for n in (1, 2, 3, 4, "x", 6)]
     (folder / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     data = opened(folder / "a.jsonl", "vqa")

@@ -406,7 +406,8 @@ def vocab(
     ] = Task.pretrain,
     split: Annotated[Split, typer.Option(help="Of the data.")] = Split.train,
     datasets: Annotated[
-        list[str] | None, typer.Option(help="Official data sets; default: those of the task.")
+        list[str] | None,
+        typer.Option(help="Official data sets.", show_default="those of the task"),
     ] = None,
     size: Annotated[int, typer.Option(min=6, help="Tokens, at most.")] = 8000,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
