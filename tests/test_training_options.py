@@ -20,6 +20,7 @@ from vlmo.cli import app
 from vlmo.data import sources
 from vlmo.loading import load_model
 from vlmo.training import trainer
+from vlmo.training.logs import RunLog
 from vlmo.training.state import load_state
 
 DIGITS = ("--data", "digits", "--device", "cpu", "--no-tensorboard", "--batch-size", "8")
@@ -237,6 +238,26 @@ def test_a_full_disk_while_small_files_are_written(tmp_path, monkeypatch, name):
     assert not (tmp_path / "training.lock").exists()
     run(small("textmlm", steps=3), tmp_path)
     assert steps_of(tmp_path) == [1, 2, 3]
+
+
+def test_a_full_disk_while_tensorboards_log_is_written(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    log = RunLog(tmp_path)
+    monkeypatch.setattr(RecordWriter, "write", full)
+
+    def write() -> None:
+        for step in range(1, 1000):
+            log.write({"step": step, "loss": 1.0}, {})
+            log.sync()
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*/tensorboard'"):
+        write()
+    log.close()
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_full_disk_while_weights_are_written(tmp_path, monkeypatch):

@@ -11,11 +11,12 @@ import csv
 import io
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmo.files import append, replacing
+from vlmo.files import append, named_in_errors, replacing
 
 TABLE, LINES, BOARD = "log.csv", "log.jsonl", "tensorboard"
 
@@ -38,7 +39,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, step: int = 0, *, board: bool = True):
-        self._table, self._lines = folder / TABLE, folder / LINES
+        self._folder, self._table, self._lines = folder, folder / TABLE, folder / LINES
         columns, rows = read_table(self._table)
         rows = [row for row in rows if int(row["step"]) <= step]
         kept = [line for line, of_step in _read_lines(self._lines) if of_step <= step]
@@ -50,7 +51,9 @@ class RunLog:
         if board:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(folder / BOARD, purge_step=step + 1)
+            threading.excepthook = _told_of_thread
+            with named_in_errors(folder / BOARD):
+                self._board = SummaryWriter(folder / BOARD, purge_step=step + 1)
 
     def write(self, row: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
         """Append a row.
@@ -67,9 +70,10 @@ class RunLog:
         append(self._table, _csv([[row.get(name, "") for name in self._columns]]))
         append(self._lines, json.dumps({**row, **machine}) + "\n")
         if self._board is not None:
-            for name, value in (*row.items(), *machine.items()):
-                if name != "step":
-                    self._board.add_scalar(_tag(name), value, row["step"])
+            with named_in_errors(self._folder / BOARD):
+                for name, value in (*row.items(), *machine.items()):
+                    if name != "step":
+                        self._board.add_scalar(_tag(name), value, row["step"])
 
     def sync(self) -> None:
         """Return when everything written is on disk."""
@@ -77,13 +81,15 @@ class RunLog:
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
         if self._board is not None:
-            self._board.flush()
+            with named_in_errors(self._folder / BOARD):
+                self._board.flush()
 
     def close(self) -> None:
         """Close TensorBoard's log."""
         if self._board is not None:
             with contextlib.suppress(OSError):  # a full disk, which the other logs have told of
                 self._board.close()
+            threading.excepthook = threading.__excepthook__
 
     def _replace(self, rows: Sequence[Mapping[str, str]]) -> None:
         """Write the whole table anew."""
@@ -91,6 +97,12 @@ class RunLog:
         lines += [[row.get(name, "") for name in self._columns] for row in rows]
         with replacing(self._table) as temporary:
             temporary.write_text(_csv(lines), encoding="utf-8")
+
+
+def _told_of_thread(told: threading.ExceptHookArgs) -> None:
+    """Say nothing of a full disk in TensorBoard's thread, whose next call raises the same."""
+    if type(told.thread).__name__ != "_AsyncWriterThread" or told.exc_type is not OSError:
+        threading.__excepthook__(told)
 
 
 def why_no_board() -> str | None:

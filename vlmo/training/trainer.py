@@ -170,6 +170,7 @@ class Run:
             self.training.bad, self.training.fewer = {}, None
         self._bad = BadSamples(self.training.bad, materials.bearable)
         self._bad.check()
+        self._loader = self._batches()
         self._source: Iterator[dict[str, Any]] = iter(())
         self._held: deque[dict[str, Any] | BadSample] = deque()
         self._log: RunLog | None = None
@@ -214,7 +215,7 @@ class Run:
                 self._save()
             elif training.step < total:
                 self._try_validation()
-            self._source = iter(self._batches())
+            self._source = iter(self._loader)
             for _ in range(_AHEAD if world_size() > 1 else 1):
                 self._fetch()
             stop = highest(self._own_stop(request))
@@ -244,7 +245,7 @@ class Run:
             self.console.print("Nothing is left to train.")
             return {}
         self._try_validation()
-        self._source = iter(self._batches())
+        self._source = iter(self._loader)
         self._fetch()
         if isinstance(self._held[0], BadSample):
             raise self._held[0]
