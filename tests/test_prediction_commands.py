@@ -106,7 +106,6 @@ def test_evaluate_writes_the_answers_to_submit(folder, tmp_path):
     assert rows[3]["answer"] == predictor.answer(picture, sample["text"])[0].text
 
 
-@pytest.mark.slow
 def test_evaluate_under_torchrun_writes_once_what_one_process_does(tmp_path):
     run = run_folder(tmp_path / "run", ("nlvr2",))
     common = ["evaluate", run, "nlvr2", "--data", "digits", "--split", "val"]
