@@ -114,7 +114,7 @@ def test_evaluate_under_torchrun_writes_once_what_one_process_does(tmp_path):
     command += ["2", "-m", "vlmo", *map(str, common), "--device", "cpu"]
     command += ["--output", str(tmp_path / "two.json"), "--predictions", str(tmp_path / "two.csv")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("accuracy") == 1
     one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "two"))
