@@ -38,8 +38,8 @@ def pytest_generate_tests(metafunc):
     entered = [(case, name) for case in cases for name in names]
 
     def marks(case: Case, name: str) -> list[pytest.MarkDecorator]:
-        # One phase of the model in Triton's interpreter tells enough; `vlmo bench --smoke` has all.
-        long = name == "vlmo:triton" and case.suite == "model" and case.phase != PRETRAINING
+        # In Triton's interpreter the other phases tell enough; `vlmo bench --smoke` has it as well.
+        long = name == "vlmo:triton" and case.phase == PRETRAINING
         return [pytest.mark.slow] if long and interpreted() else []
 
     metafunc.parametrize(

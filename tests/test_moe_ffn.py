@@ -71,7 +71,7 @@ def test_gradcheck(case):
 def test_opcheck(form, save_pre, place):
     device = place.device
     # Equal widths, or some of the pre-activation would be padding that no kernel writes.
-    case = Case(form=form, dim=8, hidden=(16, 16))
+    case = Case(pieces=((0, 3), (1, 5)), form=form, batch=2, dim=8, hidden=(16, 16))
     tensors = make_tensors(case, device, place.dtype)
     leaves(tensors)
     x, residual, scale = tensors["x"], tensors["residual"], tensors["token_scale"]
@@ -81,7 +81,7 @@ def test_opcheck(form, save_pre, place):
         *(tensors[k] for k in ("w1", "w2", "b1", "b2", "norm_weight", "norm_bias", "layer_scale")),
         scale.reshape(-1),
         residual.detach().reshape(-1, 8).requires_grad_(),
-        *(routing.grouping(60, device) if routing.ids is not None else (None, None, None)),
+        *(routing.grouping(16, device) if routing.ids is not None else (None, None, None)),
         [n for piece in routing.pieces for n in piece],
         *("layer", 1e-6, "gelu", save_pre, place.backend),
     )
