@@ -38,7 +38,7 @@ def pytest_generate_tests(metafunc):
     entered = [(case, name) for case in cases for name in names]
 
     def marks(case: Case, name: str) -> list[pytest.MarkDecorator]:
-        # In Triton's interpreter the other phases tell enough; `vlmo bench --smoke` has it as well.
+        # Triton's interpreter takes longest for this phase, whose layers the others have as well.
         long = name == "vlmo:triton" and case.phase == PRETRAINING
         return [pytest.mark.slow] if long and interpreted() else []
 
