@@ -1,5 +1,6 @@
 """moe_ffn: parity with eager PyTorch, gradients, the operation's registration, bad input."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from accuracy import assert_as_accurate_as
+from attention_cases import PLACES
 from moe_ffn_cases import (
     CASES,
     Case,
@@ -25,8 +27,20 @@ from vlmo.kernels import moe_ffn
 from vlmo.kernels.moe_ffn import ops
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+def parity_cases():
+    """Every case in every dtype; of those with little to do with the dtype, one in make test."""
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    for (number, case), dtype, (device, backend) in itertools.product(
+        enumerate(CASES), dtypes, PLACES
+    ):
+        marks = [pytest.mark.gpu] if device == "cuda" else []
+        if (device, backend) == ("cpu", "triton") and number > 4 and dtype != dtypes[number % 3]:
+            marks.append(pytest.mark.slow)
+        name = f"{device}-{backend}-{case}-{dtype}"
+        yield pytest.param(case, dtype, (device, backend), marks=marks, id=name)
+
+
+@pytest.mark.parametrize(("case", "dtype", "place"), parity_cases(), indirect=["place"])
 def test_parity(case, dtype, place):
     skip_unless_possible(place, case, dtype)
     device = place.device
