@@ -7,7 +7,7 @@ BUILD_FILES := pyproject.toml constraints.txt setup.py CMakeLists.txt tests/sm70
 	$(shell find csrc -type f)
 PYTEST_ARGS ?= -n auto --dist loadfile
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test test-all lint clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed-test
@@ -15,7 +15,12 @@ install: $(VENV)/.installed-test
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m vlmo demo
 
+# All but what takes long and says little more; after changing kernels, their tile tables or the
+# packaging, run everything.
 test: lint
+	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+test-all: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test

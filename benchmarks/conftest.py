@@ -17,9 +17,11 @@ import torch
 
 from vlmo.bench.gpu import Sensors, open_sensors
 from vlmo.bench.meter import Settings, measure
+from vlmo.bench.model import PRETRAINING
 from vlmo.bench.report import is_ours
 from vlmo.bench.runner import SUITES, why_inexact
-from vlmo.bench.suite import Problem, Scale
+from vlmo.bench.suite import Case, Problem, Scale
+from vlmo.kernels.target import interpreted
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -34,9 +36,15 @@ def pytest_generate_tests(metafunc):
     if _enabled(metafunc.config):
         cases = suite.cases(DEVICE, Scale.full if DEVICE.type == "cuda" else Scale.cpu)
     entered = [(case, name) for case in cases for name in names]
+
+    def marks(case: Case, name: str) -> list[pytest.MarkDecorator]:
+        # Triton's interpreter takes longest for this phase, whose layers the others have as well.
+        long = name == "vlmo:triton" and case.phase == PRETRAINING
+        return [pytest.mark.slow] if long and interpreted() else []
+
     metafunc.parametrize(
         ("problem", "contender"),
-        entered,
+        [pytest.param(*entry, marks=marks(*entry)) for entry in entered],
         indirect=["problem"],
         ids=[f"{case}-{name}" for case, name in entered],
         scope="module",

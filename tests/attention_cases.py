@@ -11,16 +11,15 @@ from vlmo.kernels import RelativePositionBias, RelativePositionIndex, shared_att
 from vlmo.kernels.attention import cuda_impl
 
 # Where a test runs: a backend on a device. The fixture ``place`` of conftest.py sets each up.
+PLACES = [
+    *(("cpu", backend) for backend in ("reference", "cpu", "triton", "cuda")),
+    *(("cuda", backend) for backend in ("reference", "triton", "cuda")),
+]
 on_every_backend = pytest.mark.parametrize(
     "place",
     [
-        ("cpu", "reference"),
-        ("cpu", "cpu"),
-        ("cpu", "triton"),
-        ("cpu", "cuda"),
-        pytest.param(("cuda", "reference"), marks=pytest.mark.gpu),
-        pytest.param(("cuda", "triton"), marks=pytest.mark.gpu),
-        pytest.param(("cuda", "cuda"), marks=pytest.mark.gpu),
+        pytest.param(place, marks=[pytest.mark.gpu] if place[0] == "cuda" else [])
+        for place in PLACES
     ],
     ids="-".join,
     indirect=True,

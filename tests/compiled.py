@@ -1,12 +1,15 @@
 """Compiles the Triton kernels of moe_ffn for a GPU that is not there, and says what came out.
 
-``python tests/compiled.py sm_90`` prints one JSON line per kernel: what the launcher of the library
-would launch on that GPU for one case, with the tensor-core instructions in the PTX, the bytes of
-local memory and the registers in the machine code, and the shared memory. With ``options`` behind
-it, it compiles the cases of the parity tests instead, in small tiles: the interpreter that runs
-them does not check types. Run without TRITON_INTERPRET; nothing is launched.
+``python tests/compiled.py table sm_90`` prints one JSON line per kernel: what the launcher of the
+library would launch on that GPU, with the tensor-core instructions in the PTX, the bytes of local
+memory and the registers in the machine code, and the shared memory. ``layer`` in the place of
+``table`` does that for VLMo's layer in bfloat16 only. ``options`` compiles the cases of the parity
+tests instead, in small tiles: the interpreter that runs them does not check types. ``types`` does
+no more than that check. Several GPUs may be named. Run without TRITON_INTERPRET; nothing is
+launched.
 """
 
+import contextlib
 import itertools
 import json
 import subprocess
@@ -19,6 +22,7 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
 from moe_ffn_cases import CASES, make_tensors
@@ -46,7 +50,7 @@ class NoDriver:
         return self.target
 
     def get_current_device(self):
-        return 0
+        return self.target.arch  # Triton keeps the kernels of each device apart
 
     def get_current_stream(self, device):
         return 0
@@ -129,12 +133,27 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in (part.split(":") for part in line.split())}
 
 
-def main(generation: str, what: str = "table") -> None:
-    driver.set_active(NoDriver(generation))
-    facts: dict = {}
+class TypesFit(Exception):
+    """Raised where a compiler would go on with a kernel whose types fit."""
+
+
+def types_only():
+    """While it lasts, compiling ends with :class:`TypesFit`."""
+    return mock.patch.object(CUDABackend, "make_ttgir", side_effect=TypesFit)
+
+
+def main(what: str, *generations: str) -> None:
+    with types_only() if what == "types" else contextlib.nullcontext():
+        for generation in generations:
+            driver.set_active(NoDriver(generation))
+            compile_for(generation, what)
+
+
+def compile_for(generation: str, what: str) -> None:
+    facts: dict = {"generation": generation}
 
     def choose(device, dtype):
-        if what == "options":
+        if what in ("options", "types"):
             return tiles.INTERPRETED
         return tiles.TABLE[generation, tiles.operands_of(dtype)]
 
@@ -143,11 +162,16 @@ def main(generation: str, what: str = "table") -> None:
         if not facts["wanted"](name):
             return
         options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
-        compiled = kernel.warmup(*args, grid=(programs,), **options)
+        try:
+            compiled = kernel.warmup(*args, grid=(programs,), **options)
+        except TypesFit:
+            print(json.dumps({"kernel": name}), flush=True)
+            return
         ptx, found = compiled.asm["ptx"], resources(compiled.asm["cubin"])
         counts = {name: ptx.count(name) for name in INSTRUCTIONS}
         report = dict(
             kernel=name,
+            generation=generation,
             case=facts["case"],
             dtype=facts["dtype"],
             tile=str(tile),
@@ -165,7 +189,7 @@ def main(generation: str, what: str = "table") -> None:
         mock.patch.object(triton_launch, "workers_on", lambda device, tile: 132 * tile.programs),
         mock.patch.object(tiles, "choose", choose),
     ):
-        if what == "options":
+        if what in ("options", "types"):
             all_options(facts)
             return
         for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True)):
@@ -173,6 +197,8 @@ def main(generation: str, what: str = "table") -> None:
             for case, options in LAYERS.items():
                 saved = options["save_pre"]
                 if tf32 and case != "vlmo":
+                    continue
+                if what == "layer" and (case, dtype) != ("vlmo", torch.bfloat16):
                     continue
                 facts["wanted"] = (lambda name: True) if saved else (lambda name: "rows" in name)
                 facts["case"], facts["dtype"] = case, str(dtype) + " tf32" * tf32

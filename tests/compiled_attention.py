@@ -1,12 +1,11 @@
 """Compiles the Triton kernels of shared_attention for a GPU that is not there.
 
-``python tests/compiled_attention.py sm_90`` prints one JSON line per kernel: what the launcher of
-the library would launch on that GPU, with the tensor-core instructions in the PTX, the bytes of
-local memory and the registers in the machine code, and the shared memory. With ``options`` behind
-it, it compiles the cases of the parity tests instead: the interpreter that runs them does not check
-types. Run without TRITON_INTERPRET; nothing is launched.
+``python tests/compiled_attention.py table sm_90`` prints one JSON line per kernel, as compiled.py
+does, which tells what may stand in the place of ``table``. Run without TRITON_INTERPRET; nothing is
+launched.
 """
 
+import contextlib
 import itertools
 import json
 import sys
@@ -16,7 +15,7 @@ import torch
 from triton.runtime import driver
 
 from attention_cases import CASES, ONES, Case, make_index, make_options, make_tensors
-from compiled import INSTRUCTIONS, NoDriver, resources
+from compiled import INSTRUCTIONS, NoDriver, TypesFit, resources, types_only
 from vlmo.kernels import RelativePositionIndex
 from vlmo.kernels.attention import tiles, triton_impl, triton_launch
 from vlmo.kernels.attention.reference import Call
@@ -81,21 +80,32 @@ def all_options() -> None:
             run_case(case, torch.bfloat16)
 
 
-def main(generation: str, what: str = "table") -> None:
-    driver.set_active(NoDriver(generation))
-    facts: dict = {}
+def main(what: str, *generations: str) -> None:
+    with types_only() if what == "types" else contextlib.nullcontext():
+        for generation in generations:
+            driver.set_active(NoDriver(generation))
+            compile_for(generation, what)
+
+
+def compile_for(generation: str, what: str) -> None:
+    facts: dict = {"generation": generation}
 
     def choose(device, dtype, head_dim):
-        if what == "options":
+        if what in ("options", "types"):
             return tiles.INTERPRETED
         return tiles.TABLE[generation, tiles.operands_of(dtype), tiles.width_of(head_dim)]
 
     def compile_only(kernel, device, programs, tile, *args):
         options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
-        compiled = kernel.warmup(*args, grid=(programs,), **options)
+        name = kernel.fn.__name__.removeprefix("attention_").removesuffix("_kernel")
+        try:
+            compiled = kernel.warmup(*args, grid=(programs,), **options)
+        except TypesFit:
+            print(json.dumps({"kernel": name}), flush=True)
+            return
         ptx, found = compiled.asm["ptx"], resources(compiled.asm["cubin"])
         report = dict(
-            kernel=kernel.fn.__name__.removeprefix("attention_").removesuffix("_kernel"),
+            kernel=name,
             **facts,
             tile=str(tile),
             registers=found["REG"],
@@ -111,12 +121,14 @@ def main(generation: str, what: str = "table") -> None:
         mock.patch.object(triton_launch.target, "multiprocessors", return_value=132),
         mock.patch.object(tiles, "choose", choose),
     ):
-        if what == "options":
+        if what in ("options", "types"):
             all_options()
             return
         for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True)):
             torch.backends.cuda.matmul.allow_tf32 = tf32
             for head_dim, (name, options) in itertools.product(HEAD_DIMS, LAYERS.items()):
+                if what == "layer" and (head_dim, name, dtype) != (64, "vlmo", torch.bfloat16):
+                    continue
                 facts |= dict(dtype=str(dtype) + " tf32" * tf32, head_dim=head_dim, case=name)
                 run(layer(head_dim, dtype, **options))
 

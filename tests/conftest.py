@@ -13,6 +13,13 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
 import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+# A machine that is busy with something else takes long, which is no fault of a test.
+settings.register_profile(
+    "any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any-machine")
 
 if not torch.cuda.is_available():
     # Triton's kernels then run in its interpreter. Triton reads this when it is imported.

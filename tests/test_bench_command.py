@@ -254,7 +254,7 @@ def test_pages_of_the_model_are_those_of_its_figures(name):
         f"print(m.markdown(json.load(open({str(results / name)!r} + '.json'))), end='')"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=600
     )
     assert result.stdout == (results / f"{name}.md").read_text(encoding="utf-8"), result.stderr
 

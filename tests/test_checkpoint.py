@@ -845,7 +845,7 @@ def test_a_missing_file_and_a_directory_are_told_apart(tmp_path):
     max_examples=150,
     deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data(), kind=st.sampled_from(["zip", "legacy", "safetensors"]))
 def test_damaged_bytes_raise_only_the_documented_error(tmp_path, data, kind):

@@ -34,27 +34,39 @@ def compiled(*arguments) -> list[dict]:
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-@pytest.mark.slow
-def test_every_option_compiles():
+@pytest.mark.parametrize("what", ["types", pytest.param("options", marks=pytest.mark.slow)])
+def test_every_option_compiles(what):
     """What the interpreter runs in the parity tests, with the types that a compiler asks for."""
-    reports = compiled("sm_90", "options")
+    reports = compiled(what, "sm_90")
     names = [report["kernel"] for report in reports]
     calls = sum(case.batch > 0 for case in CASES) + 13
     assert names.count("fwd") == names.count("bwd_rows") == calls
     assert names.count("bwd_weights") == calls - 4  # where only dx, or nothing there, is wanted
 
 
+def test_vlmo_s_layer_compiles_for_every_kind_of_tensor_core():
+    generations = ("sm_80", "sm_90", "sm_100")
+    reports = compiled("layer", *generations)
+    assert len(reports) == 3 * len(generations)
+    assert_good(reports)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_compiled(generation):
-    reports = compiled(generation)
+    reports = compiled("table", generation)
     # Three kernels of two layers and two kernels that recompute, in two dtypes; TF32 once.
     assert len(reports) == 19
+    assert_good(reports)
+
+
+def assert_good(reports: list[dict]) -> None:
     # The table is chosen for the Triton that is tested; another's ptxas may spill a little.
     limit = 0 if triton.__version__ == "3.7.1" else 64
     spilt = [report for report in reports if report["local_bytes"] > limit]
     assert not spilt
     for report in reports:
+        generation = report["generation"]
         assert report["shared_bytes"] <= GENERATIONS[generation].shared_bytes, report
         assert report["async_copies"] > 0, report
         found = report[PRODUCTS[generation]]

@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
@@ -27,10 +28,9 @@ assert callable(moe_ffn)
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The wheel as a user would build it, by way of the source distribution."""
-    folder = tmp_path_factory.mktemp("dist")
-    # The sdist needs no build requirement but setuptools; `pip wheel` isolates the rest.
+def sdist(tmp_path_factory):
+    """The source distribution, which needs no build requirement but setuptools."""
+    folder = tmp_path_factory.mktemp("sdist")
     build = "import setuptools.build_meta as b, sys; print(b.build_sdist(sys.argv[1]))"
     run = subprocess.run(
         [sys.executable, "-c", build, str(folder)],
@@ -39,22 +39,50 @@ def wheel(tmp_path_factory):
         capture_output=True,
         text=True,
     )
-    sdist = folder / run.stdout.split()[-1]
+    return folder / run.stdout.split()[-1]
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    """The wheel as a user would build it: in isolation, with all kernels compiled."""
+    folder = tmp_path_factory.mktemp("wheel")
     subprocess.run([*PIP, "wheel", "-q", "--no-deps", "-w", str(folder), str(sdist)], check=True)
     (built,) = folder.glob("*.whl")
     return built
+
+
+def assert_packages(names: set[str]) -> None:
+    sources = {
+        *("vlmo" / path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")),
+        *(path.relative_to(ROOT) for path in (ROOT / "vlmo").rglob("*.py")),
+    }
+    assert {str(path) for path in sources} <= names
+    assert "vlmo/kernels.pyi" not in names, "it would hide vlmo/kernels/ from type checkers"
+
+
+def test_sdist_holds_what_a_build_takes(sdist, tmp_path):
+    """The packages as a wheel gets them, and the sources of the extension."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (tree,) = tmp_path.iterdir()
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "lib")]
+    subprocess.run(command, cwd=tree, check=True)
+    built = {str(path.relative_to(tmp_path / "lib")) for path in (tmp_path / "lib").rglob("*.*")}
+    assert_packages(built)
+    assert {name.split("/")[0] for name in built} == {"vlmo"}
+    needed = {
+        *(ROOT / "csrc").rglob("*.*"),
+        ROOT / "CMakeLists.txt",
+        ROOT / "tests/sm70/compile.py",
+    }
+    assert not [path for path in needed if not (tree / path.relative_to(ROOT)).is_file()]
 
 
 @pytest.mark.slow
 def test_wheel_holds_the_packages_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert sum(name.startswith("vlmo/_C.") and name.endswith(".so") for name in names) == 1
-    sources = {
-        *("vlmo" / path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")),
-        *(path.relative_to(ROOT) for path in (ROOT / "vlmo").rglob("*.py")),
-    }
-    assert {str(path) for path in sources} <= set(names)
-    assert "vlmo/kernels.pyi" not in names, "it would hide vlmo/kernels/ from type checkers"
+    assert_packages(set(names))
     assert {name.split("/")[0] for name in names} == {"vlmo", "vlmo-0.1.0.dist-info"}
 
 

@@ -60,7 +60,6 @@ def assert_same_training(actual: Path, expected: Path, steps=range(1, STEPS + 1)
         assert error.square().mean().sqrt() <= 0.01 * lr, name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_two_processes_train_as_one(folder, case):
     """With DistributedDataParallel and FSDP2, whole shares and parts."""
@@ -68,7 +67,6 @@ def test_two_processes_train_as_one(folder, case):
     assert_same_training(folder / f"{stage}-{way}-{rows}", folder / stage)
 
 
-@pytest.mark.slow
 def test_float16_with_parts_of_weights(folder):
     """The scaler of the loss sees sharded gradients and the whole one of the logit scale."""
     half, full = (read_table(folder / f / "log.csv")[1] for f in ("float16", "retrieval"))
@@ -77,7 +75,6 @@ def test_float16_with_parts_of_weights(folder):
     assert load_state(folder / "float16" / "training.pt")["scaler"]["scale"] == 65536
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_validation_of_two_processes(folder, stage):
     """Under FSDP2."""
@@ -90,13 +87,11 @@ def test_validation_of_two_processes(folder, stage):
         assert two[name] == pytest.approx(value, rel=1e-3, abs=0.05), name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_go_on_from_the_state_of_one(folder, way):
     assert_same_training(folder / f"resumed-{way}", folder / "pretrain", range(3, STEPS + 1))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_one_process_goes_on_from_the_state_of_two(folder, way):
     output = folder / f"one-after-{way}"
@@ -106,7 +101,6 @@ def test_one_process_goes_on_from_the_state_of_two(folder, way):
     assert_same_training(output, folder / "pretrain", range(3, STEPS + 1))
 
 
-@pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_after_the_same_step(folder):
     stories = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert stories[0] == stories[1]

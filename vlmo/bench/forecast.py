@@ -7,7 +7,7 @@ from vlmo.bench.roofline import Roof
 from vlmo.bench.suite import Case
 
 # Of the time at the roof, that a call of a contender takes of which nothing is known yet.
-_PACE = 4.0
+_PACE = 2.0
 # In the place of a contender: the results that contenders are held against.
 EXPECTATION = "expectation"
 
@@ -17,7 +17,7 @@ class Forecast:
 
     A call takes the time that the roof allows, times the pace of the contender: the same ratio in
     the latest call of it in this suite and dtype. Where there is none, its worst pace in another
-    dtype stands in, or one of 4. A check is a call and what it takes besides, such as compiling,
+    dtype stands in, or one of 2. A check is a call and what it takes besides, such as compiling,
     which does not depend on the size.
 
     Args:
