@@ -26,7 +26,7 @@ from vlmo.data import (
     loader,
     open_data,
 )
-from vlmo.data.check import splits_there
+from vlmo.data.check import splits_there, tasks_of
 
 
 def picture(level: int = 0, kind: str = "PNG", side: int = 40) -> bytes:
@@ -238,6 +238,36 @@ def test_the_command_refuses_before_it_reads(folder, tmp_path):
         run(folder, "--task", "pretrain", "--datasets", "coco")
     with pytest.raises(FileNotFoundError, match=r"has no test\.jsonl"):
         run(folder, "--task", "pretrain", "--split", "test")
+
+
+def test_the_command_finds_out_the_task(folder, tmp_path):
+    assert run(folder, "--split", "val")[1].startswith("pretrain, val: 4 samples and 2 pictures")
+    assert tasks_of("digits") == ["pretrain"]
+    records = {
+        "vqa": {"image": "0.jpg", "question": "a?", "answer": "b", "caption": "c"},
+        "nlvr2": {"image_0": "0.jpg", "image_1": "1.jpg", "statement": "a", "label": True},
+        "textmlm": {"text": "a"},
+    }
+    for task, record in records.items():
+        assert tasks_of(str(jsonl(tmp_path / f"{task}.jsonl", [record]))) == [task]
+    (tmp_path / "lines.txt").write_text("one\n")
+    assert tasks_of(str(tmp_path / "lines.txt")) == ["textmlm"]
+    with pytest.raises(ValueError, match=r"odd\.jsonl, line 1: has none of question, statement"):
+        tasks_of(str(jsonl(tmp_path / "odd.jsonl", [{"a": 1}])))
+    with pytest.raises(FileNotFoundError):
+        tasks_of(str(tmp_path / "absent"))
+    arrow(tmp_path / "f30k_caption_karpathy_val.arrow", [picture()], [["one"]])
+    arrow(tmp_path / "vg.arrow", [picture()], [["one"]])
+    assert tasks_of(str(tmp_path)) == ["pretrain"]
+    arrow(tmp_path / "nlvr2_dev.arrow", [picture()], [["one"]])
+    assert tasks_of(str(tmp_path)) == ["pretrain", "nlvr2"]
+    (tmp_path / "nlvr2_dev.arrow").unlink()
+    code, output = run(tmp_path)
+    assert code == 0
+    assert [line.partition(":")[0] for line in output.splitlines()] == [
+        "pretrain, train",
+        "pretrain, val",
+    ]
 
 
 def test_a_bar_on_a_terminal_only(folder):

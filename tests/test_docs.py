@@ -42,6 +42,7 @@ NAMES = {
     "MODEL": "runs/digits_retrieval",
     "TASK": "retrieval",
     "SPLIT": "val",
+    "DATA": "pairs.jsonl",
 }
 # Commands that tests of their own run: they are only parsed here.
 ELSEWHERE = ("bench", "tune", "demo")

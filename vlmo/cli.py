@@ -424,7 +424,12 @@ def check(
     data: Annotated[
         str, typer.Argument(help="digits, a folder of Arrow files, or own data (docs/data.md).")
     ],
-    task: Annotated[Task, typer.Option(help="Which the data are meant for.")],
+    task: Annotated[
+        Task | None,
+        typer.Option(
+            help="Task that the data are for.", show_default="every task that the data serve"
+        ),
+    ] = None,
     split: Annotated[
         Split | None, typer.Option(help="Only this one.", show_default="all that there are")
     ] = None,
@@ -449,7 +454,7 @@ def check(
 
     settings = Settings(
         data,
-        task.value,
+        task.value if task else None,
         split=split.value if split else None,
         datasets=tuple(datasets) if datasets else None,
         answers=answers,

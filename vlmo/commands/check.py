@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +13,8 @@ from rich.progress import Progress
 from torch.utils.data import Dataset
 
 from vlmo.data import open_data
-from vlmo.data.check import count_pictures, faults_of, splits_there
+from vlmo.data.check import count_pictures, faults_of, official_datasets, splits_there, tasks_of
+from vlmo.data.digit_scans import SPLITS
 from vlmo.files import replacing
 from vlmo.loading import read_answers
 
@@ -26,7 +27,7 @@ class Settings:
 
     Attributes:
         data: source for :func:`vlmo.data.open_data`.
-        task: as of :func:`vlmo.data.open_data`.
+        task: as of :func:`vlmo.data.open_data`; None for those that the data serve.
         split: "train", "val" or "test"; None for all that there are.
         datasets: of the official data; None for the task's.
         answers: JSON list of VQA's answers; None for those of the data.
@@ -35,7 +36,7 @@ class Settings:
     """
 
     data: str
-    task: str
+    task: str | None = None
     split: str | None = None
     datasets: tuple[str, ...] | None = None
     answers: Path | None = None
@@ -53,14 +54,15 @@ def run(settings: Settings, console: Console) -> int:
         raise ValueError(f"workers: {settings.workers} is negative")
     if settings.output is not None and not settings.output.absolute().parent.is_dir():
         raise FileNotFoundError(f"{settings.output}: its folder does not exist")
-    splits = [settings.split] if settings.split else None
-    splits = splits or splits_there(settings.data, settings.task, settings.datasets)
-    opened = {split: _open(settings, split) for split in splits}
+    opened = dict(_opened(settings))
     found: list[dict[str, Any]] = []
-    for split, dataset in opened.items():
+    for (task, split), dataset in opened.items():
         faults = _check(split, dataset, settings.workers, console)
-        found += faults
-        console.print(_summary(split, dataset, len(faults)), highlight=False, soft_wrap=True)
+        found += [{"task": task, **fault} for fault in faults]
+        summary = _summary(split, dataset, len(faults))
+        if settings.task is None:  # say which were found
+            summary = f"{task}, {summary}"
+        console.print(summary, highlight=False, soft_wrap=True)
     if settings.output is not None:
         with replacing(settings.output) as temporary:
             lines = (json.dumps(fault, ensure_ascii=False) + "\n" for fault in found)
@@ -69,15 +71,31 @@ def run(settings: Settings, console: Console) -> int:
     return len(found)
 
 
-def _open(settings: Settings, split: str) -> Dataset:
+def _opened(settings: Settings) -> Iterator[tuple[tuple[str, str], Dataset]]:
+    """The data sets of all tasks and splits."""
+    data, datasets = settings.data, settings.datasets
+    for task in [settings.task] if settings.task else tasks_of(data):
+        there: dict[str, tuple[str, ...] | None] = {}
+        if settings.task is None and datasets is None:
+            found = {split: official_datasets(data, task, split) for split in SPLITS}
+            there = {split: names for split, names in found.items() if names}
+        if settings.split:
+            splits = [settings.split]
+        else:
+            splits = list(there) or splits_there(data, task, datasets)
+        for split in splits:
+            yield (task, split), _open(settings, task, split, there.get(split, datasets))
+
+
+def _open(settings: Settings, task: str, split: str, datasets: tuple[str, ...] | None) -> Dataset:
     answers = None if settings.answers is None else read_answers(settings.answers)
     return open_data(
         settings.data,
-        settings.task,
+        task,
         split,
         image_size=_IMAGE_SIZE,
-        answers=answers,
-        datasets=settings.datasets,
+        answers=answers if task == "vqa" else None,
+        datasets=datasets,
         allow_missing=True,
     )
 

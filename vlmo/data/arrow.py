@@ -279,8 +279,20 @@ def chosen_datasets(folder: Path, task: str, datasets: Sequence[str] | None) -> 
     return present or allowed
 
 
-def _present(folder: Path, dataset: str) -> list[str]:
-    names = {name for files in DATASETS[dataset].values() for name in files}
+def datasets_there(folder: Path, split: str | None = None) -> dict[str, tuple[str, ...]]:
+    """Names of the data sets with files (of a split) in a folder, by a task that opens them."""
+    found = {
+        task: tuple(name for name in _ALLOWED[task] if _present(folder, name, split))
+        for task in ("pretrain", "vqa", "nlvr2")
+    }
+    texts = ("wikibk",) if _present(folder, "wikibk", split) else ()
+    return {task: names for task, names in (found | {"textmlm": texts}).items() if names}
+
+
+def _present(folder: Path, dataset: str, split: str | None = None) -> list[str]:
+    of_splits = DATASETS[dataset]
+    chosen = of_splits.values() if split is None else [of_splits.get(split, ())]
+    names = {name for files in chosen for name in files}
     return [name for name in names if (folder / f"{name}.arrow").is_file()]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -14,6 +15,18 @@ from vlmo.data.loading import guarded_loader
 from vlmo.data.samples import BadSample, Samples
 from vlmo.data.sources import has_splits, holds_arrow
 
+if TYPE_CHECKING:
+    from vlmo.data.layout import Layout
+
+# What a record holds, and the task that it is of then; the first that fits counts.
+_TASK_OF = {
+    "question": "vqa",
+    "statement": "nlvr2",
+    "caption": "pretrain",
+    "image": "pretrain",
+    "file_name": "pretrain",
+    "text": "textmlm",
+}
 _AT_ONCE = 32  # samples that a worker reads before it reports
 
 
@@ -69,6 +82,68 @@ def splits_there(source: str, task: str, datasets: Sequence[str] | None = None) 
     if not has_splits(path):
         return ["train"]
     return [split for split in SPLITS if _is_there(path, task, split)]
+
+
+def tasks_of(source: str) -> list[str]:
+    """Tasks that a source of :func:`vlmo.data.open_data` serves, by what it holds.
+
+    Official Arrow files may serve several; of own data the first record decides.
+
+    Raises:
+        OSError, ValueError: the source cannot be opened, or its records are of no task.
+    """
+    if source == "digits":
+        return ["pretrain"]
+    path = Path(source).absolute()
+    if not path.exists():
+        raise FileNotFoundError(f"source: {path} does not exist")
+    if holds_arrow(path):
+        from vlmo.data.arrow import datasets_there
+
+        return list(datasets_there(path)) or ["pretrain"]
+    if path.suffix.lower() == ".txt":
+        return ["textmlm"]
+    from vlmo.data.records import file_rows
+
+    for file in _any_files(path):
+        if file.suffix.lower() == ".txt":
+            return ["textmlm"]
+        row = next(file_rows(file, tuple(_TASK_OF)), None)
+        if row is not None:
+            found = [task for name, task in _TASK_OF.items() if name in row.values]
+            if not found:
+                raise ValueError(f"{row.place}: has none of {', '.join(_TASK_OF)}")
+            return found[:1]
+    return ["pretrain"]
+
+
+def official_datasets(source: str, task: str, split: str) -> tuple[str, ...] | None:
+    """Official data sets with Arrow files of a split in a source; None for other sources."""
+    if source == "digits" or not holds_arrow(source):
+        return None
+    from vlmo.data.arrow import datasets_there
+
+    return datasets_there(Path(source), split).get(task)
+
+
+def _any_files(source: Path) -> Sequence[Path]:
+    """Files of records or texts of some split; none for pictures beside their captions."""
+    for task, split in itertools.product(("pretrain", "textmlm"), SPLITS):
+        layout = _layout(source, task, split)
+        if layout is not None:
+            return layout.files
+    from vlmo.data.layout import find
+
+    return find(source, "pretrain", "train").files  # raises its reason
+
+
+def _layout(source: Path, task: str, split: str) -> Layout | None:
+    from vlmo.data.layout import find
+
+    try:
+        return find(source, task, split)
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _is_there(source: Path, task: str, split: str) -> bool:
