@@ -80,15 +80,25 @@ def snippets(page: Path) -> list[Snippet]:
             block.append(line)
             continue
         if block:
-            text = textwrap.dedent("\n".join(block)).strip("\n")
-            found.append(Snippet(page.name, number - len(block), text))
+            found += _parts(page.name, number - len(block), block)
         block, fenced = [], fenced != fence
     assert not fenced, f"{page} has a fence without an end"
     text = "\n".join(prose)
-    for match in re.finditer(r"`(vlmo [^`]+)`", text):
+    for match in re.finditer(r"`(vlmo [a-z]+\s[^`]+)`", text):
         line = text.count("\n", 0, match.start()) + 1
         found.append(Snippet(page.name, line, " ".join(match[1].split())))
     return sorted(snippet for snippet in found if snippet.text.strip())
+
+
+def _parts(page: str, line: int, block: list[str]) -> Iterator[Snippet]:
+    """A block as it is, or one of commands and of records at its blank lines."""
+    text = textwrap.dedent("\n".join(block)).strip("\n")
+    whole = Snippet(page, line, text)
+    if not whole.is_a(COMMAND) and not whole.is_a(RECORD):
+        yield whole
+        return
+    for part in re.finditer(r"(?:.+\n?)+", text):
+        yield Snippet(page, line + text.count("\n", 0, part.start()), part[0])
 
 
 ALL = {page.name: snippets(page) for page in PAGES}
@@ -108,7 +118,7 @@ def world(tmp_path_factory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("docs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(sources, "_DIGIT_SIZES", {"train": 16, "val": 8, "test": 8})
+        patch.setattr(sources, "_DIGIT_SIZES", {"train": 256, "val": 8, "test": 8})
         patch.setattr(sources, "_DIGIT_GALLERY", 8)
         patch.setitem(recipes.SIZES, "base", recipes.tiny)
         patch.setitem(recipes.SIZES, "small", recipes.tiny)
@@ -164,7 +174,8 @@ def _write_models(folder: Path) -> TextTokenizer:
         torch.manual_seed(0)
         save_checkpoint(VLMo(config.replace(tasks=tasks)), folder / name)
     tokenizer.save_vocabulary(folder / "run" / "vocab.txt")
-    (folder / "run" / "answers.json").write_text(json.dumps(["red", "2", "blue"]))
+    for place in (folder, folder / "run"):
+        (place / "answers.json").write_text(json.dumps(["red", "2", "blue"]))
     images = VLMo(config).transformer.state_dict()
     beit = {
         key.replace("_imag.", "."): value
@@ -179,6 +190,8 @@ def _write_records(folder: Path) -> None:
     caption = {"image": "photo.jpg", "caption": "a red car"}
     (folder / "pairs.jsonl").write_text(json.dumps(caption))
     (folder / "captions.jsonl").write_text(json.dumps({"text": "a red car"}))
+    (folder / "mydata").mkdir()
+    (folder / "mydata" / "train.jsonl").write_text(json.dumps(caption | {"image": "../photo.jpg"}))
 
 
 def run(monkeypatch, name: str) -> None:
