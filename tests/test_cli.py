@@ -5,10 +5,11 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from vlmo import __version__
+from vlmo import __version__, recipes
 from vlmo.cli import app, main
 from vlmo.kernels import BACKEND_NAMES, why_not
 
@@ -79,6 +80,28 @@ def test_bad_variable_is_refused_before_a_folder_is_made(tmp_path, monkeypatch, 
     assert exit_info.value.code == 2
     assert capsys.readouterr().err.startswith("vlmo: VLMO_KERNELS: 'Triton' is not a backend")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+)
+def test_lack_of_memory_is_one_line(error, monkeypatch, capsys):
+    def fails(console):
+        raise error
+
+    monkeypatch.setattr(recipes, "show_recipes", fails)
+    monkeypatch.setattr(sys, "argv", ["vlmo", "recipes"])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("vlmo: not enough memory") and "--micro-batch" in said
+    assert said.count("\n") == 1
 
 
 def test_version():

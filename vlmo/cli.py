@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -722,14 +722,29 @@ def main() -> None:
     try:
         app()
     except _USER_ERRORS as error:
-        print(f"vlmo: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error)
+    except MemoryError:
+        _fail(f"not enough memory. {_SMALLER}")
     except RuntimeError as error:
+        if _is_of_memory(error):
+            _fail(f"not enough memory: {str(error).splitlines()[0]} {_SMALLER}")
         # torch raises it wherever the main process is when a worker dies.
         from vlmo.data import worker_failure
 
         failure = worker_failure(error)
         if failure is None:
             raise
-        print(f"vlmo: {failure}", file=sys.stderr)
-        sys.exit(2)
+        _fail(failure)
+
+
+_SMALLER = "A smaller --batch-size, --micro-batch, --image-size or --checkpointing needs less."
+
+
+def _fail(message: object) -> NoReturn:
+    print(f"vlmo: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _is_of_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch says that a GPU, or this machine, has no memory left."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

@@ -10,6 +10,7 @@ import contextlib
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,7 +188,8 @@ def _open_torch(path: Path, kind: str, classes: tuple[str, ...] = ()) -> Any:
     stand_ins: list[Any] = [(_NotCalled(name, (_Empty,), {}), name) for name in classes]
     # Arbitrary bytes make torch raise nearly any exception; the caller gets one, with the path.
     try:
-        with torch.serialization.safe_globals(stand_ins):
+        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch says of a pickle in another protocol
             return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
     except Exception as error:
         # torch wraps what its unpickler found in advice to load the file unsafely, which we do not

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,8 +124,10 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: it is damaged, no state of a training, or of another version.
     """
     try:
-        # The ranks of a machine share the pages of a mapped file.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=world_size() > 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch says of a pickle in another protocol
+            # The ranks of a machine share the pages of a mapped file.
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=world_size() > 1)
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:  # arbitrary bytes make torch raise nearly any
