@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from test_model import make_batch
-from vlmo import VLMo, VLMoConfig
+from vlmo import VLMo, VLMoConfig, save_checkpoint
 
 TINY = VLMoConfig(
     dim=24,
@@ -197,6 +197,21 @@ def test_sharding_of_one_expert_alone(model, tmp_path):
         actual["loss"].backward()
     finally:
         dist.destroy_process_group()
+
+
+def test_wrapped_models_are_not_saved_under_foreign_keys(model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    adapted = replace(model, Lora, ("fc1",))
+    with pytest.raises(ValueError, match=r"model: its state dict has .*mlp_text.*merge adapters"):
+        save_checkpoint(adapted, path)
+    linear = model.transformer.blocks[0].mlp_text.fc1
+    nn.utils.parametrizations.weight_norm(linear)
+    with pytest.raises(ValueError, match="remove parametrizations"):
+        save_checkpoint(model, path)
+    assert not path.exists()
+    nn.utils.parametrize.remove_parametrizations(linear, "weight")
+    save_checkpoint(model, path)
+    assert path.exists()
 
 
 def test_plain_blocks_stay_fused(model, monkeypatch):

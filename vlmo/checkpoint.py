@@ -247,7 +247,8 @@ def save_checkpoint(
         answers: the same of the answers of visual questions.
 
     Raises:
-        ValueError: another suffix, or a model on the meta device.
+        ValueError: another suffix, a model on the meta device, or one whose modules were wrapped
+            or parametrized, so that its keys are not the official ones.
         OSError: the folder does not exist, the disk is full, ``path`` is a directory.
     """
     suffix = Path(path).suffix.lower()
@@ -255,6 +256,7 @@ def save_checkpoint(
         known = ", ".join((*TORCH_SUFFIXES, SAFETENSORS_SUFFIX))
         raise ValueError(f"{path}: suffix {suffix!r} is none of {known}")
     inner = _inner(model)
+    _require_official_keys(inner)
     state = _official_state(inner)
     fields = dataclasses.asdict(inner.config)
     fields = {name: value for name, value in fields.items() if name not in RUN_FIELDS}
@@ -327,6 +329,23 @@ def config_of(
 def _described(tensor: Tensor) -> str:
     where = " on the meta device" if tensor.is_meta else ""
     return f"{tuple(tensor.shape)} {tensor.dtype}{where}"
+
+
+def _require_official_keys(model: Any) -> None:
+    """Raise unless the model has the parameters of its configuration and no others."""
+    from vlmo.model import VLMo
+
+    with torch.device("meta"):
+        expected = VLMo(model.config).state_dict().keys()
+    found = model.state_dict().keys()
+    foreign = [key for key in found if key not in expected]
+    if foreign or expected - found - {POSITION_IDS}:
+        odd = foreign or sorted(expected - found)
+        raise ValueError(
+            f"model: its state dict {'has' if foreign else 'lacks'} {summary(odd)}, unlike an "
+            "official checkpoint; merge adapters (PEFT: merge_and_unload) or remove "
+            "parametrizations (torch.nn.utils.parametrize.remove_parametrizations) first"
+        )
 
 
 def _official_state(model: nn.Module) -> OrderedDict[str, Tensor]:
