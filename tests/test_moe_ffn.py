@@ -80,8 +80,7 @@ def test_gradcheck(case):
     assert torch.autograd.gradcheck(function, tuple(flat.values()), fast_mode=True)
 
 
-@pytest.mark.parametrize("save_pre", [True, False])
-@pytest.mark.parametrize("form", ["segments", "ids"])
+@pytest.mark.parametrize(("form", "save_pre"), [("segments", True), ("ids", False)])
 def test_opcheck(form, save_pre, place):
     device = place.device
     # Equal widths, or some of the pre-activation would be padding that no kernel writes.
