@@ -18,6 +18,7 @@ if __name__ != "vlmo.kernels":
 
 from vlmo.kernels.attention.api import shared_attention
 from vlmo.kernels.attention.bias import RelativePositionBias, RelativePositionIndex
+from vlmo.kernels.constants import Constants
 from vlmo.kernels.dispatch import BACKEND_NAMES, use_backend
 from vlmo.kernels.moe_ffn.api import moe_ffn
 from vlmo.kernels.routing.api import ModalityRouting, RoutingIndex
@@ -25,6 +26,7 @@ from vlmo.kernels.support import why_not
 
 __all__ = [
     "BACKEND_NAMES",
+    "Constants",
     "ModalityRouting",
     "RelativePositionBias",
     "RelativePositionIndex",

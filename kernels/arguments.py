@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -70,7 +72,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype autocast runs matrix products in on this device, or None outside autocast."""
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 
@@ -81,9 +83,14 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     Autocast stays active inside a torch.library operation, and would round the operands of products
     that are meant to be float32.
     """
-    if not torch.is_autocast_enabled(device.type):
+    if autocast_dtype(device.type) is None:
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def _traced(tensor: Tensor) -> bool:
+    """Whether the tensor is one of make_fx or torch.export, which have no values to look at."""
+    return is_fake(tensor) or get_proxy_mode() is not None
 
 
 def check_values(name: str, values: Tensor, wrong: Tensor, complaint: str) -> None:
@@ -92,7 +99,11 @@ def check_values(name: str, values: Tensor, wrong: Tensor, complaint: str) -> No
     On the CPU this raises ValueError at once. On a GPU, and in a compiled graph, where looking
     would wait for the device, the same words become an assertion that the device itself checks.
     """
-    if values.device.type == "cpu" and not torch.compiler.is_compiling():
+    if values.device.type == "cpu" and not (torch.compiler.is_compiling() or _traced(wrong)):
+        if torch._C._functorch.is_batchedtensor(wrong):
+            raise NotImplementedError(
+                f"{name}: torch.vmap cannot map over it, because its values are checked"
+            )
         if bool(wrong.any()):
             value = values.reshape(-1)[wrong.reshape(-1).nonzero()[0, 0]].item()
             raise ValueError(f"{name}: {value} is {complaint}")

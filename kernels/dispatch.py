@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKEND_NAMES = ("cuda", "triton", "cpu", "reference")
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 # A plain module global: Dynamo guards on it, so a compiled model recompiles when it changes.
 _forced: str | None = None
+
+
+class _Block:
+    """One open ``use_backend``."""
+
+    def __init__(self, name: str | None):
+        self.name, self.thread = name, threading.get_ident()
+
+
+_open: list[_Block] = []  # in the order in which they were opened
 
 
 class Backend(Protocol):
@@ -45,19 +58,33 @@ def check_name(name: str | None, source: str) -> None:
 def use_backend(name: str | None) -> Iterator[None]:
     """Run every operation inside the ``with`` block on the backend ``name``.
 
-    None gives the choice back to ``VLMO_KERNELS`` and the order of preference. The setting is
-    process-wide, not per thread.
+    None gives the choice back to ``VLMO_KERNELS`` and the order of preference.
+
+    The choice holds for the whole process, not for one thread: autograd recomputes checkpointed
+    blocks in threads of its own, which must use the backend of the forward pass. Of several open
+    blocks the one opened last decides; a block that differs from one that another thread holds open
+    gives a warning. Threads that need different backends pass ``backend=`` to each call.
 
     Raises:
         ValueError: ``name`` is no backend.
     """
     global _forced
     check_name(name, "use_backend")
-    previous, _forced = _forced, name
+    block = _Block(name)
+    for other in _open:
+        if other.thread != block.thread and other.name != name:
+            warnings.warn(
+                f"use_backend({name!r}) holds for the whole process, and another thread is inside "
+                f"use_backend({other.name!r}): its operations run on {name!r} as well.",
+                stacklevel=3,
+            )
+    _open.append(block)
+    _forced = name
     try:
         yield
     finally:
-        _forced = previous
+        _open.remove(block)  # which may not be the last one: blocks of threads can overlap
+        _forced = _open[-1].name if _open else None
 
 
 def requested(argument: str | None) -> str | None:
@@ -70,6 +97,14 @@ def requested(argument: str | None) -> str | None:
     variable = os.environ.get("VLMO_KERNELS") or None
     check_name(variable, "VLMO_KERNELS")
     return variable
+
+
+def usual(device: torch.device) -> str | None:
+    """The backend of a device on which the first that can is not what is wanted; None elsewhere.
+
+    On the CPU a GPU's kernel runs in an interpreter, for tests: it has to be asked for by name.
+    """
+    return {"cpu": "cpu", "meta": "reference"}.get(device.type)
 
 
 def choose(
@@ -108,6 +143,37 @@ def first_that_can(operation: str, backends: Mapping[str, Backend], *facts: Any)
             return candidate
         reasons.append(f"{candidate}: {reason}")
     raise NotImplementedError(f"{operation}: no backend can run this call. " + " ".join(reasons))
+
+
+def choose_transformed(operation: str, argument: str | None) -> str:
+    """The backend of a call that :func:`transformed` is true of: the reference.
+
+    Raises:
+        ValueError: the name asked for is no backend.
+        NotImplementedError: another backend was asked for.
+    """
+    name = requested(argument)
+    if name not in (None, "reference"):
+        raise NotImplementedError(
+            f"{operation}: backend {name!r} has neither forward-mode derivatives nor rules for the "
+            "transforms of torch.func (grad, jvp, vmap, ...); the backend 'reference' has both"
+        )
+    return "reference"
+
+
+def transformed(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation sees this call.
+
+    Both look inside an operation. The kernels, which only have a backward formula, would give them
+    zeros.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
 
 
 def runs_eagerly(tensors: Iterable[Tensor | None]) -> bool:

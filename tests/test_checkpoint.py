@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
 import os
 import pickle
 import re
+import shutil
 import stat
+import sys
+import types
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -19,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 from torch import nn
 
@@ -232,7 +237,16 @@ def test_config_of_believes_tensors_more_than_the_record(tmp_path):
 
 def test_config_of_refuses_a_damaged_record(tmp_path):
     path = tmp_path / "model.safetensors"
-    for record in ("{", "[]", "{}", '{"tasks": ["dance"]}', '{"tasks": [], "heads": "x"}'):
+    records = ["{", "[]", "{}", '{"tasks": ["dance"]}', '{"tasks": [], "heads": "x"}']
+    records += [
+        "[" * 100_000,
+        '{"tasks": "mlm"}',
+        '{"tasks": [["mlm"]]}',
+        '{"tasks": [], "dim": 1e9}',
+    ]
+    records += ['{"tasks": [], "vl_start": true}', '{"tasks": [], "drop_path": NaN}']
+    records += [f'{{"tasks": [], "depth": {"9" * 5000}}}']
+    for record in records:
         save_file(state_of(build()), path, metadata={CONFIG_RECORD: record})
         with pytest.raises(CheckpointError, match=f"{path}.*{CONFIG_RECORD} is damaged"):
             config_of(path)
@@ -637,6 +651,18 @@ class Evil:
         return os.mkdir, ("evil",)
 
 
+class EvilElsewhere:
+    """Calls what no list of forbidden modules names."""
+
+    def __reduce__(self):
+        return shutil.copytree, ("a", "evil")
+
+
+class EvilBuiltin:
+    def __reduce__(self):
+        return eval, ("__import__('os').mkdir('evil')",)
+
+
 def torch_bytes(value, **options) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer, **options)
@@ -668,6 +694,12 @@ def bad_files() -> dict[str, tuple[str, bytes, str]]:
         "zip of others": ("a.pt", zip_bytes(), "no torch checkpoint"),
         "foreign pickle": ("a.pt", pickle.dumps({"a": 1}), "no torch checkpoint"),
         "code": ("a.pt", torch_bytes({"state_dict": {"x": Evil()}}), "refused.* posix.mkdir"),
+        "code of another module": (
+            "a.pt",
+            torch_bytes({"state_dict": {"x": torch.ones(2)}, "callbacks": [EvilElsewhere()]}),
+            "refused.* shutil.copytree",
+        ),
+        "code of Python's own": ("a.pt", torch_bytes({"x": EvilBuiltin()}), "refused.* eval"),
         "legacy code": (
             "a.pt",
             torch_bytes(Evil(), _use_new_zipfile_serialization=False),
@@ -680,8 +712,10 @@ def bad_files() -> dict[str, tuple[str, bytes, str]]:
         "other model": (
             "a.pt",
             torch_bytes({"bert.x": torch.ones(2)}),
-            "none of its 1 tensors.*bert",
+            "none of its 1 tensors.*bert.*looks like a file of BERT",
         ),
+        "index of shards": ("a.bin.index.json", b'{"weight_map": {}}', "in several files"),
+        "JSON": ("config.json", b"{}", "a JSON file"),
         "truncated safetensors": ("a.safetensors", safe, "no safetensors file"),
         "torch as safetensors": ("a.safetensors", good, "no safetensors file"),
     }
@@ -702,6 +736,100 @@ def test_a_bad_file_says_what_is_wrong(tmp_path, monkeypatch, kind):
         config_of(path)
     assert_same_state(state_of(model), before)
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
+
+
+def foreign_states() -> dict[str, dict[str, list[str]]]:
+    """Keys of files that share some tensors with VLMo, by what they are."""
+    return {
+        "CLIP": ["logit_scale", "visual.conv1.weight", "visual.transformer.resblocks.0.ln_1.bias"],
+        "ViLT": [
+            *("text_embeddings.word_embeddings.weight", "pooler.dense.weight"),
+            *("transformer.blocks.0.norm1.weight", "transformer.blocks.0.attn.qkv.weight"),
+            *("transformer.blocks.0.attn.proj.weight", "transformer.blocks.0.mlp.fc1.weight"),
+        ],
+        "ALBEF or BLIP": ["visual_encoder.cls_token", "itm_score.fc.bias"],
+    }
+
+
+@pytest.mark.parametrize("kind", foreign_states())
+def test_a_file_that_shares_a_few_tensors_is_refused(kind):
+    model = build(seed=1)
+    before = state_of(model)
+    own = state_of(build())
+    state = {key: own.get(key, torch.ones(2)) for key in foreign_states()[kind]}
+    with pytest.raises(CheckpointError, match=f"no transformer block.*looks like a file of {kind}"):
+        load_checkpoint(model, state)
+    with pytest.raises(CheckpointError, match=f"looks like a file of {kind}"):
+        config_of(state)
+    assert_same_state(state_of(model), before)
+
+
+def test_heads_without_blocks_are_refused_and_blocks_may_be_skipped():
+    state = state_of(build())
+    model = build(seed=1)
+    heads = {key: value for key, value in state.items() if not key.startswith("transformer.")}
+    count = len(heads) - 1  # but position_ids
+    with pytest.raises(CheckpointError, match=rf"only {count} of its {count} tensors"):
+        load_checkpoint(model, heads)
+    report = load_checkpoint(model, state, skip=["transformer."])
+    assert set(report.loaded) == set(heads) - {POSITION_IDS}
+    assert "tensors loaded" in str(report)
+
+
+def test_the_state_of_a_training_is_no_model(tmp_path):
+    path = tmp_path / "training.pt"
+    state = dict.fromkeys(("version", "run", "step", "best", "optimizer", "schedule", "scaler"), 1)
+    torch.save({**state, "model": state_of(build())}, path)
+    for function in (lambda path: load_checkpoint(build(), path), config_of):
+        with pytest.raises(
+            CheckpointError, match=r"state of a training.* when the training has en"
+        ):
+            function(path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"its weights are in .*model\.safetensors"):
+        config_of(path)
+
+
+@pytest.fixture
+def lightning(monkeypatch):
+    """The modules of Lightning and of a training script, for as long as a file is written."""
+
+    class ModelCheckpoint:
+        pass
+
+    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    ModelCheckpoint.__module__, ModelCheckpoint.__qualname__ = module.__name__, "ModelCheckpoint"
+    module.ModelCheckpoint = ModelCheckpoint
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return ModelCheckpoint
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_file_of_lightning_that_names_classes_is_read(tmp_path, lightning, monkeypatch, zipped):
+    """As versions up to 1.4 wrote them, and those of ViLT and VLMo are; nothing is imported."""
+    source = build()
+    content = {
+        "epoch": 1,
+        "pytorch-lightning_version": "1.1.4",
+        "callbacks": {
+            lightning: {"monitor": "val/loss", "best_model_score": torch.tensor(0.5)},
+        },
+        "hyper_parameters": argparse.Namespace(lr=1e-4),
+        "state_dict": source.state_dict(),
+    }
+    path = tmp_path / "lightning.ckpt"
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    for name in [name for name in sys.modules if name.startswith("pytorch_lightning")]:
+        monkeypatch.delitem(sys.modules, name)
+    model = build(seed=1)
+    report = load_checkpoint(model, path, strict=True)
+    assert report.converted == ('wrapped in "state_dict"',)
+    assert_same_state(state_of(model), state_of(source))
+    assert config_of(path, text_capacity=20).dim == TINY.dim
+    assert not [name for name in sys.modules if name.startswith("pytorch_lightning")]
+    assert "ModelCheckpoint" not in str(torch.serialization.get_safe_globals())
 
 
 def test_a_missing_file_and_a_directory_are_told_apart(tmp_path):
@@ -850,6 +978,26 @@ def test_a_save_that_fails_leaves_no_trace(tmp_path, monkeypatch, suffix, existi
         model = build(seed=2)
         load_checkpoint(model, path, strict=True)
         assert_same_state(state_of(model), state_of(first))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_full_disk_is_an_error_of_the_operating_system(tmp_path, monkeypatch, suffix):
+    """As the two writers report it: not as OSError."""
+
+    def full(error):
+        def write(*args, **kwargs):
+            raise error
+
+        return write
+
+    monkeypatch.setattr(torch, "save", full(RuntimeError("PytorchStreamWriter failed\nmore")))
+    monkeypatch.setattr(checkpoint_module, "save_file", full(SafetensorError("No space left")))
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(b"older")
+    with pytest.raises(OSError, match=r"model\.\w+: could not be written \((Pytorch|No sp).*\)$"):
+        save_checkpoint(build(), path)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == b"older"
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])

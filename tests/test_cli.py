@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
+from vlmo import __version__
 from vlmo.cli import app, main
 from vlmo.kernels import BACKEND_NAMES, why_not
 
@@ -38,7 +41,7 @@ def test_help_does_not_import_torch():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demo", "--backend", "numpy"], "'numpy' is not one of"),
+        (["demo", "--backend", "numpy"], "'numpy' is not a backend"),
         (["demo", "--output", __file__], "exists"),
     ],
 )
@@ -66,6 +69,48 @@ def test_backend_that_cannot_run_is_refused_with_its_reason(tmp_path, monkeypatc
     assert exit_info.value.code == 2
     assert reason in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_bad_variable_is_refused_before_a_folder_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VLMO_KERNELS", "Triton")
+    monkeypatch.setattr(sys, "argv", ["vlmo", "demo", "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err.startswith("vlmo: VLMO_KERNELS: 'Triton' is not a backend")
+    assert not (tmp_path / "out").exists()
+
+
+def test_version():
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"vlmo {__version__}\n")
+
+
+def test_shell_completion_knows_the_commands(monkeypatch):
+    monkeypatch.setenv("_VLMO_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "vlmo e")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    result = CliRunner().invoke(app, [], prog_name="vlmo")
+    assert result.stdout.split() == ["evaluate"]
+
+
+def _commands() -> dict[tuple[str, ...], Any]:
+    found = {(name,): command for name, command in get_command(app).commands.items()}
+    bench = found["bench",]
+    return found | {("bench", name): command for name, command in bench.commands.items()}
+
+
+@pytest.mark.parametrize(
+    ("names", "command"),
+    [pytest.param(*item, id=" ".join(item[0])) for item in _commands().items()],
+)
+def test_help_shows_every_default(names, command):
+    """Rich drops a default that is written in brackets into the help text, as markup."""
+    page = CliRunner().invoke(app, [*names, "--help"], env={"COLUMNS": "300"}).stdout
+    for option in command.params:
+        assert "default:" not in (option.help or ""), f"{option.name}: use show_default="
+        if isinstance(option.show_default, str):
+            assert f"[default: ({option.show_default})]" in page
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,9 @@ def test_pre_training_joins_four_data_sets(pretraining):
     assert len(train) == 3 * (2 + 1 + 9 + 30)
     assert texts(train)[:4] == ["a dog", "an animal", "a cat", "a dog"]
     assert [level(train[n]) for n in (0, 1, 2, 3, 8, 124, 125)] == [10, 10, 20, 10, 20, 10, 20]
-    assert train.image_ids[:3] == [5, 5, 3]
-    assert train.image_ids[-3:] == ["a.jpg", "a.jpg", "b.jpg"]
+    # Ids of different data sets are different pictures; samples keep their own.
+    assert train.image_ids[:3] == ["coco/5", "coco/5", "coco/3"]
+    assert train.image_ids[-3:] == ["gcc/a.jpg", "gcc/a.jpg", "gcc/b.jpg"]
     assert train.fields(125) == {"text": "a cat", "image_id": "b.jpg"}
     assert train[0].keys() == {"image", "text", "image_id"}
     assert len(opened(pretraining, "pretrain", "val")) == 6  # coco and gcc
@@ -306,3 +307,193 @@ def test_training_augments_by_the_seed_of_the_draw(tmp_path):
     one, again, other = (data[Draw(0, seed)]["image"] for seed in (5, 5, 6))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
+
+
+def rewrite(folder: Path, stem: str, table: pa.Table, *, stream: bool = False) -> Path:
+    path = folder / f"{stem}.arrow"
+    kind = pa.RecordBatchStreamWriter if stream else pa.RecordBatchFileWriter
+    with pa.OSFile(str(path), "wb") as sink, kind(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1)
+    return path
+
+
+def replaced(columns: dict[str, list[Any]], **changes: Any) -> pa.Table:
+    """The table of some columns, of which some are Arrow's arrays."""
+    columns = {
+        name: [picture(v) if name.startswith("image") and name != "image_id" else v for v in values]
+        for name, values in columns.items()
+    }
+    return pa.table(columns | changes)
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "stems"),
+    [
+        ("retrieval", PAIRS, [f"{COCO}_val"]),
+        ("vqa", QUESTIONS, ["vqav2_rest_val"]),
+        ("nlvr2", STATEMENTS, ["nlvr2_dev", "nlvr2_test1"]),
+    ],
+)
+def test_streams_are_read_alike(tmp_path, task, columns, stems):
+    write(tmp_path, columns, *stems)
+    expected = list(opened(tmp_path, task, "val"))
+    for stem in stems:
+        rewrite(tmp_path, stem, replaced(columns), stream=True)
+    data = opened(tmp_path, task, "val")
+    assert len(data) == len(expected)
+    for sample, other in zip(data, expected, strict=True):
+        for name, value in other.items():
+            same = torch.equal(sample[name], value) if torch.is_tensor(value) else None
+            assert sample[name] == value if same is None else same
+
+
+def test_streams_are_mapped(tmp_path):
+    table = replaced(PAIRS | {"image": [10, 20]})
+    large = table.set_column(0, "image", pa.array([b"x" * 10**6] * 2))
+    rewrite(tmp_path, f"{COCO}_val", large, stream=True)
+    before = pa.total_allocated_bytes()
+    data = opened(tmp_path, "retrieval", "val")
+    assert data.fields(1)["text"] == "an animal"
+    assert pa.total_allocated_bytes() - before < 10**5
+
+
+def test_blank_and_missing_texts_are_left_out(tmp_path):
+    lists = [["a b", None], None, [], ["red"], ["\u200b"], ["two", "", " ", "三"]]
+    columns = {"image": [10, 20, 30, 40, 50, 60], "image_id": [*range(6)]}
+    table = replaced(columns, caption=pa.array(lists, pa.list_(pa.string())))
+    rewrite(tmp_path, f"{COCO}_val", table)
+    message = r"4 blank or missing texts are left out, in 1 files: coco_.*_val\.arrow \(4\)"
+    with pytest.warns(UserWarning, match=message):
+        data = opened(tmp_path, "retrieval", "val")
+    assert texts(data) == ["a b", "red", "two", "三"]
+    assert data.image_ids == [0, 3, 5, 5]
+    assert [level(data[n]) for n in range(4)] == [10, 40, 60, 60]
+    blank = replaced(PAIRS, caption=pa.array([[""], None], pa.list_(pa.string())))
+    rewrite(tmp_path, f"{COCO}_val", blank)
+    with (
+        pytest.warns(UserWarning, match="1 blank or missing"),
+        pytest.raises(ValueError, match=r"val\.arrow: holds no text"),
+    ):
+        opened(tmp_path, "retrieval", "val")
+
+
+def test_blank_questions_keep_their_answers(tmp_path):
+    changed = QUESTIONS | {"questions": [["", "how many?"], ["who?"]]}
+    write(tmp_path, changed, "vqav2_rest_val")
+    with pytest.warns(UserWarning, match="1 blank or missing texts"):
+        data = opened(tmp_path, "vqa", "val")
+    assert [data.fields(n)["question_id"] for n in range(2)] == [71, 80]
+    assert [data.fields(n)["answer_labels"] for n in range(2)] == [[1], [0]]
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "changes", "message"),
+    [
+        ("retrieval", PAIRS, {"image": ["a", "b"]}, ": image: string is not a picture in bytes"),
+        ("retrieval", PAIRS, {"image_id": [1.5, 2]}, ": image_id: double is not an integer or a"),
+        ("retrieval", PAIRS, {"image_id": [1, None]}, ", row 1: has no 'image_id'"),
+        (
+            "retrieval",
+            PAIRS,
+            {"caption": [[1], [2]]},
+            r": caption: list<.*> is not a list of texts",
+        ),
+        ("vqa", QUESTIONS, {"question_id": [[70], [80]]}, ", row 0: questions and question_id are"),
+        ("vqa", QUESTIONS, {"question_id": [[70, None], [80]]}, ", row 0: question_id: one is mis"),
+        ("vqa", QUESTIONS, {"question_id": [70, 80]}, ": question_id: int64 is not a list of"),
+        (
+            "vqa",
+            QUESTIONS,
+            {"answer_labels": [[[0, 2]], [[0]]]},
+            ", row 0: answer_labels and answers",
+        ),
+        (
+            "vqa",
+            QUESTIONS,
+            {"answer_scores": [[[1.0], [0.9]], [[0.6]]]},
+            ", row 0: answer_labels a",
+        ),
+        (
+            "vqa",
+            QUESTIONS,
+            {"answer_scores": [[[1.0, 0.3], [0.9]], [[7.0]]]},
+            ": answer_scores: so",
+        ),
+        (
+            "vqa",
+            QUESTIONS,
+            {"answers": [[["red"], ["2"]], [["red"]]]},
+            ", row 0: answer_labels and",
+        ),
+        ("vqa", QUESTIONS, {"answers": [[["red", None], ["2"]], [["r"]]]}, ", row 0: answers: one"),
+        ("vqa", QUESTIONS, {"answers": None}, ": lacks the columns answers"),
+        (
+            "nlvr2",
+            STATEMENTS,
+            {"answers": [["True"], ["True"]]},
+            ", row 0: questions and answers a",
+        ),
+        (
+            "nlvr2",
+            STATEMENTS,
+            {"answers": [["True", "no"], ["True"]]},
+            ": answers: 'no' is neither",
+        ),
+        ("nlvr2", STATEMENTS, {"identifier": ["a", None]}, ", row 1: has no 'identifier'"),
+    ],
+)
+def test_columns_that_do_not_fit(tmp_path, task, columns, changes, message):
+    table = replaced({k: v for k, v in columns.items() if k not in changes})
+    for name, values in changes.items():
+        if values is not None:
+            table = table.append_column(name, pa.array(values))
+    for stem in (f"{COCO}_val", "vqav2_rest_val", "nlvr2_dev", "nlvr2_test1"):
+        rewrite(tmp_path, stem, table)
+    with pytest.raises(ValueError, match=rf"\.arrow{message}"):
+        opened(tmp_path, task, "val")
+
+
+def test_missing_pictures_are_named(tmp_path):
+    table = replaced(PAIRS, image=pa.array([None, picture(20)]))
+    rewrite(tmp_path, f"{COCO}_val", table)
+    data = opened(tmp_path, "retrieval", "val")
+    assert level(data[2]) == 20
+    with pytest.raises(ValueError, match=r"val\.arrow, row 0: has no 'image'"):
+        data[0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_damaged_files(tmp_path, stream):
+    path = rewrite(tmp_path, f"{COCO}_val", replaced(PAIRS), stream=stream)
+    content = path.read_bytes()
+    # Offsets of the texts of the first row: 0, 5, 14.
+    place = content.index(b"\0\0\0\0\5\0\0\0\16\0\0\0")
+    damaged = content[: place + 8] + b"\xff\xff\xff\x7f" + content[place + 12 :]
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"val\.arrow, rows 0 to 0: caption is damaged"):
+        opened(tmp_path, "retrieval", "val")
+    for damaged in (b"", content[:3], content[: len(content) // 2]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"val\.arrow: is (not an|a damaged) Arrow file"):
+            opened(tmp_path, "retrieval", "val")
+
+
+def test_pictures_of_two_data_sets_are_different(tmp_path):
+    write(tmp_path, PAIRS, f"{COCO}_val", "f30k_caption_karpathy_val")
+    data = opened(tmp_path, "retrieval", "val", datasets=["coco", "f30k"])
+    assert data.image_ids == [*["coco/5"] * 2, "coco/3", *["f30k/5"] * 2, "f30k/3"]
+    assert [data[n]["image_id"] for n in range(6)] == [5, 5, 3, 5, 5, 3]
+
+
+def test_what_is_said_of_other_arrow_files(tmp_path):
+    write(tmp_path, PAIRS, "mine")
+    with pytest.raises(ValueError, match=r"1 Arrow files: mine\.arrow, none of them named as one"):
+        opened(tmp_path, "retrieval")
+    (tmp_path / "mine.arrow").unlink()
+    write(tmp_path, PAIRS, "vg", f"{COCO}_val")
+    with pytest.raises(FileNotFoundError, match=r"\(--datasets\).* here are files of coco, vg"):
+        opened(tmp_path, "pretrain")
+    (tmp_path / "._vg.arrow").write_bytes(b"junk")
+    assert len(opened(tmp_path, "pretrain", datasets=["vg"])) == 3
+    with pytest.raises(ValueError, match=r"vg\.arrow is not a file of .*: give the folder"):
+        opened(tmp_path / "vg.arrow", "pretrain")

@@ -78,7 +78,8 @@ def test_captions_of_json_lines(folder, task):
     assert data.image_ids == ["images/0.png", "images/1.png", "images/1.png", "77"]
     assert data[3].keys() == {"image", "text", "image_id"}
     assert data[3]["image_id"] == "77"
-    assert data.answers is data.keys is data.groups is None
+    assert data.answers is data.groups is None
+    assert data.keys.tolist() == [0, 1, 1, 2]
     with pytest.raises(IndexError, match="4 of 4"):
         data[4]
 
@@ -106,7 +107,7 @@ def test_parquet_is_read_alike(folder, task):
     lines = opened(write_jsonl(folder / "data.jsonl", records), task)
     assert data.answers == lines.answers
     assert [*map(data.fields, range(len(data)))] == [*map(lines.fields, range(len(lines)))]
-    with pytest.raises(ValueError, match=r"data\.parquet, row 1: has no '(caption|question)'"):
+    with pytest.raises(ValueError, match=r"data\.parquet, row 1: has no '(text|question)'"):
         opened(folder / "data.parquet", "textmlm" if task != "pretrain" else "vqa")
 
 
@@ -115,7 +116,7 @@ def test_folder_of_splits(folder):
     pq.write_table(pa.Table.from_pylist(CAPTIONS[:1]), folder / "val.parquet")
     assert len(opened(folder, "pretrain")) == 4
     assert len(opened(str(folder), "pretrain", "val")) == 1
-    with pytest.raises(FileNotFoundError, match=r"has no test\.jsonl or test\.parquet"):
+    with pytest.raises(FileNotFoundError, match=r"has no test\.jsonl, test\.json, .* or test\.p"):
         opened(folder, "pretrain", "test")
     write_jsonl(folder / "val.jsonl", CAPTIONS)
     with pytest.raises(ValueError, match=r"has val\.jsonl and val\.parquet"):
@@ -241,8 +242,8 @@ def test_plain_text(tmp_path):
     with pytest.raises(ValueError, match=r"blank\.txt: holds no text"):
         opened(tmp_path / "blank.txt", "textmlm")
     (tmp_path / "latin.txt").write_bytes("ok\nü".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin\.txt: text 2 is not UTF-8"):
-        opened(tmp_path / "latin.txt", "textmlm")[1]
+    with pytest.raises(ValueError, match=r"latin\.txt, line 2: is not UTF-8"):
+        opened(tmp_path / "latin.txt", "textmlm")
 
 
 def test_folder_of_pictures(folder):
@@ -255,7 +256,7 @@ def test_folder_of_pictures(folder):
     assert [level(data[n]) for n in range(4)] == [0, 50, 50, 100]
     assert opened(source, "textmlm")[2] == {"text": "dark"}
     (source / "1.txt").write_bytes("ü".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"1\.txt: is not UTF-8"):
+    with pytest.raises(ValueError, match=r"1\.txt, line 1: is not UTF-8"):
         opened(source, "retrieval")
     (source / "1.txt").write_text("\n")
     with pytest.raises(ValueError, match=r"1\.txt: holds no caption"):
@@ -264,8 +265,10 @@ def test_folder_of_pictures(folder):
     with pytest.raises(FileNotFoundError, match=r"1 pictures have no .txt of captions: .*1\.png"):
         opened(source, "retrieval")
     (source / "1.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"0\.png: has no 'question'"):
-        opened(source, "vqa")
+    with pytest.raises(
+        FileNotFoundError, match=r"3 pictures but no records; vqa needs .*/test\.jsonl"
+    ):
+        opened(source, "vqa", "test")
 
 
 def test_folder_of_pictures_with_splits(folder):
@@ -307,14 +310,14 @@ def test_damaged_pictures_are_named(folder):
         ("pretrain", {"image": 3, "caption": "x"}, "image: 3 is not a path"),
         ("pretrain", {"image": "images/0.png", "caption": [1]}, r"caption: \[1\] is not a text"),
         ("pretrain", {"image": "images/0.png", "caption": []}, r"caption: \[\] is not a text"),
-        ("pretrain", CAPTIONS[0] | {"image_id": 1.5}, "image_id: 1.5 is not a number or a text"),
+        ("pretrain", CAPTIONS[0] | {"image_id": 1.5}, "image_id: 1.5 is not an integer or a text"),
         ("vqa", QUESTIONS[0] | {"answer": 2}, r"answer: 2 is not made of texts"),
         ("vqa", QUESTIONS[0] | {"answer": []}, r"answer is empty"),
         ("vqa", QUESTIONS[0] | {"answer": None}, "has no 'answer'"),
         ("vqa", QUESTIONS[0] | {"answers": {"a": 2}}, "answers gives 'a' the score 2"),
         ("nlvr2", STATEMENTS[0] | {"label": "maybe"}, "label: 'maybe' is neither"),
         ("nlvr2", {"image_0": "images/0.png", "statement": "x", "label": 1}, "has no 'image_1'"),
-        ("textmlm", {"words": "x"}, "has no 'caption'"),
+        ("textmlm", {"words": "x"}, "has no 'text', only 'words'"),
     ],
 )
 def test_records_that_do_not_fit(folder, task, record, message):
@@ -332,7 +335,7 @@ def test_files_that_are_not_what_they_seem(tmp_path):
     with pytest.raises(ValueError, match=r"b\.jsonl, line 1: \[1\] is not a JSON object"):
         opened(tmp_path / "b.jsonl", "textmlm")
     (tmp_path / "b.jsonl").write_bytes('{"text": "x"}\n{"text": "ü"}\n'.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"b\.jsonl, line 2: is not JSON"):
+    with pytest.raises(ValueError, match=r"b\.jsonl, line 2: is not UTF-8"):
         opened(tmp_path / "b.jsonl", "textmlm")
     (tmp_path / "c.parquet").write_text("no parquet")
     with pytest.raises(ValueError, match=r"c\.parquet: is not a Parquet file"):
@@ -345,9 +348,9 @@ def test_files_that_are_not_what_they_seem(tmp_path):
 def test_sources_that_cannot_be_read(folder):
     with pytest.raises(FileNotFoundError, match=r"source: .*absent does not exist"):
         opened(folder / "absent", "pretrain")
-    (folder / "data.csv").write_text("x")
-    with pytest.raises(ValueError, match=r"data\.csv is not a file of \.jsonl, \.parquet for vqa"):
-        opened(folder / "data.csv", "vqa")
+    (folder / "data.xml").write_text("x")
+    with pytest.raises(ValueError, match=r"data\.xml is not a file of \.jsonl, .* for vqa"):
+        opened(folder / "data.xml", "vqa")
     path = write_jsonl(folder / "pairs.jsonl", CAPTIONS)
     with pytest.raises(ValueError, match=r"datasets: \['coco'\]"):
         opened(path, "pretrain", datasets=["coco"])

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import io
 import random
+import struct
+import warnings
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from vlmo.data.transforms import (
     _OPERATIONS,
     AREA,
     ASPECT,
     SquareTransform,
+    as_rgb,
     random_augment,
     random_crop,
     read_image,
@@ -230,6 +234,220 @@ def test_grey_pictures_of_any_depth():
         assert (out == grey[..., None]).all()
     one_bit = read_image(content(Image.fromarray(grey > 100)), "x")
     assert set(pixels(one_bit).ravel()) == {0, 255}
+
+
+def tiff(values, dtype) -> bytes:
+    return content(Image.fromarray(np.array([values], dtype)), "TIFF")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values", "expected"),
+    [
+        (np.float32, [0, 0.25, 0.5, 1], [0, 64, 128, 255]),
+        (np.float64, [0, 0.001, 0.002, 0.003], [0, 0, 1, 1]),
+        (np.float32, [0, 63.4, 127.6, 255], [0, 63, 128, 255]),
+        (np.float32, [0, 0, 0, 0], [0, 0, 0, 0]),
+        (np.float32, [0, 1, 2, 2], [0, 1, 2, 2]),
+        (np.uint16, [0, 255, 256, 65535], [0, 0, 1, 255]),
+        (np.int16, [0, 256, 512, 32767], [0, 1, 2, 127]),
+        (np.int32, [0, 1, 128, 255], [0, 1, 128, 255]),
+        (np.int32, [0, 256, 32768, 65535], [0, 1, 128, 255]),
+        (np.uint32, [0, 256, 32768, 65535], [0, 1, 128, 255]),
+        (np.int8, [0, 1, 2, 127], [0, 1, 2, 127]),
+        (bool, [0, 1, 1, 0], [0, 255, 255, 0]),
+    ],
+)
+def test_levels_of_wide_types(dtype, values, expected):
+    out = pixels(read_image(tiff(values, dtype), "x"))
+    assert out.tolist() == [[[level] * 3 for level in expected]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values", "message"),
+    [
+        (np.float32, [0, np.nan], "a grey level is not finite"),
+        (np.float32, [0, np.inf], "a grey level is not finite"),
+        (np.float32, [-0.5, 0.5], "grey levels from -0.5 to 0.5 are not those of 0..1 or 0..255"),
+        (np.float32, [0, 300], "grey levels from 0 to 300 are not"),
+        (np.float32, [0, 1.5], "grey levels from 0 to 1.5 are not"),
+        (np.int16, [-1, 5], "grey levels from -1 to 5 are not those of 0..255 or 0..65535"),
+        (np.int32, [0, 70000], "grey levels from 0 to 70000 are not"),
+        (np.uint32, [0, 2**32 - 1], "grey levels from -1 to 0 are not"),
+    ],
+)
+def test_levels_of_no_known_range_are_refused(dtype, values, message):
+    with pytest.raises(ValueError, match=f"photo 7: .*{message}"):
+        read_image(tiff(values, dtype), "photo 7")
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16L", "I;16B", "I"])
+def test_byte_orders_of_grey_levels(mode):
+    image = Image.new(mode, (2, 1), 0x1234)
+    assert pixels(as_rgb(image)).tolist() == [[[0x12] * 3] * 2]
+
+
+def test_every_mode_of_pillow_becomes_rgb():
+    """Of a red picture, or of its grey level, whatever holds it."""
+    red, grey = Image.new("RGB", (2, 2), (200, 0, 0)), Image.new("L", (2, 2), 60)
+    for mode in ("P", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"):
+        assert abs(pixels(as_rgb(red.convert(mode))) - (200, 0, 0)).max() <= 4, mode
+    assert (pixels(as_rgb(red.convert("RGBA").convert("RGBa"))) == (200, 0, 0)).all()
+    assert abs(pixels(as_rgb(Image.new("LAB", (2, 2), (255, 128, 128)))) - 255).max() <= 1
+    for image in (grey, grey.convert("LA"), grey.convert("LA").convert("La"), grey.convert("PA")):
+        assert (pixels(as_rgb(image)) == 60).all(), image.mode
+    assert (pixels(as_rgb(Image.new("1", (2, 2), 1))) == 255).all()
+    for image in (Image.new("LA", (1, 1), (0, 0)), Image.new("La", (1, 1), (0, 0))):
+        assert (pixels(as_rgb(image)) == 255).all(), "transparent"
+    copy = as_rgb(red)
+    copy.putpixel((0, 0), (1, 2, 3))
+    assert red.getpixel((0, 0)) == (200, 0, 0)
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+def test_pictures_without_pixels_are_refused(size):
+    with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} pixels are no image"):
+        as_rgb(Image.new("RGB", size))
+
+
+def entries(*tags: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF of (tag, type, count, four bytes of value), as a file holds it."""
+    body = b"".join(struct.pack("<HHI", *tag[:3]) + tag[3] for tag in tags)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(tags)) + body + b"\0" * 4
+
+
+TURNED = (0x0112, 3, 1, b"\x06\0\0\0")
+
+
+@pytest.mark.parametrize(
+    ("exif", "turned"),
+    [
+        (entries(TURNED), True),
+        (entries((0x010F, 3, 1, b"\x05\0\0\0"), TURNED), True),  # the maker, as a number
+        (entries((0x011A, 2, 4, b"72\0\0"), TURNED), True),  # the resolution, as a text
+        (entries((0x0102, 9, 1, b"\xff" * 4), TURNED), True),
+        (entries(TURNED, (0x8769, 4, 1, b"\xff\xff\0\0")), True),  # an IFD beyond the end
+        (entries((0x0112, 3, 1, b"\x09\0\0\0")), False),
+        (entries((0x0112, 3, 1, b"\0\0\0\0")), False),
+        (entries((0x0112, 2, 4, b"six\0")), False),
+        (entries((0x0112, 7, 4, b"\x06\0\0\0")), False),
+        (entries((0x0112, 99, 1, b"\x06\0\0\0")), False),
+        (entries(TURNED)[:-12], False),
+        (b"Exif\0\0II*\0\xff\xff\xff\x7f", False),
+        (b"Exif\0\0garbage", False),
+        (b"Exif\0\0", False),
+    ],
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_matters_for_its_orientation_only(kind, exif, turned):
+    plain = content(
+        noise(10, 20), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {})
+    )
+    upright = pixels(read_image(content(noise(10, 20), kind, lossless=True), "x"))
+    expected = np.rot90(upright, -1) if turned else upright
+    assert np.array_equal(pixels(read_image(plain, "x")), expected)
+
+
+@pytest.mark.parametrize(
+    ("told", "turned"), [('tiff:Orientation="6"', True), ('tiff:Orientation="9"', False)]
+)
+def test_orientation_by_xmp(told, turned):
+    xmp = f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description {told}/></x:xmpmeta>'
+    out = pixels(read_image(content(noise(10, 20), "JPEG", xmp=xmp.encode()), "x"))
+    upright = pixels(read_image(content(noise(10, 20), "JPEG"), "x"))
+    assert np.array_equal(out, np.rot90(upright, -1) if turned else upright)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_of_tiffs_and_pngs(orientation, dtype):
+    levels = np.array([[0, 256, 512], [1024, 2048, 4096]])
+    levels = (levels / 4096).astype(dtype) if dtype == np.float32 else levels.astype(dtype)
+    image, exif = Image.fromarray(levels), Image.Exif()
+    exif[0x0112] = orientation
+    turns = {
+        1: lambda a: a,
+        2: np.fliplr,
+        3: lambda a: np.rot90(a, 2),
+        4: np.flipud,
+        5: lambda a: a.swapaxes(0, 1),
+        6: lambda a: np.rot90(a, -1),
+        7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+        8: np.rot90,
+    }
+    expected = turns[orientation](pixels(as_rgb(image)))
+    for kind in ("TIFF", "PNG"):
+        if kind == "TIFF" or dtype != np.float32:
+            out = pixels(read_image(content(image, kind, exif=exif), "x"))
+            assert np.array_equal(out, expected), kind
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_frame_is_read(kind):
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "lime", "blue")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    file = content(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert Image.open(io.BytesIO(file)).n_frames == 3
+    assert (pixels(read_image(file, "x")) == (255, 0, 0)).all()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize(
+    ("note", "readable"),
+    [
+        (chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2**21))), False),
+        (chunk(b"iTXt", b"Comment\0\1\0\0\0" + zlib.compress(bytes(2**21))), False),
+        (chunk(b"iCCP", b"p\0\0" + zlib.compress(bytes(2**21))), False),
+        (chunk(b"tEXt", b"Comment\0" + bytes(2**21)), True),
+        (chunk(b"iCCP", b"p\0\0nonsense"), True),
+        (chunk(b"tIME", b"now")[:-1] + b"!", False),  # the checksum
+    ],
+)
+def test_what_a_png_tells_beside_its_pixels_may_be_huge_or_damaged(note, readable):
+    plain = content(noise(10, 20), exif=entries(TURNED))
+    expected = pixels(read_image(plain, "x"))
+    for place in (33, len(plain) - 12):  # before the pixels, and behind them
+        file = plain[:place] + note + plain[place:]
+        assert np.array_equal(pixels(read_image(file, "x")), expected)
+    with pytest.raises(ValueError, match="x: the image cannot be read"):
+        read_image(plain[:33] + note + plain[33:-100], "x")
+    if not readable:
+        with pytest.raises((ValueError, SyntaxError, OSError)):
+            Image.open(io.BytesIO(plain[:33] + note + plain[33:])).load()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP"])
+def test_truncated_pictures_are_errors_whatever_other_libraries_want(kind, monkeypatch):
+    file = content(noise(50, 50), kind)
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    read_image(file, "x")
+    with pytest.raises(ValueError, match=r"x: (the image cannot be read|is no image)"):
+        read_image(file[: len(file) // 2], "x")
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def test_pictures_that_would_fill_the_memory_are_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    file = content(Image.new("L", (30, 10)))
+    with pytest.raises(ValueError, match=r"photo 7: the image has too many pixels: .*300 pixels"):
+        read_image(file, "photo 7")
+
+
+def test_pillow_s_warnings_do_not_reach_the_user(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    palette = Image.new("P", (15, 10))
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        read_image(content(palette, transparency=b"\0\x80"), "x")  # and more than 100 pixels
+        read_image(content(noise(9, 9), "JPEG", exif=entries(TURNED)[:-12]), "x")
+        with pytest.raises(ValueError, match="cannot be read"):
+            read_image(content(noise(9, 9), "TIFF")[:-60], "x")
+        assert not caught
+        warnings.warn("of others", UserWarning, stacklevel=1)
+        assert len(caught) == 1
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
+import os
 import re
+import signal
+import sys
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from vlmo.cli import app
+from vlmo.cli import app, main
 from vlmo.demo import program
 from vlmo.loading import load_model
 from vlmo.parity import Deviation, check_backends
 from vlmo.retrieval import Recall
+from vlmo.training import trainer
 from vlmo.training.logs import read_table
 
 CPU = torch.device("cpu")
@@ -98,6 +102,31 @@ def test_demo_fails_when_a_kernel_or_the_retrieval_does(tmp_path, monkeypatch):
     assert "All checks passed" not in words
     metrics = json.loads((tmp_path / "retrieval.json").read_text())
     assert metrics["judged"] and metrics["failures"]
+
+
+def test_interrupted_demo_exits_with_130_and_goes_on(tmp_path, monkeypatch, capsys):
+    arguments = ["demo", "--steps", "2", "--device", "cpu", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["vlmo", *arguments])
+    monkeypatch.setattr(program, "check_backends", lambda *_, **__: [])
+    backward = trainer.backward
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return backward(*args, **kwargs)
+
+    with monkeypatch.context() as context:
+        context.setattr(trainer, "backward", interrupted)
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+    assert exit_info.value.code == 130
+    error = capsys.readouterr().err
+    assert (
+        error.startswith("vlmo: stopped by signal 2 after step 1 of 2") and "\n" not in error[:-1]
+    )
+    monkeypatch.setattr(program, "_search", lambda *_: [])
+    main_exit = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert main_exit.exit_code == 0
+    assert "step 1 of 2" in main_exit.output
 
 
 def test_reference_passes_parity_with_several_seeds():

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,27 @@ def test_precedence(monkeypatch):
 def test_use_backend_is_undone_by_an_exception():
     with pytest.raises(KeyError), use_backend("reference"):
         raise KeyError
+    assert requested(None) is None
+
+
+def test_overlapping_blocks_of_two_threads_leave_nothing_behind():
+    first, second = threading.Event(), threading.Event()
+
+    def holds_reference():
+        with use_backend("reference"):
+            first.set()
+            assert second.wait(60)
+
+    thread = threading.Thread(target=holds_reference)
+    thread.start()
+    assert first.wait(60)
+    block = use_backend("cpu")
+    with pytest.warns(UserWarning, match=r"another thread is inside use_backend\('reference'\)"):
+        block.__enter__()
+    second.set()
+    thread.join()
+    assert requested(None) == "cpu"  # the block that is still open
+    block.__exit__(None, None, None)
     assert requested(None) is None
 
 

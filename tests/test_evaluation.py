@@ -1,6 +1,7 @@
 """Metrics by hand, from direct calls of the model, and from two processes."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,20 @@ import torch
 from torch import nn
 
 import evaluation_cases
-from evaluation_cases import HEADS, TOKENIZER, First, digits, model_of, results
+from evaluation_cases import (
+    HEADS,
+    TINY,
+    TOKENIZER,
+    Damaged,
+    First,
+    damaged,
+    digits,
+    model_of,
+    results,
+)
 from processes import in_ranks
 from vlmo import evaluation, objectives
-from vlmo.data import ANSWERS, collate, open_data
+from vlmo.data import ANSWERS, BadSample, Draw, TextTokenizer, collate, open_data, train_wordpiece
 from vlmo.data.draws import hashed
 from vlmo.evaluation import evaluate, gallery_of
 from vlmo.retrieval import Embeddings, encode, recall_at
@@ -268,6 +279,160 @@ def test_autocast_rounds(task):
         if name.endswith("loss"):
             assert rounded[name] != exact[name]
             assert rounded[name] == pytest.approx(exact[name], rel=0.1)
+
+
+class Chosen(torch.utils.data.Dataset):
+    """Some samples of a data set."""
+
+    def __init__(self, dataset, rows: list[int]):
+        self.dataset, self.rows, self.answers = dataset, rows, dataset.answers
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, item) -> dict:
+        return self.dataset[self.rows[Draw.of(item).index]]
+
+
+BAD = (3, 4, 5, 6, 8)  # of 11 samples: the whole second batch of four, and one of the third
+GOOD = [row for row in range(11) if row not in BAD]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("task", ["vqa", "nlvr2", "retrieval"])
+def test_without_bad_samples_the_metrics_are_those_of_the_others(capfd, task, workers):
+    model, options = model_of(HEADS[task]), {"batch_size": 4, "workers": workers}
+    if task == "retrieval":
+        options["rerank"] = 3
+    found = evaluate(model, damaged(task, *BAD), TOKENIZER, task, on_bad_sample="skip", **options)
+    assert found.pop("skipped") == 5
+    said = capfd.readouterr().err
+    assert said.startswith("vlmo: 5 samples are left out, which cannot be read:\n")
+    assert [f"picture {row} is damaged" in said for row in range(11)] == [
+        n in BAD for n in range(11)
+    ]
+    expected = evaluate(model, Chosen(digits(task), GOOD), TOKENIZER, task, **options)
+    assert found == pytest.approx(expected, rel=1e-5)
+    whole = evaluate(model, digits(task), TOKENIZER, task, on_bad_sample="skip", **options)
+    assert whole == evaluate(model, digits(task), TOKENIZER, task, **options)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("task", HEADS)
+def test_a_bad_sample_is_an_error_with_its_own_words(task, workers):
+    with pytest.raises(BadSample, match=r"^picture 8 is damaged$"):
+        evaluate(model_of(HEADS[task]), damaged(task, 8), TOKENIZER, task, workers=workers)
+    with pytest.raises(ValueError, match="on_bad_sample: 'replace' is not one of"):
+        evaluate(*(model_of(HEADS[task]), digits(task), TOKENIZER, task), on_bad_sample="replace")
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_nothing_but_bad_samples_is_an_error(task):
+    dataset = damaged(task, *range(11))
+    with pytest.raises(ValueError, match="no sample can be read, the first because of picture"):
+        evaluate(
+            *(model_of(HEADS[task]), dataset, TOKENIZER, task),
+            batch_size=4,
+            on_bad_sample="skip",
+        )
+
+
+def test_a_bad_image_leaves_out_its_texts(capfd):
+    ids = ["b", "b", "a", 7, "b"]
+
+    class Telling(Damaged):
+        bad = (0,)
+        image_ids = ids
+
+        def text(self, index: int) -> str:
+            return self.dataset[index]["text"]
+
+    scenes = open_data("digits", "retrieval", "val", image_size=32)
+    model = model_of(HEADS["retrieval"])
+    found = evaluate(
+        *(model, Telling(scenes, 5, image_id=ids), TOKENIZER, "retrieval"), on_bad_sample="skip"
+    )
+    assert found.pop("skipped") == 3
+    assert capfd.readouterr().err.count("picture 0 is damaged") == 3
+    others = Chosen(digits("retrieval", 5, image_id=ids), [2, 3])
+    assert found == evaluate(model, others, TOKENIZER, "retrieval")
+
+
+def test_a_text_that_cannot_be_read_leaves_out_itself(capfd):
+    class Telling(First):
+        image_ids = ("b", "b", "a")
+
+        def text(self, index: int) -> str:
+            if index == 0:
+                raise BadSample("text 0 is not UTF-8", 0)
+            return f"a {index}"
+
+    dataset = Telling(open_data("digits", "retrieval", "val", image_size=32), 3)
+    with pytest.raises(BadSample, match="text 0 is not UTF-8"):
+        gallery_of(dataset, TOKENIZER)
+    found = evaluate(model_of(("irtr",)), dataset, TOKENIZER, "retrieval", on_bad_sample="skip")
+    assert found["skipped"] == 1
+    assert "text 0 is not UTF-8" in capfd.readouterr().err
+
+
+def test_a_sample_left_alone_in_its_batch_has_no_negative(capfd):
+    dataset, model = damaged("pretrain", size=4), model_of(HEADS["pretrain"])
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(0)).tolist()
+    dataset.bad = (order[0],)
+    options = {"batch_size": 2, "on_bad_sample": "skip"}
+    found = evaluate(model, dataset, TOKENIZER, "pretrain", **options)
+    assert found.pop("skipped") == 2
+    assert "is left without a negative in its batch" in capfd.readouterr().err
+    assert all(math.isfinite(value) for value in found.values())
+    # With contrast and masked words alone it counts.
+    model = model_of(("mlm", "itc"))
+    assert evaluate(model, dataset, TOKENIZER, "pretrain", **options)["skipped"] == 1
+
+
+def test_a_file_of_answers_tells_what_it_lacks(tmp_path, capfd):
+    dataset = damaged("vqa", *BAD, question_id=range(100, 111))
+    path = tmp_path / "answers.json"
+    evaluate(
+        *(model_of(("vqa",)), dataset, TOKENIZER, "vqa"),
+        batch_size=4,
+        predictions=path,
+        on_bad_sample="skip",
+    )
+    rows = json.loads(path.read_text())
+    assert [row["question_id"] for row in rows] == [100 + row for row in GOOD]
+    said = capfd.readouterr().err
+    assert f"vlmo: {path} lacks 5 samples: 103, 104, 105, 106, 108\n" in said
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("retrieval", "itc_text_proj"),
+        ("retrieval", "itm_score"),
+        ("vqa", "vqa_classifier.3"),
+        ("nlvr2", "nlvr2_classifier.3"),
+        ("pretrain", "itc_image_proj"),
+        ("textmlm", "mlm_score.decoder"),
+    ],
+)
+def test_outputs_that_are_not_finite_are_never_a_metric(task, name, tmp_path):
+    model = model_of(HEADS[task])
+    with torch.no_grad():
+        for parameter in model.get_submodule(name).parameters():
+            parameter.fill_(math.nan)
+    options = {"rerank": 3} if task == "retrieval" else {}
+    path = tmp_path / "answers"
+    if task in ("vqa", "nlvr2"):
+        options["predictions"] = path
+    with pytest.raises(FloatingPointError, match="outputs are NaN or infinite"):
+        evaluate(model, digits(task), TOKENIZER, task, **options)
+    assert not path.exists()
+
+
+def test_a_vocabulary_of_another_number_is_refused():
+    other = TextTokenizer(train_wordpiece(["a"], 6), 12)
+    with pytest.raises(ValueError, match=f"has 6 tokens, the model has {TINY.vocab_size}"):
+        evaluate(model_of(("vqa",)), digits("vqa"), other, "vqa")
 
 
 @pytest.fixture(scope="module")

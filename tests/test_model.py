@@ -243,6 +243,13 @@ def test_bad_input(message):
         (dict(image_size=40), "image_size: 40 is not a multiple of patch_size 16"),
         (dict(vl_start=4), r"vl_start: 4 is not within 0\.\.depth"),
         (dict(drop_path=1.0), "drop_path: 1.0 is not within"),
+        (dict(dim=0), "dim: 0 is not a positive integer"),
+        (dict(dim=24.0), "dim: 24.0 is not a positive integer"),
+        (dict(vocab_size=-1), "vocab_size: -1 is not a positive integer"),
+        (dict(image_size=0), "image_size: 0 is not a positive integer"),
+        (dict(mlp_ratio=0.01), "mlp_ratio: 0.01 times dim 24 is below 1"),
+        (dict(mlp_ratio=float("nan")), "mlp_ratio: nan times dim"),
+        (dict(layer_scale=float("inf")), "layer_scale: inf is not finite"),
         (dict(max_text_length=9), "max_text_length: 9 exceeds text_capacity 8"),
     ],
 )

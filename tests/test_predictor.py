@@ -1,5 +1,6 @@
 """Predictions beside direct calls of the model, and what is refused."""
 
+import io
 import json
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ from evaluation_cases import TINY, TOKENIZER, model_of
 from vlmo import Predictor, save_checkpoint
 from vlmo.data import ANSWERS, load_vocabulary, train_wordpiece
 from vlmo.loading import load_model
+from vlmo.sequences import Packed
 
 ALL = ("itc", "itm", "vqa", "nlvr2")
 TEXTS = ["a one", "two fives left of a one", "a three above a seven", "a nine", "a two"]
@@ -83,6 +85,226 @@ def test_images_in_every_form_are_the_same(predictor, pictures):
         torch.testing.assert_close(predictor.embed_images(image), expected[:1])
 
 
+def test_files_and_their_bytes_are_images_as_well(predictor, pictures):
+    paths = pictures[:2]
+    expected = predictor.embed_images(paths)
+    contents = [path.read_bytes() for path in paths]
+    with open(paths[0], "rb") as first, open(paths[1], "rb") as second:
+        for images in (contents, [first, io.BytesIO(contents[1])], np.array([*map(str, paths)])):
+            assert torch.equal(predictor.embed_images(images), expected)
+        second.seek(0)
+        for image in (contents[1], second, np.array(str(paths[1]))):
+            torch.testing.assert_close(predictor.embed_images(image), expected[1:])
+    with open(paths[0], encoding="latin-1") as text, pytest.raises(ValueError, match="for bytes"):
+        predictor.embed_images(text)
+    with pytest.raises(ValueError, match=r"images\[1\]: is no image of a known format"):
+        predictor.embed_images([contents[0], b"no picture"])
+
+
+def test_an_image_that_is_opened_but_not_read_may_come_often(predictor, pictures):
+    """Pillow reads it when it is first used, by as many threads as decode."""
+    expected = predictor.embed_images([pictures[4]] * 8)
+    with Image.open(pictures[4]) as image:
+        assert torch.equal(predictor.embed_images([image] * 8), expected)
+
+
+def test_arrays_of_any_strides_are_their_pixels(predictor):
+    pixels = np.random.default_rng(2).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    flipped = pixels[::-1, ::2, ::-1]
+    expected = predictor.embed_images(np.ascontiguousarray(flipped))
+    assert torch.equal(predictor.embed_images(flipped), expected)
+    grey = pixels[..., :1]
+    expected = predictor.embed_images(grey[..., 0])
+    assert torch.equal(predictor.embed_images(grey), expected)
+    assert torch.equal(predictor.embed_images(grey[None]), expected)
+
+
+def test_texts_in_every_form_are_the_same(predictor):
+    said = TEXTS[:2]
+    expected = predictor.embed_texts(said)
+    forms = [tuple(said), iter(said), (text for text in said), np.array(said)]
+    forms += [np.array(said, dtype=object), dict.fromkeys(said).keys(), [np.str_(t) for t in said]]
+    for texts in forms:
+        assert torch.equal(predictor.embed_texts(texts), expected)
+    for text in (said[0], np.str_(said[0]), np.array(said[0]), [said[0]]):
+        torch.testing.assert_close(predictor.embed_texts(text), expected[:1])
+    assert predictor.embed_texts(np.array([], dtype=str)).shape == (0, TINY.dim)
+
+
+def test_texts_of_a_series_are_its_values(predictor):
+    """pandas has no part in our tests: what counts is that iterating gives the values."""
+
+    class Series:
+        def __init__(self, values):
+            self.values = values
+
+        def __getitem__(self, key):
+            raise KeyError(key)  # by label
+
+        def __len__(self):
+            return len(self.values)
+
+        def __iter__(self):
+            return iter(self.values)
+
+    assert torch.equal(predictor.embed_texts(Series(TEXTS)), predictor.embed_texts(TEXTS))
+
+
+def test_a_blank_text_is_taken_with_a_warning(predictor):
+    with pytest.warns(UserWarning, match=r"texts\[1\]: the text is blank"):
+        found = predictor.embed_texts(["a one", "  "])
+    assert found.shape == (2, TINY.dim)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (None, "texts: None is none"),
+        (3, "texts: 3 is none"),
+        (b"a one", "texts: b'a one' is no text; decode"),
+        (["a", b"a one"], r"texts\[1\]: b'a one' is no text; decode"),
+        (np.array([b"a one"]), r"texts: an array of \|S5 \(1,\) is none"),
+        (["a", None], r"texts\[1\]: None is not a text"),
+        (["a", float("nan")], r"texts\[1\]: nan is not a text"),
+        (["a", ["b"]], r"texts\[1\]: list is not a text"),
+        (np.array([["a"]]), r"texts: an array of <U1 \(1, 1\)"),
+        (np.zeros(2), r"texts: an array of float64 \(2,\)"),
+        ({"a": 1}, "texts: a dict has no order"),
+        ({"a"}, "texts: a set has no order"),
+        (["a", "b\ud800"], r"texts\[1\]: 'b\\ud800' is no valid Unicode: surrogates"),
+    ],
+)
+def test_what_is_no_text_is_refused(predictor, texts, message):
+    with pytest.raises(ValueError, match=message):
+        predictor.embed_texts(texts)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (None, "images: None is none"),
+        ([None], r"images\[0\]: None is neither"),
+        (torch.zeros(3, 4, 4), "images: a Tensor is not taken"),
+        (torch.tensor(3), "images: a Tensor is not taken"),
+        (np.zeros((0, 0), np.uint8), r"images: \(0, 0\) is an image without a pixel"),
+        (np.zeros((0, 4, 3), np.uint8), r"images: \(0, 4, 3\) is an image without a pixel"),
+        (np.zeros((2, 4, 0, 3), np.uint8), r"images\[0\]: \(4, 0, 3\) is an image without"),
+        (Image.new("RGB", (0, 3)), r"images: \(0, 3\) is an image without a pixel"),
+        (np.zeros((3, 4, 5), np.uint8), r"images: uint8 \(3, 4, 5\) is not uint8 \[H, W\]"),
+        (np.zeros((4, 4), bool), r"images: bool \(4, 4\) is not"),
+        (np.zeros((4, 4, 3), np.int64), r"images: int64"),
+        (np.array(3, np.uint8), r"images: uint8 \(\) is not"),
+        ({"a.png"}, "images: a set has no order"),
+        ([["a.png"]], r"images\[0\]: list is neither"),
+    ],
+)
+def test_what_is_no_image_is_refused(predictor, images, message):
+    with pytest.raises(ValueError, match=message):
+        predictor.embed_images(images)
+
+
+def test_no_images_are_no_images(predictor):
+    assert predictor.embed_images(np.zeros((0, 4, 4, 3), np.uint8)).shape == (0, TINY.dim)
+
+
+def test_one_question_is_about_one_image(predictor, pictures):
+    [expected] = predictor.answer(pictures[0], "a one")
+    assert predictor.answer([pictures[0]], ["a one"]) == [expected]
+    for image, question, counts in (
+        (pictures[:2], "a one", "2 images and 1 questions"),
+        (pictures[0], TEXTS[:3], "1 images and 3 questions"),
+        ([], "a one", "0 images and 1 questions"),
+    ):
+        with pytest.raises(ValueError, match=rf"answer: {counts} .*answer_all\(\) takes several"):
+            predictor.answer(image, question)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("itc_image_proj", lambda p, i: p.embed_images(i)),
+        ("itc_text_proj", lambda p, i: p.rank(TEXTS, i)),
+        ("itm_score", lambda p, i: p.match(i, TEXTS)),
+        ("itm_score", lambda p, i: p.rank(TEXTS, i, rerank=5)),
+        ("vqa_classifier.3", lambda p, i: p.answer_all(i, TEXTS)),
+        ("nlvr2_classifier.3", lambda p, i: p.judge(i, i, TEXTS)),
+    ],
+)
+def test_outputs_that_are_not_finite_are_an_error(vocabulary, pictures, name, call):
+    """Finite weights whose products overflow, as those of float16 may."""
+    predictor = Predictor(model_of(ALL), load_vocabulary(vocabulary), ANSWERS, batch_size=2)
+    with torch.no_grad():
+        for parameter in predictor.model.get_submodule(name).parameters():
+            parameter.fill_(3e38)
+    with pytest.raises(FloatingPointError, match=r"NaN or infinite, first in row 0$"):
+        call(predictor, pictures)
+
+
+def test_vocabulary_and_answers_are_of_the_models_number(vocabulary):
+    other = train_wordpiece(["a"], 6)
+    with pytest.raises(ValueError, match="vocabulary: has 6 tokens, the model has"):
+        Predictor(model_of(ALL), other)
+    with pytest.raises(ValueError, match="answers: 1 were given, the model has 12"):
+        Predictor(model_of(ALL), load_vocabulary(vocabulary), ["yes"])
+
+
+def attended(monkeypatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Values and outputs ``[N, H, K]`` of every attention to come."""
+    seen, attend = [], Packed.attend
+
+    def watched(self, qkv, table, backend):
+        out = attend(self, qkv, table, backend)
+        seen.append((qkv[:, 2], out))
+        return out
+
+    monkeypatch.setattr(Packed, "attend", watched)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"relative_position_bias": False, "absolute_position": True},
+        {"separate_attention": True},
+    ],
+    ids=["relative", "absolute", "separate"],
+)
+@pytest.mark.parametrize("given", ["both", "image", "text"])
+def test_attention_maps_are_those_of_the_model(vocabulary, pictures, monkeypatch, changes, given):
+    model = model_of(ALL, **changes)
+    predictor = Predictor(model, load_vocabulary(vocabulary), batch_size=2)
+    image, text = pictures[1] if given != "text" else None, "a one" if given != "image" else None
+    seen = attended(monkeypatch)
+    found = predictor.attention(image, text)
+    words = [] if text is None else ["[CLS]", "a", "one", "[SEP]"]
+    assert (found.words, found.grid) == (words, 0 if image is None else 2)
+    length = len(words) + (0 if image is None else 5)
+    assert found.weights.shape == (TINY.depth, TINY.heads, length, length)
+    assert found.weights.dtype == torch.float32
+    torch.testing.assert_close(found.weights.sum(3), torch.ones(found.weights.shape[:3]))
+    assert len(seen) == TINY.depth
+    for weights, (values, out) in zip(found.weights, seen, strict=True):
+        torch.testing.assert_close(torch.einsum("hqn,nhk->qhk", weights, values), out)
+    if given == "both":  # the very pass that matching makes
+        expected = [out for _, out in seen]
+        seen.clear()
+        predictor.match(image, text)
+        for (_, out), before in zip(seen, expected, strict=True):
+            torch.testing.assert_close(out, before)
+    for layer in (1, -1):
+        alone = predictor.attention(image, text, layer=layer)
+        assert torch.equal(alone.weights, found.weights[layer])
+
+
+def test_attention_is_of_one_image_and_one_text(predictor, pictures):
+    for image, text in ((pictures[:2], "a"), (None, None), (pictures[0], ["a", "b"])):
+        with pytest.raises(ValueError, match=r"attention: . images and . texts are not"):
+            predictor.attention(image, text)
+    with pytest.raises(ValueError, match=r"layer: 3 is not within -3\.\.2"):
+        predictor.attention(pictures[0], "a", layer=3)
+
+
 def test_grey_pictures_have_three_equal_channels(predictor):
     grey = np.random.default_rng(1).integers(0, 256, (20, 30), dtype=np.uint8)
     colour = np.repeat(grey[..., None], 3, axis=2)
@@ -143,6 +365,9 @@ def test_ranking_is_by_cosine_or_re_ranked(predictor, pictures):
     scores = torch.tensor([[hit.score for hit in row] for row in found])
     torch.testing.assert_close(scores, best.values)
 
+    for options in ({}, {"rerank": 100}):  # more than there are
+        assert [len(row) for row in predictor.rank(TEXTS, pictures, k=100, **options)] == [5] * 5
+
     reranked = predictor.rank(TEXTS, pictures, k=5, rerank=5)
     with torch.no_grad():
         logits = torch.stack(
@@ -190,7 +415,7 @@ def test_a_long_text_loses_its_end_with_a_warning(predictor):
         (lambda p, i: p.rank(TEXTS, i, k=0), "k: 0"),
         (lambda p, i: p.embed_images(np.zeros((4, 4, 3))), "float64"),
         (lambda p, i: p.embed_images(np.zeros((4, 4, 2), np.uint8)), r"\(4, 4, 2\)"),
-        (lambda p, i: p.embed_images([torch.zeros(3, 4, 4)]), "image: Tensor is neither"),
+        (lambda p, i: p.embed_images([torch.zeros(3, 4, 4)]), r"images\[0\]: Tensor is neither"),
     ],
 )
 def test_bad_arguments_are_refused(predictor, pictures, call, message):
@@ -269,8 +494,8 @@ def test_pictures_are_resized_for_another_resolution(run_folder, pictures):
     [
         ({"device": "tpu"}, "device: 'tpu'"),
         ({"dtype": "int8"}, "dtype: 'int8'"),
-        ({"backend": "numpy"}, "'numpy' is not one of"),
-        ({"answers": ["yes"]}, "answers: has 1 answers, the model has"),
+        ({"backend": "numpy"}, "backend: 'numpy' is not a backend"),
+        ({"answers": ["yes"]}, "answers: the list has 1 answers, the model has"),
         ({"answers": [1] * len(ANSWERS)}, "answers: 1 is not a text"),
     ],
 )

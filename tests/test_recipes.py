@@ -58,7 +58,7 @@ CODE = [
     ("flickr30k_retrieval_base_plus", 3e-5, 3072, 1500, None, 150, 384, 0.2),
     ("flickr30k_retrieval_large_code", 2e-5, 3072, 1500, None, 150, 384, 0.2),
 ]
-PUBLISHED = [name for name, found in RECIPES.items() if found.size != "tiny"]
+PUBLISHED = [name for name, found in RECIPES.items() if found.size not in ("small", "tiny")]
 
 
 @pytest.mark.parametrize("row", SUPPLEMENT, ids=lambda row: row[0])
@@ -102,7 +102,7 @@ def test_models_are_valid_and_start_from_what_exists(name):
     assert found.initial_from in (None, "BEiT", *RECIPES)
     if found.initial_from in RECIPES:
         assert RECIPES[found.initial_from].size == found.size
-    dims = {"base": 768, "base_plus": 544, "large": 1024, "tiny": 96}
+    dims = {"base": 768, "base_plus": 544, "large": 1024, "small": 384, "tiny": 96}
     assert config.dim == dims[found.size]
 
 

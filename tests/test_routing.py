@@ -1,5 +1,6 @@
 """ModalityRouting: three forms of one thing, its index, and bad input."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -153,9 +154,32 @@ def test_ids_of_any_shape_are_read_row_by_row():
     assert routing.ids.tolist() == [0, 1, 1, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.int8])
+def test_ids_of_every_integer_type(dtype):
+    assert ModalityRouting.from_ids(torch.tensor([2, 0]).to(dtype), 3).ids.tolist() == [2, 0]
+    with pytest.raises(ValueError, match="ids: 7 is outside"):
+        ModalityRouting.from_ids(torch.tensor([0, 7]).to(dtype), 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_ids_are_copied(dtype):
+    buffer = torch.tensor([0, 1, 1], dtype=dtype)
+    routing = ModalityRouting.from_ids(buffer, 2)
+    buffer.fill_(77)
+    assert routing.ids.tolist() == [0, 1, 1]
+
+
+def test_integers_of_numpy_are_integers():
+    pieces = [(np.int64(1), np.uint8(4))]
+    routing = ModalityRouting.segments(pieces, num_experts=np.int32(3))
+    assert (routing.num_experts, routing.pieces) == (3, ((1, 4),))
+    assert {type(number) for number in (routing.num_experts, *routing.pieces[0])} == {int}
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
+        (lambda: ModalityRouting.segments([(True, 5)]), TypeError, "not a pair of integers"),
         (lambda: ModalityRouting.segments([]), ValueError, "pieces: .* hold no token"),
         (lambda: ModalityRouting.segments([(0, 0)]), ValueError, "hold no token"),
         (lambda: ModalityRouting.segments([(0, -1)]), ValueError, "length -1"),

@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vlmo.data import TextTokenizer, load_vocabulary, mask_whole_words, train_wordpiece
+from vlmo.data.tokenizer import is_blank
 
 TEXTS = ["The cat sat on the mat.", "a catalogue of mats", "unbelievable cats, unbelievable mats!"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -132,6 +133,30 @@ def test_published_layout_is_kept(tmp_path):
     assert tokenizer.encode("Cats dog")["text_ids"].tolist() == [[4, 7, 8, 3, 5, 0]]
     assert tokenizer.is_special.nonzero().flatten().tolist() == [0, 3, 4, 5, 6]
     assert tokenizer.is_continuation.nonzero().flatten().tolist() == [8]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_byte_order_marks_are_no_part_of_the_first_token(tmp_path, encoding):
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join([*SPECIAL, "cat", "ü", ""]), encoding=encoding)
+    tokenizer = TextTokenizer(load_vocabulary(path), 6)
+    assert tokenizer.tokens(range(7)) == [*SPECIAL, "cat", "ü"]
+    path.write_bytes("\n".join([*SPECIAL, "cat", "ü"]).encode("latin-1"))
+    with pytest.raises(ValueError, match=r"vocab\.txt, line 7: is not UTF-8"):
+        load_vocabulary(path)
+
+
+def test_blank_is_what_no_token_is_made_of(tokenizer):
+    blank = ["", " \t\n", "\x00", "\u200b", "\ufeff \u3000", "\u0301", "\ufffd"]
+    for text in [*blank, "a", "?", "\u3002", "\u4e09", "\u00e9", "\U0001f642", "[MASK]"]:
+        assert is_blank(text) == (text in blank), repr(text)
+        assert is_blank(text) == (tokenizer.encode(text)["text_masks"].sum() == 2)
+
+
+def test_training_takes_texts_in_blocks(monkeypatch):
+    expected = train_wordpiece(TEXTS * 3, 60).get_vocab()
+    monkeypatch.setattr("vlmo.data.tokenizer._BLOCK", 2)
+    assert train_wordpiece(iter(TEXTS * 3), 60).get_vocab() == expected
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Two processes train what one trains, and each goes on from the other's state."""
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -10,9 +11,11 @@ from safetensors.torch import load_file
 
 import training_cases
 from processes import in_ranks
-from training_cases import CASES, SIZES, STAGES, STEPS, keep_states, run, small
+from training_cases import CASES, SIZES, STAGES, STEPS, damaged, keep_states, run, small
+from training_data import damage, make
 from vlmo.data import sources
 from vlmo.training import trainer
+from vlmo.training.lock import FolderLock
 from vlmo.training.logs import read_table
 from vlmo.training.parallel import WAYS
 from vlmo.training.state import load_state
@@ -30,7 +33,13 @@ def folder(tmp_path_factory):
         for stage in STAGES:
             run(small(stage), folder / stage, evaluate_every=None)
         shutil.copy(folder / "pretrain" / "state2.pt", folder / "given.pt")
+        data = make(folder / "data" / "pairs", "pretrain", "records", count=12)
+        for number in (3, 7):
+            damage(data / f"train{number}.png")
+        lock = FolderLock(folder / "locked")
+        lock.take()
         in_ranks(lambda: training_cases.main(folder), folder)
+        lock.release()
         yield folder
 
 
@@ -100,3 +109,38 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(folder):
     assert 3 <= step <= 5
     assert f"after step {step} of 50" in stories[0]["said"]
     assert len(read_table(folder / "stopped" / "log.csv")[1]) == step
+
+
+@pytest.mark.slow
+def test_two_processes_leave_out_what_one_leaves_out(folder, tmp_path):
+    shutil.copytree(folder / "data", tmp_path / "data")
+    damaged(tmp_path, "skip")
+    lists = [
+        [json.loads(line) for line in (f / "skip" / "bad_samples.jsonl").open()]
+        for f in (folder, tmp_path)
+    ]
+    kept = [[(e["sample"], e["step"]) for e in entries] for entries in lists]
+    assert kept[0] == kept[1] and len(kept[0]) == 2
+    rows = [read_table(f / "skip" / "log.csv")[1] for f in (folder, tmp_path)]
+    for row, wanted in zip(*rows, strict=True):
+        assert row["bad_samples"] == wanted["bad_samples"]
+        assert float(row["loss"]) == pytest.approx(float(wanted["loss"]), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_bad_sample_of_one_process_ends_both_and_loses_nothing(folder):
+    told = [(folder / f"error{rank}.txt").read_text() for rank in range(2)]
+    assert told[0] == told[1]
+    state = load_state(folder / "error" / "training.pt")
+    (entry,) = state["bad"].values()
+    assert told[0].startswith(f"ValueError: {entry['reason']}; mend the file")
+    assert told[0].endswith(f"step {state['step']} is saved, and the training goes on from there")
+    assert entry["step"] - 2 <= state["step"] < entry["step"]
+    assert state["fewer"] is not None
+
+
+@pytest.mark.slow
+def test_a_locked_folder_is_refused_by_all_processes(folder):
+    told = [(folder / f"locked{rank}.txt").read_text() for rank in range(2)]
+    assert told[0] == told[1]
+    assert f"process {os.getpid()} on" in told[0]

@@ -15,7 +15,8 @@ from processes import assert_same_weights, command, forked, rows_of, steps_of, w
 from training_cases import SIZES, keep_states, run, small
 from vlmo.data import sources
 from vlmo.training import trainer
-from vlmo.training.state import differences, load_state
+from vlmo.training.record import differences, identity
+from vlmo.training.state import load_state
 
 
 @pytest.fixture(autouse=True)
@@ -187,8 +188,21 @@ def test_what_is_no_state_is_refused(tmp_path):
         run(small("textmlm"), tmp_path)
 
 
-def test_differences_name_nested_fields():
-    old = {"recipe": {"lr": 1.0, "trained": ["a"]}, "seed": 1}
-    new = {"recipe": {"lr": 2.0, "trained": ("a",)}, "seed": 1, "samples": 3}
-    assert differences(old, new) == ["lr: 2.0 instead of 1.0", "samples: 3 instead of None"]
+def test_differences_name_their_fields():
+    old = identity(small("textmlm", lr=1e-3), seed=1, samples=3, data="a", vocabulary=None)
+    new = identity(small("textmlm", lr=2e-3), seed=2, samples=3, data="b", vocabulary=None)
+    assert differences(old, new) == [
+        "lr: 0.002 instead of 0.001",
+        "seed: 2 instead of 1",
+        "data (fingerprint): b instead of a",
+    ]
     assert differences(old, old) == []
+
+
+def test_what_an_older_version_did_not_record_is_not_compared():
+    new = identity(small("textmlm"), seed=1, samples=3, data="a", vocabulary="v", answers=None)
+    old = {name: value for name, value in new.items() if name != "data"}
+    old["recipe"] = {k: v for k, v in old["recipe"].items() if k != "max_logit_scale"}
+    assert differences(old, new) == []
+    new["recipe"] = {**new["recipe"], "max_logit_scale": 100.0}
+    assert differences(old, new) == ["max_logit_scale: 100.0 instead of None"]

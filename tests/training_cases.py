@@ -60,7 +60,8 @@ def main(folder: Path) -> None:
 
     Trains every case of ``CASES`` in a folder of its own within ``folder``, one in float16; goes on
     from given.pt there, the state of a single process, with each of ``WAYS``; stops a training by
-    a signal to the second process alone.
+    a signal to the second process alone; trains on data/pairs, some of whose pictures are damaged;
+    and fails to train in the folder locked, which another process has locked.
     """
     sources._DIGIT_SIZES |= SIZES
     keep_states()
@@ -83,6 +84,27 @@ def main(folder: Path) -> None:
             torch.distributed.barrier()
             run(small("pretrain"), output, parallel=way)
         stop_the_second(folder / "stopped")
+        damaged(folder, "error")
+        damaged(folder, "skip")
+        fail(folder, "locked", lambda: run(small("textmlm"), folder / "locked"))
+
+
+def damaged(folder: Path, policy: str) -> None:
+    """Train on data with damaged pictures, in a folder that is called as the policy."""
+    given = dict(data=str(folder / "data" / "pairs"), vocabulary=folder / "data" / "vocab.txt")
+    given |= dict(on_bad_sample=policy, save_every=100, workers=1)
+    found = small("pretrain", steps=6, batch_size=4)
+    fail(folder, policy, lambda: run(found, folder / policy, **given))
+
+
+def fail(folder: Path, name: str, function) -> None:
+    """Leaves what each rank was told in NAME0.txt and NAME1.txt."""
+    told = ""
+    try:
+        function()
+    except (OSError, ValueError) as error:
+        told = f"{type(error).__name__}: {error}"
+    (folder / f"{name}{rank()}.txt").write_text(told)
 
 
 def stop_the_second(output: Path) -> None:

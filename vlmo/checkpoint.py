@@ -19,6 +19,7 @@ import dataclasses
 import json
 import math
 import os
+import reprlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,21 +27,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlmo.config import RUN_FIELDS, TASKS, VLMoConfig
 from vlmo.files import replacing
 from vlmo.layouts import (
+    ANSWERS_RECORD,
     CONFIG_RECORD,
     KEY_PREFIXES,
     POSITION_IDS,
     SAFETENSORS_SUFFIX,
     TABLE,
+    VOCABULARY_RECORD,
     CheckpointError,
     Content,
     Source,
     blocks_with,
+    likeness,
     read_content,
     summary,
 )
@@ -180,12 +185,15 @@ def _plan(
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """What to write into the model, under its keys and in its shapes; nothing is written yet."""
     skipped = {key for key in content.state if key.startswith(skip)}
-    common = [key for key in content.state if key in target and key not in skipped]
-    if not common:
+    ours = [key for key in content.state if key in target]
+    if not _holds_a_block(ours):
+        found = f"only {len(ours)}" if ours else "none"
         raise CheckpointError(
-            f"{content.name}: not a VLMo or BEiT checkpoint: none of its {len(content.state)} "
-            f"tensors belongs to the model (it has {summary(list(content.state))})"
+            f"{content.name}: not a VLMo or BEiT checkpoint: {found} of its {len(content.state)} "
+            f"tensors belong to the model, and no transformer block with its attention and an "
+            f"expert (it has {summary(list(content.state))}){likeness(content.state)}"
         )
+    common = [key for key in ours if key not in skipped]
     values: dict[str, Tensor] = {}
     resized: list[Resized] = []
     for key in common:
@@ -211,17 +219,32 @@ def _plan(
     return values, report
 
 
-def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def _holds_a_block(keys: Sequence[str]) -> bool:
+    """Whether there is a block with its attention and one of its experts."""
+    state = dict.fromkeys(keys)
+    return bool(blocks_with(state, "attn.qkv.") & blocks_with(state, "mlp_"))
+
+
+def save_checkpoint(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    vocabulary: str | None = None,
+    answers: str | None = None,
+) -> None:
     """Write ``model`` as a flat official state dict, ``text_embeddings.position_ids`` included.
 
     The file appears under its name only when it is complete and on disk: a failed save leaves an
     older file of that name as it was and no other trace (a killed one, a hidden file beside
-    it). The configuration is recorded in the file's metadata, where :func:`config_of` finds it and
-    others do not look.
+    it). The configuration and the digests are recorded in the file's metadata, where
+    :func:`config_of` and :func:`vlmo.loading.digests_of` find them and others do not look.
 
     Args:
         model: a :class:`vlmo.VLMo`, possibly wrapped, on any device, in any dtype.
         path: ``.pt``, ``.pth`` or ``.bin`` for torch's format, ``.safetensors`` for that one.
+        vocabulary: :func:`vlmo.loading.digest` of the tokens that the model was trained with, in
+            the order of their ids. What loads the model then refuses any other vocabulary.
+        answers: the same of the answers of visual questions.
 
     Raises:
         ValueError: another suffix, or a model on the meta device.
@@ -235,16 +258,22 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     state = _official_state(inner)
     fields = dataclasses.asdict(inner.config)
     fields = {name: value for name, value in fields.items() if name not in RUN_FIELDS}
-    record = json.dumps(fields)
+    records = {CONFIG_RECORD: json.dumps(fields)}
+    given = {VOCABULARY_RECORD: vocabulary, ANSWERS_RECORD: answers}
+    records |= {name: value for name, value in given.items() if value is not None}
 
     with replacing(path) as temporary:
-        if suffix == SAFETENSORS_SUFFIX:
-            _write_safetensors(state, record, temporary)
-        else:
-            # nn.Module.state_dict() carries versions in the same attribute; load_state_dict reads
-            # only the entries it knows, so the official code never sees ours.
-            vars(state)["_metadata"] = {"": {"version": 1, CONFIG_RECORD: record}}
-            torch.save(state, temporary)
+        try:
+            if suffix == SAFETENSORS_SUFFIX:
+                _write_safetensors(state, records, temporary)
+            else:
+                # nn.Module.state_dict() carries versions in the same attribute; load_state_dict
+                # reads only the entries it knows, so the official code never sees ours.
+                vars(state)["_metadata"] = {"": {"version": 1, **records}}
+                torch.save(state, temporary)
+        except (RuntimeError, SafetensorError) as error:  # the writers' own, of a full disk
+            reason = str(error).splitlines()[0]
+            raise OSError(f"{path}: could not be written ({reason})") from error
 
 
 def config_of(
@@ -319,12 +348,14 @@ def _official_state(model: nn.Module) -> OrderedDict[str, Tensor]:
     return state
 
 
-def _write_safetensors(state: OrderedDict[str, Tensor], record: str, path: Path) -> None:
+def _write_safetensors(
+    state: OrderedDict[str, Tensor], records: Mapping[str, str], path: Path
+) -> None:
     # safetensors makes files that only their owner may read; the mode of an ordinary new file is
     # the user's choice.
     with path.open("xb") as handle:
         mode = os.fstat(handle.fileno()).st_mode & 0o777
-    save_file(state, path, metadata={"format": "pt", CONFIG_RECORD: record})
+    save_file(state, path, metadata={"format": "pt", **records})
     os.chmod(path, mode)
 
 
@@ -336,7 +367,10 @@ def _require_sizes(content: Content) -> None:
     for key, rank in SIZE_RANKS.items():
         tensor = content.state.get(key)
         if tensor is None and key not in (TABLE, POSITIONS):
-            raise CheckpointError(f"{content.name}: not a whole VLMo checkpoint, it lacks {key}")
+            raise CheckpointError(
+                f"{content.name}: not a whole VLMo checkpoint, it lacks {key}"
+                f"{likeness(content.state)}"
+            )
         if tensor is not None and (tensor.dim() != rank or not tensor.numel()):
             shape = tuple(tensor.shape)
             raise CheckpointError(f"{content.name}: {key} has shape {shape}, not {rank} sizes")
@@ -386,17 +420,29 @@ def _mlp_ratio(dim: int, hidden: int) -> float:
 
 def _recorded(content: Content) -> dict[str, Any]:
     """Fields of the recorded configuration; fields this version does not know are left out."""
-    if content.record is None:
+    if CONFIG_RECORD not in content.records:
         return {}
     try:
-        fields = json.loads(content.record)
+        fields = json.loads(content.records[CONFIG_RECORD])
         fields["tasks"] = tuple(fields["tasks"])
         names = {field.name for field in dataclasses.fields(VLMoConfig)} - set(RUN_FIELDS)
         fields = {name: value for name, value in fields.items() if name in names}
+        _check_kinds(fields)
         VLMoConfig(**fields)
-    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(f"{content.name}: its {CONFIG_RECORD} is damaged: {error}") from error
     return fields
+
+
+def _check_kinds(fields: Mapping[str, Any]) -> None:
+    """Raise TypeError unless the fields of a configuration are of the kinds of the defaults."""
+    for name, value in fields.items():
+        default = getattr(VLMoConfig, name)
+        kinds = (int, float) if isinstance(default, float) else (type(default),)
+        if name == "layer_scale":
+            kinds = (*kinds, type(None))
+        if type(value) not in kinds:
+            raise TypeError(f"{name} is {reprlib.repr(value)}")
 
 
 def _heads(content: Content, dim: int, depth: int, told: int | None) -> int:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from vlmo import __version__
+
 # The commands import what they need, so that --help does not wait for torch.
 
 app = typer.Typer(
     help="Fused kernels for multiway transformers, and the VLMo model on top of them.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -59,6 +62,13 @@ class Split(str, enum.Enum):
     test = "test"
 
 
+class OnBadSample(str, enum.Enum):
+    """What evaluation does about a sample that cannot be read."""
+
+    error = "error"
+    skip = "skip"
+
+
 class Parallel(str, enum.Enum):
     """DistributedDataParallel or FSDP2."""
 
@@ -66,22 +76,72 @@ class Parallel(str, enum.Enum):
     fsdp = "fsdp"
 
 
+RECIPES_OWN = "the recipe's"  # what options of train show as their default
+
 # What several commands ask for.
 DataOption = Annotated[
     str, typer.Option(help="digits, a folder of Arrow files, or own data (docs/data.md).")
 ]
 ModelArgument = Annotated[Path, typer.Argument(help="Checkpoint, or folder of a run.")]
-VocabularyOption = Annotated[Path | None, typer.Option(help="vocab.txt; a run folder has its own.")]
+VocabularyOption = Annotated[
+    Path | None, typer.Option(help="vocab.txt of the model.", show_default="the run folder's")
+]
 AnswersOption = Annotated[
-    Path | None, typer.Option(help="JSON list of VQA's answers; a run folder has its own.")
+    Path | None,
+    typer.Option(help="JSON list of VQA's answers.", show_default="the run folder's"),
 ]
 DeviceOption = Annotated[Device, typer.Option(help="Where to run.")]
 DtypeOption = Annotated[
-    Dtype | None, typer.Option(help="Of the products; default: 16 bits on a GPU.")
+    Dtype | None,
+    typer.Option(
+        help="Dtype of the matrix products.", show_default="float32 on a CPU, 16 bits on a GPU"
+    ),
 ]
 BackendOption = Annotated[
-    str | None, typer.Option(help="cuda, triton, cpu or reference; default: the first that can.")
+    str | None,
+    typer.Option(help="cuda, triton, cpu or reference.", show_default="the first that can run"),
 ]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"vlmo {__version__}")
+        raise typer.Exit
+
+
+@contextlib.contextmanager
+def _ends_of_training() -> Iterator[None]:
+    """Report a training that ended early in one line, and exit.
+
+    The status is 128 plus the number of the signal that stopped it, or 1 if a loss or a weight was
+    not finite.
+    """
+    try:
+        from vlmo.training import Interrupted
+
+        try:
+            yield
+        except Interrupted as stop:
+            print(f"vlmo: {stop}", file=sys.stderr)
+            raise typer.Exit(128 + stop.number) from stop
+    except KeyboardInterrupt as stop:
+        print("vlmo: stopped at once; what was saved before is as it was", file=sys.stderr)
+        raise typer.Exit(130) from stop
+    except FloatingPointError as error:
+        print(f"vlmo: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Fused kernels for multiway transformers, and the VLMo model on top of them."""
 
 
 @app.command()
@@ -97,16 +157,23 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("vlmo-demo"),
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Train so many steps only; the results are then not judged."),
+        typer.Option(
+            min=1,
+            help="Train for this many steps; the results are then not judged.",
+            show_default="those of the recipe digits_demo",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of data, weights and training.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Random seed of data, weights and training.")
+    ] = 0,
     device: DeviceOption = Device.auto,
     backend: BackendOption = None,
 ) -> None:
     """Check the kernels, train a small VLMo, and search pictures with it.
 
-    Exits with 1 if a kernel is less exact than it must be, if retrieval is not far above chance, or
-    if re-ranking makes it worse.
+    Exits with status 1 if a kernel exceeds its error bound, if retrieval is not far above chance,
+    or if re-ranking lowers the recall. After Ctrl-C the training is saved, the status is 130, and
+    the same command continues it.
     """
     # GNU OpenMP reads this when torch is loaded: how long its threads spin for work before they
     # sleep. Left to spin, a step takes forty times as long when another program has one of two
@@ -115,7 +182,8 @@ def demo(
     from vlmo.demo import Settings, run
 
     settings = Settings(output, seed=seed, device=device.value, backend=backend, steps=steps)
-    failures = run(settings, Console())
+    with _ends_of_training():
+        failures = run(settings, Console())
     if failures:
         raise typer.Exit(1)
 
@@ -134,41 +202,99 @@ def train(
     data: DataOption,
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder of the run; what it holds goes on.  [default: runs/RECIPE]"),
+        typer.Option(help="Folder of the run; what it holds goes on.", show_default="runs/RECIPE"),
     ] = None,
     init: Annotated[
-        Path | None, typer.Option(help="Checkpoint, or folder of a run, to start from.")
+        Path | None,
+        typer.Option(
+            help="Checkpoint, or folder of a run, to start from.", show_default="random weights"
+        ),
     ] = None,
     skip: Annotated[
-        list[str] | None, typer.Option(help="Keys that start so are not taken from --init.")
+        list[str] | None,
+        typer.Option(help="Keys that start so are not taken from --init.", show_default="none"),
     ] = None,
     vocab: Annotated[
-        Path | None, typer.Option(help="vocab.txt; default: that of the run or of --init.")
+        Path | None,
+        typer.Option(help="vocab.txt of the texts.", show_default="that of the run or of --init"),
     ] = None,
     datasets: Annotated[
-        list[str] | None, typer.Option(help="Official data sets, instead of the recipe's.")
+        list[str] | None,
+        typer.Option(help="Official data sets to train on.", show_default="the recipe's"),
     ] = None,
     answers: Annotated[
-        Path | None, typer.Option(help="JSON list of VQA's answers; default: those of the data.")
+        Path | None,
+        typer.Option(help="JSON list of VQA's answers.", show_default="those of the data"),
     ] = None,
     answer_minimum: Annotated[
         int, typer.Option(min=1, help="Questions that make an answer one of own VQA data.")
     ] = 1,
-    steps: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
-    warmup: Annotated[
-        int | None, typer.Option(min=0, help="Steps; instead of the recipe's.")
+    on_bad_sample: Annotated[
+        str,
+        typer.Option(
+            help="A damaged picture or text: error; skip (at most 1 % of the samples, or 10); "
+            "skip:N (N at most)."
+        ),
+    ] = "error",
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the model: tiny, small, base, base_plus, large.", show_default=RECIPES_OWN
+        ),
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="In all; may be raised later.", show_default=RECIPES_OWN),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="In all; may be raised later.", show_default=RECIPES_OWN),
+    ] = None,
+    warmup: Annotated[
+        int | None,
+        typer.Option(min=0, help="Steps until --lr is reached.", show_default=RECIPES_OWN),
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Highest learning rate.", show_default=RECIPES_OWN)
+    ] = None,
+    weight_decay: Annotated[
+        float | None,
+        typer.Option(help="0 to 1; biases and most norms have none.", show_default=RECIPES_OWN),
+    ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Over all processes; instead of the recipe's.")
+        int | None,
+        typer.Option(
+            min=1, help="Samples of a step, over all processes.", show_default=RECIPES_OWN
+        ),
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Pixels; instead of the recipe's.")
+        int | None, typer.Option(min=1, help="Pixels.", show_default=RECIPES_OWN)
     ] = None,
-    clip_norm: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
+    text_length: Annotated[
+        int | None,
+        typer.Option(min=3, help="Tokens, [CLS] and [SEP] included.", show_default=RECIPES_OWN),
+    ] = None,
+    mask_share: Annotated[
+        float | None, typer.Option(help="Of the words, to predict.", show_default=RECIPES_OWN)
+    ] = None,
+    drop_path: Annotated[
+        float | None,
+        typer.Option(help="Stochastic depth of the last block.", show_default=RECIPES_OWN),
+    ] = None,
+    clip_norm: Annotated[
+        float | None, typer.Option(help="Largest norm of the gradient.", show_default=RECIPES_OWN)
+    ] = None,
     itc_grad_scale: Annotated[
-        float | None, typer.Option(help="Of contrast; official: 1 / GPUs (docs/training.md).")
+        float | None,
+        typer.Option(
+            help="Of contrast; official: 1 / GPUs (docs/training.md).", show_default=RECIPES_OWN
+        ),
+    ] = None,
+    max_logit_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Bound of 1 / temperature in contrast; CLIP: 100.", show_default="no bound"
+        ),
     ] = None,
     separate_attention: Annotated[
         bool, typer.Option("--separate-attention", help="Text and image with their own attention.")
@@ -176,9 +302,16 @@ def train(
     official_masking: Annotated[
         bool, typer.Option("--official-masking", help="Choose words as the official code does.")
     ] = False,
+    official_batches: Annotated[
+        bool,
+        typer.Option(
+            "--official-batches", help="Captions of the same picture may meet, and count as wrong."
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 1,
     micro_batch: Annotated[
-        int | None, typer.Option(min=1, help="Rows at a time on a process; default: all.")
+        int | None,
+        typer.Option(min=1, help="Rows at a time on a process.", show_default="all of its rows"),
     ] = None,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Compute activations twice to save memory.")
@@ -193,10 +326,15 @@ def train(
     log_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 10,
     save_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 1000,
     evaluate_every: Annotated[
-        int | None, typer.Option(min=0, help="Steps; 0 for never.  [default: at the end]")
+        int | None,
+        typer.Option(min=0, help="Steps; 0 for never.", show_default="at the end"),
     ] = None,
     evaluation_batch: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 64,
     tensorboard: Annotated[bool, typer.Option(help="Write its log as well.")] = True,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check everything, try one step, and write nothing."),
+    ] = False,
 ) -> None:
     """Train a model by a recipe, alone or under torchrun (docs/training.md).
 
@@ -207,53 +345,119 @@ def train(
     from vlmo.recipes import recipe as recipe_of
 
     changes = dict(
+        size=size,
         steps=steps,
         epochs=epochs,
         warmup=warmup,
         lr=lr,
+        weight_decay=weight_decay,
         batch_size=batch_size,
         image_size=image_size,
+        text_length=text_length,
+        mask_share=mask_share,
+        drop_path=drop_path,
         clip_norm=clip_norm,
         itc_grad_scale=itc_grad_scale,
+        max_logit_scale=max_logit_scale,
         separate_attention=separate_attention or None,
         official_masking=official_masking or None,
+        official_batches=official_batches or None,
     )
     chosen = recipe_of(recipe).replace(**{k: v for k, v in changes.items() if v is not None})
-    from vlmo.training import Interrupted, Settings
-    from vlmo.training import train as run
+    with _ends_of_training():
+        from vlmo.training import Settings
+        from vlmo.training import train as run
+
+        settings = Settings(
+            chosen,
+            data,
+            output or Path("runs") / recipe,
+            datasets=tuple(datasets) if datasets else None,
+            vocabulary=vocab,
+            initial=init,
+            skip=tuple(skip or ()),
+            answers=answers,
+            answer_minimum=answer_minimum,
+            seed=seed,
+            micro_batch=micro_batch,
+            device=device.value,
+            dtype=dtype.value if dtype else "auto",
+            backend=backend,
+            parallel=parallel.value,
+            checkpointing=checkpointing,
+            workers=workers,
+            log_every=log_every,
+            save_every=save_every,
+            evaluate_every=evaluate_every,
+            evaluation_batch=evaluation_batch,
+            board=tensorboard,
+            on_bad_sample=on_bad_sample,
+            dry_run=dry_run,
+        )
+        run(settings, Console())
+
+
+@app.command()
+def vocab(
+    data: Annotated[str, typer.Argument(help="As of vlmo train: docs/data.md.")],
+    output: Annotated[Path, typer.Option(help="File to write.")] = Path("vocab.txt"),
+    task: Annotated[
+        Task, typer.Option(help="Whose texts: captions, questions, statements or texts.")
+    ] = Task.pretrain,
+    split: Annotated[Split, typer.Option(help="Of the data.")] = Split.train,
+    datasets: Annotated[
+        list[str] | None,
+        typer.Option(help="Official data sets.", show_default="those of the task"),
+    ] = None,
+    size: Annotated[int, typer.Option(min=6, help="Tokens, at most.")] = 8000,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+) -> None:
+    """Learn a vocabulary for own data, where that of the published models does not fit."""
+    from vlmo.commands.vocab import Settings, run
+
+    chosen = tuple(datasets) if datasets else None
+    run(Settings(data, output, task.value, split.value, chosen, size, force), Console())
+
+
+@app.command()
+def check(
+    data: Annotated[
+        str, typer.Argument(help="digits, a folder of Arrow files, or own data (docs/data.md).")
+    ],
+    task: Annotated[Task, typer.Option(help="Which the data are meant for.")],
+    split: Annotated[
+        Split | None, typer.Option(help="Only this one.", show_default="all that there are")
+    ] = None,
+    datasets: Annotated[
+        list[str] | None,
+        typer.Option(help="Official data sets.", show_default="those of the task"),
+    ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(help="JSON list of VQA's answers.", show_default="those of the data"),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option(help=".jsonl file with file, row and reason of each fault.")
+    ] = None,
+) -> None:
+    """Read every text and every picture of some data once, and list those that cannot be read.
+
+    Exits with status 1 if there are any.
+    """
+    from vlmo.commands.check import Settings, run
 
     settings = Settings(
-        chosen,
         data,
-        output or Path("runs") / recipe,
+        task.value,
+        split=split.value if split else None,
         datasets=tuple(datasets) if datasets else None,
-        vocabulary=vocab,
-        initial=init,
-        skip=tuple(skip or ()),
         answers=answers,
-        answer_minimum=answer_minimum,
-        seed=seed,
-        micro_batch=micro_batch,
-        device=device.value,
-        dtype=dtype.value if dtype else "auto",
-        backend=backend,
-        parallel=parallel.value,
-        checkpointing=checkpointing,
         workers=workers,
-        log_every=log_every,
-        save_every=save_every,
-        evaluate_every=evaluate_every,
-        evaluation_batch=evaluation_batch,
-        board=tensorboard,
+        output=output,
     )
-    try:
-        run(settings, Console())
-    except Interrupted as stop:
-        print(f"vlmo: {stop}", file=sys.stderr)
-        raise typer.Exit(128 + stop.number) from stop
-    except FloatingPointError as error:
-        print(f"vlmo: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
+    if run(settings, Console()):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -263,13 +467,14 @@ def evaluate(
     data: DataOption,
     split: Annotated[Split, typer.Option()] = Split.test,
     datasets: Annotated[
-        list[str] | None, typer.Option(help="Official data sets; default: those of the task.")
+        list[str] | None,
+        typer.Option(help="Official data sets.", show_default="those of the task"),
     ] = None,
     rerank: Annotated[
         int, typer.Option(min=0, help="Candidates that the fusion encoder scores; paper: 32.")
     ] = 0,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Pixels; default: the model's.")
+        int | None, typer.Option(min=1, help="Pixels.", show_default="the model's")
     ] = None,
     vocab: VocabularyOption = None,
     answers: AnswersOption = None,
@@ -278,12 +483,23 @@ def evaluate(
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = None,
     backend: BackendOption = None,
-    output: Annotated[Path | None, typer.Option(help="JSON file for the metrics.")] = None,
-    predictions: Annotated[
-        Path | None, typer.Option(help="File of answers to submit (vqa: JSON, nlvr2: CSV).")
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file for the metrics.", show_default="none")
     ] = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of answers to submit (vqa: JSON, nlvr2: CSV).", show_default="none"
+        ),
+    ] = None,
+    on_bad_sample: Annotated[
+        OnBadSample, typer.Option(help="Stop at what cannot be read, or leave it out.")
+    ] = OnBadSample.error,
 ) -> None:
-    """Measure a model on a data set, alone or under torchrun (docs/prediction.md)."""
+    """Measure a model on a data set, alone or under torchrun (docs/prediction.md).
+
+    Exits with 1 if the model's outputs are NaN or infinite.
+    """
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as in demo
     from vlmo.commands.evaluate import Settings, run
 
@@ -304,8 +520,13 @@ def evaluate(
         backend=backend,
         output=output,
         predictions=predictions,
+        on_bad_sample=on_bad_sample.value,
     )
-    run(settings, Console())
+    try:
+        run(settings, Console())
+    except FloatingPointError as error:
+        print(f"vlmo: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
 
 
 @app.command()
@@ -318,13 +539,15 @@ def predict(
         list[str] | None, typer.Option(help="Caption, question or statement; may be repeated.")
     ] = None,
     input: Annotated[
-        Path | None, typer.Option(help=".jsonl of images and texts (docs/prediction.md).")
+        Path | None,
+        typer.Option(help=".jsonl, .json or .csv of images and texts (docs/prediction.md), or -."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help=".jsonl file.  [default: standard output]")
+        Path | None, typer.Option(help=".jsonl file.", show_default="standard output")
     ] = None,
     embeddings: Annotated[
-        Path | None, typer.Option(help=".npz file for unit vectors of images and texts.")
+        Path | None,
+        typer.Option(help=".npz file for unit vectors of images and texts.", show_default="none"),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Answers to a question.")] = 1,
     vocab: VocabularyOption = None,
@@ -334,7 +557,10 @@ def predict(
     dtype: DtypeOption = None,
     backend: BackendOption = None,
 ) -> None:
-    """Say what the model's heads can of images and texts: similarity, match, answers, truth."""
+    """Say what the model's heads can of images and texts: similarity, match, answers, truth.
+
+    Exits with 1 if images of some records cannot be read, or if outputs are NaN or infinite.
+    """
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as in demo
     from vlmo.commands.predict import Settings, run
 
@@ -353,24 +579,32 @@ def predict(
         dtype=dtype.value if dtype else "auto",
         backend=backend,
     )
-    run(settings)
+    try:
+        failures = run(settings)
+    except FloatingPointError as error:
+        print(f"vlmo: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    if failures:
+        raise typer.Exit(1)
 
 
 @app.command()
 def tune(
-    dim: Annotated[int | None, typer.Option(min=1, help="Model dimension.  [default: 768]")] = None,
+    dim: Annotated[
+        int | None, typer.Option(min=1, help="Model dimension.", show_default="768")
+    ] = None,
     hidden: Annotated[
-        int | None, typer.Option(min=1, help="Hidden width of an expert.  [default: 3072]")
+        int | None, typer.Option(min=1, help="Hidden width of an expert.", show_default="3072")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of the batch.  [default: 32768]")
+        int | None, typer.Option(min=1, help="Tokens of the batch.", show_default="32768")
     ] = None,
     split: Annotated[
         str | None,
-        typer.Option(help="Tokens of each expert in one sequence.  [default: 40:197]"),
+        typer.Option(help="Tokens of each expert in one sequence.", show_default="40:197"),
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Of weights and activations.  [default: bfloat16]")
+        Dtype | None, typer.Option(help="Of weights and activations.", show_default="bfloat16")
     ] = None,
     output: Annotated[
         Path, typer.Option(help="Table to write; rows of other GPUs in it are kept.")
@@ -484,4 +718,13 @@ def main() -> None:
         app()
     except _USER_ERRORS as error:
         print(f"vlmo: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        # torch raises it wherever the main process is when a worker dies.
+        from vlmo.data import worker_failure
+
+        failure = worker_failure(error)
+        if failure is None:
+            raise
+        print(f"vlmo: {failure}", file=sys.stderr)
         sys.exit(2)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 TASKS = ("mlm", "textmlm", "itc", "itm", "vqa", "nlvr2", "irtr")
 # Fields of VLMoConfig that are choices of a run, not of the weights; no checkpoint records them.
 RUN_FIELDS = ("kernels", "checkpointing", "itc_grad_scale")
+_COUNTS = (
+    *("dim", "depth", "heads", "image_size", "patch_size", "max_text_length", "text_capacity"),
+    *("vocab_size", "vqa_labels"),
+)
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,19 @@ class VLMoConfig:
         unknown = sorted(set(self.tasks) - set(TASKS))
         if unknown:
             raise ValueError(f"tasks: {unknown} are not among {TASKS}")
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}: {value!r} is not a positive integer")
+        if not (math.isfinite(self.mlp_ratio) and int(self.dim * self.mlp_ratio) >= 1):
+            raise ValueError(f"mlp_ratio: {self.mlp_ratio} times dim {self.dim} is below 1")
+        for name in ("layer_scale", "itc_grad_scale"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name}: {value} is not finite")
         for small, large in (("heads", "dim"), ("patch_size", "image_size")):
             part, whole = getattr(self, small), getattr(self, large)
-            if part < 1 or whole % part:
+            if whole % part:
                 raise ValueError(f"{large}: {whole} is not a multiple of {small} {part}")
         if not 0 <= self.vl_start <= self.depth:
             raise ValueError(f"vl_start: {self.vl_start} is not within 0..depth ({self.depth})")

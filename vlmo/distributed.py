@@ -89,7 +89,8 @@ def fetch_rows(
     received = [
         sum(number // count == sender for number in wanted[own]) for sender in range(len(wanted))
     ]
-    places = torch.tensor([number - own * count for numbers in sent for number in numbers])
+    own_places = [number - own * count for numbers in sent for number in numbers]
+    places = torch.tensor(own_places, dtype=torch.long)  # also if nobody wants any
     outgoing = rows[upload(places, rows.device)]
     incoming = rows.new_empty((len(wanted[own]), *rows.shape[1:]))
     dist.all_to_all_single(incoming, outgoing, received, [len(numbers) for numbers in sent])

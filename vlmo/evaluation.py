@@ -10,14 +10,16 @@ import csv
 import json
 import os
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sized
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from vlmo import objectives, passes
 from vlmo.config import VLMoConfig
@@ -25,6 +27,8 @@ from vlmo.data import Draw, TextTokenizer, loader, to_device
 from vlmo.data.draws import hashed
 from vlmo.distributed import rank
 from vlmo.files import replacing
+from vlmo.gallery import gallery_of as gallery_of
+from vlmo.gallery import readable_gallery
 from vlmo.model import VLMo
 from vlmo.negatives import Negatives, draw_negatives
 from vlmo.objectives import Batch, Whole
@@ -35,13 +39,13 @@ from vlmo.sharing import (
     evaluating,
     even_batches,
     objects_of_all,
-    of_all,
     own_share,
     precision,
 )
 
 TASKS = ("retrieval", "vqa", "nlvr2", "pretrain", "textmlm")
 MASK_SHARE = 0.15  # of the words, as in training
+ON_BAD_SAMPLE = ("error", "skip")
 SPLITS = ("train", "val", "dev", "test", "test1", "test2")  # in the names of NLVR2's samples
 
 _NEEDED = {  # at least one of these heads
@@ -51,6 +55,7 @@ _NEEDED = {  # at least one of these heads
     "pretrain": ("itc", "irtr", "mlm"),
     "textmlm": ("mlm", "textmlm"),
 }
+_TOLD = 10  # samples that are left out
 _LABELLED = "labelled"  # share of the questions that have an answer
 _NAME_OF = {"vqa": "question_id", "nlvr2": "identifier"}  # of a sample, in prediction files
 
@@ -80,6 +85,7 @@ def evaluate(
     workers: int = 0,
     autocast: torch.dtype | None = None,
     predictions: str | os.PathLike[str] | None = None,
+    on_bad_sample: str = "error",
 ) -> dict[str, float]:
     """Metrics of a model on a data set, as shares of 1.
 
@@ -115,20 +121,31 @@ def evaluate(
         autocast: dtype of the model's products; None for the parameters' own.
         predictions: file for the answers, for the servers that judge them. vqa: JSON, a list of
             ``{"question_id": ..., "answer": ...}``; nlvr2: lines of ``identifier,True``.
+        on_bad_sample: what becomes of a sample that cannot be read. "error": the error is raised.
+            "skip": metrics and predictions are those of the others, ``skipped`` is the number of
+            samples that are left out, and standard error tells which they are. In retrieval an
+            image that cannot be read leaves out its texts as well.
 
     Raises:
-        ValueError: an unknown task, an empty data set, a head that the model lacks, answers of
-            another number than the model's, samples without the names that ``predictions`` needs.
+        ValueError: an unknown task, an empty data set, a head that the model lacks, answers or a
+            vocabulary of another number than the model's, samples without the names that
+            ``predictions`` needs, no sample that can be read.
+        vlmo.data.BadSample: a sample cannot be read, with "error".
+        FloatingPointError: the model's outputs are NaN or infinite.
         OSError: ``predictions`` cannot be written.
     """
     if isinstance(model, DistributedDataParallel):
         model = model.module
     model = cast(VLMo, model)
-    _check(model.config, dataset, task, rerank, predictions)
+    check_task(model.config, task, rerank=rerank, predictions=predictions)
+    _check_data(model.config, dataset, tokenizer, task)
+    if on_bad_sample not in ON_BAD_SAMPLE:
+        raise ValueError(f"on_bad_sample: {on_bad_sample!r} is not one of {ON_BAD_SAMPLE}")
+    skips = on_bad_sample == "skip"
     if task == "retrieval":
-        gallery = gallery_of(dataset, tokenizer, workers=workers)
+        gallery, bad = readable_gallery(dataset, tokenizer, workers=workers, skips=skips)
         options = {"batch_size": batch_size, "workers": workers, "autocast": autocast}
-        return _retrieval(model, gallery, rerank, options)
+        return _retrieval(model, gallery, rerank, options) | _left_out(bad, "samples")
     batches = _Batches(len(cast(Sized, dataset)), batch_size, shuffled=task == "pretrain")
     if task == "pretrain" and "itm" in model.config.tasks:
         _check_negatives(batches)
@@ -138,87 +155,116 @@ def evaluate(
         tokenizer,
         mask_share=MASK_SHARE if task in ("pretrain", "textmlm") else None,
         workers=workers,
+        on_bad="leave_out" if skips else "error",
     )
-    device, names, tables, given = device_of(model), [], [], []
+    found = _found(model, task, batches, loaded, autocast, predictions is not None)
+    bad = [pair for batch in found for pair in batch.bad]
+    if len(bad) == batches.size:
+        raise ValueError(f"dataset: no sample can be read, the first because of {bad[0][1]}")
+    totals = torch.tensor([batch.table for batch in found if batch.table], dtype=torch.float64)
+    names = next(batch.metrics for batch in found if batch.table)
+    result = _finished(
+        {
+            name: total / rows
+            for name, (total, rows) in zip(names, totals.sum(0).tolist(), strict=True)
+            if rows
+        }
+    )
+    _require_finite(*(torch.tensor(value) for value in result.values()))
+    if predictions is not None:
+        lost = [_name_of(dataset, index, task) for index, _ in bad]
+        if rank() == 0:
+            _write(predictions, task, dataset, [pair for batch in found for pair in batch.given])
+            if lost:
+                listed = ", ".join(map(str, lost))
+                print(f"vlmo: {predictions} lacks {len(lost)} samples: {listed}", file=sys.stderr)
+    return result | _left_out(bad, "samples")
+
+
+class _Found(NamedTuple):
+    """What is found in a batch; plain numbers, which ranks can exchange.
+
+    Attributes:
+        metrics: their names.
+        table: total and rows of each metric; empty if no sample of the batch can be read.
+        given: names and answers of the samples, if they are to be written.
+        bad: number of each sample that is left out, and why.
+    """
+
+    metrics: list[str]
+    table: list[list[float]]
+    given: list[tuple[Any, int]]
+    bad: list[tuple[int, str]]
+
+
+def _found(
+    model: VLMo,
+    task: str,
+    batches: _Batches,
+    loaded: Iterable[dict[str, Any]],
+    autocast: torch.dtype | None,
+    names_them: bool,
+) -> list[_Found]:
+    """What all ranks have found, batch by batch."""
+    device, measure = device_of(model), _MEASURES[task]
+    fewest = 2 if task == "pretrain" and "itm" in model.config.tasks else 1
+    measured: list[tuple[Measured, list[Any]] | None] = []
+    bad: list[list[tuple[int, str]]] = []
+    kept = None
     with torch.no_grad(), evaluating(model) as run, precision(device, autocast):
         for number, batch in zip(batches.own, loaded, strict=True):
-            sums, chosen = run(_MEASURES[task], model, to_device(batch, device), number)
-            names = list(sums)
-            tables.append(_table(sums))
-            if predictions is not None:
-                given.append((_names(batch, task), chosen))
-    totals = of_all(torch.stack(tables), len(batches.every)).sum(0).tolist()
-    if predictions is not None:
-        answers = objects_of_all([(n, c.tolist()) for n, c in given], len(batches.every))
-        if rank() == 0:
-            _write(predictions, task, dataset, answers)
-    return _finished(
-        {name: total / rows for name, (total, rows) in zip(names, totals, strict=True) if rows}
-    )
+            bad.append(batch.pop("bad_samples", []))
+            rows = len(batch.get("text_ids", ()))
+            if rows < fewest:
+                read = set(batches.every[number]) - {index for index, _ in bad[-1]}
+                bad[-1] += [(index, "is left without a negative in its batch") for index in read]
+                measured.append(None)
+                continue
+            kept = to_device(batch, device)
+            result = run(measure, model, kept, number)
+            measured.append((result, _names(batch, task) if names_them else []))
+        if isinstance(model, FSDPModule):  # other ranks wait for as many calls
+            if kept is None:
+                raise ValueError(f"dataset: no sample of rank {rank()} can be read: {bad[0][0][1]}")
+            for number in range(measured.count(None)):
+                run(measure, model, kept, number)
+    own = []
+    for entry, left_out in zip(measured, bad, strict=True):
+        if entry is None:
+            own.append(_Found([], [], [], left_out))
+            continue
+        (sums, chosen), names = entry
+        answers = chosen.tolist() if chosen is not None and names_them else []
+        given = list(zip(names, answers, strict=True))
+        own.append(_Found(list(sums), _table(sums).tolist(), given, left_out))
+    return objects_of_all(own, len(batches.every))
 
 
-def gallery_of(dataset: Dataset, tokenizer: TextTokenizer, *, workers: int = 0) -> Gallery:
-    """The images and texts of a retrieval data set, an image of several texts once.
-
-    Images are fetched from the data set whenever they are asked for.
-
-    Args:
-        dataset: of samples with ``image``, ``text`` and ``image_id``. If it has ``image_ids`` (one
-            for each sample) and ``text(index)``, no image is decoded here.
-        tokenizer: of the model's text length.
-        workers: processes that read the samples of a data set that has not.
-
-    Raises:
-        ValueError: samples have no ``image_id``.
-    """
-    if hasattr(dataset, "image_ids"):
-        told = cast(Any, dataset)
-        images, texts = list(told.image_ids), [told.text(n) for n in range(len(told))]
-    else:
-        images, texts = _read_pairs(dataset, workers)
-    first: dict[Hashable, int] = {}
-    for row, image in enumerate(images):
-        first.setdefault(image, row)
-    place = {image: number for number, image in enumerate(first)}
-    words = tokenizer.encode(texts)
-    return Gallery(
-        images=_Pictures(dataset, list(first.values())),
-        text_ids=words["text_ids"],
-        text_masks=words["text_masks"],
-        image_of_text=torch.tensor([place[image] for image in images]),
-    )
+def _left_out(bad: Sequence[tuple[int, str]], what: str) -> dict[str, int]:
+    """The metric ``skipped`` if there is any; told on the first rank's standard error."""
+    if bad and rank() == 0:
+        print(f"vlmo: {len(bad)} {what} are left out, which cannot be read:", file=sys.stderr)
+        for _, reason in bad[:_TOLD]:
+            print(f"  {reason}", file=sys.stderr)
+        if len(bad) > _TOLD:
+            print(f"  and {len(bad) - _TOLD} more", file=sys.stderr)
+    return {"skipped": len(bad)} if bad else {}
 
 
-def _read_pairs(dataset: Dataset, workers: int) -> tuple[list[Hashable], list[str]]:
-    """Image ids and texts of all samples; with a process group each rank reads its share."""
-    size = len(cast(Sized, dataset))
-    loaded = DataLoader(
-        dataset,
-        sampler=own_share(size),
-        batch_size=None,
-        num_workers=workers,
-        generator=torch.Generator(),
-    )
-    pairs: list[tuple[Hashable, str]] = []
-    for sample in loaded:
-        if "image_id" not in sample:
-            raise ValueError(f"dataset: its samples have no image_id, only {sorted(sample)}")
-        pairs.append((sample["image_id"], sample["text"]))
-    images, texts = zip(*objects_of_all(pairs, size), strict=True)
-    return list(images), list(texts)
+def _require_finite(*outputs: Tensor) -> None:
+    if not all(bool(tensor.isfinite().all()) for tensor in outputs):
+        raise FloatingPointError(
+            "the model's outputs are NaN or infinite, so that nothing can be measured; float16 "
+            "overflows where float32 and bfloat16 do not"
+        )
 
 
-class _Pictures(Dataset):
-    """The images of some samples."""
-
-    def __init__(self, dataset: Dataset, rows: list[int]):
-        self.dataset, self.rows = dataset, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> Tensor:
-        return self.dataset[self.rows[number]]["image"]
+def _name_of(dataset: Any, index: int, task: str) -> Any:
+    """What the file of answers calls a sample whose picture cannot be read."""
+    try:
+        return dataset.fields(index)[_NAME_OF[task]]
+    except (AttributeError, KeyError, ValueError, OSError):
+        return f"sample {index}"
 
 
 class _Batches:
@@ -250,9 +296,11 @@ def _retrieval(
     model: VLMo, gallery: Gallery, candidates: int, options: dict[str, Any]
 ) -> dict[str, float]:
     embeddings = encode(model, gallery, **options)
+    _require_finite(*embeddings)
     result = _named(recall_at(embeddings, gallery.image_of_text))
     if candidates:
         lists = rerank_lists(model, gallery, shortlist(embeddings, candidates), **options)
+        _require_finite(lists.image.scores, lists.text.scores)
         fused = _named(recall_at(lists, gallery.image_of_text))
         result |= {f"reranked_{name}": value for name, value in fused.items()}
     return result
@@ -386,17 +434,16 @@ def _finished(result: dict[str, float]) -> dict[str, float]:
     return {"loss": sum(losses), **result} if len(losses) > 1 else result
 
 
-def _check(
+def check_task(
     config: VLMoConfig,
-    dataset: Dataset,
     task: str,
-    rerank: int,
-    predictions: str | os.PathLike[str] | None,
+    *,
+    rerank: int = 0,
+    predictions: str | os.PathLike[str] | None = None,
 ) -> None:
+    """Raise ValueError for what :func:`evaluate` cannot do with a model, whatever the data."""
     if task not in TASKS:
         raise ValueError(f"task: {task!r} is not one of {TASKS}")
-    if not len(cast(Sized, dataset)):
-        raise ValueError("dataset: holds no sample")
     if rerank < 0 or (rerank and task != "retrieval"):
         raise ValueError(f"rerank: {rerank} candidates cannot be re-ranked for task {task!r}")
     needed = _NEEDED[task]
@@ -407,11 +454,20 @@ def _check(
         raise ValueError(f"task: itm needs itc, which weighs its negatives, not {config.tasks}")
     if rerank and "itm" not in config.tasks:
         raise ValueError(f"rerank: needs the head of itm, the model has {config.tasks}")
-    if task == "vqa" and len(cast(Any, dataset).answers) != config.vqa_labels:
-        count = len(cast(Any, dataset).answers)
-        raise ValueError(f"dataset: has {count} answers, the model has {config.vqa_labels}")
     if predictions is not None and task not in _NAME_OF:
         raise ValueError(f"predictions: task {task!r} has none, only {sorted(_NAME_OF)}")
+
+
+def _check_data(config: VLMoConfig, dataset: Any, tokenizer: TextTokenizer, task: str) -> None:
+    if not len(dataset):
+        raise ValueError("dataset: holds no sample")
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"tokenizer: has {tokenizer.vocab_size} tokens, the model has {config.vocab_size}"
+        )
+    if task == "vqa" and len(dataset.answers) != config.vqa_labels:
+        count = len(dataset.answers)
+        raise ValueError(f"dataset: has {count} answers, the model has {config.vqa_labels}")
 
 
 def _check_negatives(batches: _Batches) -> None:
@@ -430,16 +486,12 @@ def _names(batch: Mapping[str, Any], task: str) -> list[Any]:
 
 
 def _write(
-    path: str | os.PathLike[str],
-    task: str,
-    dataset: Any,
-    answers: list[tuple[list[Any], list[int]]],
+    path: str | os.PathLike[str], task: str, dataset: Any, pairs: Sequence[tuple[Any, int]]
 ) -> None:
-    pairs = [pair for names, chosen in answers for pair in zip(names, chosen, strict=True)]
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
         if task == "vqa":
             rows = [{"question_id": n, "answer": dataset.answers[answer]} for n, answer in pairs]
-            json.dump(rows, stream)
+            json.dump(rows, stream, allow_nan=False)
         else:
             writer = csv.writer(stream, lineterminator="\n")
             writer.writerows((name, bool(answer)) for name, answer in pairs)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmo.config import VLMoConfig
-from vlmo.kernels import moe_ffn
-from vlmo.sequences import Chosen, Layout, Tokens
+from vlmo.kernels import Constants, moe_ffn
+from vlmo.sequences import Chosen, Experts, Layout, Tokens
+from vlmo.wrappers import is_plain, rows_of
 
 
 class PatchEmbedding(nn.Module):
@@ -22,7 +26,7 @@ class PatchEmbedding(nn.Module):
         return self.proj(image).flatten(2).transpose(1, 2)
 
 
-class TextEmbeddings(nn.Module):
+class TextEmbeddings(Constants):
     """Token ids ``[...]`` to ``[..., D]``: BERT's embeddings, without the outer token type.
 
     The position embedding is added in models with absolute positions only; elsewhere it is there
@@ -40,14 +44,17 @@ class TextEmbeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(2, config.dim)
         self.LayerNorm = nn.LayerNorm(config.dim, eps=1e-12)
         self.dropout = nn.Dropout(config.drop_path)
-        self.register_buffer("position_ids", torch.arange(config.max_text_length)[None])
+        positions = torch.arange(config.max_text_length, device="cpu")[None]
+        self.register_constant(
+            "position_ids", positions, torch.get_default_device(), persistent=True
+        )
 
     def forward(self, text_ids: Tensor, places: Tensor | None = None) -> Tensor:
         """``places``: of each token in its text; by default the last dimension is one text."""
-        x = self.word_embeddings(text_ids) + self.token_type_embeddings.weight[0]
+        x = self.word_embeddings(text_ids) + rows_of(self.token_type_embeddings, 0)
         if self.absolute:
-            positions = self.position_embeddings.weight
-            x = x + (positions[: text_ids.shape[-1]] if places is None else positions[places])
+            wanted = slice(text_ids.shape[-1]) if places is None else places
+            x = x + rows_of(self.position_embeddings, wanted)
         return self.dropout(self.LayerNorm(x))
 
 
@@ -65,17 +72,29 @@ class Attention(nn.Module):
     def project(self, x: Tensor) -> Tensor:
         """``[B, N, D]`` to packed queries, keys and values ``[B, N, 3, H, K]``."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        return F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
+        if is_plain(self.qkv, nn.Linear):
+            qkv = F.linear(x, self.qkv.weight, bias)
+        else:
+            qkv = self.qkv(x)
+            qkv = qkv + bias.to(qkv.dtype)
+        return qkv.unflatten(-1, (3, self.heads, -1))
 
 
 class Mlp(nn.Module):
-    """The weights of one expert; :func:`vlmo.kernels.moe_ffn` runs them."""
+    """One expert. :func:`vlmo.kernels.moe_ffn` reads its weights where they are all there is."""
 
     def __init__(self, config: VLMoConfig):
         super().__init__()
         hidden = int(config.dim * config.mlp_ratio)
         self.fc1 = nn.Linear(config.dim, hidden)
         self.fc2 = nn.Linear(hidden, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+    def is_plain(self) -> bool:
+        """Whether it does what its weights say, see :func:`vlmo.wrappers.is_plain`."""
+        return is_plain(self, Mlp) and all(is_plain(fc, nn.Linear) for fc in (self.fc1, self.fc2))
 
 
 class Block(nn.Module):
@@ -120,15 +139,21 @@ class Block(nn.Module):
             attended = attended * tokens.drop_path(self.drop_path, x.device)[..., None]
         x = x + attended
 
-        names, routing = tokens.experts(self.has_vl)
-        mlps = [getattr(self, f"mlp_{name}") for name in names]
-        norms = [getattr(self, f"norm2_{name}") for name in names]
+        experts = tokens.experts(self.has_vl)
+        mlps: list[Any] = [getattr(self, f"mlp_{name}") for name in experts.names]
+        norms: list[Any] = [getattr(self, f"norm2_{name}") for name in experts.names]
         token_scale = None
         if drops:
             token_scale = tokens.drop_path_of_experts(self.drop_path, self.has_vl, x.device)
+        plain = all(isinstance(mlp, Mlp) and mlp.is_plain() for mlp in mlps)
+        if not plain or not all(is_plain(norm, nn.LayerNorm) for norm in norms):
+            branch = _through_modules(x, experts, norms, mlps)
+            if self.gamma_2 is not None:
+                branch = branch * self.gamma_2
+            return x + (branch if token_scale is None else branch * token_scale[..., None])
         return moe_ffn(
             x,
-            routing,
+            experts.routing,
             [mlp.fc1.weight for mlp in mlps],
             [mlp.fc2.weight for mlp in mlps],
             b1=[mlp.fc1.bias for mlp in mlps],
@@ -155,6 +180,22 @@ class Block(nn.Module):
         if self.attn_text is None:
             return self.attn.proj(attended)
         return tokens.by_modality(attended, self.attn_text.proj, self.attn.proj)
+
+
+def _through_modules(
+    x: Tensor,  # [..., D]
+    experts: Experts,
+    norms: Sequence[nn.Module],
+    mlps: Sequence[nn.Module],
+) -> Tensor:  # [..., D]
+    """``mlp(norm(x))`` of each token's expert, by calling the modules."""
+    flat = x.flatten(0, -2)
+    if len(mlps) == 1:
+        return mlps[0](norms[0](flat)).view(*x.shape[:-1], -1)
+    rows = experts.routing.grouping(len(flat), x.device).rows.long()
+    parts = flat[rows].split([count * len(flat) // sum(experts.counts) for count in experts.counts])
+    out = torch.cat([mlp(norm(p)) for mlp, norm, p in zip(mlps, norms, parts, strict=True)])
+    return torch.empty_like(out).index_copy(0, rows, out).view(*x.shape[:-1], -1)
 
 
 class MultiwayTransformer(nn.Module):

@@ -1,14 +1,16 @@
 """What a checkpoint file holds, whatever layout it came in, as tensors under official keys.
 
-Nothing in a file is ever executed: pickles go through ``torch.load(weights_only=True)``.
+Nothing in a file is ever executed: pickles go through ``torch.load(weights_only=True)``, where
+classes that it does not know are replaced by empty ones that cannot be called.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,24 @@ SAFETENSORS_SUFFIX = ".safetensors"
 ZIP_END = b"PK\x05\x06"
 ZIP_END_REACH = 22 + 2**16
 
-# Where save_checkpoint records the configuration, in the metadata that both formats have room for.
+# What save_checkpoint records in the metadata that both formats have room for: the configuration,
+# and digests of the vocabulary and of the answers that the weights were trained with.
 CONFIG_RECORD = "vlmo_config"
+VOCABULARY_RECORD, ANSWERS_RECORD = "vlmo_vocabulary", "vlmo_answers"
+_RECORDS = (CONFIG_RECORD, VOCABULARY_RECORD, ANSWERS_RECORD)
+
+# Entries of a training.pt, which has its weights under "model" as BEiT has.
+_STATE_OF_TRAINING = {"version", "run", "step", "model", "optimizer", "schedule"}
+_CLASSES = 64  # that a file may name besides those of tensors
+# Keys of files that are often taken for one of VLMo, in the order in which they are tried.
+_FOREIGN = {
+    "BEiT-3": r"(beit3|model)\.text_embed\.|beit3\.",
+    "ViLT": r"vilt\.|transformer\.blocks\.\d+\.mlp\.",
+    "CLIP": r"visual\.(conv1|class_embedding|transformer|trunk)|(vision|text)_model\.",
+    "ALBEF or BLIP": r"visual_encoder\.",
+    "BERT": r"(bert|roberta)\.|encoder\.layer\.\d+\.",
+    "a language model": r"(model\.)?layers\.\d+\.self_attn\.",
+}
 
 
 class CheckpointError(ValueError):
@@ -50,28 +68,33 @@ class Content:
     state: dict[str, Tensor]
     converted: tuple[str, ...]
     ignored: tuple[str, ...]
-    record: str | None
+    records: dict[str, str]
     beit: bool
 
 
 def read_content(source: Source) -> Content:
     """Open, unwrap and convert a checkpoint to official keys."""
-    record: str | None = None
     raw: Any = source
     name = "state dict"
+    records: dict[str, str] = {}
     if not isinstance(source, Mapping):
         path = Path(source)
         name = str(path)
         kind = _kind(path)
-        raw, record = _open_safetensors(path) if kind == "safetensors" else _open_torch(path, kind)
+        if kind == "safetensors":
+            raw, records = _open_safetensors(path)
+        else:
+            raw = _open_torch(path, kind)
     if not isinstance(raw, Mapping):
         raise CheckpointError(f"{name}: holds a {type(raw).__name__}, not a dict of tensors")
+    if raw.keys() >= _STATE_OF_TRAINING:
+        raise CheckpointError(f"{name}: is the state of a training, not a model{_beside(name)}")
     converted: list[str] = []
-    wrapper = next((w for w in WRAPPERS if isinstance(raw.get(w), Mapping)), None)
+    wrapper = _wrapper(raw)
     if wrapper is not None:
         raw = raw[wrapper]
         converted.append(f'wrapped in "{wrapper}"')
-    record = record or _attached_record(raw)
+    records = records or _attached_records(raw)
     state: dict[str, Tensor] = {}
     ignored: list[str] = []
     for key, value in raw.items():
@@ -93,7 +116,31 @@ def read_content(source: Source) -> Content:
         state, more = _from_beit(name, state)
         ignored += more
         converted.append("BEiT")
-    return Content(name, state, tuple(converted), tuple(ignored), record, beit)
+    return Content(name, state, tuple(converted), tuple(ignored), records, beit)
+
+
+def read_records(source: str | os.PathLike[str]) -> dict[str, str]:
+    """What :func:`vlmo.save_checkpoint` recorded in a file's metadata; reads no tensor.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError, CheckpointError: as :func:`vlmo.load_checkpoint`.
+    """
+    path = Path(source)
+    kind = _kind(path)
+    if kind == "safetensors":
+        with _safetensors(path) as file:
+            return _own_records(file.metadata())
+    if kind == "pickle":  # a format that we do not write, and that would have to be read whole
+        return {}
+    raw = _open_torch(path, kind)
+    if not isinstance(raw, Mapping):
+        return {}
+    wrapper = _wrapper(raw)
+    return _attached_records(raw if wrapper is None else raw[wrapper])
+
+
+def _wrapper(raw: Mapping[str, Any]) -> str | None:
+    return next((w for w in WRAPPERS if isinstance(raw.get(w), Mapping)), None)
 
 
 def _kind(path: Path) -> str:
@@ -121,19 +168,52 @@ def _kind(path: Path) -> str:
         return "zip"
     if head.startswith(b"\x80"):
         return "pickle"
+    if path.name.endswith(".index.json"):
+        raise CheckpointError(
+            f"{path}: the index of a checkpoint in several files, which have to be merged into one"
+        )
+    if path.suffix.lower() == ".json":
+        raise CheckpointError(f"{path}: a JSON file, not a checkpoint")
     raise CheckpointError(f"{path}: not a torch checkpoint, it starts with {head[:16]!r}")
 
 
-def _open_torch(path: Path, kind: str) -> tuple[Any, str | None]:
-    """Content of a ``torch.save`` file; its storages stay on disk until used where they can."""
+def _open_torch(path: Path, kind: str, classes: tuple[str, ...] = ()) -> Any:
+    """Content of a ``torch.save`` file; its storages stay on disk until used where they can.
+
+    Lightning up to 1.4 keys the state of a callback by its class, and training scripts add the
+    arguments they were called with. Nobody asks for these: ``classes`` are those of the file that
+    :class:`_Empty` stands for.
+    """
+    stand_ins: list[Any] = [(_NotCalled(name, (_Empty,), {}), name) for name in classes]
     # Arbitrary bytes make torch raise nearly any exception; the caller gets one, with the path.
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip"), None
+        with torch.serialization.safe_globals(stand_ins):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
     except Exception as error:
         # torch wraps what its unpickler found in advice to load the file unsafely, which we do not
         # pass on.
         inner = error.__context__ if isinstance(error, pickle.UnpicklingError) else None
-        raise CheckpointError(f"{path}: {_complaint(inner or error)}") from (inner or error)
+        unknown = re.match(r"Unsupported global: GLOBAL ([A-Za-z_][\w.]*) was not", str(inner))
+        if unknown is None or unknown[1] in classes or len(classes) == _CLASSES:
+            raise CheckpointError(f"{path}: {_complaint(inner or error)}") from (inner or error)
+    return _open_torch(path, kind, (*classes, unknown[1]))
+
+
+class _NotCalled(type):
+    """Of classes that a file may name, and make empty objects of, but not call."""
+
+    def __call__(cls, *arguments: Any) -> Any:
+        raise pickle.UnpicklingError(f"GLOBAL {cls.__name__} is to be called")
+
+
+class _Empty:
+    """Stands for an object of any class: takes whatever it is given and keeps nothing."""
+
+    def __new__(cls, *arguments: Any) -> _Empty:
+        return object.__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 def _complaint(error: BaseException) -> str:
@@ -149,13 +229,19 @@ def _complaint(error: BaseException) -> str:
     return f"damaged, or no torch checkpoint ({cause})"
 
 
-def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """Tensors of a safetensors file, and the recorded configuration."""
+def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors of a safetensors file, and our records in its metadata."""
+    with _safetensors(path) as file:
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names}, _own_records(file.metadata())
+
+
+@contextlib.contextmanager
+def _safetensors(path: Path) -> Iterator[Any]:
+    """A safetensors file; whatever its reader raises is one error, with the path."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            record = (file.metadata() or {}).get(CONFIG_RECORD)
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, record
+            yield file
     except Exception as error:
         raise CheckpointError(f"{path}: damaged, or no safetensors file: {error}") from error
 
@@ -194,12 +280,48 @@ def _from_beit(name: str, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], 
     return converted, ignored
 
 
-def _attached_record(raw: Mapping[str, Any]) -> str | None:
-    """The configuration that :func:`save_checkpoint` put beside the tensors, if any."""
+def _attached_records(raw: Mapping[str, Any]) -> dict[str, str]:
+    """What :func:`vlmo.save_checkpoint` put beside the tensors of torch's format, if anything."""
     metadata = getattr(raw, "_metadata", None)
-    root = metadata.get("") if isinstance(metadata, Mapping) else None
-    record = root.get(CONFIG_RECORD) if isinstance(root, Mapping) else None
-    return record if isinstance(record, str) else None
+    return _own_records(metadata.get("") if isinstance(metadata, Mapping) else None)
+
+
+def _own_records(metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, Mapping):
+        return {}
+    found = {name: metadata.get(name) for name in _RECORDS}
+    return {name: value for name, value in found.items() if isinstance(value, str)}
+
+
+def _beside(name: str) -> str:
+    """Where the weights of a training are whose state ``name`` is."""
+    weights = Path(name).with_name("model.safetensors")
+    if weights.is_file():
+        return f"; its weights are in {weights}"
+    return "; its weights will be in model.safetensors beside it when the training has ended"
+
+
+def contents_of(folder: Path) -> str:
+    """What a folder without model.safetensors holds, as the end of an error."""
+    names = sorted(path.name for path in folder.iterdir())
+    indices = [name for name in names if name.endswith(".index.json")]
+    if "training.pt" in names:
+        return "; its training has not ended"
+    if indices:
+        return f"; it is a checkpoint in several files ({indices[0]}), to be merged into one"
+    if "config.json" in names:
+        return "; it has a config.json, as a model of Hugging Face has"
+    files = [name for name in names if name.endswith((".ckpt", ".pt", ".pth", ".bin"))]
+    return f"; name one of its files: {summary(files)}" if files else ""
+
+
+def likeness(keys: Iterable[str]) -> str:
+    """Whose file it is that has such keys, as the end of an error; "" if we cannot tell."""
+    names = list(keys)
+    for name, pattern in _FOREIGN.items():
+        if any(re.match(pattern, key) for key in names):
+            return f"; it looks like a file of {name}"
+    return ""
 
 
 def blocks_with(state: Mapping[str, Any], part: str) -> set[int]:

@@ -18,9 +18,23 @@ from torch.utils.checkpoint import checkpoint
 
 from vlmo import objectives
 from vlmo.config import VLMoConfig
-from vlmo.kernels import RelativePositionIndex
-from vlmo.layers import MLMHead, MultiwayTransformer, Pooler, Projection, TextEmbeddings, classifier
+from vlmo.kernels import Constants, RelativePositionIndex
+from vlmo.kernels.arguments import check_values
+from vlmo.layers import (
+    Attention,
+    Block,
+    MLMHead,
+    MultiwayTransformer,
+    Pooler,
+    Projection,
+    TextEmbeddings,
+    classifier,
+)
 from vlmo.sequences import Chosen, Layout, Packed, Padded
+from vlmo.wrappers import rows_of
+
+LOGIT_SCALE = math.log(1 / 0.07)  # the temperature of contrast to start from, as in CLIP
+_LARGEST_PIXEL = 16.0  # more than any usual normalisation gives, less than 0..255 holds
 
 
 class FusionOutput(NamedTuple):
@@ -39,6 +53,14 @@ class StreamOutput(NamedTuple):
     embedding: Tensor  # [B, D], unit length: the dual encoder's output
     vl_embedding: Tensor | None  # [B, D], unit length, through the vision-language tail
     cls: Tensor  # [B, D], first token, before the final norm
+
+
+def _materialise_constants(model: nn.Module, _: Any) -> None:
+    """After a load with ``assign=True`` into a model on the meta device."""
+    device = next(model.parameters()).device
+    for module in model.modules():
+        if isinstance(module, Constants):
+            module.materialise(device)
 
 
 class VLMo(nn.Module):
@@ -75,6 +97,7 @@ class VLMo(nn.Module):
             )
         self._add_heads(config)
         self.init_weights()
+        self.register_load_state_dict_post_hook(_materialise_constants)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, **changes: Any) -> VLMo:
@@ -96,17 +119,40 @@ class VLMo(nn.Module):
         if "itm" in tasks:
             self.itm_score = Projection(dim, 2, bias=True)
         if tasks & {"itc", "irtr"}:
-            self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+            self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
             self.itc_text_proj = Projection(dim, dim, bias=False)
             self.itc_image_proj = Projection(dim, dim, bias=False)
         if "itc" in tasks:
-            self.logit_vl_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+            self.logit_vl_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
             self.itc_vl_text_proj = Projection(dim, dim, bias=False)
             self.itc_vl_image_proj = Projection(dim, dim, bias=False)
         if "vqa" in tasks:
             self.vqa_classifier = classifier(dim, 2 * dim, config.vqa_labels)
         if "nlvr2" in tasks:
             self.nlvr2_classifier = classifier(2 * dim, 2 * dim, 2)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Give every parameter its initial value, as after ``to_empty`` on a model from meta."""
+        for module in self.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if module is not self and reset is not None:
+                reset()
+            if isinstance(module, Attention):
+                nn.init.zeros_(module.q_bias)
+                nn.init.zeros_(module.v_bias)
+            elif isinstance(module, Block) and module.gamma_1 is not None:
+                assert module.gamma_2 is not None and self.config.layer_scale is not None
+                nn.init.constant_(module.gamma_1, self.config.layer_scale)
+                nn.init.constant_(module.gamma_2, self.config.layer_scale)
+            elif isinstance(module, MLMHead):
+                nn.init.zeros_(module.bias)
+        if self.relative_position_bias_table is not None:
+            nn.init.zeros_(self.relative_position_bias_table)
+        for name, parameter in self.named_parameters(recurse=False):
+            if name in ("logit_scale", "logit_vl_scale"):
+                nn.init.constant_(parameter, LOGIT_SCALE)
+        self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -239,10 +285,15 @@ class VLMo(nn.Module):
 
     def embed_text(self, text_ids: Tensor, places: Tensor | None = None) -> Tensor:
         """Ids ``[B, T]``, or ``[tokens]`` with their places in their texts, to ``[..., D]``."""
-        return self.text_embeddings(text_ids, places) + self.token_type_embeddings.weight[0]
+        return self.text_embeddings(text_ids, places) + rows_of(self.token_type_embeddings, 0)
 
     def embed_image(self, image: Tensor, image_type: int = 1) -> Tensor:
-        """Pixels ``[B, 3, S, S]``, uint8 or scaled to [-1, 1], to ``[B, patches + 1, D]``."""
+        """Pixels ``[B, 3, S, S]``, uint8 or scaled to [-1, 1], to ``[B, patches + 1, D]``.
+
+        Raises:
+            ValueError: another shape, an ``image_type`` that the model has not, or floats far
+                outside [-1, 1], as of 0 to 255; on a GPU the device asserts the latter.
+        """
         size = self.config.image_size
         if image.dim() != 4 or image.shape[1:] != (3, size, size):
             raise ValueError(f"image: shape {tuple(image.shape)} is not (batch, 3, {size}, {size})")
@@ -252,7 +303,9 @@ class VLMo(nn.Module):
             )
         if image.dtype == torch.uint8:  # mean and deviation 0.5, as in the official transforms
             image = image.to(self.transformer.cls_token.dtype).div(127.5).sub(1)
-        return self.transformer.embed(image) + self.token_type_embeddings.weight[image_type]
+        else:
+            check_values("image", image, image.abs() > _LARGEST_PIXEL, "not scaled to -1..1")
+        return self.transformer.embed(image) + rows_of(self.token_type_embeddings, image_type)
 
     def _embed_padded(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         wanted = (len(text_ids), self.config.max_text_length)

@@ -48,9 +48,14 @@ def draw_negatives(
         rank: see above.
 
     Returns:
-        ``[B]`` int64. With a single column there is no negative, and its own is returned.
+        ``[B]`` int64.
+
+    Raises:
+        ValueError: a single column, beside which there is no other.
     """
     rows, columns = logits.shape
+    if columns < 2:
+        raise ValueError(f"logits: {columns} column holds no negative; image-text matching needs 2")
     weights = logits.detach().float().softmax(dim=1)
     place = torch.arange(rows, device=logits.device)
     own = (rank * rows + place)[:, None] == torch.arange(columns, device=logits.device)
@@ -72,6 +77,9 @@ class PendingNegatives:
         t2i: ``[B, W * B]`` logits of this rank's texts against all images.
         batch: of this rank, with ``image``, ``text_ids`` and their lengths.
         generator: see :func:`draw_negatives`.
+
+    Raises:
+        ValueError: the batches of all ranks together hold a single pair, which has no negative.
     """
 
     def __init__(

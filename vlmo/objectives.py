@@ -83,7 +83,8 @@ def compute(
 
     Raises:
         KeyError: the batch lacks a tensor that a task reads.
-        ValueError: ITM without ITC, a text without tokens, or a label on padding.
+        ValueError: ITM without ITC, a text without tokens, a label on padding, or contrast of a
+            single pair, whose loss is 0 whatever the model does.
     """
     tasks = model.config.tasks
     if "itm" in tasks and "itc" not in tasks:
@@ -224,6 +225,11 @@ def contrast(model: VLMo, streams: Streams) -> Output:
         ``itc_loss`` and, of this rank's rows against all, ``itc_i2t_logits`` and ``itc_t2i_logits``
         [B, W * B]; the same with ``irtr_``.
     """
+    if len(streams.image) * distributed.world_size() < 2:
+        raise ValueError(
+            f"batch: 1 pair leaves nothing for {' and '.join(model.config.tasks)} to compare it "
+            "with; the batches of all ranks together need at least 2"
+        )
     everything = [v for v in streams if v is not None]
     everyone = distributed.gather(torch.cat(everything, 1)).split(model.config.dim, 1)
     i2t, t2i, loss = _directions(streams.image, streams.text, everyone[:2], model.logit_scale)

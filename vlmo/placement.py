@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vlmo.kernels import why_not
+from vlmo.kernels.dispatch import requested
 from vlmo.kernels.target import compute_capability, devices
 
 OPERATIONS = ("moe_ffn", "shared_attention")  # that the model calls
@@ -52,16 +53,22 @@ def require_backend(
 ) -> None:
     """Raise now what would otherwise come up in the middle of the program.
 
+    Args:
+        backend: asked for by name; None for that of ``use_backend`` or ``VLMO_KERNELS``, if any.
+        device: to run on.
+        autocast: dtype of the products; None for float32.
+
     Raises:
         ValueError: there is no such backend.
         NotImplementedError: it cannot run on this device in this dtype.
     """
-    if backend is None:
+    name = requested(backend)
+    if name is None:
         return
     dtype = autocast or torch.float32
     for operation in OPERATIONS:
-        reason = why_not(operation, backend, device=device, dtype=dtype)
+        reason = why_not(operation, name, device=device, dtype=dtype)
         if reason is not None:
             raise NotImplementedError(
-                f"backend {backend!r} cannot run {operation} on {device}: {reason}"
+                f"backend {name!r} cannot run {operation} on {device}: {reason}"
             )

@@ -7,23 +7,27 @@ predictor.answer("photo.jpg", "what colour is the car?")
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlmo import objectives, passes
+from vlmo.attention_maps import AttentionMaps, attention_weights
 from vlmo.data.tokenizer import TextTokenizer
-from vlmo.data.transforms import SquareTransform, as_rgb, read_image
+from vlmo.data.transforms import SquareTransform
+from vlmo.inputs import Picture, Pictures, Texts, decoded
+from vlmo.inputs import pictures as pictures_of
+from vlmo.inputs import texts as texts_of
 from vlmo.loading import load_model
 from vlmo.model import VLMo
 from vlmo.placement import chosen_device, chosen_dtype, require_backend
@@ -40,10 +44,6 @@ from vlmo.retrieval import (
     rerank as rerank_lists,
 )
 from vlmo.sharing import device_of, even_batches, precision
-
-Picture: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
-Pictures: TypeAlias = Picture | Sequence[Picture]
-Texts: TypeAlias = str | Sequence[str]
 
 _THREADS = 8  # that decode images
 
@@ -75,10 +75,14 @@ class Hit(NamedTuple):
 class Predictor:
     """A model, its vocabulary and its answers, to be asked about any number of images and texts.
 
-    Images are paths, Pillow images, or uint8 arrays ``[H, W]``, ``[H, W, 3]`` or, of several,
-    ``[n, H, W, 3]``; they are resized to the model's square. Texts longer than the model's lose
-    their end, with a warning. Wherever images and texts are taken one by one, a single one goes
-    with all of the others. Everything is done in batches; tensors come back in float32 on the CPU.
+    Images are paths, the bytes of image files, files opened for reading bytes, Pillow images, or
+    uint8 arrays ``[H, W]``, ``[H, W, 1]``, ``[H, W, 3]`` or, of several, ``[n, H, W, 3]``; they are
+    resized to the model's square. Several images or texts come in a list, a tuple, an array, a
+    pandas Series, a generator. Texts longer than the model's lose their end, with a warning; blank
+    ones are taken, with a warning. Wherever images and texts are taken one by one, a single one
+    goes with all of the others. Everything is done in batches; tensors come back in float32 on the
+    CPU. Every method raises ValueError for images and texts of other kinds, and FloatingPointError
+    if the model's outputs are NaN or infinite.
 
     Args:
         model: put into evaluation mode.
@@ -92,7 +96,8 @@ class Predictor:
         answers: as given.
 
     Raises:
-        ValueError: ``batch_size`` is not positive.
+        ValueError: ``batch_size`` is not positive, or vocabulary or answers are of another number
+            than the model's.
     """
 
     def __init__(
@@ -106,6 +111,14 @@ class Predictor:
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size: {batch_size} is not positive")
+        if vocabulary is not None and vocabulary.get_vocab_size() != model.config.vocab_size:
+            raise ValueError(
+                f"vocabulary: has {vocabulary.get_vocab_size()} tokens, the model has "
+                f"{model.config.vocab_size}"
+            )
+        labels = model.config.vqa_labels
+        if answers is not None and "vqa" in model.config.tasks and len(answers) != labels:
+            raise ValueError(f"answers: {len(answers)} were given, the model has {labels}")
         self.model, self.answers = model.eval(), answers
         self.autocast, self.batch_size = autocast, batch_size
         self._transform = SquareTransform(model.config.image_size)
@@ -160,6 +173,21 @@ class Predictor:
         """Whether the model has one of these heads."""
         return bool(set(heads) & set(self.model.config.tasks))
 
+    def read_images(self, images: Pictures) -> list[np.ndarray | OSError | ValueError]:
+        """Images in the model's size, uint8 ``[S, S, 3]``, to be given to several methods.
+
+        In place of one that cannot be read stands the error that says why.
+        """
+        shown = pictures_of("images", images)
+        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+            return list(pool.map(self._read, itertools.repeat(shown), range(len(shown))))
+
+    def _read(self, images: Sequence[Picture], number: int) -> np.ndarray | OSError | ValueError:
+        try:
+            return self._decoded(images, number).permute(1, 2, 0).numpy()
+        except (OSError, ValueError) as error:
+            return error
+
     @torch.no_grad()
     def embed_images(self, images: Pictures) -> Tensor:
         """Unit vectors ``[n, D]`` of the dual encoder.
@@ -169,7 +197,7 @@ class Predictor:
             ValueError: an image cannot be read, or the model has no head of retrieval.
         """
         self._require("embed_images", "itc", "irtr")
-        shown = _many(images)
+        shown = pictures_of("images", images)
         batches = even_batches(range(len(shown)), self.batch_size)
         with self._precision():
             found = [
@@ -185,7 +213,7 @@ class Predictor:
             ValueError: the model has no head of retrieval, or there is no vocabulary.
         """
         self._require("embed_texts", "itc", "irtr")
-        said = _many(texts)
+        said = texts_of("texts", texts)
         found = []
         with self._precision():
             for rows in even_batches(range(len(said)), self.batch_size):
@@ -209,13 +237,25 @@ class Predictor:
         self._require("match", "itm")
 
         def matched(texts: passes.Texts, pixels: Tensor, places: Sequence[int]) -> Tensor:
-            return matching_logits(self.model, texts, pixels, places).softmax(1)[:, 1]
+            return matching_logits(self.model, texts, pixels, places)
 
-        return self._joined([*self._pairs(matched, images, texts)])
+        found = self._joined([*self._pairs(matched, images, texts)], (2,))
+        return found.softmax(1)[:, 1]
 
     def answer(self, image: Picture, question: str, top: int = 1) -> list[Answer]:
-        """The likeliest answers to one question, best first; errors as of :meth:`answer_all`."""
-        return self.answer_all(image, question, top)[0]
+        """The likeliest answers to one question about one image, best first.
+
+        Raises:
+            ValueError: several images or questions were given, for which there is
+                :meth:`answer_all`; or as of that.
+        """
+        shown, said = pictures_of("image", image), texts_of("question", question)
+        if len(shown) != 1 or len(said) != 1:
+            raise ValueError(
+                f"answer: {len(shown)} images and {len(said)} questions are not one of each; "
+                "answer_all() takes several"
+            )
+        return self.answer_all(shown, said, top)[0]
 
     @torch.no_grad()
     def answer_all(self, images: Pictures, questions: Texts, top: int = 1) -> list[list[Answer]]:
@@ -257,7 +297,8 @@ class Predictor:
                 head of NLVR2, or there is no vocabulary.
         """
         self._require("judge", "nlvr2")
-        first, second, said = _many(images_0), _many(images_1), _many(statements)
+        first, second = pictures_of("images_0", images_0), pictures_of("images_1", images_1)
+        said = texts_of("statements", statements)
         count = _common_length(images_0=first, images_1=second, statements=said)
         batches = even_batches(range(count), self.batch_size)
         first, second, said = (_spread(given, count) for given in (first, second, said))
@@ -270,8 +311,50 @@ class Predictor:
                 # The labels are made up; nothing looks at the loss.
                 batch["answers"] = torch.zeros(len(rows), dtype=torch.int64, device=one.device)
                 output = objectives.nlvr2(self.model, batch)
-                found.append(output["nlvr2_logits"].float().softmax(1)[:, 1])
-        return self._joined(found)
+                found.append(output["nlvr2_logits"])
+        return self._joined(found, (2,)).softmax(1)[:, 1]
+
+    @torch.no_grad()
+    def attention(
+        self,
+        image: Picture | None = None,
+        text: str | None = None,
+        layer: int | None = None,
+    ) -> AttentionMaps:
+        """What each token of a text and an image attends to, in every layer or in one.
+
+        A text and an image are one sequence, as in matching and in answering. The weights are
+        computed in plain PyTorch beside the model's own attention.
+
+        Args:
+            image: one; None for a text alone.
+            text: one; None for an image alone.
+            layer: number of a layer; -1 is the last, None is all of them.
+
+        Returns:
+            Weights ``[layers, heads, N, N]``, or ``[heads, N, N]`` of one layer, and what the N
+            positions are.
+
+        Raises:
+            FileNotFoundError: the image does not exist.
+            ValueError: neither was given, or several; the image cannot be read, there is no such
+                layer, or there is no vocabulary.
+        """
+        shown = [] if image is None else pictures_of("image", image)
+        said = [] if text is None else texts_of("text", text)
+        if not 0 < max(len(shown), len(said)) < 2:
+            raise ValueError(
+                f"attention: {len(shown)} images and {len(said)} texts are not one of each, or one"
+            )
+        depth = self.model.config.depth
+        if layer is not None and not -depth <= layer < depth:
+            raise ValueError(f"layer: {layer} is not within {-depth}..{depth - 1}")
+        words = self._words(said) if said else None
+        pixels = next(self._pixels(shown, [[0]])) if shown else None
+        with self._precision():
+            weights = attention_weights(self.model, words, pixels, layer)
+        tokens = [] if words is None else self._tokens_of(words)
+        return AttentionMaps(self._finite(weights), tokens, self.model.config.grid if shown else 0)
 
     @torch.no_grad()
     def rank(
@@ -296,13 +379,14 @@ class Predictor:
             self._require("rank", "itm")
             if rerank < k:
                 raise ValueError(f"rerank: {rerank} candidates are fewer than k: {k}")
-        said, shown = _many(texts), _many(images)
+        said, shown = texts_of("texts", texts), pictures_of("images", images)
         if not said or not shown:
             return [[] for _ in said]
         embeddings = Embeddings(self.embed_images(shown), self.embed_texts(said))
         found = shortlist(embeddings, rerank or k).image
         if rerank:
             found = self._reranked(said, shown, found)
+        self._finite(found.scores)
         order = found.scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
         rows, scores = found.rows.gather(1, order), found.scores.gather(1, order)
         return [
@@ -348,7 +432,7 @@ class Predictor:
         texts: Texts,
     ) -> Iterator[Tensor]:
         """``function`` of the texts, images and image numbers of each batch of pairs."""
-        shown, said = _many(images), _many(texts)
+        shown, said = pictures_of("images", images), texts_of("texts", texts)
         count = _common_length(images=shown, texts=said)
         batches = even_batches(range(count), self.batch_size)
         alone = len(shown) == 1  # then a batch needs it once
@@ -358,7 +442,7 @@ class Predictor:
             words = self._words([said[row] for row in rows])
             with self._precision():
                 found = function(words, fetched, [0] * len(rows) if alone else range(len(rows)))
-            yield found.float()
+            yield self._finite(found.float(), rows[0])
 
     def _pixels(
         self, images: Sequence[Picture], batches: Sequence[Sequence[int]]
@@ -368,25 +452,14 @@ class Predictor:
         waiting: deque[list[Future[Tensor]]] = deque()
         with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
             for rows in batches:
-                waiting.append([pool.submit(self._decoded, images[row]) for row in rows])
+                waiting.append([pool.submit(self._decoded, images, row) for row in rows])
                 if len(waiting) > 1:
                     yield _stacked(waiting.popleft()).to(device)
             for futures in waiting:
                 yield _stacked(futures).to(device)
 
-    def _decoded(self, image: Picture) -> Tensor:
-        if isinstance(image, (str, os.PathLike)):
-            return self._transform(read_image(image, os.fspath(image)))
-        if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)) or image.ndim < 2:
-                raise ValueError(
-                    f"image: {image.dtype} {image.shape} is not uint8 [H, W] or [H, W, 3]"
-                )
-            image = Image.fromarray(image)
-        if not isinstance(image, Image.Image):
-            kind = type(image).__name__
-            raise ValueError(f"image: {kind} is neither a path, a Pillow image nor an array")
-        return self._transform(as_rgb(image))
+    def _decoded(self, images: Sequence[Picture], number: int) -> Tensor:
+        return self._transform(decoded(images[number], f"images[{number}]"))
 
     def _encoded(self, texts: Sequence[str]) -> dict[str, Tensor]:
         if self._tokenizer is None:
@@ -412,30 +485,39 @@ class Predictor:
                     stacklevel=2,
                 )
 
-    def _joined(self, parts: Sequence[Tensor], shape: tuple[int, ...] = ()) -> Tensor:
+    def _tokens_of(self, words: passes.Texts) -> list[str]:
+        assert self._tokenizer is not None
+        return self._tokenizer.tokens(words.ids.tolist())
+
+    def _joined(self, parts: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
         if not parts:
             return torch.zeros(0, *shape)
-        return torch.cat([*parts]).float().cpu()
+        return self._finite(torch.cat([*parts]).float().cpu())
+
+    def _finite(self, outputs: Tensor, first: int = 0) -> Tensor:
+        """The model's outputs ``[n, ...]`` for rows from ``first`` on; raises if not finite."""
+        bad = (~outputs.flatten(1).isfinite().all(1)).nonzero()[:, 0].tolist()
+        if bad:
+            how = "" if self.autocast is None else f" in {self.autocast}; try dtype='float32'"
+            raise FloatingPointError(
+                f"the model's outputs are NaN or infinite, first in row {first + bad[0]}{how}"
+            )
+        return outputs
 
 
 class _Decoded(Dataset):
     """Images as a gallery asks for them."""
 
-    def __init__(self, images: Sequence[Picture], decoded: Callable[[Picture], Tensor]):
+    def __init__(
+        self, images: Sequence[Picture], decoded: Callable[[Sequence[Picture], int], Tensor]
+    ):
         self.images, self.decoded = images, decoded
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, number: int) -> Tensor:
-        return self.decoded(self.images[number])
-
-
-def _many(given: Any) -> Sequence[Any]:
-    """One image or text as a sequence of one."""
-    if isinstance(given, (str, os.PathLike, Image.Image, np.ndarray)):
-        return list(given) if isinstance(given, np.ndarray) and given.ndim == 4 else [given]
-    return given if isinstance(given, Sequence) else list(given)
+        return self.decoded(self.images, number)
 
 
 def _common_length(**given: Sequence[Any]) -> int:
@@ -448,7 +530,7 @@ def _common_length(**given: Sequence[Any]) -> int:
     return several.pop() if several else 1
 
 
-def _spread(given: Sequence[Any], count: int) -> Sequence[Any]:
+def _spread(given: list[Any], count: int) -> list[Any]:
     return [given[0]] * count if len(given) == 1 else given
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,11 +65,51 @@ def tiny(**changes: Any) -> VLMoConfig:
     return VLMoConfig(**{**_TINY, "image_size": 32, "drop_path": 0.0, **changes})
 
 
+def small(**changes: Any) -> VLMoConfig:
+    """A VLMo between tiny and base for a user's own data: half the width of base."""
+    return VLMoConfig(**{"dim": 384, "heads": 6, **changes})
+
+
 SIZES = {
     "base": VLMoConfig.base,
     "base_plus": VLMoConfig.base_plus,
     "large": VLMoConfig.large,
+    "small": small,
     "tiny": tiny,
+}
+CONTRASTS = ("itc", "irtr")  # the losses that compare the pairs of a batch
+_FLOAT32_MAX = 3.4e38
+
+
+def _positive(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+def _not_negative(value: float) -> bool:
+    return 0 <= value < math.inf
+
+
+# What a number must be, and the words for it.
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(
+        (
+            "lr",
+            "batch_size",
+            "steps",
+            "epochs",
+            "image_size",
+            "text_capacity",
+            "head_lr_scale",
+            "clip_norm",
+        ),
+        (_positive, "positive and finite"),
+    ),
+    **dict.fromkeys(("warmup", "itc_grad_scale"), (_not_negative, "finite and at least 0")),
+    **dict.fromkeys(("warmup_share", "weight_decay"), (lambda v: 0 <= v <= 1, "within [0, 1]")),
+    "drop_path": (lambda v: 0 <= v < 1, "within [0, 1)"),
+    "mask_share": (lambda v: 0 < v <= 1, "within (0, 1]"),
+    "text_length": (lambda v: v >= 3, "at least 3: [CLS], a token, [SEP]"),
+    "max_logit_scale": (lambda v: 1 <= v < math.inf, "finite and at least 1"),
 }
 
 
@@ -102,6 +143,11 @@ class Recipe:
         itc_grad_scale: factor of the gradient of image-text contrast. The official code gathers
             features without their gradient, so that it has 1 / GPUs, 1/64 in the published base
             model; 1 is the gradient of the loss as the paper states it.
+        max_logit_scale: bound of the factor of the cosines in contrast (1 / temperature), 100 in
+            CLIP; None for no bound, as in the official code.
+        official_batches: draw batches at random, as the official code does, so that captions of
+            the same picture may meet in one and count as wrong; otherwise they never do
+            (:class:`vlmo.data.GlobalBatches`).
         losses: out of :data:`vlmo.config.TASKS`; None for those of the stage.
         separate_attention: text and image have attention of their own below the vision-language
             experts (ablation, Table 1 of the supplement).
@@ -131,6 +177,8 @@ class Recipe:
     mask_share: float | None = None
     official_masking: bool = False
     itc_grad_scale: float = 1.0
+    max_logit_scale: float | None = None
+    official_batches: bool = False
     losses: tuple[str, ...] | None = None
     separate_attention: bool = False
     wide_start: bool = False
@@ -144,10 +192,34 @@ class Recipe:
             given = [getattr(self, name) for name in pair]
             if (given[0] is None) == (given[1] is None):
                 raise ValueError(f"{pair[0]}, {pair[1]}: {given[0]}, {given[1]} is not one of both")
-        for name in ("lr", "batch_size", "steps", "epochs", "clip_norm", "mask_share"):
+        self._check_numbers()
+
+        masks = bool({"mlm", "textmlm"} & set(self.tasks))
+        if (self.mask_share is not None) != masks:
+            raise ValueError(
+                f"mask_share: {self.mask_share} does not suit {', '.join(self.tasks)}, which "
+                f"{'predict masked words' if masks else 'mask nothing'}"
+            )
+        if self.max_logit_scale is not None and not set(self.tasks) & set(CONTRASTS):
+            raise ValueError(
+                f"max_logit_scale: {', '.join(self.tasks)} have no logit scale, only "
+                f"{' and '.join(CONTRASTS)} have"
+            )
+
+    def _check_numbers(self) -> None:
+        for name, (within, wanted) in _RANGES.items():
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}: {value} is not positive")
+            # A comparison with NaN is false.
+            if value is not None and not within(value):
+                raise ValueError(f"{name}: {value} is not {wanted}")
+        # AdamW's first steps are up to ten times the learning rate, in float32.
+        if not 10 * self.lr * max(self.head_lr_scale, 1.0) < _FLOAT32_MAX:
+            raise ValueError(f"lr: {self.lr} is too large for float32")
+        if self.batch_size < 2 and set(self.tasks) & {*CONTRASTS, "itm"}:
+            raise ValueError(
+                f"batch_size: {self.batch_size} is too small for {', '.join(self.tasks)}, which "
+                "compare a pair with the others of its batch: at least 2 are needed"
+            )
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -160,6 +232,9 @@ class Recipe:
             for name, opposite in ((one, other), (other, one)):
                 if changes.get(name) is not None:
                     changes.setdefault(opposite, None)
+        if changes.get("text_length") is not None:  # the table has to have rows for it
+            longest = max(self.text_capacity, changes["text_length"])
+            changes.setdefault("text_capacity", longest)
         return dataclasses.replace(self, **changes)
 
     def total_steps(self, steps_per_epoch: int) -> int:
@@ -321,6 +396,21 @@ def _retrieval() -> Iterator[Recipe]:
     )
 
 
+def _own() -> Iterator[Recipe]:
+    """For a user's own data, thousands to a few million pairs, on one GPU."""
+    own = functools.partial(
+        Recipe, size="small", batch_size=256, warmup_share=0.05, clip_norm=1.0, source="own"
+    )
+    masked = functools.partial(own, mask_share=0.15)
+    yield masked("textmlm_small", stage="textmlm", lr=5e-4, epochs=10)
+    yield masked("pretrain_small", stage="pretrain", lr=5e-4, epochs=30)
+    tuned = functools.partial(own, initial_from="pretrain_small", epochs=10)
+    yield tuned("vqa_small", stage="vqa", lr=1e-4, head_lr_scale=10.0)
+    yield tuned("nlvr2_small", stage="nlvr2", lr=1e-4)
+    yield tuned("retrieval_small", stage="retrieval", lr=1e-4)
+    yield tuned("rerank_small", stage="retrieval", lr=1e-4, losses=RERANK_LOSSES)
+
+
 def _digits() -> Iterator[Recipe]:
     digits = functools.partial(
         Recipe,
@@ -351,7 +441,7 @@ def _digits() -> Iterator[Recipe]:
 
 RECIPES: dict[str, Recipe] = {
     found.name: found
-    for group in (_pretraining, _classification, _retrieval, _digits)
+    for group in (_pretraining, _classification, _retrieval, _own, _digits)
     for found in group()
 }
 

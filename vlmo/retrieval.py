@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from vlmo import passes
+from vlmo.data.loading import guarded_loader
 from vlmo.sharing import device_of, evaluating, even_batches, of_all, own_share, precision
 
 if TYPE_CHECKING:
@@ -372,12 +372,8 @@ def _pixels(
     images: Any, batches: Iterable[list[int]], device: torch.device, workers: int
 ) -> Iterator[Tensor]:
     """Images ``[n, 3, S, S]`` of each batch, fetched ahead by ``workers`` processes."""
-    loader = DataLoader(
-        images,
-        batch_sampler=batches,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # or the loader would draw a seed from torch's own
+    loader = guarded_loader(
+        images, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda"
     )
     return (pixels.to(device, non_blocking=True) for pixels in loader)
 

@@ -32,6 +32,7 @@ class Experts(NamedTuple):
 
     names: tuple[str, ...]  # out of "text", "imag", "vl"
     routing: ModalityRouting
+    counts: tuple[int, ...]  # tokens of each, in one sequence if all are alike, else in the batch
 
 
 class Tokens(Protocol):
@@ -89,10 +90,11 @@ class Padded:
 
     def experts(self, has_vl: bool) -> Experts:
         if self.vl and has_vl:
-            return Experts(("vl",), ModalityRouting.segments([(0, self.text + self.image)]))
-        runs = [run for run in (("text", self.text), ("imag", self.image)) if run[1]]
-        pieces = [(number, length) for number, (_, length) in enumerate(runs)]
-        return Experts(tuple(name for name, _ in runs), ModalityRouting.segments(pieces))
+            runs = [("vl", self.text + self.image)]
+        else:
+            runs = [run for run in (("text", self.text), ("imag", self.image)) if run[1]]
+        names, counts = zip(*runs, strict=True)
+        return Experts(names, ModalityRouting.segments([*enumerate(counts)]), counts)
 
     def attend(self, qkv: Tensor, table: Tensor | None, backend: str | None) -> Tensor:
         bias = _bias(table, self.index)
@@ -276,10 +278,11 @@ def _routed(runs: Sequence[tuple[str, int]], device: torch.device) -> Experts:
     """Of ``(expert, length)`` runs, none of them empty."""
     used = {name for name, _ in runs}
     names = tuple(name for name in ("text", "imag", "vl") if name in used)
+    counts = tuple(sum(length for name, length in runs if name == used) for used in names)
     if len(names) == 1:
-        return Experts(names, ModalityRouting.segments([(0, sum(length for _, length in runs))]))
+        return Experts(names, ModalityRouting.segments([(0, counts[0])]), counts)
     pieces = [(names.index(name), length) for name, length in runs]
-    return Experts(names, ModalityRouting.packed([pieces], device=device))
+    return Experts(names, ModalityRouting.packed([pieces], device=device), counts)
 
 
 def _by_modality(

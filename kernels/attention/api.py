@@ -8,8 +8,8 @@ from torch import Tensor
 from vlmo.kernels.arguments import FLOATS, autocast_dtype, check_tensor, check_values
 from vlmo.kernels.attention import ops
 from vlmo.kernels.attention.bias import RelativePositionBias
-from vlmo.kernels.attention.reference import Call
-from vlmo.kernels.dispatch import choose, requested
+from vlmo.kernels.attention.reference import Call, shared_attention_reference
+from vlmo.kernels.dispatch import choose, choose_transformed, requested, transformed, usual
 
 _INTEGERS = (torch.int32, torch.int64)
 
@@ -56,6 +56,8 @@ def shared_attention(
     q, k and v are cast to its dtype; the table is not.
 
     Differentiable with respect to q, k, v and ``bias.table``. Second derivatives are not available.
+    Forward-mode differentiation and the transforms of ``torch.func`` (grad, jvp, vmap, ...) run the
+    backend ``"reference"``, which has all of them.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -81,9 +83,12 @@ def shared_attention(
     _check_bias(q, bias, positions, length)
 
     facts = (q.device, q.dtype, q.shape[-1], 0 if bias is None else bias.index.entries)
-    # On the CPU a GPU's kernel runs in an interpreter, for tests: it has to be asked for by name.
-    asked = requested(backend) or ("cpu" if q.device.type == "cpu" else None)
-    name = choose("shared_attention", ops.BACKENDS, asked, *facts)
+    asked = requested(backend) or usual(q.device)
+    looked_into = transformed((q, k, v, None if bias is None else bias.table))
+    if looked_into:
+        name = choose_transformed("shared_attention", backend)
+    else:
+        name = choose("shared_attention", ops.BACKENDS, asked, *facts)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     call = Call(
         *(q, k, v, None, None, None, None, key_mask, key_lengths),
@@ -94,7 +99,7 @@ def shared_attention(
         call = call._replace(
             table=bias.table, matrix=index.matrix, affine=index.affine, short=index.short
         )
-    return ops.run(call, name)
+    return shared_attention_reference(call) if looked_into else ops.run(call, name)
 
 
 def _unpack(

@@ -7,15 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vlmo.kernels.constants import Constants
+
 _TEXT_SPECIALS = 3  # CLS to any, any to CLS, CLS to CLS; the image run has as many
 _CROSS = 2  # text to image, image to text
 
 
-class RelativePositionIndex(nn.Module):
+class RelativePositionIndex(Constants):
     """Which row of a bias table each (query, key) pair reads.
 
     A module without parameters, so that its matrix moves with the model that owns it; nothing of it
-    goes into a state dict.
+    goes into a state dict, and it has its values again after ``to_empty`` (:class:`Constants`).
 
     Kernels read the matrix seldom. Where a key is *regular*, they know its entries by arithmetic:
     ``matrix[q, k] = factor[q] * column[k] + offset[q]`` for every query q, with a factor of 0 or 1.
@@ -36,30 +38,32 @@ class RelativePositionIndex(nn.Module):
     _pairs: Tensor  # short as int32: neither gloo nor NCCL broadcasts int16 buffers
 
     def __init__(self, matrix: Tensor, entries: int):
-        """Any index matrix, with entries in ``0..entries-1``.
+        """Any index matrix, with entries in ``0..entries-1``; it is copied.
 
         Raises:
             TypeError: ``matrix`` is not an integer tensor.
-            ValueError: it is not square, or holds a value outside ``0..entries-1``.
+            ValueError: it is not square, has no values (on the meta device), or holds one outside
+                ``0..entries-1``.
         """
         super().__init__()
         if not isinstance(matrix, Tensor) or matrix.dtype.is_floating_point:
             raise TypeError("matrix: expected an integer tensor")
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"matrix: shape {tuple(matrix.shape)} is not square")
-        if matrix.numel() and not matrix.is_meta:
+        if matrix.is_meta:
+            raise ValueError("matrix: on the meta device, it has no values; make it on the CPU")
+        if matrix.numel():
             low, high = (int(bound) for bound in matrix.aminmax())
             if low < 0 or high >= entries:
                 value = low if low < 0 else high
                 raise ValueError(f"matrix: value {value} is outside 0..{entries - 1}")
         self.entries = entries
-        matrix = matrix.to(torch.int32)
-        for name, tensor in (
-            ("matrix", matrix),
-            ("affine", _affine(matrix)),
-            ("_pairs", _pairs(matrix, entries)),
-        ):
-            self.register_buffer(name, tensor, persistent=False)
+        values = matrix.to("cpu", torch.int32, copy=True)
+        # Built by VLMo itself within torch.device("meta"), its buffers are there like all others.
+        device = torch.get_default_device() if matrix.device.type == "cpu" else matrix.device
+        self.register_constant("matrix", values, device)
+        self.register_constant("affine", _affine(values), device)
+        self.register_constant("_pairs", _pairs(values, entries), device)
 
     @property
     def short(self) -> Tensor:
@@ -79,7 +83,8 @@ class RelativePositionIndex(nn.Module):
     @classmethod
     def image(cls, grid: int | tuple[int, int], text_capacity: int = 196) -> RelativePositionIndex:
         """Image-only sequence [CLS, patches row by row]: N = height * width + 1."""
-        matrix = _image_matrix(_pair(grid))
+        with torch.device("cpu"):
+            matrix = _image_matrix(_pair(grid))
         return cls(matrix, cls.table_entries(grid, text_capacity))
 
     @classmethod
@@ -87,7 +92,8 @@ class RelativePositionIndex(nn.Module):
         cls, grid: int | tuple[int, int], length: int, text_capacity: int = 196
     ) -> RelativePositionIndex:
         """Text-only sequence [CLS, tokens]: N = length. ``grid`` places the rows in the table."""
-        matrix = _text_matrix(_pair(grid), length, text_capacity)
+        with torch.device("cpu"):
+            matrix = _text_matrix(_pair(grid), length, text_capacity)
         return cls(matrix, cls.table_entries(grid, text_capacity))
 
     @classmethod
@@ -100,12 +106,13 @@ class RelativePositionIndex(nn.Module):
         queries (official code: ``vlmo_module.py``, ``build_relative_position_embed``).
         """
         pair = _pair(grid)
-        text = _text_matrix(pair, text_length, text_capacity)
-        image = _image_matrix(pair)
         cross = _image_entries(pair)
-        right = torch.full((text.shape[0], image.shape[0]), cross)
-        left = torch.full((image.shape[0], text.shape[0]), cross + 1)
-        matrix = torch.cat([torch.cat([text, right], 1), torch.cat([left, image], 1)])
+        with torch.device("cpu"):
+            text = _text_matrix(pair, text_length, text_capacity)
+            image = _image_matrix(pair)
+            right = torch.full((text.shape[0], image.shape[0]), cross)
+            left = torch.full((image.shape[0], text.shape[0]), cross + 1)
+            matrix = torch.cat([torch.cat([text, right], 1), torch.cat([left, image], 1)])
         return cls(matrix, cls.table_entries(grid, text_capacity))
 
 
@@ -126,7 +133,7 @@ class RelativePositionBias(NamedTuple):
 def _affine(matrix: Tensor) -> Tensor:
     """The closed form of :class:`RelativePositionIndex`, read off the last query and two keys."""
     affine = matrix.new_zeros(matrix.shape[0], 4)
-    if matrix.numel() == 0 or matrix.is_meta:
+    if matrix.numel() == 0:
         return affine
     last, neighbour, column = matrix[:, -1], matrix[:, max(len(matrix) - 2, 0)], matrix[-1]
     factor = (last != neighbour).to(torch.int32)

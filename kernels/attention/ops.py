@@ -12,6 +12,7 @@ from vlmo.kernels.arguments import without_autocast
 from vlmo.kernels.attention import cpu_impl, cuda_impl, reference, triton_impl
 from vlmo.kernels.attention.reference import Call
 from vlmo.kernels.dispatch import Backend, runs_eagerly
+from vlmo.kernels.flops import register_formulas
 
 BACKENDS: dict[str, Backend] = {
     "cuda": cuda_impl,
@@ -33,6 +34,7 @@ def run(call: Call, backend: str) -> Tensor:
     Goes past torch.library where nobody needs to see an operation: see ``run`` of moe_ffn.
     """
     if not runs_eagerly(tensor for tensor in call if not isinstance(tensor, int | float)):
+        register_formulas()
         return attention_fwd(*call, backend)[0]
     leaves = call[:4]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
@@ -132,6 +134,7 @@ def _gradients(ctx, dout: Tensor | None, needs_table: bool) -> tuple[Tensor | No
     max_length, causal, scale, backend = ctx.constants
     # With create_graph the registered operation is needed: autograd refuses to differentiate it.
     direct = not torch.is_grad_enabled() and runs_eagerly((dout, *saved))
+    register_formulas()
     call = Call._make((*tensors, max_length, positions, causal, scale))
     dq, dk, dv, dtable = (_backward if direct else attention_bwd)(
         dout.contiguous(), out, lse, *call, needs_table, backend

@@ -56,7 +56,7 @@ def attention_bwd_q_kernel(
     q_tile = load_rows(head_of(q, sequences, b, start, head, C), q, rows, C)
     k_base = head_of(k, sequences, b, start, head, C)
     v_base = head_of(v, sequences, b, start, head, C)
-    if lookup is not None:
+    if C.biased:
         q_position, q_offset, q_factor = query_side(lookup, start, rows)
         table = lookup.table + head.to(tl.int64) * lookup.entries
 
@@ -69,7 +69,7 @@ def attention_bwd_q_kernel(
         k_tile = load_rows(k_base, k, k_rows, C)
         # [block_q, block_k]
         s = product(q_tile, tl.trans(k_tile), C) * scale
-        if lookup is not None:
+        if C.biased:
             k_position, k_column, regular = key_side(lookup, start, k_rows)
             row = table_rows(
                 *(lookup, q_position[:, None], q_offset[:, None], q_factor[:, None]),
@@ -111,7 +111,7 @@ def attention_bwd_kv_kernel(
     v_tile = load_rows(head_of(v, sequences, b, start, head, C), v, k_rows, C)
     allowed = valid_keys(sequences, start, keys, k_rows, valid)[:, None]
     q_base = head_of(q, sequences, b, start, head, C)
-    if lookup is not None:
+    if C.biased:
         k_position, k_column, regular = key_side(lookup, start, k_rows)
         table = lookup.table + head.to(tl.int64) * lookup.entries
 
@@ -125,7 +125,7 @@ def attention_bwd_kv_kernel(
         q_tile = load_rows(q_base, q, rows, C)
         # [block_k, block_q]
         s = product(k_tile, tl.trans(q_tile), C) * scale
-        if lookup is not None:
+        if C.biased:
             q_position, q_offset, q_factor = query_side(lookup, start, rows)
             row = table_rows(
                 *(lookup, q_position[None, :], q_offset[None, :], q_factor[None, :]),

@@ -39,7 +39,7 @@ def attention_fwd_kernel(q, k, v, OUT, LSE, sequences, lookup, scale, C: tl.cons
     q_tile = load_rows(head_of(q, sequences, b, start, head, C), q, rows, C)
     k_base = head_of(k, sequences, b, start, head, C)
     v_base = head_of(v, sequences, b, start, head, C)
-    if lookup is not None:
+    if C.biased:
         q_position, q_offset, q_factor = query_side(lookup, start, rows)
         table = lookup.table + head.to(tl.int64) * lookup.entries
 
@@ -53,7 +53,7 @@ def attention_fwd_kernel(q, k, v, OUT, LSE, sequences, lookup, scale, C: tl.cons
         k_rows = clamp(keys, valid)
         # [block_q, block_k]
         s = product(q_tile, tl.trans(load_rows(k_base, k, k_rows, C)), C) * scale
-        if lookup is not None:
+        if C.biased:
             k_position, k_column, regular = key_side(lookup, start, k_rows)
             row = table_rows(
                 *(lookup, q_position[:, None], q_offset[:, None], q_factor[:, None]),

@@ -96,6 +96,7 @@ class Work:
             precision="tf32" if tf32_allowed() else "ieee",
             narrow=span_of(call, self.sequences.length) < 2**31,
             causal=call.causal,
+            biased=call.table is not None,
             ragged=call.offsets is not None or call.key_lengths is not None,
             block_q=0,
             block_k=0,

@@ -29,6 +29,7 @@ class Config(NamedTuple):
     precision: str  # of products of float32: "ieee" or "tf32"
     narrow: bool  # 32 bits are enough for places within one head of one sequence, and the index
     causal: bool
+    biased: bool  # there is a lookup; before Triton 3.7, `is not None` of a tuple did not compile
     ragged: bool  # sequences differ in length, or in their number of valid keys
     block_q: int  # queries of a tile
     block_k: int  # keys of a tile

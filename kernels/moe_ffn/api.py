@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vlmo.kernels.arguments import FLOATS, autocast_dtype, check_choice, check_tensor
-from vlmo.kernels.dispatch import choose, requested
+from vlmo.kernels.dispatch import choose, choose_transformed, requested, transformed, usual
 from vlmo.kernels.moe_ffn import ops
-from vlmo.kernels.moe_ffn.reference import ACTIVATIONS, GATED, NORMS, Call
+from vlmo.kernels.moe_ffn.reference import ACTIVATIONS, GATED, NORMS, Call, moe_ffn_reference
 from vlmo.kernels.routing.api import ModalityRouting
 
 
@@ -74,7 +75,8 @@ def moe_ffn(
 
     Differentiable with respect to x, every weight and bias, the norm parameters, ``layer_scale``
     and ``residual``. An expert whose parameters do not require gradients costs none. Second
-    derivatives are not available.
+    derivatives are not available. Forward-mode differentiation and the transforms of ``torch.func``
+    (grad, jvp, vmap, ...) run the backend ``"reference"``, which has all of them.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -104,9 +106,12 @@ def moe_ffn(
     width = x.shape[-1]
     hidden = tuple(weight.shape[1] for weight in experts.w2)
     facts = (x.device, experts.w1[0].dtype, width, hidden, activation)
-    # On the CPU a GPU's kernel runs in an interpreter, for tests: it has to be asked for by name.
-    asked = requested(backend) or ("cpu" if x.device.type == "cpu" else None)
-    name = choose("moe_ffn", ops.BACKENDS, asked, *facts)
+    asked = requested(backend) or usual(x.device)
+    looked_into = transformed((x, *itertools.chain(*experts), layer_scale, token_scale, residual))
+    if looked_into:
+        name = choose_transformed("moe_ffn", backend)
+    else:
+        name = choose("moe_ffn", ops.BACKENDS, asked, *facts)
     ids, rows, offsets, pieces = routing.ids, None, None, routing.pieces
     if name != "reference" and not routing.by_arithmetic:
         ids, rows, offsets = routing.grouping(x.shape[:-1].numel(), x.device)
@@ -124,6 +129,8 @@ def moe_ffn(
         activation,
         save_pre=not recompute,
     )
+    if looked_into:
+        return moe_ffn_reference(call).reshape(x.shape)
     # As nn.Linear does: a tensor of its own, not a view, of which FSDP would warn.
     return torch.ops.aten._unsafe_view.default(ops.run(call, name), x.shape)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlmo.kernels.arguments import without_autocast
 from vlmo.kernels.dispatch import Backend, runs_eagerly
+from vlmo.kernels.flops import register_formulas
 from vlmo.kernels.moe_ffn import cpu_impl, cuda_impl, reference, triton_impl
 from vlmo.kernels.moe_ffn.reference import Call
 
@@ -41,6 +42,7 @@ def run(call: Call, backend: str) -> Tensor:
     if call.save_pre and not recorded:
         call = call._replace(save_pre=False)
     if not runs_eagerly((*leaves, *_constants(call))):
+        register_formulas()
         return moe_ffn_fwd(*call, backend)[0]
     if recorded:
         return _Direct.apply(call, backend, *leaves)
@@ -170,6 +172,7 @@ def _gradients(ctx, dy: Tensor | None, wanted: Sequence[bool]) -> list[Tensor | 
     *settings, backend = ctx.settings
     # With create_graph the registered operation is needed: autograd refuses to differentiate it.
     direct = not torch.is_grad_enabled() and runs_eagerly((dy, *saved))
+    register_formulas()
     flat = (_backward if direct else moe_ffn_bwd)(
         *(dy.contiguous(), pre, x, *lists, layer_scale, *constants, *settings, needs, backend)
     )

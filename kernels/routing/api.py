@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -143,9 +144,12 @@ class ModalityRouting:
             raise TypeError(f"ids: dtype {ids.dtype} is not an integer type")
         num_experts = _check_experts(num_experts, ())
         flat = ids.reshape(-1)
-        wrong = (flat < 0) | (flat >= num_experts)
+        # Unsigned types have no comparisons; a uint64 of 2**63 and more becomes negative.
+        wide = flat if flat.dtype.is_signed or flat.dtype == torch.uint8 else flat.to(torch.int64)
+        wrong = (wide < 0) | (wide >= num_experts)
         check_values("ids", flat, wrong, f"outside the experts 0..{num_experts - 1}")
-        return cls(num_experts, ids=flat.to(torch.int32))
+        # A copy: the caller may reuse the tensor, and nothing would check what it writes there.
+        return cls(num_experts, ids=wide.to(torch.int32, copy=True))
 
     @property
     def sequence_length(self) -> int | None:
@@ -259,12 +263,18 @@ def _check_pieces(name: str, pieces: Iterable[Piece]) -> tuple[Piece, ...]:
     for piece in pieces:
         if not (isinstance(piece, (tuple, list)) and len(piece) == 2):
             raise TypeError(f"{name}: {piece!r} is not an (expert, length) pair")
-        if not all(isinstance(number, int) for number in piece):
+        if not all(_is_integer(number) for number in piece):
             raise TypeError(f"{name}: {piece!r} is not a pair of integers")
-        if piece[1] < 0:
-            raise ValueError(f"{name}: length {piece[1]} of {piece!r} is negative")
-        checked.append((piece[0], piece[1]))
+        expert, length = map(int, piece)
+        if length < 0:
+            raise ValueError(f"{name}: length {length} of {piece!r} is negative")
+        checked.append((expert, length))
     return tuple(checked)
+
+
+def _is_integer(value: object) -> bool:
+    """Whether ``value`` is an integer of Python or NumPy."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _merge(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
@@ -282,8 +292,9 @@ def _check_experts(num_experts: int | None, pieces: Iterable[Piece]) -> int:
     """The number of experts, given or one more than the largest that occurs."""
     experts = [expert for expert, _ in pieces]
     count = max([0, *experts]) + 1 if num_experts is None else num_experts
-    if not isinstance(count, int) or count < 1:
+    if not _is_integer(count) or count < 1:
         raise ValueError(f"num_experts: {num_experts!r} is not a positive integer")
+    count = int(count)
     for expert in experts:
         if not 0 <= expert < count:
             raise ValueError(f"pieces: expert {expert} is outside 0..{count - 1}")

@@ -101,7 +101,7 @@ def block(
         scores = scores.masked_fill(~layout.key_mask[:, None, None, :], float("-inf"))
     attended = (scores.softmax(-1).type_as(x) @ v).transpose(1, 2).flatten(2)
     x = x + _scaled(weights.attn.proj(attended), weights.gamma_1)
-    names, routing = layout.experts(weights.has_vl)
+    names, routing, _ = layout.experts(weights.has_vl)
     if len(names) == 1:
         return _expert(weights, names[0], x)
     parts = x.split([length for _, length in routing.pieces], dim=1)

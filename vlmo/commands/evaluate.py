@@ -12,13 +12,19 @@ from typing import Any
 import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from tokenizers import Tokenizer
+from torch.utils.data import Dataset
 
-from vlmo.data import TextTokenizer, open_data
-from vlmo.evaluation import evaluate
+from vlmo.checkpoint import config_of
+from vlmo.commands.outputs import check_outputs
+from vlmo.data import BadSample, TextTokenizer, open_data
+from vlmo.evaluation import check_task, evaluate
 from vlmo.files import write_json
-from vlmo.loading import load_model
+from vlmo.loading import check_words, load_model, weights_of
 from vlmo.machine import versions
+from vlmo.model import VLMo
 from vlmo.placement import chosen_dtype, require_backend
 from vlmo.training.parallel import is_first, joined_group
 
@@ -44,6 +50,7 @@ class Settings:
         backend: of every operation; None for the first that can run.
         output: JSON file for the metrics; None for none.
         predictions: file for the answers; None for none.
+        on_bad_sample: "error" or "skip", of :func:`vlmo.evaluation.evaluate`.
     """
 
     model: Path
@@ -62,6 +69,7 @@ class Settings:
     backend: str | None = None
     output: Path | None = None
     predictions: Path | None = None
+    on_bad_sample: str = "error"
 
 
 def run(settings: Settings, console: Console) -> dict[str, float]:
@@ -69,10 +77,9 @@ def run(settings: Settings, console: Console) -> dict[str, float]:
 
     Raises:
         ValueError, OSError, NotImplementedError: what a user can mend; nothing has been written.
+        FloatingPointError: the model's outputs are NaN or infinite.
     """
-    for path in (settings.output, settings.predictions):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise FileNotFoundError(f"{path}: its folder does not exist")
+    check_outputs(output=settings.output, predictions=settings.predictions)
     with joined_group(settings.device) as device:
         autocast = chosen_dtype(settings.dtype, device)
         require_backend(settings.backend, device, autocast)
@@ -86,7 +93,10 @@ def _metrics(
     settings: Settings, device: torch.device, autocast: torch.dtype | None
 ) -> dict[str, float]:
     size = {} if settings.image_size is None else {"image_size": settings.image_size}
-    model, vocabulary, answers = load_model(
+    weights = weights_of(settings.model)
+    config = config_of(weights, **size)
+    check_task(config, settings.task, rerank=settings.rerank, predictions=settings.predictions)
+    model, vocabulary, answers, digests = load_model(
         settings.model,
         vocabulary=settings.vocabulary,
         answers=settings.answers,
@@ -106,8 +116,29 @@ def _metrics(
         answers=answers if settings.task == "vqa" else None,
         datasets=settings.datasets,
     )
+    if settings.task == "vqa":
+        check_words(
+            f"data: {settings.data}",
+            dataset.answers or [],
+            "answers",
+            (model.config.vqa_labels, digests.answers),
+            weights,
+        )
+    try:
+        return _evaluated(settings, model.to(device), dataset, vocabulary, autocast)
+    except BadSample as error:
+        raise ValueError(f"{error}; --on-bad-sample skip leaves out what cannot be read") from error
+
+
+def _evaluated(
+    settings: Settings,
+    model: VLMo,
+    dataset: Dataset,
+    vocabulary: Tokenizer,
+    autocast: torch.dtype | None,
+) -> dict[str, float]:
     return evaluate(
-        model.to(device),
+        model,
         dataset,
         TextTokenizer(vocabulary, model.config.max_text_length),
         settings.task,
@@ -116,16 +147,17 @@ def _metrics(
         workers=settings.workers,
         autocast=autocast,
         predictions=settings.predictions,
+        on_bad_sample=settings.on_bad_sample,
     )
 
 
 def _report(settings: Settings, metrics: Mapping[str, float], console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column(settings.task)
-    table.add_column(f"{settings.data}, {settings.split}", justify="right")
+    table.add_column(escape(f"{settings.data}, {settings.split}"), justify="right")
     for name, value in metrics.items():
-        table.add_row(name, f"{value:.4f}")
-    if metrics:
+        table.add_row(name, str(value) if isinstance(value, int) else f"{value:.4f}")
+    if metrics.keys() - {"skipped"}:
         console.print(table)
     else:
         console.print("[yellow]The split has no answers: there is nothing to measure.[/]")
@@ -138,4 +170,4 @@ def _report(settings: Settings, metrics: Mapping[str, float], console: Console) 
         write_json(settings.output, content)
     written = [str(p) for p in (settings.output, settings.predictions) if p is not None]
     if written:
-        console.print(f"Written: {', '.join(written)}")
+        console.print(f"Written: {', '.join(written)}", markup=False)

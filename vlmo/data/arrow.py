@@ -7,6 +7,7 @@ The files are mapped into memory and never read as a whole. What a data set need
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from vlmo.data import identity
+from vlmo.data.arrow_checks import check_names_of_answers, check_table, flat, kept, members
+from vlmo.data.layout import is_hidden, listed
 from vlmo.data.samples import Samples, picture_names
+from vlmo.data.tables import open_arrow_file
 from vlmo.data.transforms import SquareTransform, read_image
 
 _COCO, _F30K = "coco_caption_karpathy", "f30k_caption_karpathy"
@@ -47,6 +52,12 @@ DATASETS: dict[str, dict[str, tuple[str, ...]]] = {
         "val": ("nlvr2_dev", "nlvr2_test1"),
         "test": ("nlvr2_test1",),
     },
+}
+_DATASET_OF = {
+    name: dataset
+    for dataset, splits in DATASETS.items()
+    for names in splits.values()
+    for name in names
 }
 _CAPTIONED = ("coco", "f30k", "vg", "sbu", "gcc")
 _ALLOWED = {
@@ -86,9 +97,10 @@ def open_arrow(
 
     Raises:
         FileNotFoundError: files are missing; all of them are named.
-        ValueError: an argument that does not fit, or files of another layout.
+        ValueError: an argument that does not fit, or files that are damaged or of another layout.
     """
-    chosen = _chosen(folder, task, datasets)
+    _require_official(folder)
+    chosen = chosen_datasets(folder, task, datasets)
     names = [name for dataset in chosen for name in DATASETS[dataset].get(split, ())]
     if not names:
         raise ValueError(f"datasets: {', '.join(chosen)} have no split {split!r}")
@@ -99,7 +111,7 @@ def open_arrow(
 
 
 class ArrowSamples(Samples):
-    """One sample per image and text of some Arrow files.
+    """One sample per image and text of some Arrow files; blank and missing texts are left out.
 
     The files are opened again in every process, so that forked and spawned workers work alike.
 
@@ -109,8 +121,12 @@ class ArrowSamples(Samples):
         transform: of the pictures.
         answers: of vqa.
 
+    Warns:
+        UserWarning: texts are left out.
+
     Raises:
-        ValueError: a file is no Arrow file, or lacks a column.
+        ValueError: a file is no Arrow file, is damaged, or lacks a column or values in it; or no
+            text is left.
     """
 
     def __init__(
@@ -124,11 +140,23 @@ class ArrowSamples(Samples):
         self._paths, self._task = list(paths), task
         self._text = "questions" if task in ("vqa", "nlvr2") else "caption"
         self._tables: tuple[int, list[pa.Table]] | None = None
-        tables = zip(self._open(), paths, strict=True)
-        counts = [self._counts(table, path) for table, path in tables]
+        for table, path in zip(self._open(), paths, strict=True):
+            check_table(table, path, task)
+        found = [kept(table[self._text]) for table in self._open()]
+        self._warn_of([mask.size - int(mask.sum()) for mask, _ in found])
         # Numbers of the first row of each file and of the first sample of each row, and the ends.
-        self._first_row = np.cumsum([0, *map(len, counts)])
-        self._first_sample = np.cumsum(np.concatenate([[0], *counts]))
+        self._first_row = np.cumsum([0, *(len(counts) for _, counts in found)])
+        self._first_sample = np.cumsum(np.concatenate([[0], *(counts for _, counts in found)]))
+        # Of each sample, the number of its text in the row; None if no text is left out.
+        self._numbers = None
+        if not all(mask.all() for mask, _ in found):
+            numbers = [members(table[self._text]) for table in self._open()]
+            pairs = zip(numbers, found, strict=True)
+            self._numbers = np.concatenate([n[mask] for n, (mask, _) in pairs])
+        if not len(self):
+            raise ValueError(
+                f"{paths[0]}: holds no text" + " and the others neither" * (len(paths) > 1)
+            )
 
     def __len__(self) -> int:
         return int(self._first_sample[-1])
@@ -147,8 +175,8 @@ class ArrowSamples(Samples):
             sample["question_id"] = _member(table, "question_id", row, number)
             # Test questions have empty lists, or one list that is empty for all of them.
             for name in ("answer_labels", "answer_scores"):
-                given = table[name][row]
-                sample[name] = given[number].as_py() if number < len(given) else []
+                given = table[name][row].as_py() or []
+                sample[name] = (given[number] or []) if number < len(given) else []
         elif self._task == "nlvr2":
             sample["answers"] = int(str(_member(table, "answers", row, number)) == "True")
             sample["identifier"] = table["identifier"][row].as_py()
@@ -158,44 +186,83 @@ class ArrowSamples(Samples):
     def picture(self, index: int, name: str) -> Image.Image:
         file, row, _ = self._locate(index)
         content = self._open()[file][name][row].as_py()
+        if content is None:
+            raise ValueError(f"{self._paths[file]}, row {row}: has no {name!r}")
         return read_image(content, f"{self._paths[file]}, row {row}, {name}")
+
+    def place(self, index: int, name: str | None = None) -> tuple[str, int | None]:
+        file, row, _ = self._locate(index)
+        return os.fspath(self._paths[file]), row
+
+    def picture_numbers(self, name: str) -> np.ndarray:
+        rows = np.repeat(np.arange(len(self._first_sample) - 1), np.diff(self._first_sample))
+        return rows * len(self.picture_names) + self.picture_names.index(name)
 
     @property
     def image_ids(self) -> list[int] | list[str]:
-        by_row = [identity for table in self._open() for identity in table["image_id"].to_pylist()]
+        datasets = [_DATASET_OF.get(path.stem, path.stem) for path in self._paths]
+        by_row: list[Any] = []
+        for dataset, table in zip(datasets, self._open(), strict=True):
+            identities = table["image_id"].to_pylist()
+            if len(set(datasets)) > 1:  # which may call different pictures alike
+                identities = [f"{dataset}/{identity}" for identity in identities]
+            by_row += identities
         return [by_row[row] for row in np.repeat(range(len(by_row)), np.diff(self._first_sample))]
+
+    @property
+    def keys(self) -> np.ndarray | None:
+        if self._task not in ("pretrain", "retrieval"):
+            return None
+        text = pa.large_string()
+        slash = pa.scalar("/", text)
+        ids = []
+        for table, path in zip(self._open(), self._paths, strict=True):
+            name = pa.scalar(_DATASET_OF.get(path.stem, path.stem), text)
+            numbers = table["image_id"].cast(text).chunks
+            ids += [pc.binary_join_element_wise(name, chunk, slash) for chunk in numbers]
+        rows = identity.numbered(pa.chunked_array(ids, text))
+        return identity.none_if_different(np.repeat(rows, np.diff(self._first_sample)))
+
+    def fingerprint(self) -> str:
+        return identity.fingerprint(table[name] for table in self._open() for name in self._told())
 
     def _locate(self, index: int) -> tuple[int, int, int]:
         """File, row in it, and text in the row of a sample."""
         row = int(np.searchsorted(self._first_sample, index, side="right")) - 1
         file = int(np.searchsorted(self._first_row, row, side="right")) - 1
-        return file, row - int(self._first_row[file]), index - int(self._first_sample[row])
+        number = index - int(self._first_sample[row])
+        if self._numbers is not None:
+            number = int(self._numbers[index])
+        return file, row - int(self._first_row[file]), number
 
     def _open(self) -> list[pa.Table]:
         """The files' tables, mapped by this very process."""
         if self._tables is None or self._tables[0] != os.getpid():
-            self._tables = os.getpid(), [_table(path) for path in self._paths]
+            self._tables = os.getpid(), [open_arrow_file(path) for path in self._paths]
         return self._tables[1]
 
-    def _counts(self, table: pa.Table, path: Path) -> np.ndarray:
-        """Number of texts in each row."""
+    def _told(self) -> tuple[str, ...]:
+        """Columns that are read, but for the pictures."""
         extra = {
             "pretrain": ("image_id",),
             "retrieval": ("image_id",),
             "vqa": ("image_id", "question_id", "answer_labels", "answer_scores"),
             "nlvr2": ("answers", "identifier"),
         }
-        needed = [*self._pictures, self._text, *extra.get(self._task, ())]
-        if lacking := [name for name in needed if name not in table.column_names]:
-            raise ValueError(f"{path}: lacks the columns {', '.join(lacking)}")
-        column = table[self._text]
-        if not pa.types.is_list(column.type) and not pa.types.is_large_list(column.type):
-            raise ValueError(f"{path}: {self._text}: {column.type} is not a list of texts")
-        return pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+        return (self._text, *extra.get(self._task, ()))
+
+    def _warn_of(self, left_out: Sequence[int]) -> None:
+        if any(left_out):
+            named = [f"{p.name} ({n})" for p, n in zip(self._paths, left_out, strict=True) if n]
+            warnings.warn(
+                f"{self._paths[0].parent}: {sum(left_out)} blank or missing texts are left out, in "
+                f"{listed(named, 'files')}",
+                stacklevel=4,
+            )
 
 
-def _chosen(folder: Path, task: str, datasets: Sequence[str] | None) -> Sequence[str]:
-    """Names of the data sets to open."""
+def chosen_datasets(folder: Path, task: str, datasets: Sequence[str] | None) -> Sequence[str]:
+    """Names of the data sets that :func:`open_arrow` opens."""
     allowed = _ALLOWED[task]
     if datasets is not None:
         if isinstance(datasets, str) or not datasets:
@@ -217,6 +284,17 @@ def _present(folder: Path, dataset: str) -> list[str]:
     return [name for name in names if (folder / f"{name}.arrow").is_file()]
 
 
+def _require_official(folder: Path) -> None:
+    if not any(_present(folder, name) for name in DATASETS):
+        found = sorted(path.name for path in folder.glob("*.arrow"))
+        names = [name for name in found if not is_hidden(name)]
+        raise ValueError(
+            f"{folder}: {listed(names, 'Arrow files')}, none of them named as one of the official "
+            "code, such as vg.arrow; other data are read from records (JSON Lines, Parquet, ...) "
+            "or from a folder of Hugging Face's save_to_disk"
+        )
+
+
 def _require_files(folder: Path, split: str, datasets: Sequence[str]) -> None:
     missing = [
         f"{name}.arrow for {dataset}"
@@ -225,16 +303,11 @@ def _require_files(folder: Path, split: str, datasets: Sequence[str]) -> None:
         if not (folder / f"{name}.arrow").is_file()
     ]
     if missing:
+        there = [name for name in DATASETS if _present(folder, name)]
         raise FileNotFoundError(
             f"{folder}: {len(missing)} files of the {split} split are missing: {', '.join(missing)}"
+            f"; datasets (--datasets) chooses others, here are files of {', '.join(there)}"
         )
-
-
-def _table(path: Path) -> pa.Table:
-    try:
-        return pa.ipc.open_file(pa.memory_map(os.fspath(path))).read_all()
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: is not an Arrow file: {error}") from error
 
 
 def _member(table: pa.Table, column: str, row: int, number: int) -> Any:
@@ -249,10 +322,10 @@ def _vqa_answers(folder: Path, given: Sequence[str] | None) -> list[str]:
     """
     names: dict[int, str] = {}
     for stem in sorted({*_present(folder, "vqa")} - {"vqav2_test"}):
-        table = _table(folder / f"{stem}.arrow")
-        labels, texts = (
-            pc.list_flatten(pc.list_flatten(table[name])) for name in ("answer_labels", "answers")
-        )
+        path = folder / f"{stem}.arrow"
+        table = open_arrow_file(path)
+        check_names_of_answers(table, path)
+        labels, texts = (flat(flat(table[name])) for name in ("answer_labels", "answers"))
         pairs = pa.table({"label": labels, "text": texts}).group_by(["label", "text"]).aggregate([])
         for pair in pairs.to_pylist():
             label, text = pair["label"], pair["text"]

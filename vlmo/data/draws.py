@@ -19,10 +19,12 @@ class Draw(NamedTuple):
     Attributes:
         index: of the sample in its data set.
         seed: 0 .. 2**63 - 1.
+        spares: samples to take in its place, in order, if it cannot be read.
     """
 
     index: int  # type: ignore[assignment]  # tuple.index finds members, which nobody asks for
     seed: int
+    spares: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, item: Draw | int) -> Draw:

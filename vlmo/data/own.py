@@ -1,29 +1,32 @@
-"""A user's own data: records in JSON Lines or Parquet, folders of pictures with captions, texts."""
+"""A user's own data: records in files, folders of pictures with captions, texts."""
 
 from __future__ import annotations
 
-import json
+import copy
 import mmap
 import os
-import reprlib
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
+from vlmo.data import identity
 from vlmo.data.answers import answer_ids, soft_scores, vocabulary
-from vlmo.data.digit_scans import SPLITS
+from vlmo.data.columns import Columns, Pictures
+from vlmo.data.layout import SPLIT_NAMES, Layout, find, listed, split_of
+from vlmo.data.layout import tells_splits as has_splits
+from vlmo.data.records import Record, file_rows
 from vlmo.data.samples import Samples, picture_names
+from vlmo.data.tables import Stored, StoredPictures
+from vlmo.data.tokenizer import is_blank
 from vlmo.data.transforms import SquareTransform, read_image
+from vlmo.files import read_lines, read_text, text_encoding
 
-RECORD_SUFFIXES = (".jsonl", ".parquet")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_SHOWN = 10  # missing files in an error
+__all__ = ["RecordSamples", "TextLines", "has_splits", "open_own"]
 
 Item = dict[str, Any]
 
@@ -36,56 +39,62 @@ def open_own(
     *,
     answers: Sequence[str] | None = None,
     answer_minimum: int = 1,
+    allow_missing: bool = False,
 ) -> Samples:
     """Data set of a file or folder, see docs/data.md.
 
     Args:
-        source: a .jsonl, .parquet or .txt file, or a folder with one for each split or with
-            pictures.
+        source: a file of records or texts, or a folder with one for each split or with pictures.
         task: as of :func:`~vlmo.data.open_data`.
         split: as of :func:`~vlmo.data.open_data`.
         transform: of the pictures.
         answers: of vqa; None for the answers of the train split.
         answer_minimum: see :func:`~vlmo.data.answers.vocabulary`.
+        allow_missing: as of :func:`~vlmo.data.open_data`.
 
     Raises:
         FileNotFoundError: the split, or pictures that it names, are missing.
         ValueError: a record lacks what the task needs, or is of another form.
     """
-    path = _split_file(source, task, split)
-    if path is not None and path.suffix == ".txt":
-        return TextLines(path, transform)
-    items = list(_split_items(source, path, task, split))
-    if not items:
-        raise ValueError(f"{path or source}: holds nothing of split {split!r}")
+    layout = find(source, task, split)
+    place = layout.files[0] if len(layout.files) == 1 else layout.root
+    if place.suffix.lower() == ".txt":
+        return TextLines(place, transform)
+    items = _items(layout, task, split)
     if task == "vqa":
         if answers is None:
-            scored = (item["scores"] for item in _train_items(source, split, items))
-            answers = vocabulary(scored, answer_minimum)
-        items = _label_answers(items, answers, path or source, split)
-    return RecordSamples(path or source, items, picture_names(task), transform, answers)
-
-
-def has_splits(source: Path) -> bool:
-    """Whether a file or folder tells its splits apart; else all of it serves any split."""
-    if source.is_dir():
-        names = [name for split in SPLITS for name in (split, f"{split}.txt")]
-        names += [f"{split}{suffix}" for split in SPLITS for suffix in RECORD_SUFFIXES]
-        return any((source / name).exists() for name in names)
-    if source.suffix not in RECORD_SUFFIXES:
-        return False
-    return any("split" in record.values for record in _file_records(source, None))
+            training = find(source, task, "train")
+            questions = _some(
+                _items(training, task, "train"),
+                f"{place}: holds nothing of split 'train' to take answers from",
+            )
+            scores = (_labelled(question)["scores"] for question in questions)
+            answers = vocabulary(scores, answer_minimum)
+        items = _label_answers(items, answers, place, split)
+    items = _some(items, f"{place}: holds nothing of split {split!r}")
+    return RecordSamples(
+        place,
+        items,
+        picture_names(task),
+        transform,
+        answers,
+        root=layout.root,
+        allow_missing=allow_missing,
+    )
 
 
 class RecordSamples(Samples):
-    """Samples of records, their pictures in files of their own.
+    """Samples of records, their pictures in files of their own or in tables.
 
     Args:
         source: what errors call the data.
-        items: samples, with paths in place of pictures.
+        items: samples, with paths or :class:`~vlmo.data.tables.Stored` in place of pictures; an
+            ``image_id`` of None becomes the picture's name below ``root``.
         pictures: keys of the pictures.
         transform: of the pictures.
         answers: of vqa.
+        root: folder.
+        allow_missing: a picture that is not there is a bad sample, and no error now.
 
     Raises:
         FileNotFoundError: pictures are missing; the first ten are named.
@@ -94,25 +103,32 @@ class RecordSamples(Samples):
     def __init__(
         self,
         source: Path,
-        items: Sequence[Item],
+        items: Iterable[Item],
         pictures: Sequence[str],
         transform: SquareTransform,
         answers: Sequence[str] | None,
+        *,
+        root: Path,
+        allow_missing: bool = False,
     ):
         super().__init__(pictures, transform, answers)
-        numbers: dict[str, int] = {}
+        self._source = os.fspath(source)
         # Arrow's and NumPy's arrays, and no lists of objects, which every worker would copy.
-        self._places = {
-            name: np.array([numbers.setdefault(item[name], len(numbers)) for item in items])
-            for name in pictures
-        }
-        _require_files(source, list(numbers))
-        self._paths = pa.array(list(numbers), pa.large_string())
-        self._columns = {
-            name: pa.array(_alike([item[name] for item in items]))
-            for name in items[0]
-            if name not in pictures
-        }
+        known, columns = Pictures(root), Columns()
+        places = {name: array("q") for name in pictures}
+        for item in items:
+            for name in pictures:
+                places[name].append(known.number(item.pop(name)))
+            if item.get("image_id", "") is None:
+                item["image_id"] = known.names[places["image"][-1]]
+            columns.append(item)
+        if known.missing and not allow_missing:
+            raise FileNotFoundError(f"{source}: {listed(known.missing, 'image files are missing')}")
+        self._places = {name: np.array(numbers, np.int64) for name, numbers in places.items()}
+        # Of each picture: its file, or the table and the row that hold it, else -1.
+        self._paths, self._rows = pa.array(known.paths, pa.large_string()), np.array(known.rows)
+        self._columns = columns.arrays()
+        self._stored = StoredPictures()
 
     def __len__(self) -> int:
         return len(self._columns["text"])
@@ -121,36 +137,78 @@ class RecordSamples(Samples):
         return {name: column[index].as_py() for name, column in self._columns.items()}
 
     def picture(self, index: int, name: str) -> Image.Image:
-        path = self._paths[int(self._places[name][index])].as_py()
-        return read_image(path, path)
+        number = int(self._places[name][index])
+        path, row = self._paths[number].as_py(), int(self._rows[number])
+        if row < 0:
+            return read_image(path, path)
+        content = self._stored.read(Stored(path, row, name))
+        return read_image(content, f"{path}, row {row + 1}, {name}")
+
+    def place(self, index: int, name: str | None = None) -> tuple[str, int | None]:
+        if name is None:
+            return self._source, None
+        number = int(self._places[name][index])
+        row = int(self._rows[number])
+        return self._paths[number].as_py(), None if row < 0 else row + 1
+
+    def picture_numbers(self, name: str) -> np.ndarray:
+        return self._places[name]
 
     @property
     def image_ids(self) -> list[int] | list[str]:
         return self._columns["image_id"].to_pylist()
+
+    @property
+    def keys(self) -> np.ndarray | None:
+        if self.picture_names != ("image",) or self.answers is not None:
+            return None
+        ids = identity.numbered(self._columns["image_id"])
+        return identity.none_if_different(identity.same_pictures(self._places["image"], ids))
+
+    def without(self, rows: Sequence[int]) -> RecordSamples:
+        """A copy as if the records of some samples had not been there."""
+        found = copy.copy(self)
+        kept = np.delete(np.arange(len(self)), rows)
+        used = np.concatenate([places[kept] for places in self._places.values()] or [kept[:0]])
+        old, first = np.unique(used, return_index=True)
+        order = old[np.argsort(first)]  # pictures are numbered as they come
+        number = np.empty(len(self._paths), dtype=np.int64)
+        number[order] = np.arange(len(order))
+        found._places = {name: number[places[kept]] for name, places in self._places.items()}
+        found._paths, found._rows = self._paths.take(pa.array(order)), self._rows[order]
+        found._columns = {name: column.take(kept) for name, column in self._columns.items()}
+        return found
+
+    def fingerprint(self) -> str:
+        folder = self._source if os.path.isdir(self._source) else os.path.dirname(self._source)
+        names = identity.relative(self._paths.to_pylist(), folder)
+        pictures = [pa.array(names, pa.large_string()), self._rows, *self._places.values()]
+        return identity.fingerprint([*pictures, *self._columns.values()])
 
 
 class TextLines(Samples):
     """Each line of a text file that is not blank, read when it is asked for.
 
     Args:
-        path: UTF-8.
+        path: in UTF-8, or with a byte order mark.
         transform: of pictures, which there are none of.
 
     Raises:
-        ValueError: no line holds any text.
+        ValueError: no line holds any text, or one is in another encoding.
     """
 
     def __init__(self, path: Path, transform: SquareTransform):
         super().__init__((), transform)
         self.path = path
-        starts, lengths = array("q"), array("q")
-        place = 0
         with path.open("rb") as stream:
-            for line in stream:
-                if line.strip():
-                    starts.append(place)
-                    lengths.append(len(line))
-                place += len(line)
+            self._encoding, place = text_encoding(stream.read(4))
+        starts, lengths = array("q"), array("q")
+        for line in read_lines(path, ends=True):
+            length = len(line.encode(self._encoding))
+            if not is_blank(line):
+                starts.append(place)
+                lengths.append(length)
+            place += length
         if not starts:
             raise ValueError(f"{path}: holds no text")
         self._starts, self._lengths = np.array(starts), np.array(lengths)
@@ -163,268 +221,202 @@ class TextLines(Samples):
         return self.__dict__ | {"_content": None}
 
     def fields(self, index: int) -> Item:
+        start = int(self._starts[index])
+        line = self._mapped()[start : start + int(self._lengths[index])]
+        return {"text": line.decode(self._encoding).strip()}
+
+    def _mapped(self) -> mmap.mmap:
         if self._content is None:
             with self.path.open("rb") as stream:
                 self._content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        start = int(self._starts[index])
-        line = self._content[start : start + int(self._lengths[index])]
-        try:
-            return {"text": line.decode("utf-8").strip()}
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{self.path}: text {index + 1} is not UTF-8: {error}") from error
+        return self._content
 
     def picture(self, index: int, name: str) -> Image.Image:
         raise KeyError(name)
+
+    def picture_numbers(self, name: str) -> np.ndarray:
+        raise KeyError(name)
+
+    def place(self, index: int, name: str | None = None) -> tuple[str, int | None]:
+        return os.fspath(self.path), index + 1
+
+    def without(self, rows: Sequence[int]) -> TextLines:
+        """A copy as if the lines of some texts had not been there."""
+        found = copy.copy(self)
+        found._starts, found._lengths = (np.delete(a, rows) for a in (self._starts, self._lengths))
+        return found
+
+    def fingerprint(self) -> str:
+        content = self._mapped()
+        spans = zip(self._starts.tolist(), self._lengths.tolist(), strict=True)
+        lines = (content[start : start + length] for start, length in spans)
+        if self._encoding != "utf-8":
+            lines = (line.decode(self._encoding, "replace").encode() for line in lines)
+        return identity.fingerprint(line.strip() + b"\n" for line in lines)
 
     @property
     def image_ids(self) -> list[int] | list[str]:
         raise ValueError(f"{self.path}: texts have no image_id")
 
 
-def _split_file(source: Path, task: str, split: str) -> Path | None:
-    """The file of a split; None for a folder of pictures."""
-    suffixes = (*RECORD_SUFFIXES, ".txt") if task == "textmlm" else RECORD_SUFFIXES
-    if source.is_file():
-        if source.suffix not in suffixes:
-            raise ValueError(f"source: {source} is not a file of {', '.join(suffixes)} for {task}")
-        return source
-    found = {
-        name: [path for s in suffixes if (path := source / f"{name}{s}").is_file()]
-        for name in SPLITS
-    }
-    if len(found[split]) > 1:
-        raise ValueError(f"source: {source} has {' and '.join(p.name for p in found[split])}")
-    if not found[split] and any(found.values()):
-        wanted = " or ".join(f"{split}{suffix}" for suffix in suffixes)
-        raise FileNotFoundError(f"{source}: has no {wanted}")
-    return found[split][0] if found[split] else None
+def _items(layout: Layout, task: str, split: str) -> Iterator[Item]:
+    reader, names = _READERS[task]
+    for record in _records(layout, names, split):
+        yield from reader(record)
 
 
-def _split_items(source: Path, path: Path | None, task: str, split: str) -> Iterator[Item]:
-    if path is None:
-        records = _folder_records(source, split)
-    else:
-        # A file for every split may say which its records belong to.
-        records = _file_records(path, split if path == source else None)
-    for record in records:
-        yield from _READERS[task](record)
-
-
-def _train_items(source: Path, split: str, items: list[Item]) -> Iterable[Item]:
-    """Questions of the train split, which are the ``items`` already if ``split`` is that one."""
-    if split == "train":
-        return items
-    return _split_items(source, _split_file(source, "vqa", "train"), "vqa", "train")
-
-
-class _Record(NamedTuple):
-    """One record of a file, and its place for errors."""
-
-    values: Mapping[str, Any]
-    place: str
-    number: int  # from 0
-    folder: Path  # that paths are relative to
-
-    def get(self, name: str, kind: type | tuple[type, ...], wanted: str) -> Any:
-        value = self.values.get(name)
-        if value is None:
-            raise ValueError(f"{self.place}: has no {name!r}")
-        if not isinstance(value, kind):
-            raise ValueError(f"{self.place}: {name}: {reprlib.repr(value)} is not {wanted}")
-        return value
-
-    def text(self, name: str) -> str:
-        return self.get(name, str, "a text")
-
-    def texts(self, name: str) -> list[str]:
-        value = self.get(name, (str, list), "a text or a list of texts")
-        texts = [value] if isinstance(value, str) else value
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(
-                f"{self.place}: {name}: {reprlib.repr(value)} is not a text or a list of texts"
-            )
-        return texts
-
-    def path(self, name: str) -> str:
-        value = self.get(name, str, "a path")
-        return os.path.normpath(self.folder / value)
-
-    def identity(self, name: str, default: int | str) -> int | str:
-        value = self.values.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, str)):
-            raise ValueError(f"{self.place}: {name}: {value!r} is not a number or a text")
-        return value
-
-
-def _file_records(path: Path, split: str | None) -> Iterator[_Record]:
-    rows = _json_lines(path) if path.suffix == ".jsonl" else _parquet_rows(path)
-    for number, (place, values) in enumerate(rows):
-        values = {name: value for name, value in values.items() if value is not None}
-        if split is None or values.get("split", split) == split:
-            yield _Record(values, place, number, path.parent)
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                values = json.loads(line)
-            except ValueError as error:  # of the syntax or of the encoding
-                raise ValueError(f"{place}: is not JSON: {error}") from error
-            if not isinstance(values, dict):
-                raise ValueError(f"{place}: {reprlib.repr(values)} is not a JSON object")
-            yield place, values
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _records(layout: Layout, names: Sequence[str], split: str) -> Iterator[Record]:
     number = 0
-    try:
-        for batch in pq.ParquetFile(path).iter_batches():
-            for values in batch.to_pylist(maps_as_pydicts="strict"):
-                number += 1
-                yield f"{path}, row {number}", values
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: is not a Parquet file: {error}") from error
-
-
-def _folder_records(source: Path, split: str) -> Iterator[_Record]:
-    """Pictures in the folder of the split, or in ``source`` if no split has one."""
-    folder = source
-    if any((source / name).is_dir() for name in SPLITS):
-        folder = source / split
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: does not exist")
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not images:
-        raise FileNotFoundError(
-            f"{folder}: holds no pictures ({', '.join(IMAGE_SUFFIXES)}), no "
-            f"{split}{f' or {split}'.join(RECORD_SUFFIXES)}, and no Arrow files"
-        )
-    bare = [os.fspath(path) for path in images if not path.with_suffix(".txt").is_file()]
-    if bare:
-        raise FileNotFoundError(f"{folder}: {_listed(bare, 'pictures have no .txt of captions')}")
-    for number, path in enumerate(images):
-        name = path.relative_to(folder).as_posix()
+    for path in layout.files:
+        folder = os.fspath(path.parent)
+        for row in file_rows(path, (*names, "split")):
+            record = Record(row.place, row.values, row.names, number, folder)
+            number += 1
+            if layout.mixed and not _belongs(record, split):
+                continue
+            if layout.within is None or _lies_in(record, layout.within):
+                yield record
+    folder = os.fspath(layout.root)
+    for number, path in enumerate(layout.pictures):
+        name = path.relative_to(layout.root).as_posix()
+        if not _is_utf8(name):
+            raise ValueError(f"{path}: the name of the file is not UTF-8: rename it")
         values = {"image": name, "caption": _caption_lines(path.with_suffix(".txt"))}
-        yield _Record(values, os.fspath(path), number, folder)
+        yield Record(os.fspath(path), values, (), number, folder)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # of the bytes that Python makes half surrogate pairs of
+        return False
+    return True
+
+
+def _belongs(record: Record, split: str) -> bool:
+    """Whether a record is of a split; one that tells none is of every split."""
+    given = record.values.get("split")
+    if given is None:
+        return True
+    known = split_of(given) if isinstance(given, str) else None
+    if known is None:
+        names = ", ".join(name for names in SPLIT_NAMES.values() for name in names)
+        raise record.error("split", f"{given!r} is not one of {names}")
+    return known == split
+
+
+def _lies_in(record: Record, folder: Path) -> bool:
+    picture = record.picture("image_0" if "image_0_file_name" in record.values else "image")
+    return isinstance(picture, str) and picture.startswith(os.path.join(folder, ""))
 
 
 def _caption_lines(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8: {error}") from error
-    captions = [line.strip() for line in lines if line.strip()]
+    lines = read_text(path).replace("\r", "\n").split("\n")
+    captions = [line.strip() for line in lines if not is_blank(line)]
     if not captions:
         raise ValueError(f"{path}: holds no caption")
     return captions
 
 
-def _captions(record: _Record) -> Iterator[Item]:
-    image = record.path("image")
-    identity = record.identity("image_id", record.values["image"])
-    for text in record.texts("caption"):
+def _captions(record: Record) -> Iterator[Item]:
+    image, identity = record.picture("image"), record.identity("image_id")
+    names = [name for name in ("caption", "text") if name in record.values]
+    for text in record.texts(names[0] if names else "caption"):
         yield {"text": text, "image": image, "image_id": identity}
 
 
-def _question(record: _Record) -> Iterator[Item]:
-    name = "answers" if "answers" in record.values else "answer"
-    given = record.values.get(name)
+def _question(record: Record) -> Iterator[Item]:
+    given = record.answers()
     scores: dict[str, float] = {}
-    if isinstance(given, dict):  # a struct of Parquet has all names in every row
-        given = {text: score for text, score in given.items() if score is not None}
     if given is not None:
-        texts = given if isinstance(given, (list, dict)) else [given]
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{record.place}: {name}: {reprlib.repr(given)} is not made of texts")
         try:
             scores = soft_scores(given)
         except ValueError as error:
+            name = "answers" if "answers" in record.values else "answer"
             raise ValueError(f"{record.place}: {name} {error}") from error
+    question_id = record.identity("question_id")
     yield {
         "text": record.text("question"),
-        "image": record.path("image"),
-        "image_id": record.identity("image_id", record.values["image"]),
-        "question_id": record.identity("question_id", record.number),
+        "image": record.picture("image"),
+        "image_id": record.identity("image_id"),
+        "question_id": record.number if question_id is None else question_id,
         "scores": scores,
         "labelled": given is not None,
         "place": record.place,
     }
 
 
-def _statement(record: _Record) -> Iterator[Item]:
+def _statement(record: Record) -> Iterator[Item]:
     label = record.values.get("label")
     known = {"true": 1, "false": 0, "1": 1, "0": 0}
     if str(label).lower() not in known:
-        raise ValueError(f"{record.place}: label: {label!r} is neither true nor false")
+        raise record.error("label", f"{label!r} is neither true nor false")
+    identifier = record.identity("identifier")
     yield {
         "text": record.text("statement"),
-        "image_0": record.path("image_0"),
-        "image_1": record.path("image_1"),
+        "image_0": record.picture("image_0"),
+        "image_1": record.picture("image_1"),
         "answers": known[str(label).lower()],
-        "identifier": record.identity("identifier", record.number),
+        "identifier": record.number if identifier is None else identifier,
     }
 
 
-def _texts(record: _Record) -> Iterator[Item]:
-    for text in record.texts("text" if "text" in record.values else "caption"):
+def _texts(record: Record) -> Iterator[Item]:
+    names = [name for name in ("text", "caption") if name in record.values]
+    for text in record.texts(names[0] if names else "text"):
         yield {"text": text}
 
 
+_IMAGE = ("image", "file_name")
+_CAPTIONS = _captions, (*_IMAGE, "image_id", "caption", "text")
+# How a task reads a record, and what of it.
 _READERS = {
-    "pretrain": _captions,
-    "retrieval": _captions,
-    "vqa": _question,
-    "nlvr2": _statement,
-    "textmlm": _texts,
+    "pretrain": _CAPTIONS,
+    "retrieval": _CAPTIONS,
+    "vqa": (_question, (*_IMAGE, "image_id", "question", "question_id", "answer", "answers")),
+    "nlvr2": (
+        _statement,
+        (
+            *("image_0", "image_0_file_name", "image_1", "image_1_file_name"),
+            *("statement", "label", "identifier"),
+        ),
+    ),
+    "textmlm": (_texts, ("text", "caption")),
 }
 
 
 def _label_answers(
-    items: Sequence[Item], answers: Sequence[str], source: Path, split: str
-) -> list[Item]:
+    items: Iterable[Item], answers: Sequence[str], source: Path, split: str
+) -> Iterator[Item]:
     """Scores by id; for training without the questions that have no answer among ``answers``."""
     ids = answer_ids(answers)
-    labelled = []
+    seen = kept = 0
     for item in items:
-        item = dict(item)
-        place, has_answer = item.pop("place"), item.pop("labelled")
-        if split != "test" and not has_answer:
-            raise ValueError(f"{place}: has no 'answer'")
+        if split != "test":
+            _labelled(item)
+        del item["place"], item["labelled"]
         right = {ids[text]: score for text, score in item.pop("scores").items() if text in ids}
+        seen += 1
         if split == "train" and not right:
             continue
-        item["answer_labels"], item["answer_scores"] = list(right), list(right.values())
-        labelled.append(item)
-    if not labelled:
+        kept += 1
+        yield item | {"answer_labels": list(right), "answer_scores": list(right.values())}
+    if seen and not kept:
         raise ValueError(f"{source}: no question has an answer among the {len(answers)} answers")
-    return labelled
 
 
-def _alike(values: list[Any]) -> list[Any]:
-    """Identities as texts if not all of them are numbers."""
-    if any(isinstance(value, str) for value in values):
-        return [str(value) for value in values]
-    return values
+def _labelled(item: Item) -> Item:
+    """The item; raises ValueError if its question has no answer."""
+    if not item["labelled"]:
+        raise ValueError(f"{item['place']}: has no 'answer'")
+    return item
 
 
-def _require_files(source: Path, paths: Sequence[str]) -> None:
-    # One look into each folder, not one at each file: there may be millions.
-    listed: dict[str, set[str]] = {}
-    missing = []
-    for path in paths:
-        folder, name = os.path.split(path)
-        if folder not in listed:
-            listed[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if name not in listed[folder]:
-            missing.append(path)
-    if missing:
-        raise FileNotFoundError(f"{source}: {_listed(missing, 'image files are missing')}")
-
-
-def _listed(paths: Sequence[str], what: str) -> str:
-    more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
-    return f"{len(paths)} {what}: {', '.join(paths[:_SHOWN])}{more}"
+def _some(items: Iterable[Item], message: str) -> Iterator[Item]:
+    """The items; raises ValueError if there are none."""
+    empty = True
+    for item in items:
+        empty = False
+        yield item
+    if empty:
+        raise ValueError(message)

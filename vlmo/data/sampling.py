@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 
@@ -12,6 +13,8 @@ from torch.utils.data import Sampler
 from vlmo.data.draws import Draw, hashed
 
 _TRIES = 4  # to find a row's partner
+_CHUNK = 4096  # rows that are Python's own numbers at a time
+_SPARES = 0x5BA2E  # tells the hashes of spares from those of rows
 
 
 class GlobalBatches(Sampler[list[Draw]]):
@@ -31,6 +34,10 @@ class GlobalBatches(Sampler[list[Draw]]):
     together. With ``groups`` as well, half of a batch are partners that an equal group brought
     along: pictures of the same digits in another arrangement, which random batches seldom hold.
 
+    With ``spares`` every draw names samples to take in its place if it cannot be read. They depend
+    on the data, ``seed`` and the step alone, too, and have other keys than the whole global batch.
+    No two draws have the same ones, unless the data are too few.
+
     Args:
         size: number of samples.
         batch_size: of the global batch, a multiple of ``world_size``.
@@ -39,8 +46,9 @@ class GlobalBatches(Sampler[list[Draw]]):
         seed: of the order and of the samples' own seeds, not negative.
         first_step: number of the first batch, from 0.
         steps: number of batches to yield; None for no end.
-        keys: one per sample.
+        keys: one per sample; an integer array is the fastest.
         groups: one per sample; needs ``keys``.
+        spares: of each draw.
 
     Attributes:
         steps_per_epoch: ``size // batch_size``.
@@ -60,8 +68,9 @@ class GlobalBatches(Sampler[list[Draw]]):
         seed: int = 0,
         first_step: int = 0,
         steps: int | None = None,
-        keys: Sequence[Hashable] | None = None,
+        keys: Sequence[Hashable] | np.ndarray | None = None,
         groups: Sequence[Hashable] | None = None,
+        spares: int = 0,
     ):
         if not 0 <= rank < world_size:
             raise ValueError(f"rank: {rank} is not within 0..{world_size - 1}")
@@ -69,15 +78,20 @@ class GlobalBatches(Sampler[list[Draw]]):
             raise ValueError(f"batch_size: {batch_size} is not a multiple of {world_size} ranks")
         if batch_size > size:
             raise ValueError(f"batch_size: {batch_size} exceeds the {size} samples")
-        for name, value in (("seed", seed), ("first_step", first_step), ("steps", steps or 0)):
+        numbers = {"seed": seed, "first_step": first_step, "steps": steps or 0, "spares": spares}
+        for name, value in numbers.items():
             if value < 0:
                 raise ValueError(f"{name}: {value} is negative")
-        _check_keys(keys, groups, size, batch_size)
+        _check_lengths(keys, groups, size)
         self.size, self.batch_size = size, batch_size
         self.rank, self.world_size = rank, world_size
         self.seed, self.first_step, self.steps = seed, first_step, steps
         self.steps_per_epoch = size // batch_size
-        self._keys, self._groups = keys, groups
+        self.spares = spares
+        self._codes = None if keys is None else _codes(keys)
+        self._groups = groups
+        if self._codes is not None:
+            _check_different(self._codes, batch_size)
 
     def __len__(self) -> int:
         if self.steps is None:
@@ -95,14 +109,18 @@ class GlobalBatches(Sampler[list[Draw]]):
                 if step == end:
                     return
                 seeds = hashed(self.seed, step, rows[mine]).tolist()
-                yield [*map(Draw, rows[mine].tolist(), seeds)]
+                spares = self._spares(step, rows)[mine]
+                yield [*map(Draw, rows[mine].tolist(), seeds, spares)]
                 step += 1
 
     def _epoch(self, epoch: int, first: int) -> Iterator[np.ndarray]:
         """Rows ``[batch_size]`` of an epoch's global batches from batch ``first`` on."""
         generator = torch.Generator().manual_seed(int(hashed(self.seed, epoch)))
-        if self._keys is not None:
-            batches = _distinct(self._keys, self._groups, self.batch_size, generator)
+        if self._codes is not None:
+            if self._groups is None:
+                batches = _distinct(self._codes, self.batch_size, generator)
+            else:
+                batches = _partnered(self._codes, self._groups, self.batch_size, generator)
             for number in range(self.steps_per_epoch):
                 rows = next(batches)
                 if number >= first:
@@ -112,20 +130,84 @@ class GlobalBatches(Sampler[list[Draw]]):
         for number in range(first, self.steps_per_epoch):
             yield order[number * self.batch_size : (number + 1) * self.batch_size]
 
+    def _spares(self, step: int, rows: np.ndarray) -> list[tuple[int, ...]]:
+        """Rows that may stand in for each row ``[batch_size]`` of a step's global batch."""
+        count = len(rows)
+        wanted = self.spares * count
+        if not wanted:
+            return [()] * count
+        tries = max(_CHUNK, 8 * wanted)
+        if tries < self.size:
+            drawn = hashed(self.seed, step, _SPARES, np.arange(tries)) % self.size
+        else:
+            drawn = np.argsort(hashed(self.seed, step, _SPARES, np.arange(self.size)))
+        codes, taken = drawn, rows
+        if self._codes is not None:
+            codes, taken = self._codes[drawn], self._codes[rows]
+        first = np.sort(np.unique(codes, return_index=True)[1])  # of each code, in drawn order
+        fit = drawn[first[~np.isin(codes[first], taken)]][:wanted]
+        # Where they are too few, rows share them; the first ones of neighbours still differ.
+        table = np.resize(fit, (self.spares, count)) if len(fit) else np.empty((0, count), int)
+        return [tuple(dict.fromkeys(column)) for column in table.T.tolist()]
+
 
 def _distinct(
-    keys: Sequence[Hashable],
-    groups: Sequence[Hashable] | None,
+    codes: np.ndarray,  # [N] int64
     batch_size: int,
     generator: torch.Generator,
 ) -> Iterator[np.ndarray]:
-    """Rows ``[batch_size]`` with different keys, without end; every row before any comes again."""
+    """Rows ``[batch_size]`` of different codes, without end; every row before any comes again."""
+    # Rows that did not fit, by code. They come first in the next batch, which has room for all
+    # their codes, as these are among those of the batch before.
+    held: dict[int, deque[int]] = {}
+    fresh: Iterator[tuple[int, int]] = iter(())
+    while True:
+        rows: list[int] = []
+        seen = set(held)
+        for code in list(held):
+            rows.append(held[code].popleft())
+            if not held[code]:
+                del held[code]
+        while len(rows) < batch_size:
+            row, code = next(fresh, (-1, -1))
+            if row < 0:
+                fresh = _shuffled(codes, [*itertools.chain(*held.values())], generator)
+            elif code in seen:
+                held.setdefault(code, deque()).append(row)
+            else:
+                rows.append(row)
+                seen.add(code)
+        yield np.array(rows)
+
+
+def _shuffled(
+    codes: np.ndarray, without: Sequence[int], generator: torch.Generator
+) -> Iterator[tuple[int, int]]:
+    """All rows but some in random order, with their codes."""
+    order = torch.randperm(len(codes), generator=generator).numpy()
+    if without:
+        wanted = np.ones(len(codes), dtype=bool)
+        wanted[without] = False
+        order = order[wanted[order]]
+    for start in range(0, len(order), _CHUNK):
+        part = order[start : start + _CHUNK]
+        yield from zip(part.tolist(), codes[part].tolist(), strict=True)
+
+
+def _partnered(
+    codes: np.ndarray,  # [N] int64
+    groups: Sequence[Hashable],
+    batch_size: int,
+    generator: torch.Generator,
+) -> Iterator[np.ndarray]:
+    """As :func:`_distinct`, half of them brought along by a row of their group."""
+    keys: list[int] = codes.tolist()
     waiting: deque[int] = deque()
     members: dict[Hashable, deque[int]] = {}
     unused: set[int] = set()
     while True:
         rows: list[int] = []
-        seen: set[Hashable] = set()
+        seen: set[int] = set()
         held: list[int] = []
         while len(rows) < batch_size:
             if not waiting:
@@ -143,7 +225,7 @@ def _distinct(
             rows.append(row)
             seen.add(keys[row])
             unused.discard(row)
-            if groups is None or len(rows) == batch_size:
+            if len(rows) == batch_size:
                 continue
             partner = _partner(members[groups[row]], keys, seen, unused)
             if partner is not None:
@@ -154,16 +236,15 @@ def _distinct(
         yield np.array(rows)
 
 
-def _by_group(groups: Sequence[Hashable] | None, rows: Sequence[int]) -> dict[Hashable, deque[int]]:
+def _by_group(groups: Sequence[Hashable], rows: Sequence[int]) -> dict[Hashable, deque[int]]:
     members: dict[Hashable, deque[int]] = {}
-    if groups is not None:
-        for row in rows:
-            members.setdefault(groups[row], deque()).append(row)
+    for row in rows:
+        members.setdefault(groups[row], deque()).append(row)
     return members
 
 
 def _partner(
-    candidates: deque[int], keys: Sequence[Hashable], seen: set[Hashable], unused: set[int]
+    candidates: deque[int], keys: Sequence[int], seen: set[int], unused: set[int]
 ) -> int | None:
     """An unused row of a new key, taken out of the candidates; None if the first few do not fit."""
     for _ in range(_TRIES):
@@ -177,19 +258,29 @@ def _partner(
     return None
 
 
-def _check_keys(
-    keys: Sequence[Hashable] | None,
-    groups: Sequence[Hashable] | None,
-    size: int,
-    batch_size: int,
+def _codes(keys: Sequence[Hashable] | np.ndarray) -> np.ndarray:
+    """Numbers int64 [N] that are equal where keys are."""
+    if isinstance(keys, np.ndarray) and keys.dtype.kind == "i":
+        return keys.astype(np.int64, copy=False)
+    numbers: dict[Hashable, int] = {}
+    return np.fromiter((numbers.setdefault(key, len(numbers)) for key in keys), np.int64, len(keys))
+
+
+def _check_lengths(
+    keys: Sequence[Hashable] | np.ndarray | None, groups: Sequence[Hashable] | None, size: int
 ) -> None:
-    if keys is None:
-        if groups is not None:
-            raise ValueError("groups: given without keys")
-        return
+    if keys is None and groups is not None:
+        raise ValueError("groups: given without keys")
     for name, values in (("keys", keys), ("groups", groups)):
         if values is not None and len(values) != size:
             raise ValueError(f"{name}: {len(values)} of them is not one for each of {size} samples")
-    different = len(set(keys))
+
+
+def _check_different(codes: np.ndarray, batch_size: int) -> None:
+    different = len(np.unique(codes))
     if batch_size > different:
-        raise ValueError(f"batch_size: {batch_size} exceeds the {different} different keys")
+        raise ValueError(
+            f"batch_size: {batch_size} exceeds the {different} different keys (pictures): the same "
+            "picture would meet itself in a batch, and count as wrong for its own captions; vlmo "
+            "train --official-batches allows it"
+        )

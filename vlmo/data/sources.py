@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ def open_data(
     datasets: Sequence[str] | None = None,
     answer_minimum: int = 1,
     flip: bool = True,
+    allow_missing: bool = False,
 ) -> Samples | DigitScenes:
     """A data set of one split, whose samples :func:`~vlmo.data.collate` puts together.
 
@@ -37,8 +38,9 @@ def open_data(
 
     Args:
         source: "digits" for :class:`~vlmo.data.DigitScenes`; a folder of the official Arrow files;
-            a .jsonl, .parquet or .txt file, or a folder with one for each split; a folder of
-            pictures, each beside a .txt file with a caption on every line.
+            a .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a folder with one for each split;
+            a folder of pictures with a metadata file, or each beside a .txt file with a caption on
+            every line; a folder that Hugging Face's ``save_to_disk`` wrote.
         task: "textmlm", "pretrain", "retrieval", "vqa" or "nlvr2".
         split: "train", "val" or "test".
         image_size: S, side of the pictures in pixels.
@@ -51,6 +53,8 @@ def open_data(
         answer_minimum: in a user's own data, number of questions that an answer must be the major
             answer of, see :func:`~vlmo.data.answers.vocabulary`; VQAv2 has 9.
         flip: mirror half of the augmented pictures, as the official code does for every task.
+        allow_missing: pictures of records that are not there are bad samples when they are read
+            (:class:`~vlmo.data.BadSample`), instead of an error now.
 
     Returns:
         A map-style data set with ``.answers`` for vqa, a list of str in the order of their ids;
@@ -84,7 +88,15 @@ def open_data(
         return open_arrow(path, task, split, transform, answers=answers, datasets=datasets)
     if datasets is not None:
         raise ValueError(f"datasets: {list(datasets)} can be chosen from Arrow files only")
-    return open_own(path, task, split, transform, answers=answers, answer_minimum=answer_minimum)
+    return open_own(
+        path,
+        task,
+        split,
+        transform,
+        answers=answers,
+        answer_minimum=answer_minimum,
+        allow_missing=allow_missing,
+    )
 
 
 def has_splits(source: str | os.PathLike[str]) -> bool:
@@ -96,9 +108,22 @@ def has_splits(source: str | os.PathLike[str]) -> bool:
     return own.has_splits(Path(source))
 
 
+def texts_of(dataset: Samples | DigitScenes) -> Iterator[str]:
+    """The caption, question, statement or text of each sample of :func:`open_data`, one by one.
+
+    Raises:
+        BadSample: a text cannot be read.
+    """
+    return (dataset.text(index) for index in range(len(dataset)))
+
+
 def holds_arrow(source: str | os.PathLike[str]) -> bool:
-    """Whether a source is a folder of Arrow files."""
-    return any(Path(source).glob("*.arrow"))
+    """Whether a source is a folder of Arrow files of the official code."""
+    from vlmo.data.layout import is_hidden, is_saved_by_hugging_face
+
+    folder = Path(source)
+    found = any(not is_hidden(path.name) for path in folder.glob("*.arrow"))
+    return found and not is_saved_by_hugging_face(folder)
 
 
 def _open_digits(

@@ -5,19 +5,22 @@ from __future__ import annotations
 import heapq
 import itertools
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from vlmo.files import replacing
+from vlmo.files import read_lines, replacing
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONTINUATION = "##"
+_NORMALIZER = normalizers.BertNormalizer(lowercase=True)
+VISIBLE = "[!-~]"  # a pattern: what no normaliser takes away
+_BLOCK = 2**16  # texts at a time to learn from
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -39,10 +42,13 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     bare = _assemble({token: n for n, token in enumerate(SPECIAL_TOKENS)})
     counts: Counter[str] = Counter()
-    for text, repeats in Counter(texts).items():
-        normalised = bare.normalizer.normalize_str(text)
-        for word, _ in bare.pre_tokenizer.pre_tokenize_str(normalised):
-            counts[word] += repeats
+    remaining = iter(texts)
+    # Equal texts are split once; all of them together need not fit into memory.
+    while block := Counter(itertools.islice(remaining, _BLOCK)):
+        for text, repeats in block.items():
+            normalised = bare.normalizer.normalize_str(text)
+            for word, _ in bare.pre_tokenizer.pre_tokenize_str(normalised):
+                counts[word] += repeats
     pieces = _learn_pieces(sorted(counts.items()), vocab_size - len(SPECIAL_TOKENS))
     return _assemble({token: n for n, token in enumerate((*SPECIAL_TOKENS, *pieces))})
 
@@ -55,11 +61,10 @@ def load_vocabulary(path: str | os.PathLike) -> Tokenizer:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: special tokens are missing, or a token stands on two lines.
+        ValueError: special tokens are missing, a token stands on two lines, or it is no text.
     """
     # Not splitlines(): published vocabularies hold characters that it takes for line ends.
-    tokens = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    tokens = [token.removesuffix("\r") for token in tokens]
+    tokens = [*read_lines(path)]
     vocabulary = {token: n for n, token in enumerate(tokens)}
     missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
     if missing:
@@ -71,6 +76,13 @@ def load_vocabulary(path: str | os.PathLike) -> Tokenizer:
             f"{vocabulary[tokens[line]] + 1} as well"
         )
     return _assemble(vocabulary)
+
+
+def is_blank(text: str) -> bool:
+    """Whether no token is made of a text: it is empty, or holds only spaces, controls and marks."""
+    if re.search(VISIBLE, text):
+        return False
+    return not _NORMALIZER.normalize_str(text).strip()
 
 
 class TextTokenizer:
@@ -143,7 +155,7 @@ class TextTokenizer:
 def _assemble(vocabulary: dict[str, int]) -> Tokenizer:
     """BERT's normaliser, splitter and [CLS] ... [SEP] around a vocabulary."""
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=UNK))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.normalizer = _NORMALIZER
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.BertProcessing(
         (SEP, vocabulary[SEP]), (CLS, vocabulary[CLS])

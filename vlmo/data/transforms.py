@@ -10,13 +10,18 @@ import io
 import math
 import os
 import random
-from collections.abc import Callable
+import struct
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
-from PIL.Image import Resampling
+from PIL import ExifTags, Image, ImageEnhance, ImageFile, ImageOps, UnidentifiedImageError
+from PIL.Image import Resampling, Transpose
 from torch import Tensor
 
 AREA = 0.5, 1.0  # of a random crop, as a share of the picture's
@@ -26,13 +31,25 @@ OPERATION_CHANCE = 0.5  # to be applied, for each drawn operation
 MAGNITUDE = 0.7  # of the strongest operations: level 7 of 10
 FILL = (128, 128, 128)  # where an operation uncovers what is beside the picture
 _TRIES = 10  # to find a crop that fits
+_PNG = b"\x89PNG\r\n\x1a\n"
+# What undoes each orientation of EXIF.
+_TURNS: dict[int | None, Transpose] = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
 
 
 def read_image(source: str | os.PathLike[str] | bytes, name: str) -> Image.Image:
-    """Decode a picture to RGB as a viewer would show it.
+    """Decode a picture to RGB as a viewer would show it, see :func:`as_rgb`.
 
-    The EXIF orientation is applied, transparent pixels are laid over white, and 16-bit grey levels
-    are scaled to 8 bits.
+    What is told beside the pixels, but for the orientation, may be damaged. Of several frames or
+    pages the first is read. Pillow's warnings are not shown, and a truncated picture is an error
+    even if ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` is set.
 
     Args:
         source: a path, or a file's content.
@@ -40,32 +57,121 @@ def read_image(source: str | os.PathLike[str] | bytes, name: str) -> Image.Image
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the picture is damaged, or of a format that Pillow cannot read.
+        ValueError: the picture is damaged, of a format that Pillow cannot read, larger than
+            Pillow's limit (``PIL.Image.MAX_IMAGE_PIXELS``), or none that :func:`as_rgb` takes.
     """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return as_rgb(image)
+        with _strictly():
+            return _decoded(source)
     except FileNotFoundError:
         raise
     except UnidentifiedImageError as error:
         raise ValueError(f"{name}: is no image of a known format") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name}: the image has too many pixels: {error}") from error
     except Exception as error:  # Pillow's readers raise many kinds for damaged files
-        raise ValueError(f"{name}: the image cannot be read: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{name}: the image cannot be read: {reason}") from error
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """The picture in RGB, see :func:`read_image`; a picture that is still in its file is read."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        levels = np.asarray(image)
-        wide = image.mode.startswith("I;16") or levels.max(initial=0) > 255
-        grey = (levels >> 8 if wide else levels).clip(0, 255).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
-    if image.has_transparency_data:
+    """The picture in RGB, a copy; one that is still in its file is read.
+
+    The orientation that EXIF or XMP tell is applied; one that is nonsense is none. Transparent
+    pixels are laid over white. Grey levels of more than 8 bits become 0 .. 255 by their type and
+    range: 16 bits lose their lower byte, and so do wider integers if one of them exceeds 255;
+    floats are multiplied by 255 if none exceeds 1, and rounded.
+
+    Raises:
+        ValueError: there are no pixels, a float is not finite, integers are not all within
+            0 .. 65535, or floats not within 0 .. 255; or the largest float lies between 1 and 2,
+            which is too much for the one range and nothing but black in the other.
+    """
+    if 0 in image.size:
+        raise ValueError(f"{image.width} x {image.height} pixels are no image")
+    image.load()  # which Pillow's TIFFs turn
+    turn = _TURNS.get(_orientation(image))
+    if image.mode.startswith(("I", "F")):
+        rgb = Image.fromarray(_grey(np.asarray(image))).convert("RGB")
+    elif image.has_transparency_data:
+        if image.mode == "La":
+            image = image.convert("LA")
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+        rgb = Image.alpha_composite(white, image).convert("RGB")
+    else:
+        rgb = image.convert("RGB")
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _grey(levels: np.ndarray) -> np.ndarray:
+    """Levels uint8 of integers or floats, see :func:`as_rgb`."""
+    if levels.dtype.itemsize == 2:
+        return (levels >> 8).astype(np.uint8)
+    if not np.isfinite(levels).all():
+        raise ValueError("a grey level is not finite")
+    low, high, is_float = levels.min(), levels.max(), levels.dtype.kind == "f"
+    if low < 0 or high > (255 if is_float else 65535) or (is_float and 1 < high < 2):
+        wanted = "0..1 or 0..255" if is_float else "0..255 or 0..65535"
+        raise ValueError(f"grey levels from {low:g} to {high:g} are not those of {wanted}")
+    if is_float:
+        return np.rint(levels * (255 if high <= 1 else 1)).astype(np.uint8)
+    return (levels >> 8 if high > 255 else levels).astype(np.uint8)
+
+
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # many kinds, for as many ways in which EXIF is damaged
+        return None
+    return value if isinstance(value, int) else None
+
+
+def _decoded(source: str | os.PathLike[str] | bytes) -> Image.Image:
+    def opened(source: Any) -> Image.Image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return as_rgb(image)
+
+    try:
+        return opened(source)
+    except Exception:
+        pixels = _png_pixels(source)
+        if pixels is None:
+            raise
+        return opened(pixels)
+
+
+def _png_pixels(source: str | os.PathLike[str] | bytes) -> bytes | None:
+    """A PNG without its texts and profiles, of which Pillow refuses large ones; None if it is none.
+
+    Whatever else is wrong with it stays wrong.
+    """
+    with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as stream:
+        if stream.read(len(_PNG)) != _PNG:
+            return None
+        content = _PNG + stream.read()
+    kept, place = [_PNG], len(_PNG)
+    while place < len(content):
+        (length,) = struct.unpack(">I", content[place : place + 4].rjust(4, b"\0"))
+        kind, end = content[place + 4 : place + 8], place + length + 12
+        if not kind[:1].islower() or kind in (b"tRNS", b"eXIf"):
+            kept.append(content[place:end])
+        place = end
+    return b"".join(kept)
+
+
+@contextmanager
+def _strictly() -> Iterator[None]:
+    lenient = ImageFile.LOAD_TRUNCATED_IMAGES
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        try:
+            if lenient:
+                ImageFile.LOAD_TRUNCATED_IMAGES = False
+            yield
+        finally:
+            if lenient:
+                ImageFile.LOAD_TRUNCATED_IMAGES = True
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,17 @@ that the same training writes the same file; log.jsonl holds both.
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import importlib.util
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmo.files import replacing
+from vlmo.files import append, named_in_errors, replacing
 
 TABLE, LINES, BOARD = "log.csv", "log.jsonl", "tensorboard"
 
@@ -34,22 +35,25 @@ class RunLog:
     Raises:
         ImportError: ``board`` without TensorBoard.
         OSError: a log cannot be written.
+        ValueError: what a log holds is not that of a training; no log has been changed.
     """
 
     def __init__(self, folder: Path, step: int = 0, *, board: bool = True):
-        self._table, self._lines = folder / TABLE, folder / LINES
+        self._folder, self._table, self._lines = folder, folder / TABLE, folder / LINES
         columns, rows = read_table(self._table)
         rows = [row for row in rows if int(row["step"]) <= step]
+        kept = [line for line, of_step in _read_lines(self._lines) if of_step <= step]
         self._columns = [name for name in columns if any(row[name] for row in rows)]
         self._replace(rows)
-        kept = [line for line in _whole_lines(self._lines) if json.loads(line)["step"] <= step]
         with replacing(self._lines) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self._board = None
         if board:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(folder / BOARD, purge_step=step + 1)
+            threading.excepthook = _told_of_thread
+            with named_in_errors(folder / BOARD):
+                self._board = SummaryWriter(folder / BOARD, purge_step=step + 1)
 
     def write(self, row: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
         """Append a row.
@@ -63,12 +67,13 @@ class RunLog:
             rows = read_table(self._table)[1]
             self._columns = [*self._columns, *new]
             self._replace(rows)
-        _append(self._table, _csv([[row.get(name, "") for name in self._columns]]))
-        _append(self._lines, json.dumps({**row, **machine}) + "\n")
+        append(self._table, _csv([[row.get(name, "") for name in self._columns]]))
+        append(self._lines, json.dumps({**row, **machine}) + "\n")
         if self._board is not None:
-            for name, value in (*row.items(), *machine.items()):
-                if name != "step":
-                    self._board.add_scalar(_tag(name), value, row["step"])
+            with named_in_errors(self._folder / BOARD):
+                for name, value in (*row.items(), *machine.items()):
+                    if name != "step":
+                        self._board.add_scalar(_tag(name), value, row["step"])
 
     def sync(self) -> None:
         """Return when everything written is on disk."""
@@ -76,12 +81,15 @@ class RunLog:
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
         if self._board is not None:
-            self._board.flush()
+            with named_in_errors(self._folder / BOARD):
+                self._board.flush()
 
     def close(self) -> None:
         """Close TensorBoard's log."""
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):  # a full disk, which the other logs have told of
+                self._board.close()
+            threading.excepthook = threading.__excepthook__
 
     def _replace(self, rows: Sequence[Mapping[str, str]]) -> None:
         """Write the whole table anew."""
@@ -91,23 +99,73 @@ class RunLog:
             temporary.write_text(_csv(lines), encoding="utf-8")
 
 
-def has_board() -> bool:
-    """Whether TensorBoard is installed."""
-    return importlib.util.find_spec("tensorboard") is not None
+def _told_of_thread(told: threading.ExceptHookArgs) -> None:
+    """Say nothing of a full disk in TensorBoard's thread, whose next call raises the same."""
+    if type(told.thread).__name__ != "_AsyncWriterThread" or told.exc_type is not OSError:
+        threading.__excepthook__(told)
+
+
+def why_no_board() -> str | None:
+    """Why TensorBoard's log cannot be written, None if it can."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+    except Exception as error:  # a part of it that does not fit raises nearly anything
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
 
 
 def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Columns and rows of a log.csv; none if it does not exist. A last half line is left out."""
-    lines = [*csv.reader(_whole_lines(path))]
-    columns = lines[0] if lines else []
-    return columns, [dict(zip(columns, line, strict=True)) for line in lines[1:]]
+    """Columns and rows of a log.csv; none if it does not exist. A last half line is left out.
+
+    Raises:
+        ValueError: it is damaged, or no such log; names the line.
+    """
+    lines = _whole_lines(path)
+    try:
+        found = [*csv.reader(lines)]
+    except csv.Error as error:
+        raise _damaged(path, str(error)) from error
+    columns = found[0] if found else []
+    if found and ("step" not in columns or len(set(columns)) < len(columns)):
+        raise _damaged(path, "line 1 does not name the columns, step among them")
+    rows = []
+    for number, line in enumerate(found[1:], 2):
+        if len(line) != len(columns):
+            raise _damaged(path, f"line {number} has {len(line)} values in {len(columns)} columns")
+        row = dict(zip(columns, line, strict=True))
+        if not row["step"].isdecimal():
+            raise _damaged(path, f"line {number}: step: {row['step'][:40]!r} is not a number")
+        rows.append(row)
+    return columns, rows
+
+
+def _read_lines(path: Path) -> Iterator[tuple[str, int]]:
+    """The whole lines of a log.jsonl and their steps."""
+    for number, line in enumerate(_whole_lines(path), 1):
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise _damaged(path, f"line {number} is no JSON object with a step") from error
+        if not isinstance(step, int):
+            raise _damaged(path, f"line {number}: step: {step!r} is not a number")
+        yield line, step
 
 
 def _whole_lines(path: Path) -> list[str]:
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    return text[: text.rfind("\n") + 1].splitlines()
+    content = path.read_bytes()
+    try:
+        text = content[: content.rfind(b"\n") + 1].decode()
+    except UnicodeDecodeError as error:
+        raise _damaged(path, f"it is not UTF-8: {error}") from error
+    return text.split("\n")[:-1]
+
+
+def _damaged(path: Path, what: str) -> ValueError:
+    return ValueError(
+        f"{path}: is not the log of a training: {what}; mend it, or move it away to begin a new one"
+    )
 
 
 def _csv(lines: Sequence[Sequence[Any]]) -> str:
@@ -116,19 +174,9 @@ def _csv(lines: Sequence[Sequence[Any]]) -> str:
     return stream.getvalue()
 
 
-def _append(path: Path, text: str) -> None:
-    """In one call of the system, so that a kill leaves all of it or nothing."""
-    content = text.encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
-    try:
-        while content:  # more than one call on a full disk only, whose error the next one raises
-            content = content[os.write(descriptor, content) :]
-    finally:
-        os.close(descriptor)
-
-
 def _tag(name: str) -> str:
     """TensorBoard's name of a value; those with the same beginning are shown together."""
     if name.startswith("val_"):
         return f"validation/{name.removeprefix('val_')}"
-    return f"training/{name}" if name.endswith("loss") or name == "lr" else f"machine/{name}"
+    computed = name.endswith(("loss", "scale")) or name in ("lr", "bad_samples")
+    return f"training/{name}" if computed else f"machine/{name}"

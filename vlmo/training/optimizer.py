@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 # Names that hold one of these are not decayed: every bias (the relative position table is one of
 # them) and these norms, but not the norms of the experts.
@@ -63,7 +63,7 @@ def warmup_then_decay(step: int, *, warmup: int, total: int, power: float = 1.0)
     return max(0.0, (total - step) / max(total - warmup, 1)) ** power
 
 
-def linear_schedule(optimizer: Optimizer, *, warmup: int, total: int) -> LRScheduler:
+def linear_schedule(optimizer: Optimizer, *, warmup: int, total: int) -> LambdaLR:
     """:func:`warmup_then_decay` for every group; the first step already has a rate above 0."""
     return LambdaLR(
         optimizer, lambda step: warmup_then_decay(step + 1, warmup=warmup, total=total + 1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from vlmo.model import VLMo
 from vlmo.placement import chosen_device
 
 WAYS = ("ddp", "fsdp")
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -118,14 +119,44 @@ class Agreement:
             self._pending = None
 
 
-def raise_together(error: str | None) -> None:
-    """Raise OSError on all ranks if the first one gives an error."""
+def on_first(function: Callable[[], T]) -> T:
+    """What a function returns, or raises, on the first rank; all ranks call this and get it.
+
+    Raises:
+        OSError, ValueError: of the function.
+    """
+    told: list[Any] = [None, None]
+    if is_first():
+        try:
+            told[0] = function()
+        except (OSError, ValueError) as error:
+            if world_size() == 1:
+                raise
+            kind = OSError if isinstance(error, OSError) else ValueError
+            told[1] = kind(str(error))
     if world_size() > 1:
-        told = [error]
         dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
-        error = told[0]
-    if error is not None:
-        raise OSError(error)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
+
+
+def objects_of_ranks(own: T) -> list[T]:
+    """What each rank gives, in their order, on all of them."""
+    if world_size() == 1:
+        return [own]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, own)
+    return found
+
+
+def highest(number: int) -> int:
+    """The highest number of all ranks, which wait for each other."""
+    if world_size() == 1:
+        return number
+    value = torch.tensor(number)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value)
 
 
 def is_first() -> bool:

@@ -2,38 +2,62 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import re
-from collections.abc import Mapping, Sized
+from collections.abc import Hashable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch.utils.data import Dataset
 
 from vlmo.checkpoint import load_checkpoint
 from vlmo.config import VLMoConfig
-from vlmo.data import TextTokenizer, digit_tokenizer, has_splits, load_vocabulary, open_data
+from vlmo.data import (
+    DigitScenes,
+    TextTokenizer,
+    digit_tokenizer,
+    has_splits,
+    load_vocabulary,
+    open_data,
+)
 from vlmo.data.sources import holds_arrow
 from vlmo.distributed import world_size
 from vlmo.files import write_json
-from vlmo.loading import ANSWERS, VOCABULARY, WEIGHTS, read_answers
+from vlmo.loading import (
+    ANSWERS,
+    VOCABULARY,
+    WEIGHTS,
+    digest,
+    digests_of,
+    read_answers,
+)
 from vlmo.machine import versions
 from vlmo.model import VLMo
 from vlmo.objectives import unused_parameters
 from vlmo.recipes import Recipe
+from vlmo.training.bad_samples import bearable
 from vlmo.training.initial import start_wide
-from vlmo.training.state import differences, load_state
+from vlmo.training.parallel import on_first
+from vlmo.training.record import (
+    check_identity,
+    differences,
+    identity,
+    initial_weights,
+    length,
+    read_record,
+    write_record,
+)
+from vlmo.training.state import STATE, load_state
 
-STATE, RECIPE, METRICS = "training.pt", "recipe.json", "metrics.json"
+METRICS = "metrics.json"
 # Temporary names of vlmo.files.replacing.
 _UNFINISHED = re.compile(
-    r"\.(training|model|best|log|recipe|vocab|answers|metrics)\.\d+-[0-9a-f]{8}\.\w+"
+    r"\.(training|model|best|log|recipe|vocab|answers|metrics|bad_samples)\.\d+-[0-9a-f]{8}\.\w+"
 )
+_LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -64,6 +88,9 @@ class Settings:
             if the data have a val split.
         evaluation_batch: samples at a time of a validation.
         board: write TensorBoard's log.
+        on_bad_sample: what a sample that cannot be read means: "error", "skip" or "skip:N", see
+            :func:`vlmo.training.bad_samples.bearable`; of a validation as well.
+        dry_run: check everything, make one step and write nothing.
     """
 
     recipe: Recipe
@@ -88,6 +115,8 @@ class Settings:
     evaluate_every: int | None = None
     evaluation_batch: int = 64
     board: bool = True
+    on_bad_sample: str = "error"
+    dry_run: bool = False
 
 
 class Materials(NamedTuple):
@@ -96,21 +125,38 @@ class Materials(NamedTuple):
     Attributes:
         tokenizer: of the recipe's text length.
         data: to train on.
+        keys: one for each sample, of which a batch holds no two equal ones; None for random
+            batches.
         validation: None if there is to be none.
         config: of the model.
         total: steps of the whole training.
         run: what must be the same for a training to go on, see
-            :func:`vlmo.training.state.differences`.
+            :func:`vlmo.training.record.identity`.
         state: of the run that goes on, None for a new one.
+        bearable: number of bad samples that may be left out; None for no such thing.
     """
 
     tokenizer: TextTokenizer
     data: Dataset
+    keys: Sequence[Hashable] | None
     validation: Dataset | None
     config: VLMoConfig
     total: int
     run: dict[str, Any]
     state: dict[str, Any] | None
+    bearable: int | None
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return 0 if self.state is None else self.state["step"]
+
+    @property
+    def removed(self) -> list[dict[str, Any]]:
+        """The bad samples of the run that goes on, if the data no longer hold them."""
+        if self.state is None or self.state["run"]["samples"] == self.run["samples"]:
+            return []
+        return list(self.state["bad"].values())
 
 
 def prepare(settings: Settings, console: Console) -> Materials:
@@ -122,17 +168,23 @@ def prepare(settings: Settings, console: Console) -> Materials:
     """
     recipe = settings.recipe
     check_batch(recipe.batch_size, world_size(), settings.micro_batch)
-    for name in ("log_every", "save_every", "evaluation_batch"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name}: {getattr(settings, name)} is not positive")
+    _check_numbers(settings)
     if settings.output.exists() and not settings.output.is_dir():
         raise NotADirectoryError(f"output: {settings.output} exists and is no folder")
     given = None if settings.answers is None else read_answers(settings.answers)
     data = _open(settings, "train", given)
     tokenizer = _tokenizer(settings)
+    samples = len(cast(Sized, data))
+    limit = bearable(settings.on_bad_sample, samples)
+    keys = getattr(data, "keys", None)
+    if not recipe.official_batches:
+        _check_keys(keys, recipe.batch_size, samples)
     answers = getattr(data, "answers", None) if recipe.stage == "vqa" else None
-    _check_vocabulary(settings, tokenizer)
-    _check_answers(settings, answers)
+    state, before = _earlier(settings.output)
+    initial = _initial(settings, before, anew=state is None)
+    digests = digest(tokenizer.tokens(range(tokenizer.vocab_size))), answers and digest(answers)
+    if state is None:
+        _check_initial(settings, *digests)
     validation = _validation(settings, answers, console)
     config = recipe.config(
         vocab_size=tokenizer.vocab_size,
@@ -140,19 +192,32 @@ def prepare(settings: Settings, console: Console) -> Materials:
         kernels=settings.backend,
         checkpointing=settings.checkpointing,
     )
-    samples = len(cast(Sized, data))
-    run = {
-        "recipe": _as_json(dataclasses.asdict(recipe)),
-        "seed": settings.seed,
-        "samples": samples,
-        "vocabulary": _digest(tokenizer.tokens(range(tokenizer.vocab_size))),
-        "answers": answers and _digest(answers),
-    }
-    total = recipe.total_steps(samples // recipe.batch_size)
+    run = identity(
+        recipe,
+        seed=settings.seed,
+        samples=samples,
+        data=on_first(lambda: fingerprint(data)),
+        vocabulary=digests[0],
+        answers=digests[1],
+        initial=initial,
+    )
+    if before is not None:
+        repeats = keys is not None and not isinstance(data, DigitScenes)
+        run = _going_on(settings, before, run, state, repeats, console)
+    total = length(run)
     if recipe.warmup_steps(total) > total:
         raise ValueError(f"warmup: {recipe.warmup_steps(total)} exceeds the {total} steps")
-    state = _earlier(settings.output, run)
-    return Materials(tokenizer, data, validation, config, total, run, state)
+    keys = None if recipe.official_batches else keys
+    return Materials(tokenizer, data, keys, validation, config, total, run, state, limit)
+
+
+def fingerprint(data: Dataset, *, without: Sequence[int] = ()) -> str | None:
+    """Of the samples of a data set, or of those that are left; None if it tells none."""
+    if without:
+        left = getattr(data, "without", None)
+        return None if left is None else left(without).fingerprint()
+    tell = getattr(data, "fingerprint", None)
+    return None if tell is None else tell()
 
 
 def check_batch(batch_size: int, processes: int, micro_batch: int | None) -> None:
@@ -164,6 +229,29 @@ def check_batch(batch_size: int, processes: int, micro_batch: int | None) -> Non
         raise ValueError(
             f"micro_batch: {micro_batch} does not divide the {share} rows of a process (batch_size "
             f"{batch_size} over {processes} processes)"
+        )
+
+
+def _check_numbers(settings: Settings) -> None:
+    for name in ("log_every", "save_every", "evaluation_batch"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name}: {getattr(settings, name)} is not positive")
+    for name in ("evaluate_every", "workers"):
+        if (getattr(settings, name) or 0) < 0:
+            raise ValueError(f"{name}: {getattr(settings, name)} is negative")
+    if not 0 <= settings.seed <= _LARGEST_SEED:
+        raise ValueError(f"seed: {settings.seed} is not within 0..{_LARGEST_SEED}")
+
+
+def _check_keys(keys: Sequence[Hashable] | None, batch_size: int, samples: int) -> None:
+    if keys is None or batch_size > samples:
+        return
+    different = len(np.unique(np.asarray(keys)))
+    if batch_size > different:
+        raise ValueError(
+            f"batch_size: {batch_size} exceeds the {different} different pictures of the data; two "
+            "captions of the same picture do not meet in a batch, unless --official-batches "
+            "allows it"
         )
 
 
@@ -196,8 +284,6 @@ class FirstSamples(Dataset):
         self._dataset = cast(Any, dataset)
         self._count = min(count, len(self._dataset))
         self.answers = getattr(dataset, "answers", None)
-        if hasattr(dataset, "image_ids"):
-            self.image_ids = self._dataset.image_ids[: self._count]
 
     def __len__(self) -> int:
         return self._count
@@ -209,6 +295,11 @@ class FirstSamples(Dataset):
         """Of a sample."""
         return self._dataset.text(index)
 
+    @property
+    def image_ids(self) -> Sequence[Hashable]:
+        """Asked for only where the task has them: not every data set does."""
+        return self._dataset.image_ids[: self._count]
+
 
 def freeze(model: VLMo, recipe: Recipe) -> None:
     """Leave a gradient to what the recipe trains and the losses reach."""
@@ -218,22 +309,24 @@ def freeze(model: VLMo, recipe: Recipe) -> None:
 
 
 def write_folder(settings: Settings, materials: Materials) -> None:
-    """Make the run's folder and write what does not change: recipe, vocabulary, answers.
+    """Write into the run's folder what does not change: recipe, vocabulary, answers.
 
     What a killed process has left half written is removed.
 
     Raises:
         OSError: it cannot be written.
     """
-    settings.output.mkdir(parents=True, exist_ok=True)
     for path in settings.output.iterdir():
         if _UNFINISHED.fullmatch(path.name):
             path.unlink()
-    names = ("data", "datasets", "initial", "dtype", "parallel", "micro_batch")
+    names = ("data", "datasets", "skip", "dtype", "parallel", "micro_batch", "on_bad_sample")
     facts = {name: getattr(settings, name) for name in names}
     facts["initial"] = None if settings.initial is None else str(settings.initial)
-    content = {"run": materials.run, **facts, "processes": world_size(), "versions": versions()}
-    write_json(settings.output / RECIPE, content)
+    facts |= {"processes": world_size(), "versions": versions()}
+    if materials.removed:
+        facts["removed"] = materials.removed
+    if materials.step < materials.total:
+        write_record(settings.output, materials.run, facts, step=materials.step)
     materials.tokenizer.save_vocabulary(settings.output / VOCABULARY)
     if materials.run["answers"]:
         write_json(settings.output / ANSWERS, list(cast(Any, materials.data).answers))
@@ -284,27 +377,35 @@ def _validation(settings: Settings, answers: list[str] | None, console: Console)
         return None
 
 
-def _check_vocabulary(settings: Settings, tokenizer: TextTokenizer) -> None:
-    """Ids that mean other words would not be noticed."""
-    path = settings.initial and settings.initial / VOCABULARY
-    if path is None or not path.is_file():
-        return
-    before = TextTokenizer(load_vocabulary(path), settings.recipe.text_length)
-    tokens = [found.tokens(range(found.vocab_size)) for found in (before, tokenizer)]
-    if tokens[0] != tokens[1]:
-        raise ValueError(f"vocab: it is not {path}, with which the model of --init was trained")
+def _check_initial(settings: Settings, vocabulary: str, answers: str | None) -> None:
+    """Ids that mean other words, and a head for other answers, must not be taken over.
 
-
-def _check_answers(settings: Settings, answers: list[str] | None) -> None:
-    """A head for other answers, or for the same in another order, must not be taken over."""
-    if answers is None or settings.initial is None or "vqa_classifier." in settings.skip:
+    What the checkpoint tells counts, and what the files of a run's folder tell.
+    """
+    given, path = settings.initial, _weights(settings.initial)
+    if given is None or path is None:
         return
-    path = settings.initial / ANSWERS
-    if path.is_file() and read_answers(path) != answers:
+    known = digests_of(path)
+    words = {known.vocabulary, _digest_of_file(given / VOCABULARY)} - {None}
+    if words - {vocabulary}:
+        raise ValueError(f"vocab: it is not that with which {given} of --init was trained")
+    lists = {known.answers, _digest_of_file(given / ANSWERS)} - {None}
+    if answers is not None and "vqa_classifier." not in settings.skip and lists - {answers}:
         raise ValueError(
-            f"init: {path} is not the list of these data; give it as --answers, or leave the head "
-            "out with --skip vqa_classifier."
+            f"init: {given} was trained with other answers than those of these data, or with the "
+            "same in another order; give its list as --answers, or leave the head out with --skip "
+            "vqa_classifier."
         )
+
+
+def _digest_of_file(path: Path) -> str | None:
+    """Of a vocab.txt or answers.json; None without one."""
+    if not path.is_file():
+        return None
+    if path.name == ANSWERS:
+        return digest(read_answers(path))
+    words = load_vocabulary(path).get_vocab()
+    return digest(sorted(words, key=words.__getitem__))
 
 
 def _weights(initial: Path | None) -> Path | None:
@@ -315,25 +416,115 @@ def _weights(initial: Path | None) -> Path | None:
     return initial / WEIGHTS
 
 
-def _earlier(folder: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The state to go on from, None in a new folder; raises if it is another training's."""
-    state = None
+def _earlier(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """State and identity of the training of a folder; None for what there is not."""
+    record = read_record(folder)
     if (folder / STATE).exists():
         state = load_state(folder / STATE)
-        before = state["run"]
-    elif (folder / RECIPE).exists():
-        before = json.loads((folder / RECIPE).read_text(encoding="utf-8"))["run"]
-    else:
-        return None
+        check_identity(state["run"], folder / STATE)
+        return state, state["run"]
+    return None, None if record is None else record["run"]
+
+
+def _initial(
+    settings: Settings, before: Mapping[str, Any] | None, *, anew: bool
+) -> dict[str, Any] | None:
+    """The weights that the training starts from, see :func:`vlmo.training.record.initial_weights`.
+
+    Args:
+        settings: of the command line.
+        before: identity of the folder's training.
+        anew: whether the weights are going to be loaded.
+
+    Raises:
+        ValueError: others than those that the folder's training started from.
+        FileNotFoundError: they are missing.
+    """
+    given = settings.initial
+    if before is None or "initial" not in before:
+        return None if given is None or not anew else _digested(settings)
+    first = before["initial"]
+    if given is None:
+        if anew and first is not None:
+            raise ValueError(f"init: this training starts from {first['path']}; give it again")
+        return first
+    if first is None:
+        raise ValueError(f"init: {given}: this training started from random weights")
+    if not anew and str(given) == first["path"] and not given.exists():
+        return first
+    found = _digested(settings)
+    if found["digest"] != first["digest"]:
+        rest = "" if anew else "; it goes on without --init"
+        raise ValueError(
+            f"init: {given} (digest {found['digest']}) is not what this training started from, "
+            f"{first['path']} (digest {first['digest']}){rest}"
+        )
+    if found["skip"] != first["skip"]:
+        raise ValueError(f"skip: {found['skip']} instead of {first['skip']}")
+    return first
+
+
+def _digested(settings: Settings) -> dict[str, Any]:
+    given, path = settings.initial, _weights(settings.initial)
+    assert given is not None and path is not None
+    return on_first(lambda: initial_weights(given, path, settings.skip))
+
+
+def _going_on(
+    settings: Settings,
+    before: dict[str, Any],
+    run: dict[str, Any],
+    state: Mapping[str, Any] | None,
+    repeats: bool,
+    console: Console,
+) -> dict[str, Any]:
+    """The identity of a training that goes on, which keeps what it was begun with.
+
+    Args:
+        settings: of the command line.
+        before: identity of the folder's training.
+        run: identity that the command line asks for.
+        state: of the folder's training, None if none is saved.
+        repeats: whether the data have several captions of a picture, and are no digit scenes.
+        console: to speak on.
+
+    Raises:
+        ValueError: it is another training, or is to end before the step it has come to.
+    """
+    # Before there was the choice, the batches of all but digit scenes were random.
+    drew = before["recipe"].get("official_batches", repeats)
+    before = {**before, "recipe": {**before["recipe"], "official_batches": drew}}
     found = differences(before, run)
+    if state is not None and _lacks_bad_samples(state, run):
+        found = [phrase for phrase in found if not phrase.startswith(("samples:", "data ("))]
+        console.print(
+            f"{before['samples'] - run['samples']} samples that could not be read are no longer "
+            f"among the data: {run['samples']} are left"
+        )
+        before = {**before, "samples": run["samples"], "data": run["data"]}
     if found:
-        raise ValueError(f"output: {folder} is of another training ({'; '.join(found)})")
-    return state
+        hint = ""
+        if drew and not run["recipe"]["official_batches"]:
+            hint = "; --official-batches draws batches at random, as this training began"
+        raise ValueError(
+            f"output: {settings.output} is of another training ({'; '.join(found)}){hint}"
+        )
+    done = 0 if state is None else state["step"]
+    now = {**before, "recipe": run["recipe"]}
+    if length(now) < done:
+        raise ValueError(
+            f"steps: {length(now)} in all are fewer than the {done} that {settings.output} has done"
+        )
+    if length(now) != length(before):
+        console.print(
+            f"{length(now)} steps in all instead of {length(before)}; from here on the learning "
+            "rate is that of a training of this length",
+            highlight=False,
+        )
+    return now
 
 
-def _as_json(value: Any) -> Any:
-    return json.loads(json.dumps(value))
-
-
-def _digest(words: list[str]) -> str:
-    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
+def _lacks_bad_samples(state: Mapping[str, Any], run: Mapping[str, Any]) -> bool:
+    """Whether the data are the former ones without the samples that could not be read."""
+    fewer = state.get("fewer")
+    return fewer is not None and fewer == run["data"] and run["data"] != state["run"].get("data")

@@ -22,13 +22,23 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from vlmo.distributed import world_size
 from vlmo.files import replacing
-from vlmo.training.parallel import is_first, raise_together
+from vlmo.training.parallel import on_first
 
 VERSION = 1
+STATE = "training.pt"
+_ENTRIES = {
+    "run": dict,
+    "step": int,
+    "best": dict,
+    "model": dict,
+    "optimizer": dict,
+    "schedule": dict,
+    "scaler": dict,
+}
 
 
 @dataclass
@@ -42,14 +52,23 @@ class Training:
         scaler: of the loss; not enabled unless float16 is used.
         step: steps done, which is the position in the data as well.
         best: the best validation so far, ``{"step", "metric", "value"}``; empty before the first.
+        metrics: of the last validation; None before the first.
+        pending: ``{"row", "machine"}`` for the logs, of a step that is still to be validated; None
+            if there is none.
+        bad: number of each sample that could not be read, and what to say of it.
+        fewer: fingerprint of the data without these samples; None if nothing tells it.
     """
 
     model: nn.Module
     optimizer: Optimizer
-    schedule: LRScheduler
+    schedule: LambdaLR
     scaler: torch.amp.GradScaler
     step: int = 0
     best: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] | None = None
+    pending: dict[str, Any] | None = None
+    bad: dict[int, dict[str, Any]] = field(default_factory=dict)
+    fewer: str | None = None
 
 
 def save_state(path: str | os.PathLike[str], training: Training, run: Mapping[str, Any]) -> None:
@@ -60,20 +79,24 @@ def save_state(path: str | os.PathLike[str], training: Training, run: Mapping[st
     Args:
         path: of the file.
         training: what changes.
-        run: what does not, see :func:`differences`.
+        run: what does not, see :func:`vlmo.training.record.identity`.
 
     Raises:
         OSError: on all ranks, if it cannot be written.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model, optimizer = get_state_dict(training.model, training.optimizer, options=options)
-    error = None
-    if is_first():
+
+    def write() -> None:
         state = {
             "version": VERSION,
             "run": dict(run),
             "step": training.step,
             "best": training.best,
+            "metrics": training.metrics,
+            "pending": training.pending,
+            "bad": training.bad,
+            "fewer": training.fewer,
             "model": model,
             "optimizer": optimizer,
             "schedule": training.schedule.state_dict(),
@@ -85,8 +108,11 @@ def save_state(path: str | os.PathLike[str], training: Training, run: Mapping[st
         except (OSError, RuntimeError) as caught:  # torch.save's own of a full disk
             older = "; the older file is as it was" if Path(path).exists() else ""
             reason = str(caught).splitlines()[0]
-            error = f"{path}: step {training.step} could not be saved ({reason}){older}"
-    raise_together(error)
+            raise OSError(
+                f"{path}: step {training.step} could not be saved ({reason}){older}"
+            ) from caught
+
+    on_first(write)
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -94,45 +120,57 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is damaged, or of another version.
+        ValueError: it is damaged, no state of a training, or of another version.
     """
     try:
         # The ranks of a machine share the pages of a mapped file.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=world_size() > 1)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: is damaged ({str(error).splitlines()[0]})") from error
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except Exception as error:  # arbitrary bytes make torch raise nearly any
+        # torch wraps what its unpickler found in advice to load the file unsafely.
+        inner = error.__context__ if isinstance(error, pickle.UnpicklingError) else error
+        reason = " ".join(str(inner or "").split()[:30]) or type(error).__name__
+        raise ValueError(
+            f"{path}: is damaged, or no state of a training ({reason}); without it, the training "
+            "would begin anew"
+        ) from error
     version = state.get("version") if isinstance(state, dict) else None
-    if version != VERSION:
+    if isinstance(version, int) and version != VERSION:
         raise ValueError(f"{path}: version {version} is not {VERSION}")
+    entries = _ENTRIES.items() if version == VERSION else ()
+    if not entries or not all(isinstance(state.get(name), kind) for name, kind in entries):
+        raise ValueError(f"{path}: is no state of a training")
     return state
 
 
 def restore(state: Mapping[str, Any], training: Training) -> None:
-    """Put a state into the model, the optimizer and the rest; every rank calls this."""
-    set_state_dict(
-        training.model,
-        training.optimizer,
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
-        options=StateDictOptions(full_state_dict=True),
-    )
-    training.schedule.load_state_dict(dict(state["schedule"]))
-    if training.scaler.is_enabled() and state["scaler"]:
-        training.scaler.load_state_dict(state["scaler"])
+    """Put a state into the model, the optimizer and the rest; every rank calls this.
+
+    The learning rate is that of the training's own schedule, which may be longer than before.
+
+    Raises:
+        ValueError: the state does not fit.
+    """
+    rates = training.schedule.base_lrs
+    try:
+        set_state_dict(
+            training.model,
+            training.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=StateDictOptions(full_state_dict=True),
+        )
+        training.schedule.load_state_dict(dict(state["schedule"]))
+        if training.scaler.is_enabled() and state["scaler"]:
+            training.scaler.load_state_dict(state["scaler"])
+    except (RuntimeError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{STATE}: does not fit the model: {reason}") from error
+    factors = [factor(training.schedule.last_epoch) for factor in training.schedule.lr_lambdas]
+    for group, rate, factor in zip(training.optimizer.param_groups, rates, factors, strict=True):
+        group["lr"] = rate * factor
     training.step, training.best = state["step"], dict(state["best"])
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Where two runs differ, one phrase each: ``lr: 0.001 instead of 0.002``."""
-    found = []
-    for name in dict.fromkeys([*old, *new]):
-        before, now = old.get(name), new.get(name)
-        if isinstance(before, Mapping) and isinstance(now, Mapping):
-            found += differences(before, now)
-        elif _plain(before) != _plain(now):
-            found.append(f"{name}: {now} instead of {before}")
-    return found
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    # Runs from before these were kept have none.
+    training.metrics, training.pending = state.get("metrics"), state.get("pending")
+    training.bad, training.fewer = dict(state.get("bad") or {}), state.get("fewer")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import resource
 import time
+from collections import deque
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from rich.markup import escape
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
@@ -17,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
 from vlmo.checkpoint import save_checkpoint
-from vlmo.data import GlobalBatches, loader, to_device
+from vlmo.data import BadSample, GlobalBatches, loader, to_device
 from vlmo.distributed import rank, world_size
 from vlmo.evaluation import evaluate
 from vlmo.files import write_json
@@ -26,26 +29,43 @@ from vlmo.kernels.target import describe
 from vlmo.loading import WEIGHTS
 from vlmo.model import VLMo
 from vlmo.placement import chosen_dtype, require_backend
-from vlmo.step import backward
-from vlmo.training.logs import RunLog, has_board
+from vlmo.recipes import CONTRASTS
+from vlmo.step import SCALES, backward
+from vlmo.training.bad_samples import SPARES, BadSamples, add_to_list, write_list
+from vlmo.training.lock import FolderLock
+from vlmo.training.logs import RunLog, why_no_board
 from vlmo.training.optimizer import adamw, clip_gradients, linear_schedule
-from vlmo.training.parallel import Agreement, check_way, is_first, joined_group, wrapped
+from vlmo.training.parallel import (
+    Agreement,
+    check_way,
+    highest,
+    is_first,
+    joined_group,
+    objects_of_ranks,
+    on_first,
+    wrapped,
+)
 from vlmo.training.progress import Display
+from vlmo.training.record import RECIPE
 from vlmo.training.setup import (
     METRICS,
-    STATE,
     FirstSamples,
     Materials,
     Settings,
+    fingerprint,
     freeze,
     new_model,
     prepare,
     write_folder,
 )
-from vlmo.training.state import Training, restore, save_state
+from vlmo.training.state import STATE, Training, restore, save_state
 from vlmo.training.stopping import Interrupted, StopRequest, stop_requests
 
 BEST = "best.safetensors"
+# Batches that are made before they are used, where ranks agree a step later: all of them can then
+# end together when one of them cannot make its batch.
+_AHEAD = 2
+_BAD = 1000  # a reason to stop above the number of any signal
 # What a validation is judged by, and whether more is better.
 JUDGED_BY = {
     "retrieval": ("mean_recall", True),
@@ -66,30 +86,47 @@ def train(settings: Settings, console: Console) -> dict[str, float]:
 
     Raises:
         ValueError, NotImplementedError, ImportError: what was asked for does not fit or cannot run.
-        OSError: a file is missing or cannot be written; a saved state stays as it was.
+        OSError: a file is missing or cannot be written, or another training has the folder; a
+            saved state stays as it was.
         FloatingPointError: a loss or the weights are not finite; a saved state stays as it was.
         Interrupted: a signal came; the state is saved.
     """
-    with joined_group(settings.device) as device, stop_requests() as request:
-        check_way(settings.parallel)
-        autocast = chosen_dtype(settings.dtype, device)
-        require_backend(settings.backend, device, autocast)
-        if not is_first():
-            console = Console(quiet=True)
-        materials = prepare(settings, console)
-        if materials.state is None:
-            model = new_model(settings, materials.config, console)
-        else:
-            done, total = materials.state["step"], materials.total
-            console.print(f"Going on from {settings.output / STATE}: step {done} of {total}")
-            model = VLMo(materials.config)
-        run = Run(settings, materials, model.to(device), autocast, console)
-        if is_first():
-            write_folder(settings, materials)
-        try:
+    lock = FolderLock(settings.output)
+    try:
+        with joined_group(settings.device) as device:
+            return _train(settings, console, device, lock)
+    finally:
+        lock.release()
+
+
+def _train(
+    settings: Settings, console: Console, device: torch.device, lock: FolderLock
+) -> dict[str, float]:
+    check_way(settings.parallel)
+    autocast = chosen_dtype(settings.dtype, device)
+    require_backend(settings.backend, device, autocast)
+    if not is_first():
+        console = Console(quiet=True)
+    exists = on_first(settings.output.is_dir)
+    if exists and not settings.dry_run:  # what it holds must not change after it is read
+        lock.take()
+    materials = prepare(settings, console)
+    if materials.state is None:
+        model = new_model(settings, materials.config, console)
+    else:
+        done, total = materials.step, materials.total
+        console.print(f"Going on from {settings.output / STATE}: step {done} of {total}")
+        model = VLMo(materials.config)
+    run = Run(settings, materials, model.to(device), autocast, console)
+    if settings.dry_run:
+        return run.try_out()
+    lock.take()
+    try:
+        run.begin(new=not exists)
+        with stop_requests() as request:
             return run.to_the_end(request)
-        finally:
-            run.close()
+    finally:
+        run.close()
 
 
 class Run:
@@ -129,8 +166,13 @@ class Run:
         self.training = Training(module, optimizer, schedule, scaler)
         if materials.state is not None:
             restore(materials.state, self.training)
+        if materials.removed:  # the numbers of the others are new
+            self.training.bad, self.training.fewer = {}, None
+        self._bad = BadSamples(self.training.bad, materials.bearable)
+        self._bad.check()
         self._loader = self._batches()
-        self.metrics: dict[str, float] = {}
+        self._source: Iterator[dict[str, Any]] = iter(())
+        self._held: deque[dict[str, Any] | BadSample] = deque()
         self._log: RunLog | None = None
         self._agreement = Agreement()
         self._clock = time.perf_counter()
@@ -138,29 +180,85 @@ class Run:
         self._flops, self._rate = 0, 0.0
         self._describe(count)
 
+    def begin(self, *, new: bool) -> None:
+        """Write what a run's folder holds from the beginning.
+
+        Args:
+            new: the folder was made just now.
+
+        Raises:
+            OSError: it cannot be written, or another training has begun in it in the meantime.
+            ValueError: a log in it is damaged.
+        """
+        on_first(lambda: self._begin(new))
+
+    def _begin(self, new: bool) -> None:
+        folder = self.settings.output
+        if new and ((folder / STATE).exists() or (folder / RECIPE).exists()):
+            raise OSError(f"output: another training has begun in {folder} in the meantime")
+        reason = why_no_board() if self.settings.board else None
+        if reason is not None:
+            self.console.print(f"[yellow]No TensorBoard log:[/] {escape(reason)}")
+        board = self.settings.board and reason is None
+        # The row of a validation that is still to be made comes after it.
+        step = self.training.step - (self.training.pending is not None)
+        self._log = RunLog(folder, step, board=board)
+        write_list(folder, self.training.bad)
+        write_folder(self.settings, self.materials)
+
     def to_the_end(self, request: StopRequest) -> dict[str, float]:
         """All steps that are left, then the weights and the last metrics."""
         training, total = self.training, self.materials.total
-        if is_first():
-            board = self.settings.board and has_board()
-            if self.settings.board and not board:
-                self.console.print("[yellow]No TensorBoard log: pip install tensorboard[/]")
-            self._log = RunLog(self.settings.output, training.step, board=board)
-        self._try_validation()
         with Display(self.console, training.step, total) as display:
-            batches = iter(self._loader)
-            while training.step < total:
-                losses = self._step(to_device(next(batches), self.device))
-                stop = self._agreement.highest(request.number)
+            if training.pending is not None:
+                self._validate_pending(display)
+                self._save()
+            elif training.step < total:
+                self._try_validation()
+            self._source = iter(self._loader)
+            for _ in range(_AHEAD if world_size() > 1 else 1):
+                self._fetch()
+            stop = highest(self._own_stop(request))
+            while training.step < total and not stop:
+                losses = self._step(self._take())
+                self._fetch()
+                stop = self._agreement.highest(self._own_stop(request))
                 self._after(losses, display, stop)
-                if stop:
-                    raise Interrupted(
-                        f"stopped by signal {stop} after step {training.step} of {total}; the same "
-                        "command goes on from there",
-                        stop,
-                    )
+            if stop == _BAD:
+                raise self._ended_by_bad_samples()
+            if stop:
+                raise Interrupted(
+                    f"stopped by signal {stop} after step {training.step} of {total}; the same "
+                    "command goes on from there",
+                    stop,
+                )
         self._finish()
-        return self.metrics
+        return training.metrics or {}
+
+    def try_out(self) -> dict[str, float]:
+        """One step, if one is left, of which nothing is kept; returns nothing.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        if self.training.step == self.materials.total:
+            self.console.print("Nothing is left to train.")
+            return {}
+        self._try_validation()
+        self._source = iter(self._loader)
+        self._fetch()
+        if isinstance(self._held[0], BadSample):
+            raise self._held[0]
+        losses = self._step(self._take())
+        values = {name: float(value) for name, value in losses.items()}
+        self._require_finite(values["loss"], thoroughly=False)
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+        memory = self._machine()["memory_gib"]
+        self.console.print(
+            f"A step works: {shown}; {memory:.2f} GiB of memory on a process. Nothing was written.",
+            highlight=False,
+        )
+        return {}
 
     def close(self) -> None:
         """Close the logs."""
@@ -169,7 +267,8 @@ class Run:
             self._log.close()
 
     def _batches(self) -> Any:
-        data, recipe = cast(Any, self.materials.data), self.recipe
+        data, recipe, keys = cast(Any, self.materials.data), self.recipe, self.materials.keys
+        skips = self.materials.bearable is not None
         batches = GlobalBatches(
             len(data),
             recipe.batch_size,
@@ -178,8 +277,9 @@ class Run:
             seed=self.settings.seed,
             first_step=self.training.step,
             steps=self.materials.total - self.training.step,
-            keys=getattr(data, "keys", None),
-            groups=getattr(data, "groups", None),
+            keys=keys,
+            groups=None if keys is None else getattr(data, "groups", None),
+            spares=SPARES if skips else 0,
         )
         return loader(
             data,
@@ -188,6 +288,44 @@ class Run:
             mask_share=recipe.mask_share,
             workers=self.settings.workers,
             official_masking=recipe.official_masking,
+            on_bad="replace" if skips else "error",
+        )
+
+    def _fetch(self) -> None:
+        """Make one more batch, if the training has one, or note why it cannot be made."""
+        try:
+            self._held.append(next(self._source))
+        except BadSample as error:
+            self._held.append(error)
+        except StopIteration:
+            pass
+
+    def _take(self) -> dict[str, Any]:
+        """The batch of the next step, on the device."""
+        batch = self._held.popleft()
+        assert not isinstance(batch, BadSample)
+        self._bad.note(self.training.step + 1, batch.pop("bad_samples", ()))
+        return to_device(batch, self.device)
+
+    def _own_stop(self, request: StopRequest) -> int:
+        """Why this rank wants to stop: a signal, a batch that cannot be made, or 0."""
+        bad = any(isinstance(batch, BadSample) for batch in self._held)
+        return max(request.number, _BAD if bad else 0)
+
+    def _ended_by_bad_samples(self) -> ValueError:
+        """What ends the training on all ranks, whose state is saved."""
+        faults = []
+        for number, batch in enumerate(self._held, self.training.step + 1):
+            if isinstance(batch, BadSample):
+                faults.append(str(batch))
+                self._bad.note(number, [(batch.index, str(batch))])
+        self._list_bad_samples()
+        self._save()
+        told = next(fault for found in objects_of_ranks(faults) for fault in found)
+        if self.materials.bearable is None:
+            told += "; mend the file, take its record out, or give --on-bad-sample skip"
+        return ValueError(
+            f"{told}; step {self.training.step} is saved, and the training goes on from there"
         )
 
     def _step(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -209,6 +347,7 @@ class Run:
         training.scaler.step(training.optimizer)
         training.scaler.update()
         training.schedule.step()
+        self._bound_scales()
         training.step += 1
         self._flops += step_flops(
             self.materials.config,
@@ -219,34 +358,87 @@ class Run:
         ).total
         return losses
 
+    def _bound_scales(self) -> None:
+        if self.recipe.max_logit_scale is not None:
+            with torch.no_grad():
+                for scale in self._scales().values():
+                    scale.clamp_(max=math.log(self.recipe.max_logit_scale))
+
+    def _scales(self) -> dict[str, nn.Parameter]:
+        """Logarithms of the factors of the cosines in contrast, by name."""
+        model = self.training.model
+        inner = cast(VLMo, getattr(model, "module", model))
+        if not set(self.recipe.tasks) & set(CONTRASTS):
+            return {}
+        return {name: p for name, p in inner.named_parameters() if name in SCALES}
+
     def _after(self, losses: dict[str, torch.Tensor], display: Display, stop: int) -> None:
         """Logs, validation and state, where they are due."""
-        step, settings = self.training.step, self.settings
+        training, settings = self.training, self.settings
+        step = training.step
         last = step == self.materials.total
         evaluates = self.materials.validation is not None and (
-            last or (settings.evaluate_every and step % settings.evaluate_every == 0)
+            last or bool(settings.evaluate_every and step % settings.evaluate_every == 0)
         )
         saves = last or bool(stop) or step % settings.save_every == 0
         logs = last or evaluates or step % settings.log_every == 0
         if not (saves or logs):
             return
         values = {name: float(value) for name, value in losses.items()}  # waits for the device
-        self._require_finite(values["loss"], saves)
+        self._require_finite(values["loss"], saves or evaluates)
+        if self.materials.bearable is not None:
+            for entry in self._list_bad_samples():
+                told = f"Left out sample {entry['sample']}: {entry['reason']}"
+                self.console.print(told, style="yellow", markup=False, highlight=False)
         if logs:
             row: dict[str, Any] = {"step": step, "samples": step * self.recipe.batch_size}
             row |= {"lr": self._rate, **values}
+            row |= {name: math.exp(scale.item()) for name, scale in self._scales().items()}
+            if self.materials.bearable is not None:
+                row["bad_samples"] = self._bad.until(step)
             machine = self._machine()
-            if evaluates:
-                row |= self._validate()
-            if self._log is not None:
-                self._log.write(row, machine)
-            display.show(row, machine)
-        if saves:
-            if self._log is not None:
-                self._log.sync()
-            save_state(settings.output / STATE, self.training, self.materials.run)
+            if evaluates:  # whatever becomes of the validation, the training is saved
+                training.pending = {"row": row, "machine": machine}
+                self._save()
+                if not stop:
+                    self._validate_pending(display)
+            else:
+                self._write(row, machine, display)
+        if saves and not (evaluates and stop):
+            self._save()
         if evaluates or saves:  # which are not the training's own time
             self._start_clock()
+        if self.materials.bearable is not None:
+            self._check_bad_samples(saved=saves or evaluates)
+
+    def _write(self, row: dict[str, Any], machine: dict[str, float], display: Display) -> None:
+        """A row of the logs."""
+        if self._log is not None:
+            self._log.write(row, machine)
+        display.show(row, machine)
+
+    def _save(self) -> None:
+        if self._log is not None:
+            self._log.sync()
+        save_state(self.settings.output / STATE, self.training, self.materials.run)
+
+    def _list_bad_samples(self) -> list[dict[str, Any]]:
+        """What could not be read since the last time, on any rank; added to the file of them."""
+        new, data = self._bad.gather(), self.materials.data
+        if new:
+            on_first(lambda: add_to_list(self.settings.output, new))
+            bad = [*self.training.bad]
+            self.training.fewer = on_first(lambda: fingerprint(data, without=bad))
+        return new
+
+    def _check_bad_samples(self, saved: bool) -> None:
+        """End a training with too many, which can go on with a higher limit."""
+        try:
+            self._bad.check()
+        except ValueError:
+            if not saved:
+                self._save()
+            raise
 
     def _require_finite(self, loss: float, thoroughly: bool) -> None:
         fault = None if math.isfinite(loss) else f"the loss is {loss}"
@@ -260,7 +452,7 @@ class Run:
     def _try_validation(self) -> None:
         """Validate on a few samples: what is wrong with it is told now, not after the training."""
         data = self.materials.validation
-        if data is not None and self.training.step < self.materials.total:
+        if data is not None:
             self._evaluate(FirstSamples(data, 4 * world_size()))
 
     def _evaluate(self, data: Dataset) -> dict[str, float]:
@@ -272,39 +464,62 @@ class Run:
             batch_size=self.settings.evaluation_batch,
             workers=self.settings.workers,
             autocast=self.autocast,
+            on_bad_sample="error" if self.materials.bearable is None else "skip",
         )
+
+    def _validate_pending(self, display: Display) -> None:
+        """The validation that is due, and its row of the logs; the state is saved before.
+
+        Raises:
+            ValueError, OSError: what the validation raises, and that it can be tried again.
+        """
+        training = self.training
+        assert training.pending is not None
+        try:
+            row = training.pending["row"] | self._validate()
+        except (ValueError, OSError) as error:
+            kind = OSError if isinstance(error, OSError) else ValueError
+            raise kind(
+                f"validation after step {training.step}: {error}; the training is saved, and the "
+                "same command tries the validation again"
+            ) from error
+        machine, training.pending = training.pending["machine"], None
+        self._write(row, machine, display)
 
     def _validate(self) -> dict[str, float]:
         """Metrics of the val split for a row; keeps the weights if they are the best so far."""
-        data = self.materials.validation
-        assert data is not None
-        self.metrics = self._evaluate(data)
+        data, training = self.materials.validation, self.training
+        if data is None:  # the option has changed
+            return {}
+        training.metrics = self._evaluate(data)
         name, more = JUDGED_BY[self.recipe.stage]
-        value = self.metrics.get(name)
-        row = {f"val_{key}": metric for key, metric in self.metrics.items()}
+        value = training.metrics.get(name)
+        row = {f"val_{key}": metric for key, metric in training.metrics.items()}
         if value is None:
             return row
-        best = self.training.best
+        best = training.best
         if not best or (value > best["value"] if more else value < best["value"]):
-            self.training.best = {"step": self.training.step, "metric": name, "value": value}
+            training.best = {"step": training.step, "metric": name, "value": value}
             self._save_weights(BEST)
-        return row | {"val_best": self.training.best["value"]}
+        return row | {"val_best": training.best["value"]}
 
     def _finish(self) -> None:
         """The weights, and the metrics of the last validation and of the best one."""
-        if self.materials.validation is not None and not self.metrics:
-            self._validate()  # the last one was lost with a process that was ended after it
+        training = self.training
+        if self.materials.validation is not None and training.metrics is None:
+            self._validate()  # of a run from before the state kept them
         self._save_weights(WEIGHTS)
         if is_first():
-            facts = {"recipe": self.recipe.name, "step": self.training.step}
-            content = {**facts, "validation": self.metrics, "best": self.training.best}
+            facts = {"recipe": self.recipe.name, "step": training.step}
+            content = {**facts, "validation": training.metrics or {}, "best": training.best}
             write_json(self.settings.output / METRICS, content)
         self.console.print(f"Written to {self.settings.output}: {WEIGHTS}, {METRICS}")
 
     def _save_weights(self, name: str) -> None:
         model = _whole(self.training.model, self.materials.config)
         if is_first():
-            save_checkpoint(model, self.settings.output / name)
+            digests = {key: self.materials.run[key] for key in ("vocabulary", "answers")}
+            save_checkpoint(model, self.settings.output / name, **digests)
 
     def _machine(self) -> dict[str, float]:
         """Times since the clock was started, and memory."""
@@ -316,25 +531,34 @@ class Run:
         else:
             memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self._start_clock()
+        parts, rows = self._parts
         return {
             "seconds_per_step": seconds / steps,
             "samples_per_second": steps * self.recipe.batch_size / seconds,
             "tflops": flops / seconds / 1e12,
             "memory_gib": memory / 2**30,
+            "parts": parts,
+            "micro_batch": rows,
         }
 
     def _start_clock(self) -> None:
         self._clock, self._since, self._flops = time.perf_counter(), self.training.step, 0
 
+    @property
+    def _parts(self) -> tuple[int, int]:
+        """Parts of a process's share of a batch, and rows of each."""
+        share = self.recipe.batch_size // world_size()
+        rows = self.settings.micro_batch or share
+        return share // rows, rows
+
     def _describe(self, parameters: int) -> None:
         recipe, processes = self.recipe, world_size()
-        share = recipe.batch_size // processes
-        parts = share // (self.settings.micro_batch or share)
+        parts, rows = self._parts
         dtype = str(self.autocast or torch.float32).removeprefix("torch.")
         self.console.print(
             f"{recipe.name}: {parameters:,} parameters in {dtype} on {processes} x "
             f"{describe(self.device)}; {self.materials.run['samples']:,} samples, batches of "
-            f"{recipe.batch_size} ({processes} x {parts} x {share // parts} rows), "
+            f"{recipe.batch_size} (processes x parts x rows: {processes} x {parts} x {rows}), "
             f"{self.materials.total:,} steps",
             highlight=False,
         )

@@ -1,0 +1,110 @@
+"""What the operations cost, for :class:`torch.utils.flop_counter.FlopCounterMode`."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from vlmo.kernels.attention.reference import Call as AttentionCall
+from vlmo.kernels.moe_ffn.reference import Call as MoeFfnCall
+
+
+def register_formulas() -> None:
+    """Tell PyTorch's counter, if this process has loaded it, what our operations cost."""
+    # Loading it here would load Triton, which reads its environment then.
+    if torch.compiler.is_compiling() or "torch.utils.flop_counter" not in sys.modules:
+        return
+    _register()
+    for mode in _get_current_dispatch_mode_stack():
+        # A counter copies the formulas that are known when it is made.
+        known = getattr(getattr(mode, "counter", mode), "flop_registry", None)
+        if known is not None and torch.ops.vlmo.moe_ffn_fwd not in known:
+            known.update(_register())
+
+
+@functools.cache
+def _register() -> dict[Any, Callable[..., int]]:
+    """The registered formulas by operation."""
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    operations = torch.ops.vlmo
+    formulas = {
+        operations.moe_ffn_fwd: _moe_ffn_forward,
+        operations.moe_ffn_bwd: _moe_ffn_backward,
+        operations.attention_fwd: _attention_forward,
+        operations.attention_bwd: _attention_backward,
+    }
+    for operation, formula in formulas.items():
+        register_flop_formula(operation, get_raw=True)(formula)
+    return {operation: flop_registry[operation] for operation in formulas}
+
+
+def _moe_ffn_forward(*inputs, out_val=None) -> int:
+    call = MoeFfnCall(*inputs[:-1])
+    return sum(first + second for first, second in _products(call))
+
+
+def _moe_ffn_backward(dy, pre, x, w1, w2, b1, b2, norm_weight, norm_bias, *rest, out_val=None):
+    """Each product of the forward twice, less what is not wanted; the first again if not kept."""
+    layer_scale, token_scale, ids, rows, offsets, *settings, needs, _ = rest
+    call = MoeFfnCall(
+        *(x, w1, w2, b1, b2, norm_weight, norm_bias, layer_scale, token_scale, None),
+        *(ids, rows, offsets, *settings, True),
+    )
+    experts = len(w1)
+    of_w1, of_w2 = needs[1 : 1 + experts], needs[1 + experts : 1 + 2 * experts]
+    total = 0
+    for e, (first, second) in enumerate(_products(call)):
+        total += first * (needs[0] + of_w1[e] + (pre.numel() == 0)) + second * (1 + of_w2[e])
+    return total
+
+
+def _products(call: MoeFfnCall) -> list[tuple[int, int]]:
+    """Operations of both products of each expert."""
+    width = call.x.shape[1]
+    return [
+        (2 * tokens * width * w1.shape[0], 2 * tokens * width * w2.shape[1])
+        for tokens, w1, w2 in zip(_tokens(call), call.w1, call.w2, strict=True)
+    ]
+
+
+def _tokens(call: MoeFfnCall) -> Sequence[int]:
+    """Tokens of each expert; of ids without values (FakeTensor, meta), equal shares."""
+    total, experts = call.x.shape[0], len(call.w1)
+    if call.pieces:
+        counts = [0] * experts
+        for expert, length in zip(call.pieces[::2], call.pieces[1::2], strict=True):
+            counts[expert] += length
+        return [count * (total // sum(counts)) for count in counts]
+    ids = call.ids
+    if ids is None or type(ids) is not Tensor or ids.is_meta:
+        return [total // experts + (e < total % experts) for e in range(experts)]
+    return torch.bincount(ids.long(), minlength=experts).tolist()
+
+
+def _attention_forward(*inputs, out_val=None) -> int:
+    """Scores and weighted values: 4 K operations for each pair of a query and a key."""
+    call = AttentionCall(*inputs[:-1])
+    return 4 * _pairs(call) * call.q.shape[-2] * call.q.shape[-1]
+
+
+def _attention_backward(dout, out, lse, *inputs, out_val=None) -> int:
+    """Five products, as PyTorch counts its own attention: the scores are computed again."""
+    call = AttentionCall(*inputs[:-2])
+    return 10 * _pairs(call) * call.q.shape[-2] * call.q.shape[-1]
+
+
+def _pairs(call: AttentionCall) -> int:
+    """Pairs of a query and a key; masked ones count, as in PyTorch's own formulas."""
+    offsets = call.offsets
+    if offsets is None:
+        return call.q.shape[0] * call.q.shape[1] ** 2
+    if type(offsets) is not Tensor or offsets.is_meta:
+        return call.q.shape[0] * call.max_length
+    return int(offsets.diff().long().square().sum())

@@ -1,0 +1,104 @@
+"""``vlmo check``: reads all samples of some data once, and lists those that cannot be read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from rich.console import Console
+from rich.progress import Progress
+from torch.utils.data import Dataset
+
+from vlmo.data import open_data
+from vlmo.data.check import count_pictures, faults_of, splits_there
+from vlmo.files import replacing
+from vlmo.loading import read_answers
+
+_IMAGE_SIZE = 32  # which nothing is resized to
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line decides.
+
+    Attributes:
+        data: source for :func:`vlmo.data.open_data`.
+        task: as of :func:`vlmo.data.open_data`.
+        split: "train", "val" or "test"; None for all that there are.
+        datasets: of the official data; None for the task's.
+        answers: JSON list of VQA's answers; None for those of the data.
+        workers: processes that read.
+        output: file for what is found; None for none.
+    """
+
+    data: str
+    task: str
+    split: str | None = None
+    datasets: tuple[str, ...] | None = None
+    answers: Path | None = None
+    workers: int = 0
+    output: Path | None = None
+
+
+def run(settings: Settings, console: Console) -> int:
+    """Number of texts and pictures that cannot be read; all of them are printed.
+
+    Raises:
+        ValueError, OSError: the data cannot be opened; nothing has been written.
+    """
+    if settings.workers < 0:
+        raise ValueError(f"workers: {settings.workers} is negative")
+    if settings.output is not None and not settings.output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{settings.output}: its folder does not exist")
+    splits = [settings.split] if settings.split else None
+    splits = splits or splits_there(settings.data, settings.task, settings.datasets)
+    opened = {split: _open(settings, split) for split in splits}
+    found: list[dict[str, Any]] = []
+    for split, dataset in opened.items():
+        faults = _check(split, dataset, settings.workers, console)
+        found += faults
+        console.print(_summary(split, dataset, len(faults)), highlight=False, soft_wrap=True)
+    if settings.output is not None:
+        with replacing(settings.output) as temporary:
+            lines = (json.dumps(fault, ensure_ascii=False) + "\n" for fault in found)
+            temporary.write_text("".join(lines), encoding="utf-8", errors="surrogatepass")
+        console.print(f"Written: {settings.output}", highlight=False, soft_wrap=True)
+    return len(found)
+
+
+def _open(settings: Settings, split: str) -> Dataset:
+    answers = None if settings.answers is None else read_answers(settings.answers)
+    return open_data(
+        settings.data,
+        settings.task,
+        split,
+        image_size=_IMAGE_SIZE,
+        answers=answers,
+        datasets=settings.datasets,
+        allow_missing=True,
+    )
+
+
+def _check(split: str, dataset: Dataset, workers: int, console: Console) -> list[dict[str, Any]]:
+    found = []
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(split, total=len(cast(Sized, dataset)))
+        for count, faults in faults_of(dataset, workers=workers):
+            for fault in faults:
+                bar.console.print(
+                    f"{split}: {fault}", highlight=False, markup=False, soft_wrap=True
+                )
+                place = {"file": fault.file, "row": fault.row}
+                found.append({"split": split, "sample": fault.index, **place, "reason": str(fault)})
+            bar.update(task, advance=count)
+    return found
+
+
+def _summary(split: str, dataset: Dataset, faults: int) -> str:
+    pictures = count_pictures(dataset)
+    of = f" and {pictures:,} pictures" if pictures else ""
+    result = f"{faults:,} cannot be read" if faults else "all can be read"
+    return f"{split}: {len(cast(Sized, dataset)):,} samples{of}: {result}"

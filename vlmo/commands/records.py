@@ -1,0 +1,184 @@
+"""The records that ``vlmo predict`` is given: images and a text each, in several formats."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import reprlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmo.files import read_lines, read_text
+from vlmo.inputs import check_text
+
+TEXTS = ("text", "question", "statement", "caption")  # names of a record's text
+ADDED = ("prediction", "error")  # keys that a record gets
+STANDARD = Path("-")  # input or output
+_PICTURES = ("image", "image_0", "image_1")
+
+
+@dataclass(frozen=True)
+class Record:
+    """Images and a text to look at.
+
+    Attributes:
+        given: the record as it was given, which its prediction repeats.
+        place: where it was given, for errors.
+        images: none, one, or the two of NLVR2.
+        text: None if there is none.
+    """
+
+    given: dict[str, Any]
+    place: str
+    images: tuple[Path, ...]
+    text: str | None
+
+    @property
+    def kind(self) -> tuple[int, bool]:
+        """Number of images, and whether there is a text."""
+        return len(self.images), self.text is not None
+
+
+def to_json(value: Any) -> str:
+    """JSON on one line that can be written in UTF-8.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which JSON does not have.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can say as an escape
+        return json.dumps(value, allow_nan=False)
+    return text
+
+
+def given_records(images: tuple[Path, ...], texts: tuple[str, ...]) -> Iterator[Record]:
+    """One record for each text, all with the same images."""
+    names = ("image",) if len(images) == 1 else ("image_0", "image_1")
+    shown = dict(zip(names, map(os.fspath, images), strict=False))
+    for text in texts or (None,):
+        said = {} if text is None else {"text": check_text("text", text)}
+        yield Record(shown | said, "predict", images, text)
+
+
+def reader(path: Path) -> Callable[[], Iterator[Record]]:
+    """What reads the records of a file from its start, as often as it is called.
+
+    A ``.json`` file is an array of objects, a ``.csv`` or ``.tsv`` file has a header, and any other
+    file has a JSON object on every line, as a ``.json`` file may have as well. ``-`` is standard
+    input, which has lines of JSON and is read now. Paths of images are relative to the file's
+    folder, those of standard input to the working folder.
+
+    The reader raises OSError if the file cannot be read, and ValueError with its place for the
+    first record that is none.
+    """
+    if path == STANDARD:
+        lines = [_standard_line(*line) for line in enumerate(sys.stdin.buffer, 1)]
+        return lambda: _of_lines(lines, "standard input", Path())
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        return lambda: _of_csv(path, "," if suffix == ".csv" else "\t")
+    if suffix == ".json":
+        return lambda: _of_array(path)
+    return lambda: _of_lines(read_lines(path), os.fspath(path), path.parent)
+
+
+def _standard_line(number: int, line: bytes) -> str:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input, line {number}: is not UTF-8") from error
+
+
+def _of_lines(lines: Iterable[str], name: str, folder: Path) -> Iterator[Record]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            place = f"{name}, line {number}"
+            yield _record(_parsed(line, place), place, folder)
+
+
+def _of_array(path: Path) -> Iterator[Record]:
+    text = read_text(path)
+    if not text.lstrip().startswith("["):
+        yield from _of_lines(text.split("\n"), os.fspath(path), path.parent)
+        return
+    for number, value in enumerate(_parsed(text, os.fspath(path)), 1):
+        yield _record(value, f"{path}, record {number}", path.parent)
+
+
+def _of_csv(path: Path, separator: str) -> Iterator[Record]:
+    content = io.StringIO(read_text(path), newline="")
+    rows = csv.reader(content, delimiter=separator, strict=True)
+    names: list[str] | None = None
+    while True:
+        place = f"{path}, line {rows.line_num + 1}"
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            raise ValueError(f"{place}: is not CSV: {error}") from error
+        if row is None:
+            return
+        if names is None:
+            names = [name.strip() for name in row]
+            if len(set(names)) < len(names):
+                raise ValueError(f"{place}: two columns have the same name")
+        elif row:
+            if len(row) != len(names):
+                raise ValueError(f"{place}: has {len(row)} values for {len(names)} columns")
+            values = dict(zip(names, row, strict=True))
+            wanted = {n: v for n, v in values.items() if v or n not in (*TEXTS, *_PICTURES)}
+            yield _record(wanted, place, path.parent, values)
+
+
+def _parsed(text: str, place: str) -> Any:
+    """A JSON value without what JSON does not have or leaves open."""
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+    except RecursionError as error:
+        raise ValueError(f"{place}: is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{place}: is not JSON: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        doubled = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {doubled!r} stands there twice")
+    return found
+
+
+def _constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _record(values: Any, place: str, folder: Path, given: dict[str, Any] | None = None) -> Record:
+    if not isinstance(values, dict):
+        raise ValueError(f"{place}: {reprlib.repr(values)} is not a JSON object")
+    names = [name for name in _PICTURES if name in values]
+    if names not in ([], ["image"], ["image_0", "image_1"]):
+        raise ValueError(f"{place}: has {' and '.join(names)}, not image, or image_0 and image_1")
+    texts = [name for name in TEXTS if name in values]
+    if len(texts) > 1:
+        raise ValueError(f"{place}: has {' and '.join(texts)}, one text is wanted")
+    for name in (*names, *texts):
+        if not isinstance(values[name], str):
+            raise ValueError(f"{place}: {name}: {reprlib.repr(values[name])} is not a text")
+        check_text(f"{place}: {name}", values[name])
+    for name in ADDED:
+        if name in values:
+            raise ValueError(f"{place}: has {name!r}, which is the key of what is added; rename it")
+    given = values if given is None else given
+    try:
+        to_json(given)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: a number is too large for JSON") from error
+    images = tuple(folder / values[name] for name in names)
+    return Record(given, place, images, values[texts[0]] if texts else None)
