@@ -40,7 +40,7 @@ def parity_cases():
         yield pytest.param(case, dtype, (device, backend), marks=marks, id=name)
 
 
-@pytest.mark.parametrize(("case", "dtype", "place"), parity_cases(), indirect=["place"])
+@pytest.mark.parametrize(("case", "dtype", "place"), [*parity_cases()], indirect=["place"])
 def test_parity(case, dtype, place):
     skip_unless_possible(place, case, dtype)
     device = place.device
