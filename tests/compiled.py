@@ -1,11 +1,11 @@
 """Compiles the Triton kernels of moe_ffn for a GPU that is not there, and says what came out.
 
-``python tests/compiled.py table sm_90`` prints one JSON line per kernel: what the launcher of the
+``python tests/compiled.py table:sm_90`` prints one JSON line per kernel: what the launcher of the
 library would launch on that GPU, with the tensor-core instructions in the PTX, the bytes of local
 memory and the registers in the machine code, and the shared memory. ``layer`` in the place of
 ``table`` does that for VLMo's layer in bfloat16 only. ``options`` compiles the cases of the parity
 tests instead, in small tiles: the interpreter that runs them does not check types. ``types`` does
-no more than that check. Several GPUs may be named. Run without TRITON_INTERPRET; nothing is
+no more than that check. Several such words may be given. Run without TRITON_INTERPRET; nothing is
 launched.
 """
 
@@ -142,10 +142,11 @@ def types_only():
     return mock.patch.object(CUDABackend, "make_ttgir", side_effect=TypesFit)
 
 
-def main(what: str, *generations: str) -> None:
-    with types_only() if what == "types" else contextlib.nullcontext():
-        for generation in generations:
-            driver.set_active(NoDriver(generation))
+def main(*jobs: str) -> None:
+    for job in jobs:
+        what, generation = job.split(":")
+        driver.set_active(NoDriver(generation))
+        with types_only() if what == "types" else contextlib.nullcontext():
             compile_for(generation, what)
 
 
@@ -165,11 +166,12 @@ def compile_for(generation: str, what: str) -> None:
         try:
             compiled = kernel.warmup(*args, grid=(programs,), **options)
         except TypesFit:
-            print(json.dumps({"kernel": name}), flush=True)
+            print(json.dumps({"what": what, "kernel": name}), flush=True)
             return
         ptx, found = compiled.asm["ptx"], resources(compiled.asm["cubin"])
         counts = {name: ptx.count(name) for name in INSTRUCTIONS}
         report = dict(
+            what=what,
             kernel=name,
             generation=generation,
             case=facts["case"],

@@ -1,6 +1,6 @@
 """Compiles the Triton kernels of shared_attention for a GPU that is not there.
 
-``python tests/compiled_attention.py table sm_90`` prints one JSON line per kernel, as compiled.py
+``python tests/compiled_attention.py table:sm_90`` prints one JSON line per kernel, as compiled.py
 does, which tells what may stand in the place of ``table``. Run without TRITON_INTERPRET; nothing is
 launched.
 """
@@ -80,10 +80,11 @@ def all_options() -> None:
             run_case(case, torch.bfloat16)
 
 
-def main(what: str, *generations: str) -> None:
-    with types_only() if what == "types" else contextlib.nullcontext():
-        for generation in generations:
-            driver.set_active(NoDriver(generation))
+def main(*jobs: str) -> None:
+    for job in jobs:
+        what, generation = job.split(":")
+        driver.set_active(NoDriver(generation))
+        with types_only() if what == "types" else contextlib.nullcontext():
             compile_for(generation, what)
 
 
@@ -101,10 +102,11 @@ def compile_for(generation: str, what: str) -> None:
         try:
             compiled = kernel.warmup(*args, grid=(programs,), **options)
         except TypesFit:
-            print(json.dumps({"kernel": name}), flush=True)
+            print(json.dumps({"what": what, "kernel": name}), flush=True)
             return
         ptx, found = compiled.asm["ptx"], resources(compiled.asm["cubin"])
         report = dict(
+            what=what,
             kernel=name,
             **facts,
             tile=str(tile),

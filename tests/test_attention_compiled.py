@@ -15,6 +15,8 @@ from vlmo.kernels.moe_ffn.tiles import GENERATIONS, OPERANDS
 
 PRODUCTS = {"fwd": 2, "bwd_q": 3, "bwd_kv": 4, "bwd_table": 2}
 
+KINDS = ("sm_80", "sm_90", "sm_100")  # a GPU of each kind of tensor-core instruction
+
 
 def test_the_table_is_complete():
     assert set(TABLE) == {(n, kind, w) for n in GENERATIONS for kind in OPERANDS for w in WIDTHS}
@@ -31,10 +33,17 @@ def compiled(*arguments) -> list[dict]:
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
+@pytest.fixture(scope="module")
+def quick() -> list[dict]:
+    """What takes seconds, in one process."""
+    return compiled("types:sm_90", *(f"layer:{generation}" for generation in KINDS))
+
+
 @pytest.mark.parametrize("what", ["types", pytest.param("options", marks=pytest.mark.slow)])
-def test_every_option_compiles(what):
+def test_every_option_compiles(what, quick):
     """What the interpreter runs in the parity tests, with the types that a compiler asks for."""
-    names = [report["kernel"] for report in compiled(what, "sm_90")]
+    found = compiled("options:sm_90") if what == "options" else quick
+    names = [report["kernel"] for report in found if report["what"] == what]
     # In two dtypes and with places of 64 bits; one more in two dtypes.
     cases = [case for case in CASES if case.batch and case.length]
     calls = 3 * len(cases) + 2
@@ -42,17 +51,16 @@ def test_every_option_compiles(what):
     assert names.count("bwd_table") == 3 * sum(case.index is not None for case in cases) + 2
 
 
-def test_vlmo_s_layer_compiles_for_every_kind_of_tensor_core():
-    generations = ("sm_80", "sm_90", "sm_100")
-    reports = compiled("layer", *generations)
-    assert len(reports) == 4 * len(generations)
+def test_vlmo_s_layer_compiles_for_every_kind_of_tensor_core(quick):
+    reports = [report for report in quick if report["what"] == "layer"]
+    assert len(reports) == 4 * len(KINDS)
     assert_good(reports)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_compiled(generation):
-    reports = compiled("table", generation)
+    reports = compiled(f"table:{generation}")
     # Four kernels of two layers, three of one; three head dims; bfloat16, float32 and TF32.
     assert len(reports) == (4 + 4 + 3) * 3 * 3
     assert_good(reports)

@@ -40,7 +40,7 @@ def parity_cases():
         yield pytest.param(case, dtype, (device, backend), marks=marks, id=name)
 
 
-@pytest.mark.parametrize(("case", "dtype", "place"), parity_cases(), indirect=["place"])
+@pytest.mark.parametrize(("case", "dtype", "place"), [*parity_cases()], indirect=["place"])
 def test_parity(case, dtype, place):
     skip_unless_possible(place, case, dtype)
     device = place.device
@@ -80,8 +80,7 @@ def test_gradcheck(case):
     assert torch.autograd.gradcheck(function, tuple(flat.values()), fast_mode=True)
 
 
-@pytest.mark.parametrize("save_pre", [True, False])
-@pytest.mark.parametrize("form", ["segments", "ids"])
+@pytest.mark.parametrize(("form", "save_pre"), [("segments", True), ("ids", False)])
 def test_opcheck(form, save_pre, place):
     device = place.device
     # Equal widths, or some of the pre-activation would be padding that no kernel writes.

@@ -20,6 +20,8 @@ PRODUCTS = {  # the instruction of the main loops, by generation and dtype
     "sm_120": "mma.sync",
 }
 
+KINDS = ("sm_80", "sm_90", "sm_100")  # a GPU of each kind of tensor-core instruction
+
 
 def test_the_table_is_complete():
     assert set(TABLE) == {(name, kind) for name in GENERATIONS for kind in OPERANDS}
@@ -34,27 +36,33 @@ def compiled(*arguments) -> list[dict]:
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
+@pytest.fixture(scope="module")
+def quick() -> list[dict]:
+    """What takes seconds, in one process."""
+    return compiled("types:sm_90", *(f"layer:{generation}" for generation in KINDS))
+
+
 @pytest.mark.parametrize("what", ["types", pytest.param("options", marks=pytest.mark.slow)])
-def test_every_option_compiles(what):
+def test_every_option_compiles(what, quick):
     """What the interpreter runs in the parity tests, with the types that a compiler asks for."""
-    reports = compiled(what, "sm_90")
+    found = compiled("options:sm_90") if what == "options" else quick
+    reports = [report for report in found if report["what"] == what]
     names = [report["kernel"] for report in reports]
     calls = sum(case.batch > 0 for case in CASES) + 13
     assert names.count("fwd") == names.count("bwd_rows") == calls
     assert names.count("bwd_weights") == calls - 4  # where only dx, or nothing there, is wanted
 
 
-def test_vlmo_s_layer_compiles_for_every_kind_of_tensor_core():
-    generations = ("sm_80", "sm_90", "sm_100")
-    reports = compiled("layer", *generations)
-    assert len(reports) == 3 * len(generations)
+def test_vlmo_s_layer_compiles_for_every_kind_of_tensor_core(quick):
+    reports = [report for report in quick if report["what"] == "layer"]
+    assert len(reports) == 3 * len(KINDS)
     assert_good(reports)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_compiled(generation):
-    reports = compiled("table", generation)
+    reports = compiled(f"table:{generation}")
     # Three kernels of two layers and two kernels that recompute, in two dtypes; TF32 once.
     assert len(reports) == 19
     assert_good(reports)

@@ -8,6 +8,7 @@ $SM70_CUOBJDUMP_DIR; otherwise they are taken out of the Triton 3.6.0 wheel, whi
 """
 
 import argparse
+import functools
 import hashlib
 import os
 import pathlib
@@ -178,8 +179,12 @@ def find_tools() -> pathlib.Path:
     return folder
 
 
+@functools.lru_cache(maxsize=16)
 def disassemble(image: bytes) -> dict:
-    """{kernel name: [Instruction]} of a cubin; listings are cached by content."""
+    """{kernel name: [Instruction]} of a cubin; listings are cached by content.
+
+    Nobody may change what is returned: others get the same.
+    """
     cached = cache_dir() / f"sass-{hashlib.sha256(image).hexdigest()[:20]}.txt"
     if cached.exists():
         return parse_listing(cached.read_text())
