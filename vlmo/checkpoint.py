@@ -332,19 +332,17 @@ def _described(tensor: Tensor) -> str:
 
 
 def _require_official_keys(model: Any) -> None:
-    """Raise unless the model has the parameters of its configuration and no others."""
+    """Raise if the model has keys that its configuration does not account for."""
     from vlmo.model import VLMo
 
     with torch.device("meta"):
         expected = VLMo(model.config).state_dict().keys()
-    found = model.state_dict().keys()
-    foreign = [key for key in found if key not in expected]
-    if foreign or expected - found - {POSITION_IDS}:
-        odd = foreign or sorted(expected - found)
+    foreign = [key for key in model.state_dict() if key not in expected]
+    if foreign:
         raise ValueError(
-            f"model: its state dict {'has' if foreign else 'lacks'} {summary(odd)}, unlike an "
-            "official checkpoint; merge adapters (PEFT: merge_and_unload) or remove "
-            "parametrizations (torch.nn.utils.parametrize.remove_parametrizations) first"
+            f"model: its state dict has {summary(foreign)}, which no official checkpoint has; merge "
+            "adapters (PEFT: merge_and_unload) or remove parametrizations "
+            "(torch.nn.utils.parametrize.remove_parametrizations) first"
         )
 
 
