@@ -340,8 +340,8 @@ def _require_official_keys(model: Any) -> None:
     foreign = [key for key in model.state_dict() if key not in expected]
     if foreign:
         raise ValueError(
-            f"model: its state dict has {summary(foreign)}, which no official checkpoint has; merge "
-            "adapters (PEFT: merge_and_unload) or remove parametrizations "
+            f"model: its state dict has {summary(foreign)}, which no official checkpoint has; "
+            "merge adapters (PEFT: merge_and_unload) or remove parametrizations "
             "(torch.nn.utils.parametrize.remove_parametrizations) first"
         )
 
