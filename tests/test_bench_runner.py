@@ -310,14 +310,36 @@ def test_another_dtype_is_foretold_by_the_paces_of_the_first(monkeypatch):
 
 def test_compiling_is_foretold_by_earlier_cases_and_is_no_pace(monkeypatch):
     clock = Clock(monkeypatch)
-    problem = clock.problem(checks={"compiled": 20.0}, compiled=0.1, roof=0.1)
-    report = smoke(of_problems(*[problem] * 6), seconds=110)
+    problem = clock.problem(checks={"compiled": 20.2}, compiled=0.1, roof=0.1)
+    report = smoke(of_problems(*[problem] * 6), seconds=110.2)
     reasons = reasons_of(report)
     assert [reasons.get((number, "compiled"), "-") for number in range(1, 7)] == [None] * 5 + ["-"]
     assert reasons[6, ALL] == (
-        "left out: it would take about 20 s; 8 s of the time limit of 110 s are left"
+        "left out: it would take about 21 s; 7 s of the time limit of 110 s are left"
     )
-    assert clock.now == pytest.approx(100 + 5 * (20 + 0.5))
+    assert clock.now == pytest.approx(100 + 5 * (20.2 + 0.5))
+
+
+def test_a_roof_measured_on_a_busy_machine_is_corrected_by_earlier_cases(monkeypatch):
+    """Others take a tenth of what it allows: so will one of another suite."""
+    clock = Clock(monkeypatch)
+    first, other = clock.problem(a=0.1, b=0.1, check=0.1), clock.problem(c=5.0, check=5.0, roof=50)
+    suites = [of_problems(first), suite_of(other, [case("other", tokens=2)], "other")]
+    reasons = reasons_of(smoke(*suites, seconds=60))
+    # By the roof alone a call would take 50 s at least; by the others it takes 10 s with caution.
+    assert reasons == {(1, "a"): None, (1, "b"): None, (2, "c"): None}
+    reasons = reasons_of(smoke(*suites, seconds=30))
+    assert reasons[2, ALL].startswith("left out: it would take about 50 s; 29 s")
+
+
+def test_what_happens_once_only_is_no_pace(monkeypatch):
+    """A model is made in the first case, and the next dtype's check is shorter than that took."""
+    clock = Clock(monkeypatch)
+    first = clock.problem(checks={"a": 30.0}, a=0.1, roof=0.1)
+    dtypes = {2: torch.bfloat16, 3: torch.bfloat16}
+    later = [clock.problem(a=0.1, check=0.1, roof=0.1) for _ in range(2)]
+    reasons = reasons_of(smoke(of_problems(first, *later, dtypes=dtypes), seconds=300))
+    assert set(reasons.values()) == {None}
 
 
 def test_the_expectation_is_foretold_too(monkeypatch):

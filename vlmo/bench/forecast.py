@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
+
 from vlmo.bench.cost import Cost
 from vlmo.bench.roofline import Roof
 from vlmo.bench.suite import Case
 
-# Of the time at the roof, that a call of a contender takes of which nothing is known yet.
-_PACE = 2.0
+# A contender of which nothing is known yet is taken to need so many times the median of the others.
+_CAUTION = 2.0
+# A clock may not have moved.
+_LEAST_SECONDS = 1e-9
 # In the place of a contender: the results that contenders are held against.
 EXPECTATION = "expectation"
 
@@ -17,8 +21,9 @@ class Forecast:
 
     A call takes the time that the roof allows, times the pace of the contender: the same ratio in
     the latest call of it in this suite and dtype. Where there is none, its worst pace in another
-    dtype stands in, or one of 2. A check is a call and what it takes besides, such as compiling,
-    which does not depend on the size.
+    dtype stands in, else twice the median of all that is known, for the roof itself may have been
+    measured while the machine was busy. A check is a call and what it takes besides, such as
+    compiling, which does not depend on the size.
 
     Args:
         roof: of the machine.
@@ -40,28 +45,37 @@ class Forecast:
 
     def called(self, case: Case, contender: str, cost: Cost, seconds: float) -> None:
         """Learn from a call."""
-        self._paces[self._key(case, contender)] = seconds / self._fastest(case, cost)
+        pace = max(seconds, _LEAST_SECONDS) / self._fastest(case, cost)
+        self._paces[self._key(case, contender)] = pace
 
     def checked(self, case: Case, contender: str, cost: Cost, seconds: float) -> None:
-        """Learn from a check, which has the first call in it: the pace may only become worse."""
+        """Learn from a check, which has the first call in it: a known pace only becomes worse."""
         seconds -= self._besides.get((case.suite, contender), 0.0)
-        known = self._paces.get(self._key(case, contender), 0.0)
-        self.called(case, contender, cost, max(seconds, known * self._fastest(case, cost)))
+        known = self.call(case, contender, cost) if self._known(case, contender) else 0.0
+        self.called(case, contender, cost, max(seconds, known))
 
     def prepared(self, case: Case, contender: str, cost: Cost, seconds: float) -> None:
         """Learn, after a call, what the check and the rest took besides one."""
-        key = case.suite, contender
-        besides = seconds - self.call(case, contender, cost)
-        self._besides[key] = max(self._besides.get(key, 0.0), besides)
+        besides = max(0.0, seconds - self.call(case, contender, cost))
+        self._besides[case.suite, contender] = besides
 
     def _fastest(self, case: Case, cost: Cost) -> float:
         return cost.flops / self._roof.attainable_tflops(cost, _dtype(case)) / 1e12
 
     def _pace(self, case: Case, contender: str) -> float:
-        suite, who, dtype = self._key(case, contender)
-        known = self._paces.get((suite, who, dtype))
-        others = [pace for key, pace in self._paces.items() if key[:2] == (suite, who)]
-        return max(others, default=_PACE) if known is None else known
+        latest = self._paces.get(self._key(case, contender))
+        if latest is not None:
+            return latest
+        known = self._known(case, contender)
+        if known:
+            return max(known)
+        others = [pace for (_, who, _), pace in self._paces.items() if who != EXPECTATION]
+        return _CAUTION * (statistics.median_low(others) if others else 1.0)
+
+    def _known(self, case: Case, contender: str) -> list[float]:
+        """Paces of a contender in all dtypes."""
+        wanted = case.suite, contender
+        return [pace for (*key, _), pace in self._paces.items() if tuple(key) == wanted]
 
     @staticmethod
     def _key(case: Case, contender: str) -> tuple[str, str, str]:
