@@ -49,7 +49,8 @@ def _stream(device: torch.device) -> int:
 
 
 def _in_private_pool(tensor: Tensor) -> bool:
-    if tensor.device.type != "cuda":
+    # cudaMallocAsync has no private pools, and no snapshot to look at.
+    if tensor.device.type != "cuda" or torch.cuda.get_allocator_backend() != "native":
         return False
     address = tensor.data_ptr()
     for segment in torch.cuda.memory_snapshot():
