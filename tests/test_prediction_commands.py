@@ -469,7 +469,7 @@ def test_predict_writes_embeddings(folder, tmp_path):
         ('{"image": "a.png", "text": "a", "n": NaN}\n', "line 1: is not JSON: NaN is no number"),
         ('{"image": "a.png", "text": "a", "n": 1e999}\n', "line 1: a number is too large"),
         ('{"image": "a.png", "text": "a", "text": "b"}\n', "line 1: is not JSON: the key 'text'"),
-        ('{"image": "a.png", "text": "a\\ud800"}\n', "line 1: text: 'a\\ud800' is no valid Uni"),
+        ('{"image": "a.png", "text": "a\\ud800"}\n', "line 1: text: 'a\\ud800' is not valid Uni"),
         (f'{{"image": "a.png", "n": {"[" * 100_000}\n', "line 1: is nested too deeply"),
         ('{"image": "a.png", "text": ["a", "b"]}\n', "line 1: text: ['a', 'b'] is not a text"),
         ('{"image": "a.png", "text": "a", "prediction": 1}\n', "line 1: has 'prediction'"),
