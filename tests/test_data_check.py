@@ -76,8 +76,8 @@ def test_bad_pictures_of_files(folder, monkeypatch):
     for index, reason in (
         (8, "4.jpg: the image cannot be read: "),
         (9, "4.jpg: the image cannot be read: "),
-        (10, "5.jpg: is no image of a known format"),
-        (12, "6.jpg: is no image of a known format"),
+        (10, "5.jpg: is not an image of a known format"),
+        (12, "6.jpg: is not an image of a known format"),
         (14, "7.jpg: No such file or directory"),
     ):
         found = fault(data, index)
@@ -102,7 +102,7 @@ def test_bad_pictures_of_tables(tmp_path):
     table = pa.table({"image": images, "caption": ["one", "two", "three"]})
     pq.write_table(table, tmp_path / "train.parquet")
     data = opened(tmp_path / "train.parquet")
-    for index, reason in ((1, "cannot be read"), (2, "is no image of a known format")):
+    for index, reason in ((1, "cannot be read"), (2, "is not an image of a known format")):
         found = fault(data, index)
         place = f"{tmp_path}/train.parquet, row {index + 1}, image: "
         assert str(found).startswith(place) and reason in str(found)

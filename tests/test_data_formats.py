@@ -417,7 +417,7 @@ def test_blank_texts_are_refused(folder, task, name, record, text):
     [
         ('"\\ud83d"', "caption: '.ud83d' holds half of a surrogate pair"),
         ("[" * 100_000, "is not JSON: it is nested too deeply"),
-        ('"a", "caption": "b"', "'caption' stands twice in one object"),
+        ('"a", "caption": "b"', "'caption' appears twice in one object"),
         ("1" * 5000, "Exceeds the limit"),
         ("NaN", "caption: nan is not a text"),
         ("1e999", "caption: inf is not a text"),

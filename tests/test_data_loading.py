@@ -237,7 +237,10 @@ def test_steps_end_the_batches():
         ({"keys": range(20), "groups": [1]}, "groups: 1 of them"),
         ({"groups": range(20)}, "groups: given without keys"),
         ({"keys": [1, 2] * 10}, "batch_size: 4 exceeds the 2 different keys"),
-        ({"keys": [1, 2] * 10}, "same picture would meet itself.* --official-batches allows it"),
+        (
+            {"keys": [1, 2] * 10},
+            "same picture would be in a batch twice.* --official-batches allows it",
+        ),
     ],
 )
 def test_sampler_arguments_are_checked(options, message):

@@ -297,7 +297,7 @@ def test_missing_pictures_are_listed(folder):
 def test_damaged_pictures_are_named(folder):
     (folder / "images" / "1.png").write_bytes(b"nothing")
     data = opened(write_jsonl(folder / "pairs.jsonl", CAPTIONS), "pretrain")
-    with pytest.raises(ValueError, match=r"images/1\.png: is no image"):
+    with pytest.raises(ValueError, match=r"images/1\.png: is not an image"):
         data[1]
 
 

@@ -423,7 +423,7 @@ def test_truncated_pictures_are_errors_whatever_other_libraries_want(kind, monke
     file = content(noise(50, 50), kind)
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     read_image(file, "x")
-    with pytest.raises(ValueError, match=r"x: (the image cannot be read|is no image)"):
+    with pytest.raises(ValueError, match=r"x: (the image cannot be read|is not an image)"):
         read_image(file[: len(file) // 2], "x")
     assert ImageFile.LOAD_TRUNCATED_IMAGES
 
@@ -455,7 +455,7 @@ def test_pillow_s_warnings_do_not_reach_the_user(monkeypatch):
     [b"", b"not a picture", content(noise(50, 50), "JPEG")[:900], content(noise(50, 50))[:900]],
 )
 def test_damaged_pictures_are_named(damaged):
-    with pytest.raises(ValueError, match=r"photo 7: (the image cannot be read|is no image)"):
+    with pytest.raises(ValueError, match=r"photo 7: (the image cannot be read|is not an image)"):
         read_image(damaged, "photo 7")
 
 

@@ -174,7 +174,7 @@ def test_evaluate_names_a_damaged_picture_or_leaves_it_out(
     arguments = ["evaluate", folder / "run", "vqa", "--data", questions, "--split", "val"]
     arguments += ["--output", output, "--predictions", answers]
     said = refused(monkeypatch, capsys, *arguments)
-    assert f"{questions / '3.png'}: is no image" in said
+    assert f"{questions / '3.png'}: is not an image" in said
     assert "; --on-bad-sample skip leaves out what cannot be read" in said
     assert not output.exists()
     assert not answers.exists()
@@ -409,7 +409,7 @@ def test_a_picture_of_the_command_line_must_be_readable(folder, monkeypatch, cap
     (folder / "bad.png").write_bytes(b"no picture")
     options = ["predict", folder / "run", "--text", "a", "--image"]
     assert "image: gone.png does not exist" in refused(monkeypatch, capsys, *options, "gone.png")
-    assert "bad.png: is no image" in refused(monkeypatch, capsys, *options, folder / "bad.png")
+    assert "bad.png: is not an image" in refused(monkeypatch, capsys, *options, folder / "bad.png")
 
 
 def test_outputs_that_are_not_finite_are_told(tmp_path, folder):
@@ -466,16 +466,16 @@ def test_predict_writes_embeddings(folder, tmp_path):
         ("[1]\n", "line 1: [1] is not a JSON object"),
         ("{\n", "line 1: is not JSON"),
         ('{"image": "a.png"}\n', "line 1: the model's heads (itc, itm, vqa, nlvr2) need an image"),
-        ('{"image": "a.png", "text": "a", "n": NaN}\n', "line 1: is not JSON: NaN is no number"),
+        ('{"image": "a.png", "text": "a", "n": NaN}\n', "line 1: is not JSON: NaN is not a number"),
         ('{"image": "a.png", "text": "a", "n": 1e999}\n', "line 1: a number is too large"),
         ('{"image": "a.png", "text": "a", "text": "b"}\n', "line 1: is not JSON: the key 'text'"),
-        ('{"image": "a.png", "text": "a\\ud800"}\n', "line 1: text: 'a\\ud800' is no valid Uni"),
+        ('{"image": "a.png", "text": "a\\ud800"}\n', "line 1: text: 'a\\ud800' is not valid Uni"),
         (f'{{"image": "a.png", "n": {"[" * 100_000}\n', "line 1: is nested too deeply"),
         ('{"image": "a.png", "text": ["a", "b"]}\n', "line 1: text: ['a', 'b'] is not a text"),
-        ('{"image": "a.png", "text": "a", "prediction": 1}\n', "line 1: has 'prediction'"),
-        ('{"image": "a.png", "text": "a", "error": 1}\n', "line 1: has 'error'"),
+        ('{"image": "a.png", "text": "a", "prediction": 1}\n', "line 1: has the key 'prediction'"),
+        ('{"image": "a.png", "text": "a", "error": 1}\n', "line 1: has the key 'error'"),
         ('\n{"text": "a"} x\n', "line 2: is not JSON: Extra data"),
-        ('{"image_0": "a.png", "text": "a"}\n', "has image_0, not image"),
+        ('{"image_0": "a.png", "text": "a"}\n', "has image_0 instead of image"),
         ('{"image": "a.png", "text": "a", "caption": "b"}\n', "has text and caption"),
     ],
 )
@@ -568,10 +568,18 @@ def test_a_wrong_name_of_kernels_is_found_first(monkeypatch, capsys, rest):
 @pytest.mark.parametrize(
     ("command", "defaults"),
     [
-        ("predict", ["standard output", "none", "the run folder's", "auto", "64", "1"]),
+        ("predict", ["standard output", "none", "that of the run folder", "auto", "64", "1"]),
         (
             "evaluate",
-            ["test", "those of the task", "the model's", "the run folder's", "none", "error", "0"],
+            [
+                "test",
+                "those of the task",
+                "the model's",
+                "that of the run folder",
+                "none",
+                "error",
+                "0",
+            ],
         ),
     ],
 )

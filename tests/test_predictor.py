@@ -97,7 +97,7 @@ def test_files_and_their_bytes_are_images_as_well(predictor, pictures):
             torch.testing.assert_close(predictor.embed_images(image), expected[1:])
     with open(paths[0], encoding="latin-1") as text, pytest.raises(ValueError, match="for bytes"):
         predictor.embed_images(text)
-    with pytest.raises(ValueError, match=r"images\[1\]: is no image of a known format"):
+    with pytest.raises(ValueError, match=r"images\[1\]: is not an image of a known format"):
         predictor.embed_images([contents[0], b"no picture"])
 
 
@@ -159,19 +159,19 @@ def test_a_blank_text_is_taken_with_a_warning(predictor):
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (None, "texts: None is none"),
-        (3, "texts: 3 is none"),
-        (b"a one", "texts: b'a one' is no text; decode"),
-        (["a", b"a one"], r"texts\[1\]: b'a one' is no text; decode"),
-        (np.array([b"a one"]), r"texts: an array of \|S5 \(1,\) is none"),
+        (None, "texts: None is neither"),
+        (3, "texts: 3 is neither"),
+        (b"a one", "texts: b'a one' is not a text; decode"),
+        (["a", b"a one"], r"texts\[1\]: b'a one' is not a text; decode"),
+        (np.array([b"a one"]), r"texts: an array of \|S5 \(1,\) is neither"),
         (["a", None], r"texts\[1\]: None is not a text"),
         (["a", float("nan")], r"texts\[1\]: nan is not a text"),
         (["a", ["b"]], r"texts\[1\]: list is not a text"),
         (np.array([["a"]]), r"texts: an array of <U1 \(1, 1\)"),
         (np.zeros(2), r"texts: an array of float64 \(2,\)"),
-        ({"a": 1}, "texts: a dict has no order"),
-        ({"a"}, "texts: a set has no order"),
-        (["a", "b\ud800"], r"texts\[1\]: 'b\\ud800' is no valid Unicode: surrogates"),
+        ({"a": 1}, "texts: a dict has no fixed order"),
+        ({"a"}, "texts: a set has no fixed order"),
+        (["a", "b\ud800"], r"texts\[1\]: 'b\\ud800' is not valid Unicode: surrogates"),
     ],
 )
 def test_what_is_no_text_is_refused(predictor, texts, message):
@@ -182,19 +182,19 @@ def test_what_is_no_text_is_refused(predictor, texts, message):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (None, "images: None is none"),
+        (None, "images: None is neither"),
         ([None], r"images\[0\]: None is neither"),
-        (torch.zeros(3, 4, 4), "images: a Tensor is not taken"),
-        (torch.tensor(3), "images: a Tensor is not taken"),
-        (np.zeros((0, 0), np.uint8), r"images: \(0, 0\) is an image without a pixel"),
-        (np.zeros((0, 4, 3), np.uint8), r"images: \(0, 4, 3\) is an image without a pixel"),
-        (np.zeros((2, 4, 0, 3), np.uint8), r"images\[0\]: \(4, 0, 3\) is an image without"),
-        (Image.new("RGB", (0, 3)), r"images: \(0, 3\) is an image without a pixel"),
+        (torch.zeros(3, 4, 4), "images: tensors are not taken"),
+        (torch.tensor(3), "images: tensors are not taken"),
+        (np.zeros((0, 0), np.uint8), r"images: \(0, 0\) is an empty image"),
+        (np.zeros((0, 4, 3), np.uint8), r"images: \(0, 4, 3\) is an empty image"),
+        (np.zeros((2, 4, 0, 3), np.uint8), r"images\[0\]: \(4, 0, 3\) is an empty image"),
+        (Image.new("RGB", (0, 3)), r"images: \(0, 3\) is an empty image"),
         (np.zeros((3, 4, 5), np.uint8), r"images: uint8 \(3, 4, 5\) is not uint8 \[H, W\]"),
         (np.zeros((4, 4), bool), r"images: bool \(4, 4\) is not"),
         (np.zeros((4, 4, 3), np.int64), r"images: int64"),
         (np.array(3, np.uint8), r"images: uint8 \(\) is not"),
-        ({"a.png"}, "images: a set has no order"),
+        ({"a.png"}, "images: a set has no fixed order"),
         ([["a.png"]], r"images\[0\]: list is neither"),
     ],
 )
@@ -299,7 +299,7 @@ def test_attention_maps_are_those_of_the_model(vocabulary, pictures, monkeypatch
 
 def test_attention_is_of_one_image_and_one_text(predictor, pictures):
     for image, text in ((pictures[:2], "a"), (None, None), (pictures[0], ["a", "b"])):
-        with pytest.raises(ValueError, match=r"attention: . images and . texts are not"):
+        with pytest.raises(ValueError, match="attention: takes an image, a text or one of each"):
             predictor.attention(image, text)
     with pytest.raises(ValueError, match=r"layer: 3 is not within -3\.\.2"):
         predictor.attention(pictures[0], "a", layer=3)

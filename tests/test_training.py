@@ -306,7 +306,7 @@ def test_another_vocabulary_is_not_taken_for_the_models_own(tmp_path):
     run(small("textmlm"), tmp_path / "first")
     words = (tmp_path / "first" / "vocab.txt").read_text().splitlines()
     (tmp_path / "vocab.txt").write_text("\n".join([*words[:-2], words[-1], words[-2]]) + "\n")
-    with pytest.raises(ValueError, match=r"vocab: it is not that with which .*first of --init"):
+    with pytest.raises(ValueError, match=r"vocab: is not the vocabulary that .*first \(--init\)"):
         run(
             small("pretrain"),
             tmp_path / "second",

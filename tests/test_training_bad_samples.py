@@ -124,7 +124,7 @@ def test_it_goes_on_when_the_record_of_a_bad_sample_is_taken_out(tmp_path):
         train(data, tmp_path / "run", "error")
     (data / "train.jsonl").write_text("".join(lines[:3] + lines[4:]))
     said = train(data, tmp_path / "run", "error")
-    assert "1 samples that could not be read are no longer among the data: 11 are left" in said
+    assert "1 samples that could not be read have been removed from the data; 11 are left" in said
     record = json.loads((tmp_path / "run" / "recipe.json").read_text())
     assert record["run"]["samples"] == 12
     last = record["resumed"][-1]

@@ -133,8 +133,10 @@ def test_a_bad_sample_of_one_process_ends_both_and_loses_nothing(folder):
     assert told[0] == told[1]
     state = load_state(folder / "error" / "training.pt")
     (entry,) = state["bad"].values()
-    assert told[0].startswith(f"ValueError: {entry['reason']}; mend the file")
-    assert told[0].endswith(f"step {state['step']} is saved, and the training goes on from there")
+    assert told[0].startswith(f"ValueError: {entry['reason']}; repair the file")
+    assert told[0].endswith(
+        f"step {state['step']} is saved, and the same command resumes from there"
+    )
     assert entry["step"] - 2 <= state["step"] < entry["step"]
     assert state["fewer"] is not None
 

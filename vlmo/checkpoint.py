@@ -202,7 +202,7 @@ def _plan(
         if fit is None:
             raise ValueError(
                 f"{content.name}: {key} is {_described(value)} and cannot be made to fit the "
-                f"model's {_described(wanted)}"
+                f"model's {_described(wanted)}; are the sizes of the two models the same?"
             )
         values[key], how = fit
         if how:

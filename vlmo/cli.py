@@ -37,7 +37,7 @@ class Device(str, enum.Enum):
 
 
 class Dtype(str, enum.Enum):
-    """Of the operands of the products."""
+    """Of the operands of matrix products."""
 
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -55,7 +55,7 @@ class Task(str, enum.Enum):
 
 
 class Split(str, enum.Enum):
-    """Of the data."""
+    """A split of the data."""
 
     train = "train"
     val = "val"
@@ -80,15 +80,15 @@ RECIPES_OWN = "the recipe's"  # what options of train show as their default
 
 # What several commands ask for.
 DataOption = Annotated[
-    str, typer.Option(help="digits, a folder of Arrow files, or own data (docs/data.md).")
+    str, typer.Option(help="digits, a folder of Arrow files, or your own data (docs/data.md).")
 ]
 ModelArgument = Annotated[Path, typer.Argument(help="Checkpoint, or folder of a run.")]
 VocabularyOption = Annotated[
-    Path | None, typer.Option(help="vocab.txt of the model.", show_default="the run folder's")
+    Path | None, typer.Option(help="vocab.txt of the model.", show_default="that of the run folder")
 ]
 AnswersOption = Annotated[
     Path | None,
-    typer.Option(help="JSON list of VQA's answers.", show_default="the run folder's"),
+    typer.Option(help="JSON list of the VQA answers.", show_default="that of the run folder"),
 ]
 DeviceOption = Annotated[Device, typer.Option(help="Where to run.")]
 DtypeOption = Annotated[
@@ -99,7 +99,9 @@ DtypeOption = Annotated[
 ]
 BackendOption = Annotated[
     str | None,
-    typer.Option(help="cuda, triton, cpu or reference.", show_default="the first that can run"),
+    typer.Option(
+        help="Kernels: cuda, triton, cpu or reference.", show_default="the first that can run"
+    ),
 ]
 
 
@@ -198,11 +200,13 @@ def recipes() -> None:
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A name of vlmo recipes.")],
+    recipe: Annotated[str, typer.Argument(help="One of the names that vlmo recipes lists.")],
     data: DataOption,
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder of the run; what it holds goes on.", show_default="runs/RECIPE"),
+        typer.Option(
+            help="Folder of the run; a training in it is resumed.", show_default="runs/RECIPE"
+        ),
     ] = None,
     init: Annotated[
         Path | None,
@@ -212,134 +216,170 @@ def train(
     ] = None,
     skip: Annotated[
         list[str] | None,
-        typer.Option(help="Keys that start so are not taken from --init.", show_default="none"),
+        typer.Option(
+            help="Prefix of keys that are not loaded from --init; may be repeated.",
+            show_default="none",
+        ),
     ] = None,
     vocab: Annotated[
         Path | None,
-        typer.Option(help="vocab.txt of the texts.", show_default="that of the run or of --init"),
+        typer.Option(help="Vocabulary, a vocab.txt.", show_default="that of the run or of --init"),
     ] = None,
     datasets: Annotated[
         list[str] | None,
-        typer.Option(help="Official data sets to train on.", show_default="the recipe's"),
+        typer.Option(
+            help="Official data sets to train on; may be repeated.",
+            show_default="the recipe's",
+        ),
     ] = None,
     answers: Annotated[
         Path | None,
-        typer.Option(help="JSON list of VQA's answers.", show_default="those of the data"),
+        typer.Option(help="JSON list of the VQA answers.", show_default="those of the data"),
     ] = None,
     answer_minimum: Annotated[
-        int, typer.Option(min=1, help="Questions that make an answer one of own VQA data.")
+        int,
+        typer.Option(
+            min=1, help="Your own VQA data: keep what is the major answer of this many questions."
+        ),
     ] = 1,
     on_bad_sample: Annotated[
         str,
         typer.Option(
-            help="A damaged picture or text: error; skip (at most 1 % of the samples, or 10); "
-            "skip:N (N at most)."
+            help="What to do about a damaged picture or text: error; skip (up to 1 % of the "
+            "samples, or 10 if that is more); skip:N (up to N)."
         ),
     ] = "error",
     size: Annotated[
         str | None,
         typer.Option(
-            help="Of the model: tiny, small, base, base_plus, large.", show_default=RECIPES_OWN
+            help="Size of the model: tiny, small, base, base_plus or large.",
+            show_default=RECIPES_OWN,
         ),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="In all; may be raised later.", show_default=RECIPES_OWN),
+        typer.Option(
+            min=1, help="Steps in all; may be raised when resuming.", show_default=RECIPES_OWN
+        ),
     ] = None,
     epochs: Annotated[
         int | None,
-        typer.Option(min=1, help="In all; may be raised later.", show_default=RECIPES_OWN),
+        typer.Option(
+            min=1, help="Epochs in all; may be raised when resuming.", show_default=RECIPES_OWN
+        ),
     ] = None,
     warmup: Annotated[
         int | None,
-        typer.Option(min=0, help="Steps until --lr is reached.", show_default=RECIPES_OWN),
+        typer.Option(min=0, help="Warm-up steps, until --lr is reached.", show_default=RECIPES_OWN),
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Highest learning rate.", show_default=RECIPES_OWN)
+        float | None, typer.Option(help="Peak learning rate.", show_default=RECIPES_OWN)
     ] = None,
     weight_decay: Annotated[
         float | None,
-        typer.Option(help="0 to 1; biases and most norms have none.", show_default=RECIPES_OWN),
+        typer.Option(
+            help="0 to 1; not applied to biases and most norms.", show_default=RECIPES_OWN
+        ),
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Samples of a step, over all processes.", show_default=RECIPES_OWN
-        ),
+        typer.Option(min=1, help="Samples per step, over all processes.", show_default=RECIPES_OWN),
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Pixels.", show_default=RECIPES_OWN)
+        int | None,
+        typer.Option(min=1, help="Side of the images in pixels.", show_default=RECIPES_OWN),
     ] = None,
     text_length: Annotated[
         int | None,
-        typer.Option(min=3, help="Tokens, [CLS] and [SEP] included.", show_default=RECIPES_OWN),
+        typer.Option(
+            min=3, help="Most tokens of a text, with [CLS] and [SEP].", show_default=RECIPES_OWN
+        ),
     ] = None,
     mask_share: Annotated[
-        float | None, typer.Option(help="Of the words, to predict.", show_default=RECIPES_OWN)
+        float | None,
+        typer.Option(help="Share of the tokens that MLM masks.", show_default=RECIPES_OWN),
     ] = None,
     drop_path: Annotated[
         float | None,
-        typer.Option(help="Stochastic depth of the last block.", show_default=RECIPES_OWN),
+        typer.Option(help="Stochastic depth rate of the last block.", show_default=RECIPES_OWN),
     ] = None,
     clip_norm: Annotated[
-        float | None, typer.Option(help="Largest norm of the gradient.", show_default=RECIPES_OWN)
+        float | None,
+        typer.Option(help="Clip the gradient to this norm.", show_default=RECIPES_OWN),
     ] = None,
     itc_grad_scale: Annotated[
         float | None,
         typer.Option(
-            help="Of contrast; official: 1 / GPUs (docs/training.md).", show_default=RECIPES_OWN
+            help="Factor of the gradient of the contrastive loss; in the official code it is "
+            "1 / GPUs (docs/training.md).",
+            show_default=RECIPES_OWN,
         ),
     ] = None,
     max_logit_scale: Annotated[
         float | None,
         typer.Option(
-            help="Bound of 1 / temperature in contrast; CLIP: 100.", show_default="no bound"
+            help="Upper bound of 1 / temperature in the contrastive loss (100 in CLIP).",
+            show_default="no bound",
         ),
     ] = None,
     separate_attention: Annotated[
-        bool, typer.Option("--separate-attention", help="Text and image with their own attention.")
+        bool,
+        typer.Option("--separate-attention", help="Separate attention weights for text and image."),
     ] = False,
     official_masking: Annotated[
-        bool, typer.Option("--official-masking", help="Choose words as the official code does.")
+        bool,
+        typer.Option("--official-masking", help="Choose masked tokens as the official code does."),
     ] = False,
     official_batches: Annotated[
         bool,
         typer.Option(
-            "--official-batches", help="Captions of the same picture may meet, and count as wrong."
+            "--official-batches",
+            help="Random batches: captions of the same picture may be each other's negatives.",
         ),
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 1,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Random seed of weights, order, augmentation and masks.")
+    ] = 1,
     micro_batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Rows at a time on a process.", show_default="all of its rows"),
+        typer.Option(min=1, help="Rows at a time on each process.", show_default="all"),
     ] = None,
     checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Compute activations twice to save memory.")
+        bool,
+        typer.Option(
+            "--checkpointing", help="Recompute activations in the backward to save memory."
+        ),
     ] = False,
-    parallel: Annotated[Parallel, typer.Option(help="How processes share.")] = Parallel.ddp,
+    parallel: Annotated[
+        Parallel, typer.Option(help="DistributedDataParallel, or FSDP2 (shards).")
+    ] = Parallel.ddp,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = None,
     backend: BackendOption = None,
     workers: Annotated[
-        int, typer.Option(min=0, help="Processes that make samples, for each that trains.")
+        int, typer.Option(min=0, help="Loader processes of each training process.")
     ] = 0,
-    log_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 10,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 1000,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between rows of the logs.")] = 10,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between saved states.")] = 1000,
     evaluate_every: Annotated[
         int | None,
-        typer.Option(min=0, help="Steps; 0 for never.", show_default="at the end"),
+        typer.Option(
+            min=0, help="Steps between validations; 0 for none.", show_default="only at the end"
+        ),
     ] = None,
-    evaluation_batch: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 64,
-    tensorboard: Annotated[bool, typer.Option(help="Write its log as well.")] = True,
+    evaluation_batch: Annotated[
+        int, typer.Option(min=1, help="Samples at a time in validations.")
+    ] = 64,
+    tensorboard: Annotated[bool, typer.Option(help="Write a TensorBoard log as well.")] = True,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Check everything, try one step, and write nothing."),
+        typer.Option("--dry-run", help="Check everything, run one step, and write nothing."),
     ] = False,
 ) -> None:
     """Train a model by a recipe, alone or under torchrun (docs/training.md).
 
-    Exits with 1 if the loss or a weight is no longer finite, and with 143 or 130 after SIGTERM or
-    SIGINT, having saved; the same command then goes on.
+    Exits with 1 if the loss or a weight is no longer finite. After SIGTERM or SIGINT the state is
+    saved and the status is 143 or 130; the same command then resumes the training.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as in demo
     from vlmo.recipes import recipe as recipe_of
@@ -399,20 +439,23 @@ def train(
 
 @app.command()
 def vocab(
-    data: Annotated[str, typer.Argument(help="As of vlmo train: docs/data.md.")],
+    data: Annotated[
+        str,
+        typer.Argument(help="digits, a folder of Arrow files, or your own data (docs/data.md)."),
+    ],
     output: Annotated[Path, typer.Option(help="File to write.")] = Path("vocab.txt"),
     task: Annotated[
-        Task, typer.Option(help="Whose texts: captions, questions, statements or texts.")
+        Task, typer.Option(help="Task of the data, whose texts are read.")
     ] = Task.pretrain,
-    split: Annotated[Split, typer.Option(help="Of the data.")] = Split.train,
+    split: Annotated[Split, typer.Option(help="Split whose texts are read.")] = Split.train,
     datasets: Annotated[
         list[str] | None,
         typer.Option(help="Official data sets.", show_default="those of the task"),
     ] = None,
-    size: Annotated[int, typer.Option(min=6, help="Tokens, at most.")] = 8000,
+    size: Annotated[int, typer.Option(min=6, help="Most tokens of the vocabulary.")] = 8000,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
 ) -> None:
-    """Learn a vocabulary for own data, where that of the published models does not fit."""
+    """Learn a WordPiece vocabulary from the texts of your own data."""
     from vlmo.commands.vocab import Settings, run
 
     chosen = tuple(datasets) if datasets else None
@@ -422,7 +465,8 @@ def vocab(
 @app.command()
 def check(
     data: Annotated[
-        str, typer.Argument(help="digits, a folder of Arrow files, or own data (docs/data.md).")
+        str,
+        typer.Argument(help="digits, a folder of Arrow files, or your own data (docs/data.md)."),
     ],
     task: Annotated[
         Task | None,
@@ -431,7 +475,7 @@ def check(
         ),
     ] = None,
     split: Annotated[
-        Split | None, typer.Option(help="Only this one.", show_default="all that there are")
+        Split | None, typer.Option(help="Check only this split.", show_default="all that there are")
     ] = None,
     datasets: Annotated[
         list[str] | None,
@@ -439,11 +483,11 @@ def check(
     ] = None,
     answers: Annotated[
         Path | None,
-        typer.Option(help="JSON list of VQA's answers.", show_default="those of the data"),
+        typer.Option(help="JSON list of the VQA answers.", show_default="those of the data"),
     ] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 0,
     output: Annotated[
-        Path | None, typer.Option(help=".jsonl file with file, row and reason of each fault.")
+        Path | None, typer.Option(help=".jsonl file for the file, row and reason of each.")
     ] = None,
 ) -> None:
     """Read every text and every picture of some data once, and list those that cannot be read.
@@ -468,23 +512,27 @@ def check(
 @app.command()
 def evaluate(
     model: ModelArgument,
-    task: Annotated[Task, typer.Argument()],
+    task: Annotated[Task, typer.Argument(help="What to measure.")],
     data: DataOption,
-    split: Annotated[Split, typer.Option()] = Split.test,
+    split: Annotated[Split, typer.Option(help="Split of the data.")] = Split.test,
     datasets: Annotated[
         list[str] | None,
         typer.Option(help="Official data sets.", show_default="those of the task"),
     ] = None,
     rerank: Annotated[
-        int, typer.Option(min=0, help="Candidates that the fusion encoder scores; paper: 32.")
+        int,
+        typer.Option(
+            min=0, help="Candidates that the fusion encoder re-ranks (32 in the paper); 0 for none."
+        ),
     ] = 0,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Pixels.", show_default="the model's")
+        int | None,
+        typer.Option(min=1, help="Side of the images in pixels.", show_default="the model's"),
     ] = None,
     vocab: VocabularyOption = None,
     answers: AnswersOption = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time on a process.")] = 64,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that make samples.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time on each process.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Loader processes of each process.")] = 0,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = None,
     backend: BackendOption = None,
@@ -494,11 +542,11 @@ def evaluate(
     predictions: Annotated[
         Path | None,
         typer.Option(
-            help="File of answers to submit (vqa: JSON, nlvr2: CSV).", show_default="none"
+            help="File of answers to submit (JSON of vqa, CSV of nlvr2).", show_default="none"
         ),
     ] = None,
     on_bad_sample: Annotated[
-        OnBadSample, typer.Option(help="Stop at what cannot be read, or leave it out.")
+        OnBadSample, typer.Option(help="Stop at a sample that cannot be read, or skip it.")
     ] = OnBadSample.error,
 ) -> None:
     """Measure a model on a data set, alone or under torchrun (docs/prediction.md).
@@ -538,14 +586,16 @@ def evaluate(
 def predict(
     model: ModelArgument,
     image: Annotated[
-        list[Path] | None, typer.Option(help="An image; twice for a statement about two.")
+        list[Path] | None, typer.Option(help="An image; give two for a statement about a pair.")
     ] = None,
     text: Annotated[
         list[str] | None, typer.Option(help="Caption, question or statement; may be repeated.")
     ] = None,
     input: Annotated[
         Path | None,
-        typer.Option(help=".jsonl, .json or .csv of images and texts (docs/prediction.md), or -."),
+        typer.Option(
+            help="Records of images and texts, .jsonl, .json, .csv or .tsv; - is standard input."
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help=".jsonl file.", show_default="standard output")
@@ -554,7 +604,7 @@ def predict(
         Path | None,
         typer.Option(help=".npz file for unit vectors of images and texts.", show_default="none"),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="Answers to a question.")] = 1,
+    top: Annotated[int, typer.Option(min=1, help="Number of answers to a question.")] = 1,
     vocab: VocabularyOption = None,
     answers: AnswersOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 64,
@@ -562,9 +612,10 @@ def predict(
     dtype: DtypeOption = None,
     backend: BackendOption = None,
 ) -> None:
-    """Say what the model's heads can of images and texts: similarity, match, answers, truth.
+    """Predict similarity, match, answers or truth of images and texts, by the model's heads.
 
-    Exits with 1 if images of some records cannot be read, or if outputs are NaN or infinite.
+    See docs/prediction.md. Exits with 1 if an image of a record cannot be read, or if outputs are
+    NaN or infinite.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as in demo
     from vlmo.commands.predict import Settings, run

@@ -55,7 +55,7 @@ _NEEDED = {  # at least one of these heads
     "pretrain": ("itc", "irtr", "mlm"),
     "textmlm": ("mlm", "textmlm"),
 }
-_TOLD = 10  # samples that are left out
+_TOLD = 10  # reasons why samples are left out
 _LABELLED = "labelled"  # share of the questions that have an answer
 _NAME_OF = {"vqa": "question_id", "nlvr2": "identifier"}  # of a sample, in prediction files
 
@@ -243,11 +243,12 @@ def _found(
 def _left_out(bad: Sequence[tuple[int, str]], what: str) -> dict[str, int]:
     """The metric ``skipped`` if there is any; told on the first rank's standard error."""
     if bad and rank() == 0:
-        print(f"vlmo: {len(bad)} {what} are left out, which cannot be read:", file=sys.stderr)
-        for _, reason in bad[:_TOLD]:
+        print(f"vlmo: {len(bad)} {what} cannot be read and are left out:", file=sys.stderr)
+        reasons = list(dict.fromkeys(reason for _, reason in bad))  # captions may share a picture
+        for reason in reasons[:_TOLD]:
             print(f"  {reason}", file=sys.stderr)
-        if len(bad) > _TOLD:
-            print(f"  and {len(bad) - _TOLD} more", file=sys.stderr)
+        if len(reasons) > _TOLD:
+            print(f"  and {len(reasons) - _TOLD} more", file=sys.stderr)
     return {"skipped": len(bad)} if bad else {}
 
 

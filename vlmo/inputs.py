@@ -56,7 +56,7 @@ def texts(name: str, given: Any) -> list[str]:
         given: a text, or any iterable or one-dimensional array of them.
 
     Raises:
-        ValueError: it is something else, or a text that is no valid Unicode; names the argument,
+        ValueError: it is something else, or a text that is not valid Unicode; names the argument,
             and the number of the text if there are several.
     """
     if isinstance(given, np.ndarray) and given.dtype.kind in _TEXT_KINDS and given.ndim < 2:
@@ -96,15 +96,15 @@ def _is_picture(given: Any) -> bool:
 
 def _several(name: str, given: Any) -> Iterable[Any]:
     if isinstance(given, (Mapping, set, frozenset)):
-        raise ValueError(f"{name}: a {type(given).__name__} has no order to go by")
+        raise ValueError(f"{name}: a {type(given).__name__} has no fixed order; give a list")
     if isinstance(given, Tensor):
         raise ValueError(
-            f"{name}: a Tensor is not taken; of an image, give .permute(1, 2, 0).numpy(), uint8"
+            f"{name}: tensors are not taken; convert an image by .permute(1, 2, 0).numpy(), uint8"
         )
     if isinstance(given, np.ndarray) or not isinstance(given, Iterable):
-        raise ValueError(f"{name}: {_described(given)} is none, and no list of them")
+        raise ValueError(f"{name}: {_described(given)} is neither one nor a list of them")
     if isinstance(given, (bytes, bytearray, memoryview)):
-        raise ValueError(f"{name}: {_described(given)} is no text; decode it first")
+        raise ValueError(f"{name}: {_described(given)} is not a text; decode it first")
     return given
 
 
@@ -123,15 +123,15 @@ def _picture(name: str, given: Any) -> Picture:
                 f"{name}: {given.dtype} {given.shape} is not uint8 [H, W], [H, W, 1] or [H, W, 3]"
             )
         if not given.size:
-            raise ValueError(f"{name}: {given.shape} is an image without a pixel")
+            raise ValueError(f"{name}: {given.shape} is an empty image")
     if isinstance(given, Image.Image) and not all(given.size):
-        raise ValueError(f"{name}: {given.size} is an image without a pixel")
+        raise ValueError(f"{name}: {given.size} is an empty image")
     return given
 
 
 def _text(name: str, given: Any) -> str:
     if isinstance(given, (bytes, bytearray)):
-        raise ValueError(f"{name}: {_described(given)} is no text; decode it first")
+        raise ValueError(f"{name}: {_described(given)} is not a text; decode it first")
     if not isinstance(given, str):
         raise ValueError(f"{name}: {_described(given)} is not a text")
     if not check_text(name, given).strip():
@@ -140,11 +140,11 @@ def _text(name: str, given: Any) -> str:
 
 
 def check_text(name: str, text: str) -> str:
-    """The text; raises ValueError, which begins with ``name``, if it is no valid Unicode."""
+    """The text; raises ValueError, which begins with ``name``, if it is not valid Unicode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{name}: {text!r} is no valid Unicode: {error.reason}") from error
+        raise ValueError(f"{name}: {text!r} is not valid Unicode: {error.reason}") from error
     return text
 
 

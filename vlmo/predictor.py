@@ -252,7 +252,7 @@ class Predictor:
         shown, said = pictures_of("image", image), texts_of("question", question)
         if len(shown) != 1 or len(said) != 1:
             raise ValueError(
-                f"answer: {len(shown)} images and {len(said)} questions are not one of each; "
+                f"answer: {len(shown)} images and {len(said)} questions instead of one of each; "
                 "answer_all() takes several"
             )
         return self.answer_all(shown, said, top)[0]
@@ -344,7 +344,8 @@ class Predictor:
         said = [] if text is None else texts_of("text", text)
         if not 0 < max(len(shown), len(said)) < 2:
             raise ValueError(
-                f"attention: {len(shown)} images and {len(said)} texts are not one of each, or one"
+                f"attention: takes an image, a text or one of each, not {len(shown)} images and "
+                f"{len(said)} texts"
             )
         depth = self.model.config.depth
         if layer is not None and not -depth <= layer < depth:
@@ -463,7 +464,10 @@ class Predictor:
 
     def _encoded(self, texts: Sequence[str]) -> dict[str, Tensor]:
         if self._tokenizer is None:
-            raise ValueError("texts: no vocabulary was given: load(..., vocabulary='vocab.txt')")
+            raise ValueError(
+                "texts: no vocabulary was given: load(..., vocabulary='vocab.txt') in Python, "
+                "--vocab on the command line"
+            )
         batch = self._tokenizer.encode(texts)
         self._warn_of_long_texts(texts, batch["text_masks"])
         lengths = batch["text_masks"].sum(1)

@@ -151,12 +151,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         doubled = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {doubled!r} stands there twice")
+        raise ValueError(f"the key {doubled!r} appears twice")
     return found
 
 
 def _constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a number of JSON")
 
 
 def _record(values: Any, place: str, folder: Path, given: dict[str, Any] | None = None) -> Record:
@@ -164,17 +164,19 @@ def _record(values: Any, place: str, folder: Path, given: dict[str, Any] | None 
         raise ValueError(f"{place}: {reprlib.repr(values)} is not a JSON object")
     names = [name for name in _PICTURES if name in values]
     if names not in ([], ["image"], ["image_0", "image_1"]):
-        raise ValueError(f"{place}: has {' and '.join(names)}, not image, or image_0 and image_1")
+        raise ValueError(
+            f"{place}: has {' and '.join(names)} instead of image, or image_0 and image_1"
+        )
     texts = [name for name in TEXTS if name in values]
     if len(texts) > 1:
-        raise ValueError(f"{place}: has {' and '.join(texts)}, one text is wanted")
+        raise ValueError(f"{place}: has {' and '.join(texts)}; give only one of them")
     for name in (*names, *texts):
         if not isinstance(values[name], str):
             raise ValueError(f"{place}: {name}: {reprlib.repr(values[name])} is not a text")
         check_text(f"{place}: {name}", values[name])
     for name in ADDED:
         if name in values:
-            raise ValueError(f"{place}: has {name!r}, which is the key of what is added; rename it")
+            raise ValueError(f"{place}: has the key {name!r}, which the output uses; rename it")
     given = values if given is None else given
     try:
         to_json(given)

@@ -223,7 +223,7 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{reprlib.repr(twice)} stands twice in one object")
+        raise ValueError(f"{reprlib.repr(twice)} appears twice in one object")
     return values
 
 

@@ -281,6 +281,6 @@ def _check_different(codes: np.ndarray, batch_size: int) -> None:
     if batch_size > different:
         raise ValueError(
             f"batch_size: {batch_size} exceeds the {different} different keys (pictures): the same "
-            "picture would meet itself in a batch, and count as wrong for its own captions; vlmo "
-            "train --official-batches allows it"
+            "picture would be in a batch twice, and be a negative of its own captions; vlmo train "
+            "--official-batches allows it"
         )

@@ -66,7 +66,7 @@ def read_image(source: str | os.PathLike[str] | bytes, name: str) -> Image.Image
     except FileNotFoundError:
         raise
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name}: is no image of a known format") from error
+        raise ValueError(f"{name}: is not an image of a known format") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: the image has too many pixels: {error}") from error
     except Exception as error:  # Pillow's readers raise many kinds for damaged files

@@ -103,7 +103,7 @@ class FolderLock:
     def _refusal(self, holder: _Holder | None) -> OSError:
         who = "another process" if holder is None else str(holder)
         return OSError(
-            f"output: {who} is training in {self._folder} (its {LOCK}); wait for it or end it, or "
+            f"output: {who} is training in {self._folder} ({LOCK}); wait for it, stop it, or "
             "choose another folder"
         )
 

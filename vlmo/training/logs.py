@@ -145,7 +145,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, int]]:
         try:
             step = json.loads(line)["step"]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise _damaged(path, f"line {number} is no JSON object with a step") from error
+            raise _damaged(path, f"line {number} is not a JSON object with a step") from error
         if not isinstance(step, int):
             raise _damaged(path, f"line {number}: step: {step!r} is not a number")
         yield line, step
@@ -164,7 +164,8 @@ def _whole_lines(path: Path) -> list[str]:
 
 def _damaged(path: Path, what: str) -> ValueError:
     return ValueError(
-        f"{path}: is not the log of a training: {what}; mend it, or move it away to begin a new one"
+        f"{path}: is not the log of a training: {what}; repair it, or move it away to begin a new "
+        "one"
     )
 
 

@@ -99,7 +99,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         raise _damaged(path, "it has no 'run'")
     check_identity(run, path)
     if not isinstance(content.get("resumed", []), list):
-        raise _damaged(path, "its 'resumed' is no list")
+        raise _damaged(path, "its 'resumed' is not a list")
     return content
 
 
@@ -149,6 +149,6 @@ def _as_json(value: Any) -> Any:
 
 def _damaged(path: Path, what: str) -> ValueError:
     return ValueError(
-        f"{path}: is not the record of a training: {what}; mend it, or move it away (a training "
-        "goes on without it if its training.pt is there)"
+        f"{path}: is not the record of a training: {what}; repair it, or move it away (the "
+        "training resumes without it if training.pt is there)"
     )

@@ -249,9 +249,9 @@ def _check_keys(keys: Sequence[Hashable] | None, batch_size: int, samples: int) 
     different = len(np.unique(np.asarray(keys)))
     if batch_size > different:
         raise ValueError(
-            f"batch_size: {batch_size} exceeds the {different} different pictures of the data; two "
-            "captions of the same picture do not meet in a batch, unless --official-batches "
-            "allows it"
+            f"batch_size: {batch_size} exceeds the {different} different pictures of the data; a "
+            "batch holds only one caption of each picture, unless --official-batches allows "
+            "more"
         )
 
 
@@ -342,7 +342,8 @@ def _tokenizer(settings: Settings) -> TextTokenizer:
         if folder is not None and (folder / VOCABULARY).is_file():
             return TextTokenizer(load_vocabulary(folder / VOCABULARY), length)
     raise ValueError(
-        "vocab: a vocab.txt is needed, for the published models that of bert-base-uncased"
+        "vocab: a vocab.txt is needed (--vocab): that of bert-base-uncased for the published "
+        "models, or your own, which vlmo vocab learns from the data"
     )
 
 
@@ -368,7 +369,9 @@ def _validation(settings: Settings, answers: list[str] | None, console: Console)
         return None
     try:
         if not has_splits(settings.data):
-            raise ValueError(f"data: {settings.data} has one split only, which is trained on")
+            raise ValueError(
+                f"data: {settings.data} has one split only, which is used for training"
+            )
         return _open(settings, "val", answers)
     except (FileNotFoundError, ValueError) as error:
         if settings.evaluate_every is not None:
@@ -388,13 +391,13 @@ def _check_initial(settings: Settings, vocabulary: str, answers: str | None) -> 
     known = digests_of(path)
     words = {known.vocabulary, _digest_of_file(given / VOCABULARY)} - {None}
     if words - {vocabulary}:
-        raise ValueError(f"vocab: it is not that with which {given} of --init was trained")
+        raise ValueError(f"vocab: is not the vocabulary that {given} (--init) was trained with")
     lists = {known.answers, _digest_of_file(given / ANSWERS)} - {None}
     if answers is not None and "vqa_classifier." not in settings.skip and lists - {answers}:
         raise ValueError(
-            f"init: {given} was trained with other answers than those of these data, or with the "
-            "same in another order; give its list as --answers, or leave the head out with --skip "
-            "vqa_classifier."
+            f"init: {given} was trained with other answers than those of the data, or with the "
+            "same in another order; give its list as --answers, or start with a new head by "
+            "--skip vqa_classifier."
         )
 
 
@@ -446,7 +449,7 @@ def _initial(
     first = before["initial"]
     if given is None:
         if anew and first is not None:
-            raise ValueError(f"init: this training starts from {first['path']}; give it again")
+            raise ValueError(f"init: this training starts from {first['path']}; give --init again")
         return first
     if first is None:
         raise ValueError(f"init: {given}: this training started from random weights")
@@ -454,7 +457,7 @@ def _initial(
         return first
     found = _digested(settings)
     if found["digest"] != first["digest"]:
-        rest = "" if anew else "; it goes on without --init"
+        rest = "" if anew else "; it resumes without --init"
         raise ValueError(
             f"init: {given} (digest {found['digest']}) is not what this training started from, "
             f"{first['path']} (digest {first['digest']}){rest}"
@@ -498,27 +501,28 @@ def _going_on(
     if state is not None and _lacks_bad_samples(state, run):
         found = [phrase for phrase in found if not phrase.startswith(("samples:", "data ("))]
         console.print(
-            f"{before['samples'] - run['samples']} samples that could not be read are no longer "
-            f"among the data: {run['samples']} are left"
+            f"{before['samples'] - run['samples']} samples that could not be read have been "
+            f"removed from the data; {run['samples']} are left"
         )
         before = {**before, "samples": run["samples"], "data": run["data"]}
     if found:
         hint = ""
         if drew and not run["recipe"]["official_batches"]:
-            hint = "; --official-batches draws batches at random, as this training began"
+            hint = "; --official-batches draws random batches, as this training began"
         raise ValueError(
-            f"output: {settings.output} is of another training ({'; '.join(found)}){hint}"
+            f"output: {settings.output} holds another training ({'; '.join(found)}){hint}"
         )
     done = 0 if state is None else state["step"]
     now = {**before, "recipe": run["recipe"]}
     if length(now) < done:
         raise ValueError(
-            f"steps: {length(now)} in all are fewer than the {done} that {settings.output} has done"
+            f"steps: {length(now)} in all are fewer than the {done} already done in "
+            f"{settings.output}"
         )
     if length(now) != length(before):
         console.print(
             f"{length(now)} steps in all instead of {length(before)}; from here on the learning "
-            "rate is that of a training of this length",
+            "rate follows the schedule of the new length",
             highlight=False,
         )
     return now

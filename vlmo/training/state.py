@@ -135,15 +135,15 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
         inner = error.__context__ if isinstance(error, pickle.UnpicklingError) else error
         reason = " ".join(str(inner or "").split()[:30]) or type(error).__name__
         raise ValueError(
-            f"{path}: is damaged, or no state of a training ({reason}); without it, the training "
-            "would begin anew"
+            f"{path}: is damaged, or not the state of a training ({reason}); if you remove it, the "
+            "training starts from the beginning"
         ) from error
     version = state.get("version") if isinstance(state, dict) else None
     if isinstance(version, int) and version != VERSION:
         raise ValueError(f"{path}: version {version} is not {VERSION}")
     entries = _ENTRIES.items() if version == VERSION else ()
     if not entries or not all(isinstance(state.get(name), kind) for name, kind in entries):
-        raise ValueError(f"{path}: is no state of a training")
+        raise ValueError(f"{path}: is not the state of a training")
     return state
 
 

@@ -66,6 +66,7 @@ BEST = "best.safetensors"
 # end together when one of them cannot make its batch.
 _AHEAD = 2
 _BAD = 1000  # a reason to stop above the number of any signal
+_SKIP_HINT = "repair the file, remove its record, or give --on-bad-sample skip"
 # What a validation is judged by, and whether more is better.
 JUDGED_BY = {
     "retrieval": ("mean_recall", True),
@@ -115,7 +116,7 @@ def _train(
         model = new_model(settings, materials.config, console)
     else:
         done, total = materials.step, materials.total
-        console.print(f"Going on from {settings.output / STATE}: step {done} of {total}")
+        console.print(f"Resuming from {settings.output / STATE}: step {done} of {total}")
         model = VLMo(materials.config)
     run = Run(settings, materials, model.to(device), autocast, console)
     if settings.dry_run:
@@ -229,7 +230,7 @@ class Run:
             if stop:
                 raise Interrupted(
                     f"stopped by signal {stop} after step {training.step} of {total}; the same "
-                    "command goes on from there",
+                    "command resumes from there",
                     stop,
                 )
         self._finish()
@@ -323,9 +324,9 @@ class Run:
         self._save()
         told = next(fault for found in objects_of_ranks(faults) for fault in found)
         if self.materials.bearable is None:
-            told += "; mend the file, take its record out, or give --on-bad-sample skip"
+            told += f"; {_SKIP_HINT}"
         return ValueError(
-            f"{told}; step {self.training.step} is saved, and the training goes on from there"
+            f"{told}; step {self.training.step} is saved, and the same command resumes from there"
         )
 
     def _step(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -453,7 +454,10 @@ class Run:
         """Validate on a few samples: what is wrong with it is told now, not after the training."""
         data = self.materials.validation
         if data is not None:
-            self._evaluate(FirstSamples(data, 4 * world_size()))
+            try:
+                self._evaluate(FirstSamples(data, 4 * world_size()))
+            except BadSample as error:
+                raise ValueError(f"validation: {error}; {_SKIP_HINT}") from error
 
     def _evaluate(self, data: Dataset) -> dict[str, float]:
         return evaluate(
@@ -479,9 +483,10 @@ class Run:
             row = training.pending["row"] | self._validate()
         except (ValueError, OSError) as error:
             kind = OSError if isinstance(error, OSError) else ValueError
+            hint = f"; {_SKIP_HINT}" if isinstance(error, BadSample) else ""
             raise kind(
-                f"validation after step {training.step}: {error}; the training is saved, and the "
-                "same command tries the validation again"
+                f"validation after step {training.step}: {error}{hint}; the training is saved, and "
+                "the same command tries the validation again"
             ) from error
         machine, training.pending = training.pending["machine"], None
         self._write(row, machine, display)
