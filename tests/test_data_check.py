@@ -230,7 +230,7 @@ def test_the_command_lists_what_is_bad(folder, tmp_path):
 
 
 def test_the_command_refuses_before_it_reads(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="its folder does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"output: the folder of .* does not"):
         run(folder, "--task", "pretrain", "--output", tmp_path / "absent" / "bad.jsonl")
     with pytest.raises(FileNotFoundError, match="absent does not exist"):
         run(tmp_path / "absent", "--task", "pretrain")

@@ -206,6 +206,7 @@ def test_soft_scores_by_the_official_rule():
         ([], "is empty"),
         ({"x": 1.5}, "'x' the score 1.5"),
         ({"x": "1"}, "'1'"),
+        ({"Yes": 1.0, "yes ": 0.3}, "gives scores for 'yes' twice"),
     ]:
         with pytest.raises(ValueError, match=message):
             soft_scores(given)
@@ -304,9 +305,11 @@ def test_damaged_pictures_are_named(folder):
 @pytest.mark.parametrize(
     ("task", "record", "message"),
     [
+        ("nlvr2", STATEMENTS[0] | {"label": None}, "has no 'label': it is empty or null"),
         ("pretrain", {"caption": "x"}, "has no 'image'"),
         ("pretrain", {"image": "images/0.png"}, "has no 'caption'"),
-        ("pretrain", {"image": "images/0.png", "caption": None}, "has no 'caption'"),
+        ("pretrain", {"image": "images/0.png", "caption": None}, "has no 'caption': it is empty"),
+        ("pretrain", {"image": "a" * 5000, "caption": "x"}, "image: 'a.*' is not a path"),
         ("pretrain", {"image": 3, "caption": "x"}, "image: 3 is not a path"),
         ("pretrain", {"image": "images/0.png", "caption": [1]}, r"caption: \[1\] is not a text"),
         ("pretrain", {"image": "images/0.png", "caption": []}, r"caption: \[\] is not a text"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import struct
 import warnings
@@ -465,3 +466,11 @@ def test_pictures_are_read_from_paths(tmp_path):
     assert (pixels(read_image(path, "a")) == pixels(noise(5, 6))).all()
     with pytest.raises(FileNotFoundError, match=r"b\.png"):
         read_image(tmp_path / "b.png", "b")
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match=r"^x: the image cannot be read: it is no regular file"):
+        read_image(tmp_path / "pipe.png", "x")
+    with pytest.raises(ValueError, match=r"^x: the image cannot be read: it is a folder"):
+        read_image(tmp_path, "x")

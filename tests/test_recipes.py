@@ -221,3 +221,9 @@ def test_the_table_shows_every_recipe_and_needs_no_torch():
     assert set(RECIPES) <= set(rows)
     row = rows["coco_retrieval_base"]
     assert row[1:] == "2e-05 2048 20 epochs 10 % 384 0.2 pretrain_base supplement".split()
+
+
+@pytest.mark.parametrize("change", [{"official_masking": True}, {"itc_grad_scale": 0.5}])
+def test_changes_without_an_effect_are_refused(change):
+    with pytest.raises(ValueError, match=f"{next(iter(change))}: vqa"):
+        recipe("digits_vqa").replace(**change)

@@ -150,7 +150,8 @@ def test_a_random_start_does_not_become_another_one(tmp_path, text):
 def test_a_training_without_a_state_needs_its_initial_weights(tmp_path, text):
     """It was ended before the first state, and begins anew."""
     run(small("pretrain", steps=1), tmp_path / "run", initial=text)
-    (tmp_path / "run" / "training.pt").unlink()
+    for name in ("training.pt", "model.safetensors"):
+        (tmp_path / "run" / name).unlink()
     with pytest.raises(ValueError, match=r"init: this training starts from .*; give --init again"):
         run(small("pretrain", steps=1), tmp_path / "run")
     run(small("pretrain", steps=1), tmp_path / "run", initial=text)
@@ -262,6 +263,10 @@ def test_what_is_no_record_is_refused_and_stays(tmp_path, text, content, saved):
         run(small("textmlm", steps=3), folder)
     assert (folder / "recipe.json").read_text(encoding="latin-1") == content
     (folder / "recipe.json").unlink()
+    if not saved:  # the weights of whatever training this was stay, too
+        with pytest.raises(ValueError, match=r"holds model\.safetensors but no training\.pt"):
+            run(small("textmlm", steps=3), folder)
+        return
     run(small("textmlm", steps=3), folder)
     assert record_of(folder)["run"]["recipe"]["steps"] == 3
 
@@ -290,3 +295,57 @@ def test_what_is_no_log_is_refused_and_stays(tmp_path, text, name, content, mess
     (folder / name).unlink()
     run(small("textmlm", steps=3), folder)
     assert load_state(folder / "training.pt")["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "begun"),
+    [
+        ("model.safetensors", False),
+        ("model.safetensors", True),
+        ("best.safetensors", True),
+        ("metrics.json", False),
+        ("log.csv", False),
+        ("bad_samples.jsonl", False),
+        ("vocab.txt", False),
+    ],
+)
+def test_a_training_that_begins_replaces_nothing(tmp_path, text, name, begun):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    if begun:  # what is left of a finished training whose state was taken away
+        shutil.copy(text / "recipe.json", folder)
+    words = (text / "vocab.txt").read_text()
+    content = words + "another\n" if name == "vocab.txt" else "mine"
+    (folder / name).write_text(content)
+    vocabulary = text / "vocab.txt"
+    with pytest.raises(ValueError, match=rf"output: .* holds (another )?{name}.*move it away"):
+        run(small("textmlm", steps=2), folder, vocabulary=vocabulary)
+    assert (folder / name).read_text() == content
+    assert not (folder / "training.pt").exists()
+
+
+def test_a_training_may_begin_where_one_was_killed_as_it_began(tmp_path, text):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("log.csv", "log.jsonl"):
+        (folder / name).touch()
+    shutil.copy(text / "vocab.txt", folder)
+    run(small("textmlm", steps=1), folder)
+    assert (folder / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "message"),
+    [
+        ("pretrain", {"skip": ("mlm_score.",)}, "skip: .* only goes with --init"),
+        ("pretrain", {"answer_minimum": 2}, "answer_minimum: only suits own data for vqa"),
+        ("vqa", {"answer_minimum": 2}, "answer_minimum: only suits own data for vqa"),
+        ("nlvr2", {"answers": "answers.json"}, "answers: .* does not suit nlvr2, only vqa"),
+    ],
+)
+def test_options_without_an_effect_are_refused(tmp_path, stage, changes, message):
+    if "answers" in changes:
+        changes = {"answers": tmp_path / "answers.json"}
+        changes["answers"].write_text('["yes"]')
+    with pytest.raises(ValueError, match=message):
+        run(small(stage), tmp_path / "run", **changes)

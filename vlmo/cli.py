@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import io
 import os
 import shlex
 import sys
@@ -109,6 +110,11 @@ def _show_version(asked: bool) -> None:
     if asked:
         print(f"vlmo {__version__}")
         raise typer.Exit
+
+
+def _console() -> Console:
+    """Says names of files and texts of errors as they are: they may look like markup."""
+    return Console(markup=False, emoji=False)
 
 
 @contextlib.contextmanager
@@ -434,7 +440,7 @@ def train(
             on_bad_sample=on_bad_sample,
             dry_run=dry_run,
         )
-        run(settings, Console())
+        run(settings, _console())
 
 
 @app.command()
@@ -459,7 +465,7 @@ def vocab(
     from vlmo.commands.vocab import Settings, run
 
     chosen = tuple(datasets) if datasets else None
-    run(Settings(data, output, task.value, split.value, chosen, size, force), Console())
+    run(Settings(data, output, task.value, split.value, chosen, size, force), _console())
 
 
 @app.command()
@@ -505,7 +511,7 @@ def check(
         workers=workers,
         output=output,
     )
-    if run(settings, Console()):
+    if run(settings, _console()):
         raise typer.Exit(1)
 
 
@@ -576,7 +582,7 @@ def evaluate(
         on_bad_sample=on_bad_sample.value,
     )
     try:
-        run(settings, Console())
+        run(settings, _console())
     except FloatingPointError as error:
         print(f"vlmo: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
@@ -676,7 +682,7 @@ def tune(
 
     given = dict(dim=dim, hidden=hidden, tokens=tokens, split=split, dtype=dtype and dtype.value)
     problem = parse_problem({name: value for name, value in given.items() if value is not None})
-    tune(problem, output, Console(), quick=quick)
+    tune(problem, output, _console(), quick=quick)
 
 
 bench_app = typer.Typer(pretty_exceptions_enable=False)
@@ -770,6 +776,8 @@ def compare(
 
 def main() -> None:
     """Console entry point: errors a user can mend are one line and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be in its encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except _USER_ERRORS as error:

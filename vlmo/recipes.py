@@ -200,11 +200,16 @@ class Recipe:
                 f"mask_share: {self.mask_share} does not suit {', '.join(self.tasks)}, which "
                 f"{'predict masked words' if masks else 'mask nothing'}"
             )
-        if self.max_logit_scale is not None and not set(self.tasks) & set(CONTRASTS):
+        if self.official_masking and not masks:
+            raise ValueError(f"official_masking: {', '.join(self.tasks)} mask nothing")
+        contrasts = bool(set(self.tasks) & set(CONTRASTS))
+        if self.max_logit_scale is not None and not contrasts:
             raise ValueError(
                 f"max_logit_scale: {', '.join(self.tasks)} have no logit scale, only "
                 f"{' and '.join(CONTRASTS)} have"
             )
+        if self.itc_grad_scale != 1 and not contrasts:
+            raise ValueError(f"itc_grad_scale: {', '.join(self.tasks)} have no contrast")
 
     def _check_numbers(self) -> None:
         for name, (within, wanted) in _RANGES.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch.utils.data import Dataset
 
+from vlmo.commands.outputs import check_outputs
+from vlmo.commands.records import to_json
 from vlmo.data import open_data
 from vlmo.data.check import count_pictures, faults_of, official_datasets, splits_there, tasks_of
 from vlmo.data.digit_scans import SPLITS
@@ -52,8 +53,10 @@ def run(settings: Settings, console: Console) -> int:
     """
     if settings.workers < 0:
         raise ValueError(f"workers: {settings.workers} is negative")
-    if settings.output is not None and not settings.output.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{settings.output}: its folder does not exist")
+    data = None if settings.data == "digits" else Path(settings.data)
+    check_outputs({"output": settings.output}, given={"data": data, "answers": settings.answers})
+    if settings.answers is not None and settings.task not in (None, "vqa"):
+        raise ValueError(f"answers: {settings.answers} does not suit {settings.task}, only vqa")
     opened = dict(_opened(settings))
     found: list[dict[str, Any]] = []
     for (task, split), dataset in opened.items():
@@ -65,8 +68,7 @@ def run(settings: Settings, console: Console) -> int:
         console.print(summary, highlight=False, soft_wrap=True)
     if settings.output is not None:
         with replacing(settings.output) as temporary:
-            lines = (json.dumps(fault, ensure_ascii=False) + "\n" for fault in found)
-            temporary.write_text("".join(lines), encoding="utf-8", errors="surrogatepass")
+            temporary.write_text("".join(to_json(fault) + "\n" for fault in found), "utf-8")
         console.print(f"Written: {settings.output}", highlight=False, soft_wrap=True)
     return len(found)
 

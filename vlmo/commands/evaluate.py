@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
@@ -79,7 +79,17 @@ def run(settings: Settings, console: Console) -> dict[str, float]:
         ValueError, OSError, NotImplementedError: what a user can mend; nothing has been written.
         FloatingPointError: the model's outputs are NaN or infinite.
     """
-    check_outputs(output=settings.output, predictions=settings.predictions)
+    check_outputs(
+        {"output": settings.output, "predictions": settings.predictions},
+        given={
+            "model": settings.model,
+            "vocab": settings.vocabulary,
+            "answers": settings.answers,
+            "data": None if settings.data == "digits" else Path(settings.data),
+        },
+    )
+    if settings.answers is not None and settings.task != "vqa":
+        raise ValueError(f"answers: {settings.answers} does not suit {settings.task}, only vqa")
     with joined_group(settings.device) as device:
         autocast = chosen_dtype(settings.dtype, device)
         require_backend(settings.backend, device, autocast)
@@ -154,13 +164,14 @@ def _evaluated(
 def _report(settings: Settings, metrics: Mapping[str, float], console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column(settings.task)
-    table.add_column(escape(f"{settings.data}, {settings.split}"), justify="right")
+    table.add_column(Text(f"{settings.data}, {settings.split}"), justify="right")
     for name, value in metrics.items():
         table.add_row(name, str(value) if isinstance(value, int) else f"{value:.4f}")
     if metrics.keys() - {"skipped"}:
         console.print(table)
     else:
-        console.print("[yellow]The split has no answers: there is nothing to measure.[/]")
+        told = "The split has no answers: there is nothing to measure."
+        console.print(told, style="yellow")
     if settings.output is not None:
         given = {
             name: os.fspath(value) if isinstance(value, Path) else value

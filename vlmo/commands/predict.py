@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -142,15 +141,19 @@ def _records(settings: Settings) -> Callable[[], Iterator[Record]]:
         name: None if path == STANDARD else path
         for name, path in (("input", settings.input), ("output", settings.output))
     }
-    check_outputs(output=files["output"], embeddings=settings.embeddings)
+    check_outputs(
+        {"output": files["output"], "embeddings": settings.embeddings},
+        given={
+            "model": settings.model,
+            "input": files["input"],
+            "vocab": settings.vocabulary,
+            "answers": settings.answers,
+        },
+    )
     if files["input"] is None:
         for image in settings.images:
             if not image.exists():
                 raise FileNotFoundError(f"image: {image} does not exist")
-    elif files["output"] is not None and os.path.realpath(files["input"]) == os.path.realpath(
-        files["output"]
-    ):
-        raise ValueError(f"output: {settings.output} is the file of input as well")
     if settings.input is not None:
         return reader(settings.input)
     return lambda: given_records(settings.images, settings.texts)

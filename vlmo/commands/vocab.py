@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from vlmo.commands.outputs import check_outputs
 from vlmo.data import TextTokenizer, open_data, texts_of, train_wordpiece
 
 
@@ -43,8 +44,8 @@ def run(settings: Settings, console: Console) -> None:
     output = settings.output
     if output.exists() and not settings.force:
         raise FileExistsError(f"output: {output} exists; --force replaces it")
-    if not output.absolute().parent.is_dir():
-        raise FileNotFoundError(f"output: the folder of {output} does not exist")
+    data_path = None if settings.data == "digits" else Path(settings.data)
+    check_outputs({"output": output}, given={"data": data_path})
     data = open_data(
         settings.data, settings.task, settings.split, image_size=32, datasets=settings.datasets
     )

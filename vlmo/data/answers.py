@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -22,17 +23,22 @@ def soft_scores(given: str | Sequence[str] | Mapping[str, float]) -> dict[str, f
             one answer is that right answer.
 
     Raises:
-        ValueError: a score outside 0 and 1, or no answer.
+        ValueError: a score outside 0 and 1, two for answers of one normal form, or no answer.
     """
     if isinstance(given, str):
         return {normal_answer(given): 1.0}
     if not given:
         raise ValueError("is empty")
     if isinstance(given, Mapping):
+        scores: dict[str, float] = {}
         for answer, score in given.items():
             if not isinstance(score, (int, float)) or not 0 <= score <= 1:
-                raise ValueError(f"gives {answer!r} the score {score!r}, which is not within 0..1")
-        return {normal_answer(answer): float(score) for answer, score in given.items()}
+                shown = reprlib.repr(score)
+                raise ValueError(f"gives {answer!r} the score {shown}, which is not within 0..1")
+            if normal_answer(answer) in scores:
+                raise ValueError(f"gives scores for {normal_answer(answer)!r} twice")
+            scores[normal_answer(answer)] = float(score)
+        return scores
     if len(given) == 1:
         return {normal_answer(given[0]): 1.0}
     counts = Counter(map(normal_answer, given))

@@ -65,6 +65,17 @@ def is_saved_by_hugging_face(folder: Path) -> bool:
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
+def holds_data(source: Path, file: Path) -> bool:
+    """Whether a file in a folder of data, or below, is or would be read as data of some kind."""
+    suffix = file.suffix.lower()
+    if suffix == ".arrow" or suffix in IMAGE_SUFFIXES or file.name in _METADATA:
+        return True
+    if suffix == ".txt" and any(file.with_suffix(kind).is_file() for kind in IMAGE_SUFFIXES):
+        return True
+    named = split_of(_SHARD.sub("", file.stem)) is not None
+    return named and suffix in (*RECORD_SUFFIXES, ".txt") and file.parent == source
+
+
 def find(source: Path, task: str, split: str) -> Layout:
     """What serves a split of a source.
 

@@ -347,7 +347,7 @@ def _question(record: Record) -> Iterator[Item]:
 
 
 def _statement(record: Record) -> Iterator[Item]:
-    label = record.values.get("label")
+    label = record.value("label")
     known = {"true": 1, "false": 0, "1": 1, "0": 0}
     if str(label).lower() not in known:
         raise record.error("label", f"{label!r} is neither true nor false")

@@ -19,6 +19,7 @@ from vlmo.files import read_lines, read_text
 RECORD_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 PICTURES = ("image", "image_0", "image_1")
 IDENTITIES = ("image_id", "question_id", "identifier")
+_LONGEST_PATH = 4095  # of Linux
 _INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")
 _URL = re.compile(r"[a-z][a-z0-9+]+://", re.IGNORECASE)
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
@@ -105,8 +106,8 @@ class Record(NamedTuple):
         value = self._get(name, (str, Stored), "a path")
         if isinstance(value, Stored):
             return value
-        if "\0" in self._checked(name, value):
-            raise self.error(name, f"{value!r} is not a path")
+        if "\0" in self._checked(name, value) or len(value) > _LONGEST_PATH:
+            raise self.error(name, f"{reprlib.repr(value)} is not a path")
         if _URL.match(value):
             raise self.error(name, f"{value!r} is not on this machine: download it first")
         return os.path.normpath(os.path.join(self.folder, value))
@@ -138,11 +139,18 @@ class Record(NamedTuple):
         """What to raise for a value."""
         return ValueError(f"{self.place}: {name}: {message}")
 
-    def _get(self, name: str, kind: type | tuple[type, ...], wanted: str) -> Any:
+    def value(self, name: str) -> Any:
+        """A value that is not None."""
         value = self.values.get(name)
         if value is None:
+            if name in self.names:
+                raise ValueError(f"{self.place}: has no {name!r}: it is empty or null")
             others = textwrap.shorten(", ".join(map(repr, self.names)), 200)
             raise ValueError(f"{self.place}: has no {name!r}{f', only {others}' if others else ''}")
+        return value
+
+    def _get(self, name: str, kind: type | tuple[type, ...], wanted: str) -> Any:
+        value = self.value(name)
         if not isinstance(value, kind):
             raise self.error(name, f"{reprlib.repr(value)} is not {wanted}")
         return value

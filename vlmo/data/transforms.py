@@ -10,6 +10,7 @@ import io
 import math
 import os
 import random
+import stat
 import struct
 import warnings
 from collections.abc import Callable, Iterator
@@ -61,6 +62,9 @@ def read_image(source: str | os.PathLike[str] | bytes, name: str) -> Image.Image
             Pillow's limit (``PIL.Image.MAX_IMAGE_PIXELS``), or none that :func:`as_rgb` takes.
     """
     try:
+        if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
+            kind = "a folder" if os.path.isdir(source) else "no regular file"
+            raise ValueError(f"it is {kind}")  # a named pipe would have to be waited for
         with _strictly():
             return _decoded(source)
     except FileNotFoundError:

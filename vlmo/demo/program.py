@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vlmo import VLMo
@@ -92,7 +93,7 @@ def run(settings: Settings, console: Console) -> list[str]:
         console.rule("Retrieval on held-out pictures")
         failures += _search(model, tokenizer, settings, console)
     for failure in failures:
-        console.print(f"[bold red]FAILED[/] {failure}")
+        console.print(f"[bold red]FAILED[/] {escape(failure)}")
     if not failures and settings.steps is None:
         console.print("[bold green]All checks passed.[/]")
     return failures
@@ -191,7 +192,8 @@ def _search(
     captions = [pairs.text(row) for row in range(GALLERY)]
     recalls = (guess, dual, fused)
     _write_results(settings, captions, gallery, candidates, reranked, scale, recalls, failures)
-    console.print(f"written to {settings.output}: " + ", ".join(_RESULTS))
+    told = f"written to {settings.output}: " + ", ".join(_RESULTS)
+    console.print(told, markup=False)
     return failures
 
 

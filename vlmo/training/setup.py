@@ -28,6 +28,7 @@ from vlmo.distributed import world_size
 from vlmo.files import write_json
 from vlmo.loading import (
     ANSWERS,
+    RECIPE,
     VOCABULARY,
     WEIGHTS,
     digest,
@@ -38,8 +39,9 @@ from vlmo.machine import versions
 from vlmo.model import VLMo
 from vlmo.objectives import unused_parameters
 from vlmo.recipes import Recipe
-from vlmo.training.bad_samples import bearable
+from vlmo.training.bad_samples import FILE, bearable
 from vlmo.training.initial import start_wide
+from vlmo.training.logs import LINES, TABLE
 from vlmo.training.parallel import on_first
 from vlmo.training.record import (
     check_identity,
@@ -52,7 +54,9 @@ from vlmo.training.record import (
 )
 from vlmo.training.state import STATE, load_state
 
-METRICS = "metrics.json"
+METRICS, BEST = "metrics.json", "best.safetensors"
+_RESULTS = (WEIGHTS, BEST, METRICS, TABLE, LINES, FILE)  # what only a training writes
+RUN_FILES = (*_RESULTS, STATE, RECIPE, VOCABULARY, ANSWERS)
 # Temporary names of vlmo.files.replacing.
 _UNFINISHED = re.compile(
     r"\.(training|model|best|log|recipe|vocab|answers|metrics|bad_samples)\.\d+-[0-9a-f]{8}\.\w+"
@@ -169,6 +173,7 @@ def prepare(settings: Settings, console: Console) -> Materials:
     recipe = settings.recipe
     check_batch(recipe.batch_size, world_size(), settings.micro_batch)
     _check_numbers(settings)
+    _check_effects(settings)
     if settings.output.exists() and not settings.output.is_dir():
         raise NotADirectoryError(f"output: {settings.output} exists and is no folder")
     given = None if settings.answers is None else read_answers(settings.answers)
@@ -184,6 +189,7 @@ def prepare(settings: Settings, console: Console) -> Materials:
     initial = _initial(settings, before, anew=state is None)
     digests = digest(tokenizer.tokens(range(tokenizer.vocab_size))), answers and digest(answers)
     if state is None:
+        _check_folder(settings, tokenizer, answers, known=before is not None)
         _check_initial(settings, *digests)
     validation = _validation(settings, answers, console)
     config = recipe.config(
@@ -243,6 +249,51 @@ def _check_numbers(settings: Settings) -> None:
         raise ValueError(f"seed: {settings.seed} is not within 0..{_LARGEST_SEED}")
 
 
+def _check_effects(settings: Settings) -> None:
+    """Raise ValueError for options that would change nothing."""
+    if settings.skip and settings.initial is None:
+        raise ValueError(f"skip: {list(settings.skip)} only goes with --init")
+    stage = settings.recipe.stage
+    if settings.answers is not None and stage != "vqa":
+        raise ValueError(f"answers: {settings.answers} does not suit {stage}, only vqa")
+    if settings.answer_minimum > 1:
+        if stage != "vqa" or settings.data == "digits" or holds_arrow(settings.data):
+            raise ValueError("answer_minimum: only suits own data for vqa")
+        if settings.answers is not None:
+            raise ValueError("answer_minimum: does not go with --answers, which lists them")
+
+
+def _check_folder(
+    settings: Settings, tokenizer: TextTokenizer, answers: Sequence[str] | None, *, known: bool
+) -> None:
+    """Keep a training that begins from taking the place of what is in its folder.
+
+    Args:
+        settings: of the command line.
+        tokenizer: of the training.
+        answers: of the training.
+        known: whether the folder has the record of this training, begun before.
+
+    Raises:
+        ValueError: the folder holds weights without their state, or what is no training's.
+    """
+    folder = settings.output
+    for name in (WEIGHTS, BEST) if known else _RESULTS:
+        # A training that was killed as it began leaves empty logs.
+        if (folder / name).exists() and (folder / name).stat().st_size:
+            raise ValueError(
+                f"output: {folder} holds {name} but no {STATE} to go on from, and a training that "
+                "begins would replace it; move it away, or choose another folder"
+            )
+    tokens = tokenizer.tokens(range(tokenizer.vocab_size))
+    for name, ours in ((VOCABULARY, digest(tokens)), (ANSWERS, answers and digest(answers))):
+        if not known and ours and _digest_of_file(folder / name) not in (None, ours):
+            raise ValueError(
+                f"output: {folder} holds another {name}, which the training would replace; move it "
+                "away, or choose another folder"
+            )
+
+
 def _check_keys(keys: Sequence[Hashable] | None, batch_size: int, samples: int) -> None:
     if keys is None or batch_size > samples:
         return
@@ -263,11 +314,12 @@ def new_model(settings: Settings, config: VLMoConfig, console: Console) -> VLMo:
         start_wide(model)
     path = _weights(settings.initial)
     if path is not None:
-        console.print(str(load_checkpoint(model, path, skip=settings.skip)), highlight=False)
+        report = load_checkpoint(model, path, skip=settings.skip)
+        console.print(str(report), markup=False, highlight=False)
     elif settings.recipe.initial_from is not None:
         origin = settings.recipe.initial_from
         console.print(
-            f"[yellow]Random weights: no --init, and this recipe starts from {origin}.[/]"
+            f"Random weights: no --init, and this recipe starts from {origin}.", style="yellow"
         )
     return model
 
@@ -376,7 +428,7 @@ def _validation(settings: Settings, answers: list[str] | None, console: Console)
     except (FileNotFoundError, ValueError) as error:
         if settings.evaluate_every is not None:
             raise
-        console.print(f"[yellow]No validation: {error}[/]")
+        console.print(f"No validation: {error}", style="yellow", markup=False)
         return None
 
 

@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.markup import escape
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
@@ -48,6 +47,7 @@ from vlmo.training.parallel import (
 from vlmo.training.progress import Display
 from vlmo.training.record import RECIPE
 from vlmo.training.setup import (
+    BEST,
     METRICS,
     FirstSamples,
     Materials,
@@ -61,7 +61,6 @@ from vlmo.training.setup import (
 from vlmo.training.state import STATE, Training, restore, save_state
 from vlmo.training.stopping import Interrupted, StopRequest, stop_requests
 
-BEST = "best.safetensors"
 # Batches that are made before they are used, where ranks agree a step later: all of them can then
 # end together when one of them cannot make its batch.
 _AHEAD = 2
@@ -116,7 +115,8 @@ def _train(
         model = new_model(settings, materials.config, console)
     else:
         done, total = materials.step, materials.total
-        console.print(f"Resuming from {settings.output / STATE}: step {done} of {total}")
+        told = f"Resuming from {settings.output / STATE}: step {done} of {total}"
+        console.print(told, markup=False)
         model = VLMo(materials.config)
     run = Run(settings, materials, model.to(device), autocast, console)
     if settings.dry_run:
@@ -199,7 +199,8 @@ class Run:
             raise OSError(f"output: another training has begun in {folder} in the meantime")
         reason = why_no_board() if self.settings.board else None
         if reason is not None:
-            self.console.print(f"[yellow]No TensorBoard log:[/] {escape(reason)}")
+            told = f"No TensorBoard log: {reason}"
+            self.console.print(told, style="yellow", markup=False)
         board = self.settings.board and reason is None
         # The row of a validation that is still to be made comes after it.
         step = self.training.step - (self.training.pending is not None)
@@ -518,7 +519,8 @@ class Run:
             facts = {"recipe": self.recipe.name, "step": training.step}
             content = {**facts, "validation": training.metrics or {}, "best": training.best}
             write_json(self.settings.output / METRICS, content)
-        self.console.print(f"Written to {self.settings.output}: {WEIGHTS}, {METRICS}")
+        told = f"Written to {self.settings.output}: {WEIGHTS}, {METRICS}"
+        self.console.print(told, markup=False)
 
     def _save_weights(self, name: str) -> None:
         model = _whole(self.training.model, self.materials.config)
