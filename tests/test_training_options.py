@@ -118,7 +118,7 @@ def times(folder) -> dict[str, int]:
 def test_help_shows_the_defaults():
     result = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
     said = " ".join(result.output.split())
-    for default in ("runs/RECIPE", "at the end", "the recipe's", "all of its rows", "no bound"):
+    for default in ("runs/RECIPE", "only at the end", "the recipe's", "all of its rows", "no bound"):
         assert f"[default: ({default})]" in said
     assert "[default: error]" in said
 

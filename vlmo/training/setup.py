@@ -189,7 +189,6 @@ def prepare(settings: Settings, console: Console) -> Materials:
     initial = _initial(settings, before, anew=state is None)
     digests = digest(tokenizer.tokens(range(tokenizer.vocab_size))), answers and digest(answers)
     if state is None:
-        _check_folder(settings, tokenizer, answers, known=before is not None)
         _check_initial(settings, *digests)
     validation = _validation(settings, answers, console)
     config = recipe.config(
@@ -210,6 +209,8 @@ def prepare(settings: Settings, console: Console) -> Materials:
     if before is not None:
         repeats = keys is not None and not isinstance(data, DigitScenes)
         run = _going_on(settings, before, run, state, repeats, console)
+    if state is None:
+        _check_folder(settings, tokenizer, answers, known=before is not None)
     total = length(run)
     if recipe.warmup_steps(total) > total:
         raise ValueError(f"warmup: {recipe.warmup_steps(total)} exceeds the {total} steps")
