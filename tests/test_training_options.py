@@ -11,12 +11,10 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 from processes import command, forked, rows_of, steps_of
 from training_cases import SIZES, run, small
 from training_data import make
-from vlmo.cli import app
 from vlmo.data import sources
 from vlmo.loading import load_model
 from vlmo.training import trainer
@@ -113,14 +111,6 @@ def test_a_dry_run_tries_a_step_and_writes_nothing(tmp_path, monkeypatch, capsys
 
 def times(folder) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (folder, *folder.iterdir())}
-
-
-def test_help_shows_the_defaults():
-    result = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
-    said = " ".join(result.output.split())
-    for default in ("runs/RECIPE", "only at the end", "the recipe's", "all of its rows", "no bound"):
-        assert f"[default: ({default})]" in said
-    assert "[default: error]" in said
 
 
 # What is refused
