@@ -326,10 +326,10 @@ def test_a_roof_measured_on_a_busy_machine_is_corrected_by_earlier_cases(monkeyp
     first, other = clock.problem(a=0.1, b=0.1, check=0.1), clock.problem(c=5.0, check=5.0, roof=50)
     suites = [of_problems(first), suite_of(other, [case("other", tokens=2)], "other")]
     reasons = reasons_of(smoke(*suites, seconds=60))
-    # By the roof alone a call would take 50 s at least; by the others it takes 10 s with caution.
+    # By the roof alone a call would take 50 s at least; by the others it takes 7.5 s with caution.
     assert reasons == {(1, "a"): None, (1, "b"): None, (2, "c"): None}
     reasons = reasons_of(smoke(*suites, seconds=30))
-    assert reasons[2, ALL].startswith("left out: it would take about 50 s; 29 s")
+    assert reasons[2, ALL].startswith("left out: it would take about 37 s; 29 s")
 
 
 def test_what_happens_once_only_is_no_pace(monkeypatch):

@@ -9,7 +9,7 @@ from vlmo.bench.roofline import Roof
 from vlmo.bench.suite import Case
 
 # A contender of which nothing is known yet is taken to need so many times the median of the others.
-_CAUTION = 2.0
+_CAUTION = 1.5
 # A clock may not have moved.
 _LEAST_SECONDS = 1e-9
 # In the place of a contender: the results that contenders are held against.
@@ -20,10 +20,11 @@ class Forecast:
     """Seconds of calls and checks.
 
     A call takes the time that the roof allows, times the pace of the contender: the same ratio in
-    the latest call of it in this suite and dtype. Where there is none, its worst pace in another
-    dtype stands in, else twice the median of all that is known, for the roof itself may have been
-    measured while the machine was busy. A check is a call and what it takes besides, such as
-    compiling, which does not depend on the size.
+    the latest call of it in this suite and dtype. Where there is none, the lower of two stands in:
+    its worst pace in another dtype, and one and a half times the median of other contenders, for
+    the roof itself may have been measured while the machine was busy. That may be too low, which
+    the check then shows. A check is a call and what it takes besides, such as compiling, which does
+    not depend on the size.
 
     Args:
         roof: of the machine.
@@ -66,11 +67,21 @@ class Forecast:
         latest = self._paces.get(self._key(case, contender))
         if latest is not None:
             return latest
-        known = self._known(case, contender)
-        if known:
-            return max(known)
-        others = [pace for (_, who, _), pace in self._paces.items() if who != EXPECTATION]
-        return _CAUTION * (statistics.median_low(others) if others else 1.0)
+        likely = [max(known)] if (known := self._known(case, contender)) else []
+        others = self._others(case, contender)
+        if others:
+            likely.append(_CAUTION * statistics.median_low(others))
+        return min(likely, default=_CAUTION)
+
+    def _others(self, case: Case, contender: str) -> list[float]:
+        """Paces of other contenders in the dtype of a case, or in any."""
+        found = {
+            key: pace
+            for key, pace in self._paces.items()
+            if key[1] != EXPECTATION and key[:2] != (case.suite, contender)
+        }
+        same = [pace for (*_, dtype), pace in found.items() if dtype == _dtype(case)]
+        return same or [*found.values()]
 
     def _known(self, case: Case, contender: str) -> list[float]:
         """Paces of a contender in all dtypes."""
