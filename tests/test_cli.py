@@ -5,10 +5,11 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from vlmo import __version__
+from vlmo import __version__, cli
 from vlmo.cli import app, main
 from vlmo.kernels import BACKEND_NAMES, why_not
 
@@ -118,3 +119,27 @@ def test_help_shows_every_default(names, command):
 )
 def test_wrong_options_exit_with_2(arguments):
     assert CliRunner().invoke(app, arguments).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 8 GiB for an array"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\nstack"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB."),
+    ],
+)
+def test_a_lack_of_memory_is_one_line(monkeypatch, capsys, error):
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    reason = str(error).splitlines()[0]
+    assert told == f"vlmo: there is not enough memory: {reason}\n"
+    monkeypatch.setattr(cli, "app", lambda: (_ for _ in ()).throw(RuntimeError("a defect")))
+    with pytest.raises(RuntimeError, match="a defect"):
+        main()

@@ -718,6 +718,16 @@ def compare(
     run_compare(before, after, Console())
 
 
+def _lack_of_memory(error: BaseException) -> str | None:
+    """What to say of an error if memory was lacking; None for another error."""
+    reason = next(iter(str(error).splitlines()), "")
+    # NumPy and Python, torch on the CPU, torch on a GPU.
+    torch_s = "can't allocate memory" in reason or type(error).__name__ == "OutOfMemoryError"
+    if not isinstance(error, MemoryError) and not torch_s:
+        return None
+    return f"there is not enough memory: {reason or 'no more can be had'}"
+
+
 def main() -> None:
     """Console entry point: errors a user can mend are one line and exit code 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be in its encoding
@@ -727,11 +737,12 @@ def main() -> None:
     except _USER_ERRORS as error:
         print(f"vlmo: {error}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         # torch raises it wherever the main process is when a worker dies.
         from vlmo.data import worker_failure
 
-        failure = worker_failure(error)
+        worker = worker_failure(error) if isinstance(error, RuntimeError) else None
+        failure = worker or _lack_of_memory(error)
         if failure is None:
             raise
         print(f"vlmo: {failure}", file=sys.stderr)
