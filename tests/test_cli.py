@@ -9,7 +9,7 @@ import torch
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from vlmo import __version__, recipes
+from vlmo import __version__, cli
 from vlmo.cli import app, main
 from vlmo.kernels import BACKEND_NAMES, why_not
 
@@ -82,28 +82,6 @@ def test_bad_variable_is_refused_before_a_folder_is_made(tmp_path, monkeypatch, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore."),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-        MemoryError(),
-    ],
-)
-def test_lack_of_memory_is_one_line(error, monkeypatch, capsys):
-    def fails(console):
-        raise error
-
-    monkeypatch.setattr(recipes, "show_recipes", fails)
-    monkeypatch.setattr(sys, "argv", ["vlmo", "recipes"])
-    with pytest.raises(SystemExit) as exit_info:
-        main()
-    assert exit_info.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith("vlmo: not enough memory") and "--micro-batch" in said
-    assert said.count("\n") == 1
-
-
 def test_version():
     result = CliRunner().invoke(app, ["--version"])
     assert (result.exit_code, result.stdout) == (0, f"vlmo {__version__}\n")
@@ -141,3 +119,27 @@ def test_help_shows_every_default(names, command):
 )
 def test_wrong_options_exit_with_2(arguments):
     assert CliRunner().invoke(app, arguments).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 8 GiB for an array"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\nstack"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB."),
+    ],
+)
+def test_a_lack_of_memory_is_one_line(monkeypatch, capsys, error):
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    reason = str(error).splitlines()[0]
+    assert told == f"vlmo: there is not enough memory: {reason}\n"
+    monkeypatch.setattr(cli, "app", lambda: (_ for _ in ()).throw(RuntimeError("a defect")))
+    with pytest.raises(RuntimeError, match="a defect"):
+        main()

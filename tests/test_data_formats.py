@@ -281,6 +281,10 @@ def test_a_saved_selection_is_refused(tmp_path):
     (tmp_path / "state.json").write_text(json.dumps(state | {"_indices_data_files": [1]}))
     with pytest.raises(ValueError, match=r"state\.json: only some rows .* flatten_indices\(\)"):
         opened(tmp_path, "pretrain")
+    names = [{"filename": 5}]
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": names}))
+    with pytest.raises(ValueError, match=r"state\.json: is not that of a data set saved"):
+        opened(tmp_path, "pretrain")
     (tmp_path / "state.json").write_text("{}")
     with pytest.raises(ValueError, match=r"state\.json: is not that of a data set"):
         opened(tmp_path, "pretrain")

@@ -242,6 +242,9 @@ def test_plain_text(tmp_path):
     (tmp_path / "blank.txt").write_text("\n \n")
     with pytest.raises(ValueError, match=r"blank\.txt: holds no text"):
         opened(tmp_path / "blank.txt", "textmlm")
+    (tmp_path / "mac.txt").write_bytes(b"a\r\nb\rc\r")
+    with pytest.raises(ValueError, match=r"mac\.txt, line 2: holds carriage returns within"):
+        opened(tmp_path / "mac.txt", "textmlm")
     (tmp_path / "latin.txt").write_bytes("ok\nü".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin\.txt, line 2: is not UTF-8"):
         opened(tmp_path / "latin.txt", "textmlm")
@@ -421,3 +424,33 @@ def test_which_sources_tell_their_splits_apart(folder):
         (folder / name / "val").mkdir(parents=True)
     (folder / "pictures" / "val").rmdir()
     assert [has_splits(folder / name) for name in ("pictures", "parted")] == [False, True]
+
+
+def test_links_to_folders_of_pictures_are_followed_once(folder):
+    (folder / "images").rename(folder / "there")
+    for n in range(3):
+        (folder / "there" / f"{n}.txt").write_text(f"picture {n}")
+    source = folder / "source"
+    (source / "below").mkdir(parents=True)
+    (source / "a").symlink_to(folder / "there")
+    (source / "again").symlink_to(folder / "there")
+    (source / "below" / "loop").symlink_to(source)
+    assert opened(source, "pretrain").image_ids == ["a/0.png", "a/1.png", "a/2.png"]
+
+
+def test_captions_of_no_picture_are_told(folder):
+    for n in range(3):
+        (folder / "images" / f"{n}.txt").write_text(f"picture {n}")
+    (folder / "images" / "3.heic").touch()
+    (folder / "images" / "3.txt").write_text("lost")
+    with pytest.warns(UserWarning, match=r"images: 1 \.txt lie beside no picture.*3\.txt"):
+        assert len(opened(folder / "images", "pretrain")) == 3
+
+
+def test_a_record_in_the_file_of_another_split_is_refused(folder):
+    records = [CAPTIONS[0], CAPTIONS[0] | {"split": "restval"}, CAPTIONS[0] | {"split": "dev"}]
+    write_jsonl(folder / "train.jsonl", records)
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 3: split: 'dev', but .* 'train'"):
+        opened(folder, "pretrain")
+    write_jsonl(folder / "train.jsonl", records[:2])
+    assert opened(folder, "pretrain").image_ids

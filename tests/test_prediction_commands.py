@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from evaluation_cases import HEADS, TINY, TOKENIZER, model_of
 from vlmo import Predictor, save_checkpoint
 from vlmo.cli import app, main
+from vlmo.commands.records import reader
 from vlmo.data import ANSWERS, open_data
 from vlmo.evaluation import evaluate
 from vlmo.loading import digest
@@ -638,3 +639,23 @@ def test_the_documented_evaluations_are_commands(documented):
     for command in commands:
         result = CliRunner().invoke(app, [*shlex.split(command), "--device", "cpu"])
         assert isinstance(result.exception, FileNotFoundError), command
+
+
+def test_records_may_name_their_pictures_as_hugging_face_does(tmp_path):
+    for record, images in (
+        ({"file_name": "a.png", "text": "x"}, ["a.png"]),
+        (
+            {f"image_{n}_file_name": f"{n}.png" for n in range(2)} | {"text": "x"},
+            ["0.png", "1.png"],
+        ),
+    ):
+        (tmp_path / "given.jsonl").write_text(json.dumps(record))
+        (found,) = reader(tmp_path / "given.jsonl")()
+        assert found.images == tuple(tmp_path / name for name in images)
+        assert found.given == record
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz"])
+def test_tables_are_not_taken_for_lines(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"input: .*{name}: .* is not read here"):
+        reader(tmp_path / name)

@@ -497,6 +497,7 @@ def test_pictures_are_resized_for_another_resolution(run_folder, pictures):
         ({"backend": "numpy"}, "backend: 'numpy' is not a backend"),
         ({"answers": ["yes"]}, "answers: the list has 1 answers, the model has"),
         ({"answers": [1] * len(ANSWERS)}, "answers: 1 is not a text"),
+        ({"answers": ["\ud800"]}, r"answers: .* holds half of a surrogate pair"),
     ],
 )
 def test_bad_options_of_loading_are_refused(run_folder, options, message):

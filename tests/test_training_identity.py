@@ -349,3 +349,40 @@ def test_options_without_an_effect_are_refused(tmp_path, stage, changes, message
         changes["answers"].write_text('["yes"]')
     with pytest.raises(ValueError, match=message):
         run(small(stage), tmp_path / "run", **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("step", -1),
+        ("best", {"x": 1}),
+        ("metrics", [1]),
+        ("pending", "x"),
+        ("bad", [1]),
+        ("bad", {"a": 1}),
+        ("run", {"recipe": {"steps": 2}, "samples": 96}),
+    ],
+)
+def test_a_state_of_another_form_is_refused(tmp_path, text, name, value):
+    folder = copy_of(text, tmp_path / "run")
+    state = load_state(folder / "training.pt")
+    torch.save({**state, name: value}, folder / "training.pt")
+    with pytest.raises(ValueError, match=rf"training\.pt: is not the state of a training: {name}"):
+        run(small("textmlm", steps=3), folder)
+
+
+def test_weights_that_are_not_finite_are_refused_before_anything_is_written(tmp_path, text):
+    folder = copy_of(text, tmp_path / "run")
+    state = load_state(folder / "training.pt")
+    key = "text_embeddings.word_embeddings.weight"
+    state["model"][key][0, 0] = torch.nan
+    torch.save(state, folder / "training.pt")
+    with pytest.raises(ValueError, match=rf"training\.pt: 1 tensors hold NaN or .*{key}"):
+        run(small("textmlm", steps=3), folder)
+    model = load_model(text).model
+    with torch.no_grad():
+        model.get_parameter(key)[0, 0] = torch.inf
+    save_checkpoint(model, tmp_path / "bad.safetensors")
+    with pytest.raises(ValueError, match=rf"bad\.safetensors: 1 of .* NaN or infinite.*{key}"):
+        run(small("textmlm"), tmp_path / "new", initial=tmp_path / "bad.safetensors")
+    assert not (tmp_path / "new").exists()

@@ -774,6 +774,16 @@ def compare(
     run_compare(before, after, Console())
 
 
+def _lack_of_memory(error: BaseException) -> str | None:
+    """What to say of an error if memory was lacking; None for another error."""
+    reason = next(iter(str(error).splitlines()), "")
+    # NumPy and Python, torch on the CPU, torch on a GPU.
+    torch_s = "can't allocate memory" in reason or type(error).__name__ == "OutOfMemoryError"
+    if not isinstance(error, MemoryError) and not torch_s:
+        return None
+    return f"there is not enough memory: {reason or 'no more can be had'}"
+
+
 def main() -> None:
     """Console entry point: errors a user can mend are one line and exit code 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be in its encoding
@@ -782,28 +792,17 @@ def main() -> None:
         app()
     except _USER_ERRORS as error:
         _fail(error)
-    except MemoryError:
-        _fail(f"not enough memory. {_SMALLER}")
-    except RuntimeError as error:
-        if _is_of_memory(error):
-            _fail(f"not enough memory: {str(error).splitlines()[0]} {_SMALLER}")
+    except (RuntimeError, MemoryError) as error:
         # torch raises it wherever the main process is when a worker dies.
         from vlmo.data import worker_failure
 
-        failure = worker_failure(error)
+        worker = worker_failure(error) if isinstance(error, RuntimeError) else None
+        failure = worker or _lack_of_memory(error)
         if failure is None:
             raise
         _fail(failure)
 
 
-_SMALLER = "A smaller --batch-size, --micro-batch, --image-size or --checkpointing needs less."
-
-
 def _fail(message: object) -> NoReturn:
     print(f"vlmo: {message}", file=sys.stderr)
     sys.exit(2)
-
-
-def _is_of_memory(error: RuntimeError) -> bool:
-    """Whether PyTorch says that a GPU, or this machine, has no memory left."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

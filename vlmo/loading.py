@@ -271,3 +271,7 @@ def _check_texts(place: str, names: Iterable[Any]) -> None:
     for name in names:
         if not isinstance(name, str):
             raise ValueError(f"{place}: {name!r} is not a text")
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{place}: {name!r} holds half of a surrogate pair") from error

@@ -20,6 +20,9 @@ TEXTS = ("text", "question", "statement", "caption")  # names of a record's text
 ADDED = ("prediction", "error")  # keys that a record gets
 STANDARD = Path("-")  # input or output
 _PICTURES = ("image", "image_0", "image_1")
+# As Hugging Face names pictures.
+_FILES = {"image": "file_name", **{name: f"{name}_file_name" for name in _PICTURES[1:]}}
+_TABLES = (".parquet", ".arrow", ".npz", ".gz", ".zip")
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ def reader(path: Path) -> Callable[[], Iterator[Record]]:
         lines = [_standard_line(*line) for line in enumerate(sys.stdin.buffer, 1)]
         return lambda: _of_lines(lines, "standard input", Path())
     suffix = path.suffix.lower()
+    if suffix in _TABLES:
+        raise ValueError(f"input: {path}: {suffix} is not read here: write the records as .jsonl")
     if suffix in (".csv", ".tsv"):
         return lambda: _of_csv(path, "," if suffix == ".csv" else "\t")
     if suffix == ".json":
@@ -162,7 +167,8 @@ def _constant(name: str) -> Any:
 def _record(values: Any, place: str, folder: Path, given: dict[str, Any] | None = None) -> Record:
     if not isinstance(values, dict):
         raise ValueError(f"{place}: {reprlib.repr(values)} is not a JSON object")
-    names = [name for name in _PICTURES if name in values]
+    places = {name: _FILES[name] if name not in values else name for name in _PICTURES}
+    names = [name for name in _PICTURES if places[name] in values]
     if names not in ([], ["image"], ["image_0", "image_1"]):
         raise ValueError(
             f"{place}: has {' and '.join(names)} instead of image, or image_0 and image_1"
@@ -170,7 +176,7 @@ def _record(values: Any, place: str, folder: Path, given: dict[str, Any] | None 
     texts = [name for name in TEXTS if name in values]
     if len(texts) > 1:
         raise ValueError(f"{place}: has {' and '.join(texts)}; give only one of them")
-    for name in (*names, *texts):
+    for name in (*(places[name] for name in names), *texts):
         if not isinstance(values[name], str):
             raise ValueError(f"{place}: {name}: {reprlib.repr(values[name])} is not a text")
         check_text(f"{place}: {name}", values[name])
@@ -182,5 +188,5 @@ def _record(values: Any, place: str, folder: Path, given: dict[str, Any] | None 
         to_json(given)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: a number is too large for JSON") from error
-    images = tuple(folder / values[name] for name in names)
+    images = tuple(folder / values[places[name]] for name in names)
     return Record(given, place, images, values[texts[0]] if texts else None)

@@ -6,6 +6,7 @@ import fnmatch
 import json
 import os
 import re
+import warnings
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -120,7 +121,7 @@ def tells_splits(source: Path) -> bool:
         return (source / "dataset_dict.json").is_file() or _name_splits(_saved_files(source))
     if _named_files(source, (*RECORD_SUFFIXES, ".txt")) or _split_folders(source):
         return True
-    return _name_splits(_walk(source)[1])
+    return _name_splits(_walk(source).metadata)
 
 
 def listed(paths: Sequence[str], what: str) -> str:
@@ -196,28 +197,45 @@ def _saved_files(folder: Path) -> list[Path]:
         raise FileNotFoundError(f"{path}: does not exist, so no data set is saved in its folder")
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        names = [file["filename"] for file in state["_data_files"]]
+        files = [folder / file["filename"] for file in state["_data_files"]]
         chosen = state.get("_indices_files") or state.get("_indices_data_files")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: is not that of a data set saved by Hugging Face") from error
     if chosen:
         raise ValueError(f"{path}: only some rows were chosen: save it after flatten_indices()")
-    files = [folder / name for name in names]
     if missing := [os.fspath(file) for file in files if not file.is_file()]:
         raise FileNotFoundError(f"{folder}: {listed(missing, 'files are missing')}")
     return files
 
 
-def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Pictures in a folder and below, and the files that say what belongs to those beside them."""
-    pictures, metadata = [], []
-    for place, folders, names in os.walk(folder):
+class _Found(NamedTuple):
+    """Pictures in a folder and below, texts, and files that tell of the pictures beside them."""
+
+    pictures: list[Path]
+    texts: list[Path]
+    metadata: list[Path]
+
+
+def _walk(folder: Path) -> _Found:
+    """What lies in a folder and below; links to folders are followed, each folder once."""
+    found = _Found([], [], [])
+    seen = {os.path.realpath(folder)}
+    for place, folders, names in os.walk(folder, followlinks=True):
         path = Path(place)
-        folders[:] = [name for name in folders if not is_hidden(name)]
+        below = [name for name in sorted(folders) if not is_hidden(name)]
+        # A folder itself comes before a link to it.
+        below.sort(key=lambda name: (path / name).is_symlink())
+        folders.clear()
+        for name in below:
+            real = os.path.realpath(path / name)
+            if real not in seen:
+                seen.add(real)
+                folders.append(name)
         names = [name for name in names if not is_hidden(name)]
-        pictures += [path / name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
-        metadata += _metadata(path, names)
-    return sorted(pictures), sorted(metadata)
+        found.pictures.extend(path / n for n in names if n.lower().endswith(IMAGE_SUFFIXES))
+        found.texts.extend(path / name for name in names if name.endswith(".txt"))
+        found.metadata.extend(_metadata(path, names))
+    return _Found(*map(sorted, found))
 
 
 def _metadata(folder: Path, names: Collection[str]) -> list[Path]:
@@ -236,7 +254,7 @@ def _find_pictures(source: Path, task: str, split: str, suffixes: Sequence[str])
         folder = mine[0] if mine else source / split
         if not mine:
             raise FileNotFoundError(f"{folder}: does not exist")
-    pictures, metadata = _walk(folder)
+    pictures, texts, metadata = _walk(folder)
     if metadata:
         return Layout(metadata, (), folder, mixed=not folders)
     if folders and (metadata := _metadata(source, os.listdir(source))):
@@ -246,6 +264,12 @@ def _find_pictures(source: Path, task: str, split: str, suffixes: Sequence[str])
         raise FileNotFoundError(_nothing(source, folder, task, split, bare, len(pictures)))
     if bare:
         raise FileNotFoundError(f"{folder}: {listed(bare, 'pictures have no .txt of captions')}")
+    stems = {os.path.splitext(path)[0] for path in pictures}
+    alone = [os.fspath(path) for path in texts if os.path.splitext(path)[0] not in stems]
+    if alone:  # of pictures that are gone, or of a format that is not looked for
+        kinds = ", ".join(IMAGE_SUFFIXES)
+        what = listed(alone, f".txt lie beside no picture ({kinds}) and are left out")
+        warnings.warn(f"{folder}: {what}", stacklevel=2)
     return Layout((), pictures, folder)
 
 

@@ -203,7 +203,12 @@ class TextLines(Samples):
         with path.open("rb") as stream:
             self._encoding, place = text_encoding(stream.read(4))
         starts, lengths = array("q"), array("q")
-        for line in read_lines(path, ends=True):
+        for number, line in enumerate(read_lines(path, ends=True), 1):
+            if "\r" in line.rstrip("\r\n"):
+                raise ValueError(
+                    f"{path}, line {number}: holds carriage returns within the line; end "
+                    "lines with LF or CR LF"
+                )
             length = len(line.encode(self._encoding))
             if not is_blank(line):
                 starts.append(place)
@@ -274,8 +279,11 @@ def _records(layout: Layout, names: Sequence[str], split: str) -> Iterator[Recor
             number += 1
             if layout.mixed and not _belongs(record, split):
                 continue
-            if layout.within is None or _lies_in(record, layout.within):
-                yield record
+            if layout.within is not None and not _lies_in(record, layout.within):
+                continue
+            if not layout.mixed:
+                _check_split(record, split)
+            yield record
     folder = os.fspath(layout.root)
     for number, path in enumerate(layout.pictures):
         name = path.relative_to(layout.root).as_posix()
@@ -303,6 +311,13 @@ def _belongs(record: Record, split: str) -> bool:
         names = ", ".join(name for names in SPLIT_NAMES.values() for name in names)
         raise record.error("split", f"{given!r} is not one of {names}")
     return known == split
+
+
+def _check_split(record: Record, split: str) -> None:
+    """Raise if a record says that it is of another split than the file or folder it is in."""
+    given = record.values.get("split")
+    if isinstance(given, str) and split_of(given) not in (split, None):
+        raise record.error("split", f"{given!r}, but the record is where those of {split!r} are")
 
 
 def _lies_in(record: Record, folder: Path) -> bool:

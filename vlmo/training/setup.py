@@ -31,6 +31,7 @@ from vlmo.loading import (
     RECIPE,
     VOCABULARY,
     WEIGHTS,
+    check_finite,
     digest,
     digests_of,
     read_answers,
@@ -317,6 +318,7 @@ def new_model(settings: Settings, config: VLMoConfig, console: Console) -> VLMo:
     if path is not None:
         report = load_checkpoint(model, path, skip=settings.skip)
         console.print(str(report), markup=False, highlight=False)
+        check_finite(model, str(path))
     elif settings.recipe.initial_from is not None:
         origin = settings.recipe.initial_from
         console.print(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from vlmo.distributed import world_size
 from vlmo.files import replacing
+from vlmo.layouts import summary
 from vlmo.training.parallel import on_first
 
 VERSION = 1
@@ -39,6 +40,15 @@ _ENTRIES = {
     "optimizer": dict,
     "schedule": dict,
     "scaler": dict,
+}
+# Of what may be missing in states from before it was kept, and of what is in the others.
+_FORMS: dict[str, Callable[[Any], bool]] = {
+    "step": lambda v: v >= 0,
+    "run": lambda v: {"vocabulary", "answers", "seed"} <= v.keys(),
+    "best": lambda v: not v or {"step", "metric", "value"} <= v.keys(),
+    "metrics": lambda v: v is None or isinstance(v, dict),
+    "pending": lambda v: v is None or (isinstance(v, dict) and {"row", "machine"} <= v.keys()),
+    "bad": lambda v: v is None or (isinstance(v, dict) and all(map(_is_bad_sample, v.items()))),
 }
 
 
@@ -144,7 +154,21 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     entries = _ENTRIES.items() if version == VERSION else ()
     if not entries or not all(isinstance(state.get(name), kind) for name, kind in entries):
         raise ValueError(f"{path}: is not the state of a training")
+    if wrong := [name for name, fits in _FORMS.items() if not fits(state.get(name))]:
+        raise ValueError(
+            f"{path}: is not the state of a training: {', '.join(wrong)} have another form"
+        )
+    weights = {key: v for key, v in state["model"].items() if isinstance(v, torch.Tensor)}
+    if bad := [key for key, v in weights.items() if not v.isfinite().all()]:
+        raise ValueError(f"{path}: {len(bad)} tensors hold NaN or infinite weights: {summary(bad)}")
     return state
+
+
+def _is_bad_sample(item: tuple[Any, Any]) -> bool:
+    number, entry = item
+    return (
+        isinstance(number, int) and isinstance(entry, dict) and {"step", "reason"} <= entry.keys()
+    )
 
 
 def restore(state: Mapping[str, Any], training: Training) -> None:
