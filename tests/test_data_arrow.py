@@ -206,6 +206,10 @@ def test_answers_must_have_names(tmp_path):
     write(tmp_path, QUESTIONS | {"answer_labels": [[[0, 3], [1]], [[0]]]}, "vqav2_rest_val")
     with pytest.raises(ValueError, match=r"1 answers have no name .* answer 2"):
         opened(tmp_path, "vqa", "val")
+    for label in (-1, 2**62):
+        write(tmp_path, QUESTIONS | {"answer_labels": [[[0, label], [1]], [[0]]]}, "vqav2_rest_val")
+        with pytest.raises(ValueError, match=rf"vqav2_rest_val\.arrow: answer_labels: {label} of"):
+            opened(tmp_path, "vqa", "val")
     write(tmp_path, QUESTIONS | {"answer_labels": [[[0, 1], [1]], [[0]]]}, "vqav2_rest_val")
     with pytest.raises(ValueError, match=r"answer 1 is '(2|blue)' and '(2|blue)'"):
         opened(tmp_path, "vqa", "val")

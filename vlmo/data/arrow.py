@@ -26,6 +26,7 @@ from vlmo.data.transforms import SquareTransform, read_image
 
 _COCO, _F30K = "coco_caption_karpathy", "f30k_caption_karpathy"
 
+_MOST_ANSWERS = 2**20  # far more than there are words to answer with
 # Files, without ".arrow", of each split of each data set.
 DATASETS: dict[str, dict[str, tuple[str, ...]]] = {
     "coco": {
@@ -341,6 +342,11 @@ def _vqa_answers(folder: Path, given: Sequence[str] | None) -> list[str]:
         pairs = pa.table({"label": labels, "text": texts}).group_by(["label", "text"]).aggregate([])
         for pair in pairs.to_pylist():
             label, text = pair["label"], pair["text"]
+            if not 0 <= label < _MOST_ANSWERS:
+                most = _MOST_ANSWERS - 1
+                raise ValueError(
+                    f"{path}: answer_labels: {label} of {text!r} is not within 0..{most}"
+                )
             if names.setdefault(label, text) != text:
                 raise ValueError(f"{folder}: answer {label} is {names[label]!r} and {text!r}")
     if given is not None:
