@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from vlmo.data.records import IDENTITIES
-from vlmo.data.tables import Stored
+from vlmo.data.rows import Stored
 
 _CHUNK = 2**16  # rows of a column at a time
 

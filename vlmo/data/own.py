@@ -20,8 +20,9 @@ from vlmo.data.columns import Columns, Pictures
 from vlmo.data.layout import SPLIT_NAMES, Layout, find, listed, split_of
 from vlmo.data.layout import tells_splits as has_splits
 from vlmo.data.records import Record, file_rows
+from vlmo.data.rows import Stored
 from vlmo.data.samples import Samples, picture_names
-from vlmo.data.tables import Stored, StoredPictures
+from vlmo.data.tables import StoredPictures
 from vlmo.data.tokenizer import is_blank
 from vlmo.data.transforms import SquareTransform, read_image
 from vlmo.files import read_lines, read_text, text_encoding

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlmo.data.tables import Row, Stored, table_rows
+from vlmo.data.rows import Row, Stored
 from vlmo.data.tokenizer import is_blank
 from vlmo.files import read_lines, read_text
 
@@ -185,6 +185,8 @@ def file_rows(path: Path, names: Collection[str]) -> Iterator[Row]:
     elif suffix in (".csv", ".tsv"):
         rows = _separated(path, "," if suffix == ".csv" else "\t")
     else:
+        from vlmo.data.tables import table_rows  # which needs pyarrow
+
         rows = table_rows(path, names, PICTURES)
     for row in rows:
         given = {name: value for name, value in row.values.items() if value is not None}

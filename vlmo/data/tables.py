@@ -14,45 +14,19 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from vlmo.data.rows import Row, Stored
+
 _GROUP_BYTES = 2**30  # of the pictures of one row group, at most
 _CACHED_BYTES = 2**28  # of row groups that a process keeps
 _BATCH = 2**14  # rows at a time
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
-
-
-class Stored(NamedTuple):
-    """A picture whose bytes lie in a table.
-
-    Attributes:
-        path: of the table.
-        row: from 0.
-        column: binary, or a struct with a field ``bytes`` as Hugging Face writes it.
-    """
-
-    path: str
-    row: int
-    column: str
-
-
-class Row(NamedTuple):
-    """One row of a file of records.
-
-    Attributes:
-        place: of the row, for errors.
-        values: by name.
-        names: of all that the file has, also of what was not read.
-    """
-
-    place: str
-    values: dict[str, Any]
-    names: Collection[str]
 
 
 def open_arrow_file(path: str | os.PathLike[str]) -> pa.Table:
