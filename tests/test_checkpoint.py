@@ -764,6 +764,14 @@ def test_a_file_that_shares_a_few_tensors_is_refused(kind):
     assert_same_state(state_of(model), before)
 
 
+def test_prefix_to_skip_that_fits_no_key_is_refused():
+    model = build()
+    before = {key: value.clone() for key, value in state_of(model).items()}
+    with pytest.raises(ValueError, match=r"skip: no key of the file or the model starts with vqa_"):
+        load_checkpoint(model, state_of(build(seed=1)), skip=["transformer.", "vqa_clasifier."])
+    assert all(torch.equal(value, before[key]) for key, value in state_of(model).items())
+
+
 def test_heads_without_blocks_are_refused_and_blocks_may_be_skipped():
     state = state_of(build())
     model = build(seed=1)

@@ -162,7 +162,8 @@ def load_checkpoint(
         FileNotFoundError, IsADirectoryError: ``source`` is no file.
         CheckpointError: the file is damaged, of another kind, holds code, or has no key of ours.
         ValueError: a tensor cannot be made to fit (names the key and both shapes), ``strict`` found
-            missing or unexpected keys, or the model is on the meta device.
+            missing or unexpected keys, a prefix of ``skip`` fits no key, or the model is on the
+            meta device.
     """
     content = read_content(source)
     inner = _inner(model)
@@ -171,6 +172,9 @@ def load_checkpoint(
         raise ValueError("the model is on the meta device; give it storage with to_empty() first")
     # A lone string is a sequence of strings as well: one a letter.
     prefixes = (skip,) if isinstance(skip, str) else tuple(skip)
+    keys = (*content.state, *target)
+    if idle := [p for p in prefixes if not any(key.startswith(p) for key in keys)]:
+        raise ValueError(f"skip: no key of the file or the model starts with {', '.join(idle)}")
     values, report = _plan(content, target, inner.config, prefixes)
     if strict and (report.missing or report.unexpected):
         raise ValueError(f"strict: file and model differ\n{report}")
