@@ -142,7 +142,8 @@ def types_only():
     return mock.patch.object(CUDABackend, "make_ttgir", side_effect=TypesFit)
 
 
-def main(*jobs: str) -> None:
+def run_jobs(compile_for, *jobs: str) -> None:
+    """Call ``compile_for(generation, what)`` for each job "what:generation"."""
     for job in jobs:
         what, generation = job.split(":")
         driver.set_active(NoDriver(generation))
@@ -208,4 +209,4 @@ def compile_for(generation: str, what: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*itertools.islice(sys.argv, 1, None))
+    run_jobs(compile_for, *itertools.islice(sys.argv, 1, None))

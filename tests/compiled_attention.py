@@ -5,17 +5,15 @@ does, which tells what may stand in the place of ``table``. Run without TRITON_I
 launched.
 """
 
-import contextlib
 import itertools
 import json
 import sys
 from unittest import mock
 
 import torch
-from triton.runtime import driver
 
 from attention_cases import CASES, ONES, Case, make_index, make_options, make_tensors
-from compiled import INSTRUCTIONS, NoDriver, TypesFit, resources, types_only
+from compiled import INSTRUCTIONS, TypesFit, resources, run_jobs
 from vlmo.kernels import RelativePositionIndex
 from vlmo.kernels.attention import tiles, triton_impl, triton_launch
 from vlmo.kernels.attention.reference import Call
@@ -80,14 +78,6 @@ def all_options() -> None:
             run_case(case, torch.bfloat16)
 
 
-def main(*jobs: str) -> None:
-    for job in jobs:
-        what, generation = job.split(":")
-        driver.set_active(NoDriver(generation))
-        with types_only() if what == "types" else contextlib.nullcontext():
-            compile_for(generation, what)
-
-
 def compile_for(generation: str, what: str) -> None:
     facts: dict = {"generation": generation}
 
@@ -136,4 +126,4 @@ def compile_for(generation: str, what: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*itertools.islice(sys.argv, 1, None))
+    run_jobs(compile_for, *itertools.islice(sys.argv, 1, None))

@@ -15,9 +15,9 @@ from named_init import named_init
 from processes import command, forked, rows_of, steps_of
 from test_data_arrow import PAIRS, write
 from test_golden import REL, SHARED
-from training_cases import SIZES, keep_states, run, small
+from training_cases import keep_states, run, shrink_digits, small
 from vlmo import VLMo, VLMoConfig, load_checkpoint, recipes, save_checkpoint
-from vlmo.data import digit_tokenizer, sources
+from vlmo.data import digit_tokenizer
 from vlmo.loading import load_model
 from vlmo.recipes import Recipe
 from vlmo.step import backward
@@ -32,8 +32,7 @@ FOLDER = {"recipe.json", "vocab.txt", "training.pt", "log.csv", "log.jsonl", "mo
 
 @pytest.fixture(autouse=True)
 def small_digits(monkeypatch):
-    for split, size in SIZES.items():
-        monkeypatch.setitem(sources._DIGIT_SIZES, split, size)
+    shrink_digits(monkeypatch)
     monkeypatch.setattr(trainer, "save_state", trainer.save_state)  # put back what tests change
 
 

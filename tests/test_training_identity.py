@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from processes import command, rows_of, steps_of
-from training_cases import SIZES, run, small
+from training_cases import run, shrink_digits, small
 from training_data import make
 from vlmo import save_checkpoint
-from vlmo.data import sources
 from vlmo.files import write_json
 from vlmo.loading import digests_of, load_model
 from vlmo.training.state import load_state
@@ -18,8 +17,7 @@ from vlmo.training.state import load_state
 
 @pytest.fixture(autouse=True)
 def small_digits(monkeypatch):
-    for split, size in SIZES.items():
-        monkeypatch.setitem(sources._DIGIT_SIZES, split, size)
+    shrink_digits(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +25,7 @@ def text(tmp_path_factory):
     """A finished training of two steps."""
     folder = tmp_path_factory.mktemp("text")
     with pytest.MonkeyPatch.context() as patch:
-        for split, size in SIZES.items():
-            patch.setitem(sources._DIGIT_SIZES, split, size)
+        shrink_digits(patch)
         run(small("textmlm", steps=2), folder)
     return folder
 

@@ -10,8 +10,7 @@ import socket
 import pytest
 
 from processes import command
-from training_cases import SIZES, run, small
-from vlmo.data import sources
+from training_cases import run, shrink_digits, small
 from vlmo.training.lock import LOCK, FolderLock
 
 FORK = multiprocessing.get_context("fork")
@@ -19,8 +18,7 @@ FORK = multiprocessing.get_context("fork")
 
 @pytest.fixture(autouse=True)
 def small_digits(monkeypatch):
-    for split, size in SIZES.items():
-        monkeypatch.setitem(sources._DIGIT_SIZES, split, size)
+    shrink_digits(monkeypatch)
 
 
 @pytest.fixture

@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from processes import command, forked, rows_of, steps_of
-from training_cases import SIZES, run, small
+from training_cases import run, shrink_digits, small
 from training_data import make
-from vlmo.data import sources
 from vlmo.loading import load_model
 from vlmo.training import trainer
 from vlmo.training.logs import RunLog
@@ -26,8 +25,7 @@ DIGITS = ("--data", "digits", "--device", "cpu", "--no-tensorboard", "--batch-si
 
 @pytest.fixture(autouse=True)
 def small_digits(monkeypatch):
-    for split, size in SIZES.items():
-        monkeypatch.setitem(sources._DIGIT_SIZES, split, size)
+    shrink_digits(monkeypatch)
 
 
 # What they do
@@ -293,8 +291,7 @@ def test_ctrl_c_before_the_first_step(tmp_path, monkeypatch, capsys, when):
     )
     assert (tmp_path / "run").exists() == (when == "first validation")
     monkeypatch.undo()
-    for split, size in SIZES.items():
-        monkeypatch.setitem(sources._DIGIT_SIZES, split, size)
+    shrink_digits(monkeypatch)
     run(small("textmlm", steps=1), tmp_path / "again")
 
 

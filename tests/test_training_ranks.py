@@ -11,9 +11,17 @@ from safetensors.torch import load_file
 
 import training_cases
 from processes import in_ranks
-from training_cases import CASES, SIZES, STAGES, STEPS, damaged, keep_states, run, small
+from training_cases import (
+    CASES,
+    STAGES,
+    STEPS,
+    damaged,
+    keep_states,
+    run,
+    shrink_digits,
+    small,
+)
 from training_data import damage, make
-from vlmo.data import sources
 from vlmo.training import trainer
 from vlmo.training.lock import FolderLock
 from vlmo.training.logs import read_table
@@ -26,8 +34,7 @@ def folder(tmp_path_factory):
     """Folders of trainings: one process's by stage, two processes' by case."""
     folder = tmp_path_factory.mktemp("ranks")
     with pytest.MonkeyPatch.context() as patch:
-        for split, size in SIZES.items():
-            patch.setitem(sources._DIGIT_SIZES, split, size)
+        shrink_digits(patch)
         patch.setattr(trainer, "save_state", trainer.save_state)  # put back at the end
         keep_states()
         for stage in STAGES:

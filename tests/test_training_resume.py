@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from processes import assert_same_weights, command, forked, rows_of, steps_of, wait_for
-from training_cases import SIZES, keep_states, run, small
-from vlmo.data import sources
+from training_cases import keep_states, run, shrink_digits, small
 from vlmo.training import trainer
 from vlmo.training.record import differences, identity
 from vlmo.training.state import load_state
@@ -21,8 +20,7 @@ from vlmo.training.state import load_state
 
 @pytest.fixture(autouse=True)
 def small_digits(monkeypatch):
-    for split, size in SIZES.items():
-        monkeypatch.setitem(sources._DIGIT_SIZES, split, size)
+    shrink_digits(monkeypatch)
     monkeypatch.setattr(trainer, "save_state", trainer.save_state)  # put back what tests change
 
 

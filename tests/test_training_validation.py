@@ -8,9 +8,8 @@ import signal
 import pytest
 
 from processes import assert_same_weights, command, rows_of, steps_of
-from training_cases import SIZES, run, small
+from training_cases import run, shrink_digits, small
 from training_data import damage, make
-from vlmo.data import sources
 from vlmo.evaluation import evaluate
 from vlmo.training import Interrupted, trainer
 from vlmo.training.state import load_state
@@ -20,8 +19,7 @@ OPTIONS = dict(evaluate_every=2, save_every=100)
 
 @pytest.fixture(autouse=True)
 def small_digits(monkeypatch):
-    for split, size in SIZES.items():
-        monkeypatch.setitem(sources._DIGIT_SIZES, split, size)
+    shrink_digits(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +27,7 @@ def whole(tmp_path_factory):
     """A training of 4 steps with validations after steps 2 and 4 that nothing stopped."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        for split, size in SIZES.items():
-            patch.setitem(sources._DIGIT_SIZES, split, size)
+        shrink_digits(patch)
         run(small("vqa"), folder, **OPTIONS)
     return folder
 

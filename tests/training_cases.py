@@ -28,6 +28,12 @@ CASES += [("pretrain", "ddp", 2), ("pretrain", "fsdp", None)]
 SIZES = {"train": 96, "val": 24, "test": 24}
 
 
+def shrink_digits(patch) -> None:
+    """Few digit scenes, by pytest's monkeypatch."""
+    for split, size in SIZES.items():
+        patch.setitem(sources._DIGIT_SIZES, split, size)
+
+
 def small(stage: str, **changes) -> Recipe:
     return recipe(f"digits_{stage}").replace(**{"steps": STEPS, "batch_size": 8, **changes})
 

@@ -278,7 +278,7 @@ def _routed(runs: Sequence[tuple[str, int]], device: torch.device) -> Experts:
     """Of ``(expert, length)`` runs, none of them empty."""
     used = {name for name, _ in runs}
     names = tuple(name for name in ("text", "imag", "vl") if name in used)
-    counts = tuple(sum(length for name, length in runs if name == used) for used in names)
+    counts = tuple(sum(length for name, length in runs if name == one) for one in names)
     if len(names) == 1:
         return Experts(names, ModalityRouting.segments([(0, counts[0])]), counts)
     pieces = [(names.index(name), length) for name, length in runs]

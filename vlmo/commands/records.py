@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlmo.data.records import PICTURES, object_of
 from vlmo.files import read_lines, read_text
 from vlmo.inputs import check_text
 
 TEXTS = ("text", "question", "statement", "caption")  # names of a record's text
 ADDED = ("prediction", "error")  # keys that a record gets
 STANDARD = Path("-")  # input or output
-_PICTURES = ("image", "image_0", "image_1")
 # As Hugging Face names pictures.
-_FILES = {"image": "file_name", **{name: f"{name}_file_name" for name in _PICTURES[1:]}}
+_FILES = {"image": "file_name", **{name: f"{name}_file_name" for name in PICTURES[1:]}}
 _TABLES = (".parquet", ".arrow", ".npz", ".gz", ".zip")
 
 
@@ -137,27 +137,18 @@ def _of_csv(path: Path, separator: str) -> Iterator[Record]:
             if len(row) != len(names):
                 raise ValueError(f"{place}: has {len(row)} values for {len(names)} columns")
             values = dict(zip(names, row, strict=True))
-            wanted = {n: v for n, v in values.items() if v or n not in (*TEXTS, *_PICTURES)}
+            wanted = {n: v for n, v in values.items() if v or n not in (*TEXTS, *PICTURES)}
             yield _record(wanted, place, path.parent, values)
 
 
 def _parsed(text: str, place: str) -> Any:
     """A JSON value without what JSON does not have or leaves open."""
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+        return json.loads(text, object_pairs_hook=object_of, parse_constant=_constant)
     except RecursionError as error:
         raise ValueError(f"{place}: is nested too deeply") from error
     except ValueError as error:
         raise ValueError(f"{place}: is not JSON: {error}") from error
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        doubled = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {doubled!r} appears twice")
-    return found
 
 
 def _constant(name: str) -> Any:
@@ -167,8 +158,8 @@ def _constant(name: str) -> Any:
 def _record(values: Any, place: str, folder: Path, given: dict[str, Any] | None = None) -> Record:
     if not isinstance(values, dict):
         raise ValueError(f"{place}: {reprlib.repr(values)} is not a JSON object")
-    places = {name: _FILES[name] if name not in values else name for name in _PICTURES}
-    names = [name for name in _PICTURES if places[name] in values]
+    places = {name: _FILES[name] if name not in values else name for name in PICTURES}
+    names = [name for name in PICTURES if places[name] in values]
     if names not in ([], ["image"], ["image_0", "image_1"]):
         raise ValueError(
             f"{place}: has {' and '.join(names)} instead of image, or image_0 and image_1"
