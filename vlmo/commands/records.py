@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmo.data.records import PICTURES, object_of
+from vlmo.data.records import PICTURES, repeated_key
 from vlmo.files import read_lines, read_text
 from vlmo.inputs import check_text
 
@@ -144,11 +144,18 @@ def _of_csv(path: Path, separator: str) -> Iterator[Record]:
 def _parsed(text: str, place: str) -> Any:
     """A JSON value without what JSON does not have or leaves open."""
     try:
-        return json.loads(text, object_pairs_hook=object_of, parse_constant=_constant)
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
     except RecursionError as error:
         raise ValueError(f"{place}: is nested too deeply") from error
     except ValueError as error:
         raise ValueError(f"{place}: is not JSON: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    doubled = repeated_key(pairs)
+    if doubled is not None:
+        raise ValueError(f"the key {doubled!r} appears twice")
+    return dict(pairs)
 
 
 def _constant(name: str) -> Any:

@@ -228,17 +228,22 @@ def _after_space(text: str, place: int) -> int:
     return match.end()
 
 
-def object_of(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """The ``object_pairs_hook`` that raises ValueError if a key is repeated."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {reprlib.repr(twice)} appears twice in one object")
-    return values
+def repeated_key(pairs: Sequence[tuple[str, Any]]) -> str | None:
+    """The first key that the pairs of a JSON object hold twice; None if there is none."""
+    if len(dict(pairs)) == len(pairs):
+        return None
+    names = [name for name, _ in pairs]
+    return next(name for name in names if names.count(name) > 1)
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=object_of)
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    twice = repeated_key(pairs)
+    if twice is not None:
+        raise ValueError(f"{reprlib.repr(twice)} appears twice in one object")
+    return dict(pairs)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _parsed(path: Path, line: int, parse: Callable[..., Any], *text: Any) -> Any:
@@ -251,7 +256,7 @@ def _parsed(path: Path, line: int, parse: Callable[..., Any], *text: Any) -> Any
         raise ValueError(f"{place}: is not JSON: {error.msg} at column {error.colno}") from error
     except RecursionError as error:
         raise ValueError(f"{path}, line {line}: is not JSON: it is nested too deeply") from error
-    except ValueError as error:  # of object_of, or of an integer of thousands of digits
+    except ValueError as error:  # of _object, or of an integer of thousands of digits
         raise ValueError(f"{path}, line {line}: {error}") from error
 
 
