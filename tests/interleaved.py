@@ -1,11 +1,11 @@
 """Triton's interpreter with all programs of a launch under way at once.
 
 The interpreter runs one program after the other, so a program never meets another that is not done:
-a wait that is missing goes unnoticed. Here each program is a thread. One at a time has the turn, and
-may lose it before every store and every atomic operation; who gets it next is drawn from a seed. So
-the order in which things happen is the same in every run and on every machine. A program that reads
-the same number twice with acquire semantics waits for a change of it: where all wait, the launch
-has hung, and fails.
+a wait that is missing goes unnoticed. Here each program is a thread. One at a time has the turn,
+and may lose it before every store and every atomic operation; who gets it next is drawn from a
+seed. So things happen in the same order in every run and on every machine. A program that reads the
+same number twice with an atomic operation that adds nothing waits for a change of it. Where all
+wait, the launch has hung: it fails.
 """
 
 from __future__ import annotations
