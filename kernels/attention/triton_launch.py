@@ -14,6 +14,7 @@ from vlmo.kernels import target
 from vlmo.kernels.attention.reference import Call
 from vlmo.kernels.attention.tiles import Tile
 from vlmo.kernels.attention.triton_parts import INTERPRETED, Config, Lookup, Sequences, View
+from vlmo.kernels.triton_numbers import odd
 from vlmo.kernels.triton_target import tf32_allowed
 
 LOG2_E = 1 / math.log(2)
@@ -124,9 +125,14 @@ class Work:
         self, kernel: Any, tile: Tile, programs: int, tensors: Sequence[Tensor], *numbers: float
     ) -> None:
         config = self.config._replace(block_q=tile.block_q, block_k=tile.block_k)
+        views = (view._replace(batch=odd(view.batch)) for view in self.views)
+        changing = ("batch", "length", "tokens")
+        sequences = self.sequences._replace(
+            **{name: odd(getattr(self.sequences, name)) for name in changing}
+        )
         launch(
-            *(kernel, self.device, programs, tile, *self.views, *tensors),
-            *(self.sequences, self.lookup, self.scale * LOG2_E, *numbers, config),
+            *(kernel, self.device, programs, tile, *views, *tensors),
+            *(sequences, self.lookup, self.scale * LOG2_E, *numbers, config),
         )
 
 

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from vlmo.kernels import target
 from vlmo.kernels.moe_ffn.reference import GATED, Call
+from vlmo.kernels.moe_ffn.rows import Rows
 from vlmo.kernels.moe_ffn.schedule import TILE_OVERHEAD, choose_band
 from vlmo.kernels.moe_ffn.tiles import Tile
 from vlmo.kernels.moe_ffn.triton_parts import INTERPRETED, Config
+from vlmo.kernels.triton_numbers import odd
 from vlmo.kernels.triton_target import tf32_allowed
 
 # What a task without products costs in steps of a main loop: a guess that only steers the choice of
@@ -39,6 +41,14 @@ def pointers(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
+
+
+def passed(rows: Rows) -> Rows:
+    """Rows as the kernels take them: one compiled kernel for any lengths."""
+    if rows.offsets is not None:
+        return rows
+    starts, lengths = (tuple(map(odd, numbers)) for numbers in (rows.starts, rows.lengths))
+    return Rows(starts, lengths, odd(rows.sequences), odd(rows.length), None, None)
 
 
 @functools.lru_cache(maxsize=256)

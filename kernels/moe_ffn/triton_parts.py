@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from vlmo.kernels import target
+from vlmo.kernels.triton_numbers import from_odd
 
 # The interpreter multiplies 16-bit operands wrongly (bfloat16) or as float16 (both up to 3.9).
 INTERPRETED = tl.constexpr(target.interpreted())
@@ -66,8 +67,8 @@ def expert_offset(rows, i: tl.constexpr):
     if rows.offsets is None:
         before = 0
         for e in tl.static_range(i):
-            before += rows.lengths[e]
-        return before * rows.sequences
+            before += from_odd(rows.lengths[e])
+        return before * from_odd(rows.sequences)
     else:
         return tl.load(rows.offsets + i)
 
@@ -104,9 +105,10 @@ def tokens_of(rows, grouped, expert, begin, end, C: tl.constexpr):
     """Tokens of grouped rows of one expert, int64; rows behind its end repeat its last one."""
     grouped = tl.maximum(tl.minimum(grouped, end - 1), 0)
     if rows.offsets is None:
-        length = tl.maximum(select(rows.lengths, expert, C), 1)
+        length = tl.maximum(from_odd(select(rows.lengths, expert, C)), 1)
         local = grouped - begin
-        token = (local // length) * rows.length + select(rows.starts, expert, C)
+        start = from_odd(select(rows.starts, expert, C))
+        token = (local // length) * from_odd(rows.length) + start
         return (token + local % length).to(tl.int64)
     else:
         return tl.load(rows.tokens + grouped).to(tl.int64)
