@@ -1,8 +1,7 @@
-"""From a call to a launch: constants, addresses, the table, the one place that launches."""
+"""From a call to a launch: constants, addresses, the table."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from vlmo.kernels.attention.reference import Call
 from vlmo.kernels.attention.tiles import Tile
 from vlmo.kernels.attention.triton_parts import INTERPRETED, Config, Lookup, Sequences, View
 from vlmo.kernels.triton_numbers import odd
+from vlmo.kernels.triton_run import launch
 from vlmo.kernels.triton_target import tf32_allowed
 
 LOG2_E = 1 / math.log(2)
@@ -134,10 +134,3 @@ class Work:
             *(kernel, self.device, programs, tile, *views, *tensors),
             *(sequences, self.lookup, self.scale * LOG2_E, *numbers, config),
         )
-
-
-def launch(kernel: Any, device: torch.device, programs: int, tile: Tile, *args: Any) -> None:
-    """Run ``kernel`` on the current stream of ``device``."""
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
-        kernel[(programs,)](*args, num_warps=tile.num_warps, num_stages=tile.num_stages)

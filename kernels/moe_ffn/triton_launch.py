@@ -1,11 +1,9 @@
-"""From a call to a launch: constants, the band, and the one place that launches."""
+"""From a call to a launch: constants, the band."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +15,7 @@ from vlmo.kernels.moe_ffn.schedule import TILE_OVERHEAD, choose_band
 from vlmo.kernels.moe_ffn.tiles import Tile
 from vlmo.kernels.moe_ffn.triton_parts import INTERPRETED, Config
 from vlmo.kernels.triton_numbers import odd
+from vlmo.kernels.triton_run import launch as launch
 from vlmo.kernels.triton_target import tf32_allowed
 
 # What a task without products costs in steps of a main loop: a guess that only steers the choice of
@@ -107,10 +106,3 @@ def workers_on(device: torch.device, tile: Tile) -> int:
     if INTERPRETED:
         return _INTERPRETED_PROGRAMS
     return target.multiprocessors(device) * tile.programs
-
-
-def launch(kernel: Any, device: torch.device, programs: int, tile: Tile, *args: Any) -> None:
-    """Run ``kernel`` on the current stream of ``device``."""
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
-        kernel[(programs,)](*args, num_warps=tile.num_warps, num_stages=tile.num_stages)
