@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-# Of each kind of batch, whatever its lengths. The feed-forward layer has one variant for each number
-# of experts that run (one takes texts, images or joint sequences; two share joint ones), and one
-# each with and without a factor for each token, which the kernel of the weights does not read.
+# Of each kind of batch, whatever its lengths. The feed-forward layer has variants for one expert,
+# which takes texts, images or joint sequences, and for two, which share joint ones; each with and
+# without a factor for each token, which the kernel of the weights does not read.
 EXPECTED = {
     "packed": {
         "attention_fwd_kernel": 1,
