@@ -34,6 +34,8 @@ done
 
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
+# The tree's own options ask for plugins that need not be here.
+pytest=("$python" -m pytest -q -p no:cacheprovider -o "addopts=--import-mode=importlib -ra")
 COMMIT=${COMMIT:-$(git describe --always --dirty --exclude='*' 2>/dev/null)}
 # The folder vlmo/ of the tree has no kernels/ in it: only the installed package is whole.
 export PYTHONSAFEPATH=1
@@ -109,8 +111,7 @@ tests() {
     local shards=$(($(nproc) < 12 ? $(nproc) : 12)) status=0 shard processes=()
     # Other tests need no GPU, and may need packages that are not here: what cannot be collected is
     # in the log.
-    run tests 40 "$python" -m pytest tests -m gpu --collect-only -q -p no:cacheprovider \
-        --continue-on-collection-errors
+    run tests 40 "${pytest[@]}" tests -m gpu --collect-only --continue-on-collection-errors
     grep '^tests/.*::' "$out/tests.log" | sort -u >"$out/tests.txt"
     if [ ! -s "$out/tests.txt" ]; then
         echo "nothing was collected" >>"$out/tests.log"
@@ -121,7 +122,7 @@ tests() {
         : >"$out/tests-$shard.log"
         # The V100's kernels too, if the wheel was built with VLMO_TEST_TARGETS.
         VLMO_VOLTA_ANYWHERE=1 start "tests-$shard" 300 xargs -r -d '\n' \
-            -a "$out/tests-$shard.txt" "$python" -m pytest -q -p no:cacheprovider
+            -a "$out/tests-$shard.txt" "${pytest[@]}"
         processes+=("$process")
     done
     for shard in "${!processes[@]}"; do
@@ -143,13 +144,12 @@ sanitizer() {
         # An allocation of its own for each tensor, or memcheck would not see its end.
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 run sanitizer 80 \
             compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
-            "$python" -m pytest tests/test_moe_ffn.py -m gpu -q -x -p no:cacheprovider \
+            "${pytest[@]}" tests/test_moe_ffn.py -m gpu -x \
             -k "${SANITIZE:-test_parity and cuda-triton and bfloat16 and (vlmo or ids)}" || status=1
         # The V100's kernels, if the wheel was built with VLMO_TEST_TARGETS; else their test skips.
         VLMO_VOLTA_ANYWHERE=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 run sanitizer 80 \
             compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
-            "$python" -m pytest tests/test_moe_ffn_cuda.py tests/test_attention_cuda.py \
-            -m gpu -q -x -p no:cacheprovider \
+            "${pytest[@]}" tests/test_moe_ffn_cuda.py tests/test_attention_cuda.py -m gpu -x \
             -k "test_parity and cuda-cuda and (moe_ffn or 237 or positions)" || status=1
     done
     return $status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from vlmo.kernels.moe_ffn.reference import GATED, Call
 from vlmo.kernels.moe_ffn.rows import Rows
 from vlmo.kernels.moe_ffn.schedule import TILE_OVERHEAD, choose_band
 from vlmo.kernels.moe_ffn.tiles import Tile
-from vlmo.kernels.moe_ffn.triton_parts import INTERPRETED, Config
+from vlmo.kernels.moe_ffn.triton_parts import INTERPRETED, Config, Passed
 from vlmo.kernels.triton_numbers import odd
 from vlmo.kernels.triton_run import launch as launch
 from vlmo.kernels.triton_target import tf32_allowed
@@ -42,12 +43,13 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def passed(rows: Rows) -> Rows:
-    """Rows as the kernels take them: one compiled kernel for any lengths."""
+def passed(rows: Rows) -> Passed:
+    """Rows as the kernels take them: what is compiled serves any lengths."""
     if rows.offsets is not None:
-        return rows
-    starts, lengths = (tuple(map(odd, numbers)) for numbers in (rows.starts, rows.lengths))
-    return Rows(starts, lengths, odd(rows.sequences), odd(rows.length), None, None)
+        return Passed(None, None, None, 0, rows.tokens, rows.offsets)
+    ends = itertools.accumulate(length * rows.sequences for length in rows.lengths)
+    starts, lengths, ends = (tuple(map(odd, n)) for n in (rows.starts, rows.lengths, ends))
+    return Passed(starts, lengths, ends, odd(rows.length), None, None)
 
 
 @functools.lru_cache(maxsize=256)

@@ -8,7 +8,7 @@ contiguous; x, dy, residual, y and dx are addressed by token.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -45,6 +45,17 @@ class Config(NamedTuple):
     row_steps: int  # and how often it does so in one task
 
 
+class Passed(NamedTuple):
+    """:class:`rows.Rows` as a kernel takes them; integers by :func:`triton_numbers.odd`."""
+
+    starts: Any  # E x first token of the expert's run in a sequence; None with an index
+    lengths: Any  # E x tokens of the run
+    ends: Any  # E x grouped row behind the expert's last
+    length: Any  # tokens of a sequence
+    tokens: Any  # [T] int32, token of each grouped row; None in the segment form
+    offsets: Any  # [E + 1] int32
+
+
 @triton.jit
 def select(values, index, C: tl.constexpr):
     """``values[index]`` for an index that is only known at run time."""
@@ -65,10 +76,10 @@ def width_of(expert, C: tl.constexpr):
 def expert_offset(rows, i: tl.constexpr):
     """Grouped row at which expert ``i`` begins; T for ``i`` = E."""
     if rows.offsets is None:
-        before = 0
-        for e in tl.static_range(i):
-            before += from_odd(rows.lengths[e])
-        return before * from_odd(rows.sequences)
+        if i == 0:
+            return 0
+        else:
+            return from_odd(rows.ends[i - 1])
     else:
         return tl.load(rows.offsets + i)
 
