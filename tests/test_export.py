@@ -177,3 +177,14 @@ def test_ids_are_exported_too():
     for count in (2, 7):
         x, ids = torch.randn(count, 8), torch.arange(count) % 2
         torch.testing.assert_close(program.module()(x, ids), module(x, ids))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@torch.no_grad()
+def test_the_forward_of_a_task_is_exported_for_texts_of_all_lengths(strict):
+    model = model_of(TINY.replace(depth=2, vl_start=1, tasks=("vqa",))).eval()
+    program = torch.export.export(model, (batch_of(4),), strict=strict)
+    assert not ours(program)
+    for seed in (1, 2):
+        batch = batch_of(4, seed=seed)
+        torch.testing.assert_close(program.module()(batch), model(batch))
