@@ -48,8 +48,14 @@ def passed(rows: Rows) -> Passed:
     if rows.offsets is not None:
         return Passed(None, None, None, 0, rows.tokens, rows.offsets)
     ends = itertools.accumulate(length * rows.sequences for length in rows.lengths)
-    starts, lengths, ends = (tuple(map(odd, n)) for n in (rows.starts, rows.lengths, ends))
-    return Passed(starts, lengths, ends, odd(rows.length), None, None)
+    return Passed(
+        starts=tuple(map(odd, rows.starts)),
+        lengths=tuple(map(odd, rows.lengths)),
+        ends=tuple(map(odd, ends)),
+        length=odd(rows.length),
+        tokens=None,
+        offsets=None,
+    )
 
 
 @functools.lru_cache(maxsize=256)
