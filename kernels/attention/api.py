@@ -51,6 +51,10 @@ def shared_attention(
     Returns:
         The attention output, in the shape and dtype of q. A query without a valid key gets zeros.
 
+    What k and v hold at a masked key, one that ``key_mask`` or ``key_lengths`` excludes, changes no
+    output and no gradient, even if it is NaN or infinite; its own gradients are zeros. The query at
+    that place is one like any other: it gets an output, and sends gradients to the keys it sees.
+
     Scores, bias and softmax are computed in float32 (float64 for float64); probabilities are
     rounded to the dtype of v before the second product, as the official code does. Under autocast,
     q, k and v are cast to its dtype; the table is not.
