@@ -109,7 +109,7 @@ def encode_streams(
     Args:
         model: with the projections of ITC.
         texts: B texts.
-        patches: ``[I, N, D]`` of :meth:`VLMo.embed_image`.
+        patches: ``[I, N, D]`` of :meth:`vlmo.VLMo.embed_image`.
         vl_tail: see above.
         words: pairs that are fused in the same pass.
 
@@ -170,7 +170,7 @@ def encode_images(model: VLMo, patches: Tensor) -> Tensor:
 
     Args:
         model: any.
-        patches: ``[I, N, D]`` of :meth:`VLMo.embed_image`.
+        patches: ``[I, N, D]`` of :meth:`vlmo.VLMo.embed_image`.
     """
     images = _Sequences([0] * len(patches), [patches.shape[1]] * len(patches), False)
     layout = _packed(model, [images], patches.device)
@@ -189,7 +189,7 @@ def fuse(
     Args:
         model: any.
         texts: B texts.
-        patches: ``[I, N, D]`` of :meth:`VLMo.embed_image`.
+        patches: ``[I, N, D]`` of :meth:`vlmo.VLMo.embed_image`.
         images: for each text, the row of ``patches``.
         tokens: of the texts, that are wanted; None for the first one of each pair.
 

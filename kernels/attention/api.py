@@ -41,7 +41,7 @@ def shared_attention(
         key_mask: True where a key may be attended to.
         key_lengths: number of leading keys that may be attended to; int32 or int64.
         offsets: first row of each sequence and T at the end, int32 or int64 (``cu_seqlens``;
-            :attr:`ModalityRouting.offsets`).
+            :attr:`vlmo.kernels.ModalityRouting.offsets`).
         max_length: at least the length of the longest sequence; needed with ``offsets``.
         positions: row of ``bias.index`` of each token; by default its place in its sequence.
         causal: let a query attend to keys at its own place and before only.
