@@ -6,6 +6,7 @@ import torch
 from vlmo import VLMo, VLMoConfig
 from vlmo.kernels import use_backend
 from vlmo.negatives import draw_negatives
+from vlmo.sequences import Run
 
 TINY = VLMoConfig(
     dim=24,
@@ -94,7 +95,7 @@ def check_survival(factors: torch.Tensor, runs: list[slice]) -> None:
 def test_stochastic_depth_drops_branches_by_sample_and_modality(packed):
     model, device = VLMo(TINY), torch.device("cpu")
     if packed:
-        layout = model.pack([2] * 2000, [3] * 2000, [True] * 2000, device)
+        layout = model.pack([Run(2000, torch.full((2000,), 2), 4000, 3, True)], device)
     else:
         layout = model._padded(torch.zeros(2000, 5, 24), 2, 3, None, vl=True)
     check_survival(layout.drop_path(0.5, device).view(2000, 5), [slice(0, 5)])

@@ -179,7 +179,7 @@ def test_bad_batches():
     gap = batch["text_masks"].clone()
     gap[1, :2] = torch.tensor([0, 1])
     del batch["text_lengths"]
-    with pytest.raises(ValueError, match="text_masks: a text has padding before its last token"):
+    with pytest.raises(ValueError, match="text_masks: text 1 has padding before its last token"):
         model(batch | {"text_masks": gap})
     with pytest.raises(ValueError, match="text_lengths: text 2 has no token"):
         model(batch | {"text_lengths": torch.tensor([3, 3, 0, 3])})

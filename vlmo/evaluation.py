@@ -388,13 +388,8 @@ def _negatives(logits: Tensor, batch: Batch, number: int) -> Negatives:
     """Hard negatives among the rows of this batch alone, the same whenever it is drawn."""
     generator = torch.Generator(logits.device).manual_seed(number)
     images, texts = draw_negatives(logits.T, generator), draw_negatives(logits, generator)
-    lengths = passes.text_lengths(batch)
-    return Negatives(
-        batch["text_ids"][texts],
-        [lengths[n] for n in texts.tolist()],
-        images.tolist(),
-        batch["image"][:0],
-    )
+    lengths = passes.text_lengths(batch)[texts.cpu()]
+    return Negatives(batch["text_ids"][texts], lengths, images.cpu(), batch["image"][:0])
 
 
 def _alone(batch: Batch) -> Whole:

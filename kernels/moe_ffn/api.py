@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -114,7 +115,7 @@ def moe_ffn(
         name = choose("moe_ffn", ops.BACKENDS, asked, *facts)
     ids, rows, offsets, pieces = routing.ids, None, None, routing.pieces
     if name != "reference" and not routing.by_arithmetic:
-        ids, rows, offsets = routing.grouping(x.shape[:-1].numel(), x.device)
+        ids, rows, offsets = routing.grouping(math.prod(x.shape[:-1]), x.device)
         pieces = ()
     call = Call(
         x.reshape(-1, width),
