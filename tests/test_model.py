@@ -5,6 +5,8 @@ import torch
 
 from vlmo import VLMo, VLMoConfig
 from vlmo.kernels import use_backend
+from vlmo.kernels.attention import api as attention_api
+from vlmo.kernels.routing import api as routing_api
 from vlmo.negatives import draw_negatives
 from vlmo.sequences import Run
 
@@ -267,3 +269,26 @@ def test_itm_without_itc_is_refused():
 def test_vqa_targets_of_another_size_are_refused():
     with pytest.raises(ValueError, match=r"vqa_targets: shape \(4, 7\) is not \(4, 9\)"):
         VLMo(TINY.replace(tasks=("vqa",), vqa_labels=9))(make_batch())
+
+
+@pytest.mark.parametrize("tasks", [("mlm", "itc", "itm"), ("textmlm",), ("vqa",)])
+def test_layers_do_not_check_a_layout_that_is_right_by_construction(tasks, monkeypatch):
+    """On a GPU every check of values is several small kernels, in every layer."""
+    checked = []
+    for module in (attention_api, routing_api):
+        monkeypatch.setattr(module, "check_values", lambda name, *_: checked.append(name))
+    model = VLMo(TINY.replace(tasks=tasks, vqa_labels=7))
+    model(make_batch() | {"answers": torch.zeros(4, dtype=torch.int64)})["loss"].backward()
+    assert not checked
+
+
+def test_a_layout_groups_its_rows_once(monkeypatch):
+    calls = []
+    real = routing_api.routing_index
+    monkeypatch.setattr(
+        routing_api, "routing_index", lambda *call: calls.append(call) or real(*call)
+    )
+    model = VLMo(TINY.replace(tasks=("vqa",), vqa_labels=7))
+    assert model.config.first_vl_block == 2
+    model(make_batch() | {"answers": torch.zeros(4, dtype=torch.int64)})
+    assert len(calls) == 1  # two layers below the first VL block share it; above, one expert

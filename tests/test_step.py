@@ -183,6 +183,10 @@ def test_bad_batches():
         model(batch | {"text_masks": gap})
     with pytest.raises(ValueError, match="text_lengths: text 2 has no token"):
         model(batch | {"text_lengths": torch.tensor([3, 3, 0, 3])})
+    with pytest.raises(ValueError, match="text_lengths: text 3 has more tokens than text_ids, 6"):
+        model(batch | {"text_lengths": torch.tensor([3, 3, 1, 7])})
+    with pytest.raises(ValueError, match=r"text_lengths: shape \(3,\) for 4 texts"):
+        model(batch | {"text_lengths": torch.tensor([3, 3, 1])})
     labels = torch.full_like(batch["text_labels_mlm"], 1)
     with pytest.raises(ValueError, match="text_labels_mlm: a label stands on padding"):
         model({k: v for k, v in batch.items() if k != "mlm_tokens"} | {"text_labels_mlm": labels})

@@ -191,8 +191,8 @@ class VLMo(nn.Module):
         if text.shape[0] != image.shape[0]:
             raise ValueError(f"image: {image.shape[0]} images for {text.shape[0]} texts")
         mask = torch.cat([text_mask.bool(), text_mask.new_ones(image.shape[:2]).bool()], dim=1)
-        length = text.shape[1]
-        layout = self._padded(text, length, image.shape[1], mask, vl=True)
+        length = self.config.max_text_length
+        layout = self._padded(text, length, self._patches, mask, vl=True)
         x = self.transformer.norm(self.run(torch.cat([text, image], dim=1), layout))
         return FusionOutput(x[:, :length], x[:, length:], self.pooler(x[:, 0]), x[:, 0])
 
@@ -201,17 +201,17 @@ class VLMo(nn.Module):
     ) -> StreamOutput:
         """Encode texts alone; with ``vl_tail``, also through the vision-language experts."""
         x = self._embed_padded(text_ids, text_mask)
-        return self._encode(x, x.shape[1], 0, text_mask.bool(), vl_tail)
+        return self._encode(x, self.config.max_text_length, 0, text_mask.bool(), vl_tail)
 
     def encode_image(self, image: Tensor, *, vl_tail: bool = False) -> StreamOutput:
         """Encode images alone; with ``vl_tail``, also through the vision-language experts."""
         x = self.embed_image(image)
-        return self._encode(x, 0, x.shape[1], None, vl_tail)
+        return self._encode(x, 0, self._patches, None, vl_tail)
 
     def text_features(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """``[B, T, D]`` features of texts alone, after the final norm (text-only MLM)."""
         x = self._embed_padded(text_ids, text_mask)
-        layout = self._padded(x, x.shape[1], 0, text_mask.bool(), vl=False)
+        layout = self._padded(x, self.config.max_text_length, 0, text_mask.bool(), vl=False)
         return self.transformer.norm(self.run(x, layout))
 
     def _encode(
@@ -231,6 +231,11 @@ class VLMo(nn.Module):
             vl = self.transformer.norm(self.run(middle, fused, start=start))
             vl_embedding = self.project(f"itc_vl_{stream}_proj", vl[:, 0])
         return StreamOutput(tokens, embedding, vl_embedding, last[:, 0])
+
+    @property
+    def _patches(self) -> int:
+        """Tokens of an image; a number also in a graph that ``torch.jit.trace`` records."""
+        return self.config.grid**2 + 1
 
     def project(self, head: str, cls: Tensor) -> Tensor:
         """Unit vectors ``[B, D]`` of first tokens ``[B, D]`` by one of the projections of ITC."""
@@ -267,7 +272,7 @@ class VLMo(nn.Module):
         table, depth = self.relative_position_bias_table, self.config.depth
         if table is None:
             return [None] * depth
-        return list(table.view(len(table), depth, self.config.heads).unbind(1))
+        return list(table.view(-1, depth, self.config.heads).unbind(1))
 
     def pack(self, runs: Sequence[Run], device: torch.device) -> Packed:
         """Layout of sequences without padding, for :meth:`run`."""

@@ -48,17 +48,22 @@ def text_lengths(batch: Mapping[str, Any]) -> Tensor:
     """Tokens of each text, ``[B]`` int64 on the CPU: ``text_lengths``, or what the masks say.
 
     Raises:
-        ValueError: a text has no token, or its mask has a gap.
+        ValueError: there is not one length for each text, a text has no token or more of them than
+            ``text_ids`` has, or its mask has a gap.
     """
+    rows, capacity = batch["text_ids"].shape
     if "text_lengths" in batch:
         lengths = batch["text_lengths"].to("cpu", torch.int64)
+        if lengths.shape != (rows,):
+            raise ValueError(f"text_lengths: shape {tuple(lengths.shape)} for {rows} texts")
     else:
         masks = batch["text_masks"].bool()
         counts = masks.sum(1)
         gaps = masks != (torch.arange(masks.shape[1], device=masks.device) < counts[:, None])
         refuse(gaps.any(1), "text_masks: {} has padding before its last token")
         lengths = counts.cpu()
-    refuse(lengths == 0, "text_lengths: {} has no token")
+    refuse(lengths < 1, "text_lengths: {} has no token")
+    refuse(lengths > capacity, f"text_lengths: {{}} has more tokens than text_ids, {capacity}")
     return lengths
 
 

@@ -9,7 +9,14 @@ from vlmo.kernels.arguments import FLOATS, autocast_dtype, check_tensor, check_v
 from vlmo.kernels.attention import ops
 from vlmo.kernels.attention.bias import RelativePositionBias
 from vlmo.kernels.attention.reference import Call, shared_attention_reference
-from vlmo.kernels.dispatch import choose, choose_transformed, requested, transformed, usual
+from vlmo.kernels.dispatch import (
+    choose,
+    choose_transformed,
+    requested,
+    transformed,
+    usual,
+    written_down,
+)
 
 _INTEGERS = (torch.int32, torch.int64)
 
@@ -92,9 +99,11 @@ def shared_attention(
 
     facts = (q.device, q.dtype, q.shape[-1], 0 if bias is None else bias.index.entries)
     asked = requested(backend) or usual(q.device)
-    looked_into = transformed((q, k, v, None if bias is None else bias.table))
-    if looked_into:
-        name = choose_transformed("shared_attention", backend)
+    inline = written_down(backend)
+    if transformed((q, k, v, None if bias is None else bias.table)):
+        name, inline = choose_transformed("shared_attention", backend), True
+    elif inline:
+        name = "reference"
     else:
         name = choose("shared_attention", ops.BACKENDS, asked, *facts)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -104,10 +113,10 @@ def shared_attention(
     )
     if bias is not None:
         index = bias.index
-        call = call._replace(
-            table=bias.table, matrix=index.matrix, affine=index.affine, short=index.short
-        )
-    return shared_attention_reference(call) if looked_into else ops.run(call, name)
+        call = call._replace(table=bias.table, matrix=index.matrix)
+        if not inline:  # the rest is for kernels
+            call = call._replace(affine=index.affine, short=index.short)
+    return shared_attention_reference(call) if inline else ops.run(call, name)
 
 
 def _unpack(
