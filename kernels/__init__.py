@@ -22,7 +22,7 @@ if __name__ == "vlmo.kernels":
 else:
     # In a clone this folder is found as `kernels`, the name of a package that other libraries look
     # for (transformers does). They may find it, but nothing in it.
-    __path__: list[str] = []
+    __path__ = []
 
     def _refuse(name: str) -> None:
         if name.startswith("__"):

@@ -20,7 +20,7 @@ def operand_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _multiplies(dtype: torch.dtype) -> bool:
     """Whether oneDNN, PyTorch's only fast way, multiplies 16-bit matrices of ``dtype`` here."""
-    return torch.backends.mkldnn.enabled and _has_instructions(dtype)
+    return bool(torch.backends.mkldnn.enabled) and _has_instructions(dtype)
 
 
 @functools.cache

@@ -249,11 +249,9 @@ def _widened(call: Call, e: int) -> Call:
     operand = cpu_target.operand_dtype(dtype)
     if operand == dtype:
         return call
-    lists = {
-        name: [t.to(operand) if i == e else t for i, t in enumerate(tensors)]
-        for name, tensors in zip(Call._fields[1:7], call[1:7], strict=True)
-    }
-    return call._replace(**lists)
+    x, *lists = call[:7]
+    wide = [[t.to(operand) if i == e else t for i, t in enumerate(one)] for one in lists]
+    return Call._make((x, *wide, *call[7:]))
 
 
 def _as_wide(t: Tensor, call: Call, e: int) -> Tensor:
