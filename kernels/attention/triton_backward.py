@@ -67,7 +67,7 @@ def attention_bwd_q_kernel(
     for first in range(0, stop, C.block_k):
         keys = first + tl.arange(0, C.block_k)
         k_rows = clamp(keys, valid)
-        allowed = valid_keys(sequences, start, keys, k_rows, valid)
+        allowed = valid_keys(sequences, start, keys, valid)
         k_tile = load_keys(k_base, k, k_rows, allowed, sequences, C)
         # [block_q, block_k]
         s = product(q_tile, tl.trans(k_tile), C) * scale
@@ -144,7 +144,7 @@ def attention_bwd_kv_kernel(
         dk = dot(ds.to(q_tile.dtype), q_tile, dk, C)
 
     # Nothing of the row of a masked key reached another.
-    allowed = valid_keys(sequences, start, keys, k_rows, valid)[:, None]
+    allowed = valid_keys(sequences, start, keys, valid)[:, None]
     dk = tl.where(allowed, dk, 0.0)
     dv = tl.where(allowed, dv, 0.0)
     store_own(DK, dk * factor, sequences, start, keys, length, head, C)

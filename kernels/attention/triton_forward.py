@@ -52,7 +52,7 @@ def attention_fwd_kernel(q, k, v, OUT, LSE, sequences, lookup, scale, C: tl.cons
     for first in range(0, stop, C.block_k):
         keys = first + tl.arange(0, C.block_k)
         k_rows = clamp(keys, valid)
-        allowed = valid_keys(sequences, start, keys, k_rows, valid)
+        allowed = valid_keys(sequences, start, keys, valid)
         # [block_q, block_k]
         s = product(q_tile, tl.trans(load_rows(k_base, k, k_rows, C)), C) * scale
         if C.biased:

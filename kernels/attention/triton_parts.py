@@ -234,11 +234,11 @@ def table_rows(
 
 
 @triton.jit
-def valid_keys(sequences, start, keys, rows, valid):
-    """Which keys of a tile may be attended to; ``rows`` are ``keys`` with none behind the end."""
+def valid_keys(sequences, start, keys, valid):
+    """Which keys of a tile may be attended to."""
     allowed = keys < valid
     if sequences.key_mask is not None:
-        allowed = allowed & (tl.load(sequences.key_mask + start + rows) != 0)
+        allowed = tl.load(sequences.key_mask + start + keys, mask=allowed, other=0) != 0
     return allowed
 
 

@@ -204,7 +204,7 @@ def score_gradients(
     dp = product(dout, tl.trans(v_tile), C)
     delta = tl.load(DELTA + (start + q_rows) * sequences.heads + head)
     # Here and not in s: dp too may be NaN under a masked key.
-    allowed = valid_keys(sequences, start, keys, k_rows, valid)[None, :]
+    allowed = valid_keys(sequences, start, keys, valid)[None, :]
     ds = tl.where(allowed, p * (dp - delta[:, None]), 0.0)
     if C.causal:
         ds = tl.where(keys[None, :] <= queries[:, None], ds, 0.0)
