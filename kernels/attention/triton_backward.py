@@ -78,12 +78,15 @@ def attention_bwd_q_kernel(
                 *(k_position[None, :], k_column[None, :], regular, C),
             )
             s += tl.load(table + row)
+        s = tl.where(allowed[None, :], s, float("-inf"))
+        if C.causal:
+            s = tl.where(keys[None, :] <= queries[:, None], s, float("-inf"))
+
         p = tl.exp2(s - lse[:, None])
         dp = product(dout, tl.trans(load_rows(v_base, v, k_rows, C)), C)
-        # Here and not in s: dp too may be NaN under a masked key.
-        ds = tl.where(allowed[None, :], p * (dp - delta[:, None]), 0.0)
-        if C.causal:
-            ds = tl.where(keys[None, :] <= queries[:, None], ds, 0.0)
+        ds = p * (dp - delta[:, None])
+        if sequences.key_mask is not None:
+            ds = tl.where(p == 0.0, 0.0, ds)  # dp may be NaN under a masked key
         acc = dot(ds.to(k_tile.dtype), k_tile, acc, C)
 
     store_own(DQ, acc * factor, sequences, start, queries, length, head, C)
