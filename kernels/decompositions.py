@@ -40,7 +40,7 @@ def _moe_ffn_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
 def _moe_ffn_backward(dy: Tensor, pre: Tensor, *inputs: Any) -> list[Tensor]:
     *arguments, needs, _ = inputs
     # The residual is not among them; the last one of a call is whether ``pre`` was kept.
-    call = moe_ffn.Call(*arguments[:9], None, *arguments[9:], pre.numel() > 0)
+    call = moe_ffn.Call._make([*arguments[:9], None, *arguments[9:], pre.numel() > 0])
     return moe_ffn.backward(dy, pre, call, needs)
 
 

@@ -177,3 +177,15 @@ def test_ids_are_exported_too():
     for count in (2, 7):
         x, ids = torch.randn(count, 8), torch.arange(count) % 2
         torch.testing.assert_close(program.module()(x, ids), module(x, ids))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@torch.no_grad()
+def test_the_forward_of_a_task_is_exported_for_texts_of_all_lengths(strict):
+    model = model_of(TINY.replace(depth=2, vl_start=1, tasks=("vqa",))).eval()
+    names = ("text_ids", "text_masks", "text_lengths", "image", "vqa_targets")
+    first, *others = ({name: batch_of(4, seed=seed)[name] for name in names} for seed in range(3))
+    program = torch.export.export(model, (first,), strict=strict)
+    assert not ours(program)
+    for batch in others:
+        torch.testing.assert_close(program.module()(batch), model(batch))

@@ -290,3 +290,30 @@ def test_settings_of_a_run_are_not_recorded(tmp_path):
     save_checkpoint(VLMo(config), tmp_path / "model.pt")
     found = config_of(tmp_path / "model.pt")
     assert found == dataclasses.replace(TINY)
+
+
+class Wrapper(torch.nn.Module):
+    """Names every parameter anew, as torch.compile and PEFT do."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.inner_model = model
+
+    def forward(self, *batch, **options):
+        return self.inner_model(*batch, **options)
+
+
+def test_temperatures_learn_inside_any_wrapper():
+    """Of a batch in parts, the scales of contrast get their gradients from the whole batch."""
+    model, batch = model_of(TINY.replace(tasks=("mlm", "itc", "itm"))), batch_of(4)
+    step.backward(model, batch, micro_batch=2)
+    expected = gradients(model)
+    assert "logit_scale" in expected
+    model.zero_grad()
+    step.backward(Wrapper(model), batch, micro_batch=2)
+    torch.testing.assert_close(gradients(model), expected)
+
+
+def test_a_step_of_something_else_is_refused():
+    with pytest.raises(TypeError, match="model: no VLMo is in this Linear"):
+        step.backward(torch.nn.Linear(2, 2), batch_of(4))

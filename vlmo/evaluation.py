@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 from vlmo import objectives, passes
@@ -29,7 +28,7 @@ from vlmo.distributed import rank
 from vlmo.files import replacing
 from vlmo.gallery import gallery_of as gallery_of
 from vlmo.gallery import readable_gallery
-from vlmo.model import VLMo
+from vlmo.model import VLMo, inner
 from vlmo.negatives import Negatives, draw_negatives
 from vlmo.objectives import Batch, Whole
 from vlmo.retrieval import Gallery, Recall, encode, recall_at, shortlist
@@ -134,9 +133,7 @@ def evaluate(
         FloatingPointError: the model's outputs are NaN or infinite.
         OSError: ``predictions`` cannot be written.
     """
-    if isinstance(model, DistributedDataParallel):
-        model = model.module
-    model = cast(VLMo, model)
+    model = inner(model)
     check_task(model.config, task, rerank=rerank, predictions=predictions)
     _check_data(model.config, dataset, tokenizer, task)
     if on_bad_sample not in ON_BAD_SAMPLE:

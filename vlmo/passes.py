@@ -8,7 +8,7 @@ Of the last block, only tokens that a head reads are projected and fed forward.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +80,7 @@ def refuse(wrong: Tensor, complaint: str) -> None:
 
 def end_to_end(text_ids: Tensor, lengths: Tensor) -> Texts:
     """Ids ``[B, T]`` without their padding, from ``lengths`` ``[B]`` on the CPU."""
-    total = int(lengths.sum())
+    total = cast(int, lengths.sum().item())  # int() would end a graph
     torch._check(total >= 0)  # what a graph cannot know of a number
     text, places = numbered(upload(lengths, text_ids.device), total)
     return Texts(text_ids[text, places], places, lengths)
