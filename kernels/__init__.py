@@ -10,20 +10,29 @@ Every operation takes ``backend="cuda" | "triton" | "cpu" | "reference"``; witho
 run decides. A backend asked for by name never falls back: it runs or raises its reason.
 """
 
-if __name__ != "vlmo.kernels":
-    raise ImportError(
-        f"this package is vlmo.kernels, not {__name__!r}: imported under two names, every "
-        "operation would be registered twice. Use `from vlmo.kernels import ...`."
-    )
+if __name__ == "vlmo.kernels":
+    from vlmo.kernels.attention.api import shared_attention
+    from vlmo.kernels.attention.bias import RelativePositionBias, RelativePositionIndex
+    from vlmo.kernels.constants import Constants
+    from vlmo.kernels.decompositions import decompositions
+    from vlmo.kernels.dispatch import BACKEND_NAMES, use_backend
+    from vlmo.kernels.moe_ffn.api import moe_ffn
+    from vlmo.kernels.routing.api import ModalityRouting, RoutingIndex
+    from vlmo.kernels.support import why_not
+else:
+    # In a clone this folder is found as `kernels`, the name of a package that other libraries look
+    # for (transformers does). They may find it, but nothing in it.
+    __path__ = []
 
-from vlmo.kernels.attention.api import shared_attention
-from vlmo.kernels.attention.bias import RelativePositionBias, RelativePositionIndex
-from vlmo.kernels.constants import Constants
-from vlmo.kernels.decompositions import decompositions
-from vlmo.kernels.dispatch import BACKEND_NAMES, use_backend
-from vlmo.kernels.moe_ffn.api import moe_ffn
-from vlmo.kernels.routing.api import ModalityRouting, RoutingIndex
-from vlmo.kernels.support import why_not
+    def _refuse(name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ImportError(
+            f"this package is vlmo.kernels, not {__name__!r}: imported under two names, every "
+            "operation would be registered twice. Use `from vlmo.kernels import ...`."
+        )
+
+    globals()["__getattr__"] = _refuse
 
 __all__ = [
     "BACKEND_NAMES",

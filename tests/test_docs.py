@@ -46,6 +46,8 @@ NAMES = {
 }
 # Commands that tests of their own run: they are only parsed here.
 ELSEWHERE = ("bench", "tune", "demo")
+# The import of a snippet that tests/test_peft.py runs, the one test that needs PEFT.
+PEFT = "from peft import"
 TINY = dict(steps=1, warmup=0, batch_size=2, image_size=32, text_length=12, text_capacity=12)
 WORDS = "a an dog cat animal red car sleeping one line another what how many who both are is show"
 
@@ -198,6 +200,8 @@ def run(monkeypatch, name: str) -> None:
     """The snippets of a page, one after the other in the same names."""
     space: dict[str, object] = {}
     for snippet in ALL[name]:
+        if PEFT in snippet.text:
+            continue
         if snippet.is_a(PYTHON):
             with contextlib.redirect_stdout(io.StringIO()):
                 exec(compile(snippet.text, snippet.place, "exec"), space)

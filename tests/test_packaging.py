@@ -97,10 +97,3 @@ def test_wheel_runs_without_compilers(wheel, tmp_path):
     environment["PYTHONPATH"] = str(site)
     command = [sys.executable, "-c", USE_WHEEL, str(site)]
     subprocess.run(command, cwd=elsewhere, env=environment, check=True)
-
-
-def test_kernels_refuses_another_name():
-    command = [sys.executable, "-c", "import kernels"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert run.returncode != 0
-    assert "this package is vlmo.kernels, not 'kernels'" in run.stderr

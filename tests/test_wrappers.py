@@ -1,6 +1,7 @@
 """Modules that were wrapped, replaced or hooked take part in the model as they are."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from test_model import make_batch
-from vlmo import VLMo, VLMoConfig, save_checkpoint
+from vlmo import VLMo, VLMoConfig, layers, save_checkpoint
 
 TINY = VLMoConfig(
     dim=24,
@@ -27,6 +28,7 @@ TINY = VLMoConfig(
     tasks=("mlm", "itc", "itm"),
 )
 LAYERS = ("qkv", "proj", "fc1", "fc2", "norm1", "norm2_text", "norm2_vl")
+EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 
 
 class Wrapper(nn.Module):
@@ -69,7 +71,8 @@ def replace(model: VLMo, make, names=LAYERS) -> VLMo:
     changed = copy.deepcopy(model)
     for name, module in list(changed.named_modules()):
         parent, _, last = name.rpartition(".")
-        if last in names and isinstance(module, (nn.Linear, nn.LayerNorm, Wrapper)):
+        kinds = (nn.Linear, nn.LayerNorm, nn.Embedding, Wrapper)
+        if last in names and isinstance(module, kinds):
             setattr(changed.get_submodule(parent), last, make(module))
     return changed
 
@@ -86,7 +89,7 @@ def assert_same(actual, expected) -> None:
         torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("names", [LAYERS, ("fc1",), ("norm2_imag",), ("norm2_vl",)])
+@pytest.mark.parametrize("names", [LAYERS, ("fc1",), ("norm2_imag",), ("norm2_vl",), EMBEDDINGS])
 @pytest.mark.parametrize("training", [True, False])
 def test_wrapper_that_does_nothing_changes_nothing(model, names, training):
     model.train(training)
@@ -214,20 +217,17 @@ def test_wrapped_models_are_not_saved_under_foreign_keys(model, tmp_path):
     assert path.exists()
 
 
-def test_plain_blocks_stay_fused(model, monkeypatch):
-    from vlmo import layers
+def fused_calls(model: nn.Module) -> int:
+    """Calls of moe_ffn in one forward."""
+    with mock.patch.object(layers, "moe_ffn", wraps=layers.moe_ffn) as moe_ffn:
+        outputs(model)
+    return moe_ffn.call_count
 
-    calls = []
 
-    def counted(*args, **kwargs):
-        calls.append(1)
-        return layers_moe_ffn(*args, **kwargs)
-
-    layers_moe_ffn = layers.moe_ffn
-    monkeypatch.setattr(layers, "moe_ffn", counted)
-    outputs(model)
-    fused = len(calls)
-    calls.clear()
-    model.transformer.blocks[0].mlp_text.fc1 = Wrapper(model.transformer.blocks[0].mlp_text.fc1)
-    outputs(model)
-    assert 0 < len(calls) < fused
+def test_plain_blocks_stay_fused(model):
+    fused = fused_calls(model)
+    linear = model.transformer.blocks[0].mlp_text.fc1
+    model.transformer.blocks[0].mlp_text.fc1 = Wrapper(linear)
+    assert 0 < fused_calls(model) < fused
+    model.transformer.blocks[0].mlp_text.fc1 = linear
+    assert fused_calls(model) == fused

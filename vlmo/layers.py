@@ -137,7 +137,8 @@ class Block(nn.Module):
             attended = attended * self.gamma_1
         drops = self.training and self.drop_path > 0
         if drops:
-            attended = attended * tokens.drop_path(self.drop_path, x.device)[..., None]
+            kept = tokens.drop_path(self.drop_path, x.device)[..., None]
+            attended = (attended * kept).to(attended.dtype)
         x = x + attended
 
         mlps: list[Any] = [getattr(self, f"mlp_{name}") for name in experts.names]
@@ -150,7 +151,9 @@ class Block(nn.Module):
             branch = _through_modules(x, experts, norms, mlps)
             if self.gamma_2 is not None:
                 branch = branch * self.gamma_2
-            return x + (branch if token_scale is None else branch * token_scale[..., None])
+            if token_scale is not None:
+                branch = (branch * token_scale[..., None]).to(branch.dtype)
+            return x + branch
         return moe_ffn(
             x,
             experts.routing,

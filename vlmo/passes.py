@@ -109,7 +109,7 @@ def encode_streams(
     Args:
         model: with the projections of ITC.
         texts: B texts.
-        patches: ``[I, N, D]`` of :meth:`VLMo.embed_image`.
+        patches: ``[I, N, D]`` of :meth:`vlmo.VLMo.embed_image`.
         vl_tail: see above.
         words: pairs that are fused in the same pass.
 
@@ -168,7 +168,7 @@ def encode_images(model: VLMo, patches: Tensor) -> Tensor:
 
     Args:
         model: any.
-        patches: ``[I, N, D]`` of :meth:`VLMo.embed_image`.
+        patches: ``[I, N, D]`` of :meth:`vlmo.VLMo.embed_image`.
     """
     layout = model.pack([_images(patches)], patches.device)
     return _end(model, patches.flatten(0, 1), layout, [(0, None)])
@@ -182,7 +182,7 @@ def fuse(
     Args:
         model: any.
         texts: B texts.
-        patches: ``[I, N, D]`` of :meth:`VLMo.embed_image`.
+        patches: ``[I, N, D]`` of :meth:`vlmo.VLMo.embed_image`.
         images: ``[B]`` int64, the row of ``patches`` of each text.
         tokens: of the texts, that are wanted; None for the first one of each pair.
 

@@ -33,5 +33,7 @@ def rows_of(embedding: nn.Embedding, rows: int | slice | Tensor) -> Tensor:
     if is_plain(embedding, nn.Embedding):
         return embedding.weight[rows]
     if not isinstance(rows, Tensor):
-        rows = torch.arange(embedding.num_embeddings, device=embedding.weight.device)[rows]
+        # Wrappers have a weight, but not always what else an embedding has.
+        weight = embedding.weight
+        rows = torch.arange(weight.shape[0], device=weight.device)[rows]
     return embedding(rows)

@@ -50,8 +50,12 @@ struct BackwardKVKernel {
     const unsigned p_tile = stages + 2 * kStage + warp_index() * 2 * kWeights;
     const WeightWriter<Scores> writer(p_tile);  // that of dS lies behind it
     unsigned at = stages + 2 * kStage + kWarps * 2 * kWeights;
+    // A masked key becomes zeros: its weights are 0, but 0 times what is not finite is not 0.
     const auto row_pointer = [&](const Operand& operand) {
-      return [&](int row) { return sequence.pointer(operand, min(first_row + row, last)); };
+      return [&](int row) {
+        const int key = first_row + row;
+        return sequence.attended(call, key) ? sequence.pointer(operand, key) : nullptr;
+      };
     };
     const Rows k(at + warp_index() * Rows::kSharedBytes, call.head_dim, row_pointer(call.k));
     at += kWarps * Rows::kSharedBytes;

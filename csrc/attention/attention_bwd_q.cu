@@ -62,8 +62,9 @@ struct BackwardQKernel {
     const QueryLookup<Scores> lookup(call, sequence, at);
 #pragma unroll
     for (int i = 0; i < 4; ++i) move.clear(stages + i / 2 * kStage + i % 2 * kTile);
-    move.store(moved_keys, stages);
-    move.store(moved_values, stages + kTile);
+    unsigned attended = codes.all_attended();
+    move.store_keys(moved_keys, stages, attended);
+    move.store_keys(moved_values, stages + kTile, attended);
     codes.store(call, sequence, stages + 2 * kTile, 0, last);
 
     const unsigned lane_scores = keep(ColumnReader<kDim, Scores>::lane_offset());
@@ -96,8 +97,9 @@ struct BackwardQKernel {
       writer.write(ds);
       __syncwarp();
       const unsigned other = 2 * stages + kStage - stage;
-      move.store(moved_keys, other);
-      move.store(moved_values, other + kTile);
+      attended = codes.all_attended();
+      move.store_keys(moved_keys, other, attended);
+      move.store_keys(moved_values, other + kTile, attended);
       codes.store(call, *kept, other + 2 * kTile, next, last);
       multiply_output(dq, lane_weights, stage + lane_keys);
       stage = other;

@@ -70,6 +70,19 @@ struct BackwardTableKernel {
 #pragma unroll
       for (int i = 0; i < 2; ++i) move.store(chunks[i], at + i * kTile);
     }
+    // Of values: zeros for masked keys, because a weight of 0 times what is not finite is not 0.
+    __device__ void store_values(const Call& call, const Move& move, unsigned at,
+                                 unsigned flags) const {
+      store(move, at);
+      if ((call.key_mask == nullptr && call.key_lengths == nullptr) || !move.inside) return;
+#pragma unroll 1
+      for (int i = 0; i < 2 * Move::kMoves; ++i) {
+        const int tile = i / Move::kMoves, token = move.token + i % Move::kMoves * Move::kTokens;
+        if (load_word(flags + (tile * kColumns + token) * 4) != 0) {
+          store_shared(move.place(at + tile * kTile, i % Move::kMoves), make_uint4(0, 0, 0, 0));
+        }
+      }
+    }
   };
 
   // One query or key for each thread.
@@ -175,7 +188,7 @@ struct BackwardTableKernel {
         right.load(move, sequence, call.v, item.key);
       }
       left.store(move, douts);
-      right.store(move, values);
+      right.store_values(call, move, values, tokens + kFlags);
       if (kAhead) left.load(move, following, call.q, item.query);
       if (kAhead) right.load(move, following, call.k, item.key);
       token.load(f, following, item.query, item.key);

@@ -63,15 +63,17 @@ struct ForwardKernel {
     const WeightWriter<Scores> writer(weights);
 #pragma unroll
     for (int i = 0; i < 4; ++i) move.clear(stages + i / 2 * kStage + i % 2 * kTile);
-    move.store(moved_keys, stages);
-    move.store(moved_values, stages + kTile);
+    unsigned attended = codes.all_attended();
+    move.store_keys(moved_keys, stages, attended);
+    move.store_keys(moved_values, stages + kTile, attended);
     codes.store(call, sequence, stages + 2 * kTile, 0, last);
     if (kShort) {
       move.load(moved_keys, key_source, call.k, kColumns, last);
       move.load(moved_values, value_source, call.v, kColumns, last);
       codes.load(call, sequence, kColumns, last, keys);
-      move.store(moved_keys, stages + kStage);
-      move.store(moved_values, stages + kStage + kTile);
+      attended = codes.all_attended();
+      move.store_keys(moved_keys, stages + kStage, attended);
+      move.store_keys(moved_values, stages + kStage + kTile, attended);
       codes.store(call, sequence, stages + kStage + 2 * kTile, kColumns, last);
     }
 
@@ -129,8 +131,9 @@ struct ForwardKernel {
       __syncwarp();
       const unsigned other = 2 * stages + kStage - stage;
       if (!kShort) {
-        move.store(moved_keys, other);
-        move.store(moved_values, other + kTile);
+        attended = codes.all_attended();
+        move.store_keys(moved_keys, other, attended);
+        move.store_keys(moved_values, other + kTile, attended);
         codes.store(call, *kept, other + 2 * kTile, next, last);
       }
       multiply_output(output, lane_weights, stage + lane_values);

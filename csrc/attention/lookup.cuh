@@ -27,6 +27,12 @@ __device__ inline void store_word(unsigned at, unsigned value) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(value) : "memory");
 }
 
+__device__ inline unsigned load_word(unsigned at) {
+  unsigned value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(at) : "memory");
+  return value;
+}
+
 // The numbers of a thread's neighbouring columns.
 template <int kCount>
 __device__ inline void load_words(unsigned at, int (&values)[kCount]) {
@@ -129,6 +135,8 @@ struct KeyCodes {
     }
     if (call.key_mask != nullptr && attended) attended = call.key_mask[sequence.first_value + key];
   }
+  // Of each key of the tile a bit.
+  __device__ unsigned all_attended() const { return __ballot_sync(kFullWarp, attended); }
   __device__ void store(const Call& call, const Sequence& sequence, unsigned tile, int first,
                         int last) const {
     if (threadIdx.x >= kColumns) return;
@@ -289,11 +297,7 @@ struct KeyLookup {
         any = any || affine.w == 0 || !call.bias.in_shared;
       }
       const int key = sequence.row_of_warp(Scores::kWarpRows) + Scores::row(r);
-      bool attended = key < sequence.keys;
-      if (call.key_mask != nullptr && attended) {
-        attended = call.key_mask[sequence.first_value + key] != 0;
-      }
-      masked |= !attended << r;
+      masked |= !sequence.attended(call, key) << r;
     }
     irregular = __any_sync(kFullWarp, any);
     special = __any_sync(kFullWarp, masked != 0);

@@ -88,6 +88,9 @@ struct Sequence {
     return operand.data + number * operand.sequence + (first + token) * operand.token +
            head * operand.head;
   }
+  __device__ bool attended(const Call& call, int key) const {
+    return key < keys && (call.key_mask == nullptr || call.key_mask[first_value + key] != 0);
+  }
   // Of a value for each token and head, such as the log-sum-exp.
   __device__ long long of_head(const Call& call, int token) const {
     return (first_value + token) * call.value_token +

@@ -83,7 +83,7 @@ struct RegisterRows {
   static constexpr int kCount = Scores::kOperands, kSharedBytes = 0;
   uint4 v[kCount][kDim / 8];
 
-  // From global memory; row_pointer(row of the warp) is valid for each.
+  // From global memory; zeros where row_pointer(row of the warp) is null.
   template <class RowPointer>
   __device__ RegisterRows(unsigned, int head_dim, RowPointer row_pointer) {
 #pragma unroll
@@ -92,7 +92,9 @@ struct RegisterRows {
 #pragma unroll
       for (int octet = 0; octet < kDim / 8; ++octet) {
         v[m][octet] = make_uint4(0, 0, 0, 0);
-        if (octet * 8 < head_dim) v[m][octet] = *reinterpret_cast<const uint4*>(row + octet * 8);
+        if (row != nullptr && octet * 8 < head_dim) {
+          v[m][octet] = *reinterpret_cast<const uint4*>(row + octet * 8);
+        }
       }
     }
   }
@@ -113,9 +115,10 @@ struct SharedRows {
 #pragma unroll 4
     for (int i = lane_index(); i < 16 * kChunks; i += 32) {
       const int row = i / kChunks, chunk = i % kChunks;
+      const __half* const from = row_pointer(row);
       uint4 v = make_uint4(0, 0, 0, 0);
-      if (chunk * kChunk < head_dim) {
-        v = *reinterpret_cast<const uint4*>(row_pointer(row) + chunk * kChunk);
+      if (from != nullptr && chunk * kChunk < head_dim) {
+        v = *reinterpret_cast<const uint4*>(from + chunk * kChunk);
       }
       store_shared(base + row * kPitch + chunk * 16, v);
     }

@@ -81,6 +81,18 @@ struct Mover {
       store_shared(place(tile, i), moved[i]);
     }
   }
+  // Of keys: zeros in the place of those without a bit in `attended`. Their weights are 0, and 0 times
+  // what is not finite is not 0.
+  __device__ void store_keys(const uint4 (&moved)[kMoves], unsigned tile, unsigned attended) const {
+    store(moved, tile);
+    if (attended == kFullWarp || !inside) return;
+#pragma unroll 1
+    for (int i = 0; i < kMoves; ++i) {
+      if (!(attended >> (token + i * kTokens) & 1)) {
+        store_shared(place(tile, i), make_uint4(0, 0, 0, 0));
+      }
+    }
+  }
   // Behind the head dim of a tile, where nothing is ever stored.
   __device__ void clear(unsigned tile) const {
     if (inside) return;

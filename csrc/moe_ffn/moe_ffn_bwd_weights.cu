@@ -305,8 +305,11 @@ __device__ inline void add_peers(const BackwardWeights& w, const Shared& shared,
 constexpr int kW2Pitch = (kTile + kChunk) * 2;  // bytes of a row of the w2 in the stages
 static_assert(kTile * kW2Pitch <= kSharedBytes, "w2 does not fit into the stages");
 
-// A tile of w2, columns behind the last zero; rows behind the last repeat it.
-__device__ inline void stage_w2(const BackwardWeights& w, const Piece& piece, unsigned stages) {
+// A tile of w2, columns behind the last zero; rows behind the last repeat it. All zeros for an expert
+// without rows: its G is 0, but 0 times what is not finite is not 0.
+__device__ inline void stage_w2(const BackwardWeights& w, const Shared& shared, unsigned stages) {
+  const Piece& piece = shared.piece;
+  const int columns = shared.plan.portions[piece.expert].count > 0 ? piece.columns : 0;
   constexpr int kChunks = kTile / kChunk, kRows = kThreads / kChunks;
   const int c = threadIdx.x % kChunks * kChunk, r = threadIdx.x / kChunks;
   const int column = piece.column + c;
@@ -315,7 +318,7 @@ __device__ inline void stage_w2(const BackwardWeights& w, const Piece& piece, un
   for (int i = 0; i < kTile; i += kRows) {
     const int row = min(piece.row + r + i, piece.rows - 1);
     uint4 chunk = make_uint4(0, 0, 0, 0);
-    if (column < piece.columns) {
+    if (column < columns) {
       chunk = *reinterpret_cast<const uint4*>(w2 + static_cast<long long>(row) * piece.columns);
     }
     store_shared(stages + (r + i) * kW2Pitch + c * 2, chunk);
@@ -353,7 +356,7 @@ __device__ inline void store_tile(const BackwardWeights& w, Shared& shared,
   __half* const out = piece.is_w1 ? gradient.w1 : gradient.w2;
   const bool of_scale = !piece.is_w1 && w.sum_scale != nullptr;
   const unsigned w2 = shared_address(shared.stages);
-  if (of_scale) stage_w2(w, piece, w2);
+  if (of_scale) stage_w2(w, shared, w2);
   stage_factors(w, shared);
   __syncthreads();
   for_each_octet<Major::kMN, Major::kMN>(acc, [&](int c) {
@@ -451,7 +454,8 @@ __device__ inline void contribute_rows(const BackwardWeights& w, Shared& shared)
 __device__ inline void finish_bias(const BackwardWeights& w, int expert, int column, float total) {
   const Call& call = w.call;
   if (w.sum_bias != nullptr) {
-    w.sum_bias[expert * call.dim + column] = total * __half2float(call.experts[expert].b2[column]);
+    const float b2 = total == 0.0f ? 0.0f : __half2float(call.experts[expert].b2[column]);
+    w.sum_bias[expert * call.dim + column] = total * b2;
   }
   if (call.layer_scale != nullptr) {
     total *= load_one(call.layer_scale, call.layer_scale_is_half, column);

@@ -49,7 +49,7 @@ def shared_attention(
         key_mask: True where a key may be attended to.
         key_lengths: number of leading keys that may be attended to; int32 or int64.
         offsets: first row of each sequence and T at the end, int32 or int64 (``cu_seqlens``;
-            :attr:`ModalityRouting.offsets`).
+            :attr:`vlmo.kernels.ModalityRouting.offsets`).
         max_length: at least the length of the longest sequence; needed with ``offsets``.
         positions: row of ``bias.index`` of each token; by default its place in its sequence.
         causal: let a query attend to keys at its own place and before only.
@@ -61,6 +61,10 @@ def shared_attention(
 
     Returns:
         The attention output, in the shape and dtype of q. A query without a valid key gets zeros.
+
+    What k and v hold at a masked key, one that ``key_mask`` or ``key_lengths`` excludes, changes no
+    output and no gradient, even if it is NaN or infinite; its own gradients are zeros. The query at
+    that place is one like any other: it gets an output, and sends gradients to the keys it sees.
 
     Scores, bias and softmax are computed in float32 (float64 for float64); probabilities are
     rounded to the dtype of v before the second product, as the official code does. Under autocast,

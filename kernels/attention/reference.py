@@ -92,20 +92,22 @@ def _probabilities(call: Call) -> tuple[Tensor, Tensor]:
 
 def _mask(call: Call) -> Tensor | None:
     """Which (query, key) pairs attend: broadcasts to [B, H, N, N]; None for all."""
-    length, device = call.q.shape[1], call.q.device
-    key = torch.arange(length, device=device)
-    masks = []
-    if call.key_mask is not None:
-        masks.append(call.key_mask[:, None, None, :])
-    if call.key_lengths is not None:
-        masks.append((key < call.key_lengths[:, None])[:, None, None, :])
+    valid = _valid_keys(call)
+    mask = None if valid is None else valid[:, None, None, :]
     if call.causal:
-        masks.append((key[None, :] <= key[:, None])[None, None])
-    if not masks:
-        return None
-    mask = masks[0]
-    for other in masks[1:]:
-        mask = mask & other
+        key = torch.arange(call.q.shape[1], device=call.q.device)
+        earlier = (key[None, :] <= key[:, None])[None, None]
+        mask = earlier if mask is None else mask & earlier
+    return mask
+
+
+def _valid_keys(call: Call) -> Tensor | None:
+    """Which keys of a dense call may be attended to: [B, N]; None for all."""
+    mask = call.key_mask
+    if call.key_lengths is not None:
+        key = torch.arange(call.q.shape[1], device=call.q.device)
+        valid = key < call.key_lengths[:, None]
+        mask = valid if mask is None else mask & valid
     return mask
 
 
@@ -131,9 +133,9 @@ def _table_gradient(ds: Tensor, call: Call) -> Tensor:
 
 
 def _pad(call: Call) -> Call:
-    """The dense form of a packed call: every sequence padded to max_length, keys masked."""
+    """A dense call whose masked keys are zeros; a packed one is padded to max_length."""
     if call.offsets is None:
-        return call
+        return _without_masked_keys(call)
     q, k, v = (_pad_rows(t, call) for t in (call.q, call.k, call.v))
     positions = call.positions
     if positions is not None:
@@ -142,6 +144,15 @@ def _pad(call: Call) -> Call:
     return call._replace(
         q=q, k=k, v=v, key_lengths=lengths, offsets=None, positions=positions, key_mask=None
     )
+
+
+def _without_masked_keys(call: Call) -> Call:
+    """Zeros in k and v under masked keys: what a weight of 0 is multiplied with may be NaN."""
+    valid = _valid_keys(call)
+    if valid is None:
+        return call
+    k, v = (torch.where(valid[:, :, None, None], t, 0) for t in (call.k, call.v))
+    return call._replace(k=k, v=v)
 
 
 def _pad_rows(t: Tensor, call: Call) -> Tensor:

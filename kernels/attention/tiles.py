@@ -43,6 +43,7 @@ WIDTHS = (64, 128)  # a head dim belongs to the first that is not below it
 #   sm_80    q         64 x 64, 4 warps    24  (head dim 34: 64)
 #   sm_80    kv        64 x 64, 4 warps    24  (head dim 34: 80)
 #   sm_80    table     64 x 64, 4 warps   400
+#   sm_86    table     64 x 32, 8 warps    16  (head dim 128)
 #   sm_90    kv       128 x 64, 8 warps   192
 #   sm_90    table     64 x 64, 4 warps   184
 #   sm_100   forward  128 x 64, 8 warps   112  (head dim 34)
@@ -65,7 +66,7 @@ _AMPERE = {
 }
 _SMALL = {
     64: replace(_AMPERE[64], forward=Tile(64, 64, 8, 2), q=Tile(128, 32, 8, 2)),
-    128: _AMPERE[128],
+    128: replace(_AMPERE[128], table=Tile(32, 64, 8, 2)),
 }
 _16_BIT = {
     "sm_80": _AMPERE,
@@ -100,7 +101,7 @@ _16_BIT = {
     },
     "sm_120": {
         64: replace(_SMALL[64], table=Tile(32, 64, 8, 2)),
-        128: replace(_SMALL[128], table=Tile(64, 32, 4, 2)),
+        128: _SMALL[128],
     },
 }
 _SINGLE = Tiles(

@@ -14,6 +14,7 @@ from vlmo.kernels.attention.triton_parts import (
     dot,
     head_of,
     key_side,
+    load_keys,
     load_lse,
     load_own,
     load_rows,
@@ -66,7 +67,8 @@ def attention_bwd_q_kernel(
     for first in range(0, stop, C.block_k):
         keys = first + tl.arange(0, C.block_k)
         k_rows = clamp(keys, valid)
-        k_tile = load_rows(k_base, k, k_rows, C)
+        allowed = valid_keys(sequences, start, keys, valid)
+        k_tile = load_keys(k_base, k, k_rows, allowed, sequences, C)
         # [block_q, block_k]
         s = product(q_tile, tl.trans(k_tile), C) * scale
         if C.biased:
@@ -76,13 +78,15 @@ def attention_bwd_q_kernel(
                 *(k_position[None, :], k_column[None, :], regular, C),
             )
             s += tl.load(table + row)
-        s = tl.where(valid_keys(sequences, start, keys, k_rows, valid)[None, :], s, float("-inf"))
+        s = tl.where(allowed[None, :], s, float("-inf"))
         if C.causal:
             s = tl.where(keys[None, :] <= queries[:, None], s, float("-inf"))
 
         p = tl.exp2(s - lse[:, None])
         dp = product(dout, tl.trans(load_rows(v_base, v, k_rows, C)), C)
         ds = p * (dp - delta[:, None])
+        if sequences.key_mask is not None:
+            ds = tl.where(p == 0.0, 0.0, ds)  # dp may be NaN under a masked key
         acc = dot(ds.to(k_tile.dtype), k_tile, acc, C)
 
     store_own(DQ, acc * factor, sequences, start, queries, length, head, C)
@@ -109,7 +113,6 @@ def attention_bwd_kv_kernel(
     # [block_k, block_d]
     k_tile = load_rows(head_of(k, sequences, b, start, head, C), k, k_rows, C)
     v_tile = load_rows(head_of(v, sequences, b, start, head, C), v, k_rows, C)
-    allowed = valid_keys(sequences, start, keys, k_rows, valid)[:, None]
     q_base = head_of(q, sequences, b, start, head, C)
     if C.biased:
         k_position, k_column, regular = key_side(lookup, start, k_rows)
@@ -132,7 +135,6 @@ def attention_bwd_kv_kernel(
                 *(k_position[:, None], k_column[:, None], regular, C),
             )
             s += tl.load(table + row)
-        s = tl.where(allowed, s, float("-inf"))
         if C.causal:
             s = tl.where(keys[:, None] <= queries[None, :], s, float("-inf"))
 
@@ -144,5 +146,9 @@ def attention_bwd_kv_kernel(
         ds = p * (dp - delta[None, :])
         dk = dot(ds.to(q_tile.dtype), q_tile, dk, C)
 
+    # Nothing of the row of a masked key reached another.
+    allowed = valid_keys(sequences, start, keys, valid)[:, None]
+    dk = tl.where(allowed, dk, 0.0)
+    dv = tl.where(allowed, dv, 0.0)
     store_own(DK, dk * factor, sequences, start, keys, length, head, C)
     store_own(DV, dv, sequences, start, keys, length, head, C)

@@ -11,6 +11,7 @@ from vlmo.kernels.attention.triton_parts import (
     dot,
     head_of,
     key_side,
+    load_keys,
     load_rows,
     product,
     program_place,
@@ -51,6 +52,7 @@ def attention_fwd_kernel(q, k, v, OUT, LSE, sequences, lookup, scale, C: tl.cons
     for first in range(0, stop, C.block_k):
         keys = first + tl.arange(0, C.block_k)
         k_rows = clamp(keys, valid)
+        allowed = valid_keys(sequences, start, keys, valid)
         # [block_q, block_k]
         s = product(q_tile, tl.trans(load_rows(k_base, k, k_rows, C)), C) * scale
         if C.biased:
@@ -60,7 +62,7 @@ def attention_fwd_kernel(q, k, v, OUT, LSE, sequences, lookup, scale, C: tl.cons
                 *(k_position[None, :], k_column[None, :], regular, C),
             )
             s += tl.load(table + row)
-        s = tl.where(valid_keys(sequences, start, keys, k_rows, valid)[None, :], s, float("-inf"))
+        s = tl.where(allowed[None, :], s, float("-inf"))
         if C.causal:
             s = tl.where(keys[None, :] <= queries[:, None], s, float("-inf"))
 
@@ -70,7 +72,7 @@ def attention_fwd_kernel(q, k, v, OUT, LSE, sequences, lookup, scale, C: tl.cons
         p = tl.exp2(s - shift[:, None])
         rescale = tl.exp2(highest - shift)
         total = total * rescale + tl.sum(p, 1)
-        v_tile = load_rows(v_base, v, k_rows, C)
+        v_tile = load_keys(v_base, v, k_rows, allowed, sequences, C)
         acc = dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], C)
         highest = higher
 

@@ -139,6 +139,18 @@ def load_rows(base, view, rows, C: tl.constexpr):
 
 
 @triton.jit
+def load_keys(base, view, rows, allowed, sequences, C: tl.constexpr):
+    """:func:`load_rows` with zeros under a ``key_mask``: a weight of 0 times NaN would be NaN."""
+    if sequences.key_mask is None:
+        return load_rows(base, view, rows, C)
+    else:
+        dims = tl.arange(0, C.block_d)
+        at = (offset(rows, C) * view.row)[:, None] * C.unit + (offset(dims, C) * view.dim)[None, :]
+        inside = allowed[:, None] & (dims[None, :] < C.head_dim)
+        return tl.load(base + at, mask=inside, other=0.0)
+
+
+@triton.jit
 def own_rows(POINTER, sequences, start, rows, head, C: tl.constexpr):
     """Addresses in a contiguous tensor [tokens, H, K]: [rows, block_d]."""
     first = POINTER + (start * sequences.heads + head) * C.head_dim
@@ -226,11 +238,11 @@ def table_rows(
 
 
 @triton.jit
-def valid_keys(sequences, start, keys, rows, valid):
-    """Which keys of a tile may be attended to; ``rows`` are ``keys`` with none behind the end."""
+def valid_keys(sequences, start, keys, valid):
+    """Which keys of a tile may be attended to."""
     allowed = keys < valid
     if sequences.key_mask is not None:
-        allowed = allowed & (tl.load(sequences.key_mask + start + rows) != 0)
+        allowed = tl.load(sequences.key_mask + start + keys, mask=allowed, other=0) != 0
     return allowed
 
 

@@ -199,15 +199,17 @@ def score_gradients(
     k_tile = load_rows(head_of(k, sequences, b, start, head, C), k, k_rows, C)
     # [block_q, block_k]
     s = product(q_tile, tl.trans(k_tile), C) * scale + bias
-    s = tl.where(valid_keys(sequences, start, keys, k_rows, valid)[None, :], s, float("-inf"))
-    if C.causal:
-        s = tl.where(keys[None, :] <= queries[:, None], s, float("-inf"))
     p = tl.exp2(s - load_lse(LSE, sequences, start, queries, length, head)[:, None])
     dout = load_own(DOUT, sequences, start, q_rows, head, C)
     v_tile = load_rows(head_of(v, sequences, b, start, head, C), v, k_rows, C)
     dp = product(dout, tl.trans(v_tile), C)
     delta = tl.load(DELTA + (start + q_rows) * sequences.heads + head)
-    return p * (dp - delta[:, None])
+    # Here and not in s: dp too may be NaN under a masked key.
+    allowed = valid_keys(sequences, start, keys, valid)[None, :]
+    ds = tl.where(allowed, p * (dp - delta[:, None]), 0.0)
+    if C.causal:
+        ds = tl.where(keys[None, :] <= queries[:, None], ds, 0.0)
+    return ds
 
 
 @triton.jit

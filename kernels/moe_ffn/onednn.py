@@ -9,11 +9,12 @@ up a whole row in one chain: its float32 error is 1.4 times MKL's at 768 columns
 from __future__ import annotations
 
 import functools
-import platform
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vlmo.kernels.cpu_target import is_x86
 
 _LONGEST = 1024  # columns in float32: see above
 _GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # how oneDNN is told to approximate it
@@ -54,6 +55,5 @@ def _takes(weight: Tensor) -> bool:
 @functools.cache
 def _here() -> bool:
     """Whether PyTorch has it: private, but what torch.compile calls on every x86 machine."""
-    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
     built = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return on_x86 and built
+    return is_x86() and built

@@ -1,6 +1,6 @@
 """The backward of moe_ffn by rows, in one launch: everything but the gradients of w1 and w2.
 
-Four phases a row tile, in the order of :class:`schedule.Banded`:
+Four phases a row tile, in the order of :class:`vlmo.kernels.moe_ffn.schedule.Banded`:
 
 0. dbranch = token_scale * dy, dh2 = layer_scale * dbranch and norm(x), to grouped scratch.
 1. dpre = act'(pre) * (dh2 W2) and the hidden activations again, from the saved pre-activation, or

@@ -1,10 +1,10 @@
 """The forward of moe_ffn in one launch: norm, first product and activation, second product.
 
 Three phases a row tile: 0 normalises rows into scratch, 1 makes tiles of the hidden activations,
-2 makes tiles of y. A persistent program takes tickets in the order of :class:`schedule.Banded`;
-a tile waits until the phase before it has finished the same row tile. A waiting program holds a
-ticket later than all it waits for, so the program with the earliest unfinished ticket never waits:
-no number of resident programs can hang.
+2 makes tiles of y. A persistent program takes tickets in the order of
+:class:`vlmo.kernels.moe_ffn.schedule.Banded`; a tile waits until the phase before it has finished
+the same row tile. A waiting program holds a ticket later than all it waits for, so the program with
+the earliest unfinished ticket never waits: no number of resident programs can hang.
 """
 
 from __future__ import annotations

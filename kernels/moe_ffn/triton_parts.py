@@ -127,7 +127,7 @@ def tokens_of(rows, grouped, expert, begin, end, C: tl.constexpr):
 
 @triton.jit
 def first_ticket(step, tiles, band, C: tl.constexpr):
-    """Tickets before ``step``, as in :meth:`schedule.Banded.first_ticket`."""
+    """Tickets before ``step``, as in ``schedule.Banded.first_ticket``."""
     tickets = 0
     for p in tl.static_range(len(C.tasks)):
         tickets += tl.minimum(tl.maximum(step - p, 0) * band, tiles) * C.tasks[p]
@@ -136,7 +136,7 @@ def first_ticket(step, tiles, band, C: tl.constexpr):
 
 @triton.jit
 def locate(ticket, tiles, band, C: tl.constexpr):
-    """Phase, row tile and part of a ticket, as in :meth:`schedule.Banded.locate`."""
+    """Phase, row tile and part of a ticket, as in ``schedule.Banded.locate``."""
     per_tile = 0
     for p in tl.static_range(len(C.tasks)):
         per_tile += C.tasks[p]

@@ -215,7 +215,8 @@ def moe_ffn_bwd_weights_kernel(
             elif kind == 1:
                 within = columns < C.dim
                 if SUM_BIAS is not None:
-                    b2 = tl.load(select(B2, expert, C) + columns, mask=within, other=0.0)
+                    brings = within & (sums != 0.0)
+                    b2 = tl.load(select(B2, expert, C) + columns, mask=brings, other=0.0)
                     at = SUM_BIAS + expert * C.dim + columns
                     tl.store(at, sums * b2.to(tl.float32), mask=within)
                     brought += 1
@@ -375,7 +376,8 @@ def finish_tile(
         else:
             if SUM_SCALE is not None:
                 w2 = tl.load(select(W2, expert, C) + at, mask=inside, other=0.0)
-                of_scale += tl.sum(part * w2.to(tl.float32), 1)
+                # Of an expert without rows part is 0, but 0 times what is not finite is not 0.
+                of_scale += tl.sum(tl.where(part == 0.0, 0.0, part * w2.to(tl.float32)), 1)
             if DW2 is not None:
                 part *= factor[:, None]
                 out = select(DW2, expert, C) + at

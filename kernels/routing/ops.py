@@ -21,7 +21,7 @@ _IMPLEMENTATIONS = {"cuda": cuda_impl.index, "reference": reference.index}
 def routing_index(
     ids: Tensor, num_experts: int, tile: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """rows, offsets, tiles and num_tiles of a :class:`RoutingIndex`."""
+    """rows, offsets, tiles and num_tiles of a :class:`vlmo.kernels.RoutingIndex`."""
     return _IMPLEMENTATIONS[backend](ids, num_experts, tile)
 
 
