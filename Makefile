@@ -7,21 +7,26 @@ BUILD_FILES := pyproject.toml constraints.txt setup.py CMakeLists.txt tests/sm70
 	$(shell find csrc -type f)
 PYTEST_ARGS ?= -n auto --dist loadfile
 
-.PHONY: install demo test test-all lint clean
+# The kernels are also compiled with these releases of Triton; tests/triton_releases has versions.
+TRITONS := $(patsubst %,build/triton/%/.unpacked,oldest newest)
+
+.PHONY: install demo test test-all tritons lint clean
 .DELETE_ON_ERROR:
 
-install: $(VENV)/.installed-test
+install: $(VENV)/.installed-test tritons
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m vlmo demo
 
 # All but what takes long and says little more; after changing kernels, their tile tables or the
 # packaging, run everything.
-test: lint
+test: lint tritons
 	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
 
-test-all: lint
+test-all: lint tritons
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+tritons: $(TRITONS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -38,6 +43,7 @@ clean:
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
+	rm -rf build/triton  # made for another Python, maybe
 
 $(VENV)/.installed-demo: $(BUILD_FILES) | $(BIN)/python
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo]'
@@ -46,3 +52,9 @@ $(VENV)/.installed-demo: $(BUILD_FILES) | $(BIN)/python
 $(VENV)/.installed-test: $(BUILD_FILES) | $(BIN)/python
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo,test]'
 	touch $(VENV)/.installed-demo $@
+
+# Unpacked, not installed: the environment keeps its own.
+build/triton/%/.unpacked: tests/triton_releases/%.txt | $(BIN)/python
+	rm -rf $(@D)
+	$(BIN)/python -m pip install -q --no-deps --only-binary=:all: --target $(@D) -r $<
+	touch $@
