@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as every_module
+from torch.nn.modules.module import _has_any_global_hook
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -24,7 +24,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         type(module) is kind
         and "forward" not in vars(module)
         and not any(getattr(module, name) for name in _HOOKS)
-        and not any(getattr(every_module, f"_global{name}") for name in _HOOKS)
+        and not _has_any_global_hook()
     )
 
 
