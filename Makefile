@@ -2,13 +2,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The versions are those of constraints.txt, or with TORCH=2.11.0 that torch and what it requires.
+CONSTRAINTS := $(if $(TORCH),build/torch-$(TORCH).txt,constraints.txt)
 # What an editable install depends on; Python files are used where they lie.
 BUILD_FILES := pyproject.toml constraints.txt setup.py CMakeLists.txt tests/sm70/compile.py \
 	$(shell find csrc -type f)
 PYTEST_ARGS ?= -n auto --dist loadfile
 
 # The kernels are also compiled with these releases of Triton; tests/triton_releases has versions.
-TRITONS := $(patsubst %,build/triton/%/.unpacked,oldest newest)
+TAG := $(shell $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -c \
+	'import sys; print(sys.implementation.cache_tag)')
+TRITONS := $(patsubst %,build/triton/$(TAG)/%/.unpacked,oldest newest)
 
 .PHONY: install demo test test-all tritons lint clean
 .DELETE_ON_ERROR:
@@ -43,18 +47,22 @@ clean:
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	rm -rf build/triton  # made for another Python, maybe
 
-$(VENV)/.installed-demo: $(BUILD_FILES) | $(BIN)/python
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo]'
+$(VENV)/.installed-demo: $(BUILD_FILES) $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[demo]'
 	touch $@
 
-$(VENV)/.installed-test: $(BUILD_FILES) | $(BIN)/python
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo,test]'
+$(VENV)/.installed-test: $(BUILD_FILES) $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[demo,test]'
 	touch $(VENV)/.installed-demo $@
 
+build/torch-%.txt: constraints.txt
+	mkdir -p build
+	sed -E '/^(torch|triton|setuptools|nvidia-cuda-.*)==/d' $< > $@
+	echo torch==$* >> $@
+
 # Unpacked, not installed: the environment keeps its own.
-build/triton/%/.unpacked: tests/triton_releases/%.txt | $(BIN)/python
+build/triton/$(TAG)/%/.unpacked: tests/triton_releases/%.txt | $(BIN)/python
 	rm -rf $(@D)
 	$(BIN)/python -m pip install -q --no-deps --only-binary=:all: --target $(@D) -r $<
 	touch $@

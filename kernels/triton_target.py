@@ -20,7 +20,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed."
     if _triton_version() < _OLDEST_TRITON:
-        return f"Triton {metadata.version('triton')} is older than 3.4."
+        oldest = ".".join(map(str, _OLDEST_TRITON))
+        return f"Triton {metadata.version('triton')} is older than {oldest}."
     if dtype not in _DTYPES:
         return f"it has no kernel for {str(dtype).removeprefix('torch.')}."
     if target.interpreted():

@@ -1,7 +1,7 @@
 """Runs compiled.py and compiled_attention.py, with the installed Triton or with another one.
 
 ``make tritons`` unpacks the oldest and the newest release that are supported under build/triton;
-tests/triton_releases says which those are. One of them is put before the installed one for as long
+tests/triton_releases has their versions. One of them is put before the installed one for as long
 as a script runs.
 """
 
@@ -16,6 +16,7 @@ import triton
 from packaging.requirements import Requirement
 
 TESTS = Path(__file__).parent
+UNPACKED = TESTS.parent / "build" / "triton" / str(sys.implementation.cache_tag)
 RELEASES = ("oldest", "newest")
 
 
@@ -33,7 +34,7 @@ def compiled(script: str, *jobs: str, release: str = "installed") -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     wanted = triton.__version__
     if release != "installed":
-        wanted, folder = version_of(release), TESTS.parent / "build" / "triton" / release
+        wanted, folder = version_of(release), UNPACKED / release
         found = [d.version for d in distributions(name="triton", path=[str(folder)])]
         assert found == [wanted], f"{folder} holds Triton {found}, not {wanted}: run `make tritons`"
         paths = [str(folder), *filter(None, [environment.get("PYTHONPATH")])]
