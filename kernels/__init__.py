@@ -19,6 +19,7 @@ if __name__ != "vlmo.kernels":
 from vlmo.kernels.attention.api import shared_attention
 from vlmo.kernels.attention.bias import RelativePositionBias, RelativePositionIndex
 from vlmo.kernels.constants import Constants
+from vlmo.kernels.decompositions import decompositions
 from vlmo.kernels.dispatch import BACKEND_NAMES, use_backend
 from vlmo.kernels.moe_ffn.api import moe_ffn
 from vlmo.kernels.routing.api import ModalityRouting, RoutingIndex
@@ -31,6 +32,7 @@ __all__ = [
     "RelativePositionBias",
     "RelativePositionIndex",
     "RoutingIndex",
+    "decompositions",
     "moe_ffn",
     "shared_attention",
     "use_backend",

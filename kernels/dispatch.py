@@ -176,6 +176,21 @@ def transformed(tensors: Iterable[Tensor | None]) -> bool:
     )
 
 
+def written_down(argument: str | None) -> bool:
+    """Whether a call is to leave plain ATen operations in a graph that outlives this library.
+
+    ``torch.export``, ``torch.jit.trace`` and what builds on them (ONNX) get the reference, unless a
+    backend was asked for by name: its operation is then in the graph, and whoever runs that must
+    have imported :mod:`vlmo.kernels`, or lower it by :func:`vlmo.kernels.decompositions`.
+    """
+    return for_later() and requested(argument) is None
+
+
+def for_later() -> bool:
+    """Whether ``torch.export`` or ``torch.jit.trace`` records what runs now."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def runs_eagerly(tensors: Iterable[Tensor | None]) -> bool:
     """Whether a call runs at once on these plain tensors, traced and replaced by nothing."""
     return not (

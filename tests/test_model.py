@@ -5,7 +5,10 @@ import torch
 
 from vlmo import VLMo, VLMoConfig
 from vlmo.kernels import use_backend
+from vlmo.kernels.attention import api as attention_api
+from vlmo.kernels.routing import api as routing_api
 from vlmo.negatives import draw_negatives
+from vlmo.sequences import Run
 
 TINY = VLMoConfig(
     dim=24,
@@ -94,7 +97,7 @@ def check_survival(factors: torch.Tensor, runs: list[slice]) -> None:
 def test_stochastic_depth_drops_branches_by_sample_and_modality(packed):
     model, device = VLMo(TINY), torch.device("cpu")
     if packed:
-        layout = model.pack([2] * 2000, [3] * 2000, [True] * 2000, device)
+        layout = model.pack([Run(2000, torch.full((2000,), 2), 4000, 3, True)], device)
     else:
         layout = model._padded(torch.zeros(2000, 5, 24), 2, 3, None, vl=True)
     check_survival(layout.drop_path(0.5, device).view(2000, 5), [slice(0, 5)])
@@ -266,3 +269,26 @@ def test_itm_without_itc_is_refused():
 def test_vqa_targets_of_another_size_are_refused():
     with pytest.raises(ValueError, match=r"vqa_targets: shape \(4, 7\) is not \(4, 9\)"):
         VLMo(TINY.replace(tasks=("vqa",), vqa_labels=9))(make_batch())
+
+
+@pytest.mark.parametrize("tasks", [("mlm", "itc", "itm"), ("textmlm",), ("vqa",)])
+def test_layers_do_not_check_a_layout_that_is_right_by_construction(tasks, monkeypatch):
+    """On a GPU every check of values is several small kernels, in every layer."""
+    checked = []
+    for module in (attention_api, routing_api):
+        monkeypatch.setattr(module, "check_values", lambda name, *_: checked.append(name))
+    model = VLMo(TINY.replace(tasks=tasks, vqa_labels=7))
+    model(make_batch() | {"answers": torch.zeros(4, dtype=torch.int64)})["loss"].backward()
+    assert not checked
+
+
+def test_a_layout_groups_its_rows_once(monkeypatch):
+    calls = []
+    real = routing_api.routing_index
+    monkeypatch.setattr(
+        routing_api, "routing_index", lambda *call: calls.append(call) or real(*call)
+    )
+    model = VLMo(TINY.replace(tasks=("vqa",), vqa_labels=7))
+    assert model.config.first_vl_block == 2
+    model(make_batch() | {"answers": torch.zeros(4, dtype=torch.int64)})
+    assert len(calls) == 1  # two layers below the first VL block share it; above, one expert

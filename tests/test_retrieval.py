@@ -179,7 +179,7 @@ def test_rerank_fuses_only_candidates_and_each_pair_once(model, gallery, monkeyp
     match = retrieval.matching_logits
 
     def counting(model, texts, pixels, images):
-        words = torch.split(texts.ids, texts.lengths)
+        words = torch.split(texts.ids, texts.lengths.tolist())
         shown = pixels.flatten(1).long().sum(1).tolist()
         fused.extend((t.tolist(), shown[i]) for t, i in zip(words, images, strict=True))
         return match(model, texts, pixels, images)

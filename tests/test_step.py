@@ -179,10 +179,14 @@ def test_bad_batches():
     gap = batch["text_masks"].clone()
     gap[1, :2] = torch.tensor([0, 1])
     del batch["text_lengths"]
-    with pytest.raises(ValueError, match="text_masks: a text has padding before its last token"):
+    with pytest.raises(ValueError, match="text_masks: text 1 has padding before its last token"):
         model(batch | {"text_masks": gap})
     with pytest.raises(ValueError, match="text_lengths: text 2 has no token"):
         model(batch | {"text_lengths": torch.tensor([3, 3, 0, 3])})
+    with pytest.raises(ValueError, match="text_lengths: text 3 has more tokens than text_ids, 6"):
+        model(batch | {"text_lengths": torch.tensor([3, 3, 1, 7])})
+    with pytest.raises(ValueError, match=r"text_lengths: shape \(3,\) for 4 texts"):
+        model(batch | {"text_lengths": torch.tensor([3, 3, 1])})
     labels = torch.full_like(batch["text_labels_mlm"], 1)
     with pytest.raises(ValueError, match="text_labels_mlm: a label stands on padding"):
         model({k: v for k, v in batch.items() if k != "mlm_tokens"} | {"text_labels_mlm": labels})
@@ -286,3 +290,30 @@ def test_settings_of_a_run_are_not_recorded(tmp_path):
     save_checkpoint(VLMo(config), tmp_path / "model.pt")
     found = config_of(tmp_path / "model.pt")
     assert found == dataclasses.replace(TINY)
+
+
+class Wrapper(torch.nn.Module):
+    """Names every parameter anew, as torch.compile and PEFT do."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.inner_model = model
+
+    def forward(self, *batch, **options):
+        return self.inner_model(*batch, **options)
+
+
+def test_temperatures_learn_inside_any_wrapper():
+    """Of a batch in parts, the scales of contrast get their gradients from the whole batch."""
+    model, batch = model_of(TINY.replace(tasks=("mlm", "itc", "itm"))), batch_of(4)
+    step.backward(model, batch, micro_batch=2)
+    expected = gradients(model)
+    assert "logit_scale" in expected
+    model.zero_grad()
+    step.backward(Wrapper(model), batch, micro_batch=2)
+    torch.testing.assert_close(gradients(model), expected)
+
+
+def test_a_step_of_something_else_is_refused():
+    with pytest.raises(TypeError, match="model: no VLMo is in this Linear"):
+        step.backward(torch.nn.Linear(2, 2), batch_of(4))

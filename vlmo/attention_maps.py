@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmo import passes
 from vlmo.model import VLMo
-from vlmo.sequences import Packed
+from vlmo.sequences import Packed, Run
 
 
 class AttentionMaps(NamedTuple):
@@ -44,7 +44,7 @@ class _Watched(Packed):
         q, k, _ = qkv.float().unbind(1)
         scores = torch.einsum("qhk,nhk->hqn", q * q.shape[-1] ** -0.5, k)
         if table is not None and self.index is not None:
-            places = self._positions
+            places = self.positions
             rows = self.index.matrix[places][:, places].long()
             scores = scores + table.float()[rows].movedim(-1, 0)
         return scores.softmax(2)
@@ -63,15 +63,15 @@ def attention_weights(
         pixels: ``[1, 3, S, S]``; None for a text alone.
         layer: None for all of them; -1 for the last.
     """
-    parts, lengths = [], [0, 0]
+    parts, run = [], Run(1, None, 0, 0, vl=texts is not None and pixels is not None)
     if texts is not None:
         parts.append(model.embed_text(texts.ids, texts.places))
-        lengths[0] = len(parts[-1])
+        run = run._replace(texts=texts.lengths, words=len(parts[-1]))
     if pixels is not None:
         parts.append(model.embed_image(pixels)[0])
-        lengths[1] = len(parts[-1])
+        run = run._replace(image=len(parts[-1]))
     x = torch.cat(parts)
-    packed = model.pack(lengths[:1], lengths[1:], [all(lengths)], x.device)
+    packed = model.pack([run], x.device)
     watched = _Watched(**vars(packed))
     stop = None if layer is None else range(model.config.depth)[layer] + 1
     model.run(x, watched, stop=stop)

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 from vlmo import objectives, passes
@@ -29,7 +28,7 @@ from vlmo.distributed import rank
 from vlmo.files import replacing
 from vlmo.gallery import gallery_of as gallery_of
 from vlmo.gallery import readable_gallery
-from vlmo.model import VLMo
+from vlmo.model import VLMo, inner
 from vlmo.negatives import Negatives, draw_negatives
 from vlmo.objectives import Batch, Whole
 from vlmo.retrieval import Gallery, Recall, encode, recall_at, shortlist
@@ -134,9 +133,7 @@ def evaluate(
         FloatingPointError: the model's outputs are NaN or infinite.
         OSError: ``predictions`` cannot be written.
     """
-    if isinstance(model, DistributedDataParallel):
-        model = model.module
-    model = cast(VLMo, model)
+    model = inner(model)
     check_task(model.config, task, rerank=rerank, predictions=predictions)
     _check_data(model.config, dataset, tokenizer, task)
     if on_bad_sample not in ON_BAD_SAMPLE:
@@ -388,13 +385,8 @@ def _negatives(logits: Tensor, batch: Batch, number: int) -> Negatives:
     """Hard negatives among the rows of this batch alone, the same whenever it is drawn."""
     generator = torch.Generator(logits.device).manual_seed(number)
     images, texts = draw_negatives(logits.T, generator), draw_negatives(logits, generator)
-    lengths = passes.text_lengths(batch)
-    return Negatives(
-        batch["text_ids"][texts],
-        [lengths[n] for n in texts.tolist()],
-        images.tolist(),
-        batch["image"][:0],
-    )
+    lengths = passes.text_lengths(batch)[texts.cpu()]
+    return Negatives(batch["text_ids"][texts], lengths, images.cpu(), batch["image"][:0])
 
 
 def _alone(batch: Batch) -> Whole:

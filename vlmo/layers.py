@@ -123,9 +123,10 @@ class Block(nn.Module):
         x: Tensor,  # [B, N, D] or [T, D]
         layout: Layout,
         table: Tensor | None,  # [entries, H]
+        experts: Experts,
         chosen: Chosen | None = None,
     ) -> Tensor:
-        """All tokens, or those of ``chosen`` only."""
+        """All tokens, or those of ``chosen`` only; ``experts`` are theirs."""
         attended = self._attend(self.norm1(x), layout, table)
         tokens: Tokens = layout
         if chosen is not None:
@@ -139,7 +140,6 @@ class Block(nn.Module):
             attended = attended * tokens.drop_path(self.drop_path, x.device)[..., None]
         x = x + attended
 
-        experts = tokens.experts(self.has_vl)
         mlps: list[Any] = [getattr(self, f"mlp_{name}") for name in experts.names]
         norms: list[Any] = [getattr(self, f"norm2_{name}") for name in experts.names]
         token_scale = None
@@ -192,8 +192,8 @@ def _through_modules(
     flat = x.flatten(0, -2)
     if len(mlps) == 1:
         return mlps[0](norms[0](flat)).view(*x.shape[:-1], -1)
-    rows = experts.routing.grouping(len(flat), x.device).rows.long()
-    parts = flat[rows].split([count * len(flat) // sum(experts.counts) for count in experts.counts])
+    rows = experts.routing.grouping(flat.shape[0], x.device).rows.long()
+    parts = flat[rows].split(experts.counts)
     out = torch.cat([mlp(norm(p)) for mlp, norm, p in zip(mlps, norms, parts, strict=True)])
     return torch.empty_like(out).index_copy(0, rows, out).view(*x.shape[:-1], -1)
 
@@ -214,7 +214,7 @@ class MultiwayTransformer(nn.Module):
     def embed(self, image: Tensor) -> Tensor:
         """``[B, 3, S, S]`` to ``[B, patches + 1, D]``, CLS first."""
         patches = self.patch_embed(image)
-        x = torch.cat([self.cls_token.expand(len(patches), -1, -1).to(patches), patches], dim=1)
+        x = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1).to(patches), patches], dim=1)
         return x if self.pos_embed is None else x + self.pos_embed
 
 

@@ -30,7 +30,7 @@ from vlmo.layers import (
     TextEmbeddings,
     classifier,
 )
-from vlmo.sequences import Chosen, Layout, Packed, Padded
+from vlmo.sequences import Chosen, Layout, Packed, Padded, Run
 from vlmo.wrappers import rows_of
 
 LOGIT_SCALE = math.log(1 / 0.07)  # the temperature of contrast to start from, as in CLIP
@@ -188,11 +188,11 @@ class VLMo(nn.Module):
         """Encode texts and images jointly; ``image_type`` is 2 for NLVR2's second image."""
         text = self._embed_padded(text_ids, text_mask)
         image = self.embed_image(image, image_type)
-        if len(text) != len(image):
-            raise ValueError(f"image: {len(image)} images for {len(text)} texts")
+        if text.shape[0] != image.shape[0]:
+            raise ValueError(f"image: {image.shape[0]} images for {text.shape[0]} texts")
         mask = torch.cat([text_mask.bool(), text_mask.new_ones(image.shape[:2]).bool()], dim=1)
-        length = text.shape[1]
-        layout = self._padded(text, length, image.shape[1], mask, vl=True)
+        length = self.config.max_text_length
+        layout = self._padded(text, length, self._patches, mask, vl=True)
         x = self.transformer.norm(self.run(torch.cat([text, image], dim=1), layout))
         return FusionOutput(x[:, :length], x[:, length:], self.pooler(x[:, 0]), x[:, 0])
 
@@ -201,17 +201,17 @@ class VLMo(nn.Module):
     ) -> StreamOutput:
         """Encode texts alone; with ``vl_tail``, also through the vision-language experts."""
         x = self._embed_padded(text_ids, text_mask)
-        return self._encode(x, x.shape[1], 0, text_mask.bool(), vl_tail)
+        return self._encode(x, self.config.max_text_length, 0, text_mask.bool(), vl_tail)
 
     def encode_image(self, image: Tensor, *, vl_tail: bool = False) -> StreamOutput:
         """Encode images alone; with ``vl_tail``, also through the vision-language experts."""
         x = self.embed_image(image)
-        return self._encode(x, 0, x.shape[1], None, vl_tail)
+        return self._encode(x, 0, self._patches, None, vl_tail)
 
     def text_features(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """``[B, T, D]`` features of texts alone, after the final norm (text-only MLM)."""
         x = self._embed_padded(text_ids, text_mask)
-        layout = self._padded(x, x.shape[1], 0, text_mask.bool(), vl=False)
+        layout = self._padded(x, self.config.max_text_length, 0, text_mask.bool(), vl=False)
         return self.transformer.norm(self.run(x, layout))
 
     def _encode(
@@ -232,6 +232,11 @@ class VLMo(nn.Module):
             vl_embedding = self.project(f"itc_vl_{stream}_proj", vl[:, 0])
         return StreamOutput(tokens, embedding, vl_embedding, last[:, 0])
 
+    @property
+    def _patches(self) -> int:
+        """Tokens of an image; a number also in a graph that ``torch.jit.trace`` records."""
+        return self.config.grid**2 + 1
+
     def project(self, head: str, cls: Tensor) -> Tensor:
         """Unit vectors ``[B, D]`` of first tokens ``[B, D]`` by one of the projections of ITC."""
         return F.normalize(self.get_submodule(head)(cls), dim=-1)
@@ -249,9 +254,16 @@ class VLMo(nn.Module):
         tables = self._tables()
         saves = self.config.checkpointing and torch.is_grad_enabled()
         stop = self.config.depth if stop is None else stop
+        first_vl = self.config.first_vl_block
+        # Every layer of a kind shares these.
+        below = layout.experts(False) if start < min(stop, first_vl) else None
+        above = layout.experts(True) if stop > max(start, first_vl) else None
         for number in range(start, stop):
-            block = self.transformer.blocks[number]
-            inputs = (x, layout, tables[number], chosen if number == stop - 1 else None)
+            block = cast(Block, self.transformer.blocks[number])
+            own = chosen if number == stop - 1 else None
+            experts = above if block.has_vl else below
+            experts = experts if own is None else own.experts(block.has_vl)
+            inputs = (x, layout, tables[number], experts, own)
             x = checkpoint(block, *inputs, use_reentrant=False) if saves else block(*inputs)
         return x.index_select(0, chosen.index) if chosen is not None and start >= stop else x
 
@@ -260,23 +272,22 @@ class VLMo(nn.Module):
         table, depth = self.relative_position_bias_table, self.config.depth
         if table is None:
             return [None] * depth
-        return list(table.view(len(table), depth, self.config.heads).unbind(1))
+        return list(table.view(-1, depth, self.config.heads).unbind(1))
 
-    def pack(
-        self,
-        texts: Sequence[int],
-        images: Sequence[int],
-        vl: Sequence[bool],
-        device: torch.device,
-    ) -> Packed:
-        """Layout of sequences with so many text and image tokens, for :meth:`run`."""
-        index = self._index("joint")
-        start = self.config.max_text_length
-        return Packed(tuple(texts), tuple(images), tuple(vl), device, index, start)
+    def pack(self, runs: Sequence[Run], device: torch.device) -> Packed:
+        """Layout of sequences without padding, for :meth:`run`."""
+        return Packed.of(
+            runs,
+            device,
+            longest_text=self.config.max_text_length,
+            index=self._index("joint"),
+            image_position=self.config.max_text_length,
+            separate=self.config.separate_attention,
+        )
 
     def _padded(self, x: Tensor, text: int, image: int, mask: Tensor | None, *, vl: bool) -> Padded:
         stream = "joint" if text and image else "text" if text else "image"
-        return Padded(len(x), text, image, vl, self._index(stream), mask)
+        return Padded(x.shape[0], text, image, vl, self._index(stream), mask)
 
     def _index(self, stream: str) -> RelativePositionIndex | None:
         if self.relative_position_bias_table is None:
@@ -308,8 +319,20 @@ class VLMo(nn.Module):
         return self.transformer.embed(image) + rows_of(self.token_type_embeddings, image_type)
 
     def _embed_padded(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
-        wanted = (len(text_ids), self.config.max_text_length)
+        wanted = (text_ids.shape[0], self.config.max_text_length)
         for name, tensor in (("text_ids", text_ids), ("text_mask", text_mask)):
             if tensor.shape != wanted:
                 raise ValueError(f"{name}: shape {tuple(tensor.shape)} is not {wanted}")
         return self.embed_text(text_ids)
+
+
+def inner(wrapped: nn.Module) -> VLMo:
+    """The VLMo inside DistributedDataParallel, torch.compile, PEFT or any other wrapper.
+
+    Raises:
+        TypeError: there is none.
+    """
+    for module in wrapped.modules():
+        if isinstance(module, VLMo):
+            return module
+    raise TypeError(f"model: no VLMo is in this {type(wrapped).__name__}")

@@ -22,14 +22,15 @@ class Negatives(NamedTuple):
 
     Attributes:
         text_ids: ``[B, T]`` of the wrong texts.
-        text_lengths: their tokens.
-        images: of each row, the place of its wrong image among the B images and then ``pixels``.
+        text_lengths: ``[B]`` int64 on the CPU, their tokens.
+        images: ``[B]`` int64 on the CPU, of each row the place of its wrong image among the B
+            images and then ``pixels``.
         pixels: ``[n, 3, S, S]`` images that are not among the B.
     """
 
     text_ids: Tensor
-    text_lengths: list[int]
-    images: list[int]
+    text_lengths: Tensor
+    images: Tensor
     pixels: Tensor
 
 
@@ -91,17 +92,20 @@ class PendingNegatives:
     ):
         rank = distributed.rank()
         self._image = batch["image"]
-        self._rows = len(i2t)
+        self._rows = i2t.shape[0]
         wrong_image = draw_negatives(t2i, generator, rank=rank)
         self._wrong_text = draw_negatives(i2t, generator, rank=rank)
-        lengths = upload(torch.tensor(passes.text_lengths(batch)), i2t.device)
+        lengths = upload(passes.text_lengths(batch), i2t.device)
         numbers = torch.stack([wrong_image, self._wrong_text, lengths], dim=1)
         self._numbers = HostCopy(distributed.gather(numbers))  # [W * B, 3]
         self._text_ids = distributed.gather(batch["text_ids"])[self._wrong_text]
 
     def all(self) -> Negatives:
         """Of all rows of this rank."""
-        return self.parts(1)[0]
+        if distributed.world_size() > 1:
+            return self.parts(1)[0]
+        wrong_image, wrong_text, lengths = self._numbers.get().unbind(1)
+        return Negatives(self._text_ids, lengths[wrong_text], wrong_image, self._image[:0])
 
     def parts(self, count: int) -> list[Negatives]:
         """Of ``count`` parts of as many rows each; every rank asks for as many."""
@@ -140,7 +144,7 @@ class PendingNegatives:
         far = upload(numbers[numbers >= self._rows] - self._rows, foreign.device)
         return Negatives(
             self._text_ids[rows],
-            text_lengths,
-            [place.get(n, n - rows.start) for n in images],
+            torch.tensor(text_lengths),
+            torch.tensor([place.get(n, n - rows.start) for n in images]),
             torch.cat([self._image[own], foreign[far]]),
         )

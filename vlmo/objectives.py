@@ -35,6 +35,7 @@ from vlmo import distributed, passes
 from vlmo.config import VLMoConfig
 from vlmo.negatives import Negatives, PendingNegatives
 from vlmo.passes import Streams
+from vlmo.sequences import Places
 from vlmo.transfer import upload
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def mlm(model: VLMo, batch: Batch, patches: Tensor, whole: Whole | None = None) 
         ``mlm_loss``; ``mlm_logits`` [M, V] and ``mlm_labels`` [M] of the M masked tokens.
     """
     texts, tokens = _words(batch)
-    x = passes.fuse(model, texts, patches, range(len(patches)), tokens)
+    x = passes.fuse(model, texts, patches, torch.arange(patches.shape[0]), tokens)
     return _mlm_output(model, batch, x, whole, weight=MLM_WEIGHT)
 
 
@@ -173,10 +174,10 @@ def masked_tokens(batch: Batch) -> Tensor:
 def _words(batch: Batch) -> passes.Words:
     texts = passes.end_to_end(batch["text_ids_mlm"], passes.text_lengths(batch))
     masked, capacity = masked_tokens(batch), batch["text_labels_mlm"].shape[1]
-    tokens = passes.Places(masked // capacity, masked % capacity)
-    if (tokens.places >= torch.tensor(texts.lengths)[tokens.texts]).any():
-        raise ValueError("text_labels_mlm: a label stands on padding")
-    return passes.Words(texts, tokens)
+    padding = masked % capacity >= texts.lengths[masked // capacity]
+    passes.refuse(padding, "text_labels_mlm: a label stands on padding")
+    masked = upload(masked, texts.ids.device)
+    return passes.Words(texts, Places(masked // capacity, masked % capacity))
 
 
 def _mlm_output(
@@ -192,7 +193,7 @@ def _mlm_output(
     labels = batch["text_labels_mlm"].flatten()[upload(tokens, x.device)]
     total = F.cross_entropy(logits.float(), labels, reduction="sum")
     if whole is None:
-        count = torch.full((), len(tokens), dtype=torch.float32, device=x.device)
+        count = torch.full((), tokens.shape[0], dtype=torch.float32, device=x.device)
         words = distributed.mean_over_ranks(count)
     else:
         words = whole.words
@@ -225,7 +226,7 @@ def contrast(model: VLMo, streams: Streams) -> Output:
         ``itc_loss`` and, of this rank's rows against all, ``itc_i2t_logits`` and ``itc_t2i_logits``
         [B, W * B]; the same with ``irtr_``.
     """
-    if len(streams.image) * distributed.world_size() < 2:
+    if streams.image.shape[0] * distributed.world_size() < 2:
         raise ValueError(
             f"batch: 1 pair leaves nothing for {' and '.join(model.config.tasks)} to compare it "
             "with; the batches of all ranks together need at least 2"
@@ -256,7 +257,8 @@ def _directions(
     images, texts = everyone
     i2t = log_scale.exp() * image @ texts.T
     t2i = log_scale.exp() * text @ images.T
-    label = distributed.rank() * len(image) + torch.arange(len(image), device=image.device)
+    rows = image.shape[0]
+    label = distributed.rank() * rows + torch.arange(rows, device=image.device)
     loss = F.cross_entropy(i2t.float(), label) + F.cross_entropy(t2i.float(), label)
     return i2t, t2i, loss / 2
 
@@ -266,15 +268,15 @@ def itm(model: VLMo, batch: Batch, patches: Tensor, negatives: Negatives) -> Out
 
     Row order: B true pairs, B texts with a wrong image, B images with a wrong text.
     """
-    own = list(range(len(patches)))
+    own = torch.arange(patches.shape[0])
     lengths = passes.text_lengths(batch)
     ids = torch.cat([batch["text_ids"], batch["text_ids"], negatives.text_ids])
-    texts = passes.end_to_end(ids, lengths + lengths + negatives.text_lengths)
-    if len(negatives.pixels):
+    texts = passes.end_to_end(ids, torch.cat([lengths, lengths, negatives.text_lengths]))
+    if negatives.pixels.shape[0]:
         patches = torch.cat([patches, model.embed_image(negatives.pixels)])
-    cls = passes.fuse(model, texts, patches, own + negatives.images + own)
+    cls = passes.fuse(model, texts, patches, torch.cat([own, negatives.images, own]))
     logits = model.itm_score(model.pooler(cls))
-    labels = (torch.arange(3 * len(own), device=cls.device) < len(own)).long()
+    labels = (torch.arange(3 * own.shape[0], device=cls.device) < own.shape[0]).long()
     loss = F.cross_entropy(logits.float(), labels)
     return {"itm_loss": loss, "itm_logits": logits, "itm_labels": labels}
 
@@ -282,7 +284,7 @@ def itm(model: VLMo, batch: Batch, patches: Tensor, negatives: Negatives) -> Out
 def vqa(model: VLMo, batch: Batch, patches: Tensor) -> Output:
     """VQA as classification with soft targets: mean BCE times the number of answers."""
     texts = passes.end_to_end(batch["text_ids"], passes.text_lengths(batch))
-    cls = passes.fuse(model, texts, patches, range(len(patches)))
+    cls = passes.fuse(model, texts, patches, torch.arange(patches.shape[0]))
     logits = model.vqa_classifier(model.pooler(cls))
     if "vqa_targets" in batch:
         targets = batch["vqa_targets"]
@@ -297,9 +299,9 @@ def vqa(model: VLMo, batch: Batch, patches: Tensor) -> Output:
 def nlvr2(model: VLMo, batch: Batch) -> Output:
     """NLVR2: each text with either image, 2 B rows in one fused pass, and a classifier of both."""
     lengths = passes.text_lengths(batch)
-    texts = passes.end_to_end(torch.cat([batch["text_ids"]] * 2), lengths * 2)
+    texts = passes.end_to_end(torch.cat([batch["text_ids"]] * 2), lengths.repeat(2))
     patches = torch.cat([model.embed_image(batch[f"image_{i}"], i + 1) for i in range(2)])
-    cls = passes.fuse(model, texts, patches, range(len(patches)))
+    cls = passes.fuse(model, texts, patches, torch.arange(patches.shape[0]))
     first, second = model.pooler(cls).chunk(2)
     logits = model.nlvr2_classifier(torch.cat([first, second], dim=1))
     labels = batch["answers"].long()

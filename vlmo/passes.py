@@ -8,13 +8,13 @@ Of the last block, only tokens that a head reads are projected and fed forward.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmo.sequences import Chosen, Packed
+from vlmo.sequences import Packed, Places, Run, numbered
 from vlmo.transfer import upload
 
 if TYPE_CHECKING:
@@ -27,12 +27,12 @@ class Texts(NamedTuple):
     Attributes:
         ids: ``[n]`` of all tokens.
         places: ``[n]``, of each token in its text.
-        lengths: tokens of each text.
+        lengths: ``[B]`` int64 on the CPU, tokens of each text.
     """
 
     ids: Tensor
     places: Tensor
-    lengths: list[int]
+    lengths: Tensor
 
 
 class Streams(NamedTuple):
@@ -44,46 +44,46 @@ class Streams(NamedTuple):
     vl_text: Tensor | None = None
 
 
-class Places(NamedTuple):
-    """Some tokens of a batch of texts, in any order.
-
-    Attributes:
-        texts: ``[n]`` int64 on the CPU, the number of each token's text.
-        places: ``[n]`` int64 on the CPU, its place in it.
-    """
-
-    texts: Tensor
-    places: Tensor
-
-
-def text_lengths(batch: Mapping[str, Any]) -> list[int]:
-    """Tokens of each text, from ``text_lengths`` on the CPU; else from the masks, which may wait.
+def text_lengths(batch: Mapping[str, Any]) -> Tensor:
+    """Tokens of each text, ``[B]`` int64 on the CPU: ``text_lengths``, or what the masks say.
 
     Raises:
-        ValueError: a text has no token, or its mask has a gap.
+        ValueError: there is not one length for each text, a text has no token or more of them than
+            ``text_ids`` has, or its mask has a gap.
     """
+    rows, capacity = batch["text_ids"].shape
     if "text_lengths" in batch:
-        lengths = batch["text_lengths"].tolist()
+        lengths = batch["text_lengths"].to("cpu", torch.int64)
+        if lengths.shape != (rows,):
+            raise ValueError(f"text_lengths: shape {tuple(lengths.shape)} for {rows} texts")
     else:
         masks = batch["text_masks"].bool()
         counts = masks.sum(1)
-        if (masks != (torch.arange(masks.shape[1], device=masks.device) < counts[:, None])).any():
-            raise ValueError("text_masks: a text has padding before its last token")
-        lengths = counts.tolist()
-    if 0 in lengths:
-        raise ValueError(f"text_lengths: text {lengths.index(0)} has no token")
+        gaps = masks != (torch.arange(masks.shape[1], device=masks.device) < counts[:, None])
+        refuse(gaps.any(1), "text_masks: {} has padding before its last token")
+        lengths = counts.cpu()
+    refuse(lengths < 1, "text_lengths: {} has no token")
+    refuse(lengths > capacity, f"text_lengths: {{}} has more tokens than text_ids, {capacity}")
     return lengths
 
 
-def end_to_end(text_ids: Tensor, lengths: Sequence[int]) -> Texts:
-    """Ids ``[B, T]`` without their padding."""
-    capacity = text_ids.shape[1]
-    place = torch.arange(capacity)
-    inside = place < torch.tensor(lengths)[:, None]
-    places = place.expand_as(inside)[inside]
-    tokens = inside.flatten().nonzero()[:, 0]
-    places, tokens = (upload(t, text_ids.device) for t in (places, tokens))
-    return Texts(text_ids.flatten()[tokens], places, list(lengths))
+def refuse(wrong: Tensor, complaint: str) -> None:
+    """Raise ValueError if a text is ``wrong`` ``[B]``; a compiled graph asserts that none is.
+
+    ``{}`` in the complaint stands for the text.
+    """
+    if torch.compiler.is_compiling():
+        torch._assert_async(~wrong.any(), complaint.format("a text"))
+    elif wrong.any():
+        raise ValueError(complaint.format(f"text {int(wrong.long().argmax())}"))
+
+
+def end_to_end(text_ids: Tensor, lengths: Tensor) -> Texts:
+    """Ids ``[B, T]`` without their padding, from ``lengths`` ``[B]`` on the CPU."""
+    total = cast(int, lengths.sum().item())  # int() would end a graph
+    torch._check(total >= 0)  # what a graph cannot know of a number
+    text, places = numbered(upload(lengths, text_ids.device), total)
+    return Texts(text_ids[text, places], places, lengths)
 
 
 class Words(NamedTuple):
@@ -116,36 +116,36 @@ def encode_streams(
     Returns:
         The streams, and ``[n, D]`` of the tokens of ``words``, if given, after the final norm.
     """
-    count, images, length = len(texts.lengths), len(patches), patches.shape[1]
+    count, images = texts.lengths.shape[0], patches.shape[0]
     # One embedding, whose gradient has the size of the vocabulary.
     given = [texts] if words is None else [texts, words.texts]
     ids, places = (torch.cat(tensors) for tensors in zip(*(t[:2] for t in given), strict=True))
-    embedded = model.embed_text(ids, places).tensor_split([len(texts.ids)])
+    embedded = model.embed_text(ids, places).split([t.ids.shape[0] for t in given])
     x = torch.cat([embedded[0], patches.flatten(0, 1)])
-    streams = _Sequences([*texts.lengths, *[0] * images], [*[0] * count, *[length] * images], False)
-    pairs = _Sequences([], [], True)
-    fused = x.new_empty(0, x.shape[1])
+    alone, pairs, fused = [_texts(texts), _images(patches)], [], []
     if words is not None:
-        pairs = _Sequences(words.texts.lengths, [length] * images, True)
-        fused = _pairs(embedded[1], words.texts, patches, range(images)).to(x.dtype)
-    start, runs = model.config.first_vl_block, [streams, pairs]
-    both = model.run(torch.cat([x, fused]), _packed(model, runs, x.device), stop=start)
+        pairs = [_texts(words.texts)._replace(image=patches.shape[1], vl=True)]
+        own = torch.arange(images, device=x.device)
+        fused = [_pairs(embedded[1], words.texts, patches, own).to(x.dtype)]
+    start, sizes = model.config.first_vl_block, [x.shape[0], *(f.shape[0] for f in fused)]
+    both = model.run(torch.cat([x, *fused]), model.pack(alone + pairs, x.device), stop=start)
     if vl_tail:
-        x, fused = both.split([len(x), len(fused)])
-        both, runs = torch.cat([x, x, fused]), [streams, streams._replace(vl=True), pairs]
-    layout = _packed(model, runs, x.device)
-    first = torch.tensor(layout.starts[:-1])
-    own = first[: len(first) - len(pairs.texts)]
-    rows = own if words is None else torch.cat([own, _rows(first[len(own) :], words.tokens)])
-    x, masked = _end(model, both, layout, rows, start=start).tensor_split([len(own)])
-    text, image, *tail = x.split([count, images] * (2 if vl_tail else 1))
+        x, *fused = both.split(sizes)
+        both, alone = torch.cat([x, x, *fused]), alone + [run._replace(vl=True) for run in alone]
+    layout = model.pack(alone + pairs, x.device)
+    wanted: list[tuple[int, Places | None]] = [(number, None) for number in range(len(alone))]
+    if words is not None:
+        wanted.append((len(alone), words.tokens))
+    x = _end(model, both, layout, wanted, start=start)
+    firsts = [count, images] * (2 if vl_tail else 1)
+    text, image, *tail = x.split([*firsts, x.shape[0] - sum(firsts)])
     found = Streams(model.project("itc_image_proj", image), model.project("itc_text_proj", text))
     if vl_tail:
         found = found._replace(
             vl_image=model.project("itc_vl_image_proj", tail[1]),
             vl_text=model.project("itc_vl_text_proj", tail[0]),
         )
-    return found, None if words is None else masked
+    return found, None if words is None else tail[-1]
 
 
 def encode_text(model: VLMo, texts: Texts, tokens: Places | None = None) -> Tensor:
@@ -159,10 +159,8 @@ def encode_text(model: VLMo, texts: Texts, tokens: Places | None = None) -> Tens
     Returns:
         ``[n, D]`` of the wanted tokens, after the final norm.
     """
-    count = len(texts.lengths)
     x = model.embed_text(texts.ids, texts.places)
-    layout = model.pack(texts.lengths, [0] * count, [False] * count, x.device)
-    return _end(model, x, layout, _rows(torch.tensor(layout.starts[:-1]), tokens))
+    return _end(model, x, model.pack([_texts(texts)], x.device), [(0, tokens)])
 
 
 def encode_images(model: VLMo, patches: Tensor) -> Tensor:
@@ -172,17 +170,12 @@ def encode_images(model: VLMo, patches: Tensor) -> Tensor:
         model: any.
         patches: ``[I, N, D]`` of :meth:`VLMo.embed_image`.
     """
-    images = _Sequences([0] * len(patches), [patches.shape[1]] * len(patches), False)
-    layout = _packed(model, [images], patches.device)
-    return _end(model, patches.flatten(0, 1), layout, torch.tensor(layout.starts[:-1]))
+    layout = model.pack([_images(patches)], patches.device)
+    return _end(model, patches.flatten(0, 1), layout, [(0, None)])
 
 
 def fuse(
-    model: VLMo,
-    texts: Texts,
-    patches: Tensor,
-    images: Sequence[int],
-    tokens: Places | None = None,
+    model: VLMo, texts: Texts, patches: Tensor, images: Tensor, tokens: Places | None = None
 ) -> Tensor:
     """Pairs of text b and image ``images[b]``.
 
@@ -190,54 +183,54 @@ def fuse(
         model: any.
         texts: B texts.
         patches: ``[I, N, D]`` of :meth:`VLMo.embed_image`.
-        images: for each text, the row of ``patches``.
+        images: ``[B]`` int64, the row of ``patches`` of each text.
         tokens: of the texts, that are wanted; None for the first one of each pair.
 
     Returns:
         ``[n, D]`` of the wanted tokens, after the final norm.
     """
-    x = _pairs(model.embed_text(texts.ids, texts.places), texts, patches, images)
-    pairs = _Sequences(texts.lengths, [patches.shape[1]] * len(images), True)
-    layout = _packed(model, [pairs], x.device)
-    return _end(model, x, layout, _rows(torch.tensor(layout.starts[:-1]), tokens))
+    words = model.embed_text(texts.ids, texts.places)
+    x = _pairs(words, texts, patches, upload(images, words.device))
+    run = _texts(texts)._replace(image=patches.shape[1], vl=True)
+    return _end(model, x, model.pack([run], x.device), [(0, tokens)])
 
 
-class _Sequences(NamedTuple):
-    """Text and image tokens of each of some sequences, and whether they go to VL experts."""
-
-    texts: list[int]
-    images: list[int]
-    vl: bool
+def _texts(texts: Texts) -> Run:
+    return Run(texts.lengths.shape[0], texts.lengths, texts.ids.shape[0], 0, False)
 
 
-def _packed(model: VLMo, runs: Sequence[_Sequences], device: torch.device) -> Packed:
-    texts = [length for run in runs for length in run.texts]
-    images = [length for run in runs for length in run.images]
-    return model.pack(texts, images, [run.vl for run in runs for _ in run.texts], device)
+def _images(patches: Tensor) -> Run:
+    return Run(patches.shape[0], None, 0, patches.shape[1], False)
 
 
-def _pairs(words: Tensor, texts: Texts, patches: Tensor, images: Sequence[int]) -> Tensor:
+def _pairs(words: Tensor, texts: Texts, patches: Tensor, images: Tensor) -> Tensor:
     """``[T, D]``: the embedded words of each text, then the patches of its image."""
     length = patches.shape[1]
+    own = upload(texts.lengths, words.device)
+    count = texts.lengths.shape[0]
+    pair, place = numbered(own + length, words.shape[0] + count * length)
     # Row of each token among all words, then all patches.
-    word, rows = 0, []
-    everything = torch.arange(len(words) + patches.shape[0] * length)
-    for text, image in zip(texts.lengths, images, strict=True):
-        first = len(words) + image * length
-        rows += [everything[word : word + text], everything[first : first + length]]
-        word += text
-    places = upload(torch.cat(rows), words.device)
+    of_word = (own.cumsum(0) - own)[pair] + place
+    of_patch = words.shape[0] + images[pair] * length + place - own[pair]
+    rows = torch.where(place < own[pair], of_word, of_patch)
     # An embedding's gradient is the same on every run; that of an index adds in any order.
-    return F.embedding(places, torch.cat([words, patches.flatten(0, 1).to(words.dtype)]))
+    return F.embedding(rows, torch.cat([words, patches.flatten(0, 1).to(words.dtype)]))
 
 
-def _rows(first: Tensor, tokens: Places | None) -> Tensor:
-    """Of tokens, or the first ones, of sequences that begin at rows ``first``."""
-    return first if tokens is None else first[tokens.texts] + tokens.places
-
-
-def _end(model: VLMo, x: Tensor, layout: Packed, rows: Tensor, *, start: int = 0) -> Tensor:
-    """Run the blocks from ``start`` on; ``[n, D]`` of the wanted rows after the final norm."""
+def _end(
+    model: VLMo,
+    x: Tensor,
+    layout: Packed,
+    wanted: Sequence[tuple[int, Places | None]],
+    *,
+    start: int = 0,
+) -> Tensor:
+    """Run the blocks from ``start`` on; ``[n, D]`` of the wanted tokens after the final norm."""
+    chosen = layout.choose(wanted)
+    count = chosen.index.shape[0]
     # Without any, as of a batch without masked words, one keeps the graph the same on every rank.
-    chosen = Chosen(layout, rows if len(rows) else torch.zeros(1, dtype=torch.int64))
-    return model.transformer.norm(model.run(x, layout, start=start, chosen=chosen))[: len(rows)]
+    spare = all(tokens is not None for _, tokens in wanted)
+    if spare and (torch.compiler.is_compiling() or count == 0):
+        first = torch.zeros(1, dtype=torch.int64, device=x.device)
+        chosen = layout.choose([*wanted, (wanted[0][0], Places(first, first))])
+    return model.transformer.norm(model.run(x, layout, start=start, chosen=chosen))[:count]

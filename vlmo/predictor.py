@@ -274,7 +274,7 @@ class Predictor:
         model, names = self.model, self.answers
 
         def logits(texts: passes.Texts, pixels: Tensor, places: Sequence[int]) -> Tensor:
-            cls = passes.fuse(model, texts, model.embed_image(pixels), places)
+            cls = passes.fuse(model, texts, model.embed_image(pixels), torch.tensor([*places]))
             return model.vqa_classifier(model.pooler(cls))
 
         found = [

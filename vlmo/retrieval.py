@@ -168,7 +168,7 @@ def matching_logits(
     model: VLMo, texts: passes.Texts, pixels: Tensor, images: Sequence[int]
 ) -> Tensor:
     """Logits ``[n, 2]`` float32 of ITM for text b and image ``images[b]``; 1 is a match."""
-    cls = passes.fuse(model, texts, model.embed_image(pixels), images)
+    cls = passes.fuse(model, texts, model.embed_image(pixels), torch.tensor([*images]))
     return model.itm_score(model.pooler(cls)).float()
 
 
@@ -379,5 +379,5 @@ def _pixels(
 
 
 def _texts(gallery: Gallery, rows: Tensor | list[int], device: torch.device) -> passes.Texts:
-    lengths = gallery.text_masks[rows].sum(1).tolist()
+    lengths = gallery.text_masks[rows].sum(1)
     return passes.end_to_end(gallery.text_ids[rows].to(device, non_blocking=True), lengths)

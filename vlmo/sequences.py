@@ -3,17 +3,19 @@
 A sequence is a run of text tokens, then a run of image tokens; either may be empty. Blocks see a
 batch through its layout alone: which expert each token goes to, how attention is kept within a
 sequence, and which tokens stochastic depth drops together.
+
+All of a layout is made before the first block, from tensors: nothing of it depends on values that
+``torch.compile`` cannot see, so that one graph serves texts of all lengths.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlmo.kernels import (
@@ -32,14 +34,14 @@ class Experts(NamedTuple):
 
     names: tuple[str, ...]  # out of "text", "imag", "vl"
     routing: ModalityRouting
-    counts: tuple[int, ...]  # tokens of each, in one sequence if all are alike, else in the batch
+    counts: tuple[int, ...]  # tokens of each
 
 
 class Tokens(Protocol):
     """What a block asks of tokens ``[B, N, D]`` or ``[T, D]`` that it takes one by one."""
 
     def experts(self, has_vl: bool) -> Experts:
-        """For a block with (``has_vl``) or without a vision-language expert."""
+        """For all blocks with (``has_vl``) or without a vision-language expert, which share it."""
 
     def by_modality(self, x: Tensor, text: Project, image: Project) -> Tensor:
         """``text`` of the text tokens and ``image`` of the image tokens, in their places."""
@@ -62,6 +64,23 @@ def survival(count: int, rate: float, device: torch.device) -> Tensor:
     """``[count]`` factors: 0 with probability ``rate``, else 1 / (1 - rate), as in timm."""
     keep = 1 - rate
     return torch.rand(count, device=device).add_(keep).floor_().div_(keep)
+
+
+def numbered(lengths: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Of runs laid end to end: the number of each token's run, and the token's place in it.
+
+    Nothing waits for the device.
+
+    Args:
+        lengths: ``[n]`` int64, tokens of each run.
+        total: their sum.
+
+    Returns:
+        Two ``[total]`` int64 tensors.
+    """
+    run = torch.repeat_interleave(lengths, output_size=total)
+    first = lengths.cumsum(0) - lengths
+    return run, torch.arange(total, device=lengths.device) - first[run]
 
 
 def _bias(table: Tensor | None, index: RelativePositionIndex | None) -> RelativePositionBias | None:
@@ -94,7 +113,8 @@ class Padded:
         else:
             runs = [run for run in (("text", self.text), ("imag", self.image)) if run[1]]
         names, counts = zip(*runs, strict=True)
-        return Experts(names, ModalityRouting.segments([*enumerate(counts)]), counts)
+        routing = ModalityRouting.segments([*enumerate(counts)])
+        return Experts(names, routing, tuple(self.batch * count for count in counts))
 
     def attend(self, qkv: Tensor, table: Tensor | None, backend: str | None) -> Tensor:
         bias = _bias(table, self.index)
@@ -116,123 +136,198 @@ class Padded:
         return torch.cat(draws, dim=1)
 
 
+class Run(NamedTuple):
+    """Neighbouring sequences of a packed batch that are alike but for the lengths of their texts.
+
+    Attributes:
+        sequences: how many.
+        texts: ``[sequences]`` int64 on the CPU, text tokens of each; None for images alone.
+        words: the sum of ``texts``.
+        image: image tokens of each; 0 for texts alone.
+        vl: whether blocks that have a vision-language expert use it.
+    """
+
+    sequences: int
+    texts: Tensor | None
+    words: int
+    image: int
+    vl: bool
+
+    def experts_of(self, has_vl: bool) -> list[tuple[str, int]]:
+        """(expert, tokens) of each modality."""
+        text = [] if self.texts is None else [("text", self.words)]
+        image = [("imag", self.sequences * self.image)] if self.image else []
+        if self.vl and has_vl:
+            return [("vl", tokens) for _, tokens in text + image]
+        return text + image
+
+
+class Places(NamedTuple):
+    """Some tokens of the texts of a run, in any order.
+
+    Attributes:
+        texts: ``[n]`` int64, the number of each token's text in the run.
+        places: ``[n]`` int64, its place in it.
+    """
+
+    texts: Tensor
+    places: Tensor
+
+
 @dataclass(frozen=True)
 class Packed:
     """Sequences of different lengths end to end, ``[T, D]``: nothing is spent on padding.
 
-    Everything is worked out on the CPU from lengths that it knows; nothing waits for the device.
+    Made by :meth:`of`. Its tensors are on the device of the tokens.
 
     Attributes:
-        texts: text tokens of each sequence.
-        images: image tokens of each sequence.
-        vl: for each sequence, whether blocks that have a vision-language expert use it.
-        device: of the tokens.
+        runs: all sequences, in order.
+        offsets: ``[S + 1]`` int32, first row of each sequence and T at the end.
+        max_length: at least the length of the longest sequence.
+        sequence: ``[T]`` int64, number of each token's sequence.
+        is_image: ``[T]`` bool.
+        joined: ``[T]`` bool, tokens of sequences that use the vision-language expert; None if no
+            sequence does.
         index: of the relative position bias of joint sequences, None for a model without one.
-        image_position: row of ``index`` of an image's first token.
+        positions: ``[T]`` int32, row of ``index`` of each token; None without an index.
+        text_first: ``[T]`` int64, rows of the text tokens and then those of the image tokens; None
+            unless the attention of the modalities is separate.
     """
 
-    texts: Sequence[int]
-    images: Sequence[int]
-    vl: Sequence[bool]
-    device: torch.device
-    index: RelativePositionIndex | None = None
-    image_position: int = 0
+    runs: tuple[Run, ...]
+    offsets: Tensor
+    max_length: int
+    sequence: Tensor
+    is_image: Tensor
+    joined: Tensor | None
+    index: RelativePositionIndex | None
+    positions: Tensor | None
+    text_first: Tensor | None
 
-    @functools.cached_property
-    def lengths(self) -> list[int]:
-        """Tokens of each sequence."""
-        return [text + image for text, image in zip(self.texts, self.images, strict=True)]
+    @classmethod
+    def of(
+        cls,
+        runs: Sequence[Run],
+        device: torch.device,
+        *,
+        longest_text: int,
+        index: RelativePositionIndex | None = None,
+        image_position: int = 0,
+        separate: bool = False,
+    ) -> Packed:
+        """The layout of some runs; the host waits for nothing.
 
-    @functools.cached_property
-    def starts(self) -> list[int]:
-        """First row of each sequence, and T at the end."""
-        return [0, *itertools.accumulate(self.lengths)]
+        Args:
+            runs: all sequences, in order.
+            device: of the tokens.
+            longest_text: that there can be, which counts where lengths have no values (a graph).
+            index: see :class:`Packed`.
+            image_position: row of ``index`` of an image's first token.
+            separate: whether the attention of the modalities is separate.
+        """
+
+        def of_each(values: Sequence[Tensor | int | bool]) -> Tensor:
+            """``[S]`` out of a tensor or number for each run."""
+            parts = [
+                upload(value, device)
+                if isinstance(value, Tensor)
+                else torch.full((run.sequences,), value, device=device)
+                for run, value in zip(runs, values, strict=True)
+            ]
+            return torch.cat(parts)
+
+        texts = of_each([0 if run.texts is None else run.texts for run in runs])
+        lengths = texts + of_each([run.image for run in runs])
+        total = sum(run.words + run.sequences * run.image for run in runs)
+        sequence, place = numbered(lengths, total)
+        own_text = texts[sequence]
+        is_image = place >= own_text
+        positions = None
+        if index is not None:
+            of_image = place - own_text + image_position
+            positions = torch.where(is_image, of_image, place).int()
+        joined = of_each([run.vl for run in runs])[sequence] if any(r.vl for r in runs) else None
+        return cls(
+            runs=tuple(runs),
+            offsets=F.pad(lengths.cumsum(0), (1, 0)).int(),
+            max_length=max(_longest(run, longest_text) for run in runs),
+            sequence=sequence,
+            is_image=is_image,
+            joined=joined,
+            index=index,
+            positions=positions,
+            text_first=is_image.byte().argsort(stable=True) if separate else None,
+        )
 
     def experts(self, has_vl: bool) -> Experts:
-        return self._experts_with_vl if has_vl else self._experts_without_vl
+        found = [expert for run in self.runs for expert in run.experts_of(has_vl)]
+        names = _names(found)
+        ids = self.sequence
+        if len(names) > 1:
+            number = {name: names.index(name) for name in names}
+            ids = torch.where(self.is_image, number.get("imag", 0), number.get("text", 0))
+            if "vl" in number:
+                assert self.joined is not None
+                ids = torch.where(self.joined, number["vl"], ids)
+        return _routed(found, ids)
 
     def attend(self, qkv: Tensor, table: Tensor | None, backend: str | None) -> Tensor:
         bias = _bias(table, self.index)
         return shared_attention(
             qkv,
             bias=bias,
-            offsets=self._offsets,
-            max_length=max(self.lengths),
-            positions=None if bias is None else self._positions,
+            offsets=self.offsets,
+            max_length=self.max_length,
+            positions=None if bias is None else self.positions,
+            validate=False,  # right by construction, and the same for all layers
             backend=backend,
         )
 
     def by_modality(self, x: Tensor, text: Project, image: Project) -> Tensor:
-        if not any(self.images):
-            return text(x)
-        if not any(self.texts):
+        if all(run.texts is None for run in self.runs):
             return image(x)
-        return _by_modality(x, self._text_first, sum(self.texts), text, image)
+        if not any(run.image for run in self.runs):
+            return text(x)
+        assert self.text_first is not None
+        apart = x[self.text_first]
+        words = sum(run.words for run in self.runs)
+        texts, images = apart.split([words, x.shape[0] - words])
+        out = torch.cat([text(texts), image(images)])
+        return torch.empty_like(out).index_copy(0, self.text_first, out)
 
     def drop_path(self, rate: float, device: torch.device) -> Tensor:
-        return survival(len(self.lengths), rate, device)[self._sequence]
+        return survival(self.offsets.shape[0] - 1, rate, device)[self.sequence]
 
     def drop_path_of_experts(self, rate: float, has_vl: bool, device: torch.device) -> Tensor:
-        run = self._run_with_vl if has_vl else self._run_without_vl
-        return survival(2 * len(self.lengths), rate, device)[run]
+        second = self.is_image
+        if has_vl and self.joined is not None:
+            second = second & ~self.joined
+        draws = survival(2 * (self.offsets.shape[0] - 1), rate, device)
+        return draws[2 * self.sequence + second]
 
-    def runs_of_tokens(self, has_vl: bool) -> Tensor:
-        """``[T]`` on the CPU, the number in :meth:`runs` of each token's run."""
-        return _numbers([length for _, length in self.runs(has_vl)])
+    def choose(self, wanted: Sequence[tuple[int, Places | None]]) -> Chosen:
+        """Some tokens of each of some runs, given by number; None for first tokens."""
+        first, rows, parts = self.offsets[:-1].long(), [], []
+        for number, tokens in wanted:
+            run, start = self.runs[number], sum(run.sequences for run in self.runs[:number])
+            own = first[start : start + run.sequences]
+            rows.append(own if tokens is None else own[tokens.texts] + tokens.places)
+            parts.append(Part(run.texts is None, run.vl, rows[-1].shape[0]))
+        return Chosen(self, torch.cat(rows), tuple(parts))
 
-    def runs(self, has_vl: bool) -> list[tuple[str, int]]:
-        """(expert, length) of the two runs of every sequence, empty ones included."""
-        runs = []
-        for text, image, vl in zip(self.texts, self.images, self.vl, strict=True):
-            joined = vl and has_vl
-            runs += (
-                [("vl", text + image), ("vl", 0)] if joined else [("text", text), ("imag", image)]
-            )
-        return runs
 
-    def _experts(self, has_vl: bool) -> Experts:
-        return _routed([run for run in self.runs(has_vl) if run[1]], self.device)
+class Part(NamedTuple):
+    """Neighbours among chosen tokens that are of one modality.
 
-    # What every block asks for, made once.
+    Attributes:
+        image: whether they are image tokens.
+        vl: whether blocks that have a vision-language expert use it.
+        tokens: how many.
+    """
 
-    @functools.cached_property
-    def _experts_with_vl(self) -> Experts:
-        return self._experts(True)
-
-    @functools.cached_property
-    def _experts_without_vl(self) -> Experts:
-        return self._experts(False)
-
-    @functools.cached_property
-    def _offsets(self) -> Tensor:
-        return self._move(torch.tensor(self.starts, dtype=torch.int32))
-
-    @functools.cached_property
-    def _positions(self) -> Tensor:
-        place = torch.arange(max(*self.texts, *self.images, 1), dtype=torch.int32)
-        runs = []
-        for text, image in zip(self.texts, self.images, strict=True):
-            runs += [place[:text], place[:image] + self.image_position]
-        return self._move(torch.cat(runs))
-
-    @functools.cached_property
-    def _text_first(self) -> Tensor:
-        return self._move((self.runs_of_tokens(False) % 2).argsort(stable=True))
-
-    @functools.cached_property
-    def _sequence(self) -> Tensor:
-        return self._move(_numbers(self.lengths))
-
-    @functools.cached_property
-    def _run_with_vl(self) -> Tensor:
-        return self._move(self.runs_of_tokens(True))
-
-    @functools.cached_property
-    def _run_without_vl(self) -> Tensor:
-        return self._move(self.runs_of_tokens(False))
-
-    def _move(self, tensor: Tensor) -> Tensor:
-        return upload(tensor, self.device)
+    image: bool
+    vl: bool
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -243,29 +338,28 @@ class Chosen:
 
     Attributes:
         packed: all tokens.
-        rows: ``[n]`` int64 on the CPU, the chosen ones of them; n is not 0.
+        index: ``[n]`` int64 on the device, the chosen ones of them; n is not 0.
+        parts: what they are, in order.
     """
 
     packed: Packed
-    rows: Tensor
-
-    @functools.cached_property
-    def index(self) -> Tensor:
-        """``rows`` on the device."""
-        return upload(self.rows, self.packed.device)
+    index: Tensor
+    parts: tuple[Part, ...]
 
     def experts(self, has_vl: bool) -> Experts:
-        runs = self.packed.runs(has_vl)
-        own = self.packed.runs_of_tokens(has_vl)[self.rows].tolist()
-        return _routed([(runs[number][0], 1) for number in own], self.packed.device)
+        found = [
+            ("vl" if part.vl and has_vl else "imag" if part.image else "text", part.tokens)
+            for part in self.parts
+        ]
+        names, device = _names(found), self.index.device
+        numbers = [torch.full((count,), names.index(name), device=device) for name, count in found]
+        return _routed(found, torch.cat(numbers))
 
     def by_modality(self, x: Tensor, text: Project, image: Project) -> Tensor:
-        is_image = self.packed.runs_of_tokens(False)[self.rows] % 2
-        texts = len(x) - int(is_image.sum())
-        if texts in (0, len(x)):
-            return text(x) if texts else image(x)
-        text_first = upload(is_image.argsort(stable=True), self.packed.device)
-        return _by_modality(x, text_first, texts, text, image)
+        parts = x.split([part.tokens for part in self.parts])
+        return torch.cat(
+            [(image if p.image else text)(part) for p, part in zip(self.parts, parts, strict=True)]
+        )
 
     def drop_path(self, rate: float, device: torch.device) -> Tensor:
         return self.packed.drop_path(rate, device)[self.index]
@@ -274,26 +368,28 @@ class Chosen:
         return self.packed.drop_path_of_experts(rate, has_vl, device)[self.index]
 
 
-def _routed(runs: Sequence[tuple[str, int]], device: torch.device) -> Experts:
-    """Of ``(expert, length)`` runs, none of them empty."""
-    used = {name for name, _ in runs}
-    names = tuple(name for name in ("text", "imag", "vl") if name in used)
-    counts = tuple(sum(length for name, length in runs if name == one) for one in names)
+def _longest(run: Run, longest_text: int) -> int:
+    """At least the length of the longest sequence of a run."""
+    if run.texts is None or run.sequences == 0:
+        return run.image
+    if torch.compiler.is_compiling():
+        return longest_text + run.image
+    return int(run.texts.max()) + run.image
+
+
+def _names(found: Sequence[tuple[str, int]]) -> tuple[str, ...]:
+    """The experts that occur, in the order in which blocks have them."""
+    used = [name for name, _ in found]
+    return tuple(name for name in ("text", "imag", "vl") if name in used)
+
+
+def _routed(found: Sequence[tuple[str, int]], ids: Tensor) -> Experts:
+    """Of (expert, tokens) pairs, and ``[T]`` the expert of each token, which counts among several.
+
+    Grouping the rows by expert is shared by all layers.
+    """
+    names = _names(found)
+    counts = tuple(sum(tokens for name, tokens in found if name == one) for one in names)
     if len(names) == 1:
-        return Experts(names, ModalityRouting.segments([(0, counts[0])]), counts)
-    pieces = [(names.index(name), length) for name, length in runs]
-    return Experts(names, ModalityRouting.packed([pieces], device=device), counts)
-
-
-def _by_modality(
-    x: Tensor, text_first: Tensor, texts: int, text: Project, image: Project
-) -> Tensor:
-    """``text_first`` are the rows of ``x``, those of the text tokens first."""
-    apart = x[text_first]
-    out = torch.cat([text(apart[:texts]), image(apart[texts:])])
-    return torch.empty_like(out).index_copy(0, text_first, out)
-
-
-def _numbers(lengths: Sequence[int]) -> Tensor:
-    """0 as often as the first length says, 1 as often as the second, ..."""
-    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        return Experts(names, ModalityRouting.segments([(0, 1)]), counts)
+    return Experts(names, ModalityRouting(len(names), ids=ids.int()).grouped(), counts)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vlmo import distributed, objectives
-from vlmo.model import VLMo
+from vlmo.model import VLMo, inner
 from vlmo.negatives import PendingNegatives
 from vlmo.objectives import Whole
 from vlmo.passes import Streams
@@ -43,7 +43,8 @@ def backward(
     """Add the gradient of the global batch's loss to ``.grad``.
 
     Args:
-        wrapped: a :class:`vlmo.VLMo`, or DistributedDataParallel or FSDP2 around one.
+        wrapped: a :class:`vlmo.VLMo`, or a wrapper around one: DistributedDataParallel, FSDP2,
+            torch.compile, PEFT.
         batch: this rank's rows of the global batch, on the device; every rank brings as many.
         micro_batch: rows of a part; None for all at once.
         scaler: of the loss, for float16.
@@ -62,7 +63,7 @@ def backward(
     size = rows if micro_batch is None else micro_batch
     if not 1 <= size <= rows or rows % size:
         raise ValueError(f"micro_batch: {size} does not divide the {rows} rows of a rank")
-    model = cast(VLMo, wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped)
+    model = inner(wrapped)
     device = batch["text_ids"].device
     generator = torch.Generator(device).manual_seed(_mix(*seed))
 

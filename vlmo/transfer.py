@@ -12,7 +12,7 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     Through pinned memory: from any other, CUDA copies more than 64 KiB in the order of the stream
     while the host waits, which is a wait for all work before it.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and not torch.compiler.is_compiling():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
@@ -21,9 +21,12 @@ class HostCopy:
     """A tensor on its way to the host; nothing waits until :meth:`get`."""
 
     def __init__(self, tensor: Tensor):
+        self._event = None
+        if torch.compiler.is_compiling():  # a graph has no events
+            self._copy = tensor.to("cpu")
+            return
         # A copy that does not block goes to pinned memory.
         self._copy = tensor.to("cpu", non_blocking=True)
-        self._event = None
         if tensor.is_cuda:
             self._event = torch.cuda.Event()
             self._event.record()

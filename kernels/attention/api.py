@@ -9,7 +9,14 @@ from vlmo.kernels.arguments import FLOATS, autocast_dtype, check_tensor, check_v
 from vlmo.kernels.attention import ops
 from vlmo.kernels.attention.bias import RelativePositionBias
 from vlmo.kernels.attention.reference import Call, shared_attention_reference
-from vlmo.kernels.dispatch import choose, choose_transformed, requested, transformed, usual
+from vlmo.kernels.dispatch import (
+    choose,
+    choose_transformed,
+    requested,
+    transformed,
+    usual,
+    written_down,
+)
 
 _INTEGERS = (torch.int32, torch.int64)
 
@@ -27,6 +34,7 @@ def shared_attention(
     positions: Tensor | None = None,  # [B, N] or [T]
     causal: bool = False,
     scale: float | None = None,
+    validate: bool = True,
     backend: str | None = None,
 ) -> Tensor:  # [B, N, H, K] or [T, H, K]
     r"""Self-attention over the tokens of all modalities: softmax(scale * q k^T + bias) v.
@@ -46,6 +54,9 @@ def shared_attention(
         positions: row of ``bias.index`` of each token; by default its place in its sequence.
         causal: let a query attend to keys at its own place and before only.
         scale: factor of the scores, ``K ** -0.5`` by default; applied to q before the product.
+        validate: check the values of ``key_lengths``, ``offsets`` and ``positions``, which takes a
+            dozen small kernels on a GPU. Layers that share these tensors need it once; values out
+            of range that are not checked make the kernels read and write outside their arrays.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; see :mod:`vlmo.kernels`.
 
     Returns:
@@ -75,18 +86,20 @@ def shared_attention(
         for name, value in (("key_mask", key_mask), ("key_lengths", key_lengths)):
             if value is not None:
                 raise ValueError(f"{name}: has no meaning beside offsets, which give each length")
-        _check_offsets(q, offsets, max_length)
+        _check_offsets(q, offsets, max_length, validate)
     elif max_length:
         raise ValueError(f"max_length: {max_length} was given without offsets")
-    _check_keys(q, key_mask, key_lengths)
+    _check_keys(q, key_mask, key_lengths, validate)
     length = max_length if offsets is not None else q.shape[1]
-    _check_bias(q, bias, positions, length)
+    _check_bias(q, bias, positions, length, validate)
 
     facts = (q.device, q.dtype, q.shape[-1], 0 if bias is None else bias.index.entries)
     asked = requested(backend) or usual(q.device)
-    looked_into = transformed((q, k, v, None if bias is None else bias.table))
-    if looked_into:
-        name = choose_transformed("shared_attention", backend)
+    inline = written_down(backend)
+    if transformed((q, k, v, None if bias is None else bias.table)):
+        name, inline = choose_transformed("shared_attention", backend), True
+    elif inline:
+        name = "reference"
     else:
         name = choose("shared_attention", ops.BACKENDS, asked, *facts)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -96,10 +109,10 @@ def shared_attention(
     )
     if bias is not None:
         index = bias.index
-        call = call._replace(
-            table=bias.table, matrix=index.matrix, affine=index.affine, short=index.short
-        )
-    return shared_attention_reference(call) if looked_into else ops.run(call, name)
+        call = call._replace(table=bias.table, matrix=index.matrix)
+        if not inline:  # the rest is for kernels
+            call = call._replace(affine=index.affine, short=index.short)
+    return shared_attention_reference(call) if inline else ops.run(call, name)
 
 
 def _unpack(
@@ -122,21 +135,27 @@ def _unpack(
     return q, k, v
 
 
-def _check_keys(q: Tensor, key_mask: Tensor | None, key_lengths: Tensor | None) -> None:
+def _check_keys(
+    q: Tensor, key_mask: Tensor | None, key_lengths: Tensor | None, validate: bool
+) -> None:
     if key_mask is not None:
         check_tensor("key_mask", key_mask, shape=q.shape[:2], dtypes=(torch.bool,), device=q.device)
     if key_lengths is not None:
         check_tensor(
             "key_lengths", key_lengths, shape=q.shape[:1], dtypes=_INTEGERS, device=q.device
         )
+        if not validate:
+            return
         wrong = (key_lengths < 0) | (key_lengths > q.shape[1])
         check_values("key_lengths", key_lengths, wrong, f"outside 0..{q.shape[1]}")
 
 
-def _check_offsets(q: Tensor, offsets: Tensor, max_length: int) -> None:
+def _check_offsets(q: Tensor, offsets: Tensor, max_length: int, validate: bool) -> None:
     check_tensor("offsets", offsets, shape=(-1,), dtypes=_INTEGERS, device=q.device)
     if offsets.numel() < 2:
         raise ValueError(f"offsets: {offsets.numel()} entries hold no sequence")
+    if not validate:
+        return
     ends = torch.zeros_like(offsets, dtype=torch.bool)
     ends[0], ends[-1] = offsets[0] != 0, offsets[-1] != q.shape[0]
     check_values("offsets", offsets, ends, f"not 0 at the start or not {q.shape[0]} at the end")
@@ -146,7 +165,11 @@ def _check_offsets(q: Tensor, offsets: Tensor, max_length: int) -> None:
 
 
 def _check_bias(
-    q: Tensor, bias: RelativePositionBias | None, positions: Tensor | None, length: int
+    q: Tensor,
+    bias: RelativePositionBias | None,
+    positions: Tensor | None,
+    length: int,
+    validate: bool,
 ) -> None:
     if bias is None:
         if positions is not None:
@@ -165,5 +188,7 @@ def _check_bias(
             raise ValueError(f"bias.index: made for length {size}, but the sequences have {length}")
         return
     check_tensor("positions", positions, shape=q.shape[:-2], dtypes=_INTEGERS, device=q.device)
+    if not validate:
+        return
     wrong = (positions < 0) | (positions >= size)
     check_values("positions", positions, wrong, f"outside 0..{size - 1}, the rows of bias.index")

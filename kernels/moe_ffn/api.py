@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,14 @@ import torch
 from torch import Tensor
 
 from vlmo.kernels.arguments import FLOATS, autocast_dtype, check_choice, check_tensor
-from vlmo.kernels.dispatch import choose, choose_transformed, requested, transformed, usual
+from vlmo.kernels.dispatch import (
+    choose,
+    choose_transformed,
+    requested,
+    transformed,
+    usual,
+    written_down,
+)
 from vlmo.kernels.moe_ffn import ops
 from vlmo.kernels.moe_ffn.reference import ACTIVATIONS, GATED, NORMS, Call, moe_ffn_reference
 from vlmo.kernels.routing.api import ModalityRouting
@@ -107,14 +115,16 @@ def moe_ffn(
     hidden = tuple(weight.shape[1] for weight in experts.w2)
     facts = (x.device, experts.w1[0].dtype, width, hidden, activation)
     asked = requested(backend) or usual(x.device)
-    looked_into = transformed((x, *itertools.chain(*experts), layer_scale, token_scale, residual))
-    if looked_into:
-        name = choose_transformed("moe_ffn", backend)
+    inline = written_down(backend)
+    if transformed((x, *itertools.chain(*experts), layer_scale, token_scale, residual)):
+        name, inline = choose_transformed("moe_ffn", backend), True
+    elif inline:
+        name = "reference"
     else:
         name = choose("moe_ffn", ops.BACKENDS, asked, *facts)
     ids, rows, offsets, pieces = routing.ids, None, None, routing.pieces
     if name != "reference" and not routing.by_arithmetic:
-        ids, rows, offsets = routing.grouping(x.shape[:-1].numel(), x.device)
+        ids, rows, offsets = routing.grouping(math.prod(x.shape[:-1]), x.device)
         pieces = ()
     call = Call(
         x.reshape(-1, width),
@@ -127,9 +137,9 @@ def moe_ffn(
         norm,
         norm_eps,
         activation,
-        save_pre=not recompute,
+        save_pre=not recompute and not inline,
     )
-    if looked_into:
+    if inline:
         return moe_ffn_reference(call).reshape(x.shape)
     # As nn.Linear does: a tensor of its own, not a view, of which FSDP would warn.
     return torch.ops.aten._unsafe_view.default(ops.run(call, name), x.shape)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vlmo.kernels.arguments import check_tensor, check_values
-from vlmo.kernels.dispatch import choose, first_that_can, requested, runs_eagerly
+from vlmo.kernels.dispatch import choose, first_that_can, for_later, requested, runs_eagerly
+from vlmo.kernels.routing import reference
 from vlmo.kernels.routing.ops import BACKENDS, routing_index
 
 Piece = tuple[int, int]
@@ -76,6 +78,7 @@ class ModalityRouting:
     max_length: int = 0
     _index: dict[tuple, RoutingIndex] = field(default_factory=dict, repr=False)
     _grouping: dict[tuple, Grouping] = field(default_factory=dict, repr=False)
+    _grouped: Grouping | None = field(default=None, repr=False)  # of grouped()
 
     @classmethod
     def segments(
@@ -173,7 +176,7 @@ class ModalityRouting:
 
     def check_tokens(self, shape: torch.Size, device: torch.device) -> None:
         """Raise ValueError unless tokens of this shape (``x.shape[:-1]``) fit the routing."""
-        tokens = shape.numel()
+        tokens = math.prod(shape)  # numel() of a torch.Size cannot be traced
         if self.ids is not None:
             if self.ids.numel() != tokens:
                 raise ValueError(
@@ -236,19 +239,37 @@ class ModalityRouting:
 
         The choice of a backend was for that operation. This one takes the first that can.
         """
+        if self._grouped is not None:
+            return self._grouped
         key = (num_tokens, device)
         grouping = self._grouping.get(key)
         if grouping is None:
-            # What an evaluation leaves here, a training step must be able to save for its backward.
-            with torch.inference_mode(False):
-                ids = self.expert_ids(num_tokens, device)
-                facts = (ids, self.num_experts, _ANY_TILE)
-                name = first_that_can("routing_index", BACKENDS, *facts)
-                rows, offsets, *_ = routing_index(*facts, name)
-            grouping = Grouping(ids, rows, offsets)
+            grouping = self._group(num_tokens, device)
             if runs_eagerly(grouping):  # as in index()
                 self._grouping[key] = grouping
         return grouping
+
+    def _group(self, num_tokens: int, device: torch.device) -> Grouping:
+        # What an evaluation makes, a training step must be able to save for its backward.
+        with torch.inference_mode(False):
+            ids = self.expert_ids(num_tokens, device)
+            facts = (ids, self.num_experts, _ANY_TILE)
+            if for_later():
+                rows, offsets, *_ = reference.index(*facts)
+            else:
+                name = first_that_can("routing_index", BACKENDS, *facts)
+                rows, offsets, *_ = routing_index(*facts, name)
+        return Grouping(ids, rows, offsets)
+
+    def grouped(self) -> ModalityRouting:
+        """The same routing with its rows grouped by expert now; not for :meth:`segments`.
+
+        An eager call groups them when first needed and keeps the result. In a graph that builds its
+        routing, of :func:`torch.compile` or ``torch.export``, nothing can be kept that way: group
+        before the layers, or each of them does it again.
+        """
+        assert self.ids is not None
+        return replace(self, _grouped=self._group(self.ids.shape[0], self.ids.device))
 
 
 def _upload(tensor: Tensor, device: torch.device | str) -> Tensor:

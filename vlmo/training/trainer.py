@@ -26,7 +26,7 @@ from vlmo.files import write_json
 from vlmo.flops import step_flops
 from vlmo.kernels.target import describe
 from vlmo.loading import WEIGHTS
-from vlmo.model import VLMo
+from vlmo.model import VLMo, inner
 from vlmo.placement import chosen_dtype, require_backend
 from vlmo.recipes import CONTRASTS
 from vlmo.step import SCALES, backward
@@ -368,11 +368,11 @@ class Run:
 
     def _scales(self) -> dict[str, nn.Parameter]:
         """Logarithms of the factors of the cosines in contrast, by name."""
-        model = self.training.model
-        inner = cast(VLMo, getattr(model, "module", model))
         if not set(self.recipe.tasks) & set(CONTRASTS):
             return {}
-        return {name: p for name, p in inner.named_parameters() if name in SCALES}
+        return {
+            name: p for name, p in inner(self.training.model).named_parameters() if name in SCALES
+        }
 
     def _after(self, losses: dict[str, torch.Tensor], display: Display, stop: int) -> None:
         """Logs, validation and state, where they are due."""
