@@ -14,7 +14,7 @@ from vlmo.kernels import target
 from vlmo.kernels.attention.reference import Call
 from vlmo.kernels.attention.tiles import Tile
 from vlmo.kernels.attention.triton_parts import INTERPRETED, Config, Lookup, Sequences, View
-from vlmo.kernels.triton_target import tf32_allowed
+from vlmo.kernels.triton_target import compile_options, tf32_allowed
 
 LOG2_E = 1 / math.log(2)
 _INTERPRETED_PROGRAMS = 6
@@ -134,4 +134,4 @@ def launch(kernel: Any, device: torch.device, programs: int, tile: Tile, *args: 
     """Run ``kernel`` on the current stream of ``device``."""
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        kernel[(programs,)](*args, num_warps=tile.num_warps, num_stages=tile.num_stages)
+        kernel[(programs,)](*args, **compile_options(tile))

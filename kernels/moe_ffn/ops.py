@@ -51,7 +51,9 @@ def run(call: Call, backend: str) -> Tensor:
 
 def _leaves(call: Call) -> tuple[Tensor | None, ...]:
     """The tensors that may get a gradient from the backward, in the order of its schema."""
-    return (call.x, *itertools.chain.from_iterable(call[1:7]), call.layer_scale)
+    # Dynamo of torch 2.8 cannot trace call[1:7].
+    lists = (call.w1, call.w2, call.b1, call.b2, call.norm_weight, call.norm_bias)
+    return (call.x, *itertools.chain.from_iterable(lists), call.layer_scale)
 
 
 def _constants(call: Call) -> tuple[Tensor | None, ...]:

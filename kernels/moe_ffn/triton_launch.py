@@ -15,7 +15,7 @@ from vlmo.kernels.moe_ffn.reference import GATED, Call
 from vlmo.kernels.moe_ffn.schedule import TILE_OVERHEAD, choose_band
 from vlmo.kernels.moe_ffn.tiles import Tile
 from vlmo.kernels.moe_ffn.triton_parts import INTERPRETED, Config
-from vlmo.kernels.triton_target import tf32_allowed
+from vlmo.kernels.triton_target import compile_options, tf32_allowed
 
 # What a task without products costs in steps of a main loop: a guess that only steers the choice of
 # the band.
@@ -103,4 +103,4 @@ def launch(kernel: Any, device: torch.device, programs: int, tile: Tile, *args: 
     """Run ``kernel`` on the current stream of ``device``."""
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        kernel[(programs,)](*args, num_warps=tile.num_warps, num_stages=tile.num_stages)
+        kernel[(programs,)](*args, **compile_options(tile))
