@@ -140,10 +140,10 @@ def _pad(call: Call) -> Call:
     positions = call.positions
     if positions is not None:
         positions = _pad_rows(positions, call)
-    lengths = call.offsets.diff()
-    return call._replace(
-        q=q, k=k, v=v, key_lengths=lengths, offsets=None, positions=positions, key_mask=None
-    )
+    # Dynamo of torch 2.8 cannot trace _replace().
+    index = (call.table, call.matrix, call.affine, call.short)
+    rest = (None, call.max_length, positions, call.causal, call.scale)
+    return Call(q, k, v, *index, None, call.offsets.diff(), *rest)
 
 
 def _without_masked_keys(call: Call) -> Call:
@@ -152,7 +152,8 @@ def _without_masked_keys(call: Call) -> Call:
     if valid is None:
         return call
     k, v = (torch.where(valid[:, :, None, None], t, 0) for t in (call.k, call.v))
-    return call._replace(k=k, v=v)
+    q, _, _, *rest = call
+    return Call(q, k, v, *rest)
 
 
 def _pad_rows(t: Tensor, call: Call) -> Tensor:

@@ -40,7 +40,8 @@ def run(call: Call, backend: str) -> Tensor:
     leaves = (call.residual, *_leaves(call))
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     if call.save_pre and not recorded:
-        call = call._replace(save_pre=False)
+        *others, _ = call
+        call = Call(*others, save_pre=False)  # Dynamo of torch 2.8 cannot trace _replace()
     if not runs_eagerly((*leaves, *_constants(call))):
         register_formulas()
         return moe_ffn_fwd(*call, backend)[0]
@@ -51,7 +52,7 @@ def run(call: Call, backend: str) -> Tensor:
 
 def _leaves(call: Call) -> tuple[Tensor | None, ...]:
     """The tensors that may get a gradient from the backward, in the order of its schema."""
-    # Dynamo of torch 2.8 cannot trace call[1:7].
+    # Nor call[1:7].
     lists = (call.w1, call.w2, call.b1, call.b2, call.norm_weight, call.norm_bias)
     return (call.x, *itertools.chain.from_iterable(lists), call.layer_scale)
 
