@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from importlib import metadata
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -44,7 +44,17 @@ def _triton_version() -> tuple[int, ...]:
     return tuple(int(part) for part in metadata.version("triton").split(".")[:2])
 
 
-def compile_options(tile: Any) -> dict[str, Any]:
+class Options(Protocol):
+    """What a tile says of how its kernel is compiled."""
+
+    @property
+    def num_warps(self) -> int: ...
+
+    @property
+    def num_stages(self) -> int: ...
+
+
+def compile_options(tile: Options) -> dict[str, Any]:
     """How a kernel is compiled for ``tile``: its warps and stages, and with fused multiply-adds.
 
     Triton 3.9 warns where the last is not said, as they will not be the default in Triton 3.10.
