@@ -2,26 +2,35 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The versions are those of constraints.txt, or with TORCH=2.11.0 that torch and what it requires.
+CONSTRAINTS := $(if $(TORCH),build/torch-$(TORCH).txt,constraints.txt)
 # What an editable install depends on; Python files are used where they lie.
 BUILD_FILES := pyproject.toml constraints.txt setup.py CMakeLists.txt tests/sm70/compile.py \
 	$(shell find csrc -type f)
 PYTEST_ARGS ?= -n auto --dist loadfile
 
-.PHONY: install demo test test-all lint clean
+# The kernels are also compiled with these releases of Triton; tests/triton_releases has versions.
+TAG := $(shell $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -c \
+	'import sys; print(sys.implementation.cache_tag)')
+TRITONS := $(patsubst %,build/triton/$(TAG)/%/.unpacked,oldest newest)
+
+.PHONY: install demo test test-all tritons lint clean
 .DELETE_ON_ERROR:
 
-install: $(VENV)/.installed-test
+install: $(VENV)/.installed-test tritons
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m vlmo demo
 
 # All but what takes long and says little more; after changing kernels, their tile tables or the
 # packaging, run everything.
-test: lint
+test: lint tritons
 	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
 
-test-all: lint
+test-all: lint tritons
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+tritons: $(TRITONS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -39,10 +48,21 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed-demo: $(BUILD_FILES) | $(BIN)/python
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo]'
+$(VENV)/.installed-demo: $(BUILD_FILES) $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[demo]'
 	touch $@
 
-$(VENV)/.installed-test: $(BUILD_FILES) | $(BIN)/python
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo,test]'
+$(VENV)/.installed-test: $(BUILD_FILES) $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[demo,test]'
 	touch $(VENV)/.installed-demo $@
+
+build/torch-%.txt: constraints.txt
+	mkdir -p build
+	sed -E '/^(torch|triton|setuptools|nvidia-cuda-.*)==/d' $< > $@
+	echo torch==$* >> $@
+
+# Unpacked, not installed: the environment keeps its own.
+build/triton/$(TAG)/%/.unpacked: tests/triton_releases/%.txt | $(BIN)/python
+	rm -rf $(@D)
+	$(BIN)/python -m pip install -q --no-deps --only-binary=:all: --target $(@D) -r $<
+	touch $@

@@ -188,7 +188,8 @@ def written_down(argument: str | None) -> bool:
 
 def for_later() -> bool:
     """Whether ``torch.export`` or ``torch.jit.trace`` records what runs now."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    # Not is_exporting(), which Dynamo of torch 2.8 takes to be true in every graph.
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
 
 def runs_eagerly(tensors: Iterable[Tensor | None]) -> bool:

@@ -7,21 +7,12 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import triton
 
-
-class Options(Protocol):
-    """What a tile says of how its kernel is compiled."""
-
-    @property
-    def num_warps(self) -> int: ...
-
-    @property
-    def num_stages(self) -> int: ...
-
+from vlmo.kernels.triton_target import Options, compile_options
 
 _ahead: _Ahead | None = None
 
@@ -36,7 +27,7 @@ def launch(kernel: Any, device: torch.device, programs: int, tile: Options, *arg
         tile: the number of warps and of stages.
         args: of the kernel.
     """
-    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+    options = compile_options(tile)
     if _ahead is not None:
         _ahead.add(kernel, device, *args, grid=(programs,), **options)
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from importlib import metadata
+from typing import Any, Protocol
 
 import torch
 
@@ -19,7 +20,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed."
     if _triton_version() < _OLDEST_TRITON:
-        return f"Triton {metadata.version('triton')} is older than 3.4."
+        oldest = ".".join(map(str, _OLDEST_TRITON))
+        return f"Triton {metadata.version('triton')} is older than {oldest}."
     if dtype not in _DTYPES:
         return f"it has no kernel for {str(dtype).removeprefix('torch.')}."
     if target.interpreted():
@@ -40,6 +42,24 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 @functools.cache
 def _triton_version() -> tuple[int, ...]:
     return tuple(int(part) for part in metadata.version("triton").split(".")[:2])
+
+
+class Options(Protocol):
+    """What a tile says of how its kernel is compiled."""
+
+    @property
+    def num_warps(self) -> int: ...
+
+    @property
+    def num_stages(self) -> int: ...
+
+
+def compile_options(tile: Options) -> dict[str, Any]:
+    """How a kernel is compiled for ``tile``: its warps and stages, and with fused multiply-adds.
+
+    Triton 3.9 warns where the last is not said, as they will not be the default in Triton 3.10.
+    """
+    return dict(num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True)
 
 
 def tf32_allowed() -> bool:

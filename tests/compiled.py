@@ -28,6 +28,7 @@ from triton.runtime import driver
 from moe_ffn_cases import CASES, make_tensors
 from vlmo.kernels.moe_ffn import tiles, triton_impl, triton_launch
 from vlmo.kernels.moe_ffn.reference import GATED, Call
+from vlmo.kernels.triton_target import compile_options
 
 INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 LISTS = ("w1", "w2", "b1", "b2", "norm_weight", "norm_bias")
@@ -121,6 +122,11 @@ def all_options(facts) -> None:
             run_options(case, x_dtype, half, len(needs) > 1, needs)
 
 
+def say(**facts) -> None:
+    """Print one line of JSON, with the version of the Triton that is at work."""
+    print(json.dumps(dict(triton=triton.__version__, **facts)), flush=True)
+
+
 def resources(cubin: bytes) -> dict[str, int]:
     """REG, STACK, LOCAL and SHARED of the only kernel in a cubin."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -163,15 +169,14 @@ def compile_for(generation: str, what: str) -> None:
         name = kernel.fn.__name__.removeprefix("moe_ffn_").removesuffix("_kernel")
         if not facts["wanted"](name):
             return
-        options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
         try:
-            compiled = kernel.warmup(*args, grid=(programs,), **options)
+            compiled = kernel.warmup(*args, grid=(programs,), **compile_options(tile))
         except TypesFit:
-            print(json.dumps({"what": what, "kernel": name}), flush=True)
+            say(what=what, kernel=name)
             return
         ptx, found = compiled.asm["ptx"], resources(compiled.asm["cubin"])
         counts = {name: ptx.count(name) for name in INSTRUCTIONS}
-        report = dict(
+        say(
             what=what,
             kernel=name,
             generation=generation,
@@ -185,7 +190,6 @@ def compile_for(generation: str, what: str) -> None:
             async_copies=ptx.count("cp.async.c"),
             **counts,
         )
-        print(json.dumps(report), flush=True)
 
     with (
         mock.patch.object(triton_launch, "launch", compile_only),

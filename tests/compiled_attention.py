@@ -6,17 +6,17 @@ launched.
 """
 
 import itertools
-import json
 import sys
 from unittest import mock
 
 import torch
 
 from attention_cases import CASES, ONES, Case, make_index, make_options, make_tensors
-from compiled import INSTRUCTIONS, TypesFit, resources, run_jobs
+from compiled import INSTRUCTIONS, TypesFit, resources, run_jobs, say
 from vlmo.kernels import RelativePositionIndex
 from vlmo.kernels.attention import tiles, triton_impl, triton_launch
 from vlmo.kernels.attention.reference import Call
+from vlmo.kernels.triton_target import compile_options
 
 BATCH, HEADS = 32, 12
 HEAD_DIMS = (64, 34, 128)
@@ -87,15 +87,14 @@ def compile_for(generation: str, what: str) -> None:
         return tiles.TABLE[generation, tiles.operands_of(dtype), tiles.width_of(head_dim)]
 
     def compile_only(kernel, device, programs, tile, *args):
-        options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
         name = kernel.fn.__name__.removeprefix("attention_").removesuffix("_kernel")
         try:
-            compiled = kernel.warmup(*args, grid=(programs,), **options)
+            compiled = kernel.warmup(*args, grid=(programs,), **compile_options(tile))
         except TypesFit:
-            print(json.dumps({"what": what, "kernel": name}), flush=True)
+            say(what=what, kernel=name)
             return
         ptx, found = compiled.asm["ptx"], resources(compiled.asm["cubin"])
-        report = dict(
+        say(
             what=what,
             kernel=name,
             **facts,
@@ -106,7 +105,6 @@ def compile_for(generation: str, what: str) -> None:
             async_copies=ptx.count("cp.async.c"),
             **{name: ptx.count(name) for name in INSTRUCTIONS},
         )
-        print(json.dumps(report), flush=True)
 
     with (
         mock.patch.object(triton_launch, "launch", compile_only),

@@ -60,10 +60,21 @@ def _rounded_once(create):
     return created
 
 
+def _with_index(patch_tensor):
+    """With NumPy 2.4 an array of one number is no index; before 3.7 Triton makes one of it."""
+
+    def patched(tensor, *scope) -> None:
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    return patched
+
+
 def improve(patch) -> None:
     """Change Triton for as long as ``patch``, a ``pytest.MonkeyPatch``, lasts."""
     if hasattr(interpreter, "_LangPatchScope"):  # from Triton 3.6 on
         patch.setattr(interpreter, "_patch_lang", _Once(interpreter._patch_lang))
+    patch.setattr(interpreter, "_patch_lang_tensor", _with_index(interpreter._patch_lang_tensor))
     builder = interpreter.InterpreterBuilder
     for name in ("dot", "exp", "exp2", "log2"):
         patch.setattr(builder, f"create_{name}", _rounded_once(getattr(builder, f"create_{name}")))

@@ -239,7 +239,7 @@ class VLMo(nn.Module):
 
     def project(self, head: str, cls: Tensor) -> Tensor:
         """Unit vectors ``[B, D]`` of first tokens ``[B, D]`` by one of the projections of ITC."""
-        return F.normalize(self.get_submodule(head)(cls), dim=-1)
+        return F.normalize(getattr(self, head)(cls), dim=-1)
 
     def run(
         self,

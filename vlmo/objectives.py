@@ -90,6 +90,8 @@ def compute(
     tasks = model.config.tasks
     if "itm" in tasks and "itc" not in tasks:
         raise ValueError(f"tasks: {tasks} have itm without itc, which weighs its negatives")
+    if {"mlm", "textmlm"} & set(tasks):
+        batch = {**batch, "mlm_tokens": masked_tokens(batch)}  # found once
     patches = torch.empty(0)
     if set(tasks) - {"textmlm", "nlvr2"}:
         patches = model.embed_image(batch["image"])

@@ -119,19 +119,20 @@ def encode_streams(
     count, images = texts.lengths.shape[0], patches.shape[0]
     # One embedding, whose gradient has the size of the vocabulary.
     given = [texts] if words is None else [texts, words.texts]
-    ids, places = (torch.cat(tensors) for tensors in zip(*(t[:2] for t in given), strict=True))
+    ids, places = torch.cat([t.ids for t in given]), torch.cat([t.places for t in given])
     embedded = model.embed_text(ids, places).split([t.ids.shape[0] for t in given])
     x = torch.cat([embedded[0], patches.flatten(0, 1)])
     alone, pairs, fused = [_texts(texts), _images(patches)], [], []
     if words is not None:
-        pairs = [_texts(words.texts)._replace(image=patches.shape[1], vl=True)]
+        pairs = [_texts(words.texts, patches.shape[1], vl=True)]
         own = torch.arange(images, device=x.device)
         fused = [_pairs(embedded[1], words.texts, patches, own).to(x.dtype)]
     start, sizes = model.config.first_vl_block, [x.shape[0], *(f.shape[0] for f in fused)]
     both = model.run(torch.cat([x, *fused]), model.pack(alone + pairs, x.device), stop=start)
     if vl_tail:
         x, *fused = both.split(sizes)
-        both, alone = torch.cat([x, x, *fused]), alone + [run._replace(vl=True) for run in alone]
+        both = torch.cat([x, x, *fused])
+        alone += [_texts(texts, vl=True), _images(patches, vl=True)]
     layout = model.pack(alone + pairs, x.device)
     wanted: list[tuple[int, Places | None]] = [(number, None) for number in range(len(alone))]
     if words is not None:
@@ -139,13 +140,11 @@ def encode_streams(
     x = _end(model, both, layout, wanted, start=start)
     firsts = [count, images] * (2 if vl_tail else 1)
     text, image, *tail = x.split([*firsts, x.shape[0] - sum(firsts)])
-    found = Streams(model.project("itc_image_proj", image), model.project("itc_text_proj", text))
+    found = [model.project("itc_image_proj", image), model.project("itc_text_proj", text)]
     if vl_tail:
-        found = found._replace(
-            vl_image=model.project("itc_vl_image_proj", tail[1]),
-            vl_text=model.project("itc_vl_text_proj", tail[0]),
-        )
-    return found, None if words is None else tail[-1]
+        found.append(model.project("itc_vl_image_proj", tail[1]))
+        found.append(model.project("itc_vl_text_proj", tail[0]))
+    return Streams(*found), None if words is None else tail[-1]
 
 
 def encode_text(model: VLMo, texts: Texts, tokens: Places | None = None) -> Tensor:
@@ -191,16 +190,17 @@ def fuse(
     """
     words = model.embed_text(texts.ids, texts.places)
     x = _pairs(words, texts, patches, upload(images, words.device))
-    run = _texts(texts)._replace(image=patches.shape[1], vl=True)
+    run = _texts(texts, patches.shape[1], vl=True)
     return _end(model, x, model.pack([run], x.device), [(0, tokens)])
 
 
-def _texts(texts: Texts) -> Run:
-    return Run(texts.lengths.shape[0], texts.lengths, texts.ids.shape[0], 0, False)
+def _texts(texts: Texts, image: int = 0, *, vl: bool = False) -> Run:
+    """Texts, each before an image of so many tokens."""
+    return Run(texts.lengths.shape[0], texts.lengths, texts.ids.shape[0], image, vl)
 
 
-def _images(patches: Tensor) -> Run:
-    return Run(patches.shape[0], None, 0, patches.shape[1], False)
+def _images(patches: Tensor, *, vl: bool = False) -> Run:
+    return Run(patches.shape[0], None, 0, patches.shape[1], vl)
 
 
 def _pairs(words: Tensor, texts: Texts, patches: Tensor, images: Tensor) -> Tensor:

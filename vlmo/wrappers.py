@@ -22,7 +22,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """
     return (
         type(module) is kind
-        and "forward" not in vars(module)
+        and "forward" not in module.__dict__
         and not any(getattr(module, name) for name in _HOOKS)
         and not _has_any_global_hook()
     )

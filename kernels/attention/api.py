@@ -107,15 +107,18 @@ def shared_attention(
     else:
         name = choose("shared_attention", ops.BACKENDS, asked, *facts)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    index = None if bias is None else bias.index
     call = Call(
-        *(q, k, v, None, None, None, None, key_mask, key_lengths),
-        *(offsets, max_length, positions, causal, scale),
+        *(q, k, v, None if bias is None else bias.table),
+        None if index is None else index.matrix,
+        None if index is None or inline else index.affine,  # these two are for kernels
+        None if index is None or inline else index.short,
+        *(key_mask, key_lengths, offsets),
+        max_length=max_length,
+        positions=positions,
+        causal=causal,
+        scale=scale,
     )
-    if bias is not None:
-        index = bias.index
-        call = call._replace(table=bias.table, matrix=index.matrix)
-        if not inline:  # the rest is for kernels
-            call = call._replace(affine=index.affine, short=index.short)
     return shared_attention_reference(call) if inline else ops.run(call, name)
 
 

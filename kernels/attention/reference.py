@@ -140,9 +140,15 @@ def _pad(call: Call) -> Call:
     positions = call.positions
     if positions is not None:
         positions = _pad_rows(positions, call)
-    lengths = call.offsets.diff()
-    return call._replace(
-        q=q, k=k, v=v, key_lengths=lengths, offsets=None, positions=positions, key_mask=None
+    return Call(  # Dynamo of torch 2.8 cannot trace _replace()
+        *(q, k, v, call.table, call.matrix, call.affine, call.short),
+        key_mask=None,
+        key_lengths=call.offsets.diff(),
+        offsets=None,
+        max_length=call.max_length,
+        positions=positions,
+        causal=call.causal,
+        scale=call.scale,
     )
 
 
@@ -152,7 +158,8 @@ def _without_masked_keys(call: Call) -> Call:
     if valid is None:
         return call
     k, v = (torch.where(valid[:, :, None, None], t, 0) for t in (call.k, call.v))
-    return call._replace(k=k, v=v)
+    others: list[Any] = [*call]
+    return Call(call.q, k, v, *others[3:])
 
 
 def _pad_rows(t: Tensor, call: Call) -> Tensor:

@@ -164,7 +164,11 @@ class Experts(NamedTuple):
         def cast(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
             return [t.to(dtype) if isinstance(t, Tensor) else t for t in tensors]
 
-        return self._replace(w1=cast(self.w1), w2=cast(self.w2), b1=cast(self.b1), b2=cast(self.b2))
+        return Experts(
+            *(cast(self.w1), cast(self.w2), cast(self.b1), cast(self.b2)),
+            norm_weight=self.norm_weight,
+            norm_bias=self.norm_bias,
+        )
 
     def check(self, x: Tensor, num_experts: int, activation: str, norm: str, cast: bool) -> None:
         """Raise TypeError or ValueError unless every parameter fits x and the routing."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,9 @@ def run(call: Call, backend: str) -> Tensor:
     leaves = (call.residual, *_leaves(call))
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     if call.save_pre and not recorded:
-        call = call._replace(save_pre=False)
+        fields: list[Any] = [*call]  # Dynamo of torch 2.8 cannot trace _replace()
+        fields[-1] = False
+        call = Call(*fields)
     if not runs_eagerly((*leaves, *_constants(call))):
         register_formulas()
         return moe_ffn_fwd(*call, backend)[0]
@@ -51,7 +54,9 @@ def run(call: Call, backend: str) -> Tensor:
 
 def _leaves(call: Call) -> tuple[Tensor | None, ...]:
     """The tensors that may get a gradient from the backward, in the order of its schema."""
-    return (call.x, *itertools.chain.from_iterable(call[1:7]), call.layer_scale)
+    # Nor call[1:7].
+    lists = (call.w1, call.w2, call.b1, call.b2, call.norm_weight, call.norm_bias)
+    return (call.x, *itertools.chain.from_iterable(lists), call.layer_scale)
 
 
 def _constants(call: Call) -> tuple[Tensor | None, ...]:

@@ -1,0 +1,53 @@
+"""Runs compiled.py and compiled_attention.py, with the installed Triton or with another one.
+
+``make tritons`` unpacks the oldest and the newest release that are supported under build/triton;
+tests/triton_releases has their versions. One of them is put before the installed one for as long
+as a script runs.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import distributions
+from pathlib import Path
+
+import triton
+from packaging.requirements import Requirement
+
+TESTS = Path(__file__).parent
+UNPACKED = TESTS.parent / "build" / "triton" / str(sys.implementation.cache_tag)
+RELEASES = ("oldest", "newest")
+
+
+def version_of(release: str) -> str:
+    """The version that tests/triton_releases asks for on this Python."""
+    lines = (TESTS / "triton_releases" / f"{release}.txt").read_text().splitlines()
+    (wanted,) = [r for r in map(Requirement, lines) if r.marker is None or r.marker.evaluate()]
+    (specifier,) = wanted.specifier
+    assert (wanted.name, specifier.operator) == ("triton", "==")
+    return specifier.version
+
+
+def compiled(script: str, *jobs: str, release: str = "installed") -> list[dict]:
+    """What a script says of its jobs, in a process in which Triton compiles."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    wanted = triton.__version__
+    if release != "installed":
+        wanted, folder = version_of(release), UNPACKED / release
+        found = [d.version for d in distributions(name="triton", path=[str(folder)])]
+        assert found == [wanted], f"{folder} holds Triton {found}, not {wanted}: run `make tritons`"
+        paths = [str(folder), *filter(None, [environment.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    command = [sys.executable, str(TESTS / script), *jobs]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, f"Triton {wanted}: {run.stderr[-4000:]}"
+    reports = [json.loads(line) for line in run.stdout.splitlines()]
+    assert {report["triton"] for report in reports} == {wanted}
+    return reports
+
+
+def spill_limit(report: dict) -> int:
+    """Bytes that a thread may spill: the tiles are chosen for 3.7.1; others spill a little."""
+    return 0 if report["triton"] == "3.7.1" else 128
