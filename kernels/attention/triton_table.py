@@ -60,13 +60,14 @@ def attention_bwd_table_kernel(
         *(batch, sequences.heads, length, tokens),
         *(sequences.offsets, sequences.key_lengths, sequences.key_mask),
     )
-    program = tl.program_id(0).to(tl.int64)
-    part, head = program % parts, program // parts
+    program = tl.program_id(0)
+    part, head = program % parts, (program // parts).to(tl.int64)
+    program = program.to(tl.int64)
     sums, partial = SUMS + program * lookup.entries, PARTIAL + program * lookup.entries
     chunks, k_tiles = tl.cdiv(batch, chunk), tl.cdiv(length, C.block_k)
     items = tl.cdiv(length, C.block_q) * k_tiles * chunks
     for turn in range(tl.cdiv(items - part, parts)):
-        item = (part + turn * parts).to(tl.int32)
+        item = part + turn * parts
         first_b, tile = (item % chunks) * chunk, item // chunks
         first_query, first_key = (tile // k_tiles) * C.block_q, (tile % k_tiles) * C.block_k
         count = tl.minimum(chunk, batch - first_b)
