@@ -5,19 +5,20 @@
 #
 # Sections, in this order: tests sanitizer bench tune profile. Without one, all; name those that are
 # left to go on after an interruption. Each writes OUTPUT/SECTION.log; OUTPUT/summary.txt has a line
-# for each. Exits with 1 if one failed.
+# for each. Exits with 1 if one failed, with 2 if nothing could begin.
 #
 # PYTHON   interpreter (python3)
-# WHEELS   folder with a wheel of vlmo, installed without its dependencies if vlmo is not (dist)
+# WHEELS   folder with wheels of vlmo (dist); if vlmo is not installed, the newest that fits the
+#          interpreter is, without its dependencies
 # COMMIT   what is being measured, where git cannot tell
 # SANITIZE -k expression of the tests that run under compute-sanitizer
 # MINUTES_OF_BENCH  whole ones; what would begin later is not measured (6)
 #
-# Limits in seconds: tests 80 + 300, sanitizer 4 * 80, bench 360 + 60, tune 240, profile 60: 1420.
+# Limits in seconds: tests 40 + 300, sanitizer 4 * 80, bench 360 + 60, tune 300, profile 60: 1440.
 set -uo pipefail
 
 if [ $# -lt 1 ]; then
-    sed -n '2,17s/^# \{0,1\}//p' "$0" >&2
+    sed '1d; /^set /,$d; s/^# \{0,1\}//' "$0" >&2
     exit 2
 fi
 mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
@@ -33,6 +34,8 @@ done
 
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
+# The tree's own options ask for plugins that need not be here.
+pytest=("$python" -m pytest -q -p no:cacheprovider -o "addopts=--import-mode=importlib -ra")
 COMMIT=${COMMIT:-$(git describe --always --dirty --exclude='*' 2>/dev/null)}
 # The folder vlmo/ of the tree has no kernels/ in it: only the installed package is whole.
 export PYTHONSAFEPATH=1
@@ -44,11 +47,16 @@ if ! "$python" -c 'import vlmo.kernels, vlmo._C' 2>/dev/null; then
         echo "gpu.sh: with Python 3.10 an installed wheel is hidden by this tree; pip install -e ." >&2
         exit 2
     fi
-    "$python" -m pip install --no-index --no-deps --force-reinstall "${WHEELS:-dist}"/vlmo-*.whl || exit 2
+    wheel=$("$python" benchmarks/wheel.py "${WHEELS:-dist}") || exit 2
+    "$python" -m pip install --no-index --no-deps --force-reinstall "$wheel" || exit 2
 fi
 "$python" - >"$out/machine.txt" 2>&1 <<'EOF' || { cat "$out/machine.txt" >&2 && exit 2; }
 import sys
+from importlib.metadata import packages_distributions, requires
+
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from vlmo.kernels import why_not
 from vlmo.kernels.target import describe
 from vlmo.machine import versions
@@ -58,7 +66,12 @@ if not torch.cuda.is_available():
 print(describe("cuda"), versions(), "CUDA", torch.version.cuda)
 if reason := why_not("moe_ffn", "triton", device="cuda", dtype=torch.bfloat16):
     sys.exit(f"gpu.sh: moe_ffn cannot run in Triton: {reason}")
+here = {canonicalize_name(name) for names in packages_distributions().values() for name in names}
+needs = [need for need in map(Requirement, requires("vlmo")) if "extra" not in str(need.marker)]
+if missing := sorted({need.name for need in needs} - here):
+    print("WARNING: packages that vlmo needs are missing:", *missing)
 EOF
+grep WARNING "$out/machine.txt" | tee -a "$out/summary.txt"
 installed=$("$python" -c 'import vlmo.kernels as k; print(k.__path__[0])')
 package=$("$python" -c 'import vlmo; print(vlmo.__path__[0])')
 # What is measured is what is installed, which may be older than the tree.
@@ -69,26 +82,36 @@ if ! { diff -rq -x __pycache__ kernels "$installed" &&
     COMMIT=${COMMIT:-unknown}-installed-differs
 fi
 
-# run SECTION SECONDS COMMAND...: adds to the section's log; its status is the command's.
-run() {
-    local section=$1 limit=$2 status
+# start LOG SECONDS COMMAND...: in the background, its output at the end of a log; sets $process.
+start() {
+    local log=$out/$1.log limit=$2
     shift 2
-    printf '\n$ %s\n' "$*" >>"$out/$section.log"
-    timeout --kill-after=5 "$limit" "$@" >>"$out/$section.log" 2>&1
+    printf '\n$ %s\n' "$*" >>"$log"
+    timeout --kill-after=5 "$limit" "$@" >>"$log" 2>&1 &
+    process=$!
+}
+
+# finish LOG PROCESS: wait for what was started; its status is the command's.
+finish() {
+    local status
+    wait "$2"
     status=$?
-    [ $status -eq 124 ] && echo "stopped after $limit s" >>"$out/$section.log"
+    case $status in 124 | 137) echo "stopped at its limit" >>"$out/$1.log" ;; esac
     return $status
+}
+
+# Not in the foreground, as bash handles a signal only once a command there has ended.
+run() {
+    start "$@"
+    finish "$1" "$process"
 }
 
 tests() {
     # Nearly all of the time goes into compiling, which one process does on one core.
-    local shards=$(($(nproc) < 12 ? $(nproc) : 12)) status=0 shard pids=()
-    local collect=(timeout 40 "$python" -m pytest --collect-only -q -p no:cacheprovider)
-    # Tests of other parts may need packages that are not here: what cannot be collected is in the log.
-    {
-        "${collect[@]}" tests -m gpu --continue-on-collection-errors
-        "${collect[@]}" tests/test_moe_ffn*.py tests/test_attention*.py
-    } >"$out/tests.log" 2>&1
+    local shards=$(($(nproc) < 12 ? $(nproc) : 12)) status=0 shard processes=()
+    # Other tests need no GPU, and may need packages that are not here: what cannot be collected is
+    # in the log.
+    run tests 40 "${pytest[@]}" tests -m gpu --collect-only --continue-on-collection-errors
     grep '^tests/.*::' "$out/tests.log" | sort -u >"$out/tests.txt"
     if [ ! -s "$out/tests.txt" ]; then
         echo "nothing was collected" >>"$out/tests.log"
@@ -98,15 +121,16 @@ tests() {
         awk -v n="$shards" -v i="$shard" 'NR % n == i' "$out/tests.txt" >"$out/tests-$shard.txt"
         : >"$out/tests-$shard.log"
         # The V100's kernels too, if the wheel was built with VLMO_TEST_TARGETS.
-        VLMO_VOLTA_ANYWHERE=1 run "tests-$shard" 300 xargs -r -d '\n' -a "$out/tests-$shard.txt" \
-            "$python" -m pytest -q -p no:cacheprovider &
-        pids+=($!)
+        VLMO_VOLTA_ANYWHERE=1 start "tests-$shard" 300 xargs -r -d '\n' \
+            -a "$out/tests-$shard.txt" "${pytest[@]}"
+        processes+=("$process")
     done
-    for shard in "${!pids[@]}"; do
-        wait "${pids[$shard]}" || status=1
+    for shard in "${!processes[@]}"; do
+        finish "tests-$shard" "${processes[$shard]}" || status=1
         cat "$out/tests-$shard.log" >>"$out/tests.log"
         rm "$out/tests-$shard.log" "$out/tests-$shard.txt"
     done
+    rm "$out/tests.txt"
     return $status
 }
 
@@ -120,13 +144,12 @@ sanitizer() {
         # An allocation of its own for each tensor, or memcheck would not see its end.
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 run sanitizer 80 \
             compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
-            "$python" -m pytest tests/test_moe_ffn.py -q -x -p no:cacheprovider \
+            "${pytest[@]}" tests/test_moe_ffn.py -m gpu -x \
             -k "${SANITIZE:-test_parity and cuda-triton and bfloat16 and (vlmo or ids)}" || status=1
         # The V100's kernels, if the wheel was built with VLMO_TEST_TARGETS; else their test skips.
         VLMO_VOLTA_ANYWHERE=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 run sanitizer 80 \
             compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
-            "$python" -m pytest tests/test_moe_ffn_cuda.py tests/test_attention_cuda.py \
-            -q -x -p no:cacheprovider \
+            "${pytest[@]}" tests/test_moe_ffn_cuda.py tests/test_attention_cuda.py -m gpu -x \
             -k "test_parity and cuda-cuda and (moe_ffn or 237 or positions)" || status=1
     done
     return $status
@@ -136,21 +159,33 @@ bench() {
     local minutes=${MINUTES_OF_BENCH:-6} pictures=--pictures
     "$python" -c 'import matplotlib' 2>/dev/null || pictures=--no-pictures
     run bench $((60 * minutes + 60)) "$python" -m vlmo bench --output "$out" --minutes "$minutes" \
-        "$pictures" ${COMMIT:+--commit "$COMMIT"}
+        "$pictures" ${COMMIT:+--commit "$COMMIT"} || return 1
 }
 
 tune() {
-    run tune 240 "$python" -m vlmo tune --quick --dtype bfloat16 --output "$out/tiles.json"
+    run tune 300 "$python" -m vlmo tune --quick --dtype bfloat16 --output "$out/tiles.json" \
+        || return 1
 }
 
 profile() {
-    run profile 60 env PYTHONPATH=benchmarks "$python" benchmarks/profile_moe_ffn.py triton
+    run profile 60 env PYTHONPATH=benchmarks "$python" benchmarks/profile_moe_ffn.py triton \
+        || return 1
+}
+
+interrupted() {
+    trap - INT TERM
+    echo "$section: interrupted ($((SECONDS - begun)) s)" | tee -a "$out/summary.txt"
+    # What timeout runs has a process group of its own; timeout passes the signal on to it.
+    kill $(jobs -p) 2>/dev/null
+    wait
+    exit 1
 }
 
 failed=0
+trap interrupted INT TERM
 for section in "${sections[@]}"; do
     : >"$out/$section.log"
-    start=$SECONDS
+    begun=$SECONDS
     "$section"
     status=$?
     case $status in
@@ -158,6 +193,6 @@ for section in "${sections[@]}"; do
         3) verdict="not run: $(head -n 1 "$out/$section.log")" ;;
         *) verdict="FAILED" && failed=1 ;;
     esac
-    echo "$section: $verdict ($((SECONDS - start)) s)" | tee -a "$out/summary.txt"
+    echo "$section: $verdict ($((SECONDS - begun)) s)" | tee -a "$out/summary.txt"
 done
 exit $failed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import metadata
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -48,7 +48,17 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def compile_options(tile: Any) -> dict[str, Any]:
+class Options(Protocol):
+    """What a tile says of how its kernel is compiled."""
+
+    @property
+    def num_warps(self) -> int: ...
+
+    @property
+    def num_stages(self) -> int: ...
+
+
+def compile_options(tile: Options) -> dict[str, Any]:
     """How a kernel is compiled for ``tile``: its warps and stages, and with fused multiply-adds.
 
     Triton 3.9 warns where the last is not said, as they will not be the default in Triton 3.10.

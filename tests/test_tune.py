@@ -14,7 +14,7 @@ from processes import command
 from vlmo.kernels import target
 from vlmo.kernels.moe_ffn import tiles
 from vlmo.kernels.moe_ffn.tiles import GENERATIONS, INTERPRETED, INTERPRETER, TABLE, Tile
-from vlmo.tune import candidates, search
+from vlmo.tune import candidates, parse_problem, search, tune
 
 CPU = torch.device("cpu")
 OTHER = replace(INTERPRETED, forward=Tile(16, 32, 16, 4, 1))
@@ -62,6 +62,32 @@ def test_search_in_the_interpreter_writes_a_table_that_is_used(tmp_path, monkeyp
     assert asdict(tiles.choose(CPU, torch.float32)) == found["tiles"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs without a GPU")
+def test_interrupted_search_leaves_what_it_has_found(tmp_path, monkeypatch):
+    """The kernel that was found is in the file, and the built-in tiles of the others."""
+    searched = []
+
+    def search_one(trial, kernel, *arguments):
+        if searched:
+            raise KeyboardInterrupt
+        searched.append(kernel)
+        return search(trial, kernel, *arguments)
+
+    monkeypatch.setattr("vlmo.tune.search", search_one)
+    monkeypatch.setattr("vlmo.tune.Trial", FakeTrial)
+    monkeypatch.delenv("VLMO_TILES", raising=False)
+    path, problem = tmp_path / "tiles.json", parse_problem({})
+    path.write_text(json.dumps({"version": 1, "rows": [row("sm_90", "16-bit")]}))
+    with pytest.raises(KeyboardInterrupt):
+        tune(problem, path, Console(file=io.StringIO()))
+    kept, found = json.loads(path.read_text())["rows"]
+    assert kept == row("sm_90", "16-bit")
+    assert searched == ["forward"] == list(found["measured"]["kernels"])
+    assert found["tiles"] | {"forward": None} == asdict(INTERPRETED) | {"forward": None}
+    assert found["measured"]["kernels"]["forward"]["candidates"]
+    assert tiles.load(path)[INTERPRETER, "32-bit"].rows == INTERPRETED.rows
+
+
 def test_without_a_gpu_it_refuses_in_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -92,8 +118,13 @@ class FakeTrial:
 
     device = CPU
 
-    def __init__(self):
+    def __init__(self, *problem):
         self.runs = []
+        self.compiled = []
+
+    def run(self, kernel, shapes):
+        self.compiled.append(shapes.rows)
+        raise RuntimeError("what does not compile is reported when it is run")
 
     def why_wrong(self, kernel, shapes):
         if shapes.rows.num_stages == 4:
@@ -108,6 +139,7 @@ def test_search_drops_and_reports_what_is_wrong_or_fails():
     trial, console = FakeTrial(), Console(record=True, width=200, file=io.StringIO())
     shapes = [Tile(32, 32, 32, 4, stages) for stages in (2, 3, 4)]
     found = search(trial, "rows", INTERPRETED, shapes, console)
+    assert trial.compiled == [INTERPRETED.rows, *shapes]  # all of them before any is run
     assert set(found.seconds) == {INTERPRETED.rows, shapes[0]} == set(trial.runs)
     assert found.dropped[shapes[1]] == "gradient 1 is off."
     assert found.dropped[shapes[2]] == "RuntimeError: out of resource: shared memory"

@@ -58,14 +58,17 @@ class Trial:
         with use_tiles(tiles.built_in(device, problem.dtype)):
             self.pre = triton_impl.forward(self.call)[1]
 
-    def why_wrong(self, kernel: str, row: Tiles) -> str | None:
-        """Runs the kernel; one sentence if its result is not exact enough."""
+    def run(self, kernel: str, row: Tiles) -> dict[str, Tensor]:
+        """The results of the kernel, by name."""
         with use_tiles(row):
             if kernel == "forward":
-                actual = {"y": triton_impl.forward(self.call)[0]}
-            else:
-                gradients = triton_impl.backward(*self._backward_inputs(kernel))
-                actual = {f"gradient {i}": gradient for i, gradient in enumerate(gradients)}
+                return {"y": triton_impl.forward(self.call)[0]}
+            gradients = triton_impl.backward(*self._backward_inputs(kernel))
+            return {f"gradient {i}": gradient for i, gradient in enumerate(gradients)}
+
+    def why_wrong(self, kernel: str, row: Tiles) -> str | None:
+        """Runs the kernel; one sentence if its result is not exact enough."""
+        actual = self.run(kernel, row)
         exact = {name: self.exact[name] for name in actual}
         for deviation in deviations(actual, self.eager, exact):
             if not deviation.ok:

@@ -1,15 +1,17 @@
 """``vlmo tune``: search tile shapes of the routed feed-forward layer on this GPU.
 
-The kernels are searched one after the other. Every candidate is compiled, run, held against
-float64 by the rule of :mod:`vlmo.parity`, and timed in turn with all others; the table that comes
-out is what ``VLMO_TILES`` names (see :mod:`vlmo.kernels.moe_ffn.tiles`).
+The kernels are searched one after the other. All candidates of one are compiled, several at a time;
+then each is run, held against float64 by the rule of :mod:`vlmo.parity`, and timed in turn with all
+others. The table that comes out is what ``VLMO_TILES`` names (see
+:mod:`vlmo.kernels.moe_ffn.tiles`); it is written after each kernel.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,9 @@ def parse_problem(given: Mapping[str, Any]) -> Problem:
 def tune(problem: Problem, output: Path, console: Console, *, quick: bool = False) -> Tiles:
     """Search all kernels and write the row into ``output``, beside rows of other GPUs.
 
+    The file is written after each kernel, with the built-in tiles of those that are still to come,
+    so that a search that is interrupted leaves what it has found.
+
     Raises:
         NotImplementedError: there is nothing here to tune for.
         ValueError: ``output`` is there and is not a table.
@@ -63,6 +68,16 @@ def tune(problem: Problem, output: Path, console: Console, *, quick: bool = Fals
         found = search(trial, kernel, best, candidates, console)
         results[kernel] = found.record(getattr(best, kernel))
         best = replace(best, **{kernel: found.winner})
+        row = _row(problem, device, best, results, quick)
+        write_json(output, {"version": tiles.FILE_VERSION, "rows": [*others, row]})
+    console.print(f"Wrote {output}. To use it: VLMO_TILES={output}", soft_wrap=True)
+    return best
+
+
+def _row(
+    problem: Problem, device: torch.device, best: Tiles, results: Mapping[str, Any], quick: bool
+) -> dict[str, Any]:
+    """The row of a table that says what has been found so far."""
     generation, operands = tiles.key_of(device, problem.dtype)
     measured = {
         "gpu": describe(device),
@@ -71,11 +86,7 @@ def tune(problem: Problem, output: Path, console: Console, *, quick: bool = Fals
         "times_mean_something": not interpreted(),
         "kernels": results,
     }
-    row = dict(generation=generation, operands=operands, tiles=asdict(best), measured=measured)
-    table = {"version": tiles.FILE_VERSION, "rows": [*others, row]}
-    write_json(output, table)
-    console.print(f"Wrote {output}. To use it: VLMO_TILES={output}", soft_wrap=True)
-    return best
+    return dict(generation=generation, operands=operands, tiles=asdict(best), measured=measured)
 
 
 @dataclass
@@ -109,8 +120,12 @@ def search(
         RuntimeError: no candidate is left.
     """
     found, works = Search(), {}
-    for tile in dict.fromkeys([getattr(base, kernel), *candidates]):
-        row = replace(base, **{kernel: tile})
+    rows = {
+        tile: replace(base, **{kernel: tile})
+        for tile in dict.fromkeys([getattr(base, kernel), *candidates])
+    }
+    _compile(trial, kernel, rows.values())
+    for tile, row in rows.items():
         why = _why_failed(functools.partial(trial.why_wrong, kernel, row), tile)
         if why is None:
             works[tile] = trial.work(kernel, row)
@@ -130,6 +145,17 @@ def search(
         soft_wrap=True,
     )
     return found
+
+
+def _compile(trial: Trial, kernel: str, rows: Iterable[Tiles]) -> None:
+    """Several at a time; what does not compile is reported when it is run."""
+    # Imported here because it imports Triton.
+    from vlmo.kernels.triton_run import compile_only
+
+    with compile_only():
+        for row in rows:
+            with contextlib.suppress(Exception):
+                trial.run(kernel, row)
 
 
 def _why_failed(check: Callable[[], str | None], tile: Tile) -> str | None:

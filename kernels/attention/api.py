@@ -113,7 +113,11 @@ def shared_attention(
         None if index is None else index.matrix,
         None if index is None or inline else index.affine,  # these two are for kernels
         None if index is None or inline else index.short,
-        *(key_mask, key_lengths, offsets, max_length, positions, causal, scale),
+        *(key_mask, key_lengths, offsets),
+        max_length=max_length,
+        positions=positions,
+        causal=causal,
+        scale=scale,
     )
     return shared_attention_reference(call) if inline else ops.run(call, name)
 

@@ -140,10 +140,16 @@ def _pad(call: Call) -> Call:
     positions = call.positions
     if positions is not None:
         positions = _pad_rows(positions, call)
-    # Dynamo of torch 2.8 cannot trace _replace().
-    index = (call.table, call.matrix, call.affine, call.short)
-    rest = (None, call.max_length, positions, call.causal, call.scale)
-    return Call(q, k, v, *index, None, call.offsets.diff(), *rest)
+    return Call(  # Dynamo of torch 2.8 cannot trace _replace()
+        *(q, k, v, call.table, call.matrix, call.affine, call.short),
+        key_mask=None,
+        key_lengths=call.offsets.diff(),
+        offsets=None,
+        max_length=call.max_length,
+        positions=positions,
+        causal=call.causal,
+        scale=call.scale,
+    )
 
 
 def _without_masked_keys(call: Call) -> Call:
@@ -152,8 +158,8 @@ def _without_masked_keys(call: Call) -> Call:
     if valid is None:
         return call
     k, v = (torch.where(valid[:, :, None, None], t, 0) for t in (call.k, call.v))
-    q, _, _, *rest = call
-    return Call(q, k, v, *rest)
+    others: list[Any] = [*call]
+    return Call(call.q, k, v, *others[3:])
 
 
 def _pad_rows(t: Tensor, call: Call) -> Tensor:

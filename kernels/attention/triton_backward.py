@@ -36,7 +36,7 @@ def attention_bwd_q_kernel(
 
     ``scale`` is ``factor`` times log2(e).
     """
-    tile, b, head = program_place(sequences, tl.cdiv(sequences.length, C.block_q))
+    tile, b, head = program_place(sequences, C.block_q)
     start, length, valid = sequence_of(sequences, b)
     queries = tile * C.block_q + tl.arange(0, C.block_q)
     if tile * C.block_q >= length:
@@ -97,7 +97,7 @@ def attention_bwd_kv_kernel(
     q, k, v, DOUT, LSE, DELTA, DK, DV, sequences, lookup, scale, factor, C: tl.constexpr
 ):
     """dk and dv of block_k keys of one head; tiles have keys along the rows."""
-    tile, b, head = program_place(sequences, tl.cdiv(sequences.length, C.block_k))
+    tile, b, head = program_place(sequences, C.block_k)
     start, length, valid = sequence_of(sequences, b)
     first_key = tile * C.block_k
     keys = first_key + tl.arange(0, C.block_k)

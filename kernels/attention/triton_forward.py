@@ -26,7 +26,7 @@ from vlmo.kernels.attention.triton_parts import (
 @triton.jit
 def attention_fwd_kernel(q, k, v, OUT, LSE, sequences, lookup, scale, C: tl.constexpr):
     """out of block_q queries of one head, and their log-sum-exp; ``scale`` is times log2(e)."""
-    tile, b, head = program_place(sequences, tl.cdiv(sequences.length, C.block_q))
+    tile, b, head = program_place(sequences, C.block_q)
     start, length, valid = sequence_of(sequences, b)
     queries = tile * C.block_q + tl.arange(0, C.block_q)
     if tile * C.block_q >= length:

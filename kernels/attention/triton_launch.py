@@ -1,8 +1,7 @@
-"""From a call to a launch: constants, addresses, the table, the one place that launches."""
+"""From a call to a launch: constants, addresses, the table."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +13,9 @@ from vlmo.kernels import target
 from vlmo.kernels.attention.reference import Call
 from vlmo.kernels.attention.tiles import Tile
 from vlmo.kernels.attention.triton_parts import INTERPRETED, Config, Lookup, Sequences, View
-from vlmo.kernels.triton_target import compile_options, tf32_allowed
+from vlmo.kernels.triton_numbers import odd
+from vlmo.kernels.triton_run import launch
+from vlmo.kernels.triton_target import tf32_allowed
 
 LOG2_E = 1 / math.log(2)
 _INTERPRETED_PROGRAMS = 6
@@ -124,14 +125,12 @@ class Work:
         self, kernel: Any, tile: Tile, programs: int, tensors: Sequence[Tensor], *numbers: float
     ) -> None:
         config = self.config._replace(block_q=tile.block_q, block_k=tile.block_k)
-        launch(
-            *(kernel, self.device, programs, tile, *self.views, *tensors),
-            *(self.sequences, self.lookup, self.scale * LOG2_E, *numbers, config),
+        views = (view._replace(batch=odd(view.batch)) for view in self.views)
+        changing = ("batch", "length", "tokens")
+        sequences = self.sequences._replace(
+            **{name: odd(getattr(self.sequences, name)) for name in changing}
         )
-
-
-def launch(kernel: Any, device: torch.device, programs: int, tile: Tile, *args: Any) -> None:
-    """Run ``kernel`` on the current stream of ``device``."""
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
-        kernel[(programs,)](*args, **compile_options(tile))
+        launch(
+            *(kernel, self.device, programs, tile, *views, *tensors),
+            *(sequences, self.lookup, self.scale * LOG2_E, *numbers, config),
+        )

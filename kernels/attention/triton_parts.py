@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from vlmo.kernels import target
+from vlmo.kernels.triton_numbers import from_odd
 
 # The interpreter multiplies 16-bit operands wrongly (bfloat16) or as float16 (both up to 3.9).
 INTERPRETED = tl.constexpr(target.interpreted())
@@ -39,14 +40,17 @@ class View(NamedTuple):
     """q, k or v: its address, and its strides, all but the last in units of ``Config.unit``."""
 
     pointer: Any
-    batch: Any  # 0 if packed
+    batch: Any  # 0 if packed; passed by :func:`vlmo.kernels.triton_numbers.odd`
     row: Any
     head: Any
     dim: Any
 
 
 class Sequences(NamedTuple):
-    """Where the tokens of each sequence lie, and which of them are valid keys."""
+    """Where the tokens of each sequence lie, and which of them are valid keys.
+
+    ``batch``, ``length`` and ``tokens`` are passed by :func:`vlmo.kernels.triton_numbers.odd`.
+    """
 
     batch: Any  # B
     heads: Any  # H
@@ -69,28 +73,28 @@ class Lookup(NamedTuple):
 
 
 @triton.jit
-def program_place(sequences, tiles):
+def program_place(sequences, BLOCK: tl.constexpr):
     """Tile, sequence and head of a program: tiles first, so that they share k and v in L2.
 
     Heads come last: the programs that run together read few heads of the table.
     """
-    program = tl.program_id(0)
-    tile = program % tiles
+    program, batch = tl.program_id(0), from_odd(sequences.batch)
+    tiles = tl.cdiv(from_odd(sequences.length), BLOCK)
     rest = program // tiles
-    return tile, rest % sequences.batch, rest // sequences.batch
+    return program % tiles, rest % batch, rest // batch
 
 
 @triton.jit
 def sequence_of(sequences, b):
     """First token (int64), number of tokens and end of the valid keys of sequence ``b``."""
     if sequences.offsets is None:
-        start = b.to(tl.int64) * sequences.length
-        length = sequences.length
+        length = from_odd(sequences.length)
+        start = b.to(tl.int64) * length
     else:
         start = tl.load(sequences.offsets + b).to(tl.int64)
         length = (tl.load(sequences.offsets + b + 1) - start).to(tl.int32)
         # An empty sequence at the end must not point behind the tensors.
-        start = tl.minimum(start, sequences.tokens - 1)
+        start = tl.minimum(start, from_odd(sequences.tokens) - 1)
     valid = length
     if sequences.key_lengths is not None:
         valid = tl.minimum(length, tl.load(sequences.key_lengths + b).to(tl.int32))
@@ -102,7 +106,7 @@ def head_of(view, sequences, b, start, head, C: tl.constexpr):
     """Address of the first row of one head of one sequence."""
     at = head.to(tl.int64) * view.head
     if sequences.offsets is None:
-        at += b.to(tl.int64) * view.batch
+        at += b.to(tl.int64) * from_odd(view.batch)
     else:
         at += start * view.row
     return view.pointer + at * C.unit

@@ -24,6 +24,7 @@ from vlmo.kernels.attention.triton_parts import (
     table_rows,
     valid_keys,
 )
+from vlmo.kernels.triton_numbers import from_odd
 
 _BLOCK_E = tl.constexpr(512)  # entries that are moved at a time
 # The largest number of a tile becomes 2^40 to 2^41: 2^22 such numbers fit into 63 bits, and what is
@@ -31,7 +32,7 @@ _BLOCK_E = tl.constexpr(512)  # entries that are moved at a time
 _LARGEST = tl.constexpr(40)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk", "parts"])
 def attention_bwd_table_kernel(
     q,
     k,
@@ -55,14 +56,14 @@ def attention_bwd_table_kernel(
     program = tl.program_id(0).to(tl.int64)
     part, head = program % parts, program // parts
     sums, partial = SUMS + program * lookup.entries, PARTIAL + program * lookup.entries
-    chunks = tl.cdiv(sequences.batch, chunk)
-    k_tiles = tl.cdiv(sequences.length, C.block_k)
-    items = tl.cdiv(sequences.length, C.block_q) * k_tiles * chunks
+    batch, length = from_odd(sequences.batch), from_odd(sequences.length)
+    chunks, k_tiles = tl.cdiv(batch, chunk), tl.cdiv(length, C.block_k)
+    items = tl.cdiv(length, C.block_q) * k_tiles * chunks
     for turn in range(tl.cdiv(items - part, parts)):
         item = (part + turn * parts).to(tl.int32)
         first_b, tile = (item % chunks) * chunk, item // chunks
         first_query, first_key = (tile // k_tiles) * C.block_q, (tile % k_tiles) * C.block_k
-        count = tl.minimum(chunk, sequences.batch - first_b)
+        count = tl.minimum(chunk, batch - first_b)
         if C.causal:
             count = tl.where(first_key < first_query + C.block_q, count, 0)
         if lookup.positions is None:
@@ -98,7 +99,7 @@ def shared_tile(
     C: tl.constexpr,
 ):
     """A tile whose pairs read the same rows in every sequence: added to the table once."""
-    length = sequences.length
+    length = from_odd(sequences.length)
     _, bias = tile_bias(lookup, head, 0, length, length, first_query, first_key, C)
     BLOCK_Q: tl.constexpr = C.block_q
     BLOCK_K: tl.constexpr = C.block_k
@@ -119,7 +120,7 @@ def shared_tile(
                 *(first_query, first_key, start, length, valid, C),
             )
     # Found again, instead of kept in registers through the loop.
-    length = sequences.length
+    length = from_odd(sequences.length)
     row, _ = tile_bias(lookup, head, 0, length, length, first_query, first_key, C)
     scatter(acc, row, sums, partial, lookup.entries)
 

@@ -164,8 +164,11 @@ class Experts(NamedTuple):
         def cast(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
             return [t.to(dtype) if isinstance(t, Tensor) else t for t in tensors]
 
-        operands = (cast(tensors) for tensors in (self.w1, self.w2, self.b1, self.b2))
-        return Experts(*operands, self.norm_weight, self.norm_bias)
+        return Experts(
+            *(cast(self.w1), cast(self.w2), cast(self.b1), cast(self.b2)),
+            norm_weight=self.norm_weight,
+            norm_bias=self.norm_bias,
+        )
 
     def check(self, x: Tensor, num_experts: int, activation: str, norm: str, cast: bool) -> None:
         """Raise TypeError or ValueError unless every parameter fits x and the routing."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,8 +41,9 @@ def run(call: Call, backend: str) -> Tensor:
     leaves = (call.residual, *_leaves(call))
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     if call.save_pre and not recorded:
-        *others, _ = call
-        call = Call(*others, save_pre=False)  # Dynamo of torch 2.8 cannot trace _replace()
+        fields: list[Any] = [*call]  # Dynamo of torch 2.8 cannot trace _replace()
+        fields[-1] = False
+        call = Call(*fields)
     if not runs_eagerly((*leaves, *_constants(call))):
         register_formulas()
         return moe_ffn_fwd(*call, backend)[0]

@@ -111,7 +111,7 @@ class Gradients:
                 *(host.pointers(t) for t in (call.w1, call.w2, call.b1)),
                 *(host.pointers(t) for t in (call.norm_weight, call.norm_bias)),
                 *(host.contiguous(t) for t in (call.layer_scale, call.token_scale)),
-                *(self.rows, counters, bound, band, call.norm_eps, config),
+                *(host.passed(self.rows), counters, bound, band, call.norm_eps, config),
             )
 
     def launch_weights(self) -> None:
@@ -143,7 +143,7 @@ class Gradients:
                 *(tuple(self.grads[name]) or None for name in LISTS),
                 self.dlayer_scale if scales else None,
                 *(host.pointers(t) for t in (call.w2, call.b2)),
-                *(host.contiguous(call.layer_scale), self.rows, counters),
+                *(host.contiguous(call.layer_scale), host.passed(self.rows), counters),
                 *(call.norm == "none", dbranch is None, config, work),
             )
 

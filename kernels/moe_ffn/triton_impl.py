@@ -59,7 +59,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
             *(call.x.contiguous(), normed, pre if call.save_pre else None, hidden, y),
             *(host.pointers(tensors) for tensors in call[1:7]),
             *(host.contiguous(t) for t in (call.layer_scale, call.token_scale, call.residual)),
-            *(rows, counters, bound, band, call.norm_eps, config),
+            *(host.passed(rows), counters, bound, band, call.norm_eps, config),
         )
     return y, pre
 

@@ -1,21 +1,23 @@
-"""From a call to a launch: constants, the band, and the one place that launches."""
+"""From a call to a launch: constants, the band."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmo.kernels import target
 from vlmo.kernels.moe_ffn.reference import GATED, Call
+from vlmo.kernels.moe_ffn.rows import Rows
 from vlmo.kernels.moe_ffn.schedule import TILE_OVERHEAD, choose_band
 from vlmo.kernels.moe_ffn.tiles import Tile
-from vlmo.kernels.moe_ffn.triton_parts import INTERPRETED, Config
-from vlmo.kernels.triton_target import compile_options, tf32_allowed
+from vlmo.kernels.moe_ffn.triton_parts import INTERPRETED, Config, Passed
+from vlmo.kernels.triton_numbers import odd
+from vlmo.kernels.triton_run import launch as launch
+from vlmo.kernels.triton_target import tf32_allowed
 
 # What a task without products costs in steps of a main loop: a guess that only steers the choice of
 # the band.
@@ -39,6 +41,21 @@ def pointers(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
+
+
+def passed(rows: Rows) -> Passed:
+    """Rows as the kernels take them: what is compiled serves any lengths."""
+    if rows.offsets is not None:
+        return Passed(None, None, None, 0, rows.tokens, rows.offsets)
+    ends = itertools.accumulate(length * rows.sequences for length in rows.lengths)
+    return Passed(
+        starts=tuple(map(odd, rows.starts)),
+        lengths=tuple(map(odd, rows.lengths)),
+        ends=tuple(map(odd, ends)),
+        length=odd(rows.length),
+        tokens=None,
+        offsets=None,
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -97,10 +114,3 @@ def workers_on(device: torch.device, tile: Tile) -> int:
     if INTERPRETED:
         return _INTERPRETED_PROGRAMS
     return target.multiprocessors(device) * tile.programs
-
-
-def launch(kernel: Any, device: torch.device, programs: int, tile: Tile, *args: Any) -> None:
-    """Run ``kernel`` on the current stream of ``device``."""
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
-        kernel[(programs,)](*args, **compile_options(tile))

@@ -8,12 +8,13 @@ contiguous; x, dy, residual, y and dx are addressed by token.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from vlmo.kernels import target
+from vlmo.kernels.triton_numbers import from_odd
 
 # The interpreter multiplies 16-bit operands wrongly (bfloat16) or as float16 (both up to 3.9).
 INTERPRETED = tl.constexpr(target.interpreted())
@@ -44,6 +45,17 @@ class Config(NamedTuple):
     row_steps: int  # and how often it does so in one task
 
 
+class Passed(NamedTuple):
+    """:class:`rows.Rows` as a kernel takes them; integers by :func:`triton_numbers.odd`."""
+
+    starts: Any  # E x first token of the expert's run in a sequence; None with an index
+    lengths: Any  # E x tokens of the run
+    ends: Any  # E x grouped row behind the expert's last
+    length: Any  # tokens of a sequence
+    tokens: Any  # [T] int32, token of each grouped row; None in the segment form
+    offsets: Any  # [E + 1] int32
+
+
 @triton.jit
 def select(values, index, C: tl.constexpr):
     """``values[index]`` for an index that is only known at run time."""
@@ -64,10 +76,10 @@ def width_of(expert, C: tl.constexpr):
 def expert_offset(rows, i: tl.constexpr):
     """Grouped row at which expert ``i`` begins; T for ``i`` = E."""
     if rows.offsets is None:
-        before = 0
-        for e in tl.static_range(i):
-            before += rows.lengths[e]
-        return before * rows.sequences
+        if i == 0:
+            return 0
+        else:
+            return from_odd(rows.ends[i - 1])
     else:
         return tl.load(rows.offsets + i)
 
@@ -104,9 +116,10 @@ def tokens_of(rows, grouped, expert, begin, end, C: tl.constexpr):
     """Tokens of grouped rows of one expert, int64; rows behind its end repeat its last one."""
     grouped = tl.maximum(tl.minimum(grouped, end - 1), 0)
     if rows.offsets is None:
-        length = tl.maximum(select(rows.lengths, expert, C), 1)
+        length = tl.maximum(from_odd(select(rows.lengths, expert, C)), 1)
         local = grouped - begin
-        token = (local // length) * rows.length + select(rows.starts, expert, C)
+        start = from_odd(select(rows.starts, expert, C))
+        token = (local // length) * from_odd(rows.length) + start
         return (token + local % length).to(tl.int64)
     else:
         return tl.load(rows.tokens + grouped).to(tl.int64)
