@@ -70,6 +70,7 @@ GENERATIONS = {
 #   sm_80    weights    128 x 256 x 32, 8 warps       8
 #   sm_86    rows       64 x 64 x 32, 8 warps        64  (float32)
 #   sm_100   weights    128 x 64 x 32, 8 warps       16  (float32)
+#   sm_120   rows       64 x 64 x 32, 8 warps         8  (TF32)
 #
 # float32 without TF32 has no tensor cores, and small tiles keep its operands in registers.
 _SINGLE = Tiles(
@@ -113,6 +114,7 @@ TABLE: dict[tuple[str, str], Tiles] = {
     ("sm_86", "32-bit"): replace(
         _SINGLE, rows=Tile(64, 64, 16, 8, 3), recompute=Tile(64, 64, 16, 8, 3)
     ),
+    ("sm_120", "32-bit"): replace(_SINGLE, rows=Tile(64, 64, 32, 4, 3)),
     ("sm_100", "32-bit"): replace(_SINGLE, weights=Tile(64, 64, 32, 4, 4)),
 }
 
