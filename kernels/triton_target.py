@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from importlib import metadata
 from typing import Any, Protocol
 
@@ -15,13 +13,24 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _OLDEST_TRITON = (3, 4)  # the first that takes a NamedTuple of constants
 
 
+def _installed_triton() -> str | None:
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+# Read once: Dynamo of torch 2.11 refuses to trace how it is found.
+_TRITON = _installed_triton()
+
+
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """One sentence that says why no Triton kernel can run on ``device`` in ``dtype``, or None."""
-    if importlib.util.find_spec("triton") is None:
+    if _TRITON is None:
         return "Triton is not installed."
-    if _triton_version() < _OLDEST_TRITON:
+    if tuple(map(int, _TRITON.split(".")[:2])) < _OLDEST_TRITON:
         oldest = ".".join(map(str, _OLDEST_TRITON))
-        return f"Triton {metadata.version('triton')} is older than {oldest}."
+        return f"Triton {_TRITON} is older than {oldest}."
     if dtype not in _DTYPES:
         return f"it has no kernel for {str(dtype).removeprefix('torch.')}."
     if target.interpreted():
@@ -37,11 +46,6 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         name = "sm_{}{}".format(*capability)
         return f"{device} is {name}; Triton has no tensor cores below sm_80."
     return None
-
-
-@functools.cache
-def _triton_version() -> tuple[int, ...]:
-    return tuple(int(part) for part in metadata.version("triton").split(".")[:2])
 
 
 class Options(Protocol):

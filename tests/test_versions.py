@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 import triton
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -27,6 +28,15 @@ def test_the_bound_is_the_oldest_that_is_compiled_with():
 def test_the_installed_release_is_between_them():
     oldest, newest = (Version(version_of(release)) for release in RELEASES)
     assert oldest <= Version(triton.__version__) <= newest
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [(None, "Triton is not installed."), ("3.3.1", "Triton 3.3.1 is older than 3.4.")],
+)
+def test_reasons(found, reason, monkeypatch):
+    monkeypatch.setattr(triton_target, "_TRITON", found)
+    assert triton_target.why_not(torch.device("cuda"), torch.float16) == reason
 
 
 @pytest.mark.parametrize("release", RELEASES)

@@ -46,7 +46,10 @@ class Config(NamedTuple):
 
 
 class Passed(NamedTuple):
-    """:class:`rows.Rows` as a kernel takes them; integers by :func:`triton_numbers.odd`."""
+    """:class:`vlmo.kernels.moe_ffn.rows.Rows` as a kernel takes them.
+
+    Integers are passed by :func:`vlmo.kernels.triton_numbers.odd`.
+    """
 
     starts: Any  # E x first token of the expert's run in a sequence; None with an index
     lengths: Any  # E x tokens of the run
