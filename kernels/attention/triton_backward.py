@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from vlmo.kernels.attention.triton_parts import (
+    Sequences,
     clamp,
     dot,
     head_of,
@@ -28,14 +29,33 @@ from vlmo.kernels.attention.triton_parts import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "length", "tokens"])
 def attention_bwd_q_kernel(
-    q, k, v, OUT, DOUT, LSE, DELTA, DQ, sequences, lookup, scale, factor, C: tl.constexpr
+    q,
+    k,
+    v,
+    OUT,
+    DOUT,
+    LSE,
+    DELTA,
+    DQ,
+    sequences,
+    batch,
+    length,
+    tokens,
+    lookup,
+    scale,
+    factor,
+    C: tl.constexpr,
 ):
     """dq of block_q queries of one head, and delta = rowsum(dout * out), which the others read.
 
     ``scale`` is ``factor`` times log2(e).
     """
+    sequences = Sequences(
+        *(batch, sequences.heads, length, tokens),
+        *(sequences.offsets, sequences.key_lengths, sequences.key_mask),
+    )
     tile, b, head = program_place(sequences, C.block_q)
     start, length, valid = sequence_of(sequences, b)
     queries = tile * C.block_q + tl.arange(0, C.block_q)
@@ -92,11 +112,30 @@ def attention_bwd_q_kernel(
     store_own(DQ, acc * factor, sequences, start, queries, length, head, C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "length", "tokens"])
 def attention_bwd_kv_kernel(
-    q, k, v, DOUT, LSE, DELTA, DK, DV, sequences, lookup, scale, factor, C: tl.constexpr
+    q,
+    k,
+    v,
+    DOUT,
+    LSE,
+    DELTA,
+    DK,
+    DV,
+    sequences,
+    batch,
+    length,
+    tokens,
+    lookup,
+    scale,
+    factor,
+    C: tl.constexpr,
 ):
     """dk and dv of block_k keys of one head; tiles have keys along the rows."""
+    sequences = Sequences(
+        *(batch, sequences.heads, length, tokens),
+        *(sequences.offsets, sequences.key_lengths, sequences.key_mask),
+    )
     tile, b, head = program_place(sequences, C.block_k)
     start, length, valid = sequence_of(sequences, b)
     first_key = tile * C.block_k

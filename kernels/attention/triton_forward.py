@@ -7,6 +7,7 @@ import triton.language as tl
 
 from vlmo.kernels.attention.triton_parts import (
     LN_2,
+    Sequences,
     clamp,
     dot,
     head_of,
@@ -23,9 +24,26 @@ from vlmo.kernels.attention.triton_parts import (
 )
 
 
-@triton.jit
-def attention_fwd_kernel(q, k, v, OUT, LSE, sequences, lookup, scale, C: tl.constexpr):
+@triton.jit(do_not_specialize=["batch", "length", "tokens"])
+def attention_fwd_kernel(
+    q,
+    k,
+    v,
+    OUT,
+    LSE,
+    sequences,
+    batch,
+    length,
+    tokens,
+    lookup,
+    scale,
+    C: tl.constexpr,
+):
     """out of block_q queries of one head, and their log-sum-exp; ``scale`` is times log2(e)."""
+    sequences = Sequences(
+        *(batch, sequences.heads, length, tokens),
+        *(sequences.offsets, sequences.key_lengths, sequences.key_mask),
+    )
     tile, b, head = program_place(sequences, C.block_q)
     start, length, valid = sequence_of(sequences, b)
     queries = tile * C.block_q + tl.arange(0, C.block_q)

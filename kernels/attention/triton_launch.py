@@ -126,11 +126,9 @@ class Work:
     ) -> None:
         config = self.config._replace(block_q=tile.block_q, block_k=tile.block_k)
         views = (view._replace(batch=odd(view.batch)) for view in self.views)
-        changing = ("batch", "length", "tokens")
-        sequences = self.sequences._replace(
-            **{name: odd(getattr(self.sequences, name)) for name in changing}
-        )
+        counts = [self.sequences.batch, self.sequences.length, self.sequences.tokens]
+        sequences = self.sequences._replace(batch=None, length=None, tokens=None)
         launch(
-            *(kernel, self.device, programs, tile, *views, *tensors),
-            *(sequences, self.lookup, self.scale * LOG2_E, *numbers, config),
+            *(kernel, self.device, programs, tile, *views, *tensors, sequences, *counts),
+            *(self.lookup, self.scale * LOG2_E, *numbers, config),
         )

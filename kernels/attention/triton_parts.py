@@ -49,7 +49,8 @@ class View(NamedTuple):
 class Sequences(NamedTuple):
     """Where the tokens of each sequence lie, and which of them are valid keys.
 
-    ``batch``, ``length`` and ``tokens`` are passed by :func:`vlmo.kernels.triton_numbers.odd`.
+    Kernels take ``batch``, ``length`` and ``tokens`` by themselves, as Triton would specialise them
+    in a tuple, and put them in.
     """
 
     batch: Any  # B
@@ -78,23 +79,23 @@ def program_place(sequences, BLOCK: tl.constexpr):
 
     Heads come last: the programs that run together read few heads of the table.
     """
-    program, batch = tl.program_id(0), from_odd(sequences.batch)
-    tiles = tl.cdiv(from_odd(sequences.length), BLOCK)
+    program = tl.program_id(0)
+    tiles = tl.cdiv(sequences.length, BLOCK)
     rest = program // tiles
-    return program % tiles, rest % batch, rest // batch
+    return program % tiles, rest % sequences.batch, rest // sequences.batch
 
 
 @triton.jit
 def sequence_of(sequences, b):
     """First token (int64), number of tokens and end of the valid keys of sequence ``b``."""
     if sequences.offsets is None:
-        length = from_odd(sequences.length)
-        start = b.to(tl.int64) * length
+        start = b.to(tl.int64) * sequences.length
+        length = sequences.length
     else:
         start = tl.load(sequences.offsets + b).to(tl.int64)
         length = (tl.load(sequences.offsets + b + 1) - start).to(tl.int32)
         # An empty sequence at the end must not point behind the tensors.
-        start = tl.minimum(start, from_odd(sequences.tokens) - 1)
+        start = tl.minimum(start, sequences.tokens - 1)
     valid = length
     if sequences.key_lengths is not None:
         valid = tl.minimum(length, tl.load(sequences.key_lengths + b).to(tl.int32))

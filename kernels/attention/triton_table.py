@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from vlmo.kernels.attention.triton_parts import (
+    Sequences,
     clamp,
     head_of,
     key_side,
@@ -24,7 +25,6 @@ from vlmo.kernels.attention.triton_parts import (
     table_rows,
     valid_keys,
 )
-from vlmo.kernels.triton_numbers import from_odd
 
 _BLOCK_E = tl.constexpr(512)  # entries that are moved at a time
 # The largest number of a tile becomes 2^40 to 2^41: 2^22 such numbers fit into 63 bits, and what is
@@ -32,7 +32,7 @@ _BLOCK_E = tl.constexpr(512)  # entries that are moved at a time
 _LARGEST = tl.constexpr(40)
 
 
-@triton.jit(do_not_specialize=["chunk", "parts"])
+@triton.jit(do_not_specialize=["batch", "length", "tokens", "chunk", "parts"])
 def attention_bwd_table_kernel(
     q,
     k,
@@ -43,6 +43,9 @@ def attention_bwd_table_kernel(
     SUMS,  # [H, parts, entries] int64, zeros; left so
     PARTIAL,  # [H, parts, entries] float32, zeros
     sequences,
+    batch,
+    length,
+    tokens,
     lookup,
     scale,
     chunk,
@@ -53,14 +56,18 @@ def attention_bwd_table_kernel(
 
     A tile comes once for every ``chunk`` sequences. ``scale`` is times log2(e).
     """
-    program = tl.program_id(0).to(tl.int64)
-    part, head = program % parts, program // parts
+    sequences = Sequences(
+        *(batch, sequences.heads, length, tokens),
+        *(sequences.offsets, sequences.key_lengths, sequences.key_mask),
+    )
+    program = tl.program_id(0)
+    part, head = program % parts, (program // parts).to(tl.int64)
+    program = program.to(tl.int64)
     sums, partial = SUMS + program * lookup.entries, PARTIAL + program * lookup.entries
-    batch, length = from_odd(sequences.batch), from_odd(sequences.length)
     chunks, k_tiles = tl.cdiv(batch, chunk), tl.cdiv(length, C.block_k)
     items = tl.cdiv(length, C.block_q) * k_tiles * chunks
     for turn in range(tl.cdiv(items - part, parts)):
-        item = (part + turn * parts).to(tl.int32)
+        item = part + turn * parts
         first_b, tile = (item % chunks) * chunk, item // chunks
         first_query, first_key = (tile // k_tiles) * C.block_q, (tile % k_tiles) * C.block_k
         count = tl.minimum(chunk, batch - first_b)
@@ -99,7 +106,7 @@ def shared_tile(
     C: tl.constexpr,
 ):
     """A tile whose pairs read the same rows in every sequence: added to the table once."""
-    length = from_odd(sequences.length)
+    length = sequences.length
     _, bias = tile_bias(lookup, head, 0, length, length, first_query, first_key, C)
     BLOCK_Q: tl.constexpr = C.block_q
     BLOCK_K: tl.constexpr = C.block_k
@@ -120,7 +127,7 @@ def shared_tile(
                 *(first_query, first_key, start, length, valid, C),
             )
     # Found again, instead of kept in registers through the loop.
-    length = from_odd(sequences.length)
+    length = sequences.length
     row, _ = tile_bias(lookup, head, 0, length, length, first_query, first_key, C)
     scatter(acc, row, sums, partial, lookup.entries)
 
