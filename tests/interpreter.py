@@ -72,8 +72,11 @@ def _with_index(patch_tensor):
 
 def improve(patch) -> None:
     """Change Triton for as long as ``patch``, a ``pytest.MonkeyPatch``, lasts."""
+    change = interpreter._patch_lang
     if hasattr(interpreter, "_LangPatchScope"):  # from Triton 3.6 on
-        patch.setattr(interpreter, "_patch_lang", _Once(interpreter._patch_lang))
+        patch.setattr(interpreter, "_patch_lang", _Once(change))
+    else:  # which asks for the language in the module of every function, also of one without need
+        patch.setattr(interpreter, "_patch_lang", lambda function: change(_Everything))
     patch.setattr(interpreter, "_patch_lang_tensor", _with_index(interpreter._patch_lang_tensor))
     builder = interpreter.InterpreterBuilder
     for name in ("dot", "exp", "exp2", "log2"):
