@@ -66,7 +66,8 @@ def assert_same(actual, expected, tolerance=1e-4) -> None:
 
 
 def differs(actual, expected) -> bool:
-    return not torch.allclose(actual["loss"], expected["loss"], rtol=1e-3, atol=1e-3)
+    name = "mlm_logits"  # many numbers: a loss alone can come out the same by chance
+    return not torch.allclose(actual[name], expected[name], rtol=1e-3, atol=1e-3)
 
 
 @on_every_adapter
