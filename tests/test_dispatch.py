@@ -132,7 +132,8 @@ def test_compiled_code_follows_use_backend():
     with use_backend("reference"):
         expected = compiled(x)
     torch.testing.assert_close(compiled(x), expected)
-    with use_backend("cuda"), pytest.raises(Exception, match="its kernels run on NVIDIA GPUs"):
+    error = "its kernels run on NVIDIA GPUs|NotImplementedError"  # torch 2.8 names the type only
+    with use_backend("cuda"), pytest.raises(Exception, match=error):
         compiled(x)
 
 
