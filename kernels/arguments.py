@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from vlmo.kernels.dispatch import for_later
+from vlmo.kernels.dispatch import exporting
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -102,7 +102,7 @@ def check_values(name: str, values: Tensor, wrong: Tensor, complaint: str) -> No
     would wait for the device, the same words become an assertion that the device itself checks.
     A graph of ``torch.export`` or ``torch.jit.trace`` checks nothing.
     """
-    if for_later():
+    if exporting():
         return
     if values.device.type == "cpu" and not (torch.compiler.is_compiling() or _traced(wrong)):
         if torch._C._functorch.is_batchedtensor(wrong):

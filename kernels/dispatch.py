@@ -145,20 +145,45 @@ def first_that_can(operation: str, backends: Mapping[str, Backend], *facts: Any)
     raise NotImplementedError(f"{operation}: no backend can run this call. " + " ".join(reasons))
 
 
-def choose_transformed(operation: str, argument: str | None) -> str:
-    """The backend of a call that :func:`transformed` is true of: the reference.
+def resolve(
+    operation: str,
+    backends: Mapping[str, Backend],
+    argument: str | None,
+    tensors: Iterable[Tensor | None],
+    device: torch.device,
+    *facts: Any,
+) -> tuple[str, bool]:
+    """The backend of one call, and whether it runs as plain ATen operations.
+
+    The latter is the reference without the registered operation around it: for transforms of
+    torch.func and forward-mode differentiation, which look inside an operation, and for graphs of
+    ``torch.export``, ``torch.jit.trace`` and what builds on them (ONNX), which are to run without
+    this library. If a backend was asked for by name, its operation is in an exported graph, and
+    whoever runs that must have imported :mod:`vlmo.kernels`, or lower it by
+    :func:`vlmo.kernels.decompositions`.
+
+    Args:
+        operation, backends, argument: as for :func:`choose`.
+        tensors: those of the call that may have a derivative.
+        device: of the call; the first of the facts that ``why_not`` judges by.
+        facts: the others.
 
     Raises:
-        ValueError: the name asked for is no backend.
-        NotImplementedError: another backend was asked for.
+        ValueError, NotImplementedError: as :func:`choose`; also a named backend other than the
+            reference under a transform.
     """
     name = requested(argument)
-    if name not in (None, "reference"):
-        raise NotImplementedError(
-            f"{operation}: backend {name!r} has neither forward-mode derivatives nor rules for the "
-            "transforms of torch.func (grad, jvp, vmap, ...); the backend 'reference' has both"
-        )
-    return "reference"
+    if transformed(tensors):
+        if name not in (None, "reference"):
+            raise NotImplementedError(
+                f"{operation}: backend {name!r} has neither forward-mode derivatives nor rules for "
+                "the transforms of torch.func (grad, jvp, vmap, ...); the backend 'reference' has "
+                "both"
+            )
+        return "reference", True
+    if name is None and exporting():
+        return "reference", True
+    return choose(operation, backends, name or usual(device), device, *facts), False
 
 
 def transformed(tensors: Iterable[Tensor | None]) -> bool:
@@ -176,17 +201,7 @@ def transformed(tensors: Iterable[Tensor | None]) -> bool:
     )
 
 
-def written_down(argument: str | None) -> bool:
-    """Whether a call is to leave plain ATen operations in a graph that outlives this library.
-
-    ``torch.export``, ``torch.jit.trace`` and what builds on them (ONNX) get the reference, unless a
-    backend was asked for by name: its operation is then in the graph, and whoever runs that must
-    have imported :mod:`vlmo.kernels`, or lower it by :func:`vlmo.kernels.decompositions`.
-    """
-    return for_later() and requested(argument) is None
-
-
-def for_later() -> bool:
+def exporting() -> bool:
     """Whether ``torch.export`` or ``torch.jit.trace`` records what runs now."""
     # Not is_exporting(), which Dynamo of torch 2.8 takes to be true in every graph.
     return torch.compiler._is_exporting_flag or torch.jit.is_tracing()

@@ -9,14 +9,7 @@ from vlmo.kernels.arguments import FLOATS, autocast_dtype, check_tensor, check_v
 from vlmo.kernels.attention import ops
 from vlmo.kernels.attention.bias import RelativePositionBias
 from vlmo.kernels.attention.reference import Call, shared_attention_reference
-from vlmo.kernels.dispatch import (
-    choose,
-    choose_transformed,
-    requested,
-    transformed,
-    usual,
-    written_down,
-)
+from vlmo.kernels.dispatch import resolve
 
 _INTEGERS = (torch.int32, torch.int64)
 
@@ -97,29 +90,22 @@ def shared_attention(
     length = max_length if offsets is not None else q.shape[1]
     _check_bias(q, bias, positions, length, validate)
 
-    facts = (q.device, q.dtype, q.shape[-1], 0 if bias is None else bias.index.entries)
-    asked = requested(backend) or usual(q.device)
-    inline = written_down(backend)
-    if transformed((q, k, v, None if bias is None else bias.table)):
-        name, inline = choose_transformed("shared_attention", backend), True
-    elif inline:
-        name = "reference"
-    else:
-        name = choose("shared_attention", ops.BACKENDS, asked, *facts)
+    table, index = (None, None) if bias is None else bias
+    facts = (q.device, q.dtype, q.shape[-1], 0 if index is None else index.entries)
+    name, plain = resolve("shared_attention", ops.BACKENDS, backend, (q, k, v, table), *facts)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    index = None if bias is None else bias.index
     call = Call(
-        *(q, k, v, None if bias is None else bias.table),
+        *(q, k, v, table),
         None if index is None else index.matrix,
-        None if index is None or inline else index.affine,  # these two are for kernels
-        None if index is None or inline else index.short,
+        None if index is None or plain else index.affine,  # these two are for kernels
+        None if index is None or plain else index.short,
         *(key_mask, key_lengths, offsets),
         max_length=max_length,
         positions=positions,
         causal=causal,
         scale=scale,
     )
-    return shared_attention_reference(call) if inline else ops.run(call, name)
+    return shared_attention_reference(call) if plain else ops.run(call, name)
 
 
 def _unpack(

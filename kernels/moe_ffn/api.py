@@ -11,14 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmo.kernels.arguments import FLOATS, autocast_dtype, check_choice, check_tensor
-from vlmo.kernels.dispatch import (
-    choose,
-    choose_transformed,
-    requested,
-    transformed,
-    usual,
-    written_down,
-)
+from vlmo.kernels.dispatch import resolve
 from vlmo.kernels.moe_ffn import ops
 from vlmo.kernels.moe_ffn.reference import ACTIVATIONS, GATED, NORMS, Call, moe_ffn_reference
 from vlmo.kernels.routing.api import ModalityRouting
@@ -114,14 +107,8 @@ def moe_ffn(
     width = x.shape[-1]
     hidden = tuple(weight.shape[1] for weight in experts.w2)
     facts = (x.device, experts.w1[0].dtype, width, hidden, activation)
-    asked = requested(backend) or usual(x.device)
-    inline = written_down(backend)
-    if transformed((x, *itertools.chain(*experts), layer_scale, token_scale, residual)):
-        name, inline = choose_transformed("moe_ffn", backend), True
-    elif inline:
-        name = "reference"
-    else:
-        name = choose("moe_ffn", ops.BACKENDS, asked, *facts)
+    tensors = (x, *itertools.chain(*experts), layer_scale, token_scale, residual)
+    name, plain = resolve("moe_ffn", ops.BACKENDS, backend, tensors, *facts)
     ids, rows, offsets, pieces = routing.ids, None, None, routing.pieces
     if name != "reference" and not routing.by_arithmetic:
         ids, rows, offsets = routing.grouping(math.prod(x.shape[:-1]), x.device)
@@ -137,9 +124,9 @@ def moe_ffn(
         norm,
         norm_eps,
         activation,
-        save_pre=not recompute and not inline,
+        save_pre=not recompute and not plain,
     )
-    if inline:
+    if plain:
         return moe_ffn_reference(call).reshape(x.shape)
     # As nn.Linear does: a tensor of its own, not a view, of which FSDP would warn.
     return torch.ops.aten._unsafe_view.default(ops.run(call, name), x.shape)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmo.kernels.arguments import check_tensor, check_values
-from vlmo.kernels.dispatch import choose, first_that_can, for_later, requested, runs_eagerly
+from vlmo.kernels.dispatch import choose, exporting, first_that_can, requested, runs_eagerly
 from vlmo.kernels.routing import reference
 from vlmo.kernels.routing.ops import BACKENDS, routing_index
 
@@ -254,7 +254,7 @@ class ModalityRouting:
         with torch.inference_mode(False):
             ids = self.expert_ids(num_tokens, device)
             facts = (ids, self.num_experts, _ANY_TILE)
-            if for_later():
+            if exporting():
                 rows, offsets, *_ = reference.index(*facts)
             else:
                 name = first_that_can("routing_index", BACKENDS, *facts)
