@@ -128,12 +128,13 @@ def encode_streams(
         own = torch.arange(images, device=x.device)
         fused = [_pairs(embedded[1], words.texts, patches, own).to(x.dtype)]
     start, sizes = model.config.first_vl_block, [x.shape[0], *(f.shape[0] for f in fused)]
-    both = model.run(torch.cat([x, *fused]), model.pack(alone + pairs, x.device), stop=start)
+    layout = model.pack(alone + pairs, x.device)
+    both = model.run(torch.cat([x, *fused]), layout, stop=start)
     if vl_tail:
         x, *fused = both.split(sizes)
         both = torch.cat([x, x, *fused])
         alone += [_texts(texts, vl=True), _images(patches, vl=True)]
-    layout = model.pack(alone + pairs, x.device)
+        layout = model.pack(alone + pairs, x.device)
     wanted: list[tuple[int, Places | None]] = [(number, None) for number in range(len(alone))]
     if words is not None:
         wanted.append((len(alone), words.tokens))
