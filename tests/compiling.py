@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 TESTS = Path(__file__).parent
 UNPACKED = TESTS.parent / "build" / "triton" / str(sys.implementation.cache_tag)
 RELEASES = ("oldest", "newest")
+KINDS = ("sm_80", "sm_90", "sm_100")  # a GPU of each kind of tensor-core instruction
 
 
 def version_of(release: str) -> str:
@@ -46,6 +47,18 @@ def compiled(script: str, *jobs: str, release: str = "installed") -> list[dict]:
     reports = [json.loads(line) for line in run.stdout.splitlines()]
     assert {report["triton"] for report in reports} == {wanted}
     return reports
+
+
+def types_and_layer(script: str, release: str) -> tuple[list[dict], list[dict]]:
+    """Reports of the types that all options of the parity tests have, and of VLMo's layer."""
+    reports = compiled(script, "types:sm_90", "layer:sm_90", release=release)
+    types, layer = ([r for r in reports if r["what"] == what] for what in ("types", "layer"))
+    return types, layer
+
+
+def layer_of_each_kind(script: str) -> list[dict]:
+    """Reports of VLMo's layer, compiled by the installed Triton."""
+    return compiled(script, *(f"layer:{generation}" for generation in KINDS))
 
 
 def spill_limit(report: dict) -> int:

@@ -3,14 +3,19 @@
 import pytest
 
 from attention_cases import CASES
-from compiling import RELEASES, compiled, spill_limit
+from compiling import (
+    KINDS,
+    RELEASES,
+    compiled,
+    layer_of_each_kind,
+    spill_limit,
+    types_and_layer,
+)
 from vlmo.kernels.attention.tiles import TABLE, WIDTHS
 from vlmo.kernels.moe_ffn.tiles import GENERATIONS, OPERANDS
 
 SCRIPT = "compiled_attention.py"
 PRODUCTS = {"fwd": 2, "bwd_q": 3, "bwd_kv": 4, "bwd_table": 2}
-
-KINDS = ("sm_80", "sm_90", "sm_100")  # a GPU of each kind of tensor-core instruction
 
 
 def test_the_table_is_complete():
@@ -20,15 +25,14 @@ def test_the_table_is_complete():
 @pytest.mark.parametrize("release", RELEASES)
 def test_every_option_and_vlmo_s_layer_compile(release):
     """What the interpreter runs in the parity tests, with the types that a compiler asks for."""
-    reports = compiled(SCRIPT, "types:sm_90", "layer:sm_90", release=release)
-    assert_all_there([report for report in reports if report["what"] == "types"])
-    layer = [report for report in reports if report["what"] == "layer"]
+    types, layer = types_and_layer(SCRIPT, release)
+    assert_all_there(types)
     assert len(layer) == 4
     assert_good(layer)
 
 
 def test_vlmo_s_layer_compiles_for_every_kind_of_tensor_core():
-    reports = compiled(SCRIPT, *(f"layer:{generation}" for generation in KINDS))
+    reports = layer_of_each_kind(SCRIPT)
     assert len(reports) == 4 * len(KINDS)
     assert_good(reports)
 

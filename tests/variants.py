@@ -23,6 +23,7 @@ from vlmo.kernels import (
 )
 from vlmo.kernels.attention import triton_launch as attention_launch
 from vlmo.kernels.moe_ffn import triton_launch
+from vlmo.kernels.triton_target import compile_options
 
 DIM, HEADS, HIDDEN, PATCHES, TEXT = 48, 3, 80, 9, 16
 IMAGE = PATCHES + 1
@@ -99,8 +100,7 @@ def main() -> None:
     found: dict[str, dict[str, set]] = {}
 
     def ask(kernel, device, programs, tile, *args):
-        options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
-        kernel.run(*args, grid=(programs,), warmup=True, **options)
+        kernel.run(*args, grid=(programs,), warmup=True, **compile_options(tile))
 
     def note(key, fn, **facts):
         kind[fn.jit_function.fn.__name__].add(key)
