@@ -34,3 +34,18 @@ def assert_as_accurate_as(
     assert error <= factor * allowed + band, (
         f"{name}: L2 error {error:.2e}, eager {allowed:.2e}, rounding {band:.2e}"
     )
+
+
+def relative_errors(*results: dict[str, Tensor]) -> dict[str, tuple[float, ...]]:
+    """Largest error of all but the last results beside the last, which are exact, by name."""
+    *others, exact = results
+    errors = {}
+    for name, value in exact.items():
+        scale = (
+            value.abs().amax().clamp(min=torch.finfo(torch.float64).tiny) if value.numel() else 1
+        )
+        errors[name] = tuple(
+            float(((other[name].double() - value).abs().amax() / scale) if value.numel() else 0)
+            for other in others
+        )
+    return errors

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from accuracy import assert_as_accurate_as
+from accuracy import assert_as_accurate_as, relative_errors
 from vlmo.kernels import RelativePositionBias, RelativePositionIndex, shared_attention
 from vlmo.kernels.attention import cuda_impl
 
@@ -201,11 +201,16 @@ def outputs_and_gradients(function, tensors: dict) -> dict[str, Tensor]:
     return {"out": out.detach(), **grads}
 
 
-def assert_parity(case: Case, dtype: torch.dtype, place, change=None) -> None:
-    """Output and every gradient of a case, by the error rule.
+def assert_parity(
+    case: Case, dtype: torch.dtype, place, change=None
+) -> dict[str, tuple[float, float]]:
+    """Output and every gradient of a case, by the error rule; the relative errors of each.
 
     Args:
         change: makes other tensors of them, whose attention may fall on few keys.
+
+    Returns:
+        By name, the error of ``place.backend`` and that of eager PyTorch in ``dtype``.
     """
     device, backend = place
     if backend == "cuda" and (reason := cuda_impl.why_not(device, dtype, case.head_dim, 0)):
@@ -225,6 +230,7 @@ def assert_parity(case: Case, dtype: torch.dtype, place, change=None) -> None:
         off = value - exact[name]
         allowed = off.clamp(-slack.get(name, 0), slack.get(name, 0))
         assert_as_accurate_as(name, (value - allowed).to(value), exact[name], baseline[name])
+    return relative_errors(actual, baseline, exact)
 
 
 def delta_error(case: Case, tensors: dict, out: Tensor, dtype: torch.dtype) -> dict[str, float]:

@@ -22,8 +22,10 @@ settings.register_profile(
 settings.load_profile("any-machine")
 
 if not torch.cuda.is_available():
-    # Triton's kernels then run in its interpreter. Triton reads this when it is imported.
-    os.environ["TRITON_INTERPRET"] = "1"
+    # Triton's kernels then run in its interpreter. With TRITON_INTERPRET=0 they are compiled for
+    # the GPU that PTX_TARGET names, and their PTX runs in the emulator of tests/ptx. Triton reads
+    # this when it is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items):
@@ -81,7 +83,8 @@ def _convert_float(values, source, target, rounding):
 def place(request, monkeypatch) -> Iterator[Place]:
     """Every backend on the CPU, and on the GPU where there is one.
 
-    On the CPU Triton's kernels run in its interpreter and the CUDA kernels in the emulator.
+    On the CPU Triton's kernels run in its interpreter, or as PTX in the emulator of tests/ptx, and
+    the CUDA kernels in the emulator of tests/sm70.
     """
     from vlmo.kernels import why_not
 
@@ -96,6 +99,13 @@ def place(request, monkeypatch) -> Iterator[Place]:
     if request.param == ("cpu", "triton"):
         if torch.cuda.is_available():
             pytest.skip("Triton's interpreter is not used beside a GPU")
+        if os.environ["TRITON_INTERPRET"] == "0":
+            from ptx.driver import emulated as emulated_ptx
+
+            with emulated_ptx(os.environ.get("PTX_TARGET", "sm_90")) as ptx:
+                yield place
+            assert not ptx.reports, "\n".join(map(str, ptx.reports))
+            return
         from triton.runtime import interpreter
 
         monkeypatch.setattr(interpreter, "_convert_float", _convert_float)

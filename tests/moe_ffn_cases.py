@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from accuracy import assert_as_accurate_as, relative_errors
 from vlmo.kernels import ModalityRouting, moe_ffn
 from vlmo.kernels.moe_ffn import ops, reference
 
@@ -212,6 +213,34 @@ def outputs_and_gradients(function, tensors: dict) -> dict[str, Tensor]:
     zeros = {name: torch.zeros_like(t) for name, t in flat.items()}
     grads = {name: zeros[name] if t.grad is None else t.grad for name, t in flat.items()}
     return {"y": y.detach(), **grads}
+
+
+def assert_parity(case: Case, dtype: torch.dtype, place) -> dict[str, tuple[float, float]]:
+    """Output and every gradient of a case, by the error rule; the relative errors of each.
+
+    Returns:
+        By name, the error of ``place.backend`` and that of eager PyTorch in ``dtype``.
+    """
+    device, backend = place
+    routing = make_routing(case, device)
+    ids = routing.expert_ids(expert_ids(case).numel(), device)
+    assert ids.numel() == expert_ids(case).numel()
+
+    def run(function, to):
+        # The same rounded values in every dtype: drawn in the tested one, then widened.
+        tensors = make_tensors(case, device, dtype)
+        wide = {
+            k: [t.to(to) for t in v] if isinstance(v, list) else v.to(to)
+            for k, v in tensors.items()
+        }
+        return outputs_and_gradients(function, wide)
+
+    exact = run(lambda t: eager(case, ids, t), torch.float64)
+    baseline = run(lambda t: eager(case, ids, t), dtype)
+    actual = run(lambda t: call(case, routing, t, backend=backend), dtype)
+    for name, value in actual.items():
+        assert_as_accurate_as(name, value, exact[name], baseline[name])
+    return relative_errors(actual, baseline, exact)
 
 
 class Spy:

@@ -13,6 +13,7 @@ from moe_ffn_cases import (
     CASES,
     Case,
     Spy,
+    assert_parity,
     call,
     eager,
     eager_autocast,
@@ -43,25 +44,7 @@ def parity_cases():
 @pytest.mark.parametrize(("case", "dtype", "place"), [*parity_cases()], indirect=["place"])
 def test_parity(case, dtype, place):
     skip_unless_possible(place, case, dtype)
-    device = place.device
-    routing = make_routing(case, device)
-    ids = routing.expert_ids(expert_ids(case).numel(), device)
-    assert ids.numel() == expert_ids(case).numel()
-
-    def run(function, to):
-        # The same rounded values in every dtype: drawn in the tested one, then widened.
-        tensors = make_tensors(case, device, dtype)
-        wide = {
-            k: [t.to(to) for t in v] if isinstance(v, list) else v.to(to)
-            for k, v in tensors.items()
-        }
-        return outputs_and_gradients(function, wide)
-
-    exact = run(lambda t: eager(case, ids, t), torch.float64)
-    baseline = run(lambda t: eager(case, ids, t), dtype)
-    actual = run(lambda t: call(case, routing, t, backend=place.backend), dtype)
-    for name, value in actual.items():
-        assert_as_accurate_as(name, value, exact[name], baseline[name])
+    assert_parity(case, dtype, place)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,272 @@
+"""A GPU that is not there: Triton compiles for it and launches on it, and the machine runs the PTX.
+
+Nothing of the library is changed but what asks for the GPU: its name, its multiprocessors. Tensors
+stay in host memory. Triton must not be imported with TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import itertools
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime import driver
+
+from vlmo.kernels import target
+from vlmo.kernels.attention import tiles as attention_tiles
+from vlmo.kernels.attention import triton_parts as attention_parts
+from vlmo.kernels.moe_ffn import tiles as moe_ffn_tiles
+from vlmo.kernels.moe_ffn import triton_parts as moe_ffn_parts
+
+from .machine import Fault, Interleaving, Machine, Report, Result
+
+# Set when they are imported: the kernels are to be compiled as for a GPU.
+assert not attention_parts.INTERPRETED and not moe_ffn_parts.INTERPRETED
+
+TARGETS = ("sm_80", "sm_90", "sm_120")
+INTERLEAVINGS = (
+    Interleaving(),
+    Interleaving(resident=2, seed=1, quantum=5, shuffle=True),
+    Interleaving(resident=1, seed=2, quantum=400, late=False),
+)
+CACHE = pathlib.Path("build/ptx")  # of compiled kernels, in the folder where the tests run
+
+
+class Launch(NamedTuple):
+    """One kernel that has run."""
+
+    kernel: str
+    machine: Machine
+    grid: int
+    results: list[Result]  # of each interleaving
+
+    @property
+    def reports(self) -> list[Report]:
+        return [report for result in self.results for report in result.reports]
+
+
+class Emulated:
+    """What :func:`emulated` yields.
+
+    Attributes:
+        interleavings: in which each launch to come runs, one after the other, from the same memory.
+        change: of the PTX before it runs; tests plant faults with it.
+        launches: so far.
+    """
+
+    def __init__(self, interleavings: Sequence[Interleaving]) -> None:
+        self.interleavings = tuple(interleavings)
+        self.change: Callable[[str], str] = str
+        self.launches: list[Launch] = []
+        self._unwritten: dict[int, tuple[torch.UntypedStorage, np.ndarray]] = {}
+
+    @property
+    def reports(self) -> list[Report]:
+        return [report for launch in self.launches for report in launch.reports]
+
+    def note_empty(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Fill it with what is a NaN in every floating dtype; it counts as not written."""
+        storage = tensor.untyped_storage()
+        if storage.nbytes():
+            _bytes_of(storage)[:] = 0xFF
+            self._unwritten[storage.data_ptr()] = storage, np.zeros(storage.nbytes(), np.uint8)
+        return tensor
+
+    def written(self, storage: torch.UntypedStorage) -> np.ndarray | None:
+        """Which bytes are written, as far as that is known.
+
+        Where the host has written something before the first launch, all counts as written.
+        """
+        held, written = self._unwritten.get(storage.data_ptr(), (None, None))
+        if held is None or written is None or held.nbytes() != storage.nbytes():
+            return None
+        if not written.any() and (_bytes_of(storage) != 0xFF).any():
+            written[:] = 1
+        return written
+
+    def launch(
+        self, kernel: str, text: str, shared_bytes: int, grid: int, arguments: list[tuple[str, Any]]
+    ) -> None:
+        """Run a kernel in each interleaving.
+
+        Args:
+            arguments: Triton's type and the value of each parameter; a tensor for a pointer.
+        """
+        machine = _machine(self.change(text), shared_bytes)
+        values = [(t, v.data_ptr() if t.startswith("*") else v) for t, v in arguments]
+        memory = _Memory(self, [v for t, v in arguments if t.startswith("*")])
+        results = []
+        for interleaving in self.interleavings:
+            memory.restore()
+            results.append(machine.launch(grid, values, memory.buffers, interleaving))
+            if (address := memory.changed()) is not None:
+                names = zip(machine.kernel.parameters, values, strict=False)
+                name = next((p.name for p, (_, v) in names if v == address), hex(address))
+                raise Fault(f"{kernel}: the memory of {name} differs with {interleaving}")
+        self.launches.append(Launch(kernel, machine, grid, results))
+
+
+class _Memory:
+    """What a launch may use, and what was in it before and after the first run."""
+
+    def __init__(self, state: Emulated, tensors: Sequence[torch.Tensor]) -> None:
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+        self._written = {at: state.written(s) for at, s in storages.items() if s.nbytes()}
+        self._bytes = {at: _bytes_of(storages[at]) for at in self._written}
+        self.buffers = {(at, len(b)): self._written[at] for at, b in self._bytes.items()}
+        self._before = {at: data.copy() for at, data in self._bytes.items()}
+        self._written_before = {
+            at: written.copy() for at, written in self._written.items() if written is not None
+        }
+        self._after: dict[int, np.ndarray] = {}
+
+    def restore(self) -> None:
+        for at, data in self._before.items():
+            self._bytes[at][:] = data
+        for at, written in self._written_before.items():
+            self.buffers[at, len(written)][:] = written  # type: ignore[index]
+
+    def changed(self) -> int | None:
+        """Where something other than after the first run stands: a tensor's address."""
+        self._after = self._after or {at: data.copy() for at, data in self._bytes.items()}
+        return next((at for at, b in self._bytes.items() if (b != self._after[at]).any()), None)
+
+
+_active: Emulated | None = None  # Triton keeps launchers for good: they ask who is at work
+
+
+@contextlib.contextmanager
+def emulated(
+    generation: str, interleavings: Sequence[Interleaving] = INTERLEAVINGS, multiprocessors: int = 4
+) -> Iterator[Emulated]:
+    """Run the Triton kernels on CPU tensors as the PTX of a GPU generation, such as "sm_90".
+
+    The tiles are those of the library's tables for that generation.
+
+    Args:
+        multiprocessors: of the GPU, by which the library chooses its grids.
+
+    Raises:
+        Fault: in the block, of a launch that cannot go on, or whose memory differs between
+            interleavings when it ends.
+    """
+    global _active
+    state = Emulated(interleavings)
+    before, previous = _active, driver._active if hasattr(driver, "_active") else None
+    with contextlib.ExitStack() as stack:
+        for change in (
+            mock.patch.object(CUDABackend, "make_cubin", _ptx_as_binary),
+            mock.patch.object(knobs.cache, "dir", str(CACHE)),
+            mock.patch.object(target, "interpreted", return_value=True),  # CPU tensors may come
+            mock.patch.object(target, "multiprocessors", return_value=multiprocessors),
+            mock.patch.object(moe_ffn_tiles, "built_in", _moe_ffn_row(generation)),
+            mock.patch.object(attention_tiles, "choose", _attention_row(generation)),
+            *_noting(state),
+        ):
+            stack.enter_context(change)
+        driver.set_active(_Driver(generation))
+        _active = state
+        try:
+            yield state
+        finally:
+            _active = before
+            driver.set_active(previous)
+
+
+def _moe_ffn_row(generation: str):
+    def row(device: torch.device, dtype: torch.dtype) -> moe_ffn_tiles.Tiles:
+        return moe_ffn_tiles.TABLE[generation, moe_ffn_tiles.operands_of(dtype)]
+
+    return row
+
+
+def _attention_row(generation: str):
+    def row(device: torch.device, dtype: torch.dtype, head_dim: int) -> attention_tiles.Tiles:
+        operands, width = moe_ffn_tiles.operands_of(dtype), attention_tiles.width_of(head_dim)
+        return attention_tiles.TABLE[generation, operands, width]
+
+    return row
+
+
+def _noting(state: Emulated) -> Iterator[Any]:
+    """Changes by which memory that PyTorch does not clear is known to be unwritten."""
+    for place, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        original = getattr(place, name)
+
+        def noting(*args, original=original, **kwargs):
+            tensor = original(*args, **kwargs)
+            return state.note_empty(tensor) if tensor.device.type == "cpu" else tensor
+
+        yield mock.patch.object(place, name, noting)
+
+
+def _ptx_as_binary(backend, source, metadata, options, capability) -> bytes:
+    """Stands for CUDABackend.make_cubin, which runs ptxas."""
+    return source if isinstance(source, bytes) else source.encode()
+
+
+@functools.cache
+def _machine(text: str, shared_bytes: int) -> Machine:
+    return Machine(text, shared_bytes)
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> np.ndarray:
+    memory = (ctypes.c_uint8 * storage.nbytes()).from_address(storage.data_ptr())
+    return np.ctypeslib.as_array(memory)
+
+
+class _Driver:
+    """What Triton asks of a driver."""
+
+    def __init__(self, generation: str) -> None:
+        self.target = GPUTarget("cuda", int(generation.removeprefix("sm_")), 32)
+        self.shared_bytes = moe_ffn_tiles.GENERATIONS[generation].shared_bytes
+        self.utils = self
+        self.launcher_cls = _Launcher
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return self.target.arch  # Triton keeps the kernels of each device apart
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": self.shared_bytes}
+
+    def load_binary(self, name, binary, shared_bytes, device):
+        """Module, function, registers, spills, most threads."""
+        return object(), (binary.decode(), shared_bytes), 0, 0, 1024
+
+
+class _Launcher:
+    """Calls a compiled kernel, as Triton's CudaLauncher does."""
+
+    def __init__(self, source, metadata) -> None:
+        self.name = source.fn.fn.__name__
+        self.types = tuple(source.signature.values())
+
+    def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *args) -> None:
+        assert _active is not None and y == z == 1
+        _active.launch(self.name, *function, x, [*_flattened(self.types, args)])
+
+
+def _flattened(types, values) -> Iterator[tuple[str, Any]]:
+    """Type and value of each parameter that is not compiled into the kernel."""
+    if isinstance(types, (tuple, list)):
+        for type_, value in itertools.zip_longest(types, values):
+            yield from _flattened(type_, value)
+    elif types != "constexpr":
+        yield types, values

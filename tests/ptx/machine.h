@@ -1,0 +1,226 @@
+// What the emulator's parts share: instructions, warps, CTAs, reports.
+//
+// A warp's registers are arrays of 32 lanes, one after the other in a file of bytes; an operand is
+// the place of its array. A predicate is one 32-bit mask.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+using u8 = uint8_t;
+using u16 = uint16_t;
+using u32 = uint32_t;
+using u64 = uint64_t;
+using s8 = int8_t;
+using s16 = int16_t;
+using s32 = int32_t;
+using s64 = int64_t;
+using f32 = float;
+using f64 = double;
+
+constexpr u32 ALL_LANES = 0xffffffffu;
+constexpr int LANES = 32;
+constexpr int MAX_THREADS = 1024;  // of a CTA
+
+struct Warp;
+struct Cta;
+struct Machine;
+
+enum class Flow : int { NEXT, BRANCH, BARRIER, EXIT };
+
+struct Instruction {
+  void (*run)(Warp&, const Instruction&);
+  Flow flow;
+  int number;  // its place in the program
+  int guard;   // place of the predicate, or -1
+  bool negated;
+  int target;  // of a branch
+  int join;    // where both sides of a branch meet again; -1 if they do not
+  int size;    // number of operands
+  const s64* operands;
+};
+
+// ---- What a launch finds; ptx/machine.py has a text for each.
+enum class Finding : int {
+  SHARED_READ_AFTER_WRITE,
+  SHARED_WRITE_AFTER_WRITE,
+  SHARED_WRITE_AFTER_READ,
+  GLOBAL_READ_AFTER_WRITE,
+  GLOBAL_WRITE_AFTER_WRITE,
+  GLOBAL_WRITE_AFTER_READ,
+  PLAIN_AND_ATOMIC,
+  UNWRITTEN_SHARED,
+  UNWRITTEN_GLOBAL,
+  COPY_IN_FLIGHT,
+  NO_PROXY_FENCE,
+  READERS_FORGOTTEN,
+  NEVER_WAITED_FOR,
+};
+
+struct Report {
+  int finding, at, other;  // instructions; other is -1 where there is none
+  u64 address;
+  u32 thread, other_thread;  // 1 + MAX_THREADS * CTA + thread in it; 0: not one thread
+  u32 count;
+};
+
+// ---- Order of memory accesses; history.h explains it.
+struct Event {
+  u32 thread;  // 1 + MAX_THREADS * CTA + thread in it; 0: none
+  u32 epoch, clock;
+  int at;
+};
+
+constexpr int SEVERAL_WARPS = -1000;
+struct Reader {
+  u32 cta;  // 1 + CTA; 0: none
+  int who;  // a thread of the CTA, or -1 - warp for several of a warp, or SEVERAL_WARPS
+  u32 epoch, clock;
+};
+
+enum : u32 { IN_FLIGHT = 1, FORGOTTEN = 2, WRITTEN = 4, ATOMIC = 8 };
+template <int READERS> struct Shadow {
+  Event write;
+  u32 flags;
+  int read_at;
+  Reader readers[READERS];
+};
+using SharedShadow = Shadow<1>;  // of a byte
+using GlobalShadow = Shadow<8>;  // of GRANULE bytes
+constexpr int GRANULE = 2;
+
+// Zeroed memory of which only the pages that are used take room.
+template <class T> struct Zeroed {
+  T* data;
+  explicit Zeroed(size_t size) : data((T*)calloc(size ? size : 1, sizeof(T))) {}
+  Zeroed(Zeroed&& other) noexcept : data(std::exchange(other.data, nullptr)) {}
+  Zeroed(const Zeroed&) = delete;
+  ~Zeroed() { free(data); }
+  T& operator[](size_t i) { return data[i]; }
+};
+
+struct Knowledge {
+  struct Released {
+    u32 thread, epoch, clock;
+  };
+  std::vector<u32> epochs;         // by CTA: all that happened in earlier epochs
+  std::vector<Released> releases;  // what a thread did before this clock
+  void join(const Knowledge& other);
+  bool epoch_of(u32 cta, u32 epoch) const { return cta < epochs.size() && epochs[cta] > epoch; }
+  bool covers(u32 thread, u32 epoch, u32 clock) const;
+};
+
+// ---- Asynchronous work of a warp.
+struct Copy {
+  const Instruction* instruction;
+  u32 to;
+  u64 from;
+  u32 size, read;  // bytes written, and how many of them are read; the others are zero
+};
+struct Product {
+  const Instruction* instruction;
+  bool accumulate;
+  u64 a, b;  // descriptors
+};
+
+struct Path {  // of lanes that go together, on the stack of branches
+  int next, join;
+  u32 lanes;
+};
+
+struct Fence {
+  u32 epoch = 0, clock = 0;
+};
+
+struct Warp {
+  Cta* cta;
+  int id;
+  std::vector<u8> registers;
+  u32 active = 0;  // lanes that execute the instruction at hand
+  std::vector<Path> paths;
+  bool waiting = false, done = false;
+  u32 clock = 1;         // counts what orders accesses of this warp: see history.h
+  u32 synchronised = 0;  // the clock behind the last bar.warp.sync
+  Fence fences[2];       // the latest fences of the asynchronous proxy, of two epochs, newest first
+  std::vector<Copy> copies[LANES];  // not committed yet
+  std::deque<std::vector<Copy>> copy_groups[LANES];
+  std::vector<Product> products;
+  std::deque<std::vector<Product>> product_groups;
+
+  template <class T> T* at(s64 place) { return (T*)(registers.data() + place); }
+  int thread(int lane) const { return id * LANES + lane; }
+  u32 global_thread(int lane) const;
+};
+
+struct Cta {
+  Machine* machine;
+  u32 id;
+  std::vector<std::unique_ptr<Warp>> warps;
+  std::vector<u8> shared;
+  Zeroed<SharedShadow> shadow;
+  u32 epoch = 1;
+  Knowledge known;                              // by every thread of it
+  std::unordered_map<int, Knowledge> acquired;  // by one thread, in this epoch
+  int arrived = 0, live = 0;
+  double weight = 1;
+
+  Cta(Machine* machine, u32 id, size_t shared_bytes)
+      : machine(machine), id(id), shared(shared_bytes, 0xff), shadow(shared_bytes + 16) {}
+};
+
+inline u32 Warp::global_thread(int lane) const { return cta->id * MAX_THREADS + thread(lane) + 1; }
+
+struct Buffer {
+  u64 begin, size;
+  u8* written;  // by byte, or null where all is
+  Zeroed<GlobalShadow> shadow;
+};
+
+struct Atomic {  // an address of atomic operations
+  Knowledge released;
+  std::map<u32, Reader> last;  // by CTA: who used it last
+};
+
+struct Options {
+  int races;     // whether accesses are checked for order
+  int late;      // copies and products happen at their wait, else when they are issued
+  int resident;  // CTAs at a time
+  int quantum;   // about how many instructions a warp runs at a time
+  int skew;      // whether some CTAs are far slower than others for a while
+  int shuffle;   // whether CTAs start in random order
+  u64 seed, limit;
+};
+
+struct Machine {
+  // the program
+  std::vector<s64> pool;
+  std::vector<Instruction> code;
+  std::vector<u8> initial_registers;
+  int threads, shared_bytes;
+  s64 tid, ctaid, nctaid, laneid;  // places of the special registers
+  // the launch
+  Options options;
+  std::vector<u8> parameters;
+  std::vector<Buffer> buffers;
+  Buffer* last_buffer;
+  std::unordered_map<u64, Atomic> atomics;
+  std::mt19937_64 random;
+  std::string error;
+  std::vector<Report> reports;
+  u64 steps;
+  std::vector<u64> warp_count, lane_count;  // executions of each instruction
+
+  Buffer* find(u64 address, u64 size);
+  // End the launch.
+  void fail(const Warp& w, const Instruction& i, const std::string& what, u64 address = 0);
+  void report(Finding finding, const Warp& w, int lane, int at, u64 address, u32 other_thread, int other);
+};

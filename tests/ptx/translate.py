@@ -1,0 +1,355 @@
+"""PTX to the tables that the machine (machine.cpp) runs.
+
+A register becomes a place in the file of a warp's registers, a constant a place that holds it, and
+an opcode with its modifiers the name of one of the machine's instructions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from .flow import joins_of
+from .text import WIDTHS, Kernel, Statement, Unsupported, in_braces
+
+NEXT, BRANCH, BARRIER, EXIT = range(4)
+SPECIALS = ("%tid.x", "%ctaid.x", "%nctaid.x", "%laneid")  # what a launch sets
+ZEROS = ("%tid.y", "%tid.z", "%ctaid.y", "%ctaid.z")
+SYMBOLS = {"global_smem": 0}  # addresses in shared memory
+NONE = -1
+
+ONE_OPERAND = "neg abs not ex2 lg2 rcp rsqrt sqrt tanh popc clz brev".split()
+THREE_OPERANDS = "mad fma bfe prmt shf".split()
+# What does not change the meaning of a load or store here.
+HINTS = {"v2", "v4", "v8", "cta", "shared", "L1::evict_last", "L1::evict_first", "L2::evict_first"}
+MMA = {
+    "m16n8k16.f32.f16.f16.f32": "mma.f16",
+    "m16n8k16.f32.bf16.bf16.f32": "mma.bf16",
+    "m16n8k8.f32.tf32.tf32.f32": "mma.tf32",
+}
+WGMMA_TYPES = ("f16", "bf16", "tf32")
+ATOMIC_OPERATIONS = {("add", "u32"): 0, ("add", "s32"): 0, ("add", "u64"): 0, ("add", "f32"): 1}
+ATOMIC_OPERATIONS |= {("exch", "b32"): 2, ("exch", "b64"): 2}
+ORDERS = ("relaxed", "acquire", "release", "acq_rel")
+
+
+class Program:
+    """A kernel in the machine's terms.
+
+    Attributes:
+        names: of the instructions.
+        codes: of each: flow, place of the guard, whether it is negated, target, join, number of
+            operands, and where they begin in ``pool``.
+        pool: operands of all instructions.
+        registers: a warp's registers as they are when it starts.
+    """
+
+    def __init__(self, kernel: Kernel, knows: Callable[[str], bool]) -> None:
+        """Translate.
+
+        Args:
+            knows: whether the machine has an instruction of a name.
+
+        Raises:
+            Unsupported: it has not, with every such line.
+        """
+        self.kernel = kernel
+        self._knows = knows
+        self._places: dict[str, int] = {}
+        self._width_at: dict[int, int] = {}
+        self._constants: dict[tuple[int, int], int] = {}
+        self._values: list[tuple[int, int, int]] = []  # place, value, width
+        self._top = 0
+        self._prefixes = sorted(kernel.registers, key=len, reverse=True)
+        self._joins = joins_of(kernel)
+        self._nowhere = self._new(8)  # of results that nobody wants
+        for name in (*SPECIALS, *ZEROS):
+            self._places[name] = self._new(4)
+        for name in ZEROS:
+            self._values.append((self._places[name], 0, 4))
+        self.names: list[str] = []
+        self.pool: list[int] = []
+        codes, bad = [], {}
+        for number, statement in enumerate(kernel.statements):
+            try:
+                codes.append(self._code(number, statement))
+            except Unsupported as error:
+                bad.setdefault(str(error), f"line {statement.line}: {statement.text}")
+        if bad:
+            raise Unsupported("\n".join(f"{what} in {where}" for what, where in bad.items()))
+        self.codes = np.array(codes, np.int32)
+        self.registers = self._initial()
+        self.specials = [self._places[name] for name in SPECIALS]
+
+    # ---- places
+
+    def _new(self, width: int) -> int:
+        place = -(-self._top // 64) * 64
+        self._top = place + (32 * width or 4)
+        self._width_at[place] = width
+        return place
+
+    def _register(self, name: str) -> int:
+        if name not in self._places:
+            for prefix in self._prefixes:
+                if re.fullmatch(re.escape(prefix) + r"\d+", name):
+                    self._places[name] = self._new(self.kernel.registers[prefix])
+                    break
+            else:
+                raise Unsupported(f"register {name}")
+        return self._places[name]
+
+    def _width(self, register: str) -> int:
+        return self._width_at[self._register(register)]
+
+    def _value(self, text: str, width: int) -> int:
+        """The place of a register, or of a constant of ``width`` bytes (0: of a predicate)."""
+        if text == "_":
+            return self._nowhere
+        if text.startswith("%"):
+            return self._register(text)
+        if text.startswith(("0f", "0d")):
+            value = int(text[2:], 16)
+        else:
+            value = SYMBOLS[text] if text in SYMBOLS else int(text, 0)
+        key = value % 2 ** (8 * max(width, 4)), width
+        if key not in self._constants:
+            self._constants[key] = place = self._new(width)
+            self._values.append((place, value, width))
+        return self._constants[key]
+
+    def _values_of(self, texts: Iterable[str], width: int) -> list[int]:
+        return [self._value(text, width) for text in texts]
+
+    def _address(self, text: str) -> list[int]:
+        """The register of an address, or NONE, and an offset."""
+        found = re.fullmatch(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\w+))?\s*\]", text)
+        if found is None:
+            raise Unsupported(f"address {text}")
+        base, offset = found[1], int(found[2] or "0", 0)
+        if base in SYMBOLS:
+            return [NONE, SYMBOLS[base] + offset]
+        return [self._register(base), offset]
+
+    def _initial(self) -> np.ndarray:
+        # What nobody has written is a number that stands out.
+        registers = np.full(-(-self._top // 64) * 64 + 64, 0xA5, np.uint8)
+        for place, value, width in self._values:
+            if width == 0:
+                registers[place : place + 4] = 255 if value else 0
+            else:
+                number = (value % 2 ** (8 * width)).to_bytes(width, "little")
+                registers[place : place + 32 * width] = np.frombuffer(number * 32, np.uint8)
+        return registers
+
+    # ---- instructions
+
+    def _code(self, number: int, s: Statement) -> list[int]:
+        flow, target, join = NEXT, NONE, NONE
+        if s.parts[0] == "bra":
+            name, operands, flow = "bra", [], BRANCH
+            target, join = self.kernel.labels[s.operands[0]], self._joins[number]
+        elif s.parts[0] in ("ret", "exit"):
+            name, operands, flow = "ret", [], EXIT
+        elif s.opcode in ("bar.sync", "barrier.sync"):
+            if s.operands != ("0",):
+                raise Unsupported("a barrier of some of the threads")
+            name, operands, flow = "bar", [], BARRIER
+        else:
+            name, operands = self._plain(s)
+        if not self._knows(name):
+            raise Unsupported(f"instruction {name}")
+        begin = len(self.pool)
+        self.names.append(name)
+        self.pool += operands
+        guard = NONE if s.guard is None else self._register(s.guard)
+        return [flow, guard, s.negated, target, join, len(operands), begin]
+
+    def _plain(self, s: Statement) -> tuple[str, list[int]]:
+        family = getattr(self, f"_{s.parts[0]}", None)
+        return family(s) if family else self._arithmetic(s)
+
+    def _ld(self, s: Statement) -> tuple[str, list[int]]:
+        if s.parts[1] == "param":
+            return self._parameter(s)
+        return self._access(s, memory=s.operands[1], registers=s.operands[0])
+
+    def _st(self, s: Statement) -> tuple[str, list[int]]:
+        return self._access(s, memory=s.operands[0], registers=s.operands[1])
+
+    def _parameter(self, s: Statement) -> tuple[str, list[int]]:
+        found = re.fullmatch(r"\[(\w+)(?:\+(\d+))?\]", s.operands[1])
+        if found is None:
+            raise Unsupported("address of a parameter")
+        offset = {p.name: p.offset for p in self.kernel.parameters}[found[1]] + int(found[2] or 0)
+        to, type_ = s.operands[0], s.parts[-1]
+        signed = int(type_.startswith("s"))
+        return "ld.param", [offset, WIDTHS[type_], self._width(to), signed, self._register(to)]
+
+    def _access(self, s: Statement, memory: str, registers: str) -> tuple[str, list[int]]:
+        what, space, *modifiers, type_ = s.parts
+        if space not in ("global", "shared"):
+            raise Unsupported(f"{space} memory")
+        if re.search(r"evict", s.opcode) and len(s.operands) > 2:
+            raise Unsupported("a cache policy")
+        places = self._values_of(in_braces(registers), WIDTHS[type_])
+        width = self._width_at[places[0]]
+        operands = [*self._address(memory), WIDTHS[type_], width, int(type_.startswith("s"))]
+        operands += [len(places), *places]
+        order = sorted(m for m in modifiers if m not in HINTS and "::" not in m)
+        if not order:
+            return f"{what}.{space}", operands
+        names = {("acquire", "gpu"): "ld.acquire", ("gpu", "relaxed"): "ld.relaxed"}
+        if what != "ld" or tuple(order) not in names:
+            raise Unsupported(f"{what} with {order}")
+        return names[tuple(order)], operands
+
+    def _atom(self, s: Statement) -> tuple[str, list[int]]:
+        order = next((part for part in s.parts if part in ORDERS), "relaxed")
+        operation = ATOMIC_OPERATIONS.get((s.parts[-2], s.parts[-1]))
+        if operation is None:
+            raise Unsupported("operation")
+        width = WIDTHS[s.parts[-1]]
+        to, memory, value = s.operands
+        return "atom", [
+            *(*self._address(memory), width, operation),
+            *(int(order in ("acquire", "acq_rel")), int(order in ("release", "acq_rel"))),
+            *(NONE if to == "_" else self._register(to), self._value(value, width)),
+        ]
+
+    def _red(self, s: Statement) -> tuple[str, list[int]]:
+        return self._atom(s._replace(operands=("_", *s.operands)))
+
+    def _cp(self, s: Statement) -> tuple[str, list[int]]:
+        if s.opcode == "cp.async.commit_group":
+            return s.opcode, []
+        if s.opcode == "cp.async.wait_group":
+            return s.opcode, [int(s.operands[0])]
+        if not re.match(r"cp\.async\.c[ag]\.shared\.global", s.opcode):
+            raise Unsupported("copy")
+        to, source, size, *read = s.operands
+        registers = self._values_of(read, 4) or [NONE]
+        return "cp.async", [*self._address(to), *self._address(source), int(size, 0), *registers]
+
+    def _ldmatrix(self, s: Statement, memory: int = 1) -> tuple[str, list[int]]:
+        count = int(next(part for part in s.parts if re.fullmatch(r"x[124]", part))[1:])
+        registers = self._values_of(in_braces(s.operands[1 - memory]), 4)
+        address = self._address(s.operands[memory])
+        return s.parts[0], [*address, count, int("trans" in s.parts), *registers]
+
+    def _stmatrix(self, s: Statement) -> tuple[str, list[int]]:
+        return self._ldmatrix(s, memory=0)
+
+    def _mma(self, s: Statement) -> tuple[str, list[int]]:
+        kind = ".".join([s.parts[3], *s.parts[6:]])
+        if kind not in MMA:
+            raise Unsupported(f"product {kind}")
+        operands = [place for o in s.operands for place in self._values_of(in_braces(o), 4)]
+        return MMA[kind], operands
+
+    def _wgmma(self, s: Statement) -> tuple[str, list[int]]:
+        if s.parts[1] == "wait_group":
+            return "wgmma.wait_group", [int(s.operands[0])]
+        if s.parts[1] in ("commit_group", "fence"):
+            return f"wgmma.{s.parts[1]}", []
+        shape, result, type_ = s.parts[4:7]
+        columns = int(re.fullmatch(r"m64n(\d+)k\d+", shape)[1])  # type: ignore[index]
+        sums, left, right, add, sign_left, sign_right, *across = s.operands
+        if result != "f32" or (sign_left, sign_right) != ("1", "1"):
+            raise Unsupported("product")
+        in_registers = left.startswith("{")
+        lie_across = [int(text) for text in across] or [0, 0]
+        if in_registers and len(lie_across) == 1:
+            lie_across = [0, *lie_across]
+        by_register = add.startswith("%")
+        places = self._values_of(in_braces(sums), 4)
+        assert len(places) == columns // 2
+        return "wgmma", [
+            *(WGMMA_TYPES.index(type_), columns, int(in_registers), *lie_across),
+            *((self._register(add), 1) if by_register else (NONE, int(add))),
+            *self._values_of(in_braces(left), 4),
+            *(self._register(right), *places),
+        ]
+
+    def _fence(self, s: Statement) -> tuple[str, list[int]]:
+        if s.opcode.startswith("fence.proxy.async"):
+            return "fence.proxy.async", []
+        raise Unsupported("fence")
+
+    def _bar(self, s: Statement) -> tuple[str, list[int]]:
+        if s.opcode == "bar.warp.sync" and int(s.operands[0], 0) in (-1, 0xFFFFFFFF):
+            return s.opcode, []
+        raise Unsupported("barrier")
+
+    def _shfl(self, s: Statement) -> tuple[str, list[int]]:
+        results = s.operands[0].split("|")
+        valid = self._register(results[1]) if len(results) > 1 else NONE
+        sources = self._values_of(s.operands[1:], 4)
+        return f"shfl.{s.parts[2]}", [self._register(results[0]), valid, *sources]
+
+    def _redux(self, s: Statement) -> tuple[str, list[int]]:
+        return s.opcode, [self._register(s.operands[0]), self._value(s.operands[1], 4)]
+
+    def _mov(self, s: Statement) -> tuple[str, list[int]]:
+        to, source = s.operands
+        if to.startswith("{"):
+            parts, width = in_braces(to), self._width(source)
+            places = [self._value(part, 0) for part in parts]
+            return f"unpack.{8 * width}.{8 * width // len(parts)}", [
+                *places,
+                self._register(source),
+            ]
+        width = WIDTHS[s.parts[1]]
+        if source.startswith("{"):
+            parts = in_braces(source)
+            each = width // len(parts)
+            places = self._values_of(parts, each)
+            return f"pack.{8 * width}.{8 * each}", [self._register(to), *places]
+        return s.opcode, [self._register(to), self._value(source, width)]
+
+    def _cvt(self, s: Statement) -> tuple[str, list[int]]:
+        to, *sources = s.operands
+        name = s.opcode
+        if s.parts[-1] in ("s8", "u8"):
+            name += f"@{8 * self._width(sources[0])}"
+        elif s.parts[-2] in ("s8", "u8"):
+            name += f"@{8 * self._width(to)}"
+        return name, [self._register(to), *self._values_of(sources, WIDTHS[s.parts[-1]])]
+
+    def _setp(self, s: Statement) -> tuple[str, list[int]]:
+        if "|" in s.operands[0] or len(s.operands) != 3:
+            raise Unsupported("comparison")
+        width = WIDTHS[s.parts[-1]]
+        return s.opcode, [
+            self._register(s.operands[0]),
+            *self._values_of(s.operands[1:], width),
+        ]
+
+    def _selp(self, s: Statement) -> tuple[str, list[int]]:
+        to, first, second, predicate = s.operands
+        places = self._values_of((first, second), WIDTHS[s.parts[-1]])
+        return s.opcode, [self._register(to), *places, self._register(predicate)]
+
+    def _arithmetic(self, s: Statement) -> tuple[str, list[int]]:
+        what, *modifiers, type_ = s.parts
+        if type_ not in WIDTHS:
+            raise Unsupported(f"instruction {s.opcode}")
+        name, width, (to, *sources) = s.opcode, WIDTHS[type_], s.operands
+        count = 1 if what in ONE_OPERAND else 3 if what in THREE_OPERANDS else 2
+        if what in ("max", "min") and len(sources) == 3:  # since sm_100
+            name, count = name.replace(what, what + "3", 1), 3
+        if len(sources) != count:
+            raise Unsupported(f"{s.opcode} with {len(sources)} operands")
+        widths = [width] * count
+        if what in ("shl", "shr"):
+            widths[1] = 4
+        elif what == "bfe":
+            widths[1:] = [4, 4]
+        elif what == "mad" and modifiers[:1] == ["wide"]:
+            widths[2] = 2 * width
+        elif modifiers[-1:] == ["f32"] and width == 2:  # the last operand is float32
+            widths[-1] = 4
+        places = [self._value(text, w) for text, w in zip(sources, widths, strict=True)]
+        return name, [self._register(to), *places]
