@@ -113,6 +113,7 @@ static void run(Warp& w, u64 count) {
     m.lane_count[i.number] += __builtin_popcount(w.active);
     switch (i.flow) {
       case Flow::NEXT:
+        if (w.active && !w.used_by_products.empty()) check_registers(w, i);
         if (w.active) i.run(w, i);
         path.next++;
         leave_paths(w);
@@ -198,7 +199,7 @@ static void launch(Machine& m, int grid) {
   std::vector<int> order(grid);
   for (int k = 0; k < grid; k++) order[k] = k;
   if (m.options.shuffle) std::shuffle(order.begin(), order.end(), m.random);
-  Scheduler scheduler{m};
+  Scheduler scheduler{m, {}};
   auto& resident = scheduler.resident;
   for (size_t started = 0;;) {
     while ((int)resident.size() < m.options.resident && started < order.size())
@@ -219,14 +220,15 @@ static void launch(Machine& m, int grid) {
 extern "C" {
 int ptx_knows(const char* name) { return table().count(name); }
 
-// codes: flow, guard, negated, target, join, number of operands, their place in the pool
+// codes: flow, guard, negated, target, join, number of operands, their place in the pool, number of
+// registers, their place in the pool
 Machine* ptx_new(int size, const char** names, const int* codes, int pool_size, const s64* pool, int register_bytes,
                  const u8* registers, int threads, int shared_bytes, const s64* specials) {
   auto m = new Machine;
   m->pool.assign(pool, pool + pool_size);
-  for (int k = 0; k < size; k++, codes += 7)
+  for (int k = 0; k < size; k++, codes += 9)
     m->code.push_back({table().at(names[k]), (Flow)codes[0], k, codes[1], (bool)codes[2], codes[3], codes[4], codes[5],
-                       m->pool.data() + codes[6]});
+                       m->pool.data() + codes[6], codes[7], m->pool.data() + codes[8]});
   m->initial_registers.assign(registers, registers + register_bytes);
   m->threads = threads;
   m->shared_bytes = shared_bytes;

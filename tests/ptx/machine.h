@@ -47,6 +47,8 @@ struct Instruction {
   int join;    // where both sides of a branch meet again; -1 if they do not
   int size;    // number of operands
   const s64* operands;
+  int touches;  // number of registers that it reads or writes
+  const s64* touched;
 };
 
 // ---- What a launch finds; ptx/machine.py has a text for each.
@@ -64,6 +66,7 @@ enum class Finding : int {
   NO_PROXY_FENCE,
   READERS_FORGOTTEN,
   NEVER_WAITED_FOR,
+  REGISTER_IN_FLIGHT,
 };
 
 struct Report {
@@ -155,6 +158,7 @@ struct Warp {
   std::deque<std::vector<Copy>> copy_groups[LANES];
   std::vector<Product> products;
   std::deque<std::vector<Product>> product_groups;
+  std::unordered_map<s64, int> used_by_products;  // registers: how many products in flight use each
 
   template <class T> T* at(s64 place) { return (T*)(registers.data() + place); }
   int thread(int lane) const { return id * LANES + lane; }

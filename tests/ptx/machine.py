@@ -31,6 +31,7 @@ FINDINGS = [  # in the order of Finding in machine.h
     "product reads shared memory without a proxy fence behind the write",
     "write to memory with more readers than are remembered",
     "asynchronous work is never waited for",
+    "register of a product in flight",
 ]
 _THREADS = 1024  # MAX_THREADS in machine.h
 _FORMATS = {"i1": "<i1", "u1": "<u1", "fp16": "<f2", "fp32": "<f4", "fp64": "<f8"}

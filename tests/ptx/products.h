@@ -98,7 +98,9 @@ inline f32 shared_operand(Warp& w, const Instruction& i, u32 address, OperandTyp
   return operand(bits, type);
 }
 
-template <OperandType TYPE> void multiply_group(Warp& w, const Product& product) {
+// The operands may be read at any time from the issue to the wait. Where they are taken at the wait
+// the issue looks at them too, so that both ends are checked.
+template <OperandType TYPE> void multiply_group(Warp& w, const Product& product, bool only_look) {
   constexpr int K = TYPE == TF32 ? 8 : 16, SIZE = TYPE == TF32 ? 4 : 2;
   const Instruction& i = *product.instruction;
   Machine& m = *w.cta->machine;
@@ -119,7 +121,7 @@ template <OperandType TYPE> void multiply_group(Warp& w, const Product& product)
   for (int k = 0; k < K; k++)
     for (int n = 0; n < columns; n++)
       right[k * columns + n] = shared_operand(w, i, b.place(n, k, i.operands[4], SIZE), TYPE);
-  if (!m.error.empty()) return;
+  if (only_look || !m.error.empty()) return;
   const auto sum_of = [&](int j, int l, int k) -> f32& {
     return sums[(l / 4 + (k >> 1) * 8) * columns + j * 8 + l % 4 * 2 + (k & 1)];
   };
@@ -135,11 +137,19 @@ template <OperandType TYPE> void multiply_group(Warp& w, const Product& product)
   each([](f32& in_register, f32& sum) { in_register = sum; });
 }
 
-inline void run_product(Warp& w, const Product& product) {
+inline void run_product(Warp& w, const Product& product, bool only_look = false) {
   const s64 type = product.instruction->operands[0];
-  if (type == F16) multiply_group<F16>(w, product);
-  else if (type == BF16) multiply_group<BF16>(w, product);
-  else multiply_group<TF32>(w, product);
+  if (type == F16) multiply_group<F16>(w, product, only_look);
+  else if (type == BF16) multiply_group<BF16>(w, product, only_look);
+  else multiply_group<TF32>(w, product, only_look);
+}
+
+// The sums, and the left operand if it is in registers.
+inline std::vector<s64> registers_of(const Instruction& i) {
+  const bool in_registers = i.operands[2];
+  std::vector<s64> places(i.operands + WG_LEFT + (in_registers ? 5 : 2), i.operands + i.size);
+  if (in_registers) places.insert(places.end(), i.operands + WG_LEFT, i.operands + WG_LEFT + 4);
+  return places;
 }
 
 inline void start_product(Warp& w, const Instruction& i) {
@@ -148,8 +158,22 @@ inline void start_product(Warp& w, const Instruction& i) {
   const bool in_registers = o[2];
   const Product product = {&i, o[5] >= 0 ? (bool)(*w.at<u32>(o[5]) & 1) : (bool)o[6],
                            in_registers ? 0 : w.at<u64>(o[WG_LEFT])[0], w.at<u64>(o[WG_LEFT + (in_registers ? 4 : 1)])[0]};
-  if (w.cta->machine->options.late) w.products.push_back(product);
-  else run_product(w, product);
+  for (const s64 place : registers_of(i)) w.used_by_products[place]++;
+  w.products.push_back(product);
+  run_product(w, product, /* only_look */ w.cta->machine->options.late);
+}
+
+// Nothing but products may touch the registers of one in flight.
+inline void check_registers(Warp& w, const Instruction& i) {
+  if (i.run == start_product) return;
+  for (int k = 0; k < i.touches; k++)
+    if (w.used_by_products.count(i.touched[k])) {
+      const auto& [groups, open] = std::tie(w.product_groups, w.products);
+      const Instruction* other = open.empty() ? nullptr : open.front().instruction;
+      for (auto& group : groups)
+        if (!group.empty()) other = group.front().instruction;
+      w.cta->machine->report(Finding::REGISTER_IN_FLIGHT, w, 0, i.number, 0, 0, other ? other->number : -1);
+    }
 }
 
 inline void commit_products(Warp& w, const Instruction&) {
@@ -160,7 +184,11 @@ inline void commit_products(Warp& w, const Instruction&) {
 // wgmma.wait_group: the number of groups that may still be in flight
 inline void wait_products(Warp& w, const Instruction& i) {
   while (w.product_groups.size() > (size_t)i.operands[0]) {
-    for (auto& product : w.product_groups.front()) run_product(w, product);
+    for (auto& product : w.product_groups.front()) {
+      if (w.cta->machine->options.late) run_product(w, product);
+      for (const s64 place : registers_of(*product.instruction))
+        if (!--w.used_by_products[place]) w.used_by_products.erase(place);
+    }
     w.product_groups.pop_front();
   }
 }

@@ -137,9 +137,8 @@ def _body(body: str, first_line: int, files: dict[str, str]):
             if not line.startswith((".pragma", ".shared", ".loc")):
                 raise Unsupported(line)
             continue
-        for text in map(str.strip, line.split(";")):
-            if text not in ("", "{", "}"):
-                statements.append(_statement(text, number, source))
+        texts = [text.strip() for text in line.split(";")]
+        statements += [_statement(t, number, source) for t in texts if t not in ("", "{", "}")]
     return registers, statements, labels
 
 

@@ -41,8 +41,8 @@ class Program:
     Attributes:
         names: of the instructions.
         codes: of each: flow, place of the guard, whether it is negated, target, join, number of
-            operands, and where they begin in ``pool``.
-        pool: operands of all instructions.
+            operands and where they begin in ``pool``, the same of the registers that it touches.
+        pool: operands and registers of all instructions.
         registers: a warp's registers as they are when it starts.
     """
 
@@ -62,6 +62,7 @@ class Program:
         self._constants: dict[tuple[int, int], int] = {}
         self._values: list[tuple[int, int, int]] = []  # place, value, width
         self._top = 0
+        self._touched: list[int] = []  # registers of the instruction at hand
         self._prefixes = sorted(kernel.registers, key=len, reverse=True)
         self._joins = joins_of(kernel)
         self._nowhere = self._new(8)  # of results that nobody wants
@@ -71,14 +72,11 @@ class Program:
             self._values.append((self._places[name], 0, 4))
         self.names: list[str] = []
         self.pool: list[int] = []
-        codes, bad = [], {}
-        for number, statement in enumerate(kernel.statements):
-            try:
-                codes.append(self._code(number, statement))
-            except Unsupported as error:
-                bad.setdefault(str(error), f"line {statement.line}: {statement.text}")
-        if bad:
-            raise Unsupported("\n".join(f"{what} in {where}" for what, where in bad.items()))
+        self._unsupported: dict[str, str] = {}
+        codes = [self._checked_code(number) for number in range(len(kernel.statements))]
+        if self._unsupported:
+            found = self._unsupported.items()
+            raise Unsupported("\n".join(f"{what} in {where}" for what, where in found))
         self.codes = np.array(codes, np.int32)
         self.registers = self._initial()
         self.specials = [self._places[name] for name in SPECIALS]
@@ -99,6 +97,7 @@ class Program:
                     break
             else:
                 raise Unsupported(f"register {name}")
+        self._touched.append(self._places[name])
         return self._places[name]
 
     def _width(self, register: str) -> int:
@@ -146,7 +145,16 @@ class Program:
 
     # ---- instructions
 
+    def _checked_code(self, number: int) -> list[int]:
+        statement = self.kernel.statements[number]
+        try:
+            return self._code(number, statement)
+        except Unsupported as error:
+            self._unsupported.setdefault(str(error), f"line {statement.line}: {statement.text}")
+            return []
+
     def _code(self, number: int, s: Statement) -> list[int]:
+        self._touched.clear()
         flow, target, join = NEXT, NONE, NONE
         if s.parts[0] == "bra":
             name, operands, flow = "bra", [], BRANCH
@@ -161,11 +169,12 @@ class Program:
             name, operands = self._plain(s)
         if not self._knows(name):
             raise Unsupported(f"instruction {name}")
+        guard = NONE if s.guard is None else self._register(s.guard)
         begin = len(self.pool)
         self.names.append(name)
-        self.pool += operands
-        guard = NONE if s.guard is None else self._register(s.guard)
-        return [flow, guard, s.negated, target, join, len(operands), begin]
+        self.pool += [*operands, *self._touched]
+        counts = [len(operands), begin, len(self._touched), begin + len(operands)]
+        return [flow, guard, s.negated, target, join, *counts]
 
     def _plain(self, s: Statement) -> tuple[str, list[int]]:
         family = getattr(self, f"_{s.parts[0]}", None)
