@@ -98,7 +98,7 @@ static void finish_lanes(Warp& w, const Instruction& i) {
   bool left = any(w.product_groups) || !w.products.empty();
   for (int l = 0; l < LANES; l++) left |= any(w.copy_groups[l]) || !w.copies[l].empty();
   if (left) m.report(Finding::NEVER_WAITED_FOR, w, 0, i.number, 0, 0, -1);
-  if (--w.cta->live && w.cta->arrived == w.cta->live) m.fail(w, i, "a warp ends while all others wait at a barrier");
+  if (--w.cta->live && w.cta->arrived == w.cta->live) m.fail(w, i, "a warp has ended that others wait for at a barrier");
 }
 
 static void run(Warp& w, u64 count) {
@@ -123,6 +123,7 @@ static void run(Warp& w, u64 count) {
         break;
       case Flow::BARRIER:
         if (w.active != ALL_LANES) return m.fail(w, i, "part of a warp at a barrier");
+        if (w.cta->live < (int)w.cta->warps.size()) return m.fail(w, i, "a warp has ended that others wait for at a barrier");
         path.next++;
         leave_paths(w);
         w.waiting = true;
@@ -219,6 +220,14 @@ static void launch(Machine& m, int grid) {
 // ---- What ptx/machine.py calls
 extern "C" {
 int ptx_knows(const char* name) { return table().count(name); }
+
+// All names, a line each.
+const char* ptx_names() {
+  static std::string names;
+  if (names.empty())
+    for (auto& [name, run] : table()) names += name + "\n";
+  return names.c_str();
+}
 
 // codes: flow, guard, negated, target, join, number of operands, their place in the pool, number of
 // registers, their place in the pool

@@ -104,13 +104,18 @@ def _library() -> ctypes.CDLL:
         str(build_shared_library(here / "machine.cpp", flags, headers, stem="ptx"))
     )
     library.ptx_new.restype = ctypes.c_void_p
-    library.ptx_error.restype = ctypes.c_char_p
+    library.ptx_error.restype = library.ptx_names.restype = ctypes.c_char_p
     return library
 
 
 def knows(name: str) -> bool:
     """Whether the machine has an instruction of this name."""
     return bool(_library().ptx_knows(name.encode()))
+
+
+def names() -> set[str]:
+    """Of all instructions that the machine has."""
+    return set(_library().ptx_names().decode().split())
 
 
 def _pointer(array: np.ndarray) -> ctypes.c_void_p:

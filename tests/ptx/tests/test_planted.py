@@ -14,9 +14,7 @@ from ptx.machine import Fault, Interleaving
 # Two row tiles of each expert; both products take more steps than are copied ahead.
 CASE = Case(pieces=((0, 40), (1, 60)), batch=4, dim=128, hidden=(256, 256))
 # A wait that is missing shows only where programs meet in a bad order.
-INTERLEAVINGS = [
-    Interleaving(seed=seed, skew=seed % 2 == 1, limit=10_000_000) for seed in range(6)
-]
+INTERLEAVINGS = [Interleaving(seed=seed, skew=seed % 2 == 1, limit=10_000_000) for seed in range(6)]
 RELEASE = r"atom\.global\.gpu\.release"
 ACQUIRE = r"(ld|atom)\.global\.gpu\.acquire"
 BARRIER = r"bar\.sync\s+0;"
