@@ -1,7 +1,7 @@
 // Instructions that work on registers, by name. A name is that of PTX, but that
 //   pack.64.16, unpack.32.16  are mov with a list of registers, from or to narrower ones
 //   max3.f32, min3.f32        are max and min of three numbers
-//   cvt.s32.s8@16             has 8 bits in a register of 16
+//   cvt.integer               is cvt from an integer to another
 #pragma once
 #include <cmath>
 #include <limits>
@@ -275,23 +275,21 @@ inline void floats(Table& t) {
 }
 
 #define CONVERT(name, D, A, expression) DEFINE("cvt." name, D, A, A, A, expression)
-// An integer keeps its value as far as it fits; a byte fills its register.
 inline void conversions(Table& t) {
   CONVERT("f32.f16", f32, u16, from_half(a)) CONVERT("f32.bf16", f32, u16, from_bfloat(a))
   CONVERT("rn.f16.f32", u16, f32, to_half(a)) CONVERT("rn.bf16.f32", u16, f32, to_bfloat(a))
   CONVERT("rn.f16x2.f32", u32, f32, to_half(b) | (u32)to_half(a) << 16)
   CONVERT("rn.bf16x2.f32", u32, f32, to_bfloat(b) | (u32)to_bfloat(a) << 16)
   CONVERT("rna.tf32.f32", u32, u32, (a + 0x1000) & 0xffffe000u)
-#define CONVERT_TO(type, T)                                                                        \
-  CONVERT(type ".s16", T, s16, a) CONVERT(type ".u16", T, u16, a) CONVERT(type ".s32", T, s32, a)  \
-  CONVERT(type ".u32", T, u32, a) CONVERT(type ".s64", T, s64, a) CONVERT(type ".u64", T, u64, a)  \
-  CONVERT(type ".s8@16", T, s16, (s8)a) CONVERT(type ".u8@16", T, u16, (u8)a)                      \
-  CONVERT(type ".s8@32", T, s32, (s8)a) CONVERT(type ".u8@32", T, u32, (u8)a)                      \
-  CONVERT(type ".s8@64", T, s64, (s8)a) CONVERT(type ".u8@64", T, u64, (u8)a)                      \
-  CONVERT("s8." type "@16", s16, T, (s8)a) CONVERT("u8." type "@16", u16, T, (u8)a)                \
-  CONVERT("s8." type "@32", s32, T, (s8)a) CONVERT("u8." type "@32", u32, T, (u8)a)
-  CONVERT_TO("s16", s16) CONVERT_TO("u16", u16) CONVERT_TO("s32", s32)
-  CONVERT_TO("u32", u32) CONVERT_TO("s64", s64) CONVERT_TO("u64", u64)
+  // result: place, bytes of its type, whether that is signed, bytes of the register; source: the same
+  t["cvt.integer"] = [](Warp& w, const Instruction& i) {
+    const s64* o = i.operands;
+    FOR_LANES(w, l) {
+      u64 value;
+      extend((u8*)&value, w.at<u8>(o[4]) + l * o[7], o[5], 8, o[6]);
+      extend(w.at<u8>(o[0]) + l * o[3], (u8*)&value, o[1], o[3], o[2]);
+    }
+  };
   CONVERT("rn.f32.s16", f32, s16, a) CONVERT("rn.f32.u16", f32, u16, a) CONVERT("rn.f32.s32", f32, s32, a)
   CONVERT("rn.f32.u32", f32, u32, a) CONVERT("rn.f32.s64", f32, s64, a) CONVERT("rn.f32.u64", f32, u64, a)
   CONVERT("rzi.s32.f32", s32, f32, truncated<s32>(a)) CONVERT("rzi.s64.f32", s64, f32, truncated<s64>(a))

@@ -108,6 +108,8 @@ class Program:
         if text == "_":
             return self._nowhere
         if text.startswith("%"):
+            if self._width(text) != width:
+                raise Unsupported(f"register of {self._width(text)} bytes for one of {width}")
             return self._register(text)
         if text.startswith(("0f", "0d")):
             value = int(text[2:], 16)
@@ -203,8 +205,10 @@ class Program:
             raise Unsupported(f"{space} memory")
         if re.search(r"evict", s.opcode) and len(s.operands) > 2:
             raise Unsupported("a cache policy")
-        places = self._values_of(in_braces(registers), WIDTHS[type_])
-        width = self._width_at[places[0]]
+        texts = in_braces(registers)
+        # A register may be wider than what it is loaded from or stored to.
+        width = self._width(texts[0]) if texts[0].startswith("%") else WIDTHS[type_]
+        places = self._values_of(texts, width)
         operands = [*self._address(memory), WIDTHS[type_], width, int(type_.startswith("s"))]
         operands += [len(places), *places]
         order = sorted(m for m in modifiers if m not in HINTS and "::" not in m)
@@ -278,7 +282,7 @@ class Program:
         return "wgmma", [
             *(WGMMA_TYPES.index(type_), columns, int(in_registers), *lie_across),
             *((self._register(add), 1) if by_register else (NONE, int(add))),
-            *self._values_of(in_braces(left), 4),
+            *self._values_of(in_braces(left), 4 if in_registers else 8),
             *(self._register(right), *places),
         ]
 
@@ -305,11 +309,9 @@ class Program:
         to, source = s.operands
         if to.startswith("{"):
             parts, width = in_braces(to), self._width(source)
-            places = [self._value(part, 0) for part in parts]
-            return f"unpack.{8 * width}.{8 * width // len(parts)}", [
-                *places,
-                self._register(source),
-            ]
+            each = width // len(parts)
+            places = self._values_of(parts, each)
+            return f"unpack.{8 * width}.{8 * each}", [*places, self._register(source)]
         width = WIDTHS[s.parts[1]]
         if source.startswith("{"):
             parts = in_braces(source)
@@ -320,12 +322,16 @@ class Program:
 
     def _cvt(self, s: Statement) -> tuple[str, list[int]]:
         to, *sources = s.operands
-        name = s.opcode
-        if s.parts[-1] in ("s8", "u8"):
-            name += f"@{8 * self._width(sources[0])}"
-        elif s.parts[-2] in ("s8", "u8"):
-            name += f"@{8 * self._width(to)}"
-        return name, [self._register(to), *self._values_of(sources, WIDTHS[s.parts[-1]])]
+        into, source = s.parts[-2:]
+        if re.fullmatch(r"[su]\d+", into) and re.fullmatch(r"[su]\d+", source):
+            # Both registers may be wider than their types.
+            return "cvt.integer", [
+                *(self._register(to), WIDTHS[into], int(into[0] == "s"), self._width(to)),
+                *(self._register(sources[0]), WIDTHS[source], int(source[0] == "s")),
+                self._width(sources[0]),
+            ]
+        places = self._values_of(sources, WIDTHS[source])
+        return s.opcode, [self._value(to, WIDTHS[into]), *places]
 
     def _setp(self, s: Statement) -> tuple[str, list[int]]:
         if "|" in s.operands[0] or len(s.operands) != 3:
