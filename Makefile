@@ -8,6 +8,8 @@ CONSTRAINTS := $(if $(TORCH),build/torch-$(TORCH).txt,constraints.txt)
 BUILD_FILES := pyproject.toml constraints.txt setup.py CMakeLists.txt tests/sm70/compile.py \
 	$(shell find csrc -type f)
 PYTEST_ARGS ?= -n auto --dist loadfile
+# Kernels that are compiled and kernels that are interpreted do not go together in one process.
+PTX := TRITON_INTERPRET=0 $(BIN)/python -m pytest -n auto --dist worksteal tests/ptx
 
 # The kernels are also compiled with these releases of Triton; tests/triton_releases has versions.
 TAG := $(shell $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -c \
@@ -26,9 +28,11 @@ demo: $(VENV)/.installed-demo
 # packaging, run everything.
 test: lint tritons
 	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+	$(PTX) -m 'not slow'
 
 test-all: lint tritons
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PTX)
 
 tritons: $(TRITONS)
 

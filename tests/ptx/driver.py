@@ -167,8 +167,9 @@ def emulated(
         for change in (
             mock.patch.object(CUDABackend, "make_cubin", _ptx_as_binary),
             mock.patch.object(knobs.cache, "dir", str(CACHE)),
-            mock.patch.object(target, "interpreted", return_value=True),  # CPU tensors may come
-            mock.patch.object(target, "multiprocessors", return_value=multiprocessors),
+            # Functions, not mocks: torch.compile traces them. CPU tensors may come.
+            mock.patch.object(target, "interpreted", lambda: True),
+            mock.patch.object(target, "multiprocessors", lambda device: multiprocessors),
             mock.patch.object(moe_ffn_tiles, "built_in", _moe_ffn_row(generation)),
             mock.patch.object(attention_tiles, "choose", _attention_row(generation)),
             *_noting(state),
@@ -205,7 +206,8 @@ def _noting(state: Emulated) -> Iterator[Any]:
 
         def noting(*args, original=original, **kwargs):
             tensor = original(*args, **kwargs)
-            return state.note_empty(tensor) if tensor.device.type == "cpu" else tensor
+            real = type(tensor) is torch.Tensor and tensor.device.type == "cpu"
+            return state.note_empty(tensor) if real else tensor
 
         yield mock.patch.object(place, name, noting)
 
