@@ -167,9 +167,8 @@ def emulated(
         for change in (
             mock.patch.object(CUDABackend, "make_cubin", _ptx_as_binary),
             mock.patch.object(knobs.cache, "dir", str(CACHE)),
-            # Functions, not mocks: torch.compile traces them. CPU tensors may come.
-            mock.patch.object(target, "interpreted", lambda: True),
-            mock.patch.object(target, "multiprocessors", lambda device: multiprocessors),
+            mock.patch.object(target, "interpreted", _always(True)),  # CPU tensors may come
+            mock.patch.object(target, "multiprocessors", _always(multiprocessors)),
             mock.patch.object(moe_ffn_tiles, "built_in", _moe_ffn_row(generation)),
             mock.patch.object(attention_tiles, "choose", _attention_row(generation)),
             *_noting(state),
@@ -182,6 +181,15 @@ def emulated(
         finally:
             _active = before
             driver.set_active(previous)
+
+
+def _always(value: Any) -> Callable[..., Any]:
+    """Not a mock: torch.compile traces it."""
+
+    def function(*_: Any) -> Any:
+        return value
+
+    return function
 
 
 def _moe_ffn_row(generation: str):
