@@ -47,7 +47,7 @@ CLASSES = {
     "products": r"mma|wgmma\.mma_async",
     "waits, branches": r"bra|bar|ret|fence|wgmma|cp\.async\.(commit|wait)",
     "global memory": r"(ld|st|atom|red)\.global|(atom|red)\.|cp\.async",
-    "shared memory": r"(ld|st)\.shared|ldmatrix|stmatrix",
+    "shared memory": r"(ld|st)\.shared(::cta)?|ldmatrix|stmatrix",
     "exchange": r"shfl|redux",
     "special functions": r"ex2|lg2|rcp|rsqrt|sqrt|tanh|div\.full|div\.rn\.f",
     "conversions": r"cvt",
@@ -110,9 +110,9 @@ def lane_bytes(statement: Statement) -> tuple[str, float]:
     parts, operands = statement.parts, statement.operands
     if parts[:2] == ["cp", "async"] and len(operands) >= 3:
         return "read", int(operands[2], 0)
-    if parts[0] in ("ld", "st") and parts[1] in ("global", "shared"):
+    if parts[0] in ("ld", "st") and parts[1].removesuffix("::cta") in ("global", "shared"):
         values = in_braces(operands[0 if parts[0] == "ld" else 1])
-        kind = "shared" if parts[1] == "shared" else "read" if parts[0] == "ld" else "written"
+        kind = "shared" if parts[1].startswith("shared") else "read" if parts[0] == "ld" else "written"
         return kind, WIDTHS[parts[-1]] * len(values)
     if parts[0] in ("ldmatrix", "stmatrix"):
         return "shared", 4 * len(in_braces(operands[0 if parts[0] == "ldmatrix" else 1]))

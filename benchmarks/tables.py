@@ -165,12 +165,31 @@ def volta_attention(up: str) -> str:
     return "\n".join(markdown_table(["MODELLED: phase", "N", "bias", "x PyTorch"], rows))
 
 
+def ptx_kernels(up: str) -> str:
+    """The parity cases of the Triton kernels as PTX."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in _modelled("ptx")["rows"]:
+        for kernel in row["kernels"]:
+            groups.setdefault((kernel, row["target"]), []).append(row)
+    rows = []
+    for (kernel, target), group in sorted(groups.items()):
+        worst = max(group, key=lambda row: row["error"] / max(row["eager"], 1e-12))
+        errors = f"{worst['error']:.1e} beside {worst['eager']:.1e}"
+        good = sum(not row["failed"] for row in group)
+        reports = sum(len(row["reports"]) for row in group)
+        where = f"{worst['worst']}, {worst['dtype']}"
+        rows.append([kernel, target, f"{good} of {len(group)}", str(reports), f"{errors} ({where})"])
+    header = ["kernel", "target", "cases that hold", "reports", "worst error beside eager's"]
+    return "\n".join(markdown_table(header, rows))
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "cpu.summary": cpu_summary,
     "cpu.cases": cpu_cases,
     "gpu.summary": gpu_summary,
     "volta.forward": volta_forward,
     "volta.attention": volta_attention,
+    "ptx.kernels": ptx_kernels,
 }
 
 

@@ -201,6 +201,7 @@ class Program:
 
     def _access(self, s: Statement, memory: str, registers: str) -> tuple[str, list[int]]:
         what, space, *modifiers, type_ = s.parts
+        space = space.removesuffix("::cta")
         if space not in ("global", "shared"):
             raise Unsupported(f"{space} memory")
         if re.search(r"evict", s.opcode) and len(s.operands) > 2:
@@ -240,7 +241,7 @@ class Program:
             return s.opcode, []
         if s.opcode == "cp.async.wait_group":
             return s.opcode, [int(s.operands[0])]
-        if not re.match(r"cp\.async\.c[ag]\.shared\.global", s.opcode):
+        if not re.match(r"cp\.async\.c[ag]\.shared(::cta)?\.global", s.opcode):
             raise Unsupported("copy")
         to, source, size, *read = s.operands
         registers = self._values_of(read, 4) or [NONE]
