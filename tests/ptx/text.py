@@ -93,9 +93,28 @@ def parse(text: str) -> Kernel:
     body = text[entry.end() : end.start() if end else None]
     body = re.split(r"^\s*\.section", body, maxsplit=1, flags=re.M)[0]
     registers, statements, labels = _body(
-        body, first_line=text[: entry.end()].count("\n") + 1, files=_files(text)
+        _told_apart(body), first_line=text[: entry.end()].count("\n") + 1, files=_files(text)
     )
     return Kernel(name, int(threads[1]), _parameters(parameters), registers, statements, labels)
+
+
+def _told_apart(body: str) -> str:
+    """Names that are declared within braces, of which every block may have the same, made unique.
+
+    Triton waits so for an mbarrier.
+    """
+    count = 0
+
+    def rename(block: re.Match[str]) -> str:
+        nonlocal count
+        count, text = count + 1, block[0]
+        for register in re.findall(r"^\s*\.reg \.\w+ (\w+);", text, re.M):
+            text = re.sub(rf"(?<![\w.%$]){register}\b", f"%{register}_{count}", text)
+        for label in re.findall(r"^\s*(\w+):", text, re.M):
+            text = re.sub(rf"(?<![\w.%$]){label}\b", f"${label}_{count}", text)
+        return text
+
+    return re.sub(r"^\{\s*?\n.*?^\}", rename, body, flags=re.M | re.S)
 
 
 def _files(text: str) -> dict[str, str]:
@@ -127,7 +146,7 @@ def _body(body: str, first_line: int, files: dict[str, str]):
             _, file, row, *_ = line.split()
             source = f"{files.get(file, file)}:{row}"
             continue
-        if declared := re.fullmatch(r"\.reg \.(\w+)\s+(%\w+)<\d+>;", line):
+        if declared := re.fullmatch(r"\.reg \.(\w+)\s+(%\w+)(?:<\d+>)?;", line):
             registers[declared[2]] = WIDTHS[declared[1]]
             continue
         if label := re.match(r"(\$[\w$]+):\s*(.*)$", line):

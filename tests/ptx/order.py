@@ -1,0 +1,735 @@
+"""Checks on PTX that programs of one launch read each other's data only behind a wait.
+
+The kernels of moe_ffn hand data from program to program. Who makes it stores it, meets all threads
+of its CTA at a barrier and raises a counter with an atomic of release order; who needs it reads the
+counter with acquire order until it is high enough, meets all threads at a barrier and only then
+loads. Nothing but the places of a few instructions keeps that true, and a compiler that moves one
+of them breaks it without an error. :func:`check` follows every path through the basic blocks and
+reports what may happen in the wrong order. Three things are asked of a kernel:
+
+* A load of such data is reached only over the edge of a branch on which the counter was seen high
+  enough, with the acquire and a barrier before it, since the ticket of this work was taken.
+* Behind a store of such data comes a barrier, and then the release, before the next ticket.
+* The load is coherent. Behind an acquire and a barrier a weak load is, in whatever cache: PTX calls
+  .ca, .cg and the like hints on performance, and cp.async reads as any weak load does. A load with
+  .nc is not, and an operation of the async proxy (cp.async.bulk) needs a fence of its own.
+
+What an address points to, and which counter is meant, is read from the code: the kernel's
+parameters that its registers are computed from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import IntEnum
+from typing import NamedTuple
+
+from .flow import END, blocks_of, joins_of
+from .text import Kernel, Statement, Unsupported
+
+COUNTERS, BOUND = "COUNTERS", "bound"
+_COUNTER_BYTES = 4
+_CELL, _ACQUIRE = "shared memory at", "the acquire itself"
+MANY_STATES = 5000  # of a block; more are a sign that the branches are too many to follow
+
+
+class Channel(NamedTuple):
+    """Data that programs hand to each other, and the counter that says when it is there.
+
+    Attributes:
+        data: the kernel's parameters that point to it.
+        bounds: how many times ``bound`` the counters stand behind the first ones.
+        at: byte of the only counter; None if each row tile or share has one.
+        last: who raises the counter last goes on, at once; else others wait until it is high.
+    """
+
+    data: tuple[str, ...]
+    bounds: int = 0
+    at: int | None = None
+    last: bool = False
+
+    @property
+    def name(self) -> str:
+        return ", ".join(self.data)
+
+
+# The counters are cleared by the program that leaves last: nobody else may still use them.
+_LEAVE = Channel((COUNTERS,), at=4, last=True)
+_TICKET = Channel((), at=0)
+CHANNELS = {
+    "moe_ffn_fwd_kernel": (Channel(("NORMED",)), Channel(("HIDDEN",), bounds=1), _LEAVE),
+    "moe_ffn_bwd_rows_kernel": (
+        Channel(("DH2", "NORMED")),
+        Channel(("DPRE",), bounds=1),
+        Channel(("DNORMED",), bounds=2),
+        _LEAVE,
+    ),
+    "moe_ffn_bwd_weights_kernel": (
+        Channel(("PARTIAL",)),
+        Channel(("SUM_SCALE", "SUM_BIAS"), at=8, last=True),
+        _LEAVE,
+    ),
+}
+
+
+class Rule(IntEnum):
+    """What a finding is about."""
+
+    READ_BEFORE_WAIT = 0
+    WRITE_BEFORE_WAIT = 1
+    WAIT_WITHOUT_BARRIER = 2
+    RELEASE_WITHOUT_BARRIER = 3
+    STORE_WITHOUT_RELEASE = 4
+    NOT_COHERENT = 5
+    UNKNOWN_ADDRESS = 6
+    UNKNOWN_OPERATION = 7
+
+
+_MEANING = {
+    Rule.READ_BEFORE_WAIT: "data of other programs is read without a wait before it",
+    Rule.WRITE_BEFORE_WAIT: "what other programs use is written without a wait before it",
+    Rule.WAIT_WITHOUT_BARRIER: "no barrier between the acquire and what depends on it",
+    Rule.RELEASE_WITHOUT_BARRIER: "no barrier between a store and its release",
+    Rule.STORE_WITHOUT_RELEASE: "a store is not followed by its release",
+    Rule.NOT_COHERENT: "data of other programs is read by a load that is not coherent",
+    Rule.UNKNOWN_ADDRESS: "an address in global memory that comes from no parameter",
+    Rule.UNKNOWN_OPERATION: "an operation on global memory that this check does not know",
+}
+
+
+class Finding(NamedTuple):
+    rule: Rule
+    data: str
+    statement: Statement
+
+    def __str__(self) -> str:
+        s = self.statement
+        where = f"{s.source}, line {s.line} of the PTX: {s.text[:90]}"
+        return f"{_MEANING[self.rule]} ({self.data})\n    {where}"
+
+
+class Uses(NamedTuple):
+    """Statements of one channel, by number."""
+
+    acquires: list[int]
+    waits: list[int]  # branches on which the data is known to be there
+    releases: list[int]
+    reads: list[int]
+    writes: list[int]
+
+
+class Result(NamedTuple):
+    """What :func:`check` has found.
+
+    Attributes:
+        uses: of each channel of the kernel that has its data, by name.
+        both: parameters whose memory is both loaded from and stored to.
+        tickets: statements that take one.
+        barriers: statements where all threads of a CTA meet.
+    """
+
+    findings: list[Finding]
+    uses: dict[str, Uses]
+    both: set[str]
+    tickets: list[int]
+    barriers: list[int]
+
+
+# ---- what registers are computed from
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _registers(operand: str) -> tuple[str, ...]:
+    """Also the special ones, such as %tid.x."""
+    return tuple(re.findall(r"%[\w.]+", operand))
+
+
+def _destinations(statement: Statement) -> tuple[str, ...]:
+    """Registers that a statement writes."""
+    first = statement.operands[0] if statement.operands else "["
+    return () if first.startswith("[") else _registers(first)
+
+
+def _sources(statement: Statement) -> list[str]:
+    """Registers that a statement's results are computed from, or that it stores."""
+    operands = statement.operands[1:] if _destinations(statement) else statement.operands
+    return [register for operand in operands for register in _registers(operand)]
+
+
+class Linear(NamedTuple):
+    """A sum of leaves, each times a factor, and a constant."""
+
+    factors: Mapping[str, int]
+    constant: int = 0
+
+    def plus(self, other: Linear, times: int = 1) -> Linear:
+        factors = dict(self.factors)
+        for leaf, factor in other.factors.items():
+            factors[leaf] = factors.get(leaf, 0) + factor * times
+        kept = {leaf: factor for leaf, factor in factors.items() if factor}
+        return Linear(kept, self.constant + other.constant * times)
+
+
+class Values:
+    """Where the values of a kernel's registers come from, whatever path is taken."""
+
+    def __init__(self, kernel: Kernel, names: Sequence[str], wanted: Iterable[str]) -> None:
+        """
+        Args:
+            names: of the kernel's parameters, as its Python source has them.
+            wanted: operands whose origins will be asked for.
+        """
+        self._statements = kernel.statements
+        self._names = {p.name: n for p, n in zip(kernel.parameters, names, strict=False)}
+        self._made: dict[str, list[int]] = {}
+        for number, statement in enumerate(kernel.statements):
+            for register in _destinations(statement):
+                self._made.setdefault(register, []).append(number)
+        self._origins = self._flow(wanted)
+        self._linear: dict[str, Linear] = {}
+
+    def definition(self, register: str) -> Statement | None:
+        """The only statement that writes a register, None if there are several or none."""
+        made = self._made.get(register, ())
+        return self._statements[made[0]] if len(made) == 1 else None
+
+    def origins(self, text: str) -> frozenset[str]:
+        """Parameters, special registers and "memory" that an operand is computed from."""
+        found = [self._origins.get(name, {name}) for name in _registers(text)]
+        return frozenset().union(*found)
+
+    def linear(self, text: str) -> Linear:
+        """An operand, or an address, as a sum of what cannot be taken apart further.
+
+        That are parameters, values from memory, special registers, and registers that several
+        statements write. Widths are ignored: no address here wraps around.
+        """
+        total = Linear({})
+        for term in re.findall(r"%[\w.]+|-?\b0x[0-9a-fA-F]+|-?\b\d+|[A-Za-z_]\w*", text):
+            if term.startswith("%"):
+                total = total.plus(self._of_register(term))
+            elif re.match(r"[A-Za-z_]", term):
+                total = total.plus(Linear({term: 1}))
+            else:
+                total = total.plus(Linear({}, int(term, 0)))
+        return total
+
+    def _flow(self, wanted: Iterable[str]) -> dict[str, set[str]]:
+        """Origins of registers, and of all that they are computed from.
+
+        The least sets that agree with all statements.
+        """
+        origins: dict[str, set[str]] = {}
+        readers: dict[str, list[int]] = {}
+        work = [register for text in wanted for register in _registers(text)]
+        needed: list[int] = []
+        while work:
+            register = work.pop()
+            if register not in origins and register in self._made:
+                origins[register] = set()
+                for number in self._made[register]:
+                    needed.append(number)
+                    work += (sources := self._sources(self._statements[number]))
+                    for source in sources:
+                        readers.setdefault(source, []).append(number)
+        while needed:
+            statement = self._statements[needed.pop()]
+            found = self._made_of(statement, origins)
+            for register in _destinations(statement):
+                if register in origins and not found <= origins[register]:
+                    origins[register] |= found
+                    needed += readers.get(register, ())
+        return origins
+
+    @staticmethod
+    def _sources(statement: Statement) -> list[str]:
+        """Registers that say where a statement's results come from."""
+        if statement.parts[0] in ("ld", "atom", "ldmatrix"):
+            return []  # not from where the address does
+        sources = _sources(statement)
+        return sources[:-1] if statement.parts[0] == "selp" else sources  # nor from the condition
+
+    def _made_of(self, statement: Statement, origins: Mapping[str, set[str]]) -> set[str]:
+        if statement.parts[:2] == ["ld", "param"]:
+            return {self._parameter(statement.operands[1])}
+        if not (sources := self._sources(statement)) and statement.parts[0] != "mov":
+            return {"memory"}
+        return set().union(*(origins.get(name, {name}) for name in sources))
+
+    def _parameter(self, operand: str) -> str:
+        found = re.fullmatch(r"\[\s*(\w+)\s*\]", operand)
+        if found is None:
+            raise Unsupported(f"parameter {operand}")
+        return self._names.get(found[1], found[1])
+
+    def _of_register(self, name: str) -> Linear:
+        if name not in self._linear:
+            self._linear[name] = Linear({name: 1})  # should it be computed from itself
+            made = self.definition(name)
+            if made is not None and made.guard is None:
+                self._linear[name] = self._taken_apart(made) or Linear({name: 1})
+        return self._linear[name]
+
+    def _taken_apart(self, statement: Statement) -> Linear | None:
+        operation, inputs = statement.parts[0], statement.operands[1:]
+        if statement.parts[:2] == ["ld", "param"]:
+            return Linear({self._parameter(inputs[0]): 1})
+        if operation in ("mov", "cvt", "cvta") and not inputs[0].startswith("{"):
+            return self.linear(inputs[0])
+        if operation in ("add", "sub") and statement.parts[-1][0] in "subf":
+            return self.linear(inputs[0]).plus(self.linear(inputs[1]), 1 - 2 * (operation == "sub"))
+        if operation in ("mul", "mad", "shl"):
+            a, b = map(self.linear, inputs[:2])
+            product = _times(a, b, shifts=operation == "shl")
+            if product is not None and operation == "mad":
+                product = product.plus(self.linear(inputs[2]))
+            return product
+        return None
+
+
+def _times(a: Linear, b: Linear, shifts: bool) -> Linear | None:
+    if a.factors and not b.factors:
+        return Linear({}).plus(a, 1 << b.constant if shifts else b.constant)
+    if b.factors and not a.factors and not shifts:
+        return Linear({}).plus(b, a.constant)
+    return None
+
+
+# ---- what statements do
+
+
+class _Access(NamedTuple):
+    """Of global memory."""
+
+    reads: bool
+    writes: bool
+    weak: bool  # an ordinary load or store
+    coherent: bool
+    address: str
+
+
+_OTHER_SPACES = {"shared", "shared::cta", "shared::cluster", "param", "local", "const"}
+# Neither these nor others with "global" in their names may touch global memory unnoticed.
+_STRANGE = {"call", "tex", "tld4", "ldu", "suld", "sust", "sured", "multimem", "prefetch"}
+_LOAD_WORDS = re.compile(
+    r"ld|global|weak|relaxed|acquire|volatile|gpu|sys|ca|cg|cs|lu|cv|v[248]|[busf]\d+|"
+    r"L1::(evict\w+|no_allocate)|L2::[\w:]+"
+)
+
+
+def _access(statement: Statement) -> _Access | None:
+    """What a statement does to global memory, None if nothing.
+
+    Raises:
+        Unsupported: it may do something that is not known here.
+    """
+    parts, operands = statement.parts, statement.operands
+    if parts[0] in ("ld", "st", "atom", "red") and not _OTHER_SPACES & set(parts):
+        address = operands[0] if parts[0] in ("st", "red") else operands[1]
+        atomic = parts[0] in ("atom", "red")
+        weak = not atomic and not {"relaxed", "acquire", "release", "volatile"} & set(parts)
+        coherent = parts[0] != "ld" or all(map(_LOAD_WORDS.fullmatch, parts))
+        return _Access(parts[0] != "st", parts[0] != "ld", weak, coherent, address)
+    if parts[:2] == ["cp", "async"] and parts[2] in ("ca", "cg"):
+        return _Access(True, False, True, "nc" not in parts, operands[1])
+    if parts[0] in _STRANGE or "global" in parts or "bulk" in parts:
+        raise Unsupported(statement.text)
+    return None
+
+
+def _of_shared_memory(statement: Statement) -> str | None:
+    """What a statement does there, such as "ld"; None if it is about something else."""
+    shared = any(part.split("::")[0] == "shared" for part in statement.parts)
+    return statement.parts[0] if shared else None
+
+
+def _is_barrier(statement: Statement) -> bool:
+    """Whether all threads of a CTA meet here."""
+    parts = statement.parts
+    meets = (
+        parts[0] in ("bar", "barrier") and "sync" in parts and not {"warp", "cluster"} & {*parts}
+    )
+    return meets and len(statement.operands) == 1 and statement.guard is None
+
+
+def _orders(statement: Statement) -> tuple[bool, bool]:
+    """Whether it is an acquire and a release that other CTAs take part in."""
+    parts = set(statement.parts)
+    if statement.parts[0] not in ("ld", "st", "atom", "red") or not {"gpu", "sys"} & parts:
+        return False, False
+    return bool({"acquire", "acq_rel"} & parts), bool({"release", "acq_rel"} & parts)
+
+
+_COMPARED = {
+    "lt": lambda a, b: a < b,
+    "le": lambda a, b: a <= b,
+    "gt": lambda a, b: a > b,
+    "ge": lambda a, b: a >= b,
+    "eq": lambda a, b: a == b,
+    "ne": lambda a, b: a != b,
+}
+
+
+# ---- what is known on a path
+
+
+class Seen(IntEnum):
+    """Of a counter, since the ticket was taken."""
+
+    NOTHING = 0
+    ACQUIRED = 1  # by one thread
+    SHARED = 2  # behind a barrier
+    HIGH = 3  # behind a branch that found it high enough
+
+
+class _State(NamedTuple):
+    seen: tuple[Seen, ...]  # of each channel
+    # The last store of each channel that is not yet released, or -1, and whether a barrier followed
+    stored: tuple[tuple[int, bool], ...]
+    channel: int  # whose counter's value is in `holders`, or -1
+    holders: frozenset[str]  # registers and shared memory
+    known: frozenset[tuple[str, bool]]  # predicates
+
+
+class _Event(NamedTuple):
+    """What a statement means to the check."""
+
+    ticket: bool = False
+    barrier: bool = False
+    acquires: int = -1  # a channel
+    releases: int = -1
+    reads: tuple[int, ...] = ()  # channels
+    writes: tuple[int, ...] = ()
+
+
+def check(
+    kernel: Kernel, arguments: Sequence[tuple[str, str]], channels: Sequence[Channel]
+) -> Result:
+    """Follow every path of a kernel.
+
+    Args:
+        arguments: Triton's type ("*" for a pointer) and the name of each parameter, as the Python
+            source has it. Those behind are the compiler's.
+        channels: that the kernel may have; those without their data are left out.
+    """
+    names = {name for _, name in arguments}
+    return _Check(kernel, arguments, [c for c in channels if {*c.data} & names]).run()
+
+
+class _Check:
+    def __init__(
+        self, kernel: Kernel, arguments: Sequence[tuple[str, str]], channels: list[Channel]
+    ) -> None:
+        self.kernel, self.channels = kernel, channels
+        self.blocks = blocks_of(kernel)
+        self._block_at = {
+            at: number for number, b in enumerate(self.blocks) for at in range(b.first, b.end)
+        }
+        names = [name for _, name in arguments]
+        self.values = Values(kernel, names, self._addresses())
+        self.pointers = frozenset(name for type_, name in arguments if type_.startswith("*"))
+        self.findings: dict[tuple[Rule, str, int], Finding] = {}
+        self.uses = {c.name: Uses([], [], [], [], []) for c in channels}
+        self.events: dict[int, _Event] = {}
+        self.read: set[str] = set()
+        self.written: set[str] = set()
+        for number, statement in enumerate(kernel.statements):
+            event = self._event(number, statement)
+            if event != _Event():
+                self.events[number] = event
+        self.repeated = self._repeated()
+        self.amounts = self._amounts()
+
+    def run(self) -> Result:
+        nothing = tuple(Seen.NOTHING for _ in self.channels)
+        start = _State(nothing, ((-1, False),) * len(self.channels), -1, frozenset(), frozenset())
+        states: list[set[_State]] = [set() for _ in self.blocks]
+        work = [(0, start)]
+        while work:
+            number, state = work.pop()
+            if state in states[number]:
+                continue
+            states[number].add(state)
+            if len(states[number]) > MANY_STATES:
+                raise Unsupported("too many paths to follow")
+            work += self._through(number, state)
+        both = {name for name in self.read & self.written if name != COUNTERS}
+        tickets = [number for number, event in self.events.items() if event.ticket]
+        barriers = [number for number, event in self.events.items() if event.barrier]
+        for uses in self.uses.values():
+            uses.waits[:] = sorted(set(uses.waits))
+        findings = sorted(self.findings.values(), key=lambda f: f.statement.line)
+        return Result(findings, self.uses, both, tickets, barriers)
+
+    # -- statements
+
+    def _addresses(self) -> Iterator[str]:
+        """What every access to global memory depends on: address and guard."""
+        for statement in self.kernel.statements:
+            with contextlib.suppress(Unsupported):
+                if (access := _access(statement)) is not None:
+                    yield access.address
+                    yield statement.guard or ""
+
+    def _event(self, number: int, statement: Statement) -> _Event:
+        try:
+            access = _access(statement)
+        except Unsupported:
+            self._find(Rule.UNKNOWN_OPERATION, "", number)
+            return _Event()
+        if access is None:
+            return _Event(barrier=_is_barrier(statement))
+        pointed = self.values.origins(access.address) & self.pointers
+        if not pointed:
+            self._find(Rule.UNKNOWN_ADDRESS, "", number)
+        if COUNTERS in pointed and not access.weak:
+            return self._counting(number, statement, access)
+        self.read |= pointed if access.reads else set()
+        self.written |= pointed if access.writes else set()
+        touched = tuple(i for i, c in enumerate(self.channels) if pointed & {*c.data})
+        for i in touched:
+            uses = self.uses[self.channels[i].name]
+            if access.reads:
+                uses.reads.append(number)
+                if not access.coherent:
+                    self._find(Rule.NOT_COHERENT, self.channels[i].name, number)
+            if access.writes:
+                uses.writes.append(number)
+        return _Event(
+            reads=touched if access.reads else (), writes=touched if access.writes else ()
+        )
+
+    def _counting(self, number: int, statement: Statement, access: _Access) -> _Event:
+        acquires, releases = _orders(statement)
+        if not self._by_one_thread(statement):
+            return _Event()
+        if self._is_counter(access.address, _TICKET):
+            return _Event(ticket=statement.parts[0] == "atom")
+        for i, channel in enumerate(self.channels):
+            if self._is_counter(access.address, channel):
+                if channel.last and not (acquires and releases):
+                    return _Event()  # who comes last must see all the others' data
+                uses = self.uses[channel.name]
+                uses.acquires.extend([number] * acquires)
+                uses.releases.extend([number] * releases)
+                return _Event(acquires=i if acquires else -1, releases=i if releases else -1)
+        return _Event()
+
+    def _by_one_thread(self, statement: Statement) -> bool:
+        """Whether its guard depends on nothing but the thread: some thread then executes it."""
+        return statement.guard is not None and self.values.origins(statement.guard) <= {"%tid.x"}
+
+    def _is_counter(self, address: str, channel: Channel) -> bool:
+        factors, constant = self.values.linear(address)
+        others = {leaf for leaf in factors if leaf not in (COUNTERS, BOUND)}
+        alone = channel.at is not None
+        return (
+            factors.get(COUNTERS) == 1
+            and factors.get(BOUND, 0) == channel.bounds * _COUNTER_BYTES
+            and bool(others) != alone
+            and (not alone or constant == channel.at)
+        )
+
+    def _amounts(self) -> dict[str, list[int]]:
+        """Registers by which a release raises the counter of some channels.
+
+        The kernel of the weights counts what it brings and raises the counter by that much. On a
+        path where it brings nothing it has stored nothing that counts.
+        """
+        amounts: dict[str, list[int]] = {}
+        for number, event in self.events.items():
+            amount = self.kernel.statements[number].operands[-1]
+            if event.releases >= 0 and re.fullmatch(r"%\w+", amount):
+                amounts.setdefault(amount, []).append(event.releases)
+        return amounts
+
+    def _repeated(self) -> set[str]:
+        """Predicates that decide whether a wait comes, and again whether what needs it does.
+
+        An owner of a tile waits for its peers in a loop and adds their tiles in others: all are
+        left out if it has none.
+        """
+        statements = self.kernel.statements
+        branches = Counter(s.guard for s in statements if s.parts[0] == "bra")
+        joins = {
+            at: END if join == END else self._block_at[join]
+            for at, join in joins_of(self.kernel).items()
+        }
+        waits = {self._block_at[n] for n, event in self.events.items() if event.acquires >= 0}
+        return {
+            guard
+            for number, join in joins.items()
+            if (guard := statements[number].guard) is not None
+            and branches[guard] > 1
+            and self.values.definition(guard) is not None
+            and waits & self._between(self._block_at[number], join)
+        }
+
+    def _between(self, block: int, join: int) -> set[int]:
+        """Blocks behind one that can be reached without another."""
+        found: set[int] = set()
+        work = [*self.blocks[block].next]
+        while work:
+            number = work.pop()
+            if number not in found and number not in (join, END):
+                found.add(number)
+                work += self.blocks[number].next
+        return found
+
+    def _find(self, rule: Rule, data: str, number: int) -> None:
+        statement = self.kernel.statements[number]
+        self.findings.setdefault((rule, data, number), Finding(rule, data, statement))
+
+    # -- paths
+
+    def _through(self, block: int, state: _State) -> Iterator[tuple[int, _State]]:
+        """Follow a block: where it leads, and what is known there."""
+        first, end, following = self.blocks[block]
+        for number in range(first, end):
+            statement, event = self.kernel.statements[number], self.events.get(number)
+            if event is not None:
+                state = self._after(number, event, state)
+            if state.holders:
+                state = self._pass_on(statement, state)
+            if state.known and self.repeated & {*_destinations(statement)}:
+                made = _destinations(statement)
+                state = state._replace(known=frozenset(k for k in state.known if k[0] not in made))
+        last = self.kernel.statements[end - 1]
+        if last.guard is None or last.parts[0] != "bra":
+            if END in following:
+                self._expect_released(state)
+            yield from ((target, state) for target in following if target != END)
+            return
+        for target, taken in zip(following, (True, False), strict=True):
+            value = taken != last.negated
+            if (last.guard, not value) in state.known:
+                continue
+            after = self._decided(end - 1, last.guard, value, state)
+            if target == END:
+                self._expect_released(after)
+            else:
+                yield target, after
+
+    def _after(self, number: int, event: _Event, state: _State) -> _State:
+        seen, stored = list(state.seen), list(state.stored)
+        for i in event.reads:
+            if seen[i] != Seen.HIGH:
+                self._find(Rule.READ_BEFORE_WAIT, self.channels[i].name, number)
+        for i in event.writes:
+            if self.channels[i] == _LEAVE:
+                if seen[i] != Seen.HIGH:
+                    self._find(Rule.WRITE_BEFORE_WAIT, self.channels[i].name, number)
+            else:
+                stored[i] = number, False
+        if event.barrier:
+            if any(map(_is_cell, state.holders)):  # the other threads can read the counter there
+                seen = [Seen.SHARED if s == Seen.ACQUIRED else s for s in seen]
+            stored = [(store, store >= 0) for store, _ in stored]
+        if event.releases >= 0:
+            if stored[event.releases][0] >= 0 and not stored[event.releases][1]:
+                data = self.channels[event.releases].name
+                self._find(Rule.RELEASE_WITHOUT_BARRIER, data, number)
+            stored[event.releases] = -1, False
+        state = state._replace(seen=tuple(seen), stored=tuple(stored))
+        if event.acquires >= 0:
+            seen[event.acquires] = Seen.ACQUIRED
+            holders = frozenset({_ACQUIRE})  # until its destination is looked at
+            state = state._replace(seen=tuple(seen), channel=event.acquires, holders=holders)
+        if event.ticket:
+            self._expect_released(state)
+            nothing = tuple(Seen.NOTHING for _ in seen)
+            stored = [(-1, False)] * len(stored)
+            state = state._replace(
+                seen=nothing, stored=tuple(stored), channel=-1, holders=frozenset()
+            )
+        return state
+
+    def _expect_released(self, state: _State) -> None:
+        for channel, (store, _) in zip(self.channels, state.stored, strict=True):
+            if store >= 0:
+                self._find(Rule.STORE_WITHOUT_RELEASE, channel.name, store)
+
+    def _pass_on(self, statement: Statement, state: _State) -> _State:
+        """Where the value of the counter stands behind a statement."""
+        holders = set(state.holders)
+        operation = _of_shared_memory(statement)
+        if operation == "st":
+            places, sources = [self._cell(statement.operands[0])], [*statement.operands[1:]]
+        else:
+            places, sources = [*_destinations(statement)], _sources(statement)
+            if operation == "ld":
+                sources = [self._cell(statement.operands[1])]
+        read = {name for text in sources for name in (*_registers(text), text)}
+        if _ACQUIRE in holders or read & holders:
+            holders |= {*places}
+        elif operation in (None, "ld", "ldmatrix"):
+            holders -= {*places}
+        else:  # perhaps to the same shared memory
+            holders = {holder for holder in holders if not _is_cell(holder)}
+        return state._replace(holders=frozenset(holders - {_ACQUIRE}))
+
+    def _cell(self, address: str) -> str:
+        factors, constant = self.values.linear(address)
+        return f"{_CELL} {sorted(factors.items())} + {constant}"
+
+    def _decided(self, number: int, predicate: str, value: bool, state: _State) -> _State:
+        """What is known behind a branch for which a predicate had a value."""
+        if predicate in self.repeated:
+            state = state._replace(known=state.known | {(predicate, value)})
+        made = self.values.definition(predicate)
+        if made is None or made.parts[0] != "setp":
+            return state
+        if predicate in state.holders:
+            state = self._counter_compared(number, made, value, state)
+        for amount, channels in self.amounts.items():
+            if self._brings_nothing(made, amount, value):
+                stored = list(state.stored)
+                for channel in channels:
+                    stored[channel] = -1, False
+                state = state._replace(stored=tuple(stored))
+        return state
+
+    def _counter_compared(self, number: int, made: Statement, value: bool, state: _State) -> _State:
+        channel = self.channels[state.channel]
+        seen = list(state.seen)
+        if seen[state.channel] == Seen.ACQUIRED:
+            self._find(Rule.WAIT_WITHOUT_BARRIER, channel.name, number)
+        high = _holds(made, state.holders, channel.last) == value
+        if high and seen[state.channel] == Seen.SHARED:
+            seen[state.channel] = Seen.HIGH
+            self.uses[channel.name].waits.append(number)
+        else:
+            seen[state.channel] = Seen.NOTHING
+        return state._replace(seen=tuple(seen), channel=-1, holders=frozenset())
+
+    @staticmethod
+    def _brings_nothing(made: Statement, amount: str, value: bool) -> bool:
+        """Whether a comparison with a constant says that an amount is not above 0."""
+        compare = _COMPARED.get(made.parts[1])
+        a, b = made.operands[1:3]
+        if compare is None or a != amount or not re.fullmatch(r"-?\d+", b):
+            return False
+        return compare(0, int(b)) == value and compare(1, int(b)) != value
+
+
+def _is_cell(holder: str) -> bool:
+    return holder.startswith(_CELL)
+
+
+def _holds(made: Statement, holders: frozenset[str], last: bool) -> bool | None:
+    """The result of a comparison where the counter is high enough, None if it does not say.
+
+    Of a counter that others wait for, that is where it is as high as can be; of one that whoever
+    comes last goes on from, where it is the number compared with.
+    """
+    compare, (a, b) = made.parts[1], made.operands[1:3]
+    if last:
+        return {"eq": True, "ne": False}.get(compare)
+    high = _COMPARED.get(compare) if compare not in ("eq", "ne") else None
+    if high is None or (a in holders) == (b in holders):
+        return None
+    return bool(high(1, 0) if a in holders else high(0, 1))
