@@ -5,13 +5,14 @@ library would launch on that GPU, with the tensor-core instructions in the PTX, 
 memory and the registers in the machine code, and the shared memory. ``layer`` in the place of
 ``table`` does that for VLMo's layer in bfloat16 only. ``options`` compiles the cases of the parity
 tests instead, in small tiles: the interpreter that runs them does not check types. ``types`` does
-no more than that check. Several such words may be given. Run without TRITON_INTERPRET; nothing is
-launched.
+no more than that check. ``lanes`` compiles two cases in tiles so small that every sum goes over
+lanes. Several such words may be given. Run without TRITON_INTERPRET; nothing is launched.
 """
 
 import contextlib
 import itertools
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
-from moe_ffn_cases import CASES, make_tensors
+from moe_ffn_cases import CASES, Case, make_tensors
 from vlmo.kernels.moe_ffn import tiles, triton_impl, triton_launch
 from vlmo.kernels.moe_ffn.reference import GATED, Call
 from vlmo.kernels.triton_target import compile_options
@@ -139,6 +140,19 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in (part.split(":") for part in line.split())}
 
 
+def contracted(ptx: str) -> int:
+    """Fused multiply-adds of a lane's own numbers and another lane's.
+
+    They round the two otherwise, and the lanes that should hold one sum hold different ones: see
+    :func:`vlmo.kernels.triton_math.term`.
+    """
+    lanes = set(re.findall(r"shfl\.sync\S*\s+(%\w+)", ptx))
+    moves = re.findall(r"mov\.b32\s+(%\w+), (%\w+);", ptx)
+    lanes |= {to for to, source in moves if source in lanes}
+    operands = re.findall(r"fma\.rn\.f32\s+%\w+, (.*);", ptx)
+    return sum(not lanes.isdisjoint(of_one.split(", ")) for of_one in operands)
+
+
 class TypesFit(Exception):
     """Raised where a compiler would go on with a kernel whose types fit."""
 
@@ -163,6 +177,8 @@ def compile_for(generation: str, what: str) -> None:
     def choose(device, dtype):
         if what in ("options", "types"):
             return tiles.INTERPRETED
+        if what == "lanes":
+            return tiles.Tiles(*[tiles.Tile(16, 32, 16, 4, 2)] * 4)
         return tiles.TABLE[generation, tiles.operands_of(dtype)]
 
     def compile_only(kernel, device, programs, tile, *args):
@@ -188,6 +204,7 @@ def compile_for(generation: str, what: str) -> None:
             shared_bytes=compiled.metadata.shared,
             products=compiled.asm["ttgir"].count("dot"),
             async_copies=ptx.count("cp.async.c"),
+            contracted=contracted(ptx),
             **counts,
         )
 
@@ -198,6 +215,12 @@ def compile_for(generation: str, what: str) -> None:
     ):
         if what in ("options", "types"):
             all_options(facts)
+            return
+        if what == "lanes":
+            facts["wanted"], facts["dtype"] = (lambda name: True), str(torch.float16)
+            for case in (CASES[0], Case(activation="geglu", dim=23)):
+                facts["case"] = str(case)
+                run_options(case, torch.float16, torch.float16, True, ("x", *LISTS, "layer_scale"))
             return
         for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True)):
             torch.backends.cuda.matmul.allow_tf32 = tf32

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 
 from attention_cases import CASES, ONES, Case, make_index, make_options, make_tensors
-from compiled import INSTRUCTIONS, TypesFit, resources, run_jobs, say
+from compiled import INSTRUCTIONS, TypesFit, contracted, resources, run_jobs, say
 from vlmo.kernels import RelativePositionIndex
 from vlmo.kernels.attention import tiles, triton_impl, triton_launch
 from vlmo.kernels.attention.reference import Call
@@ -82,7 +82,7 @@ def compile_for(generation: str, what: str) -> None:
     facts: dict = {"generation": generation}
 
     def choose(device, dtype, head_dim):
-        if what in ("options", "types"):
+        if what in ("options", "types", "lanes"):
             return tiles.INTERPRETED
         return tiles.TABLE[generation, tiles.operands_of(dtype), tiles.width_of(head_dim)]
 
@@ -103,6 +103,7 @@ def compile_for(generation: str, what: str) -> None:
             local_bytes=found["STACK"] + found["LOCAL"],
             shared_bytes=compiled.metadata.shared,
             async_copies=ptx.count("cp.async.c"),
+            contracted=contracted(ptx),
             **{name: ptx.count(name) for name in INSTRUCTIONS},
         )
 
@@ -113,6 +114,9 @@ def compile_for(generation: str, what: str) -> None:
     ):
         if what in ("options", "types"):
             all_options()
+            return
+        if what == "lanes":
+            run_case(ONES, torch.bfloat16)
             return
         for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True)):
             torch.backends.cuda.matmul.allow_tf32 = tf32

@@ -37,6 +37,13 @@ def test_vlmo_s_layer_compiles_for_every_kind_of_tensor_core():
     assert_good(reports)
 
 
+@pytest.mark.parametrize("release", ["installed", *RELEASES])
+def test_lanes_that_hold_one_sum_agree(release):
+    reports = compiled(SCRIPT, "lanes:sm_80", release=release)
+    assert len(reports) == 4
+    assert all(report["contracted"] == 0 for report in reports), reports
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("release", ["installed", *RELEASES])
 def test_every_option_compiles(release):
@@ -65,6 +72,7 @@ def test_compiled(generation, release):
 def assert_good(reports: list[dict]) -> None:
     for report in reports:
         assert report["shared_bytes"] <= GENERATIONS[report["generation"]].shared_bytes, report
+        assert report["contracted"] == 0, report
         found = report["mma.sync"] + report["wgmma.mma_async"] + report["tcgen05.mma"]
         if report["dtype"] == "torch.float32":  # exact products have no tensor cores
             assert found == 0, report

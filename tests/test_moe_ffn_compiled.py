@@ -42,6 +42,13 @@ def test_vlmo_s_layer_compiles_for_every_kind_of_tensor_core():
     assert_good(reports)
 
 
+@pytest.mark.parametrize("release", ["installed", *RELEASES])
+def test_lanes_that_hold_one_sum_agree(release):
+    reports = compiled(SCRIPT, "lanes:sm_80", release=release)
+    assert len(reports) == 6
+    assert all(report["contracted"] == 0 for report in reports), reports
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("release", ["installed", *RELEASES])
 def test_every_option_compiles(release):
@@ -71,6 +78,7 @@ def assert_good(reports: list[dict]) -> None:
         assert report["local_bytes"] <= spill_limit(report), report
         assert report["shared_bytes"] <= GENERATIONS[generation].shared_bytes, report
         assert report["async_copies"] > 0, report
+        assert report["contracted"] == 0, report
         found = report[PRODUCTS[generation]]
         if report["dtype"] == "torch.float32":  # exact products have no tensor cores
             assert found == 0, report

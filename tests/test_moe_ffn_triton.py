@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from moe_ffn_cases import Case, call, leaves, make_routing, make_tensors, outputs_and_gradients
 from vlmo.kernels.moe_ffn import counters as launch_counters
 from vlmo.kernels.moe_ffn import tiles, triton_launch
 from vlmo.kernels.moe_ffn.counters import Counters
 from vlmo.kernels.moe_ffn.tiles import Tile, Tiles
+from vlmo.kernels.moe_ffn.triton_weights import SUM_COLUMNS, add_up
 
 SMALL = Tile(16, 32, 16, 4, 1)
 
@@ -119,6 +122,34 @@ def test_norms_of_two_dtypes(triton_place):
     assert actual["norm_weight[1]"].dtype == torch.float32
     for name, value in actual.items():
         torch.testing.assert_close(value, expected[name], rtol=0.02, atol=0.02)
+
+
+@triton.jit
+def add_up_kernel(SUM_DPRE, OUT, rows, C: tl.constexpr, W: tl.constexpr):
+    block = tl.program_id(0)
+    _, _, _, sums = add_up(SUM_DPRE, SUM_DPRE, SUM_DPRE, block, rows, C, W)
+    tl.store(OUT + block * SUM_COLUMNS + tl.arange(0, SUM_COLUMNS), sums)
+
+
+def test_sums_behind_a_narrow_expert_are_not_read(triton_place, launches):
+    """Nobody writes the partial sums of columns that an expert does not have."""
+    device, backend = triton_place
+    case = Case(hidden=(150, 40), activation="geglu")  # 300 columns and 80
+    tensors = make_tensors(case, device, torch.float32)
+    leaves(tensors)
+    call(case, make_routing(case, device), tensors, backend=backend).sum().backward()
+    *_, sums, _, _ = [a for a in launches[-1][1][:7] if isinstance(a, torch.Tensor)]
+    rows, _, _, _, config, work = launches[-1][1][-6:]
+    blocks = work.sum_blocks[0]
+    assert blocks == 2 * 3 and sums.shape[1] == 300
+    first_of_expert_1 = -(-3 * 7 // work.rows_block_t)
+    sums[first_of_expert_1:, 80:] = float("nan")
+    out = torch.full((2, 3 * SUM_COLUMNS.value), float("nan"), device=device)
+    add_up_kernel[(blocks,)](sums, out, rows, config, work)
+    wide, narrow = tensors["b1"]
+    torch.testing.assert_close(out[0, :300], wide.grad)
+    torch.testing.assert_close(out[1, :80], narrow.grad)
+    assert not out[0, 300:].any() and not out[1, 80:].any()
 
 
 def test_residual_keeps_its_float64(triton_place):

@@ -27,6 +27,7 @@ from vlmo.kernels.attention.triton_parts import (
     table_rows,
     valid_keys,
 )
+from vlmo.kernels.triton_math import term
 
 
 @triton.jit(do_not_specialize=["batch", "length", "tokens"])
@@ -69,7 +70,7 @@ def attention_bwd_q_kernel(
     # [block_q, block_d]
     dout = load_own(DOUT, sequences, start, rows, head, C)
     out = load_own(OUT, sequences, start, rows, head, C)
-    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    delta = tl.sum(term(dout.to(tl.float32), out.to(tl.float32)), 1)
     at = DELTA + (start + queries) * sequences.heads + head
     tl.store(at, delta, mask=queries < length)
 

@@ -35,6 +35,7 @@ from vlmo.kernels.moe_ffn.triton_parts import (
     wait,
     width_of,
 )
+from vlmo.kernels.triton_math import term
 
 
 @triton.jit(do_not_specialize=["bound", "band"])
@@ -139,7 +140,8 @@ def prepare(
     BLOCK_D: tl.constexpr = C.block_d
     columns = tl.arange(0, BLOCK_D)
     within = columns < C.dim
-    total = tl.zeros((BLOCK_D,), tl.float32)
+    BLOCK_R: tl.constexpr = C.block_r
+    total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for step in range(C.row_steps):
         grouped = start + (part * C.row_steps + step) * C.block_r + tl.arange(0, C.block_r)
         token = tokens_of(rows, grouped, expert, begin, end, C)
@@ -151,7 +153,7 @@ def prepare(
         if TOKEN_SCALE is not None:
             dbranch *= tl.load(TOKEN_SCALE + token).to(tl.float32)[:, None]
         if SUM_DBRANCH is not None:
-            total += tl.sum(dbranch, 0)
+            total += dbranch
         if DBRANCH is not None:
             tl.store(DBRANCH + at, dbranch.to(DBRANCH.dtype.element_ty), mask=inside)
         if DH2 is not None:
@@ -166,7 +168,7 @@ def prepare(
             )
     if SUM_DBRANCH is not None:
         row = (tile * C.tasks[0] + part).to(tl.int64)
-        tl.store(SUM_DBRANCH + row * C.dim + columns, total, mask=within)
+        tl.store(SUM_DBRANCH + row * C.dim + columns, tl.sum(total, 0), mask=within)
 
 
 @triton.jit
@@ -235,13 +237,13 @@ def differentiate(
         if SUM_DPRE is not None:
             sums = SUM_DPRE + tile.to(tl.int64) * C.max_pre + columns
         if C.gated:
-            dvalue = dh * hidden
+            dvalue = term(dh, hidden)
             dh *= value
             hidden *= value
             tl.store(DPRE + pre_base + width + at, dvalue.to(DPRE.dtype.element_ty), mask=inside)
             if SUM_DPRE is not None:
                 tl.store(sums + width, tl.sum(dvalue, 0), mask=columns < width)
-        dpre = dh * slope
+        dpre = term(dh, slope)
         tl.store(DPRE + pre_base + at, dpre.to(DPRE.dtype.element_ty), mask=inside)
         if SUM_DPRE is not None:
             tl.store(sums, tl.sum(dpre, 0), mask=columns < width)
@@ -299,8 +301,10 @@ def undo_norm(
     within = columns < C.dim
     weight = tl.load(select(NORM_WEIGHT, expert, C) + columns, mask=within, other=0.0)
     BLOCK_D: tl.constexpr = C.block_d
+    # With dweight too as a tile to be added up at the end, the kernel spills on sm_90.
     dweight = tl.zeros((BLOCK_D,), tl.float32)
-    dbias = tl.zeros((BLOCK_D,), tl.float32)
+    BLOCK_R: tl.constexpr = C.block_r
+    dbias = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for step in range(C.row_steps):
         grouped = start + (part * C.row_steps + step) * C.block_r + tl.arange(0, C.block_r)
         token = tokens_of(rows, grouped, expert, begin, end, C)
@@ -311,15 +315,15 @@ def undo_norm(
         unit, inverse = unit_rows(x.to(tl.float32), columns, norm_eps, C)
         dnormed = DNORMED + grouped[:, None].to(tl.int64) * C.dim + columns[None, :]
         d = tl.load(dnormed, mask=inside, other=0.0).to(tl.float32)
-        dweight += tl.sum(d * unit, 0)
-        dbias += tl.sum(d, 0)
+        dweight += tl.sum(term(d, unit), 0)
+        dbias += d
         if DX is not None:
-            d *= weight.to(tl.float32)[None, :]
-            dx = d - unit * (tl.sum(d * unit, 1) / C.dim)[:, None]
+            d = term(d, weight.to(tl.float32)[None, :])
+            dx = d - unit * (tl.sum(term(d, unit), 1) / C.dim)[:, None]
             if C.norm == "layer":
                 dx -= (tl.sum(d, 1) / C.dim)[:, None]
             tl.store(DX + at, (dx * inverse[:, None]).to(DX.dtype.element_ty), mask=inside)
     if SUM_NORM is not None:
         sums = SUM_NORM + (tile * C.tasks[3] + part).to(tl.int64) * (2 * C.dim) + columns
         tl.store(sums, dweight, mask=within)
-        tl.store(sums + C.dim, dbias, mask=within)
+        tl.store(sums + C.dim, tl.sum(dbias, 0), mask=within)

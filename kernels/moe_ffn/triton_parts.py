@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from vlmo.kernels import target
+from vlmo.kernels.triton_math import term
 from vlmo.kernels.triton_numbers import from_odd
 
 # The interpreter multiplies 16-bit operands wrongly (bfloat16) or as float16 (both up to 3.9).
@@ -359,7 +360,7 @@ def unit_rows(x, columns, eps, C: tl.constexpr):
     if C.norm == "layer":
         mean = tl.sum(x, 1) / C.dim
         x = tl.where(columns[None, :] < C.dim, x - mean[:, None], 0.0)
-    inverse = tl.rsqrt(tl.sum(x * x, 1) / C.dim + eps)
+    inverse = tl.rsqrt(tl.sum(term(x, x), 1) / C.dim + eps)
     return x * inverse[:, None], inverse
 
 

@@ -30,6 +30,7 @@ from vlmo.kernels.moe_ffn.triton_parts import (
     wait,
     width_of,
 )
+from vlmo.kernels.triton_math import term
 
 TILE_OVERHEAD = tl.constexpr(schedule.TILE_OVERHEAD)
 SUM_COLUMNS = tl.constexpr(128)
@@ -377,7 +378,7 @@ def finish_tile(
             if SUM_SCALE is not None:
                 w2 = tl.load(select(W2, expert, C) + at, mask=inside, other=0.0)
                 # Of an expert without rows part is 0, but 0 times what is not finite is not 0.
-                of_scale += tl.sum(tl.where(part == 0.0, 0.0, part * w2.to(tl.float32)), 1)
+                of_scale += tl.sum(tl.where(part == 0.0, 0.0, term(part, w2.to(tl.float32))), 1)
             if DW2 is not None:
                 part *= factor[:, None]
                 out = select(DW2, expert, C) + at
@@ -447,7 +448,7 @@ def add_up(SUM_DPRE, SUM_DBRANCH, SUM_NORM, block, rows, C: tl.constexpr, W: tl.
         begin = tl.where(expert == e, tiles, begin)
         tiles += tl.cdiv(expert_offset(rows, e + 1) - expert_offset(rows, e), W.rows_block_t)
         end = tl.where(expert == e, tiles, end)
-    within = columns < tl.where(kind == 0, C.max_pre, C.dim)
+    within = columns < tl.where(kind == 0, width_of(expert, C) * C.halves, C.dim)
     sums = sum_rows(source, begin * per_tile, end * per_tile, stride, columns, within)
     return kind, expert, columns, sums
 
