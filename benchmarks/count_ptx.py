@@ -112,7 +112,8 @@ def lane_bytes(statement: Statement) -> tuple[str, float]:
         return "read", int(operands[2], 0)
     if parts[0] in ("ld", "st") and parts[1].removesuffix("::cta") in ("global", "shared"):
         values = in_braces(operands[0 if parts[0] == "ld" else 1])
-        kind = "shared" if parts[1].startswith("shared") else "read" if parts[0] == "ld" else "written"
+        of_global = "read" if parts[0] == "ld" else "written"
+        kind = "shared" if parts[1].startswith("shared") else of_global
         return kind, WIDTHS[parts[-1]] * len(values)
     if parts[0] in ("ldmatrix", "stmatrix"):
         return "shared", 4 * len(in_braces(operands[0 if parts[0] == "ldmatrix" else 1]))

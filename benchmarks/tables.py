@@ -177,8 +177,8 @@ def ptx_kernels(up: str) -> str:
         errors = f"{worst['error']:.1e} beside {worst['eager']:.1e}"
         good = sum(not row["failed"] for row in group)
         reports = sum(len(row["reports"]) for row in group)
-        where = f"{worst['worst']}, {worst['dtype']}"
-        rows.append([kernel, target, f"{good} of {len(group)}", str(reports), f"{errors} ({where})"])
+        errors += f" ({worst['worst']}, {worst['dtype']})"
+        rows.append([kernel, target, f"{good} of {len(group)}", str(reports), errors])
     header = ["kernel", "target", "cases that hold", "reports", "worst error beside eager's"]
     return "\n".join(markdown_table(header, rows))
 

@@ -21,14 +21,18 @@ ATTENTION = [
 ]
 
 
-def each(cases):
+def each(cases) -> list:
     """Every case on every target in every dtype; one target and dtype of each in make test."""
     combinations = [*itertools.product(TARGETS, DTYPES)]
-    for number, case in enumerate(cases):
-        for k, (target, dtype) in enumerate(combinations):
-            marks = [pytest.mark.slow] if k != number % len(combinations) else []
-            name = f"{target}-{dtype}-{case}"
-            yield pytest.param(case, dtype, target, marks=marks, id=name)
+    return [
+        pytest.param(
+            *(case, dtype, target),
+            marks=[pytest.mark.slow] if k != number % len(combinations) else [],
+            id=f"{target}-{dtype}-{case}",
+        )
+        for number, case in enumerate(cases)
+        for k, (target, dtype) in enumerate(combinations)
+    ]
 
 
 @pytest.mark.parametrize(("case", "dtype", "target"), each(MOE_FFN))

@@ -15,7 +15,7 @@ from ptx.machine import Fault, Interleaving
 CASE = Case(pieces=((0, 40), (1, 60)), batch=4, dim=128, hidden=(256, 256))
 # A wait that is missing shows only where programs meet in a bad order.
 INTERLEAVINGS = [Interleaving(seed=seed, skew=seed % 2 == 1, limit=10_000_000) for seed in range(6)]
-RELEASE = r"atom\.global\.gpu\.release"
+RELEASE = r"(atom|red)\.(global\.)?(gpu\.)?release"
 ACQUIRE = r"(ld|atom)\.global\.gpu\.acquire"
 BARRIER = r"bar\.sync\s+0;"
 COPY_WAIT = r"cp\.async\.wait_group\s+\d;"
@@ -78,7 +78,7 @@ def one_more_in_flight(lines: list[str]) -> Iterator[Change]:
 
 # What is planted, and what is found; None where it depends on the place.
 PLANTED = {
-    "release made relaxed": (replaced(RELEASE, "atom.global.gpu.relaxed"), STALE),
+    "release made relaxed": (replaced(RELEASE, r"\1.\2\3relaxed"), STALE),
     "acquire made relaxed": (replaced(ACQUIRE, r"\1.global.gpu.relaxed"), STALE),
     "no barrier in front of a release": (barrier_dropped(RELEASE, -1), STALE),
     "no barrier behind an acquire": (barrier_dropped(ACQUIRE, 1), None),
