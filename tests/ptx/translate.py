@@ -114,7 +114,7 @@ class Program:
         if text.startswith(("0f", "0d")):
             value = int(text[2:], 16)
         else:
-            value = SYMBOLS[text] if text in SYMBOLS else int(text, 0)
+            value = SYMBOLS[text] if text in SYMBOLS else int(text.removesuffix("U"), 0)
         key = value % 2 ** (8 * max(width, 4)), width
         if key not in self._constants:
             self._constants[key] = place = self._new(width)

@@ -1,4 +1,4 @@
-"""Faults planted in the forward of moe_ffn, one at a time: each is seen. Without one, none is."""
+"""Faults planted in compiled kernels, one at a time: each is seen. Without one, none is."""
 
 import functools
 import re
@@ -7,12 +7,19 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from moe_ffn_cases import Case, call, make_routing, make_tensors
+import attention_cases
+import moe_ffn_cases
 from ptx.driver import emulated
 from ptx.machine import Fault, Interleaving
 
-# Two row tiles of each expert; both products take more steps than are copied ahead.
-CASE = Case(pieces=((0, 40), (1, 60)), batch=4, dim=128, hidden=(256, 256))
+# Two row tiles of each expert, and several of queries and keys; the products take more steps than
+# are copied ahead.
+MOE_FFN = moe_ffn_cases.Case(pieces=((0, 40), (1, 60)), batch=4, dim=128, hidden=(256, 256))
+ATTENTION = attention_cases.Case(
+    index="random", length=200, heads=1, head_dim=64, mask=None, entries=40
+)
+COUNTERS = ["moe_ffn_fwd", "moe_ffn_bwd_rows", "moe_ffn_bwd_weights"]  # kernels that have them
+OTHERS = ["attention_fwd", "attention_bwd_q", "attention_bwd_kv", "attention_bwd_table"]
 # A wait that is missing shows only where programs meet in a bad order.
 INTERLEAVINGS = [Interleaving(seed=seed, skew=seed % 2 == 1, limit=10_000_000) for seed in range(6)]
 RELEASE = r"(atom|red)\.(global\.)?(gpu\.)?release"
@@ -24,29 +31,53 @@ STALE = "global memory: read races with write"
 Change = tuple[int, str]  # the number of a line, and what it becomes
 
 
-def run(target: str, change: Callable[[str], str]) -> set[str]:
-    """What is found in the forward with changed PTX."""
-    tensors = make_tensors(CASE, "cpu", torch.float16)
+def run(target: str, kernel: str, change: Callable[[str], str]) -> set[str]:
+    """What is found where the PTX of one kernel is changed."""
+    forward = kernel.endswith("fwd")
     with emulated(target, INTERLEAVINGS) as gpu:
-        gpu.change = change
+        gpu.change = lambda text: change(text) if f".entry {kernel}_kernel" in text else text
         try:
-            call(CASE, make_routing(CASE, "cpu"), tensors, backend="triton")
+            if kernel.startswith("moe_ffn"):
+                run_moe_ffn(forward)
+            else:
+                run_attention(forward)
         except Fault as fault:
             return {f"fault: {fault}"}
     return {report.finding for report in gpu.reports}
 
 
+def run_moe_ffn(forward: bool) -> None:
+    routing = moe_ffn_cases.make_routing(MOE_FFN, "cpu")
+    tensors = moe_ffn_cases.make_tensors(MOE_FFN, "cpu", torch.float16)
+
+    def call(tensors):
+        return moe_ffn_cases.call(MOE_FFN, routing, tensors, backend="triton")
+
+    call(tensors) if forward else moe_ffn_cases.outputs_and_gradients(call, tensors)
+
+
+def run_attention(forward: bool) -> None:
+    tensors = attention_cases.make_tensors(ATTENTION, "cpu", torch.float16)
+
+    def call(tensors):
+        return attention_cases.call(ATTENTION, tensors, {}, backend="triton")
+
+    call(tensors) if forward else attention_cases.outputs_and_gradients(call, tensors)
+
+
 @functools.cache
-def lines_of(target: str) -> list[str]:
+def lines_of(target: str, kernel: str) -> list[str]:
     texts: list[str] = []
-    assert run(target, lambda text: texts.append(text) or text) == set()
+    assert run(target, kernel, lambda text: texts.append(text) or text) == set()
     return texts[0].split("\n")
 
 
-def run_changed(target: str, change: Change) -> set[str]:
+def run_changed(target: str, kernel: str, change: Change) -> set[str]:
     number, line = change
-    lines = lines_of(target)
-    return run(target, lambda text: "\n".join([*lines[:number], line, *lines[number + 1 :]]))
+    lines = lines_of(target, kernel)
+    return run(
+        target, kernel, lambda text: "\n".join([*lines[:number], line, *lines[number + 1 :]])
+    )
 
 
 def replaced(pattern: str, by: str) -> Callable[[list[str]], Iterator[Change]]:
@@ -77,11 +108,13 @@ def one_more_in_flight(lines: list[str]) -> Iterator[Change]:
 
 
 # What is planted, and what is found; None where it depends on the place.
-PLANTED = {
+WAITS = {
     "release made relaxed": (replaced(RELEASE, r"\1.\2\3relaxed"), STALE),
     "acquire made relaxed": (replaced(ACQUIRE, r"\1.global.gpu.relaxed"), STALE),
     "no barrier in front of a release": (barrier_dropped(RELEASE, -1), STALE),
     "no barrier behind an acquire": (barrier_dropped(ACQUIRE, 1), None),
+}
+COPIES = {
     "no barrier behind a copy's wait": (barrier_dropped(COPY_WAIT, 1), None),
     "no wait for the last copies": (replaced(r"cp\.async\.wait_group\s+0;", ""), None),
     "one more copy in flight": (one_more_in_flight, None),
@@ -100,22 +133,29 @@ WGMMA = {
         None,
     ),
 }
+FAULTS = WAITS | COPIES | WGMMA
 
 
-@pytest.mark.parametrize(
-    ("target", "name"),
-    [
-        *((target, name) for target in ("sm_80", "sm_90") for name in PLANTED),
-        *(("sm_90", name) for name in WGMMA),
-    ],
-)
-def test_each_is_seen(target, name):
-    plant, expected = (PLANTED | WGMMA)[name]
-    changes = [*plant(lines_of(target))]
-    assert changes, "no place for it"
+def planted():
+    for target in ("sm_80", "sm_90"):
+        for kernel in (*COUNTERS, *OTHERS):
+            for name in FAULTS:
+                if (name in WAITS and kernel in OTHERS) or (name in WGMMA and target != "sm_90"):
+                    continue
+                marks = [] if kernel == "moe_ffn_fwd" else [pytest.mark.slow]
+                yield pytest.param(target, kernel, name, marks=marks)
+
+
+@pytest.mark.parametrize(("target", "kernel", "name"), [*planted()])
+def test_each_is_seen(target, kernel, name):
+    plant, expected = FAULTS[name]
+    lines = lines_of(target, kernel)
+    changes = [*plant(lines)]
+    if kernel == "moe_ffn_fwd":
+        assert changes, "no place for it"
     for change in changes:
-        found = run_changed(target, change)
-        assert found, f"line {change[0] + 1}: {lines_of(target)[change[0]]}"
+        found = run_changed(target, kernel, change)
+        assert found, f"line {change[0] + 1}: {lines[change[0]]}"
         fault = any(finding.startswith("fault") for finding in found)
         assert expected is None or expected in found or fault, found
 
@@ -124,7 +164,7 @@ def test_each_is_seen(target, name):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_dropped_barriers_are_seen(target):
     """All but those that others make superfluous: at most one in six."""
-    changes = [*replaced(BARRIER, "")(lines_of(target))]
-    silent = [change[0] for change in changes if not run_changed(target, change)]
+    changes = [*replaced(BARRIER, "")(lines_of(target, "moe_ffn_fwd"))]
+    silent = [c[0] for c in changes if not run_changed(target, "moe_ffn_fwd", c)]
     assert len(changes) > 30
     assert len(silent) <= len(changes) / 6, silent
