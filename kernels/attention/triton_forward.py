@@ -96,7 +96,7 @@ def attention_fwd_kernel(
 
     # Without a valid key, out is 0 and the log-sum-exp is -inf, as ``highest`` is.
     total = tl.where(total == 0, 1.0, total)
-    out = acc / total[:, None]
+    out = acc * (1.0 / total)[:, None]
     store_own(OUT, out, sequences, start, queries, length, head, C)
     lse = (highest + tl.log2(total)) * LN_2
     at = LSE + (start + queries) * sequences.heads + head

@@ -60,7 +60,13 @@ def passed(rows: Rows) -> Passed:
 
 @functools.lru_cache(maxsize=256)
 def make_config(
-    dim: int, hidden: tuple[int, ...], norm: str, activation: str, precision: str, tile: Tile
+    dim: int,
+    hidden: tuple[int, ...],
+    norm: str,
+    activation: str,
+    precision: str,
+    rounds: bool,
+    tile: Tile,
 ) -> Config:
     """What is compiled into a kernel; its phases are left to the kernel's launcher."""
     gated = activation in GATED
@@ -76,6 +82,7 @@ def make_config(
         halves=halves,
         max_pre=max(hidden) * halves,
         precision=precision,
+        rounds=rounds,
         tasks=(),
         even_dim=dim % tile.block_k == 0,
         even_hidden=all(f % tile.block_k == 0 for f in hidden),
@@ -97,7 +104,8 @@ def make_config(
 def config_of(call: Call, tile: Tile) -> Config:
     hidden = tuple(weight.shape[1] for weight in call.w2)
     precision = "tf32" if tf32_allowed() else "ieee"
-    return make_config(call.x.shape[1], hidden, call.norm, call.activation, precision, tile)
+    rounds = call.w1[0].dtype != torch.float32
+    return make_config(call.x.shape[1], hidden, call.norm, call.activation, precision, rounds, tile)
 
 
 def band_of(tiles: int, config: Config, workers: int, depths: Sequence[int | None]) -> int:

@@ -302,32 +302,83 @@ def weight_product(
     b_local = k[:, None] * stride_b + n[None, :]
 
     acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    for number in tl.range(step, last):
-        first = begin + number * C.block_k
-        in_order = (first + k).to(tl.int64)
-        token = in_order
-        if NORMED_BY_TOKEN or DBRANCH_BY_TOKEN:
-            token = tokens_of(rows, first + k, expert, begin, end, C)
-        if DBRANCH_BY_TOKEN:
-            a_at = A + (tl.where(is_w1, in_order, token)[None, :] * stride_a + m[:, None])
-        else:
-            a_at = A + first.to(tl.int64) * stride_a + a_local
-        if NORMED_BY_TOKEN:
-            b_at = B + (tl.where(is_w1, token, in_order)[:, None] * stride_b + n[None, :])
-        else:
-            b_at = B + first.to(tl.int64) * stride_b + b_local
-        # [block_t, block_k], [block_k, block_n]
-        inside_a = k[None, :] < end - first
-        inside_b = k[:, None] < end - first
-        if not C.even:
-            inside_a = inside_a & (m[:, None] < tile_rows)
-            inside_b = inside_b & (n[None, :] < tile_columns)
-        # Loaded as it is multiplied: of an operand that is transposed after its load, Triton keeps
-        # one buffer instead of num_stages - 1 on sm_80.
-        a = tl.load(a_at, mask=inside_a, other=0.0)
-        b = tl.load(b_at, mask=inside_b, other=0.0)
-        acc = dot(a, b, acc, C)
+    # Only an expert's last step may be short of rows, and masks would cost a third of every step
+    # beside tensor cores. Float32 has none, and with a second product it spills.
+    WHOLE: tl.constexpr = C.rounds
+    whole = last
+    if WHOLE:
+        whole = tl.minimum(last, (end - begin) // C.block_k)
+    for number in tl.range(step, whole):
+        acc = add_step(
+            *(acc, A, B, rows, expert, is_w1, begin, end, begin + number * C.block_k),
+            *(m, n, stride_a, stride_b, a_local, b_local, tile_rows, tile_columns),
+            *(WHOLE, NORMED_BY_TOKEN, DBRANCH_BY_TOKEN, C),
+        )
+    if WHOLE:  # noqa: SIM102 (decided when compiled, the next when run)
+        if whole < last:
+            acc = add_step(
+                *(acc, A, B, rows, expert, is_w1, begin, end, begin + whole * C.block_k),
+                *(m, n, stride_a, stride_b, a_local, b_local, tile_rows, tile_columns),
+                *(False, NORMED_BY_TOKEN, DBRANCH_BY_TOKEN, C),
+            )
     return acc
+
+
+@triton.jit
+def add_step(
+    acc,
+    A,
+    B,
+    rows,
+    expert,
+    is_w1,
+    begin,
+    end,
+    first,
+    m,
+    n,
+    stride_a,
+    stride_b,
+    a_local,
+    b_local,
+    tile_rows,
+    tile_columns,
+    WHOLE: tl.constexpr,  # whether the block_k rows from ``first`` on are all of the expert
+    NORMED_BY_TOKEN: tl.constexpr,
+    DBRANCH_BY_TOKEN: tl.constexpr,
+    C: tl.constexpr,
+):
+    """acc + A^T B over the block_k grouped rows from ``first`` on."""
+    k = tl.arange(0, C.block_k)
+    in_order = (first + k).to(tl.int64)
+    token = in_order
+    if NORMED_BY_TOKEN or DBRANCH_BY_TOKEN:
+        token = tokens_of(rows, first + k, expert, begin, end, C)
+    if DBRANCH_BY_TOKEN:
+        a_at = A + (tl.where(is_w1, in_order, token)[None, :] * stride_a + m[:, None])
+    else:
+        a_at = A + first.to(tl.int64) * stride_a + a_local
+    if NORMED_BY_TOKEN:
+        b_at = B + (tl.where(is_w1, token, in_order)[:, None] * stride_b + n[None, :])
+    else:
+        b_at = B + first.to(tl.int64) * stride_b + b_local
+    # Loaded as it is multiplied, [block_t, block_k] and [block_k, block_n]: of an operand that is
+    # transposed after its load, Triton keeps one buffer instead of num_stages - 1 on sm_80.
+    if WHOLE and C.even:
+        a = tl.load(a_at)
+        b = tl.load(b_at)
+    else:
+        inside_m, inside_n = m[:, None] < tile_rows, n[None, :] < tile_columns
+        if WHOLE:
+            a = tl.load(a_at, mask=inside_m, other=0.0)
+            b = tl.load(b_at, mask=inside_n, other=0.0)
+        elif C.even:
+            a = tl.load(a_at, mask=k[None, :] < end - first, other=0.0)
+            b = tl.load(b_at, mask=k[:, None] < end - first, other=0.0)
+        else:
+            a = tl.load(a_at, mask=inside_m & (k[None, :] < end - first), other=0.0)
+            b = tl.load(b_at, mask=inside_n & (k[:, None] < end - first), other=0.0)
+    return dot(a, b, acc, C)
 
 
 @triton.jit
