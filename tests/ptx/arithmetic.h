@@ -223,8 +223,31 @@ inline void floats(Table& t) {
   t["add.rn.f64"] = t["add.f64"], t["sub.rn.f64"] = t["sub.f64"], t["mul.rn.f64"] = t["mul.f64"];
   SAME("fma.rn.f64", f64, fma(a, b, c)) SAME("div.rn.f64", f64, a / b)
   SAME("neg.f64", f64, -a) SAME("abs.f64", f64, fabs(a))
+// Of 16-bit numbers, and of two packed ones: a predicate for each.
+#define COMPARE_NARROW(op, type, from, expression)                                                 \
+  t["setp." op "." type] = [](Warp& w, const Instruction& i) {                                     \
+    const u16 *x = w.at<u16>(i.operands[1]), *y = w.at<u16>(i.operands[2]);                        \
+    u32 holds = 0, &d = *w.at<u32>(i.operands[0]);                                                 \
+    FOR_LANES(w, l) {                                                                              \
+      const f32 a = from(x[l]), b = from(y[l]);                                                    \
+      holds |= (u32)(bool)(expression) << l;                                                       \
+    }                                                                                              \
+    d = (d & ~w.active) | holds;                                                                   \
+  };                                                                                               \
+  t["setp." op "." type "x2"] = [](Warp& w, const Instruction& i) {                                \
+    const u32 *x = w.at<u32>(i.operands[2]), *y = w.at<u32>(i.operands[3]);                        \
+    for (int k = 0; k < 2; k++) {                                                                  \
+      u32 holds = 0, &d = *w.at<u32>(i.operands[k]);                                               \
+      FOR_LANES(w, l) {                                                                            \
+        const f32 a = from(x[l] >> 16 * k), b = from(y[l] >> 16 * k);                              \
+        holds |= (u32)(bool)(expression) << l;                                                     \
+      }                                                                                            \
+      d = (d & ~w.active) | holds;                                                                 \
+    }                                                                                              \
+  };
 #define COMPARE_FLOATS(op, expression)                                                             \
   COMPARE(op ".f32", f32, expression) COMPARE(op ".f64", f64, expression)                          \
+  COMPARE_NARROW(op, "f16", from_half, expression) COMPARE_NARROW(op, "bf16", from_bfloat, expression) \
   t["setp." op ".ftz.f32"] = [](Warp& w, const Instruction& i) {                                   \
     u32 holds = 0, &d = *w.at<u32>(i.operands[0]);                                                 \
     FOR_LANES(w, l) {                                                                              \

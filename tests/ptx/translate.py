@@ -335,13 +335,13 @@ class Program:
         return s.opcode, [self._value(to, WIDTHS[into]), *places]
 
     def _setp(self, s: Statement) -> tuple[str, list[int]]:
-        if "|" in s.operands[0] or len(s.operands) != 3:
+        to, *sources = s.operands
+        results = to.split("|")
+        # Two results only of packed numbers: one for each. Else the second would be the opposite.
+        if len(results) != 1 + s.opcode.endswith("x2") or len(sources) != 2:
             raise Unsupported("comparison")
-        width = WIDTHS[s.parts[-1]]
-        return s.opcode, [
-            self._register(s.operands[0]),
-            *self._values_of(s.operands[1:], width),
-        ]
+        places = self._values_of(sources, WIDTHS[s.parts[-1]])
+        return s.opcode, [*self._values_of(results, 0), *places]
 
     def _selp(self, s: Statement) -> tuple[str, list[int]]:
         to, first, second, predicate = s.operands

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -274,6 +275,23 @@ def narrowed(values: torch.Tensor, type_: str, dtype: np.dtype) -> np.ndarray:
     return narrow.view(torch.int16).numpy().view(dtype)
 
 
+UNORDERED = {f"{name}u": order for name, order in ORDERS.items()}
+for t, (name, order) in itertools.product(TORCH, (ORDERS | UNORDERED).items()):
+
+    def compared(dtype, *arrays, t=t, order=order, nan=name in UNORDERED):
+        a, b = (widened(x, t).numpy() for x in arrays)
+        return order(a, b) | (nan & (np.isnan(a) | np.isnan(b)))
+
+    case(f"setp.{name}.{t}", "pred", f"{t} {t}", compared)
+for t in TORCH:
+    for name, wanted in (("num", False), ("nan", True)):
+
+        def is_nan(dtype, *arrays, t=t, wanted=wanted):
+            a, b = (np.isnan(widened(x, t).numpy()) for x in arrays)
+            return (a | b) == wanted
+
+        case(f"setp.{name}.{t}", "pred", f"{t} {t}", is_nan)
+
 NARROW = {
     "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b,
     "fma": lambda a, b, c: a * b + c, "max": torch.fmax, "min": torch.fmin,
@@ -395,7 +413,37 @@ def test_every_instruction_is_tested():
         f"{name}3{rest}" for name in ("max", "min") for rest in (".f32", ".rn.f32", ".ftz.f32")
     }
     tested |= {"max3.rn.ftz.f32", "min3.rn.ftz.f32"}
+    # test_comparison_of_packed_numbers
+    tested |= {f"{name}x2" for name in tested if re.fullmatch(r"setp\.\w+\.b?f16", name)}
     assert names() - tested == set()
+
+
+@pytest.mark.parametrize("order", [*ORDERS, *UNORDERED, "num", "nan"])
+@pytest.mark.parametrize("type_", TORCH)
+def test_comparison_of_packed_numbers(type_, order):
+    """The same as two comparisons of the halves."""
+    body = f"""
+    mad.wide.u32 %d0, %r99, 4, %d100;
+    ld.global.b32 %r0, [ %d0 + 0 ];
+    mad.wide.u32 %d1, %r99, 4, %d101;
+    ld.global.b32 %r1, [ %d1 + 0 ];
+    setp.{order}.{type_}x2 %p0|%p1, %r0, %r1;
+    mov.b32 {{%h0, %h1}}, %r0;
+    mov.b32 {{%h2, %h3}}, %r1;
+    setp.{order}.{type_} %p2, %h0, %h2;
+    setp.{order}.{type_} %p3, %h1, %h3;
+    xor.pred %p0, %p0, %p2;
+    xor.pred %p1, %p1, %p3;
+    or.pred %p0, %p0, %p1;
+    selp.b32 %r2, 1, 0, %p0;
+    st.global.b32 [ %d0 + 0 ], %r2;
+    """
+    rng = np.random.default_rng(6)
+    a, b = rng.integers(0, 2**32, (2, 32)).astype(np.uint32)
+    b[:8] = a[:8]
+    a[5:12] = 0x7FFF7FFF  # NaN
+    run(program(body, parameters=2), a, b)
+    assert not a.any()
 
 
 TYPES = ["s8", "u8", *INTEGERS]
