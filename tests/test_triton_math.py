@@ -1,4 +1,4 @@
-"""The arithmetic that the Triton kernels share, in Triton's interpreter, against float64."""
+"""The arithmetic that the Triton kernels share against float64, interpreted or on a GPU."""
 
 import math
 
@@ -14,6 +14,7 @@ from vlmo.kernels.triton_math import reciprocal, term
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
 BLOCK = tl.constexpr(4096)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @triton.jit
@@ -42,11 +43,11 @@ def config_for(activation: str, dtype: torch.dtype) -> Config:
 def activated(activation: str, dtype: torch.dtype, numbers: torch.Tensor) -> list[torch.Tensor]:
     """Values, the same with the slopes, slopes: float32, of numbers of any count."""
     count = numbers.numel()
-    x = torch.zeros(-(-count // BLOCK.value) * BLOCK.value)
-    x[:count] = numbers
+    x = torch.zeros(-(-count // BLOCK.value) * BLOCK.value, device=DEVICE)
+    x[:count] = numbers.to(DEVICE)
     outs = [torch.empty_like(x) for _ in range(3)]
     activation_kernel[(x.numel() // BLOCK.value,)](x, *outs, config_for(activation, dtype))
-    return [out[:count] for out in outs]
+    return [out[:count].cpu() for out in outs]
 
 
 def exactly(activation: str, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,8 +122,8 @@ def test_an_overflow_is_not_hidden(activation, dtype):
 
 def test_terms_and_reciprocals():
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(BLOCK.value, generator=generator) + torch.tensor(3.0)
-    y = torch.randn(BLOCK.value, generator=generator)
+    x = (torch.randn(BLOCK.value, generator=generator) + 3.0).to(DEVICE)
+    y = torch.randn(BLOCK.value, generator=generator).to(DEVICE)
     product, inverse = torch.empty_like(x), torch.empty_like(x)
     arithmetic_kernel[(1,)](x, y, product, inverse)
     assert torch.equal(product, x * y)

@@ -2,5 +2,4 @@
 
 import os
 
-# tests/conftest.py sets it where there is no GPU, if nobody else has.
-collect_ignore_glob = ["tests/*"] if os.environ.get("TRITON_INTERPRET") == "1" else []
+collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "0" else ["tests/*"]

@@ -4,13 +4,16 @@ Each launch runs in several interleavings of few CTAs, which must leave the same
 """
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
 
 import attention_cases
 import moe_ffn_cases
-from ptx.driver import TARGETS, emulated
+from ptx.driver import TARGETS, Emulated, emulated
+from vlmo.kernels.attention import tiles as attention_tiles
+from vlmo.kernels.moe_ffn import tiles as moe_ffn_tiles
 
 PLACE = torch.device("cpu"), "triton"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -48,4 +51,82 @@ def test_attention(case, dtype, target):
     with emulated(target) as gpu:
         attention_cases.assert_parity(case, dtype, PLACE)
     assert len(gpu.launches) == (3 if case.index is None else 4)
+    assert not gpu.reports, gpu.reports
+
+
+# Many small tiles: several bands, and tiles of weights that several programs share.
+SMALL = {
+    "sm_80": moe_ffn_tiles.Tile(16, 32, 16, 4, 2),
+    "sm_90": moe_ffn_tiles.Tile(64, 32, 16, 4, 3),  # wgmma has 64 rows
+    "sm_120": moe_ffn_tiles.Tile(16, 32, 16, 4, 3),
+}
+MANY_TILES = [
+    moe_ffn_cases.Case(batch=8),
+    moe_ffn_cases.Case(batch=8, form="ids", hidden=(48, 48)),
+    moe_ffn_cases.Case(
+        *(((0, 7), (1, 13)), "ids", 8, 24, (48, 33), "swiglu", "rms"), norm_bias=False
+    ),
+]
+
+
+def acquires(gpu: Emulated, kernel: str) -> int:
+    """How often programs of a kernel have looked whether others are done."""
+    launches = [launch for launch in gpu.launches if launch.kernel == kernel]
+    return sum(
+        launch.machine.executed(result)["ld.acquire"]
+        for launch in launches
+        for result in launch.results
+    )
+
+
+@pytest.mark.parametrize("case", MANY_TILES, ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_moe_ffn_of_many_tiles(target, case):
+    tile = SMALL[target]
+    row = moe_ffn_tiles.Tiles(tile, tile, tile, tile)
+    # Five programs divide no number of tiles here.
+    with emulated(target, multiprocessors=5) as gpu, moe_ffn_tiles.use_tiles(row):
+        moe_ffn_cases.assert_parity(case, torch.float16, PLACE)
+    assert not gpu.reports, gpu.reports
+    for launch in gpu.launches:
+        assert acquires(gpu, launch.kernel) > 0, launch.kernel
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_moe_ffn_that_recomputes(target, activation):
+    """The pre-activation is made again in the backward instead of kept."""
+    case = moe_ffn_cases.Case(activation=activation)
+    routing = moe_ffn_cases.make_routing(case, "cpu")
+
+    def run(backend: str, **options) -> dict[str, torch.Tensor]:
+        return moe_ffn_cases.outputs_and_gradients(
+            lambda t: moe_ffn_cases.call(case, routing, t, backend=backend, **options),
+            moe_ffn_cases.make_tensors(case, "cpu", torch.float32),
+        )
+
+    with emulated(target) as gpu:
+        actual = run("triton", recompute=True)
+    assert not gpu.reports, gpu.reports
+    for name, value in run("reference").items():
+        torch.testing.assert_close(actual[name], value, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        attention_cases.Case(batch=3, heads=2, index="random", length=37, mask="padding"),
+        attention_cases.Case(heads=1, index="random", length=61, mask=None, causal=True),
+        attention_cases.Case(
+            heads=1, index="joint", lengths=(33, 5, 50), mask=None, positions=True
+        ),
+    ],
+    ids=str,
+)
+def test_attention_of_many_tiles(case, target):
+    tile = attention_tiles.Tile(16, 16, 4, 2)
+    row = attention_tiles.Tiles(tile, tile, tile, tile)
+    with emulated(target) as gpu, mock.patch.object(attention_tiles, "choose", return_value=row):
+        attention_cases.assert_parity(case, torch.float16, PLACE)
     assert not gpu.reports, gpu.reports
