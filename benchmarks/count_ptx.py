@@ -172,7 +172,7 @@ def count(launch: Launch, folder: str, elements: int, needed: int) -> dict[str, 
         "products": products,
         "classes": {region: dict(counter.most_common()) for region, counter in classes.items()},
         "functions": dict(functions.most_common()),
-        "bytes": dict(moved),
+        "bytes": {"tensors": launch.memory_bytes, **moved},
         "elements": elements,
     }
 
@@ -229,12 +229,14 @@ def table(found: list[dict[str, Any]]) -> list[str]:
     """Lines of Markdown: each kernel on each target."""
     lines = [
         "| kernel | size | target | multiplied / needed | instructions a product, main loop "
-        "| instructions an element elsewhere | bytes an element: read | written | shared |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|",
+        "| instructions an element elsewhere "
+        "| bytes an element: tensors | read | written | shared |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in found:
         loops, elsewhere = (sum(row["classes"][r].values()) for r in ("main loops", "elsewhere"))
-        moved = [row["bytes"].get(k, 0) / row["elements"] for k in ("read", "written", "shared")]
+        kinds = ("tensors", "read", "written", "shared")
+        moved = [row["bytes"].get(kind, 0) / row["elements"] for kind in kinds]
         ratio = row["multiplications"] / row["needed"]
         lines.append(
             f"| {row['kernel']} | {row['size']} | {row['target']} | {ratio:.2f} "
@@ -273,7 +275,8 @@ def write(found: list[dict[str, Any]]) -> None:
         f"By `benchmarks/count_ptx.py`, which says how; {data['dtype']}, Triton {data['triton']}. ",
         "Counted, not measured. An element is a hidden activation in moe_ffn, a gradient in its",
         "backward of the weights, a pair of query and key in attention. 1.00 multiplied for each",
-        "needed: no padding. Bytes that are read more than once come from L2.",
+        "needed: no padding. Ideal are 1 instruction a product and, for the memory, the bytes of",
+        "all tensors of a launch, each once; what is read more often comes from L2.",
         "",
         *table(found),
         "",

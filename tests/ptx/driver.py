@@ -48,6 +48,7 @@ class Launch(NamedTuple):
     kernel: str
     machine: Machine
     grid: int
+    memory_bytes: int  # of all tensors that it may use
     results: list[Result]  # of each interleaving
 
     @property
@@ -113,7 +114,8 @@ class Emulated:
                 names = zip(machine.kernel.parameters, values, strict=False)
                 name = next((p.name for p, (_, v) in names if v == address), hex(address))
                 raise Fault(f"{kernel}: the memory of {name} differs with {interleaving}")
-        self.launches.append(Launch(kernel, machine, grid, results))
+        size = sum(size for _, size in memory.buffers)
+        self.launches.append(Launch(kernel, machine, grid, size, results))
 
 
 class _Memory:
@@ -225,7 +227,7 @@ def _ptx_as_binary(backend, source, metadata, options, capability) -> bytes:
     return source if isinstance(source, bytes) else source.encode()
 
 
-@functools.cache
+@functools.lru_cache(maxsize=32)
 def _machine(text: str, shared_bytes: int) -> Machine:
     return Machine(text, shared_bytes)
 
