@@ -173,7 +173,7 @@ def ptx_kernels(up: str) -> str:
             groups.setdefault((kernel, row["target"]), []).append(row)
     rows = []
     for (kernel, target), group in sorted(groups.items()):
-        worst = max(group, key=lambda row: row["error"] / max(row["eager"], 1e-12))
+        worst = max(group, key=lambda row: row["error"] / max(row["eager"], 1e-7))
         errors = f"{worst['error']:.1e} beside {worst['eager']:.1e}"
         good = sum(not row["failed"] for row in group)
         reports = sum(len(row["reports"]) for row in group)

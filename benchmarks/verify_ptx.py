@@ -70,7 +70,7 @@ def run(operation: str, number: int, target: str, dtype: torch.dtype) -> Row:
         failed=failed,
     )
     if errors:
-        row.worst = max(errors, key=lambda name: errors[name][0] / max(errors[name][1], 1e-12))
+        row.worst = max(errors, key=lambda name: errors[name][0] / max(errors[name][1], 1e-7))
         row.error, row.eager = errors[row.worst]
     return row
 
@@ -98,7 +98,7 @@ def table(found: list[dict[str, Any]]) -> list[str]:
     ]
     for (kernel, target, dtype), group in sorted(groups.items()):
         good = [row for row in group if not row["failed"]]
-        worst = max(good, key=lambda row: row["error"] / max(row["eager"], 1e-12))
+        worst = max(good, key=lambda row: row["error"] / max(row["eager"], 1e-7))
         lines.append(
             f"| {kernel} | {target} | {dtype} | {len(group)} | {len(good)} "
             f"| {sum(len(row['reports']) for row in group)} "

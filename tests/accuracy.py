@@ -37,15 +37,18 @@ def assert_as_accurate_as(
 
 
 def relative_errors(*results: dict[str, Tensor]) -> dict[str, tuple[float, ...]]:
-    """Largest error of all but the last results beside the last, which are exact, by name."""
+    """Largest error of all but the last results beside the last, which are exact, by name.
+
+    Relative to the largest exact value; where that is 0, as it is.
+    """
     *others, exact = results
     errors = {}
     for name, value in exact.items():
-        scale = (
-            value.abs().amax().clamp(min=torch.finfo(torch.float64).tiny) if value.numel() else 1
-        )
+        scale = float(value.abs().amax()) if value.numel() else 0.0
         errors[name] = tuple(
-            float(((other[name].double() - value).abs().amax() / scale) if value.numel() else 0)
+            float((other[name].double() - value).abs().amax()) / (scale or 1.0)
+            if value.numel()
+            else 0.0
             for other in others
         )
     return errors

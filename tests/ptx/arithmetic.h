@@ -303,7 +303,7 @@ inline void conversions(Table& t) {
   CONVERT("rn.f16.f32", u16, f32, to_half(a)) CONVERT("rn.bf16.f32", u16, f32, to_bfloat(a))
   CONVERT("rn.f16x2.f32", u32, f32, to_half(b) | (u32)to_half(a) << 16)
   CONVERT("rn.bf16x2.f32", u32, f32, to_bfloat(b) | (u32)to_bfloat(a) << 16)
-  CONVERT("rna.tf32.f32", u32, u32, (a + 0x1000) & 0xffffe000u)
+  CONVERT("rna.tf32.f32", u32, u32, std::isnan(as_float(a)) ? 0x7fffffffu : (a + 0x1000) & 0xffffe000u)
   // result: place, bytes of its type, whether that is signed, bytes of the register; source: the same
   t["cvt.integer"] = [](Warp& w, const Instruction& i) {
     const s64* o = i.operands;

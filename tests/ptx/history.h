@@ -99,7 +99,7 @@ inline void check_atomics(Warp& w, int lane, int at, u64 address) {
   Machine& m = *w.cta->machine;
   for (u64 a = address & ~7ull; a <= address; a += 4) {
     auto found = m.atomics.find(a);
-    if (found == m.atomics.end()) continue;
+    if (found == m.atomics.end() || a + found->second.size <= address) continue;
     for (auto& [cta, last] : found->second.last)
       if (!ordered(w, lane, last)) m.report(Finding::PLAIN_AND_ATOMIC, w, lane, at, address, thread_of(last), -1);
   }

@@ -238,6 +238,8 @@ Machine* ptx_new(int size, const char** names, const int* codes, int pool_size, 
   for (int k = 0; k < size; k++, codes += 9)
     m->code.push_back({table().at(names[k]), (Flow)codes[0], k, codes[1], (bool)codes[2], codes[3], codes[4], codes[5],
                        m->pool.data() + codes[6], codes[7], m->pool.data() + codes[8]});
+  const auto stores_byte = [](auto& i) { return i.run == store<false> && i.operands[2] * i.operands[5] == 1; };
+  m->granule = std::any_of(m->code.begin(), m->code.end(), stores_byte) ? 1 : 2;
   m->initial_registers.assign(registers, registers + register_bytes);
   m->threads = threads;
   m->shared_bytes = shared_bytes;
@@ -255,7 +257,7 @@ void ptx_launch(Machine* m, int grid, const u8* parameters, int parameter_bytes,
   m->buffers.clear();
   for (int k = 0; k < buffer_count; k++, buffers += 3)
     m->buffers.push_back({buffers[0], buffers[1], (u8*)buffers[2],
-                          Zeroed<GlobalShadow>(options->races ? buffers[1] / GRANULE + 1 : 0)});
+                          Zeroed<GlobalShadow>(options->races ? buffers[1] / m->granule + 1 : 0)});
   m->last_buffer = nullptr;
   m->atomics.clear();
   m->random.seed(options->seed);
@@ -265,6 +267,7 @@ void ptx_launch(Machine* m, int grid, const u8* parameters, int parameter_bytes,
   m->warp_count.assign(m->code.size(), 0);
   m->lane_count.assign(m->code.size(), 0);
   launch(*m, grid);
+  m->buffers.clear(), m->atomics.clear();  // programs are kept for long
 }
 
 const char* ptx_error(Machine* m) { return m->error.c_str(); }

@@ -98,8 +98,7 @@ template <int READERS> struct Shadow {
   Reader readers[READERS];
 };
 using SharedShadow = Shadow<1>;  // of a byte
-using GlobalShadow = Shadow<8>;  // of GRANULE bytes
-constexpr int GRANULE = 2;
+using GlobalShadow = Shadow<8>;  // of Machine::granule bytes
 
 // Zeroed memory of which only the pages that are used take room.
 template <class T> struct Zeroed {
@@ -190,6 +189,7 @@ struct Buffer {
 };
 
 struct Atomic {  // an address of atomic operations
+  u32 size = 0;  // bytes
   Knowledge released;
   std::map<u32, Reader> last;  // by CTA: who used it last
 };
@@ -210,6 +210,7 @@ struct Machine {
   std::vector<Instruction> code;
   std::vector<u8> initial_registers;
   int threads, shared_bytes;
+  int granule;  // bytes of global memory with one shadow: 1 if the program stores single bytes, else 2
   s64 tid, ctaid, nctaid, laneid;  // places of the special registers
   // the launch
   Options options;

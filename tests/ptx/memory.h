@@ -27,8 +27,8 @@ inline void read_global(Warp& w, int lane, int at, u64 address, u32 size) {
   if (b.written && memchr(b.written + offset, 0, size))
     m.report(Finding::UNWRITTEN_GLOBAL, w, lane, at, address, 0, -1);
   if (!m.options.races) return;
-  for (u64 k = offset / GRANULE; k * GRANULE < offset + size; k++)
-    note_read(w, lane, b.shadow[k], b.begin + k * GRANULE, at);
+  for (u64 k = offset / m.granule; k * m.granule < offset + size; k++)
+    note_read(w, lane, b.shadow[k], b.begin + k * m.granule, at);
 }
 
 inline void write_global(Warp& w, int lane, int at, u64 address, u32 size, bool same) {
@@ -37,8 +37,8 @@ inline void write_global(Warp& w, int lane, int at, u64 address, u32 size, bool 
   const u64 offset = address - b.begin;
   if (b.written) memset(b.written + offset, 1, size);
   if (!m.options.races) return;
-  for (u64 k = offset / GRANULE; k * GRANULE < offset + size; k++)
-    note_write(w, lane, b.shadow[k], b.begin + k * GRANULE, at, same);
+  for (u64 k = offset / m.granule; k * m.granule < offset + size; k++)
+    note_write(w, lane, b.shadow[k], b.begin + k * m.granule, at, same);
 }
 
 inline void read_shared(Warp& w, int lane, int at, u32 address, u32 size) {
@@ -120,8 +120,9 @@ inline bool touch_atomic(Warp& w, const Instruction& i, int lane, u64 address, u
   if (written && writes) memset(written, 1, size);
   if (!m.options.races) return true;
   Atomic& atomic = m.atomics[address];
+  atomic.size = std::max(atomic.size, size);
   if (acquires) acquire(w, lane, atomic);
-  for (u64 k = (address - b.begin) / GRANULE; k * GRANULE < address - b.begin + size; k++) {
+  for (u64 k = (address - b.begin) / m.granule; k * m.granule < address - b.begin + size; k++) {
     GlobalShadow& s = b.shadow[k];
     if (s.write.thread && !ordered(w, lane, s.write))
       m.report(Finding::PLAIN_AND_ATOMIC, w, lane, i.number, address, s.write.thread, s.write.at);

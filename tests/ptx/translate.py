@@ -124,15 +124,15 @@ class Program:
     def _values_of(self, texts: Iterable[str], width: int) -> list[int]:
         return [self._value(text, width) for text in texts]
 
-    def _address(self, text: str) -> list[int]:
-        """The register of an address, or NONE, and an offset."""
+    def _address(self, text: str, shared: bool) -> list[int]:
+        """The register of an address in shared or global memory, or NONE, and an offset."""
         found = re.fullmatch(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\w+))?\s*\]", text)
         if found is None:
             raise Unsupported(f"address {text}")
         base, offset = found[1], int(found[2] or "0", 0)
-        if base in SYMBOLS:
+        if base in SYMBOLS and shared:
             return [NONE, SYMBOLS[base] + offset]
-        return [self._register(base), offset]
+        return [self._value(base, 4 if shared else 8), offset]
 
     def _initial(self) -> np.ndarray:
         # What nobody has written is a number that stands out.
@@ -152,8 +152,11 @@ class Program:
         try:
             return self._code(number, statement)
         except Unsupported as error:
-            self._unsupported.setdefault(str(error), f"line {statement.line}: {statement.text}")
-            return []
+            what = str(error)
+        except (AssertionError, AttributeError, LookupError, TypeError, ValueError):
+            what = f"operands or type of {statement.opcode}"
+        self._unsupported.setdefault(what, f"line {statement.line}: {statement.text}")
+        return []
 
     def _code(self, number: int, s: Statement) -> list[int]:
         self._touched.clear()
@@ -210,8 +213,8 @@ class Program:
         # A register may be wider than what it is loaded from or stored to.
         width = self._width(texts[0]) if texts[0].startswith("%") else WIDTHS[type_]
         places = self._values_of(texts, width)
-        operands = [*self._address(memory), WIDTHS[type_], width, int(type_.startswith("s"))]
-        operands += [len(places), *places]
+        operands = [*self._address(memory, space == "shared"), WIDTHS[type_], width]
+        operands += [int(type_.startswith("s")), len(places), *places]
         order = sorted(m for m in modifiers if m not in HINTS and "::" not in m)
         if not order:
             return f"{what}.{space}", operands
@@ -221,6 +224,8 @@ class Program:
         return names[tuple(order)], operands
 
     def _atom(self, s: Statement) -> tuple[str, list[int]]:
+        if "cta" in s.parts or any(part.startswith("shared") for part in s.parts):
+            raise Unsupported("atomic operation within a CTA")
         order = next((part for part in s.parts if part in ORDERS), "relaxed")
         operation = ATOMIC_OPERATIONS.get((s.parts[-2], s.parts[-1]))
         if operation is None:
@@ -228,7 +233,7 @@ class Program:
         width = WIDTHS[s.parts[-1]]
         to, memory, value = s.operands
         return "atom", [
-            *(*self._address(memory), width, operation),
+            *(*self._address(memory, shared=False), width, operation),
             *(int(order in ("acquire", "acq_rel")), int(order in ("release", "acq_rel"))),
             *(NONE if to == "_" else self._register(to), self._value(value, width)),
         ]
@@ -245,12 +250,15 @@ class Program:
             raise Unsupported("copy")
         to, source, size, *read = s.operands
         registers = self._values_of(read, 4) or [NONE]
-        return "cp.async", [*self._address(to), *self._address(source), int(size, 0), *registers]
+        places = [*self._address(to, shared=True), *self._address(source, shared=False)]
+        return "cp.async", [*places, int(size, 0), *registers]
 
     def _ldmatrix(self, s: Statement, memory: int = 1) -> tuple[str, list[int]]:
         count = int(next(part for part in s.parts if re.fullmatch(r"x[124]", part))[1:])
+        if s.parts[-1] != "b16":
+            raise Unsupported("matrices of other numbers than of 16 bits")
         registers = self._values_of(in_braces(s.operands[1 - memory]), 4)
-        address = self._address(s.operands[memory])
+        address = self._address(s.operands[memory], shared=True)
         return s.parts[0], [*address, count, int("trans" in s.parts), *registers]
 
     def _stmatrix(self, s: Statement) -> tuple[str, list[int]]:

@@ -358,7 +358,9 @@ for name, function in (("rmi", np.floor), ("rpi", np.ceil), ("rni", np.rint), ("
     case(f"cvt.{name}.f32.f32", "f32", "f32", lambda d, a, f=function: f(a))
 case("cvt.rni.ftz.f32.f32", "f32", "f32", lambda d, a: np.rint(flushed(a)))
 # TF32 keeps 10 bits of the mantissa; ties go away from zero.
-tf32 = lambda d, a: ((a.view(np.uint32) + 0x1000) & 0xFFFFE000).view(d)  # noqa: E731
+tf32 = lambda d, a: np.where(  # noqa: E731
+    np.isnan(a), np.uint32(0x7FFFFFFF), (a.view(np.uint32) + 0x1000) & 0xFFFFE000
+).view(d)
 case("cvt.rna.tf32.f32", "b32", "f32", tf32)
 
 

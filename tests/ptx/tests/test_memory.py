@@ -147,6 +147,25 @@ def test_plain_access_beside_an_atomic_operation():
     assert data[0] == 64
 
 
+def test_neighbours_do_not_race():
+    """Single bytes, and the word behind an atomic operation's."""
+    bytes_ = """
+    cvt.u64.u32 %d1, %r99;
+    add.s64 %d1, %d100, %d1;
+    st.global.b8 [ %d1 + 0 ], %r99;
+    """
+    data = np.zeros(64, np.uint8)
+    assert findings(program(bytes_, threads=64), data) == set()
+    assert data.tolist() == list(range(64))
+    words = """
+    mov.u32 %r7, 1;
+    setp.lt.u32 %p1, %r99, 32;
+    @%p1 atom.global.gpu.relaxed.add.u32 %r6, [ %d100 + 0 ], %r7;
+    @!%p1 st.global.b32 [ %d100 + 4 ], %r7;
+    """
+    assert findings(program(words, threads=64), np.zeros(2, np.uint32)) == set()
+
+
 @pytest.mark.parametrize(
     ("operation", "type_", "before", "operand", "after"),
     [
