@@ -257,7 +257,7 @@ def gpu_or_interpreter() -> torch.device:
 
 def config(experts: int, **changes) -> host.Config:
     tile = Tile(32, 64, 32, 4, 1)
-    made = host.make_config(64, (64,) * experts, "none", "gelu", "ieee", tile)
+    made = host.make_config(64, (64,) * experts, "none", "gelu", "ieee", False, tile)
     return made._replace(**changes)
 
 
