@@ -20,6 +20,7 @@ from triton.runtime import driver
 import compiled_attention
 from compiled import LAYERS, NoDriver, run_case
 from ptx.driver import CACHE
+from ptx.flow import END, blocks_of
 from ptx.order import CHANNELS, COUNTERS, Channel, Result, Rule, check
 from ptx.text import Kernel, Statement, parse
 from vlmo.kernels.attention import tiles as attention_tiles
@@ -207,6 +208,19 @@ def planted(kernel: Kernel, plant: Plant) -> Kernel:
     return kernel._replace(statements=statements, labels=labels)
 
 
+def reached(starts: Iterable[int], edges: Mapping[int, list[int]], ends: set[int]) -> set[int]:
+    """Where edges lead from some statements, not beyond ``ends``."""
+    found: set[int] = set()
+    stack = [target for start in starts for target in edges.get(start, [])]
+    while stack:
+        number = stack.pop()
+        if number not in found:
+            found.add(number)
+            if number not in ends:
+                stack += edges.get(number, [])
+    return found
+
+
 def with_opcode(statement: Statement, old: str, new: str) -> Statement:
     assert old in statement.opcode
     return statement._replace(
@@ -293,18 +307,34 @@ class Faults:
                 self.both or self.late,
             )
             yield "release is dropped", Plant(frozenset({release})), self.both or self.late
-            # Where sums are stored behind the data there are more than one.
-            nearest = max(barrier for barrier in self.barriers if barrier < release)
-            last = max(
-                (store for store in self.uses.writes if store < release), default=nearest - 1
-            )
-            between = frozenset(b for b in self.barriers if min(last, nearest - 1) < b < release)
             without = {Rule.RELEASE_WITHOUT_BARRIER}
+            between = self.barriers_before(release)
             yield "barriers before the release are dropped", Plant(between), without
             for number in self.uses.writes[:: self.step]:
                 yield "store behind the release", self.moved(number, release + 1), self.late
                 behind = self.moved(number, release)
                 yield "store behind the barrier", behind, without
+
+    def barriers_before(self, release: int) -> frozenset[int]:
+        """On all ways from a store to its release; where sums are stored there are several.
+
+        Who counts contributions (``last``) has a barrier right before it.
+        """
+        if self.channel.last:
+            return frozenset({max(barrier for barrier in self.barriers if barrier < release)})
+        following: dict[int, list[int]] = {}
+        for block in (blocks := blocks_of(self.kernel)):
+            for number in range(block.first, block.end - 1):
+                following[number] = [number + 1]
+            following[block.end - 1] = [blocks[n].first for n in block.next if n != END]
+        before: dict[int, list[int]] = {}
+        for number, targets in following.items():
+            for target in targets:
+                before.setdefault(target, []).append(number)
+        ends = {release, *self.result.tickets}
+        behind = reached(self.uses.writes or [release], following, ends)
+        ahead = reached([release], before, {*self.uses.writes, *self.result.tickets})
+        return frozenset(set(self.barriers) & ahead & (behind if self.uses.writes else ahead))
 
     def all(self) -> Iterator[tuple[str, Plant, set[Rule]]]:
         yield from self.of_waits()
