@@ -17,7 +17,7 @@ if __name__ == "vlmo.kernels":
     from vlmo.kernels.decompositions import decompositions
     from vlmo.kernels.dispatch import BACKEND_NAMES, use_backend
     from vlmo.kernels.moe_ffn.api import moe_ffn
-    from vlmo.kernels.routing.api import ModalityRouting, RoutingIndex
+    from vlmo.kernels.routing import ModalityRouting
     from vlmo.kernels.support import why_not
 else:
     # In a clone this folder is found as `kernels`, the name of a package that other libraries look
@@ -40,7 +40,6 @@ __all__ = [
     "ModalityRouting",
     "RelativePositionBias",
     "RelativePositionIndex",
-    "RoutingIndex",
     "decompositions",
     "moe_ffn",
     "shared_attention",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from vlmo.kernels import routing_index
 from vlmo.kernels.arguments import check_choice
 from vlmo.kernels.attention import ops as attention_ops
 from vlmo.kernels.dispatch import BACKEND_NAMES
 from vlmo.kernels.moe_ffn import ops as moe_ffn_ops
-from vlmo.kernels.routing import ops as routing_ops
 
 OPERATIONS = ("moe_ffn", "shared_attention", "routing_index")
 
@@ -37,4 +37,4 @@ def why_not(
     if operation == "shared_attention":
         return attention_ops.BACKENDS[backend].why_not(device, dtype, 64, 1126)
     ids = torch.empty(0, dtype=torch.int32, device=device)
-    return routing_ops.BACKENDS[backend].why_not(ids, 2, 128)
+    return routing_index.why_not(backend, ids, 2)

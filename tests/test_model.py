@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from vlmo import VLMo, VLMoConfig
-from vlmo.kernels import use_backend
+from vlmo.kernels import routing, use_backend
 from vlmo.kernels.attention import api as attention_api
-from vlmo.kernels.routing import api as routing_api
 from vlmo.negatives import draw_negatives
 from vlmo.sequences import Run
 
@@ -275,7 +274,7 @@ def test_vqa_targets_of_another_size_are_refused():
 def test_layers_do_not_check_a_layout_that_is_right_by_construction(tasks, monkeypatch):
     """On a GPU every check of values is several small kernels, in every layer."""
     checked = []
-    for module in (attention_api, routing_api):
+    for module in (attention_api, routing):
         monkeypatch.setattr(module, "check_values", lambda name, *_: checked.append(name))
     model = VLMo(TINY.replace(tasks=tasks, vqa_labels=7))
     model(make_batch() | {"answers": torch.zeros(4, dtype=torch.int64)})["loss"].backward()
@@ -284,10 +283,8 @@ def test_layers_do_not_check_a_layout_that_is_right_by_construction(tasks, monke
 
 def test_a_layout_groups_its_rows_once(monkeypatch):
     calls = []
-    real = routing_api.routing_index
-    monkeypatch.setattr(
-        routing_api, "routing_index", lambda *call: calls.append(call) or real(*call)
-    )
+    real = routing.routing_index
+    monkeypatch.setattr(routing, "routing_index", lambda *call: calls.append(call) or real(*call))
     model = VLMo(TINY.replace(tasks=("vqa",), vqa_labels=7))
     assert model.config.first_vl_block == 2
     model(make_batch() | {"answers": torch.zeros(4, dtype=torch.int64)})

@@ -1,4 +1,4 @@
-"""ModalityRouting: three forms of one thing, its index, and bad input."""
+"""ModalityRouting: three forms of one thing, rows grouped by expert, and bad input."""
 
 import numpy as np
 import pytest
@@ -6,54 +6,36 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmo.kernels import ModalityRouting, RoutingIndex
+from vlmo.kernels import ModalityRouting
+from vlmo.kernels.routing import Grouping
+from vlmo.kernels.routing_index import routing_index
 
 
-def oracle(ids: list[int], experts: int, tile: int) -> RoutingIndex:
-    """The index, token by token."""
+def oracle(ids: list[int], experts: int) -> tuple[list[int], list[int]]:
+    """rows and offsets, token by token."""
     rows = [t for e in range(experts) for t, i in enumerate(ids) if i == e]
-    offsets, tiles = [0], []
-    for e in range(experts):
-        count = ids.count(e)
-        tiles += [[e, offsets[-1] + first] for first in range(0, count, tile)]
-        offsets.append(offsets[-1] + count)
-    number = len(tiles)
-    tiles += [[-1, 0]] * (-(-len(ids) // tile) + experts - number)
-    return RoutingIndex(
-        *(torch.tensor(v, dtype=torch.int32) for v in (rows, offsets)),
-        torch.tensor(tiles, dtype=torch.int32).view(-1, 2),
-        torch.tensor([number], dtype=torch.int32),
-    )
+    return rows, [sum(i < e for i in ids) for e in range(experts + 1)]
 
 
-def assert_equal(actual: RoutingIndex, expected: RoutingIndex) -> None:
-    for name, a, b in zip(RoutingIndex._fields, actual, expected, strict=True):
-        assert a.dtype == torch.int32, name
-        assert torch.equal(a.cpu(), b), f"{name}: {a.tolist()}, expected {b.tolist()}"
+def assert_grouped(grouping: Grouping, expected: tuple[list[int], list[int]]) -> None:
+    assert grouping.rows.dtype == grouping.offsets.dtype == torch.int32
+    assert (grouping.rows.tolist(), grouping.offsets.tolist()) == expected
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    experts=st.integers(1, 5),
-    tile=st.integers(1, 9),
-    seed=st.integers(0, 2**31 - 1),
-    tokens=st.integers(0, 70),
-)
-def test_index_of_ids(experts, tile, seed, tokens):
+@given(experts=st.integers(1, 5), seed=st.integers(0, 2**31 - 1), tokens=st.integers(0, 70))
+def test_grouping_of_ids(experts, seed, tokens):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, experts, (tokens,), generator=generator)
     routing = ModalityRouting.from_ids(ids, experts)
-    assert_equal(routing.index(tile, backend="reference"), oracle(ids.tolist(), experts, tile))
+    assert_grouped(routing.grouping(tokens, ids.device), oracle(ids.tolist(), experts))
 
 
 def test_docstring_example(device):
     routing = ModalityRouting.from_ids(torch.tensor([1, 0, 1, 3, 1], device=device), 4)
-    index = routing.index(2)
-    assert index.rows.tolist() == [1, 0, 2, 4, 3]
-    assert index.offsets.tolist() == [0, 1, 4, 4, 5]
-    assert index.tiles.tolist() == [[0, 0], [1, 1], [1, 3], [3, 4], [-1, 0], [-1, 0], [-1, 0]]
-    assert index.num_tiles.tolist() == [4]
-    assert routing.index(2) is index  # built once
+    grouping = routing.grouping(5, device)
+    assert_grouped(grouping, ([1, 0, 2, 4, 3], [0, 1, 4, 4, 5]))
+    assert routing.grouping(5, device) is grouping  # built once
 
 
 @pytest.mark.parametrize("pieces", [[(0, 3), (1, 5)], [(2, 4), (0, 1), (2, 2)], [(0, 0), (1, 6)]])
@@ -63,25 +45,21 @@ def test_forms_agree(pieces, device):
     segments = ModalityRouting.segments(pieces, num_experts=experts)
     packed = ModalityRouting.packed([pieces] * batch, num_experts=experts, device=device)
     by_id = ModalityRouting.from_ids(torch.tensor(ids, device=device), experts)
-    expected = oracle(ids, experts, 4)
-    assert_equal(segments.index(4, num_tokens=len(ids), device=device), expected)
-    assert_equal(packed.index(4), expected)
-    assert_equal(by_id.index(4), expected)
+    for routing in (segments, packed, by_id):
+        assert_grouped(routing.grouping(len(ids), device), oracle(ids, experts))
     length = len(ids) // batch
     assert segments.sequence_length == length
     assert packed.offsets.tolist() == [0, length, 2 * length, 3 * length]
     assert packed.max_length == length
 
 
-def test_the_index_of_segments_is_looked_up_before_anything_is_built(monkeypatch):
+def test_the_grouping_of_segments_is_looked_up_before_anything_is_built(monkeypatch):
     routing = ModalityRouting.segments([(0, 3), (1, 5)])
-    index = routing.index(4, num_tokens=16)
     grouping = routing.grouping(16, torch.device("cpu"))
     monkeypatch.setattr(ModalityRouting, "expert_ids", None)
-    assert routing.index(4, num_tokens=16) is index
     assert routing.grouping(16, torch.device("cpu")) is grouping
     with pytest.raises(TypeError):
-        routing.index(4, num_tokens=24)
+        routing.grouping(24, torch.device("cpu"))
 
 
 def test_pieces_are_merged_and_tell_whether_arithmetic_finds_the_rows():
@@ -117,9 +95,9 @@ def test_what_inference_mode_or_a_trace_made_does_no_harm_later():
     routing = ModalityRouting.segments([(0, 1), (1, 1), (0, 1)])
     with FakeTensorMode():
         routing.grouping(3, ids.device)
-        routing.index(2, num_tokens=3)
-    assert type(routing.grouping(3, ids.device).rows) is torch.Tensor
-    assert routing.index(2, num_tokens=3).rows.tolist() == [0, 2, 1]
+    grouping = routing.grouping(3, ids.device)
+    assert type(grouping.rows) is torch.Tensor
+    assert grouping.rows.tolist() == [0, 2, 1]
 
 
 def test_packed_sequences_of_different_lengths():
@@ -133,20 +111,16 @@ def test_packed_sequences_of_different_lengths():
 def test_index_under_fake_tensors_has_the_real_shapes():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from vlmo.kernels.routing.ops import routing_index
-
-    real = routing_index(torch.tensor([0, 1, 1], dtype=torch.int32), 2, 2, "reference")
+    real = routing_index(torch.tensor([0, 1, 1], dtype=torch.int32), 2)
     with FakeTensorMode() as mode:
         ids = mode.from_tensor(torch.tensor([0, 1, 1], dtype=torch.int32))
-        fake = routing_index(ids, 2, 2, "reference")
+        fake = routing_index(ids, 2)
     assert [(t.shape, t.dtype) for t in fake] == [(t.shape, t.dtype) for t in real]
 
 
 def test_opcheck(device):
-    from vlmo.kernels.routing.ops import routing_index
-
     ids = torch.tensor([0, 2, 1, 1], dtype=torch.int32, device=device)
-    torch.library.opcheck(routing_index, (ids, 3, 2, "reference"))
+    torch.library.opcheck(routing_index, (ids, 3))
 
 
 def test_ids_of_any_shape_are_read_row_by_row():
@@ -212,21 +186,6 @@ def test_integers_of_numpy_are_integers():
             lambda: ModalityRouting.from_ids(torch.tensor([0]), 0),
             ValueError,
             "num_experts: 0 is not a positive integer",
-        ),
-        (
-            lambda: ModalityRouting.from_ids(torch.tensor([0]), 1).index(0),
-            ValueError,
-            "tile: 0 is not positive",
-        ),
-        (
-            lambda: ModalityRouting.segments([(0, 5)]).index(4, num_tokens=7),
-            ValueError,
-            "num_tokens: 7 is no multiple",
-        ),
-        (
-            lambda: ModalityRouting.from_ids(torch.tensor([0]), 1).index(4, backend="triton"),
-            NotImplementedError,
-            "no Triton kernel",
         ),
     ],
 )

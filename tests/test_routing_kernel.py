@@ -12,8 +12,7 @@ import torch
 
 from sm70 import Kernel
 from vlmo import _C
-from vlmo.kernels import target
-from vlmo.kernels.routing import cuda_impl
+from vlmo.kernels import routing_index, target
 
 UNWRITTEN = -77
 TARGETS = ("sm_70", "sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
@@ -23,7 +22,6 @@ TARGETS = ("sm_70", "sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
 class Case:
     tokens: int
     experts: int
-    tile: int = 64
     ids: str = "uniform"
 
     def make_ids(self) -> np.ndarray:
@@ -52,42 +50,28 @@ CASES = [
     ),
     Case(4099, 32, ids="some out of range"),
     Case(1024, 1, ids="some out of range"),
-    # Tiles of one row, of a prime, of all rows, and larger than any number of tokens.
-    *(Case(197, 3, tile) for tile in (1, 61, 197, 2**31 - 1)),
-    Case(1024, 32, 1, "one expert"),
+    Case(1024, 32, "one expert"),
 ]
 
 
-def oracle(ids, num_experts, tile):
-    """rows, offsets, tiles, num_tiles in plain Python."""
+def oracle(ids, num_experts):
+    """rows and offsets in plain Python."""
     groups = [np.flatnonzero(ids == expert) for expert in range(num_experts)]
     outside = np.flatnonzero((ids < 0) | (ids >= num_experts))
-    offsets = np.cumsum([0, *map(len, groups)])
-    tiles = [
-        (expert, first)
-        for expert in range(num_experts)
-        for first in range(offsets[expert], offsets[expert + 1], tile)
-    ]
-    unused = -(-len(ids) // tile) + num_experts - len(tiles)
-    rows = np.concatenate([*groups, outside])
-    return rows, offsets, np.array(tiles + [(-1, 0)] * unused), np.array([len(tiles)])
+    return np.concatenate([*groups, outside]), np.cumsum([0, *map(len, groups)])
 
 
 def emulate(kernel, case, **options):
     ids = case.make_ids()
-    max_tiles = -(-case.tokens // case.tile) + case.experts
-    shapes = (case.tokens, case.experts + 1, (max_tiles, 2), 1)
-    outputs = [np.full(shape, UNWRITTEN, np.int32) for shape in shapes]
-    arguments = [ids, *outputs, case.tokens, case.experts, case.tile]
-    kernel.launch(1, cuda_impl.block_threads(case.tokens), arguments, **options)
+    outputs = [np.full(size, UNWRITTEN, np.int32) for size in (case.tokens, case.experts + 1)]
+    arguments = [ids, *outputs, case.tokens, case.experts]
+    kernel.launch(1, routing_index.block_threads(case.tokens), arguments, **options)
     return outputs
 
 
 def assert_index(outputs, case):
-    expected = oracle(case.make_ids(), case.experts, case.tile)
-    for name, got, want in zip(
-        ("rows", "offsets", "tiles", "num_tiles"), outputs, expected, strict=True
-    ):
+    expected = oracle(case.make_ids(), case.experts)
+    for name, got, want in zip(("rows", "offsets"), outputs, expected, strict=True):
         np.testing.assert_array_equal(got, want, err_msg=name)
 
 
@@ -111,7 +95,7 @@ def test_emulated_index_under_random_interleaving(volta_kernel, case, seed):
 
 
 def test_index_passes_what_the_kernel_reads(volta_kernel, monkeypatch):
-    """cuda_impl.index itself, with the emulator in the place of the driver and CPU tensors."""
+    """The launch itself, with the emulator in the place of the driver and CPU tensors."""
     case = Case(197, 3)
 
     def as_array(pointer, shape):
@@ -119,21 +103,21 @@ def test_index_passes_what_the_kernel_reads(volta_kernel, monkeypatch):
 
     def launch(cubin, kernel, *, grid, block, shared_bytes, stream, device, args):
         assert (cubin, kernel, stream) == ("routing_index", volta_kernel.name, 1234)
-        *pointers, tokens, experts, tile = struct.unpack("qqqqqiii", args)
-        shapes = [(tokens,), (tokens,), (experts + 1,), (-(-tokens // tile) + experts, 2), (1,)]
+        *pointers, tokens, experts = struct.unpack("qqqii", args)
+        shapes = [(tokens,), (tokens,), (experts + 1,)]
         arrays = [as_array(*pair) for pair in zip(pointers, shapes, strict=True)]
-        volta_kernel.launch(grid, block, [*arrays, tokens, experts, tile], shared_bytes)
+        volta_kernel.launch(grid, block, [*arrays, tokens, experts], shared_bytes)
 
     monkeypatch.setattr(_C, "launch", launch)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=1234))
     strided = torch.from_numpy(case.make_ids().repeat(2))[::2]
-    outputs = cuda_impl.index(strided, case.experts, case.tile)
+    outputs = routing_index.launch(strided, case.experts)
     assert_index([output.numpy() for output in outputs], case)
 
 
 def test_parameter_block_matches_the_kernel(volta_kernel):
     layout = [(parameter.offset, parameter.size) for parameter in volta_kernel.parameters]
-    assert layout == [*((8 * i, 8) for i in range(5)), *((40 + 4 * i, 4) for i in range(3))]
+    assert layout == [(0, 8), (8, 8), (16, 8), (24, 4), (28, 4)]
 
 
 @pytest.mark.parametrize("built", TARGETS)
@@ -151,23 +135,22 @@ def test_volta_code_has_no_local_memory(volta_kernel):
 
 
 def test_why_not_names_the_obstacle(monkeypatch):
-    assert cuda_impl.why_not(torch.zeros(3, dtype=torch.int32), 2, 64) == (
+    assert routing_index.why_not_cuda(torch.zeros(3, dtype=torch.int32), 2) == (
         "ids are on cpu, not on a CUDA device."
     )
 
     device = torch.device("cuda", 0)
     ids = SimpleNamespace(device=device, dtype=torch.int32, numel=lambda: 3)
     monkeypatch.setattr(target, "compute_capability", lambda device: (6, 1))
-    assert cuda_impl.why_not(ids, 2, 64) == (
+    assert routing_index.why_not_cuda(ids, 2) == (
         f"cuda:0 is sm_61; the kernel is built for {', '.join(TARGETS)}."
     )
     monkeypatch.setattr(target, "compute_capability", lambda device: (7, 2))
-    assert cuda_impl.why_not(ids, 33, 64) == "33 experts; the kernel takes 1 to 32."
-    assert "tiles of 0 rows" in cuda_impl.why_not(ids, 2, 0)
+    assert routing_index.why_not_cuda(ids, 33) == "33 experts; the kernel takes 1 to 32."
     monkeypatch.setattr(_C, "why_no_driver", lambda: "libcuda.so.1 not found.")
-    assert cuda_impl.why_not(ids, 32, 64) == "libcuda.so.1 not found."
+    assert routing_index.why_not_cuda(ids, 32) == "libcuda.so.1 not found."
     ids.dtype = torch.int64
-    assert cuda_impl.why_not(ids, 2, 64) == "ids are torch.int64; the kernel reads int32."
+    assert routing_index.why_not_cuda(ids, 2) == "ids are torch.int64; the kernel reads int32."
 
 
 @pytest.mark.gpu
@@ -176,8 +159,6 @@ def test_gpu_index(case):
     ids = torch.from_numpy(case.make_ids())
     if torch.cuda.is_available():
         ids = ids.cuda()
-    if reason := cuda_impl.why_not(ids, case.experts, case.tile):
+    if reason := routing_index.why_not_cuda(ids, case.experts):
         pytest.skip(reason)
-    assert_index(
-        [output.cpu().numpy() for output in cuda_impl.index(ids, case.experts, case.tile)], case
-    )
+    assert_index([output.cpu().numpy() for output in routing_index.launch(ids, case.experts)], case)

@@ -1,4 +1,4 @@
-// The index of a routed operation: token numbers grouped by expert, and the tiles that cover them.
+// The index of a routed operation: token numbers grouped by expert.
 //
 // One CTA, no atomics, the same result in every run. Each warp owns a contiguous span of tokens:
 //   1. it counts its tokens per bucket (experts 0..E-1, then one bucket for ids out of range);
@@ -6,7 +6,7 @@
 //      its first entry in every bucket;
 //   3. it reads its tokens again and writes each one to its place.
 //
-// Floor: read 4 T bytes, write 4 T + 4 (E + 1) + 8 max_tiles + 4. The ids are read twice; the
+// Floor: read 4 T bytes, write 4 T + 4 (E + 1). The ids are read twice; the
 // second time they come from L2, or from L1 up to some 30k tokens.
 
 #include "common/warp.cuh"
@@ -21,7 +21,6 @@ struct Shared {
   int entry[kMaxWarps][kMaxBuckets];
   int count[kMaxBuckets];
   int first[kMaxBuckets];
-  int tile_end[kMaxExperts];  // tiles of this expert and those before it
 };
 static_assert(kMaxBuckets % 2 == 1, "bank conflicts in the scan over warps");
 
@@ -70,37 +69,18 @@ __device__ void scan_over_warps(Shared& shared, int num_buckets, int num_warps) 
   }
 }
 
-// One warp: where each expert's rows and tiles begin.
-__device__ void scan_over_experts(Shared& shared, int num_experts, int tile,
-                                  int* __restrict__ offsets, int* __restrict__ num_tiles) {
+// One warp: where each expert's rows begin.
+__device__ void scan_over_experts(Shared& shared, int num_experts, int* __restrict__ offsets) {
   const int lane = lane_index();
   const int count = lane < num_experts ? shared.count[lane] : 0;
-  const int rows_until = inclusive_scan(count);
-  const int tiles_until = inclusive_scan(count / tile + (count % tile != 0));
+  const int until = inclusive_scan(count);
   if (lane < num_experts) {
-    shared.first[lane] = rows_until - count;
-    shared.tile_end[lane] = tiles_until;
-    offsets[lane] = rows_until - count;
+    shared.first[lane] = until - count;
+    offsets[lane] = until - count;
   }
   if (lane == 31) {
-    shared.first[num_experts] = rows_until;  // the ids out of range begin here
-    offsets[num_experts] = rows_until;
-    *num_tiles = tiles_until;
-  }
-}
-
-// tiles[i] = (expert, first entry of rows), or (-1, 0) behind the last tile.
-__device__ void write_tiles(const Shared& shared, int num_experts, int tile, long long max_tiles,
-                            int2* __restrict__ tiles) {
-  for (long long i = threadIdx.x; i < max_tiles; i += blockDim.x) {
-    int expert = 0;
-    while (expert < num_experts && shared.tile_end[expert] <= i) ++expert;
-    int2 entry = make_int2(-1, 0);
-    if (expert < num_experts) {
-      const int before = expert == 0 ? 0 : shared.tile_end[expert - 1];
-      entry = make_int2(expert, shared.first[expert] + (static_cast<int>(i) - before) * tile);
-    }
-    tiles[i] = entry;
+    shared.first[num_experts] = until;  // the ids out of range begin here
+    offsets[num_experts] = until;
   }
 }
 
@@ -108,9 +88,7 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps)
     routing_index_kernel(const int* __restrict__ ids,  // [T]
                          int* __restrict__ rows,       // [T]
                          int* __restrict__ offsets,    // [E + 1]
-                         int2* __restrict__ tiles,     // [max_tiles]
-                         int* __restrict__ num_tiles,  // [1]
-                         int num_tokens, int num_experts, int tile) {
+                         int num_tokens, int num_experts) {
   __shared__ Shared shared;
   const int lane = lane_index();
   const int warp = warp_index();
@@ -120,7 +98,6 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps)
   const long long span = (chunks + num_warps - 1) / num_warps * 32;
   const long long begin = warp * span;
   const long long end = min(begin + span, static_cast<long long>(num_tokens));
-  const long long max_tiles = (num_tokens + (tile - 1LL)) / tile + num_experts;
   int* const entry = shared.entry[warp];
 
   for (int bucket = lane; bucket < num_buckets; bucket += 32) entry[bucket] = 0;
@@ -133,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps)
 
   scan_over_warps(shared, num_buckets, num_warps);
   __syncthreads();
-  if (warp == 0) scan_over_experts(shared, num_experts, tile, offsets, num_tiles);
+  if (warp == 0) scan_over_experts(shared, num_experts, offsets);
   __syncthreads();
 
   for (int bucket = lane; bucket < num_buckets; bucket += 32) entry[bucket] += shared.first[bucket];
@@ -145,5 +122,4 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps)
     if (is_first(peers)) entry[bucket] += __popc(peers);
     __syncwarp();
   });
-  write_tiles(shared, num_experts, tile, max_tiles, tiles);
 }

@@ -14,7 +14,7 @@ from vlmo.kernels.arguments import FLOATS, autocast_dtype, check_choice, check_t
 from vlmo.kernels.dispatch import resolve
 from vlmo.kernels.moe_ffn import ops
 from vlmo.kernels.moe_ffn.reference import ACTIVATIONS, GATED, NORMS, Call, moe_ffn_reference
-from vlmo.kernels.routing.api import ModalityRouting
+from vlmo.kernels.routing import ModalityRouting
 
 
 def moe_ffn(

@@ -28,7 +28,7 @@ class Call(NamedTuple):
     token_scale: Tensor | None  # [T]
     residual: Tensor | None  # [T, D]
     # The rows of each expert: ids, or else pieces. Every backend but this one also gets, with ids,
-    # rows and offsets of a RoutingIndex, and pieces only if no expert has two in one sequence.
+    # rows and offsets of a Grouping, and pieces only if no expert has two in one sequence.
     ids: Tensor | None  # [T] int32
     rows: Tensor | None  # [T] int32
     offsets: Tensor | None  # [E + 1] int32

@@ -12,40 +12,24 @@ import torch
 from torch import Tensor
 
 from vlmo.kernels.arguments import check_tensor, check_values
-from vlmo.kernels.dispatch import choose, exporting, first_that_can, requested, runs_eagerly
-from vlmo.kernels.routing import reference
-from vlmo.kernels.routing.ops import BACKENDS, routing_index
+from vlmo.kernels.dispatch import exporting, runs_eagerly
+from vlmo.kernels.routing_index import group_rows, routing_index
 
 Piece = tuple[int, int]
-_ANY_TILE = 128  # rows and offsets are the same for every tile
-
-
-class RoutingIndex(NamedTuple):
-    """Token rows grouped by expert, and the tiles that cover them. All int32, on the device.
-
-    Five tokens with ``ids = [1, 0, 1, 3, 1]``, four experts and tiles of two rows give::
-
-        rows      = [1, 0, 2, 4, 3]       token numbers, expert by expert, ascending within one
-        offsets   = [0, 1, 4, 4, 5]       expert e owns rows[offsets[e] : offsets[e + 1]]
-        tiles     = [[0, 0],              (expert, first entry of rows) of each tile;
-                     [1, 1], [1, 3],      a tile never spans two experts
-                     [3, 4],
-                     [-1, 0], ...]        unused entries up to the host's bound ceil(T / tile) + E
-        num_tiles = [4]
-    """
-
-    rows: Tensor  # [T]
-    offsets: Tensor  # [E + 1]
-    tiles: Tensor  # [ceil(T / tile) + E, 2]
-    num_tiles: Tensor  # [1]
 
 
 class Grouping(NamedTuple):
-    """What a kernel needs to find the rows of each expert where arithmetic cannot."""
+    """Token rows grouped by expert, for kernels that cannot find them by arithmetic.
+
+    Five tokens with ``ids = [1, 0, 1, 3, 1]`` and four experts give::
+
+        rows    = [1, 0, 2, 4, 3]    token numbers, expert by expert, ascending within one
+        offsets = [0, 1, 4, 4, 5]    expert e owns rows[offsets[e] : offsets[e + 1]]
+    """
 
     ids: Tensor  # [T] int32
-    rows: Tensor  # [T], as in RoutingIndex
-    offsets: Tensor  # [E + 1], as in RoutingIndex
+    rows: Tensor  # [T] int32
+    offsets: Tensor  # [E + 1] int32
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +60,6 @@ class ModalityRouting:
     ids: Tensor | None = None
     offsets: Tensor | None = None
     max_length: int = 0
-    _index: dict[tuple, RoutingIndex] = field(default_factory=dict, repr=False)
     _grouping: dict[tuple, Grouping] = field(default_factory=dict, repr=False)
     _grouped: Grouping | None = field(default=None, repr=False)  # of grouped()
 
@@ -191,53 +174,15 @@ class ModalityRouting:
                 f"{tuple(shape)} before the model dimension"
             )
 
-    def index(
-        self,
-        tile: int,
-        *,
-        num_tokens: int | None = None,
-        device: torch.device | str = "cpu",
-        backend: str | None = None,
-    ) -> RoutingIndex:
-        """Rows grouped by expert and the tile schedule for tiles of ``tile`` rows, kept for reuse.
-
-        Args:
-            tile: rows per tile.
-            num_tokens: tokens of the batch; needed in the segment form only.
-            device: where to build it; the ids' own device if there are ids.
-            backend: as everywhere.
-
-        Raises:
-            ValueError: ``tile`` is not positive, or ``num_tokens`` is missing or does not fit.
-            NotImplementedError: the backend asked for cannot run.
-        """
-        if tile <= 0:
-            raise ValueError(f"tile: {tile} is not positive")
-        if self.ids is None and (num_tokens is None or num_tokens % self.max_length):
-            raise ValueError(
-                f"num_tokens: {num_tokens} is no multiple of the sequence length {self.max_length}"
-            )
-        key = (tile, requested(backend), num_tokens, str(device))
-        index = self._index.get(key)
-        if index is None:
-            ids = self.expert_ids(num_tokens or 0, device)
-            name = choose("routing_index", BACKENDS, backend, ids, self.num_experts, tile)
-            index = RoutingIndex(*routing_index(ids, self.num_experts, tile, name))
-            # Not while tracing: a compiled graph that writes here cannot be checkpointed, and its
-            # buffers are not its own once it is a CUDA graph.
-            if runs_eagerly(index):
-                self._index[key] = index
-        return index
-
     @property
     def by_arithmetic(self) -> bool:
         """Whether each expert has at most one run of tokens, the same one in every sequence."""
         return self.ids is None and len({e for e, _ in self.pieces}) == len(self.pieces)
 
     def grouping(self, num_tokens: int, device: torch.device) -> Grouping:
-        """Rows grouped by expert on ``device``, for another operation's kernel; kept for reuse.
+        """Rows grouped by expert on ``device``, kept for reuse.
 
-        The choice of a backend was for that operation. This one takes the first that can.
+        Whatever backend was asked for: that choice was for the operation whose kernel reads them.
         """
         if self._grouped is not None:
             return self._grouped
@@ -245,7 +190,9 @@ class ModalityRouting:
         grouping = self._grouping.get(key)
         if grouping is None:
             grouping = self._group(num_tokens, device)
-            if runs_eagerly(grouping):  # as in index()
+            # Not while tracing: a compiled graph that writes here cannot be checkpointed, and its
+            # buffers are not its own once it is a CUDA graph.
+            if runs_eagerly(grouping):
                 self._grouping[key] = grouping
         return grouping
 
@@ -253,12 +200,8 @@ class ModalityRouting:
         # What an evaluation makes, a training step must be able to save for its backward.
         with torch.inference_mode(False):
             ids = self.expert_ids(num_tokens, device)
-            facts = (ids, self.num_experts, _ANY_TILE)
-            if exporting():
-                rows, offsets, *_ = reference.index(*facts)
-            else:
-                name = first_that_can("routing_index", BACKENDS, *facts)
-                rows, offsets, *_ = routing_index(*facts, name)
+            group = group_rows if exporting() else routing_index
+            rows, offsets = group(ids, self.num_experts)
         return Grouping(ids, rows, offsets)
 
     def grouped(self) -> ModalityRouting:
