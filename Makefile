@@ -39,12 +39,7 @@ tritons: $(TRITONS)
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	# mypy does not know that the folder kernels/ is vlmo.kernels: show it a tree where it is.
-	rm -rf build/typing && mkdir -p build/typing
-	cp -rs $(CURDIR)/vlmo build/typing/vlmo && rm -f build/typing/vlmo/kernels.pyi
-	ln -s $(CURDIR)/kernels build/typing/vlmo/kernels
-	cd build/typing && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
-		--cache-dir $(CURDIR)/.mypy_cache -p vlmo
+	$(BIN)/mypy -p vlmo
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Builds vlmo._C with CMake and maps the folder kernels/ to the package vlmo.kernels."""
+"""Builds vlmo._C with CMake."""
 
 import os
 import subprocess
@@ -37,14 +37,8 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=[
-        *find_packages(str(ROOT), include=["vlmo", "vlmo.*"]),
-        "vlmo.kernels",
-        *(f"vlmo.kernels.{name}" for name in find_packages(str(ROOT / "kernels"))),
-    ],
-    package_dir={"vlmo.kernels": "kernels"},
-    # A stub for editors, which do not know package_dir; beside the real package it would hide it.
-    exclude_package_data={"vlmo": ["kernels.pyi"]},
+    # vlmo/kernels is a symbolic link to the folder kernels/.
+    packages=find_packages(str(ROOT), include=["vlmo", "vlmo.*"]),
     ext_modules=[Extension("vlmo._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -22,7 +22,7 @@ import torch
 import modelled_results
 from modelled_results import assumed, assumptions_section
 from vlmo.kernels import ModalityRouting, moe_ffn
-from vlmo.kernels.moe_ffn import cuda_launch
+from vlmo.kernels.moe_ffn.cuda import arguments as cuda_launch
 from vlmo.kernels.moe_ffn.schedule import Banded, replay
 
 ROOT = Path(__file__).parent

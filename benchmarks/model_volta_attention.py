@@ -21,8 +21,11 @@ import torch
 import modelled_results
 from modelled_results import assumed, assumptions_section
 from vlmo.kernels import RelativePositionIndex
-from vlmo.kernels.attention import cuda_backward, cuda_forward, cuda_launch, cuda_table
-from vlmo.kernels.attention.reference import Call
+from vlmo.kernels.attention.call import Call
+from vlmo.kernels.attention.cuda import arguments as cuda_launch
+from vlmo.kernels.attention.cuda import backward as cuda_backward
+from vlmo.kernels.attention.cuda import bias_gradient as cuda_table
+from vlmo.kernels.attention.cuda import forward as cuda_forward
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT.parent / "tests"))

@@ -11,14 +11,14 @@ run decides. A backend asked for by name never falls back: it runs or raises its
 """
 
 if __name__ == "vlmo.kernels":
-    from vlmo.kernels.attention.api import shared_attention
-    from vlmo.kernels.attention.bias import RelativePositionBias, RelativePositionIndex
-    from vlmo.kernels.constants import Constants
-    from vlmo.kernels.decompositions import decompositions
-    from vlmo.kernels.dispatch import BACKEND_NAMES, use_backend
-    from vlmo.kernels.moe_ffn.api import moe_ffn
-    from vlmo.kernels.routing import ModalityRouting
-    from vlmo.kernels.support import why_not
+    from .attention.api import shared_attention
+    from .attention.bias import RelativePositionBias, RelativePositionIndex
+    from .constants import Constants
+    from .decompositions import decompositions
+    from .dispatch import BACKEND_NAMES, use_backend
+    from .moe_ffn.api import moe_ffn
+    from .routing import ModalityRouting
+    from .support import why_not
 else:
     # In a clone this folder is found as `kernels`, the name of a package that other libraries look
     # for (transformers does). They may find it, but nothing in it.

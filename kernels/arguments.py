@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from vlmo.kernels.dispatch import exporting
+from .dispatch import exporting
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

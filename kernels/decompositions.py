@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmo.kernels.attention import reference as attention
-from vlmo.kernels.moe_ffn import reference as moe_ffn
+from .attention import reference as attention
+from .moe_ffn import reference as moe_ffn
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

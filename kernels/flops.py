@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from vlmo.kernels.attention.reference import Call as AttentionCall
-from vlmo.kernels.moe_ffn.reference import Call as MoeFfnCall
+from .attention.call import Call as AttentionCall
+from .moe_ffn.call import Call as MoeFfnCall
 
 
 def register_formulas() -> None:

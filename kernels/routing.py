@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlmo.kernels.arguments import check_tensor, check_values
-from vlmo.kernels.dispatch import exporting, runs_eagerly
-from vlmo.kernels.routing_index import group_rows, routing_index
+from .arguments import check_tensor, check_values
+from .dispatch import exporting, runs_eagerly
+from .routing_index import group_rows, routing_index
 
 Piece = tuple[int, int]
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from vlmo import _C
-from vlmo.kernels import target
+
+from . import target
 
 MAX_EXPERTS = 32  # lanes of the warp that scans the experts; kMaxExperts of the kernel
 _MAX_INT32 = 2**31 - 1

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from vlmo.kernels import routing_index
-from vlmo.kernels.arguments import check_choice
-from vlmo.kernels.attention import ops as attention_ops
-from vlmo.kernels.dispatch import BACKEND_NAMES
-from vlmo.kernels.moe_ffn import ops as moe_ffn_ops
+from . import routing_index
+from .arguments import check_choice
+from .attention import op as attention_ops
+from .dispatch import BACKEND_NAMES
+from .moe_ffn import op as moe_ffn_ops
 
 OPERATIONS = ("moe_ffn", "shared_attention", "routing_index")
 

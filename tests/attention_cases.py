@@ -8,7 +8,7 @@ from torch import Tensor
 
 from accuracy import assert_as_accurate_as, relative_errors
 from vlmo.kernels import RelativePositionBias, RelativePositionIndex, shared_attention
-from vlmo.kernels.attention import cuda_impl
+from vlmo.kernels.attention.cuda import backend as cuda_impl
 
 # Where a test runs: a backend on a device. The fixture ``place`` of conftest.py sets each up.
 PLACES = [

@@ -11,7 +11,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
 from compiled import NoDriver
-from vlmo.kernels.triton_run import compile_only, launch
+from vlmo.kernels._backends.triton_launch import compile_only, launch
 
 
 @dataclass

@@ -27,9 +27,11 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
 from moe_ffn_cases import CASES, Case, make_tensors
-from vlmo.kernels.moe_ffn import tiles, triton_impl, triton_launch
-from vlmo.kernels.moe_ffn.reference import GATED, Call
-from vlmo.kernels.triton_target import compile_options
+from vlmo.kernels._backends.triton import compile_options
+from vlmo.kernels.moe_ffn.call import GATED, Call
+from vlmo.kernels.moe_ffn.triton import backend as triton_impl
+from vlmo.kernels.moe_ffn.triton import launch as triton_launch
+from vlmo.kernels.moe_ffn.triton import tiles
 
 INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 LISTS = ("w1", "w2", "b1", "b2", "norm_weight", "norm_bias")
@@ -144,7 +146,7 @@ def contracted(ptx: str) -> int:
     """Fused multiply-adds of a lane's own numbers and another lane's.
 
     They round the two otherwise, and the lanes that should hold one sum hold different ones: see
-    :func:`vlmo.kernels.triton_math.term`.
+    :func:`vlmo.kernels._backends.triton_device.term`.
     """
     lanes = set(re.findall(r"shfl\.sync\S*\s+(%\w+)", ptx))
     moves = re.findall(r"mov\.b32\s+(%\w+), (%\w+);", ptx)

@@ -14,9 +14,11 @@ import torch
 from attention_cases import CASES, ONES, Case, make_index, make_options, make_tensors
 from compiled import INSTRUCTIONS, TypesFit, contracted, resources, run_jobs, say
 from vlmo.kernels import RelativePositionIndex
-from vlmo.kernels.attention import tiles, triton_impl, triton_launch
-from vlmo.kernels.attention.reference import Call
-from vlmo.kernels.triton_target import compile_options
+from vlmo.kernels._backends.triton import compile_options
+from vlmo.kernels.attention.call import Call
+from vlmo.kernels.attention.triton import backend as triton_impl
+from vlmo.kernels.attention.triton import launch as triton_launch
+from vlmo.kernels.attention.triton import tiles
 
 BATCH, HEADS = 32, 12
 HEAD_DIMS = (64, 34, 128)

@@ -10,9 +10,10 @@ import torch
 
 from sm70 import Kernel
 from vlmo import _C
-from vlmo.kernels import cuda_target, target
-from vlmo.kernels.attention import cuda_launch as attention
-from vlmo.kernels.moe_ffn import cuda_launch as moe_ffn
+from vlmo.kernels import target
+from vlmo.kernels._backends import cuda as cuda_target
+from vlmo.kernels.attention.cuda import arguments as attention
+from vlmo.kernels.moe_ffn.cuda import arguments as moe_ffn
 
 PROGRAMS = 2  # CTAs that the host takes to be resident on a multiprocessor
 

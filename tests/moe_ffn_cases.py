@@ -9,7 +9,8 @@ from torch import Tensor
 
 from accuracy import assert_as_accurate_as, relative_errors
 from vlmo.kernels import ModalityRouting, moe_ffn
-from vlmo.kernels.moe_ffn import ops, reference
+from vlmo.kernels.moe_ffn import op as ops
+from vlmo.kernels.moe_ffn import reference
 
 GATED = ("swiglu", "geglu")
 

@@ -19,7 +19,7 @@ from attention_cases import (
     outputs_and_gradients,
 )
 from vlmo.kernels import RelativePositionBias, RelativePositionIndex, shared_attention
-from vlmo.kernels.attention import ops
+from vlmo.kernels.attention import op as ops
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -14,8 +14,8 @@ from attention_cases import (
     outputs_and_gradients,
 )
 from conftest import Place
-from vlmo.kernels.attention import cpu_impl
-from vlmo.kernels.attention.reference import Call
+from vlmo.kernels.attention import cpu as cpu_impl
+from vlmo.kernels.attention.call import Call
 
 CPU = Place(torch.device("cpu"), "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -31,13 +31,7 @@ from sm70.elf import Cubin
 from sm70.timing import occupancy
 from vlmo import _C
 from vlmo.kernels import RelativePositionBias, RelativePositionIndex, shared_attention, target
-from vlmo.kernels.attention import (
-    cuda_backward,
-    cuda_forward,
-    cuda_impl,
-    cuda_launch,
-    cuda_table,
-)
+from vlmo.kernels.attention.cuda import arguments, backend, backward, bias_gradient, forward
 
 HALF = torch.float16
 KERNELS = [
@@ -75,13 +69,13 @@ class Launch:
 def launches(monkeypatch, place):
     """What is launched, in order."""
     seen: list[Launch] = []
-    launch = cuda_launch.launch
+    launch = arguments.launch
 
     def spy(cubin, kernel, device, programs, threads, shared_bytes, argument, tensors):
         seen.append(Launch(cubin, kernel, programs, threads, shared_bytes, argument))
         launch(cubin, kernel, device, programs, threads, shared_bytes, argument, tensors)
 
-    monkeypatch.setattr(cuda_launch, "launch", spy)
+    monkeypatch.setattr(arguments, "launch", spy)
     return seen
 
 
@@ -318,7 +312,7 @@ def test_packed_qkv_is_read_where_it_lies(case, place, launches):
 def test_sequences_that_span_too_many_bytes_are_copied(span, token, place, launches, monkeypatch):
     expected = run_packed(PACKED, place.device)
     launches.clear()
-    monkeypatch.setattr(cuda_launch, "MAX_SPAN", span)
+    monkeypatch.setattr(arguments, "MAX_SPAN", span)
     assert_equal(run_packed(PACKED, place.device), expected)
     for launch in launches:
         assert [getattr(launch.argument.call, n).token for n in "qkv"] == [token] * 3
@@ -329,7 +323,7 @@ def test_places_have_32_bits(tokens, stride):
     """2**21 tokens of 12 heads of 64 lie too far apart unless the heads are outermost."""
     tokens = 2**tokens
     q, _, _ = torch.empty(1, tokens, 3, 12, 64, dtype=HALF, device="meta").unbind(2)
-    readable = cuda_launch.readable(q, tokens // 2 if stride == 2304 else tokens)
+    readable = arguments.readable(q, tokens // 2 if stride == 2304 else tokens)
     assert readable.shape == q.shape and readable.stride(1) == stride
     assert readable.stride(3) == 1
 
@@ -383,7 +377,7 @@ def recorded(multiprocessors=2):
         seen.append(Launch(cubin, kernel, programs, threads, shared_bytes, argument))
 
     with emulated(workers=2 * multiprocessors), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_launch, "launch", launch)
+        patch.setattr(arguments, "launch", launch)
         yield seen
 
 
@@ -482,7 +476,7 @@ def test_the_emulator_knows_where_tensors_end(cubin, path, monkeypatch):
     monkeypatch.setattr(emulator, "memory_of", short)
     case = Case(length=16, text=6, index="random", head_dim=64, batch=2, heads=1)
     with emulated():
-        launch = cuda_launch.launch
+        launch = arguments.launch
 
         def cut(launched, kernel, device, programs, threads, shared_bytes, argument, tensors):
             nonlocal address
@@ -493,7 +487,7 @@ def test_the_emulator_knows_where_tensors_end(cubin, path, monkeypatch):
                     address = getattr(address, name)
             launch(launched, kernel, device, programs, threads, shared_bytes, argument, tensors)
 
-        monkeypatch.setattr(cuda_launch, "launch", cut)
+        monkeypatch.setattr(arguments, "launch", cut)
         with pytest.raises(KernelFault, match=r"global .* out of bounds"):
             run(case)
 
@@ -503,7 +497,7 @@ def test_the_emulator_knows_where_tensors_end(cubin, path, monkeypatch):
 
 def refuses(**changes) -> str | None:
     facts = dict(device=torch.device("cuda", 0), dtype=HALF, head_dim=64, entries=1126)
-    return cuda_impl.why_not(**(facts | changes))
+    return backend.why_not(**(facts | changes))
 
 
 def test_why_not_names_the_obstacle(monkeypatch):
@@ -538,10 +532,10 @@ def test_cpu_tensors_are_refused():
 @pytest.mark.parametrize(
     ("structure", "cubin"),
     [
-        (cuda_forward.ForwardArgument, "attention_fwd"),
-        (cuda_backward.BackwardQArgument, "attention_bwd_q"),
-        (cuda_backward.BackwardKVArgument, "attention_bwd_kv"),
-        (cuda_table.BackwardTableArgument, "attention_bwd_table"),
+        (forward.ForwardArgument, "attention_fwd"),
+        (backward.BackwardQArgument, "attention_bwd_q"),
+        (backward.BackwardKVArgument, "attention_bwd_kv"),
+        (bias_gradient.BackwardTableArgument, "attention_bwd_table"),
     ],
 )
 @pytest.mark.parametrize("built", ["sm_70", "sm_75"])

@@ -17,9 +17,11 @@ from attention_cases import (
     outputs_and_gradients,
 )
 from vlmo.kernels import RelativePositionBias, RelativePositionIndex, shared_attention
-from vlmo.kernels.attention import tiles, triton_impl, triton_launch
-from vlmo.kernels.attention.reference import Call
-from vlmo.kernels.attention.tiles import Tile, Tiles
+from vlmo.kernels.attention.call import Call
+from vlmo.kernels.attention.triton import backend as triton_impl
+from vlmo.kernels.attention.triton import launch as triton_launch
+from vlmo.kernels.attention.triton import tiles
+from vlmo.kernels.attention.triton.tiles import Tile, Tiles
 
 pytestmark = on_triton
 

@@ -9,9 +9,9 @@ import moe_ffn_cases as ffn
 from accuracy import assert_as_accurate_as
 from conftest import Place
 from vlmo import VLMo, VLMoConfig
-from vlmo.kernels import cpu_target
-from vlmo.kernels.attention import cpu_impl as attention_cpu
-from vlmo.kernels.moe_ffn import cpu_impl as ffn_cpu
+from vlmo.kernels._backends import cpu as cpu_target
+from vlmo.kernels.attention import cpu as attention_cpu
+from vlmo.kernels.moe_ffn import cpu as ffn_cpu
 from vlmo.kernels.moe_ffn import onednn
 
 CPU = Place(torch.device("cpu"), "cpu")

@@ -17,7 +17,7 @@ from attention_cases import (
     outputs_and_gradients,
 )
 from vlmo.kernels import RelativePositionBias, shared_attention
-from vlmo.kernels.attention import ops
+from vlmo.kernels.attention import op as ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -25,7 +25,7 @@ from moe_ffn_cases import (
     skip_unless_possible,
 )
 from vlmo.kernels import moe_ffn
-from vlmo.kernels.moe_ffn import ops
+from vlmo.kernels.moe_ffn import op as ops
 
 
 def parity_cases():

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_ffn_cases import Case, Spy, call, leaves, make_routing, make_tensors, outputs_and_gradients
 from processes import in_ranks
 from vlmo.kernels import ModalityRouting, moe_ffn
-from vlmo.kernels.moe_ffn import ops
+from vlmo.kernels.moe_ffn import op as ops
 
 CASES = [
     Case(dim=8, hidden=(6, 10)),

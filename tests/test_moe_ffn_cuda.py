@@ -34,8 +34,12 @@ from sm70.timing import occupancy
 from vlmo import _C
 from vlmo.kernels import target
 from vlmo.kernels.moe_ffn import counters as launch_counters
-from vlmo.kernels.moe_ffn import cuda_forward, cuda_gradients, cuda_impl, cuda_launch, cuda_weights
 from vlmo.kernels.moe_ffn.counters import Counters
+from vlmo.kernels.moe_ffn.cuda import arguments as cuda_launch
+from vlmo.kernels.moe_ffn.cuda import backend as cuda_impl
+from vlmo.kernels.moe_ffn.cuda import backward_rows as cuda_gradients
+from vlmo.kernels.moe_ffn.cuda import backward_weights as cuda_weights
+from vlmo.kernels.moe_ffn.cuda import forward as cuda_forward
 
 CUBINS = ("moe_ffn_fwd", "moe_ffn_bwd_rows", "moe_ffn_bwd_weights")
 ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu", "geglu")

@@ -5,8 +5,12 @@ import torch
 
 from interleaved import Hang, Interleaved
 from moe_ffn_cases import Case, call, make_routing, make_tensors, outputs_and_gradients
-from vlmo.kernels.moe_ffn import counters, tiles, triton_backward, triton_forward, triton_weights
-from vlmo.kernels.moe_ffn.tiles import Tile, Tiles
+from vlmo.kernels.moe_ffn import counters
+from vlmo.kernels.moe_ffn.triton import backward_rows as triton_backward
+from vlmo.kernels.moe_ffn.triton import backward_weights as triton_weights
+from vlmo.kernels.moe_ffn.triton import forward as triton_forward
+from vlmo.kernels.moe_ffn.triton import tiles
+from vlmo.kernels.moe_ffn.triton.tiles import Tile, Tiles
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="Triton's interpreter is not used beside a GPU"

@@ -18,7 +18,6 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmo.kernels.moe_ffn import triton_launch as host
 from vlmo.kernels.moe_ffn.rows import Rows
 from vlmo.kernels.moe_ffn.schedule import (
     Banded,
@@ -29,9 +28,10 @@ from vlmo.kernels.moe_ffn.schedule import (
     replay,
     replay_split,
 )
-from vlmo.kernels.moe_ffn.tiles import Tile
-from vlmo.kernels.moe_ffn.triton_parts import locate
-from vlmo.kernels.moe_ffn.triton_weights import Work, find_range, find_work
+from vlmo.kernels.moe_ffn.triton import launch as host
+from vlmo.kernels.moe_ffn.triton.backward_weights import Work, find_range, find_work
+from vlmo.kernels.moe_ffn.triton.device import locate
+from vlmo.kernels.moe_ffn.triton.tiles import Tile
 
 MODEL_FILE = Path(__file__).parents[1] / "benchmarks" / "model_moe_ffn_schedule.py"
 

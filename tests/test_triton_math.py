@@ -7,10 +7,10 @@ import torch
 import triton
 import triton.language as tl
 
-from vlmo.kernels.moe_ffn.tiles import INTERPRETED
-from vlmo.kernels.moe_ffn.triton_launch import make_config
-from vlmo.kernels.moe_ffn.triton_parts import Config, gate, gate_with_slope
-from vlmo.kernels.triton_math import reciprocal, term
+from vlmo.kernels._backends.triton_device import reciprocal, term
+from vlmo.kernels.moe_ffn.triton.device import Config, gate, gate_with_slope
+from vlmo.kernels.moe_ffn.triton.launch import make_config
+from vlmo.kernels.moe_ffn.triton.tiles import INTERPRETED
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
 BLOCK = tl.constexpr(4096)

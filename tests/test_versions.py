@@ -10,7 +10,7 @@ from packaging.version import Version
 
 import compiling
 from compiling import RELEASES, TESTS, compiled, version_of
-from vlmo.kernels import triton_target
+from vlmo.kernels._backends import triton as triton_target
 
 
 def named(release: str) -> list[Version]:

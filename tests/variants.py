@@ -21,9 +21,9 @@ from vlmo.kernels import (
     moe_ffn,
     shared_attention,
 )
-from vlmo.kernels.attention import triton_launch as attention_launch
-from vlmo.kernels.moe_ffn import triton_launch
-from vlmo.kernels.triton_target import compile_options
+from vlmo.kernels._backends.triton import compile_options
+from vlmo.kernels.attention.triton import launch as attention_launch
+from vlmo.kernels.moe_ffn.triton import launch as triton_launch
 
 DIM, HEADS, HIDDEN, PATCHES, TEXT = 48, 3, 80, 9, 16
 IMAGE = PATCHES + 1
@@ -112,7 +112,7 @@ def main() -> None:
             mock.patch.object(triton_launch, "workers_on", return_value=132),
             mock.patch.object(attention_launch, "launch", ask),
             mock.patch.object(attention_launch.target, "multiprocessors", return_value=132),
-            mock.patch("vlmo.kernels.triton_target.why_not", return_value=None),
+            mock.patch("vlmo.kernels._backends.triton.why_not", return_value=None),
             mock.patch.object(knobs.runtime, "jit_cache_hook", note),
         ):
             stack.enter_context(change)

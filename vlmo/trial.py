@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmo.kernels.moe_ffn import reference, tiles, triton_impl
-from vlmo.kernels.moe_ffn.reference import Call
-from vlmo.kernels.moe_ffn.tiles import Tiles, use_tiles
+from vlmo.kernels.moe_ffn import reference
+from vlmo.kernels.moe_ffn.call import Call
+from vlmo.kernels.moe_ffn.triton import backend as triton_impl
+from vlmo.kernels.moe_ffn.triton import tiles
+from vlmo.kernels.moe_ffn.triton.tiles import Tiles, use_tiles
 from vlmo.parity import deviations
 from vlmo.timing import Work
 
@@ -88,7 +90,7 @@ class Trial:
 
             return forward
         # Imported here because it imports Triton.
-        from vlmo.kernels.moe_ffn.triton_gradients import Gradients
+        from vlmo.kernels.moe_ffn.triton.backward import Gradients
 
         with use_tiles(row):
             gradients = Gradients(*self._backward_inputs(kernel))

@@ -3,7 +3,7 @@
 The kernels are searched one after the other. All candidates of one are compiled, several at a time;
 then each is run, held against float64 by the rule of :mod:`vlmo.parity`, and timed in turn with all
 others. The table that comes out is what ``VLMO_TILES`` names (see
-:mod:`vlmo.kernels.moe_ffn.tiles`); it is written after each kernel.
+:mod:`vlmo.kernels.moe_ffn.triton.tiles`); it is written after each kernel.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import torch
 from rich.console import Console
 
 from vlmo.files import write_json
-from vlmo.kernels.moe_ffn import tiles, triton_impl
-from vlmo.kernels.moe_ffn.tiles import Tile, Tiles
+from vlmo.kernels.moe_ffn.triton import backend as triton_impl
+from vlmo.kernels.moe_ffn.triton import tiles
+from vlmo.kernels.moe_ffn.triton.tiles import Tile, Tiles
 from vlmo.kernels.target import describe, interpreted
 from vlmo.machine import versions
 from vlmo.timing import median_seconds
@@ -150,7 +151,7 @@ def search(
 def _compile(trial: Trial, kernel: str, rows: Iterable[Tiles]) -> None:
     """Several at a time; what does not compile is reported when it is run."""
     # Imported here because it imports Triton.
-    from vlmo.kernels.triton_run import compile_only
+    from vlmo.kernels._backends.triton_launch import compile_only
 
     with compile_only():
         for row in rows:

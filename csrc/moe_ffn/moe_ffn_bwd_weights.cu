@@ -14,7 +14,7 @@ constexpr int kTileOverhead = 3;  // empty positions before a divided tile: sche
 constexpr int kWarps = kThreads / 32;
 constexpr int kQuads = kTile * kTile / kThreads / 4;  // float4s of a thread's accumulators
 
-// The structs below have twins in kernels/moe_ffn/cuda_weights.py.
+// The structs below have twins in kernels/moe_ffn/cuda/backward_weights.py.
 
 // Of one expert; null where not wanted. Halves, but those of the norm have a dtype of their own.
 struct Gradient {

@@ -12,7 +12,7 @@ constexpr int kMaxPhases = 4;
 
 enum Norm { kNoNorm, kLayerNorm, kRmsNorm };
 
-// The structs below have twins in kernels/moe_ffn/cuda_launch.py.
+// The structs below have twins in kernels/moe_ffn/cuda/arguments.py.
 
 struct Expert {
   const __half* w1;         // [F, D] or, gated, [2 F, D]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlmo.kernels.arguments import FLOATS, autocast_dtype, check_tensor, check_values
-from vlmo.kernels.attention import ops
-from vlmo.kernels.attention.bias import RelativePositionBias
-from vlmo.kernels.attention.reference import Call, shared_attention_reference
-from vlmo.kernels.dispatch import resolve
+from ..arguments import FLOATS, autocast_dtype, check_tensor, check_values
+from ..dispatch import resolve
+from . import op as ops
+from .bias import RelativePositionBias
+from .call import Call
+from .reference import shared_attention_reference
 
 _INTEGERS = (torch.int32, torch.int64)
 

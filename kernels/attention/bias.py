@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vlmo.kernels.constants import Constants
+from ..constants import Constants
 
 _TEXT_SPECIALS = 3  # CLS to any, any to CLS, CLS to CLS; the image run has as many
 _CROSS = 2  # text to image, image to text

@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-class Call(NamedTuple):
-    """The arguments of one call, in the order of the operation's schema."""
-
-    q: Tensor  # [B, N, H, K], or [T, H, K] with offsets
-    k: Tensor
-    v: Tensor
-    table: Tensor | None  # [entries, H]
-    matrix: Tensor | None  # [M, M] int32, rows of table
-    affine: Tensor | None  # [M, 4] int32, the closed form of matrix where there is one
-    short: Tensor | None  # [M, P] int16, matrix again; [0, 0] if it has none
-    key_mask: Tensor | None  # [B, N] bool
-    key_lengths: Tensor | None  # [B]
-    offsets: Tensor | None  # [B + 1]
-    max_length: int
-    positions: Tensor | None  # q.shape[:-2]; rows of matrix
-    causal: bool
-    scale: float
+from .call import Call
 
 
 def why_not(*facts: Any) -> str | None:

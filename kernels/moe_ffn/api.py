@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlmo.kernels.arguments import FLOATS, autocast_dtype, check_choice, check_tensor
-from vlmo.kernels.dispatch import resolve
-from vlmo.kernels.moe_ffn import ops
-from vlmo.kernels.moe_ffn.reference import ACTIVATIONS, GATED, NORMS, Call, moe_ffn_reference
-from vlmo.kernels.routing import ModalityRouting
+from ..arguments import FLOATS, autocast_dtype, check_choice, check_tensor
+from ..dispatch import resolve
+from ..routing import ModalityRouting
+from . import op as ops
+from .call import ACTIVATIONS, GATED, NORMS, Call
+from .reference import moe_ffn_reference
 
 
 def moe_ffn(

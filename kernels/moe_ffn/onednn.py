@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmo.kernels.cpu_target import is_x86
+from .._backends.cpu import is_x86
 
 _LONGEST = 1024  # columns in float32: see above
 _GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # how oneDNN is told to approximate it

@@ -3,60 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu", "geglu")
-GATED = ("swiglu", "geglu")
-NORMS = ("none", "layer", "rms")
-
-
-class Call(NamedTuple):
-    """The arguments of one call, in the order of the operation's schema."""
-
-    x: Tensor  # [T, D]
-    w1: Sequence[Tensor]  # E x [F, D] or [2 F, D]
-    w2: Sequence[Tensor]  # E x [D, F]
-    b1: Sequence[Tensor]
-    b2: Sequence[Tensor]
-    norm_weight: Sequence[Tensor]
-    norm_bias: Sequence[Tensor]
-    layer_scale: Tensor | None  # [D]
-    token_scale: Tensor | None  # [T]
-    residual: Tensor | None  # [T, D]
-    # The rows of each expert: ids, or else pieces. Every backend but this one also gets, with ids,
-    # rows and offsets of a Grouping, and pieces only if no expert has two in one sequence.
-    ids: Tensor | None  # [T] int32
-    rows: Tensor | None  # [T] int32
-    offsets: Tensor | None  # [E + 1] int32
-    pieces: Sequence[int]  # expert, length, expert, length, ...
-    norm: str
-    norm_eps: float
-    activation: str
-    save_pre: bool
-
-
-LISTS = Call._fields[1:7]  # the parameters: one tensor of each expert, or none
-
-_MAX_WEIGHT = 2**31  # elements of w1: kernels address parts of it in int32
-
-
-def why_not_weight(width: int, hidden: Sequence[int], activation: str) -> str | None:
-    """One sentence if the largest weight has more elements than a kernel can address."""
-    elements = width * max(hidden) * (2 if activation in GATED else 1)
-    return (
-        f"a weight of {elements} elements is not below 2**31." if elements >= _MAX_WEIGHT else None
-    )
-
-
-def pre_shape(call: Call) -> tuple[int, int]:
-    """[T, max F] (max 2 F if gated) of the kept pre-activation; (0, 0) if it is not kept."""
-    if not call.save_pre:
-        return (0, 0)
-    return (call.x.shape[0], max(weight.shape[0] for weight in call.w1))
+from .call import GATED, Call, pre_shape
 
 
 def why_not(*facts: Any) -> str | None:

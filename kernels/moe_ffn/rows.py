@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from vlmo.kernels.moe_ffn.reference import Call
+from .call import Call
 
 
 class Rows(NamedTuple):

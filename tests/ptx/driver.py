@@ -23,15 +23,14 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
 from vlmo.kernels import target
-from vlmo.kernels.attention import tiles as attention_tiles
-from vlmo.kernels.attention import triton_parts as attention_parts
-from vlmo.kernels.moe_ffn import tiles as moe_ffn_tiles
-from vlmo.kernels.moe_ffn import triton_parts as moe_ffn_parts
+from vlmo.kernels._backends.triton_device import INTERPRETED
+from vlmo.kernels.attention.triton import tiles as attention_tiles
+from vlmo.kernels.moe_ffn.triton import tiles as moe_ffn_tiles
 
 from .machine import Fault, Interleaving, Machine, Report, Result
 
-# Set when they are imported: the kernels are to be compiled as for a GPU.
-assert not attention_parts.INTERPRETED and not moe_ffn_parts.INTERPRETED
+# Set when the kernels are imported: they are to be compiled as for a GPU.
+assert not INTERPRETED
 
 TARGETS = ("sm_80", "sm_90", "sm_120")
 INTERLEAVINGS = (

@@ -12,8 +12,8 @@ import torch
 import attention_cases
 import moe_ffn_cases
 from ptx.driver import TARGETS, Emulated, emulated
-from vlmo.kernels.attention import tiles as attention_tiles
-from vlmo.kernels.moe_ffn import tiles as moe_ffn_tiles
+from vlmo.kernels.attention.triton import tiles as attention_tiles
+from vlmo.kernels.moe_ffn.triton import tiles as moe_ffn_tiles
 
 PLACE = torch.device("cpu"), "triton"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

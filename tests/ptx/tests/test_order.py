@@ -23,11 +23,11 @@ from ptx.driver import CACHE
 from ptx.flow import END, blocks_of
 from ptx.order import CHANNELS, COUNTERS, Channel, Result, Rule, check
 from ptx.text import Kernel, Statement, parse
-from vlmo.kernels.attention import tiles as attention_tiles
-from vlmo.kernels.attention import triton_launch as attention_launch
-from vlmo.kernels.moe_ffn import tiles as moe_ffn_tiles
-from vlmo.kernels.moe_ffn import triton_launch as moe_ffn_launch
-from vlmo.kernels.triton_target import compile_options
+from vlmo.kernels._backends.triton import compile_options
+from vlmo.kernels.attention.triton import launch as attention_launch
+from vlmo.kernels.attention.triton import tiles as attention_tiles
+from vlmo.kernels.moe_ffn.triton import launch as moe_ffn_launch
+from vlmo.kernels.moe_ffn.triton import tiles as moe_ffn_tiles
 
 PRECISIONS = {  # of products: the dtype, and whether those of float32 are in TF32
     "16-bit": (torch.bfloat16, False),

@@ -1,0 +1,1 @@
+"""What an implementation in each technology asks of the machine, and how it launches."""

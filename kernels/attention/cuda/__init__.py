@@ -1,0 +1,1 @@
+"""shared_attention in CUDA C++ for the tensor cores of sm_70 and sm_75: csrc/attention/."""

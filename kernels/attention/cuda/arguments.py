@@ -1,0 +1,231 @@
+"""The CUDA kernels' arguments, field by field as in csrc, and the one place that launches."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlmo import _C
+
+from ... import target
+from ..call import LOG2_E, Call
+
+WARP = 32
+COLUMNS = 32  # of a column tile, kColumns
+KEPT_BYTES = 128  # of a CTA's sequence
+CODES_BYTES = 8 * COLUMNS  # of the codes and positions of a tile's keys
+STAGGERED = 4  # CTAs for each multiprocessor, from which on half of the first ones begin later
+SMALLEST_SCALE = 2.0**-100  # below it no product of half precision counts
+MAX_SPAN = 2**31  # bytes from the first token of a sequence to the last, which have 32-bit places
+
+
+class Operand(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("sequence", "token", "head")),
+    ]
+
+
+class Bias(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("table", "matrix", "narrow", "affine")),
+        *((name, ctypes.c_int32) for name in ("size", "pitch", "entries", "in_shared")),
+    ]
+
+
+class CallArgument(ctypes.Structure):
+    """``Call`` of csrc/attention/parts.cuh."""
+
+    _fields_ = [
+        *((name, Operand) for name in ("q", "k", "v")),
+        ("bias", Bias),
+        *((name, ctypes.c_void_p) for name in ("offsets", "key_lengths", "key_mask", "positions")),
+        ("lse", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        *(
+            (n, ctypes.c_int32)
+            for n in (
+                *("value_token", "value_head"),
+                *("batch", "heads", "length", "head_dim", "causal", "stagger"),
+            )
+        ),
+    ]
+
+
+class Prepared(NamedTuple):
+    """A call with every tensor as the kernels read it."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    table: Tensor | None  # [H, entries rounded up to 4] float32, over the scale
+    indices: tuple[Tensor, ...]  # matrix, short, affine
+    offsets: Tensor | None
+    key_lengths: Tensor | None
+    key_mask: Tensor | None
+    positions: Tensor | None
+    scale: float
+    batch: int
+    length: int
+    causal: bool
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        sequences = (self.offsets, self.key_lengths, self.key_mask, self.positions)
+        return [self.q, self.k, self.v, self.table, *self.indices, *sequences]
+
+
+def prepare(call: Call) -> Prepared:
+    # The kernels divide the table by the scale, and seek maxima before scaling.
+    q, scale, sign = call.q, abs(call.scale), sign_of(call.scale)
+    if sign <= 0:
+        q, scale = q * sign, scale if sign else 1.0
+    table: Tensor | None = None
+    indices: tuple[Tensor, ...] = ()
+    if call.table is not None:
+        assert call.matrix is not None and call.affine is not None and call.short is not None
+        table = F.pad((call.table.float() / scale).t(), (0, -len(call.table) % 4)).contiguous()
+        indices = (call.matrix, call.short, call.affine)
+    batch, length = q.shape[0], q.shape[1]
+    if call.offsets is not None:
+        batch, length = call.offsets.numel() - 1, call.max_length
+    return Prepared(
+        q=readable(q, length),
+        k=readable(call.k, length),
+        v=readable(call.v, length),
+        table=table,
+        indices=indices,
+        offsets=as_int32(call.offsets),
+        key_lengths=as_int32(call.key_lengths),
+        key_mask=None if call.key_mask is None else call.key_mask.contiguous(),
+        positions=as_int32(call.positions),
+        scale=scale,
+        batch=batch,
+        length=length,
+        causal=call.causal,
+    )
+
+
+def sign_of(scale: float) -> int:
+    """-1, 0 or 1; 0 also for a scale so small that scores are nothing but bias."""
+    return 0 if abs(scale) < SMALLEST_SCALE else 1 if scale > 0 else -1
+
+
+def readable(tensor: Tensor, length: int) -> Tensor:
+    """The tensor itself, or a copy where loads of 16 bytes cannot read it; K a multiple of 8.
+
+    The copy has its heads outermost where sequences of ``length`` would span too many bytes.
+    """
+    aligned = tensor.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in tensor.stride()[:-1])
+    near = tensor.stride(-3) * tensor.element_size() * length < MAX_SPAN
+    if tensor.shape[-1] % 8 == 0 and tensor.stride(-1) == 1 and aligned and near:
+        return tensor
+    tensor = F.pad(tensor, (0, -tensor.shape[-1] % 8))
+    if tensor.shape[-2] * tensor.shape[-1] * tensor.element_size() * length < MAX_SPAN:
+        return tensor.contiguous()
+    return tensor.transpose(-3, -2).contiguous().transpose(-3, -2)
+
+
+def as_int32(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(torch.int32).contiguous()
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def operand(tensor: Tensor) -> Operand:
+    """``tensor`` is [B, N, H, K], or [T, H, K] packed."""
+    strides = tensor.stride()[:-1] if tensor.dim() == 4 else (0, *tensor.stride()[:-1])
+    return Operand(tensor.data_ptr(), *strides)
+
+
+def call_argument(
+    call: Prepared, lse: Tensor, shared_bytes: int, programs: int = 0
+) -> CallArgument:
+    """What all kernels are told.
+
+    Args:
+        lse: [..., H]; its last two strides are those of delta too.
+        shared_bytes: needed without a table.
+        programs: CTAs of a kernel whose CTAs begin one after the other.
+    """
+    bias = Bias()
+    if call.table is not None:
+        matrix, short, affine = call.indices
+        bias = Bias(
+            *(pointer(t) for t in (call.table, matrix, short, affine)),
+            size=matrix.shape[1],
+            pitch=short.shape[1],
+            entries=call.table.shape[1],
+            in_shared=shared_bytes + table_bytes(call) <= shared_limit(call.q.device),
+        )
+    return CallArgument(
+        *(operand(t) for t in (call.q, call.k, call.v)),
+        bias,
+        *(pointer(t) for t in (call.offsets, call.key_lengths, call.key_mask, call.positions)),
+        pointer(lse),
+        scale=call.scale * LOG2_E,
+        value_token=lse.stride(-2),
+        value_head=lse.stride(-1),
+        batch=call.batch,
+        heads=call.q.shape[-2],
+        length=call.length,
+        head_dim=call.q.shape[-1],
+        causal=call.causal,
+        stagger=stagger(call.q.device, programs),
+    )
+
+
+def stagger(device: torch.device, programs: int) -> int:
+    """The CTA from which on as many begin later; 0 if none does, as in short launches."""
+    first = target.multiprocessors(device)
+    return first if programs >= STAGGERED * first else 0
+
+
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a CTA can have."""
+    return (64 if target.compute_capability(device) == (7, 5) else 96) * 1024
+
+
+def table_bytes(call: Prepared) -> int:
+    return 0 if call.table is None else 4 * call.table.shape[1]
+
+
+def column_tile_bytes(dim: int) -> int:
+    """``ColumnTile<dim>::kBytes``."""
+    return COLUMNS * 2 * dim
+
+
+def padded_dim(head_dim: int) -> int:
+    """The head dim that kernels are built for."""
+    return next(dim for dim in (64, 128) if head_dim <= dim)
+
+
+def launch(
+    cubin: str,
+    kernel: str,
+    device: torch.device,
+    programs: int,
+    threads: int,
+    shared_bytes: int,
+    argument: ctypes.Structure,
+    tensors: Sequence[Tensor | None],
+) -> None:
+    """Run a kernel on the current stream; ``tensors`` are all that ``argument`` points into."""
+    del tensors
+    _C.launch(
+        cubin,
+        kernel,
+        grid=(programs, 1, 1),
+        block=(threads, 1, 1),
+        shared_bytes=shared_bytes,
+        stream=torch.cuda.current_stream(device).cuda_stream,
+        device=device.index if device.index is not None else torch.cuda.current_device(),
+        args=bytes(argument),
+    )

@@ -1,0 +1,71 @@
+"""shared_attention in CUDA C++ for the tensor cores of sm_70 and sm_75: the host's side of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import target
+from ..._backends import cuda as cuda_target
+from ..call import Call
+from . import arguments as host
+from .backward import launch_keys, launch_queries
+from .bias_gradient import launch_table
+from .forward import CUBIN, launch_forward
+
+_MAX_HEAD_DIM = 128
+_MAX_HEAD_DIM_OF_SM_75 = 64  # for more the gradients' kernels need over 64 KiB of shared memory
+
+
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, entries: int) -> str | None:
+    """One sentence that says why :func:`forward` cannot run, or None."""
+    if head_dim > _MAX_HEAD_DIM:
+        return f"head dim {head_dim} is above {_MAX_HEAD_DIM}."
+    if head_dim > _MAX_HEAD_DIM_OF_SM_75 and target.compute_capability(device) == (7, 5):
+        return (
+            f"head dim {head_dim} is above {_MAX_HEAD_DIM_OF_SM_75}, the largest for which the "
+            "64 KiB of shared memory of sm_75 are enough."
+        )
+    return cuda_target.why_not(CUBIN, device, dtype)
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """out, in the shape of q, and the scores' log-sum-exp in float32, q.shape[:-1]; one launch."""
+    q = call.q
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    if q.numel() == 0:
+        return q.new_empty(q.shape), lse
+    prepared = host.prepare(call)
+    out = q.new_empty(prepared.q.shape)
+    launch_forward(prepared, out, lse)
+    return _unpadded(out, q), lse
+
+
+def backward(dout: Tensor, out: Tensor, lse: Tensor, call: Call, needs_table: bool) -> list[Tensor]:
+    """Gradients of q, k, v and the table (empty unless wanted), in two launches or three."""
+    q, table = call.q, call.table
+    if q.numel() == 0:
+        dtable = q.new_empty(0) if table is None or not needs_table else torch.zeros_like(table)
+        return [*(torch.empty_like(t) for t in (q, call.k, call.v)), dtable]
+    prepared = host.prepare(call)
+    out, dout = (host.readable(t, prepared.length) for t in (out, dout))
+    dq, dk, dv = (q.new_empty(prepared.q.shape) for _ in range(3))
+    # Heads outermost: a CTA reads the values of neighbouring tokens of one head.
+    lse = lse.reshape(-1, lse.shape[-1]).t().contiguous().t()
+    delta = torch.empty_like(lse)
+    launch_queries(prepared, out, dout, lse, dq, delta)
+    launch_keys(prepared, dout, lse, delta, dk, dv)
+    sign = host.sign_of(call.scale)
+    if sign < 0:
+        dq.neg_()
+    elif sign == 0:
+        dq.zero_()
+    grads = [_unpadded(t, q) for t in (dq, dk, dv)]
+    if table is None or not needs_table:
+        return [*grads, q.new_empty(0)]
+    dtable = launch_table(prepared, dout, lse, delta)[: len(table)]
+    return [*grads, dtable.to(table.dtype).contiguous()]
+
+
+def _unpadded(t: Tensor, q: Tensor) -> Tensor:
+    return t[..., : q.shape[-1]].contiguous()

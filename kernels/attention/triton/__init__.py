@@ -1,0 +1,1 @@
+"""shared_attention in Triton."""

@@ -1,0 +1,81 @@
+"""shared_attention in Triton: the host's side of its four kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..._backends import triton as triton_target
+from ..call import Call
+from . import tiles
+
+if TYPE_CHECKING:
+    from .launch import Work
+
+_MAX_HEAD_DIM = 128
+
+
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, entries: int) -> str | None:
+    """One sentence that says why :func:`forward` cannot run, or None."""
+    if head_dim > _MAX_HEAD_DIM:
+        return f"head dim {head_dim} is above {_MAX_HEAD_DIM}."
+    return triton_target.why_not(device, dtype)
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """out, in the shape of q, and the scores' log-sum-exp in float32, q.shape[:-1]; one launch."""
+    from .forward import attention_fwd_kernel
+    from .launch import Work
+
+    q = call.q
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    if q.numel():
+        work, tile = Work(call), tiles.choose(q.device, q.dtype, q.shape[-1]).forward
+        work.launch(attention_fwd_kernel, tile, work.programs(tile.block_q), (out, lse))
+    return out, lse
+
+
+def backward(dout: Tensor, out: Tensor, lse: Tensor, call: Call, needs_table: bool) -> list[Tensor]:
+    """Gradients of q, k, v and the table (empty unless wanted), in two launches or three."""
+    from .backward import (
+        attention_bwd_kv_kernel,
+        attention_bwd_q_kernel,
+    )
+    from .launch import Work
+
+    q = call.q
+    dq, dk, dv = (tensor.new_empty(tensor.shape) for tensor in (q, call.k, call.v))
+    dtable = q.new_empty(0)
+    if needs_table:
+        assert call.table is not None
+        dtable = call.table.new_zeros(call.table.shape)
+    if q.numel() == 0:
+        return [dq, dk, dv, dtable]
+    work, row = Work(call), tiles.choose(q.device, q.dtype, q.shape[-1])
+    delta = torch.empty_like(lse)
+    tensors = (out, dout, lse, delta, dq)
+    work.launch(attention_bwd_q_kernel, row.q, work.programs(row.q.block_q), tensors, work.scale)
+    tensors = (dout, lse, delta, dk, dv)
+    work.launch(attention_bwd_kv_kernel, row.kv, work.programs(row.kv.block_k), tensors, work.scale)
+    if needs_table:
+        _table_gradient(work, row.table, (dout, lse, delta), dtable)
+    return [dq, dk, dv, dtable]
+
+
+def _table_gradient(
+    work: Work,
+    tile: tiles.Tile,
+    tensors: tuple[Tensor, ...],
+    dtable: Tensor,  # [entries, H], written
+) -> None:
+    from .bias_gradient import attention_bwd_table_kernel
+
+    entries, heads = dtable.shape
+    chunk, parts = work.table_shares(tile)
+    sums = dtable.new_zeros(heads, parts, entries, dtype=torch.int64)
+    partial = dtable.new_zeros(heads, parts, entries, dtype=torch.float32)
+    tensors = (*tensors, sums, partial)
+    work.launch(attention_bwd_table_kernel, tile, heads * parts, tensors, chunk, parts)
+    dtable.copy_(partial.sum(1).t())

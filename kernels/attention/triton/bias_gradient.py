@@ -1,0 +1,251 @@
+"""Gradient of the bias table in Triton: deterministic, and without a tensor of N x N numbers.
+
+A program takes a tile of queries and keys, sums the scores' gradients over a range of the batch in
+registers, and only then adds the tile to the rows of the table: the bias of a pair is the same in
+every sequence. Pairs that read the same row meet there in any order, so they are added as integers,
+whose sum does not depend on it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device import (
+    Sequences,
+    clamp,
+    head_of,
+    key_side,
+    load_lse,
+    load_own,
+    load_rows,
+    product,
+    query_side,
+    sequence_of,
+    table_rows,
+    valid_keys,
+)
+
+_BLOCK_E = tl.constexpr(512)  # entries that are moved at a time
+# The largest number of a tile becomes 2^40 to 2^41: 2^22 such numbers fit into 63 bits, and what is
+# above 2^-17 of the largest keeps the 24 bits of a float32.
+_LARGEST = tl.constexpr(40)
+
+
+@triton.jit(do_not_specialize=["batch", "length", "tokens", "chunk", "parts"])
+def attention_bwd_table_kernel(
+    q,
+    k,
+    v,
+    DOUT,
+    LSE,
+    DELTA,
+    SUMS,  # [H, parts, entries] int64, zeros; left so
+    PARTIAL,  # [H, parts, entries] float32, zeros
+    sequences,
+    batch,
+    length,
+    tokens,
+    lookup,
+    scale,
+    chunk,
+    parts,
+    C: tl.constexpr,
+):
+    """Adds to one row of PARTIAL what its head's tiles, every ``parts``-th, give the table.
+
+    A tile comes once for every ``chunk`` sequences. ``scale`` is times log2(e).
+    """
+    sequences = Sequences(
+        *(batch, sequences.heads, length, tokens),
+        *(sequences.offsets, sequences.key_lengths, sequences.key_mask),
+    )
+    program = tl.program_id(0)
+    part, head = program % parts, (program // parts).to(tl.int64)
+    program = program.to(tl.int64)
+    sums, partial = SUMS + program * lookup.entries, PARTIAL + program * lookup.entries
+    chunks, k_tiles = tl.cdiv(batch, chunk), tl.cdiv(length, C.block_k)
+    items = tl.cdiv(length, C.block_q) * k_tiles * chunks
+    for turn in range(tl.cdiv(items - part, parts)):
+        item = part + turn * parts
+        first_b, tile = (item % chunks) * chunk, item // chunks
+        first_query, first_key = (tile // k_tiles) * C.block_q, (tile % k_tiles) * C.block_k
+        count = tl.minimum(chunk, batch - first_b)
+        if C.causal:
+            count = tl.where(first_key < first_query + C.block_q, count, 0)
+        if lookup.positions is None:
+            shared_tile(
+                *(q, k, v, DOUT, LSE, DELTA, sums, partial, sequences, lookup, scale),
+                *(head, first_b, count, first_query, first_key, C),
+            )
+        else:
+            tile_of_each(
+                *(q, k, v, DOUT, LSE, DELTA, sums, partial, sequences, lookup, scale),
+                *(head, first_b, count, first_query, first_key, C),
+            )
+
+
+@triton.jit
+def shared_tile(
+    q,
+    k,
+    v,
+    DOUT,
+    LSE,
+    DELTA,
+    sums,
+    partial,
+    sequences,
+    lookup,
+    scale,
+    head,
+    first_b,
+    count,
+    first_query,
+    first_key,
+    C: tl.constexpr,
+):
+    """A tile whose pairs read the same rows in every sequence: added to the table once."""
+    length = sequences.length
+    _, bias = tile_bias(lookup, head, 0, length, length, first_query, first_key, C)
+    BLOCK_Q: tl.constexpr = C.block_q
+    BLOCK_K: tl.constexpr = C.block_k
+    # [block_q, block_k]
+    acc = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+    for i in range(count):
+        start, length, valid = sequence_of(sequences, first_b + i)
+        if C.ragged:
+            # Loads in a branch are not made ahead, but most of a short sequence's tiles are empty.
+            if (first_query < length) & (first_key < valid):
+                acc += score_gradients(
+                    *(q, k, v, DOUT, LSE, DELTA, sequences, scale, bias, head, first_b + i),
+                    *(first_query, first_key, start, length, valid, C),
+                )
+        else:
+            acc += score_gradients(
+                *(q, k, v, DOUT, LSE, DELTA, sequences, scale, bias, head, first_b + i),
+                *(first_query, first_key, start, length, valid, C),
+            )
+    # Found again, instead of kept in registers through the loop.
+    length = sequences.length
+    row, _ = tile_bias(lookup, head, 0, length, length, first_query, first_key, C)
+    scatter(acc, row, sums, partial, lookup.entries)
+
+
+@triton.jit
+def tile_of_each(
+    q,
+    k,
+    v,
+    DOUT,
+    LSE,
+    DELTA,
+    sums,
+    partial,
+    sequences,
+    lookup,
+    scale,
+    head,
+    first_b,
+    count,
+    first_query,
+    first_key,
+    C: tl.constexpr,
+):
+    """A tile whose pairs read other rows in every sequence: added to the table for each."""
+    for i in range(count):
+        start, length, valid = sequence_of(sequences, first_b + i)
+        if (first_query < length) & (first_key < valid):
+            row, bias = tile_bias(lookup, head, start, length, valid, first_query, first_key, C)
+            ds = score_gradients(
+                *(q, k, v, DOUT, LSE, DELTA, sequences, scale, bias, head, first_b + i),
+                *(first_query, first_key, start, length, valid, C),
+            )
+            scatter(ds, row, sums, partial, lookup.entries)
+
+
+@triton.jit
+def tile_bias(lookup, head, start, length, valid, first_query, first_key, C: tl.constexpr):
+    """Rows of the table and bias of the pairs of a tile: [block_q, block_k] each."""
+    q_rows = clamp(first_query + tl.arange(0, C.block_q), length)
+    k_rows = clamp(first_key + tl.arange(0, C.block_k), valid)
+    q_position, q_offset, q_factor = query_side(lookup, start, q_rows)
+    k_position, k_column, regular = key_side(lookup, start, k_rows)
+    row = table_rows(
+        *(lookup, q_position[:, None], q_offset[:, None], q_factor[:, None]),
+        *(k_position[None, :], k_column[None, :], regular, C),
+    )
+    return row, tl.load(lookup.table + head * lookup.entries + row)
+
+
+@triton.jit
+def score_gradients(
+    q,
+    k,
+    v,
+    DOUT,
+    LSE,
+    DELTA,
+    sequences,
+    scale,
+    bias,
+    head,
+    b,
+    first_query,
+    first_key,
+    start,
+    length,
+    valid,
+    C: tl.constexpr,
+):
+    """ds of one tile of one head of one sequence; 0 where a pair does not attend."""
+    queries = first_query + tl.arange(0, C.block_q)
+    keys = first_key + tl.arange(0, C.block_k)
+    q_rows, k_rows = clamp(queries, length), clamp(keys, valid)
+    q_tile = load_rows(head_of(q, sequences, b, start, head, C), q, q_rows, C)
+    k_tile = load_rows(head_of(k, sequences, b, start, head, C), k, k_rows, C)
+    # [block_q, block_k]
+    s = product(q_tile, tl.trans(k_tile), C) * scale + bias
+    p = tl.exp2(s - load_lse(LSE, sequences, start, queries, length, head)[:, None])
+    dout = load_own(DOUT, sequences, start, q_rows, head, C)
+    v_tile = load_rows(head_of(v, sequences, b, start, head, C), v, k_rows, C)
+    dp = product(dout, tl.trans(v_tile), C)
+    delta = tl.load(DELTA + (start + q_rows) * sequences.heads + head)
+    # Here and not in s: dp too may be NaN under a masked key.
+    allowed = valid_keys(sequences, start, keys, valid)[None, :]
+    ds = tl.where(allowed, p * (dp - delta[:, None]), 0.0)
+    if C.causal:
+        ds = tl.where(keys[None, :] <= queries[:, None], ds, 0.0)
+    return ds
+
+
+@triton.jit
+def scatter(ds, row, sums, partial, entries):
+    """Adds a tile to the rows of the table that its pairs read.
+
+    The tile is scaled by a power of two and added up in ``sums`` as integers, then goes to
+    ``partial`` in float32, and ``sums`` is zeros again. Which tiles ``partial`` gets, and in which
+    order, does not depend on the run, so that results repeat bit by bit.
+    """
+    # inf for NaN too, which a maximum may pass over.
+    largest = tl.max(tl.where(ds == ds, tl.abs(ds), float("inf")))
+    exponent = largest.to(tl.int32, bitcast=True) >> 23
+    # 2^(_LARGEST - exponent) and its inverse, from their bits; a tile below 2^-86 gets no larger.
+    power = tl.minimum(254 - (exponent - _LARGEST), 253)
+    scale = (power << 23).to(tl.float32, bitcast=True)
+    inverse = ((254 - power) << 23).to(tl.float32, bitcast=True)
+    fixed = (ds * scale).to(tl.int64)
+    tl.atomic_add(sums + row, fixed, mask=fixed != 0, sem="relaxed")
+
+    tl.debug_barrier()
+    poison = largest * 0  # NaN if a number of the tile was not finite: no integer says so
+    for first in range(0, entries, _BLOCK_E):
+        at = first + tl.arange(0, _BLOCK_E)
+        inside = at < entries
+        # An exchange reads what the atomics wrote, wherever a cache has an older copy.
+        value = tl.atomic_xchg(
+            sums + at, tl.zeros((_BLOCK_E,), tl.int64), mask=inside, sem="relaxed"
+        )
+        total = tl.load(partial + at, mask=inside, other=0.0)
+        tl.store(partial + at, total + value.to(tl.float32) * inverse + poison, mask=inside)
+    tl.debug_barrier()

@@ -1,0 +1,103 @@
+"""Forward of shared_attention in Triton: a tile of queries meets the keys block by block."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..._backends.triton_device import dot
+from .device import (
+    LN_2,
+    Sequences,
+    clamp,
+    head_of,
+    key_side,
+    load_keys,
+    load_rows,
+    product,
+    program_place,
+    query_side,
+    sequence_of,
+    store_own,
+    table_rows,
+    valid_keys,
+)
+
+
+@triton.jit(do_not_specialize=["batch", "length", "tokens"])
+def attention_fwd_kernel(
+    q,
+    k,
+    v,
+    OUT,
+    LSE,
+    sequences,
+    batch,
+    length,
+    tokens,
+    lookup,
+    scale,
+    C: tl.constexpr,
+):
+    """out of block_q queries of one head, and their log-sum-exp; ``scale`` is times log2(e)."""
+    sequences = Sequences(
+        *(batch, sequences.heads, length, tokens),
+        *(sequences.offsets, sequences.key_lengths, sequences.key_mask),
+    )
+    tile, b, head = program_place(sequences, C.block_q)
+    start, length, valid = sequence_of(sequences, b)
+    queries = tile * C.block_q + tl.arange(0, C.block_q)
+    if tile * C.block_q >= length:
+        return
+    stop = valid
+    if C.causal:
+        stop = tl.minimum(valid, (tile + 1) * C.block_q)
+
+    rows = clamp(queries, length)
+    # [block_q, block_d]
+    q_tile = load_rows(head_of(q, sequences, b, start, head, C), q, rows, C)
+    k_base = head_of(k, sequences, b, start, head, C)
+    v_base = head_of(v, sequences, b, start, head, C)
+    if C.biased:
+        q_position, q_offset, q_factor = query_side(lookup, start, rows)
+        table = lookup.table + head.to(tl.int64) * lookup.entries
+
+    BLOCK_Q: tl.constexpr = C.block_q
+    BLOCK_D: tl.constexpr = C.block_d
+    highest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_Q,), tl.float32)
+    acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    for first in range(0, stop, C.block_k):
+        keys = first + tl.arange(0, C.block_k)
+        k_rows = clamp(keys, valid)
+        allowed = valid_keys(sequences, start, keys, valid)
+        # [block_q, block_k]
+        s = product(q_tile, tl.trans(load_rows(k_base, k, k_rows, C)), C) * scale
+        if C.biased:
+            k_position, k_column, regular = key_side(lookup, start, k_rows)
+            row = table_rows(
+                *(lookup, q_position[:, None], q_offset[:, None], q_factor[:, None]),
+                *(k_position[None, :], k_column[None, :], regular, C),
+            )
+            s += tl.load(table + row)
+        s = tl.where(allowed[None, :], s, float("-inf"))
+        if C.causal:
+            s = tl.where(keys[None, :] <= queries[:, None], s, float("-inf"))
+
+        higher = tl.maximum(highest, tl.max(s, 1))
+        # Without a valid key so far, -inf - -inf would be NaN.
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        p = tl.exp2(s - shift[:, None])
+        rescale = tl.exp2(highest - shift)
+        total = total * rescale + tl.sum(p, 1)
+        v_tile = load_keys(v_base, v, k_rows, allowed, sequences, C)
+        acc = dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], C)
+        highest = higher
+
+    # Without a valid key, out is 0 and the log-sum-exp is -inf, as ``highest`` is.
+    total = tl.where(total == 0, 1.0, total)
+    out = acc * (1.0 / total)[:, None]
+    store_own(OUT, out, sequences, start, queries, length, head, C)
+    lse = (highest + tl.log2(total)) * LN_2
+    at = LSE + (start + queries) * sequences.heads + head
+    tl.store(at, lse, mask=queries < length)

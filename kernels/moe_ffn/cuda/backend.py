@@ -1,0 +1,49 @@
+"""moe_ffn in CUDA C++ for the tensor cores of sm_70 and sm_75: the host's side of the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..._backends import cuda as cuda_target
+from ..call import Call, pre_shape, why_not_weight
+from . import arguments as host
+from .backward_rows import CudaGradients
+from .forward import CUBIN, launch_forward
+
+
+def why_not(
+    device: torch.device, dtype: torch.dtype, width: int, hidden: Sequence[int], activation: str
+) -> str | None:
+    """One sentence that says why :func:`forward` cannot run, or None."""
+    if len(hidden) > host.MAX_EXPERTS:
+        return f"{len(hidden)} experts; the kernels take at most {host.MAX_EXPERTS}."
+    if width % 8:
+        return f"model dimension {width} is not a multiple of 8, as loads of 16 bytes need."
+    for size in hidden:
+        if size % 8:
+            return f"hidden width {size} is not a multiple of 8, as loads of 16 bytes need."
+    return why_not_weight(width, hidden, activation) or cuda_target.why_not(CUBIN, device, dtype)
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """y [T, D], and the pre-activation in the kernels' own order of rows; one launch."""
+    residual = call.residual
+    # A residual that the kernel cannot read is added behind it.
+    fused = residual is None or residual.dtype in (torch.float16, torch.float32)
+    y_dtype = torch.float32 if not fused else (call.w2[0] if residual is None else residual).dtype
+    y = call.x.new_empty(call.x.shape, dtype=y_dtype)
+    pre = call.x.new_empty(pre_shape(call), dtype=torch.float16)
+    if call.x.shape[0] > 0:
+        launch_forward(call if fused else call._replace(residual=None), y, pre)
+    if not fused:
+        assert residual is not None
+        y = residual + y.to(residual.dtype)
+    return y, pre
+
+
+def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list[Tensor]:
+    """The gradients that ``needs`` asks for, in the order of the schema; empty ones elsewhere."""
+    return CudaGradients(dy, pre, call, needs).compute()

@@ -1,0 +1,329 @@
+"""The backward of moe_ffn by rows, in one launch: everything but the gradients of w1 and w2.
+
+Four phases a row tile, in the order of :class:`vlmo.kernels.moe_ffn.schedule.Banded`:
+
+0. dbranch = token_scale * dy, dh2 = layer_scale * dbranch and norm(x), to grouped scratch.
+1. dpre = act'(pre) * (dh2 W2) and the hidden activations again, from the saved pre-activation, or
+   from norm(x) W1^T + b1, made on the spot.
+2. dnormed = dpre W1; without a norm this is dx.
+3. dx through the norm.
+
+The sums over tokens that biases, norm parameters and layer scale need are left as one row of
+partial sums per task; the kernel of the weights adds them up in a fixed order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..._backends.triton_device import term
+from .device import (
+    add_bias_and_split,
+    count_tiles,
+    eighths,
+    find_tile,
+    gate_with_slope,
+    leave,
+    locate,
+    normalise,
+    preactivation,
+    product_nn,
+    select,
+    signal,
+    tokens_of,
+    unit_rows,
+    wait,
+    width_of,
+)
+
+
+@triton.jit(do_not_specialize=["bound", "band"])
+def moe_ffn_bwd_rows_kernel(
+    DY,  # [T, D]
+    X,  # [T, D]
+    PRE,  # [T, P] grouped, P = max F or, gated, max 2 F; None: made again
+    # Scratch in grouped order, None where not needed
+    DBRANCH,  # [T, D]
+    DH2,  # [T, D]; None if it is dy
+    NORMED,  # [T, D]
+    HIDDEN,  # [T, max F]
+    DPRE,  # [T, P]
+    DNORMED,  # [T, D]
+    # Partial sums, one row per task, None where not needed
+    SUM_DBRANCH,  # [.., D]
+    SUM_DPRE,  # [.., P]
+    SUM_NORM,  # [.., 2 D]: of the norm's weight, then of its bias
+    DX,  # [T, D]
+    W1,  # E pointers, as all tuples in capitals
+    W2,
+    B1,
+    NORM_WEIGHT,
+    NORM_BIAS,
+    LAYER_SCALE,
+    TOKEN_SCALE,
+    rows,
+    COUNTERS,  # [2 + 3 * bound on the row tiles]: ticket, leavers, phases 0 to 2
+    bound,
+    band,
+    norm_eps,
+    C: tl.constexpr,
+):
+    tiles = count_tiles(rows, C)
+    total = tiles * (C.tasks[0] + C.tasks[1] + C.tasks[2] + C.tasks[3])
+    prepared = COUNTERS + 2
+    differentiated = prepared + bound
+    multiplied = differentiated + bound
+
+    ticket = tl.atomic_add(COUNTERS, 1, sem="relaxed")
+    while ticket < total:
+        phase, tile, part = locate(ticket, tiles, band, C)
+        expert, start, begin, end = find_tile(rows, tile, C)
+        if phase == 0:
+            if C.tasks[0] > 0:
+                prepare(
+                    *(DY, X, DBRANCH, DH2, NORMED, SUM_DBRANCH),
+                    *(NORM_WEIGHT, NORM_BIAS, LAYER_SCALE, TOKEN_SCALE),
+                    *(rows, tile, part, expert, start, begin, end, norm_eps, C),
+                )
+                signal(prepared + tile)
+        elif phase == 1:
+            if part * C.block_f < width_of(expert, C):
+                if C.tasks[0] > 0:
+                    wait(prepared + tile, C.tasks[0])
+                differentiate(
+                    *(DY if DH2 is None else DH2, X if NORMED is None else NORMED, PRE),
+                    *(HIDDEN, DPRE, SUM_DPRE, W1, W2, B1),
+                    *(rows, tile, part, expert, start, begin, end, DH2 is None, NORMED is None, C),
+                )
+            signal(differentiated + tile)
+        elif phase == 2:
+            if C.tasks[2] > 0:
+                wait(differentiated + tile, C.tasks[1])
+                multiply(DPRE, DNORMED, DX, W1, rows, part, expert, start, begin, end, C)
+                signal(multiplied + tile)
+        else:
+            if C.tasks[3] > 0:
+                wait(multiplied + tile, C.tasks[2])
+                undo_norm(
+                    *(X, DNORMED, DX, SUM_NORM, NORM_WEIGHT),
+                    *(rows, tile, part, expert, start, begin, end, norm_eps, C),
+                )
+        # Not sooner: a ticket held while working waits, and with it all that waits for its tile.
+        ticket = tl.atomic_add(COUNTERS, 1, sem="relaxed")
+    leave(COUNTERS, 2 + 3 * bound)
+
+
+@triton.jit
+def prepare(
+    DY,
+    X,
+    DBRANCH,
+    DH2,
+    NORMED,
+    SUM_DBRANCH,
+    NORM_WEIGHT,
+    NORM_BIAS,
+    LAYER_SCALE,
+    TOKEN_SCALE,
+    rows,
+    tile,
+    part,
+    expert,
+    start,
+    begin,
+    end,
+    norm_eps,
+    C: tl.constexpr,
+):
+    """Phase 0: block_r * row_steps rows."""
+    BLOCK_D: tl.constexpr = C.block_d
+    columns = tl.arange(0, BLOCK_D)
+    within = columns < C.dim
+    BLOCK_R: tl.constexpr = C.block_r
+    total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for step in range(C.row_steps):
+        grouped = start + (part * C.row_steps + step) * C.block_r + tl.arange(0, C.block_r)
+        token = tokens_of(rows, grouped, expert, begin, end, C)
+        inside = (grouped[:, None] < end) & within[None, :]
+        at = grouped[:, None].to(tl.int64) * C.dim + columns[None, :]
+
+        dy = tl.load(DY + token[:, None] * C.dim + columns[None, :], mask=inside, other=0.0)
+        dbranch = dy.to(tl.float32)
+        if TOKEN_SCALE is not None:
+            dbranch *= tl.load(TOKEN_SCALE + token).to(tl.float32)[:, None]
+        if SUM_DBRANCH is not None:
+            total += dbranch
+        if DBRANCH is not None:
+            tl.store(DBRANCH + at, dbranch.to(DBRANCH.dtype.element_ty), mask=inside)
+        if DH2 is not None:
+            if LAYER_SCALE is not None:
+                scale = tl.load(LAYER_SCALE + columns, mask=within, other=0.0)
+                dbranch *= scale.to(tl.float32)[None, :]
+            tl.store(DH2 + at, dbranch.to(DH2.dtype.element_ty), mask=inside)
+        if NORMED is not None:
+            normalise(
+                *(X, NORMED, NORM_WEIGHT, NORM_BIAS),
+                *(token, grouped, end, expert, norm_eps, C),
+            )
+    if SUM_DBRANCH is not None:
+        row = (tile * C.tasks[0] + part).to(tl.int64)
+        tl.store(SUM_DBRANCH + row * C.dim + columns, tl.sum(total, 0), mask=within)
+
+
+@triton.jit
+def differentiate(
+    DH2,
+    NORMED,
+    PRE,
+    HIDDEN,
+    DPRE,
+    SUM_DPRE,
+    W1,
+    W2,
+    B1,
+    rows,
+    tile,
+    part,
+    expert,
+    start,
+    begin,
+    end,
+    DH2_BY_TOKEN: tl.constexpr,
+    NORMED_BY_TOKEN: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Phase 1: block_t rows, block_f hidden columns."""
+    width = width_of(expert, C)
+    first = part * C.block_f
+    grouped = start + tl.arange(0, C.block_t)
+    in_order = tl.minimum(grouped, end - 1).to(tl.int64)
+    by_token = in_order
+    if DH2_BY_TOKEN or NORMED_BY_TOKEN:
+        by_token = tokens_of(rows, grouped, expert, begin, end, C)
+
+    if PRE is None:
+        again = preactivation(
+            NORMED, by_token if NORMED_BY_TOKEN else in_order, W1, expert, first, width, C
+        )
+        # Rounded early, to leave registers for the product that follows.
+        again = eighths(again.to(DPRE.dtype.element_ty))
+    dhidden = eighths(
+        product_nn(
+            *(DH2, by_token if DH2_BY_TOKEN else in_order, select(W2, expert, C), first, width),
+            *(C.dim, C.dim, width, C.even, C.block_f, C),
+        )
+    )
+
+    EIGHTH: tl.constexpr = C.block_f // 8
+    local = tl.arange(0, C.block_t)[:, None]
+    pre_base = start.to(tl.int64) * C.max_pre
+    hidden_base = start.to(tl.int64) * C.max_hidden
+    for i in tl.static_range(8):
+        columns = first + i * EIGHTH + tl.arange(0, EIGHTH)
+        inside = (grouped[:, None] < end) & (columns[None, :] < width)
+        at = local * C.max_pre + columns[None, :]
+        if PRE is None:
+            h, value = add_bias_and_split(again[i].to(tl.float32), B1, expert, columns, width, C)
+        else:
+            h = tl.load(PRE + pre_base + at, mask=inside, other=0.0).to(tl.float32)
+            value = h
+            if C.gated:
+                value = tl.load(PRE + pre_base + width + at, mask=inside, other=0.0).to(tl.float32)
+
+        dh = tl.where(inside, dhidden[i], 0.0)
+        hidden, slope = gate_with_slope(h, C)
+        sums = SUM_DPRE
+        if SUM_DPRE is not None:
+            sums = SUM_DPRE + tile.to(tl.int64) * C.max_pre + columns
+        if C.gated:
+            dvalue = term(dh, hidden)
+            dh *= value
+            hidden *= value
+            tl.store(DPRE + pre_base + width + at, dvalue.to(DPRE.dtype.element_ty), mask=inside)
+            if SUM_DPRE is not None:
+                tl.store(sums + width, tl.sum(dvalue, 0), mask=columns < width)
+        dpre = term(dh, slope)
+        tl.store(DPRE + pre_base + at, dpre.to(DPRE.dtype.element_ty), mask=inside)
+        if SUM_DPRE is not None:
+            tl.store(sums, tl.sum(dpre, 0), mask=columns < width)
+        if HIDDEN is not None:
+            out = HIDDEN + hidden_base + local * C.max_hidden + columns[None, :]
+            tl.store(out, hidden.to(HIDDEN.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def multiply(DPRE, DNORMED, DX, W1, rows, part, expert, start, begin, end, C: tl.constexpr):
+    """Phase 2: block_t rows, block_n columns."""
+    first = part * C.block_n
+    grouped = start + tl.arange(0, C.block_t)
+    dpre_rows = tl.minimum(grouped, end - 1).to(tl.int64)
+    acc = eighths(
+        product_nn(
+            *(DPRE, dpre_rows, select(W1, expert, C), first, C.dim),
+            *(width_of(expert, C) * C.halves, C.max_pre, C.dim),
+            *(C.even, C.block_n, C),
+        )
+    )
+    EIGHTH: tl.constexpr = C.block_n // 8
+    if DNORMED is not None:
+        OUT = DNORMED
+        row = grouped.to(tl.int64)
+    else:
+        OUT = DX
+        row = tokens_of(rows, grouped, expert, begin, end, C)
+    for i in tl.static_range(8):
+        columns = first + i * EIGHTH + tl.arange(0, EIGHTH)
+        inside = (grouped[:, None] < end) & (columns[None, :] < C.dim)
+        at = OUT + row[:, None] * C.dim + columns[None, :]
+        tl.store(at, acc[i].to(OUT.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def undo_norm(
+    X,
+    DNORMED,
+    DX,
+    SUM_NORM,
+    NORM_WEIGHT,
+    rows,
+    tile,
+    part,
+    expert,
+    start,
+    begin,
+    end,
+    norm_eps,
+    C: tl.constexpr,
+):
+    """Phase 3: block_r * row_steps rows."""
+    columns = tl.arange(0, C.block_d)
+    within = columns < C.dim
+    weight = tl.load(select(NORM_WEIGHT, expert, C) + columns, mask=within, other=0.0)
+    BLOCK_D: tl.constexpr = C.block_d
+    # With dweight too as a tile to be added up at the end, the kernel spills on sm_90.
+    dweight = tl.zeros((BLOCK_D,), tl.float32)
+    BLOCK_R: tl.constexpr = C.block_r
+    dbias = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for step in range(C.row_steps):
+        grouped = start + (part * C.row_steps + step) * C.block_r + tl.arange(0, C.block_r)
+        token = tokens_of(rows, grouped, expert, begin, end, C)
+        inside = (grouped[:, None] < end) & within[None, :]
+
+        at = token[:, None] * C.dim + columns[None, :]
+        x = tl.load(X + at, mask=within[None, :], other=0.0)
+        unit, inverse = unit_rows(x.to(tl.float32), columns, norm_eps, C)
+        dnormed = DNORMED + grouped[:, None].to(tl.int64) * C.dim + columns[None, :]
+        d = tl.load(dnormed, mask=inside, other=0.0).to(tl.float32)
+        dweight += tl.sum(term(d, unit), 0)
+        dbias += d
+        if DX is not None:
+            d = term(d, weight.to(tl.float32)[None, :])
+            dx = d - unit * (tl.sum(term(d, unit), 1) / C.dim)[:, None]
+            if C.norm == "layer":
+                dx -= (tl.sum(d, 1) / C.dim)[:, None]
+            tl.store(DX + at, (dx * inverse[:, None]).to(DX.dtype.element_ty), mask=inside)
+    if SUM_NORM is not None:
+        sums = SUM_NORM + (tile * C.tasks[3] + part).to(tl.int64) * (2 * C.dim) + columns
+        tl.store(sums, dweight, mask=within)
+        tl.store(sums + C.dim, tl.sum(dbias, 0), mask=within)

@@ -1,0 +1,510 @@
+"""The backward of moe_ffn by weights, in one launch: every gradient that sums over tokens.
+
+    dw1 = dpre^T norm(x)         dw2 = layer_scale * G, G = dbranch^T hidden
+    dlayer_scale = rows of (w2 * G), summed, + b2 * sum of dbranch
+
+so the layer scale needs no third product. Two or three experts give too few tiles of dw1 and dw2 to
+fill a GPU evenly, so :class:`schedule.Split` divides them: whole tiles as long as they fill all
+programs, then one equal share of the remaining steps for each program. A share may begin or end
+inside a tile. Who has a tile's first step owns it and adds the others' partial tiles in their
+order, so the result is the same in every run. The shares are taken last one first: an owner then
+waits for programs with earlier tickets only.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..._backends.triton_device import dot, term
+from .. import schedule
+from .device import (
+    eighths,
+    expert_offset,
+    leave,
+    select,
+    signal,
+    tokens_of,
+    wait,
+    width_of,
+)
+
+TILE_OVERHEAD = tl.constexpr(schedule.TILE_OVERHEAD)
+SUM_COLUMNS = tl.constexpr(128)
+SUM_ROWS = tl.constexpr(32)
+
+
+class Work(NamedTuple):
+    """What is to be done, compiled into the kernel. Tuples are over experts."""
+
+    w1_tiles: tuple[int, ...]  # 0 where no gradient is wanted
+    w2_tiles: tuple[int, ...]
+    whole: tuple[int, ...]  # tiles that are not divided
+    workers: int  # shares of the rest
+    # Which gradients to store
+    w1: tuple[bool, ...]
+    w2: tuple[bool, ...]
+    b1: tuple[bool, ...]
+    b2: tuple[bool, ...]
+    norm_weight: tuple[bool, ...]
+    norm_bias: tuple[bool, ...]
+    # Column blocks of each kind of sum, over all experts, and its rows per row tile
+    sum_blocks: tuple[int, ...]  # dpre, dbranch, norm weight, norm bias
+    dbranch_rows: int
+    norm_rows: int
+    rows_block_t: int  # rows of the row tiles that made the sums
+    scale_signals: int  # that complete what dlayer_scale needs
+    scale_rows: int  # of SUM_SCALE
+
+
+@triton.jit
+def steps_of(rows, e: tl.constexpr, C: tl.constexpr):
+    """Steps of a tile of expert ``e``; at least one, so that an empty expert gets its zeros."""
+    count = expert_offset(rows, e + 1) - expert_offset(rows, e)
+    return tl.maximum(tl.cdiv(count, C.block_k), 1)
+
+
+@triton.jit
+def total_steps(rows, C: tl.constexpr, W: tl.constexpr):
+    """Positions of the whole tiles, and of the rest."""
+    whole, rest = 0, 0
+    for e in tl.static_range(len(C.hidden)):
+        steps = steps_of(rows, e, C)
+        whole += W.whole[e] * steps
+        rest += (W.w1_tiles[e] + W.w2_tiles[e] - W.whole[e]) * (steps + TILE_OVERHEAD)
+    return whole, rest
+
+
+@triton.jit
+def find_work(position, stop, rows, C: tl.constexpr, W: tl.constexpr):
+    """What :meth:`schedule.Split.pieces` says of the tile at a position.
+
+    Expert, tile, first and last step of the piece before ``stop`` (the same if it is empty), steps
+    of the tile, and the first position behind the tile.
+    """
+    expert, tile, first, steps, behind = -1, 0, 0, 1, 0
+    before = 0
+    for divided in tl.static_range(2):
+        for e in tl.static_range(len(C.hidden)):
+            each = steps_of(rows, e, C)
+            if divided == 0:
+                skipped = 0
+                count = W.whole[e]
+                length = each
+            else:
+                skipped = W.whole[e]
+                count = W.w1_tiles[e] + W.w2_tiles[e] - W.whole[e]
+                length = each + TILE_OVERHEAD
+            inside = (expert < 0) & (position < before + count * length)
+            number = (position - before) // length
+            end = before + (number + 1) * length
+            tile = tl.where(inside, skipped + number, tile)
+            first = tl.where(inside, tl.maximum(position - (end - each), 0), first)
+            steps = tl.where(inside, each, steps)
+            behind = tl.where(inside, end, behind)
+            expert = tl.where(inside, e, expert)
+            before += count * length
+    last = tl.maximum(steps - tl.maximum(behind - stop, 0), first)
+    return expert, tile, first, last, steps, behind
+
+
+@triton.jit
+def find_range(ticket, rows, C: tl.constexpr, W: tl.constexpr):
+    """Positions [first, last) of a ticket, its share's number or -1, and a share's length."""
+    whole_steps, rest = total_steps(rows, C, W)
+    share = tl.cdiv(rest, W.workers)
+    whole_tiles = 0
+    for e in tl.static_range(len(C.hidden)):
+        whole_tiles += W.whole[e]
+    if ticket < whole_tiles:
+        position = 0
+        stop = 0
+        before = 0
+        for e in tl.static_range(len(C.hidden)):
+            each = steps_of(rows, e, C)
+            inside = (ticket >= 0) & (ticket < W.whole[e])
+            position = tl.where(inside, before + ticket * each, position)
+            stop = tl.where(inside, before + (ticket + 1) * each, stop)
+            before += W.whole[e] * each
+            ticket -= W.whole[e]
+        number = -1
+    else:
+        number = W.workers - 1 - (ticket - whole_tiles)
+        position = whole_steps + tl.minimum(number * share, rest)
+        stop = whole_steps + tl.minimum((number + 1) * share, rest)
+    return position, stop, number, share
+
+
+@triton.jit
+def moe_ffn_bwd_weights_kernel(
+    DPRE,  # [T, P] grouped
+    NORMED,  # [T, D] grouped, or x by token if NORMED_BY_TOKEN
+    DBRANCH,  # [T, D] grouped, or dy by token if DBRANCH_BY_TOKEN
+    HIDDEN,  # [T, max F] grouped
+    SUM_DPRE,  # partial sums, as the kernel of the rows left them; anything where not needed
+    SUM_DBRANCH,
+    SUM_NORM,
+    PARTIAL,  # [workers, block_t, block_n] float32 scratch
+    SUM_SCALE,  # [scale_rows, D] float32 scratch, None if dlayer_scale is not wanted
+    SUM_BIAS,  # [E, D] float32 scratch: b2 * sum of dbranch; None if not needed
+    DW1,  # E pointers, as all tuples in capitals
+    DW2,
+    DB1,
+    DB2,
+    DNORM_WEIGHT,
+    DNORM_BIAS,
+    DLAYER_SCALE,
+    W2,
+    B2,
+    LAYER_SCALE,
+    rows,
+    COUNTERS,  # [3 + workers]: ticket, leavers, what dlayer_scale needs, partial tiles
+    NORMED_BY_TOKEN: tl.constexpr,
+    DBRANCH_BY_TOKEN: tl.constexpr,
+    C: tl.constexpr,
+    W: tl.constexpr,
+):
+    W1_TILES: tl.constexpr = W.w1_tiles
+    B1_WANTED: tl.constexpr = W.b1
+    B2_WANTED: tl.constexpr = W.b2
+    NORM_WEIGHT_WANTED: tl.constexpr = W.norm_weight
+    NORM_BIAS_WANTED: tl.constexpr = W.norm_bias
+    partial_ready = COUNTERS + 3
+    ranges = W.workers
+    for e in tl.static_range(len(C.hidden)):
+        ranges += W.whole[e]
+    total = ranges + W.sum_blocks[0] + W.sum_blocks[1] + W.sum_blocks[2] + W.sum_blocks[3]
+
+    ticket = tl.atomic_add(COUNTERS, 1, sem="relaxed")
+    while ticket < total:
+        brought = 0  # contributions to dlayer_scale
+        if ticket < ranges:
+            position, stop, number, share = find_range(ticket, rows, C, W)
+            while position < stop:
+                expert, tile, step, last, steps, position = find_work(position, stop, rows, C, W)
+                if step < last:
+                    is_w1 = tile < select(W1_TILES, expert, C)
+                    corner = tile_corner(expert, tile, is_w1, C, W)
+                    acc = weight_product(
+                        *(DPRE, NORMED, DBRANCH, HIDDEN, rows, expert, is_w1, corner),
+                        *(step, last, NORMED_BY_TOKEN, DBRANCH_BY_TOKEN, C),
+                    )
+                    if step > 0:
+                        save_partial(acc, PARTIAL, number, C)
+                        signal(partial_ready + number)
+                    else:
+                        # Its later steps are the first of the shares behind this one.
+                        peers = tl.cdiv(steps - last, tl.maximum(share, 1))
+                        for peer in range(number + 1, number + 1 + peers):
+                            wait(partial_ready + peer, 1)
+                        finish_tile(
+                            *(acc, PARTIAL, number, peers, DW1, DW2, SUM_SCALE, W2, LAYER_SCALE),
+                            *(expert, is_w1, corner, C, W),
+                        )
+                        brought += tl.where(is_w1, 0, 1)
+        else:
+            kind, expert, columns, sums = add_up(
+                SUM_DPRE, SUM_DBRANCH, SUM_NORM, ticket - ranges, rows, C, W
+            )
+            if kind == 0:
+                if DB1 is not None:
+                    width = width_of(expert, C) * C.halves
+                    store_sum(DB1, B1_WANTED, expert, columns, width, sums, C)
+            elif kind == 1:
+                within = columns < C.dim
+                if SUM_BIAS is not None:
+                    brings = within & (sums != 0.0)
+                    b2 = tl.load(select(B2, expert, C) + columns, mask=brings, other=0.0)
+                    at = SUM_BIAS + expert * C.dim + columns
+                    tl.store(at, sums * b2.to(tl.float32), mask=within)
+                    brought += 1
+                if DB2 is not None:
+                    if LAYER_SCALE is not None:
+                        scale = tl.load(LAYER_SCALE + columns, mask=within, other=0.0)
+                        sums *= scale.to(tl.float32)
+                    store_sum(DB2, B2_WANTED, expert, columns, C.dim, sums, C)
+            elif kind == 2:
+                if DNORM_WEIGHT is not None:
+                    store_sum(DNORM_WEIGHT, NORM_WEIGHT_WANTED, expert, columns, C.dim, sums, C)
+            else:
+                if DNORM_BIAS is not None:
+                    store_sum(DNORM_BIAS, NORM_BIAS_WANTED, expert, columns, C.dim, sums, C)
+        if SUM_SCALE is not None:  # noqa: SIM102 (decided when compiled, the next when run)
+            if brought > 0:
+                finish_scale(SUM_SCALE, SUM_BIAS, DLAYER_SCALE, COUNTERS + 2, brought, C, W)
+        ticket = tl.atomic_add(COUNTERS, 1, sem="relaxed")
+    leave(COUNTERS, 3 + W.workers)
+
+
+@triton.jit
+def save_partial(acc, PARTIAL, number, C: tl.constexpr):
+    parts = eighths(acc)
+    for i in tl.static_range(8):
+        tl.store(partial_at(PARTIAL, number, i, C), parts[i])
+
+
+@triton.jit
+def partial_at(PARTIAL, number, i: tl.constexpr, C: tl.constexpr):
+    """Where eighth ``i`` of the partial tile of share ``number`` lies."""
+    EIGHTH: tl.constexpr = C.block_n // 8
+    slot = PARTIAL + (number * 8 + i) * (C.block_t * EIGHTH)
+    return slot + tl.arange(0, C.block_t)[:, None] * EIGHTH + tl.arange(0, EIGHTH)[None, :]
+
+
+@triton.jit
+def tile_corner(expert, tile, is_w1, C: tl.constexpr, W: tl.constexpr):
+    """First row and column of a tile of dw1 [F or 2 F, D] or dw2 [D, F], and that shape."""
+    W1_TILES: tl.constexpr = W.w1_tiles
+    hidden = width_of(expert, C)
+    tile_rows = tl.where(is_w1, hidden * C.halves, C.dim)
+    tile_columns = tl.where(is_w1, C.dim, hidden)
+    local = tile - tl.where(is_w1, 0, select(W1_TILES, expert, C))
+    across = tl.cdiv(tile_columns, C.block_n)
+    return (local // across) * C.block_t, (local % across) * C.block_n, tile_rows, tile_columns
+
+
+@triton.jit
+def weight_product(
+    DPRE,
+    NORMED,
+    DBRANCH,
+    HIDDEN,
+    rows,
+    expert,
+    is_w1,
+    corner,
+    step,
+    last,
+    NORMED_BY_TOKEN: tl.constexpr,
+    DBRANCH_BY_TOKEN: tl.constexpr,
+    C: tl.constexpr,
+):
+    """dpre^T norm(x), or dbranch^T hidden, over the tokens of steps [step, last)."""
+    first_m, first_n, tile_rows, tile_columns = corner
+    A = tl.where(is_w1, DPRE, DBRANCH)
+    B = tl.where(is_w1, NORMED, HIDDEN)
+    stride_a = tl.where(is_w1, C.max_pre, C.dim)
+    stride_b = tl.where(is_w1, C.dim, C.max_hidden)
+    begin, end = 0, 0
+    for e in tl.static_range(len(C.hidden)):
+        begin = tl.where(expert == e, expert_offset(rows, e), begin)
+        end = tl.where(expert == e, expert_offset(rows, e + 1), end)
+    m = first_m + tl.arange(0, C.block_t)
+    n = first_n + tl.arange(0, C.block_n)
+
+    BLOCK_T: tl.constexpr = C.block_t
+    BLOCK_N: tl.constexpr = C.block_n
+    k = tl.arange(0, C.block_k)
+    a_local = k[None, :] * stride_a + m[:, None]
+    b_local = k[:, None] * stride_b + n[None, :]
+
+    acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    # Only an expert's last step may be short of rows, and masks would cost a third of every step
+    # beside tensor cores. Float32 has none, and with a second product it spills.
+    WHOLE: tl.constexpr = C.rounds
+    whole = last
+    if WHOLE:
+        whole = tl.minimum(last, (end - begin) // C.block_k)
+    for number in tl.range(step, whole):
+        acc = add_step(
+            *(acc, A, B, rows, expert, is_w1, begin, end, begin + number * C.block_k),
+            *(m, n, stride_a, stride_b, a_local, b_local, tile_rows, tile_columns),
+            *(WHOLE, NORMED_BY_TOKEN, DBRANCH_BY_TOKEN, C),
+        )
+    if WHOLE:  # noqa: SIM102 (decided when compiled, the next when run)
+        if whole < last:
+            acc = add_step(
+                *(acc, A, B, rows, expert, is_w1, begin, end, begin + whole * C.block_k),
+                *(m, n, stride_a, stride_b, a_local, b_local, tile_rows, tile_columns),
+                *(False, NORMED_BY_TOKEN, DBRANCH_BY_TOKEN, C),
+            )
+    return acc
+
+
+@triton.jit
+def add_step(
+    acc,
+    A,
+    B,
+    rows,
+    expert,
+    is_w1,
+    begin,
+    end,
+    first,
+    m,
+    n,
+    stride_a,
+    stride_b,
+    a_local,
+    b_local,
+    tile_rows,
+    tile_columns,
+    WHOLE: tl.constexpr,  # whether the block_k rows from ``first`` on are all of the expert
+    NORMED_BY_TOKEN: tl.constexpr,
+    DBRANCH_BY_TOKEN: tl.constexpr,
+    C: tl.constexpr,
+):
+    """acc + A^T B over the block_k grouped rows from ``first`` on."""
+    k = tl.arange(0, C.block_k)
+    in_order = (first + k).to(tl.int64)
+    token = in_order
+    if NORMED_BY_TOKEN or DBRANCH_BY_TOKEN:
+        token = tokens_of(rows, first + k, expert, begin, end, C)
+    if DBRANCH_BY_TOKEN:
+        a_at = A + (tl.where(is_w1, in_order, token)[None, :] * stride_a + m[:, None])
+    else:
+        a_at = A + first.to(tl.int64) * stride_a + a_local
+    if NORMED_BY_TOKEN:
+        b_at = B + (tl.where(is_w1, token, in_order)[:, None] * stride_b + n[None, :])
+    else:
+        b_at = B + first.to(tl.int64) * stride_b + b_local
+    # Loaded as it is multiplied, [block_t, block_k] and [block_k, block_n]: of an operand that is
+    # transposed after its load, Triton keeps one buffer instead of num_stages - 1 on sm_80.
+    if WHOLE and C.even:
+        a = tl.load(a_at)
+        b = tl.load(b_at)
+    else:
+        inside_m, inside_n = m[:, None] < tile_rows, n[None, :] < tile_columns
+        if WHOLE:
+            a = tl.load(a_at, mask=inside_m, other=0.0)
+            b = tl.load(b_at, mask=inside_n, other=0.0)
+        elif C.even:
+            a = tl.load(a_at, mask=k[None, :] < end - first, other=0.0)
+            b = tl.load(b_at, mask=k[:, None] < end - first, other=0.0)
+        else:
+            a = tl.load(a_at, mask=inside_m & (k[None, :] < end - first), other=0.0)
+            b = tl.load(b_at, mask=inside_n & (k[:, None] < end - first), other=0.0)
+    return dot(a, b, acc, C)
+
+
+@triton.jit
+def finish_tile(
+    acc,
+    PARTIAL,
+    number,
+    peers,
+    DW1,
+    DW2,
+    SUM_SCALE,
+    W2,
+    LAYER_SCALE,
+    expert,
+    is_w1,
+    corner,
+    C: tl.constexpr,
+    W: tl.constexpr,
+):
+    """Add the peers' partial tiles; store a tile of dw1 or dw2, and what dlayer_scale needs."""
+    first_m, first_n, tile_rows, tile_columns = corner
+    W1_WANTED: tl.constexpr = W.w1
+    W2_WANTED: tl.constexpr = W.w2
+    BLOCK_T: tl.constexpr = C.block_t
+    EIGHTH: tl.constexpr = C.block_n // 8
+    parts = eighths(acc)
+    m = first_m + tl.arange(0, C.block_t)
+    row = m[:, None] * tile_columns
+    factor = tl.full((BLOCK_T,), 1.0, tl.float32)
+    if LAYER_SCALE is not None:
+        scale = tl.load(LAYER_SCALE + m, mask=(m < tile_rows) & (not is_w1), other=1.0)
+        factor = scale.to(tl.float32)
+    of_scale = tl.zeros((BLOCK_T,), tl.float32)
+    for i in tl.static_range(8):
+        n = first_n + i * EIGHTH + tl.arange(0, EIGHTH)
+        inside = (m[:, None] < tile_rows) & (n[None, :] < tile_columns)
+        at = row + n[None, :]
+        part = parts[i]
+        for peer in range(number + 1, number + 1 + peers):
+            part += tl.load(partial_at(PARTIAL, peer, i, C))
+        if is_w1:
+            if DW1 is not None:
+                out = select(DW1, expert, C) + at
+                tl.store(
+                    out, part.to(out.dtype.element_ty), mask=inside & select(W1_WANTED, expert, C)
+                )
+        else:
+            if SUM_SCALE is not None:
+                w2 = tl.load(select(W2, expert, C) + at, mask=inside, other=0.0)
+                # Of an expert without rows part is 0, but 0 times what is not finite is not 0.
+                of_scale += tl.sum(tl.where(part == 0.0, 0.0, term(part, w2.to(tl.float32))), 1)
+            if DW2 is not None:
+                part *= factor[:, None]
+                out = select(DW2, expert, C) + at
+                tl.store(
+                    out, part.to(out.dtype.element_ty), mask=inside & select(W2_WANTED, expert, C)
+                )
+    if SUM_SCALE is not None:
+        line = first_n // C.block_n
+        for e in tl.static_range(len(C.hidden)):
+            line += tl.where(e < expert, tl.cdiv(C.hidden[e], C.block_n), 0)
+        tl.store(SUM_SCALE + line * C.dim + m, of_scale, mask=(m < C.dim) & (not is_w1))
+
+
+@triton.jit
+def finish_scale(
+    SUM_SCALE, SUM_BIAS, DLAYER_SCALE, counter, brought, C: tl.constexpr, W: tl.constexpr
+):
+    """Count contributions to dlayer_scale; whoever brings the last one adds all of them up."""
+    tl.debug_barrier()
+    before = tl.atomic_add(counter, brought, sem="acq_rel")
+    if before + brought == W.scale_signals:
+        for first in range(0, C.dim, SUM_COLUMNS):
+            columns = first + tl.arange(0, SUM_COLUMNS)
+            within = columns < C.dim
+            total = sum_rows(SUM_SCALE, 0, W.scale_rows, C.dim, columns, within)
+            if SUM_BIAS is not None:
+                total += sum_rows(SUM_BIAS, 0, len(C.hidden), C.dim, columns, within)
+            out = DLAYER_SCALE + columns
+            tl.store(out, total.to(out.dtype.element_ty), mask=within)
+
+
+@triton.jit
+def sum_rows(SOURCE, begin, end, stride, columns, within):
+    """Sums over the rows [begin, end) of some columns, always in the same order."""
+    total = tl.zeros((SUM_ROWS, SUM_COLUMNS), tl.float32)
+    for first in range(begin, end, SUM_ROWS):
+        r = first + tl.arange(0, SUM_ROWS)
+        at = SOURCE + r[:, None].to(tl.int64) * stride + columns[None, :]
+        inside = (r[:, None] < end) & within[None, :]
+        total += tl.load(at, mask=inside, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def add_up(SUM_DPRE, SUM_DBRANCH, SUM_NORM, block, rows, C: tl.constexpr, W: tl.constexpr):
+    """One block of columns of one kind of partial sums of one expert: kind, expert, columns, sums.
+
+    Kinds: 0 dpre, 1 dbranch, 2 the norm's weight, 3 its bias.
+    """
+    kind = 0
+    blocks = W.sum_blocks[0]
+    for i in tl.static_range(1, 4):
+        behind = (kind == i - 1) & (block >= blocks)
+        block -= tl.where(behind, blocks, 0)
+        kind = tl.where(behind, i, kind)
+        blocks = tl.where(behind, W.sum_blocks[i], blocks)
+    each = blocks // len(C.hidden)
+    expert = block // each
+    columns = (block % each) * SUM_COLUMNS + tl.arange(0, SUM_COLUMNS)
+
+    source = tl.where(kind == 0, SUM_DPRE, tl.where(kind == 1, SUM_DBRANCH, SUM_NORM))
+    source += tl.where(kind == 3, C.dim, 0)
+    stride = tl.where(kind == 0, C.max_pre, tl.where(kind == 1, C.dim, 2 * C.dim))
+    per_tile = tl.where(kind == 0, 1, tl.where(kind == 1, W.dbranch_rows, W.norm_rows))
+    begin, end, tiles = 0, 0, 0
+    for e in tl.static_range(len(C.hidden)):
+        begin = tl.where(expert == e, tiles, begin)
+        tiles += tl.cdiv(expert_offset(rows, e + 1) - expert_offset(rows, e), W.rows_block_t)
+        end = tl.where(expert == e, tiles, end)
+    within = columns < tl.where(kind == 0, width_of(expert, C) * C.halves, C.dim)
+    sums = sum_rows(source, begin * per_tile, end * per_tile, stride, columns, within)
+    return kind, expert, columns, sums
+
+
+@triton.jit
+def store_sum(OUT, wanted, expert, columns, width, sums, C: tl.constexpr):
+    out = select(OUT, expert, C) + columns
+    inside = (columns < width) & select(wanted, expert, C)
+    tl.store(out, sums.to(out.dtype.element_ty), mask=inside)

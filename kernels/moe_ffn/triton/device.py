@@ -1,0 +1,413 @@
+"""What the three Triton kernels of moe_ffn share: rows, tickets, counters, products, activations.
+
+Rows come in two numberings. A *token* is a row of x and y. A *grouped* row counts the tokens expert
+by expert: expert e owns the grouped rows of ``[offset_e, offset_e + count_e)``, in token order, and
+a row tile never spans two experts. Scratch tensors lie in grouped order, so that a tile's rows are
+contiguous; x, dy, residual, y and dx are addressed by token.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..._backends.triton_device import dot, from_odd, reciprocal, term
+
+
+class Config(NamedTuple):
+    """What is compiled into a kernel."""
+
+    dim: int  # D
+    hidden: tuple[int, ...]  # E x F
+    max_hidden: int
+    norm: str
+    activation: str
+    gated: bool
+    halves: int  # of a pre-activation: gate and value, or 1
+    max_pre: int  # columns of a pre-activation that has room for every expert's: P
+    precision: str  # of products of float32: "ieee" or "tf32"
+    rounds: bool  # to 16 bits, what an activation gives
+    tasks: tuple[int, ...]  # of each phase, for one row tile
+    even_dim: bool  # block_k divides D
+    even_hidden: bool  # block_k divides every F
+    even: bool  # every block divides both
+    block_t: int  # rows of a tile
+    block_n: int  # its columns; where they are hidden ones, block_f: half as many if gated
+    block_f: int
+    block_k: int
+    block_d: int  # D, rounded up to a power of two
+    block_r: int  # rows that a phase without products holds at once
+    row_steps: int  # and how often it does so in one task
+
+
+class Passed(NamedTuple):
+    """:class:`vlmo.kernels.moe_ffn.rows.Rows` as a kernel takes them.
+
+    Integers are passed by :func:`vlmo.kernels._backends.triton_device.odd`.
+    """
+
+    starts: Any  # E x first token of the expert's run in a sequence; None with an index
+    lengths: Any  # E x tokens of the run
+    ends: Any  # E x grouped row behind the expert's last
+    length: Any  # tokens of a sequence
+    tokens: Any  # [T] int32, token of each grouped row; None in the segment form
+    offsets: Any  # [E + 1] int32
+
+
+@triton.jit
+def select(values, index, C: tl.constexpr):
+    """``values[index]`` for an index that is only known at run time."""
+    chosen = values[0]
+    for i in tl.static_range(1, len(C.hidden)):
+        chosen = tl.where(index == i, values[i], chosen)
+    return chosen
+
+
+@triton.jit
+def width_of(expert, C: tl.constexpr):
+    """F of an expert."""
+    HIDDEN: tl.constexpr = C.hidden  # up to Triton 3.6 a field cannot be passed on as it is
+    return select(HIDDEN, expert, C)
+
+
+@triton.jit
+def expert_offset(rows, i: tl.constexpr):
+    """Grouped row at which expert ``i`` begins; T for ``i`` = E."""
+    if rows.offsets is None:
+        if i == 0:
+            return 0
+        else:
+            return from_odd(rows.ends[i - 1])
+    else:
+        return tl.load(rows.offsets + i)
+
+
+@triton.jit
+def count_tiles(rows, C: tl.constexpr):
+    """Row tiles of all experts."""
+    tiles = 0
+    for e in tl.static_range(len(C.hidden)):
+        tiles += tl.cdiv(expert_offset(rows, e + 1) - expert_offset(rows, e), C.block_t)
+    return tiles
+
+
+@triton.jit
+def find_tile(rows, tile, C: tl.constexpr):
+    """The expert of a row tile, the tile's first grouped row, and the expert's first and end."""
+    expert, first, begin, end = 0, 0, 0, 0
+    before = 0
+    for e in tl.static_range(len(C.hidden)):
+        start = expert_offset(rows, e)
+        stop = expert_offset(rows, e + 1)
+        tiles = tl.cdiv(stop - start, C.block_t)
+        inside = (tile >= before) & (tile < before + tiles)
+        expert = tl.where(inside, e, expert)
+        first = tl.where(inside, start + (tile - before) * C.block_t, first)
+        begin = tl.where(inside, start, begin)
+        end = tl.where(inside, stop, end)
+        before += tiles
+    return expert, first, begin, end
+
+
+@triton.jit
+def tokens_of(rows, grouped, expert, begin, end, C: tl.constexpr):
+    """Tokens of grouped rows of one expert, int64; rows behind its end repeat its last one."""
+    grouped = tl.maximum(tl.minimum(grouped, end - 1), 0)
+    if rows.offsets is None:
+        length = tl.maximum(from_odd(select(rows.lengths, expert, C)), 1)
+        local = grouped - begin
+        start = from_odd(select(rows.starts, expert, C))
+        token = (local // length) * from_odd(rows.length) + start
+        return (token + local % length).to(tl.int64)
+    else:
+        return tl.load(rows.tokens + grouped).to(tl.int64)
+
+
+@triton.jit
+def first_ticket(step, tiles, band, C: tl.constexpr):
+    """Tickets before ``step``, as in ``schedule.Banded.first_ticket``."""
+    tickets = 0
+    for p in tl.static_range(len(C.tasks)):
+        tickets += tl.minimum(tl.maximum(step - p, 0) * band, tiles) * C.tasks[p]
+    return tickets
+
+
+@triton.jit
+def locate(ticket, tiles, band, C: tl.constexpr):
+    """Phase, row tile and part of a ticket, as in ``schedule.Banded.locate``."""
+    per_tile = 0
+    for p in tl.static_range(len(C.tasks)):
+        per_tile += C.tasks[p]
+    step = ticket // (band * per_tile)
+    while first_ticket(step + 1, tiles, band, C) <= ticket:
+        step += 1
+    offset = ticket - first_ticket(step, tiles, band, C)
+    phase, tile, part = -1, 0, 0
+    for p in tl.static_range(len(C.tasks)):
+        first = tl.minimum(tl.maximum(step - p, 0) * band, tiles)
+        size = tl.minimum(tl.maximum(step - p + 1, 0) * band, tiles) - first
+        inside = (phase < 0) & (offset < size * C.tasks[p])
+        tile = tl.where(inside, first + offset % tl.maximum(size, 1), tile)
+        part = tl.where(inside, offset // tl.maximum(size, 1), part)
+        phase = tl.where(inside, p, phase)
+        offset -= size * C.tasks[p]
+    return phase, tile, part
+
+
+@triton.jit
+def signal(counter):
+    """Publish what this program has stored: to be seen by who waits on the counter."""
+    # The atomic is done by one thread; it must not overtake the stores of the others.
+    tl.debug_barrier()
+    tl.atomic_add(counter, 1, sem="release")
+
+
+@triton.jit
+def wait(counter, expected):
+    """Until ``expected`` signals have come, all of them from programs with earlier tickets."""
+    while tl.atomic_add(counter, 0, sem="acquire") < expected:
+        pass
+
+
+@triton.jit
+def leave(counters, size):
+    """The last program to leave zeroes all counters, for the next launch."""
+    tl.debug_barrier()
+    if tl.atomic_add(counters + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        for first in range(0, size, 1024):
+            at = first + tl.arange(0, 1024)
+            tl.store(counters + at, tl.zeros((1024,), tl.int32), mask=at < size)
+
+
+@triton.jit
+def product_nt(
+    A,  # [rows, >= K], row stride stride_a
+    a_rows,  # [block_t] int64, valid rows of A
+    B,  # [N, K], row stride stride_b
+    b_rows,  # [BLOCK_N] int64, valid rows of B
+    K,
+    stride_a: tl.constexpr,
+    stride_b,
+    EVEN_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    C: tl.constexpr,
+):
+    """A[a_rows] @ B[b_rows]^T: [block_t, BLOCK_N] float32.
+
+    Rows of the tile that the caller will not store repeat valid ones: cheaper than a mask in the
+    loop, and no row or column of a product depends on another.
+    """
+    k = tl.arange(0, C.block_k)
+    a_pointers = A + a_rows[:, None] * stride_a + k[None, :]
+    b_pointers = B + b_rows[None, :] * stride_b + k[:, None]
+    BLOCK_T: tl.constexpr = C.block_t
+    acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    for start in tl.range(0, K, C.block_k):
+        if EVEN_K:
+            a = tl.load(a_pointers)
+            b = tl.load(b_pointers)
+        else:
+            a = tl.load(a_pointers, mask=k[None, :] < K - start, other=0.0)
+            b = tl.load(b_pointers, mask=k[:, None] < K - start, other=0.0)
+        acc = dot(a, b, acc, C)
+        a_pointers += C.block_k
+        b_pointers += C.block_k
+    return acc
+
+
+@triton.jit
+def product_nn(
+    A,  # [rows, >= K], row stride stride_a
+    a_rows,  # [block_t] int64, valid rows of A
+    B,  # [K, N], row stride stride_b
+    first,  # first column of B
+    N,
+    K,
+    stride_a: tl.constexpr,
+    stride_b,
+    EVEN: tl.constexpr,  # whether block_k divides K, and BLOCK_N divides N
+    BLOCK_N: tl.constexpr,
+    C: tl.constexpr,
+):
+    """A[a_rows] @ B[:, first : first + BLOCK_N]: [block_t, BLOCK_N] float32, zero behind N."""
+    k = tl.arange(0, C.block_k)
+    columns = first + tl.arange(0, BLOCK_N)
+    a_pointers = A + a_rows[:, None] * stride_a + k[None, :]
+    b_pointers = B + k[:, None].to(tl.int64) * stride_b + columns[None, :]
+    BLOCK_T: tl.constexpr = C.block_t
+    acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    for start in tl.range(0, K, C.block_k):
+        if EVEN:
+            a = tl.load(a_pointers)
+            b = tl.load(b_pointers)
+        else:
+            a = tl.load(a_pointers, mask=k[None, :] < K - start, other=0.0)
+            within = (k[:, None] < K - start) & (columns[None, :] < N)
+            b = tl.load(b_pointers, mask=within, other=0.0)
+        acc = dot(a, b, acc, C)
+        a_pointers += C.block_k
+        b_pointers += C.block_k * stride_b
+    return acc
+
+
+@triton.jit
+def sigmoid(x, C: tl.constexpr):
+    if C.rounds:
+        return reciprocal(1.0 + tl.exp2(-1.4426950408889634 * x))
+    else:
+        return tl.sigmoid(x)
+
+
+@triton.jit
+def normal_tail(x):
+    """What the normal distribution has below -a, a = abs(x), and exp(-a^2 / 2).
+
+    tail = bell q(t), t = 1 / (1 + 0.36 a), with the polynomial q of csrc/common/activation.cuh. Its
+    largest relative error for a <= 8 is 2.0e-5: a twenty-fourth of what rounding to float16 may
+    cost, for half of the instructions of erf.
+    """
+    t = reciprocal(1.0 + 0.36 * tl.abs(x))
+    q = 0.24151058098923406 - 0.09412777934009552 * t
+    q = 0.049573229817512846 + t * q
+    q = 0.16095662590775353 + t * q
+    q = 0.14209608922113928 + t * q
+    bell = tl.exp2(x * x * -0.7213475204444817)
+    return bell * t * q, bell
+
+
+@triton.jit
+def normal_cdf(x):
+    return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+
+
+@triton.jit
+def gate(x, C: tl.constexpr):
+    """The activation of one argument; of a gated one, what multiplies the value."""
+    if C.activation == "swiglu":
+        return x * sigmoid(x, C)
+    elif C.activation == "gelu_tanh":
+        # x * (1 + tanh(u)) / 2 = x * sigmoid(2 u)
+        return x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x), C)
+    elif C.rounds:
+        tail, _ = normal_tail(x)
+        return tl.maximum(x, 0.0) - tl.abs(x) * tail
+    else:
+        return x * normal_cdf(x)
+
+
+@triton.jit
+def gate_with_slope(x, C: tl.constexpr):
+    """The activation and its derivative."""
+    if C.activation == "swiglu":
+        s = sigmoid(x, C)
+        return x * s, s * (1.0 + x * (1.0 - s))
+    elif C.activation == "gelu_tanh":
+        s = sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x), C)
+        inner = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        return x * s, s * (1.0 + x * (1.0 - s) * inner)
+    elif C.rounds:
+        tail, bell = normal_tail(x)
+        cdf = tl.where(x > 0.0, 1.0 - tail, tail)
+        return x * cdf, cdf + x * 0.3989422804014327 * bell
+    else:
+        cdf = normal_cdf(x)
+        return x * cdf, cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
+def preactivation(A, a_rows, W1, expert, first, width, C: tl.constexpr):
+    """A[a_rows] W1^T for block_f hidden columns; gate and value of a column lie side by side."""
+    HALVES: tl.constexpr = C.halves
+    BLOCK_N: tl.constexpr = C.block_f * HALVES
+    lane = tl.arange(0, BLOCK_N)
+    columns = tl.minimum(first + lane // HALVES, width - 1) + (lane % HALVES) * width
+    w1 = select(W1, expert, C)
+    return product_nt(
+        A, a_rows, w1, columns.to(tl.int64), C.dim, C.dim, C.dim, C.even_dim, BLOCK_N, C
+    )
+
+
+@triton.jit
+def halves(tile):
+    """The left and the right half of a tile's columns."""
+    ROWS: tl.constexpr = tile.shape[0]
+    HALF: tl.constexpr = tile.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
+def eighths(tile):
+    """Eight parts of a tile's columns, from left to right.
+
+    Epilogues work on one part after the other: addresses, masks and intermediate values of a tile
+    of 128 x 256 do not fit in the registers beside its accumulators. In one piece the kernels spill
+    528 (forward), 1720 (rows) and 360 (weights) bytes a thread on sm_90; in quarters the backward's
+    still spill.
+    """
+    left, right = halves(tile)
+    a, b = halves(left)
+    c, d = halves(right)
+    a0, a1 = halves(a)
+    b0, b1 = halves(b)
+    c0, c1 = halves(c)
+    d0, d1 = halves(d)
+    return a0, a1, b0, b1, c0, c1, d0, d1
+
+
+@triton.jit
+def add_bias_and_split(h, B1, expert, columns, width, C: tl.constexpr):
+    """h + b1 from the columns that :func:`preactivation` laid side by side: gate, value.
+
+    Without a gate both are the same.
+    """
+    if C.gated:
+        left, right = tl.split(tl.reshape(h, (h.shape[0], columns.shape[0], 2)))
+    else:
+        left, right = h, h
+    if B1 is not None:
+        b1 = select(B1, expert, C) + columns
+        left += tl.load(b1, mask=columns < width, other=0.0).to(tl.float32)[None, :]
+        if C.gated:
+            right += tl.load(b1 + width, mask=columns < width, other=0.0).to(tl.float32)[None, :]
+    return left, right
+
+
+@triton.jit
+def unit_rows(x, columns, eps, C: tl.constexpr):
+    """xhat of LayerNorm or RMSNorm, and the inverse deviation of each row; float32."""
+    if C.norm == "layer":
+        mean = tl.sum(x, 1) / C.dim
+        x = tl.where(columns[None, :] < C.dim, x - mean[:, None], 0.0)
+    inverse = tl.rsqrt(tl.sum(term(x, x), 1) / C.dim + eps)
+    return x * inverse[:, None], inverse
+
+
+@triton.jit
+def normalise(
+    X,
+    NORMED,
+    NORM_WEIGHT,
+    NORM_BIAS,
+    token,  # [block_r] int64
+    grouped,  # [block_r]
+    end,
+    expert,
+    norm_eps,
+    C: tl.constexpr,
+):
+    """norm_e(x) of some rows, to grouped scratch."""
+    columns = tl.arange(0, C.block_d)
+    within = columns < C.dim
+    inside = (grouped[:, None] < end) & within[None, :]
+
+    x = tl.load(X + token[:, None] * C.dim + columns[None, :], mask=within[None, :], other=0.0)
+    unit, _ = unit_rows(x.to(tl.float32), columns, norm_eps, C)
+    weight = tl.load(select(NORM_WEIGHT, expert, C) + columns, mask=within, other=0.0)
+    y = unit * weight.to(tl.float32)[None, :]
+    if NORM_BIAS is not None:
+        bias = tl.load(select(NORM_BIAS, expert, C) + columns, mask=within, other=0.0)
+        y += bias.to(tl.float32)[None, :]
+    at = NORMED + grouped[:, None].to(tl.int64) * C.dim + columns[None, :]
+    tl.store(at, y.to(NORMED.dtype.element_ty), mask=inside)

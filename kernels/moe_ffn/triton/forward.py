@@ -1,0 +1,214 @@
+"""The forward of moe_ffn in one launch: norm, first product and activation, second product.
+
+Three phases a row tile: 0 normalises rows into scratch, 1 makes tiles of the hidden activations,
+2 makes tiles of y. A persistent program takes tickets in the order of
+:class:`vlmo.kernels.moe_ffn.schedule.Banded`; a tile waits until the phase before it has finished
+the same row tile. A waiting program holds a ticket later than all it waits for, so the program with
+the earliest unfinished ticket never waits: no number of resident programs can hang.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device import (
+    add_bias_and_split,
+    count_tiles,
+    eighths,
+    find_tile,
+    gate,
+    leave,
+    locate,
+    normalise,
+    preactivation,
+    product_nt,
+    select,
+    signal,
+    tokens_of,
+    wait,
+    width_of,
+)
+
+
+@triton.jit(do_not_specialize=["bound", "band"])
+def moe_ffn_fwd_kernel(
+    X,  # [T, D]
+    NORMED,  # [T, D] grouped scratch; None without norm
+    PRE,  # [T, P] grouped, P = max F or, gated, max 2 F; None if not saved
+    HIDDEN,  # [T, max F] grouped scratch
+    Y,  # [T, D]
+    W1,  # E pointers, as all tuples in capitals
+    W2,
+    B1,
+    B2,
+    NORM_WEIGHT,
+    NORM_BIAS,
+    LAYER_SCALE,  # [D]
+    TOKEN_SCALE,  # [T]
+    RESIDUAL,  # [T, D]
+    rows,
+    COUNTERS,  # [2 + 2 * bound on the row tiles]: ticket, leavers, phase 0, phase 1
+    bound,
+    band,
+    norm_eps,
+    C: tl.constexpr,
+):
+    tiles = count_tiles(rows, C)
+    total = tiles * (C.tasks[0] + C.tasks[1] + C.tasks[2])
+    normed_rows = COUNTERS + 2
+    hidden_rows = normed_rows + bound
+
+    ticket = tl.atomic_add(COUNTERS, 1, sem="relaxed")
+    while ticket < total:
+        phase, tile, part = locate(ticket, tiles, band, C)
+        expert, start, begin, end = find_tile(rows, tile, C)
+        if phase == 0:
+            if NORMED is not None:
+                norm_rows(
+                    *(X, NORMED, NORM_WEIGHT, NORM_BIAS),
+                    *(rows, part, expert, start, begin, end, norm_eps, C),
+                )
+                signal(normed_rows + tile)
+        elif phase == 1:
+            if part * C.block_f < width_of(expert, C):
+                if NORMED is not None:
+                    wait(normed_rows + tile, C.tasks[0])
+                hidden_tile(
+                    *(X if NORMED is None else NORMED, PRE, HIDDEN, W1, B1),
+                    *(rows, part, expert, start, begin, end, NORMED is None, C),
+                )
+            signal(hidden_rows + tile)
+        else:
+            wait(hidden_rows + tile, C.tasks[1])
+            output_tile(
+                *(HIDDEN, Y, W2, B2, LAYER_SCALE, TOKEN_SCALE, RESIDUAL),
+                *(rows, part, expert, start, begin, end, C),
+            )
+        # Not sooner: a ticket held while working waits, and with it all that waits for its tile.
+        ticket = tl.atomic_add(COUNTERS, 1, sem="relaxed")
+    leave(COUNTERS, 2 + 2 * bound)
+
+
+@triton.jit
+def norm_rows(
+    X,
+    NORMED,
+    NORM_WEIGHT,
+    NORM_BIAS,
+    rows,
+    part,
+    expert,
+    start,
+    begin,
+    end,
+    norm_eps,
+    C: tl.constexpr,
+):
+    """Phase 0: block_r rows."""
+    grouped = start + part * C.block_r + tl.arange(0, C.block_r)
+    token = tokens_of(rows, grouped, expert, begin, end, C)
+    normalise(X, NORMED, NORM_WEIGHT, NORM_BIAS, token, grouped, end, expert, norm_eps, C)
+
+
+@triton.jit
+def hidden_tile(
+    NORMED,
+    PRE,
+    HIDDEN,
+    W1,
+    B1,
+    rows,
+    part,
+    expert,
+    start,
+    begin,
+    end,
+    BY_TOKEN: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Phase 1: block_t rows, block_f hidden columns."""
+    width = width_of(expert, C)
+    first = part * C.block_f
+    grouped = start + tl.arange(0, C.block_t)
+    if BY_TOKEN:
+        a_rows = tokens_of(rows, grouped, expert, begin, end, C)
+    else:
+        a_rows = tl.minimum(grouped, end - 1).to(tl.int64)
+    acc = eighths(preactivation(NORMED, a_rows, W1, expert, first, width, C))
+
+    EIGHTH: tl.constexpr = C.block_f // 8
+    local = tl.arange(0, C.block_t)[:, None]
+    pre_base = start.to(tl.int64) * C.max_pre
+    hidden_base = start.to(tl.int64) * C.max_hidden
+    for i in tl.static_range(8):
+        columns = first + i * EIGHTH + tl.arange(0, EIGHTH)
+        inside = (grouped[:, None] < end) & (columns[None, :] < width)
+        h, value = add_bias_and_split(acc[i], B1, expert, columns, width, C)
+        if PRE is not None:
+            pre = PRE + pre_base + local * C.max_pre + columns[None, :]
+            tl.store(pre, h.to(PRE.dtype.element_ty), mask=inside)
+            if C.gated:
+                tl.store(pre + width, value.to(PRE.dtype.element_ty), mask=inside)
+        h = gate(h, C)
+        if C.gated:
+            h *= value
+        hidden = HIDDEN + hidden_base + local * C.max_hidden + columns[None, :]
+        tl.store(hidden, h.to(HIDDEN.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def output_tile(
+    HIDDEN,
+    Y,
+    W2,
+    B2,
+    LAYER_SCALE,
+    TOKEN_SCALE,
+    RESIDUAL,
+    rows,
+    part,
+    expert,
+    start,
+    begin,
+    end,
+    C: tl.constexpr,
+):
+    """Phase 2: block_t rows, block_n columns of y."""
+    width = width_of(expert, C)
+    grouped = start + tl.arange(0, C.block_t)
+    columns = part * C.block_n + tl.arange(0, C.block_n)
+    h_rows = tl.minimum(grouped, end - 1).to(tl.int64)
+    w2_rows = tl.minimum(columns, C.dim - 1).to(tl.int64)
+    acc = eighths(
+        product_nt(
+            *(HIDDEN, h_rows, select(W2, expert, C), w2_rows, width, C.max_hidden, width),
+            *(C.even_hidden, C.block_n, C),
+        )
+    )
+
+    EIGHTH: tl.constexpr = C.block_n // 8
+    token = tokens_of(rows, grouped, expert, begin, end, C)
+    if TOKEN_SCALE is not None:
+        token_scale = tl.load(TOKEN_SCALE + token).to(tl.float32)
+    for i in tl.static_range(8):
+        columns = part * C.block_n + i * EIGHTH + tl.arange(0, EIGHTH)
+        within = columns < C.dim
+        y = acc[i]
+        if B2 is not None:
+            b2 = tl.load(select(B2, expert, C) + columns, mask=within, other=0.0)
+            y += b2.to(tl.float32)[None, :]
+        if LAYER_SCALE is not None:
+            scale = tl.load(LAYER_SCALE + columns, mask=within, other=0.0)
+            y *= scale.to(tl.float32)[None, :]
+        if TOKEN_SCALE is not None:
+            y *= token_scale[:, None]
+        inside = (grouped[:, None] < end) & within[None, :]
+        out = token[:, None] * C.dim + columns[None, :]
+        if RESIDUAL is not None:
+            residual = tl.load(RESIDUAL + out, mask=inside, other=0.0)
+            if Y.dtype.element_ty == tl.float64:
+                y = y.to(tl.float64) + residual
+            else:
+                y += residual.to(tl.float32)
+        tl.store(Y + out, y.to(Y.dtype.element_ty), mask=inside)

@@ -1,0 +1,124 @@
+"""From a call to a launch: constants, the band."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import target
+from ..._backends.triton import tf32_allowed
+from ..._backends.triton_device import INTERPRETED, odd
+from ..._backends.triton_launch import launch as launch
+from ..call import GATED, Call
+from ..rows import Rows
+from ..schedule import TILE_OVERHEAD, choose_band
+from .device import Config, Passed
+from .tiles import Tile
+
+# What a task without products costs in steps of a main loop: a guess that only steers the choice of
+# the band.
+_ROWS_COST = 2
+# The interpreter runs one program after the other; more than one, so that work is divided.
+_INTERPRETED_PROGRAMS = 5
+
+
+def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """A kernel takes the tensors of all experts in one dtype, also where their norms differ."""
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+
+
+def pointers(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+    """One contiguous tensor per expert, all of one dtype, or None where the call has none."""
+    if not tensors:
+        return None
+    dtype = common_dtype(tensors)
+    return tuple(tensor.to(dtype).contiguous() for tensor in tensors)
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def passed(rows: Rows) -> Passed:
+    """Rows as the kernels take them: what is compiled serves any lengths."""
+    if rows.offsets is not None:
+        return Passed(None, None, None, 0, rows.tokens, rows.offsets)
+    ends = itertools.accumulate(length * rows.sequences for length in rows.lengths)
+    return Passed(
+        starts=tuple(map(odd, rows.starts)),
+        lengths=tuple(map(odd, rows.lengths)),
+        ends=tuple(map(odd, ends)),
+        length=odd(rows.length),
+        tokens=None,
+        offsets=None,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def make_config(
+    dim: int,
+    hidden: tuple[int, ...],
+    norm: str,
+    activation: str,
+    precision: str,
+    rounds: bool,
+    tile: Tile,
+) -> Config:
+    """What is compiled into a kernel; its phases are left to the kernel's launcher."""
+    gated = activation in GATED
+    halves = 2 if gated else 1
+    block_d = 1 << (dim - 1).bit_length()
+    return Config(
+        dim=dim,
+        hidden=hidden,
+        max_hidden=max(hidden),
+        norm=norm,
+        activation=activation,
+        gated=gated,
+        halves=halves,
+        max_pre=max(hidden) * halves,
+        precision=precision,
+        rounds=rounds,
+        tasks=(),
+        even_dim=dim % tile.block_k == 0,
+        even_hidden=all(f % tile.block_k == 0 for f in hidden),
+        even=all(
+            size % block == 0
+            for size in (dim, *hidden)
+            for block in (tile.block_t, tile.block_n, tile.block_k)
+        ),
+        block_t=tile.block_t,
+        block_n=tile.block_n,
+        block_f=tile.block_n // halves,
+        block_k=tile.block_k,
+        block_d=block_d,
+        block_r=max(1, min(tile.block_t, 16384 // block_d)),
+        row_steps=1,
+    )
+
+
+def config_of(call: Call, tile: Tile) -> Config:
+    hidden = tuple(weight.shape[1] for weight in call.w2)
+    precision = "tf32" if tf32_allowed() else "ieee"
+    rounds = call.w1[0].dtype != torch.float32
+    return make_config(call.x.shape[1], hidden, call.norm, call.activation, precision, rounds, tile)
+
+
+def band_of(tiles: int, config: Config, workers: int, depths: Sequence[int | None]) -> int:
+    """Row tiles of a band; ``depths`` is the length of each phase's products, None without."""
+    costs = tuple(
+        _ROWS_COST if depth is None else -(-depth // config.block_k) + TILE_OVERHEAD
+        for depth in depths
+    )
+    return choose_band(tiles, config.tasks, workers, costs)
+
+
+def workers_on(device: torch.device, tile: Tile) -> int:
+    """Programs that are resident at a time."""
+    if INTERPRETED:
+        return _INTERPRETED_PROGRAMS
+    return target.multiprocessors(device) * tile.programs
