@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from vlmo.cli import main
+from vlmo.commands.app import main
 from vlmo.training.logs import read_table
 
 

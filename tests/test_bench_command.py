@@ -19,7 +19,7 @@ from vlmo.bench.cost import Cost
 from vlmo.bench.report import Report
 from vlmo.bench.roofline import Roof
 from vlmo.bench.suite import Case, Scale, Suite
-from vlmo.cli import app, main
+from vlmo.commands.app import app, main
 from vlmo.parity import Deviation
 
 scales: list[Scale] = []

@@ -9,8 +9,9 @@ import torch
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from vlmo import __version__, cli
-from vlmo.cli import app, main
+from vlmo import __version__
+from vlmo.commands import app as cli
+from vlmo.commands.app import app, main
 from vlmo.kernels import BACKEND_NAMES, why_not
 
 
@@ -35,7 +36,7 @@ def test_info_shows_what_can_run_and_why_not_the_rest():
 
 
 def test_help_does_not_import_torch():
-    code = "import sys; from vlmo.cli import app; sys.exit('torch' in sys.modules)"
+    code = "import sys; from vlmo.commands.app import app; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=600).returncode == 0
 
 

@@ -14,9 +14,9 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from vlmo import cli
-from vlmo.cli import app
+from vlmo.commands import app as cli
 from vlmo.commands import check as command
+from vlmo.commands.app import app
 from vlmo.data import (
     BadSample,
     DigitScenes,
@@ -270,11 +270,12 @@ def test_the_command_finds_out_the_task(folder, tmp_path):
     ]
 
 
-def test_a_bar_on_a_terminal_only(folder):
-    settings = command.Settings(str(folder), "pretrain", "val")
+def test_a_bar_on_a_terminal_only(folder, monkeypatch):
     for terminal in (False, True):
         stream = io.StringIO()
-        command.run(settings, Console(file=stream, force_terminal=terminal, width=80))
+        console = Console(file=stream, force_terminal=terminal, width=80)
+        monkeypatch.setattr(command, "plain_console", lambda console=console: console)
+        command.check(str(folder), "pretrain", "val")
         assert ("━" in stream.getvalue()) == terminal
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vlmo.cli import app, main
+from vlmo.commands.app import app, main
 from vlmo.demo import program
 from vlmo.loading import load_model
 from vlmo.parity import Deviation, check_backends

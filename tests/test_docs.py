@@ -22,7 +22,7 @@ from typer.main import get_command
 from processes import command
 from test_data_arrow import PAIRS, QUESTIONS, STATEMENTS, TEXTS, UNLABELLED, write
 from vlmo import VLMo, recipes, save_checkpoint
-from vlmo.cli import app
+from vlmo.commands.app import app
 from vlmo.data import TextTokenizer, sources, train_wordpiece
 from vlmo.data.arrow import DATASETS
 

@@ -8,7 +8,7 @@ BLOCKED = ("pyarrow", "tensorboard")
 CODE = f"""
 import sys
 sys.modules.update(dict.fromkeys({BLOCKED}))
-from vlmo.cli import app
+from vlmo.commands.app import app
 import vlmo.commands.predict, vlmo.commands.evaluate, vlmo.demo.program
 app("train digits_textmlm --data digits --steps 1 --batch-size 4 --warmup 0 --output OUT".split())
 """

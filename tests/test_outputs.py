@@ -9,7 +9,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from vlmo import cli
+from vlmo.commands import app as cli
 from vlmo.commands.outputs import check_outputs
 
 

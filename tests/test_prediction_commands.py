@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from evaluation_cases import HEADS, TINY, TOKENIZER, model_of
 from vlmo import Predictor, save_checkpoint
-from vlmo.cli import app, main
+from vlmo.commands.app import app, main
 from vlmo.commands.records import reader
 from vlmo.data import ANSWERS, open_data
 from vlmo.evaluation import evaluate
@@ -227,7 +227,7 @@ def test_evaluate_refuses_before_a_model_is_loaded(folder, monkeypatch, capsys, 
     def loaded(*_, **__):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("vlmo.commands.evaluate.load_model", loaded)
+    monkeypatch.setattr("vlmo.loading.load_model", loaded)
     said = refused(
         *(monkeypatch, capsys, "evaluate", folder / "run", *arguments), "--data", "digits"
     )

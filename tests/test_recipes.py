@@ -212,7 +212,7 @@ def test_an_unknown_recipe_is_refused_with_the_closest():
 
 def test_the_table_shows_every_recipe_and_needs_no_torch():
     code = (
-        "import sys; from vlmo.cli import app; app(['recipes'], standalone_mode=False); "
+        "import sys; from vlmo.commands.app import app; app(['recipes'], standalone_mode=False); "
         "sys.exit('torch' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -7,7 +7,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from vlmo.cli import app
+from vlmo.commands.app import app
 from vlmo.data import TextTokenizer, load_vocabulary, open_data, texts_of, train_wordpiece
 
 

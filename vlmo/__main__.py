@@ -1,5 +1,5 @@
 """``python -m vlmo``."""
 
-from vlmo.cli import main
+from vlmo.commands.app import main
 
 main()

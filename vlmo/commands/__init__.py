@@ -1,1 +1,1 @@
-"""What the commands of :mod:`vlmo.cli` do."""
+"""The commands of the command line; :mod:`vlmo.commands.app` assembles them."""

@@ -3,106 +3,110 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sized
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
+import typer
 from rich.console import Console
 from rich.progress import Progress
-from torch.utils.data import Dataset
 
-from vlmo.commands.outputs import check_outputs
-from vlmo.commands.records import to_json
-from vlmo.data import open_data
-from vlmo.data.check import count_pictures, faults_of, official_datasets, splits_there, tasks_of
-from vlmo.data.digit_scans import SPLITS
-from vlmo.files import replacing
-from vlmo.loading import read_answers
+from vlmo.commands.options import (
+    DataAnswersOption,
+    DataArgument,
+    DatasetsOption,
+    Split,
+    Task,
+    plain_console,
+)
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
 
 _IMAGE_SIZE = 32  # which nothing is resized to
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the command line decides.
+def check(
+    data: DataArgument,
+    task: Annotated[
+        Task | None,
+        typer.Option(
+            help="Task that the data are for.", show_default="every task that the data serve"
+        ),
+    ] = None,
+    split: Annotated[
+        Split | None, typer.Option(help="Check only this split.", show_default="all that there are")
+    ] = None,
+    datasets: DatasetsOption = None,
+    answers: DataAnswersOption = None,
+    workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option(help=".jsonl file for the file, row and reason of each.")
+    ] = None,
+) -> None:
+    """Read every text and every picture of some data once, and list those that cannot be read.
 
-    Attributes:
-        data: source for :func:`vlmo.data.open_data`.
-        task: as of :func:`vlmo.data.open_data`; None for those that the data serve.
-        split: "train", "val" or "test"; None for all that there are.
-        datasets: of the official data; None for the task's.
-        answers: JSON list of VQA's answers; None for those of the data.
-        workers: processes that read.
-        output: file for what is found; None for none.
+    Exits with status 1 if there are any.
     """
+    from vlmo.commands.outputs import check_outputs, path_of_data
+    from vlmo.commands.records import to_json
+    from vlmo.data import open_data
+    from vlmo.files import replacing
+    from vlmo.loading import read_answers
 
-    data: str
-    task: str | None = None
-    split: str | None = None
-    datasets: tuple[str, ...] | None = None
-    answers: Path | None = None
-    workers: int = 0
-    output: Path | None = None
-
-
-def run(settings: Settings, console: Console) -> int:
-    """Number of texts and pictures that cannot be read; all of them are printed.
-
-    Raises:
-        ValueError, OSError: the data cannot be opened; nothing has been written.
-    """
-    if settings.workers < 0:
-        raise ValueError(f"workers: {settings.workers} is negative")
-    data = None if settings.data == "digits" else Path(settings.data)
-    check_outputs({"output": settings.output}, given={"data": data, "answers": settings.answers})
-    if settings.answers is not None and settings.task not in (None, "vqa"):
-        raise ValueError(f"answers: {settings.answers} does not suit {settings.task}, only vqa")
-    opened = dict(_opened(settings))
+    check_outputs({"output": output}, given={"data": path_of_data(data), "answers": answers})
+    if answers is not None and task not in (None, "vqa"):
+        raise ValueError(f"answers: {answers} does not suit {task}, only vqa")
+    known = None if answers is None else read_answers(answers)
+    opened = [
+        (
+            *(of_task, of_split),
+            open_data(
+                *(data, of_task, of_split),
+                image_size=_IMAGE_SIZE,
+                answers=known if of_task == "vqa" else None,
+                datasets=names,
+                allow_missing=True,
+            ),
+        )
+        for of_task, of_split, names in _parts(data, task, split, tuple(datasets or ()) or None)
+    ]
+    console = plain_console()
     found: list[dict[str, Any]] = []
-    for (task, split), dataset in opened.items():
-        faults = _check(split, dataset, settings.workers, console)
-        found += [{"task": task, **fault} for fault in faults]
-        summary = _summary(split, dataset, len(faults))
-        if settings.task is None:  # say which were found
-            summary = f"{task}, {summary}"
+    for of_task, of_split, dataset in opened:
+        faults = _check(of_split, dataset, workers, console)
+        found += [{"task": of_task, **fault} for fault in faults]
+        summary = _summary(of_split, dataset, len(faults))
+        if task is None:  # say which were found
+            summary = f"{of_task}, {summary}"
         console.print(summary, highlight=False, soft_wrap=True)
-    if settings.output is not None:
-        with replacing(settings.output) as temporary:
+    if output is not None:
+        with replacing(output) as temporary:
             temporary.write_text("".join(to_json(fault) + "\n" for fault in found), "utf-8")
-        console.print(f"Written: {settings.output}", highlight=False, soft_wrap=True)
-    return len(found)
+        console.print(f"Written: {output}", highlight=False, soft_wrap=True)
+    if found:
+        raise typer.Exit(1)
 
 
-def _opened(settings: Settings) -> Iterator[tuple[tuple[str, str], Dataset]]:
-    """The data sets of all tasks and splits."""
-    data, datasets = settings.data, settings.datasets
-    for task in [settings.task] if settings.task else tasks_of(data):
+def _parts(
+    data: str, task: str | None, split: str | None, datasets: tuple[str, ...] | None
+) -> Iterator[tuple[str, str, tuple[str, ...] | None]]:
+    """Task, split and official data sets of everything that is to be opened."""
+    from vlmo.data.check import official_datasets, splits_there, tasks_of
+    from vlmo.data.digit_scans import SPLITS
+
+    for of_task in [task] if task else tasks_of(data):
         there: dict[str, tuple[str, ...] | None] = {}
-        if settings.task is None and datasets is None:
-            found = {split: official_datasets(data, task, split) for split in SPLITS}
-            there = {split: names for split, names in found.items() if names}
-        if settings.split:
-            splits = [settings.split]
-        else:
-            splits = list(there) or splits_there(data, task, datasets)
-        for split in splits:
-            yield (task, split), _open(settings, task, split, there.get(split, datasets))
-
-
-def _open(settings: Settings, task: str, split: str, datasets: tuple[str, ...] | None) -> Dataset:
-    answers = None if settings.answers is None else read_answers(settings.answers)
-    return open_data(
-        settings.data,
-        task,
-        split,
-        image_size=_IMAGE_SIZE,
-        answers=answers if task == "vqa" else None,
-        datasets=datasets,
-        allow_missing=True,
-    )
+        if task is None and datasets is None:
+            found = {name: official_datasets(data, of_task, name) for name in SPLITS}
+            there = {name: names for name, names in found.items() if names}
+        splits = [split] if split else list(there) or splits_there(data, of_task, datasets)
+        for name in splits:
+            yield of_task, name, there.get(name, datasets)
 
 
 def _check(split: str, dataset: Dataset, workers: int, console: Console) -> list[dict[str, Any]]:
+    from vlmo.data.check import faults_of
+
     found = []
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(split, total=len(cast(Sized, dataset)))
@@ -118,6 +122,8 @@ def _check(split: str, dataset: Dataset, workers: int, console: Console) -> list
 
 
 def _summary(split: str, dataset: Dataset, faults: int) -> str:
+    from vlmo.data.check import count_pictures
+
     pictures = count_pictures(dataset)
     of = f" and {pictures:,} pictures" if pictures else ""
     result = f"{faults:,} cannot be read" if faults else "all can be read"

@@ -49,5 +49,10 @@ def check_outputs(paths: Mapping[str, Path | None], *, given: Mapping[str, Path 
         seen[final] = name
 
 
+def path_of_data(source: str) -> Path | None:
+    """The file or folder of a source of data; None for digit scenes."""
+    return None if source == "digits" else Path(source)
+
+
 def _is_of_training(folder: Path) -> bool:
     return any((folder / name).exists() for name in (RECIPE, STATE))

@@ -7,49 +7,119 @@ import io
 import itertools
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO
 
-import numpy as np
+import typer
 
-from vlmo.commands.outputs import check_outputs
-from vlmo.commands.records import STANDARD, Record, given_records, reader, to_json
-from vlmo.files import replacing
-from vlmo.predictor import Predictor
+from vlmo.commands.options import (
+    AnswersOption,
+    BackendOption,
+    DeviceOption,
+    DtypeOption,
+    ModelArgument,
+    VocabularyOption,
+    limit_spinning,
+    not_finite_exits,
+)
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from vlmo.commands.records import Record
+    from vlmo.predictor import Predictor
+
+STANDARD = Path("-")  # standard input or output
 _CHUNK = 256  # records at a time, whose pictures are in memory
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the command line decides.
+def predict(
+    model: ModelArgument,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="An image; give two for a statement about a pair.")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="Caption, question or statement; may be repeated.")
+    ] = None,
+    input: Annotated[
+        Path | None,
+        typer.Option(
+            help="Records of images and texts, .jsonl, .json, .csv or .tsv; - is standard input."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help=".jsonl file.", show_default="standard output")
+    ] = None,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(help=".npz file for unit vectors of images and texts.", show_default="none"),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Number of answers to a question.")] = 1,
+    vocabulary: VocabularyOption = None,
+    answers: AnswersOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 64,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = None,
+    backend: BackendOption = None,
+) -> None:
+    """Predict similarity, match, answers or truth of images and texts, by the model's heads.
 
-    Attributes:
-        model: checkpoint or run folder.
-        images: of one record: one image, or the two of NLVR2.
-        texts: one record each, with the same images.
-        input: file of records instead, see :func:`vlmo.commands.records.reader`.
-        output: .jsonl file for the predictions; None or "-" for standard output.
-        embeddings: .npz file for the unit vectors of the dual encoder; None for none.
-        top: answers to each question.
-        vocabulary: as of :meth:`vlmo.Predictor.load`, and so are the others.
+    See docs/prediction.md. Exits with 1 if an image of a record cannot be read, or if outputs are
+    NaN or infinite.
     """
+    limit_spinning()
+    from vlmo.commands.outputs import check_outputs
+    from vlmo.commands.records import given_records, reader
+    from vlmo.predictor import Predictor
 
-    model: Path
-    images: tuple[Path, ...] = ()
-    texts: tuple[str, ...] = ()
-    input: Path | None = None
-    output: Path | None = None
-    embeddings: Path | None = None
-    top: int = 1
-    vocabulary: Path | None = None
-    answers: Path | None = None
-    batch_size: int = 64
-    device: str = "auto"
-    dtype: str = "auto"
-    backend: str | None = None
+    images, texts = tuple(image or ()), tuple(text or ())
+    if (input is None) == (not images and not texts):
+        raise ValueError("input: give either --input, or --image and --text")
+    if len(images) > 2:
+        raise ValueError(f"image: {len(images)} images are more than two")
+    if embeddings is not None and embeddings.suffix != ".npz":
+        raise ValueError(f"embeddings: {embeddings} does not end in .npz")
+    source, target = (None if path == STANDARD else path for path in (input, output))
+    check_outputs(
+        {"output": target, "embeddings": embeddings},
+        given={"model": model, "input": source, "vocab": vocabulary, "answers": answers},
+    )
+    for path in images if source is None else ():
+        if not path.exists():
+            raise FileNotFoundError(f"image: {path} does not exist")
+
+    # Every record is checked before the model is loaded.
+    records = (lambda: given_records(images, texts)) if input is None else reader(input)
+    kinds = _checked(records())
+    if embeddings is not None:
+        _check_alike(kinds)
+    with not_finite_exits(), warnings.catch_warnings():
+        predictor = Predictor.load(
+            model,
+            vocabulary=vocabulary,
+            answers=answers,
+            device=device,
+            dtype=dtype or "auto",
+            backend=backend,
+            batch_size=batch_size,
+        )
+        predicts = embeddings is None or output is not None
+        if predicts:
+            _check_heads(predictor, kinds)
+        found = _Failures()
+        warnings.filterwarnings("ignore", message=r".*: the text is blank")  # told already
+        if embeddings is not None:
+            seen = _seen(predictor, records(), found, tolerant=input is not None)
+            _write_embeddings(predictor, seen, embeddings)
+        if predicts:
+            found = _Failures()
+            seen = _seen(predictor, records(), found, tolerant=input is not None)
+            _write_predictions(predictor, seen, target, top)
+    if found.places:
+        found.say()
+        raise typer.Exit(1)
 
 
 @dataclass
@@ -74,91 +144,6 @@ class _Seen(NamedTuple):
     error: str | None
 
 
-def run(settings: Settings) -> int:
-    """Write embeddings, if they are asked for, and predictions, unless only embeddings are.
-
-    Every record is checked before the model is loaded. A prediction is one JSON object: the record,
-    and under ``prediction`` what the model has a head for: ``similarity`` (cosine), ``match``
-    (probability), ``answers`` (with probabilities), and of two images ``true`` (probability). A
-    record of a file whose image cannot be read has an ``error`` instead. Embeddings are arrays
-    ``image`` and ``text``, of which row n belongs to record n; their records may be images or texts
-    alone. A row of zeros stands for an image that cannot be read; an array ``error`` of texts then
-    tells which these are.
-
-    Returns:
-        The number of records whose images cannot be read, which standard error tells as well.
-
-    Raises:
-        ValueError: records that say too little, or as :class:`vlmo.Predictor`.
-        FloatingPointError: the model's outputs are NaN or infinite.
-        OSError: a file cannot be read or written.
-    """
-    records = _records(settings)
-    kinds = _checked(records())
-    if settings.embeddings is not None:
-        _check_alike(kinds)
-    predictor = Predictor.load(
-        settings.model,
-        vocabulary=settings.vocabulary,
-        answers=settings.answers,
-        device=settings.device,
-        dtype=settings.dtype,
-        backend=settings.backend,
-        batch_size=settings.batch_size,
-    )
-    predicts = settings.embeddings is None or settings.output is not None
-    if predicts:
-        _check_heads(predictor, kinds)
-    found = _Failures()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r".*: the text is blank")  # told already
-        if settings.embeddings is not None:
-            with replacing(settings.embeddings) as temporary:
-                arrays: dict[str, Any] = _embed(
-                    predictor, _seen(predictor, records(), settings, found)
-                )
-                np.savez(temporary, **arrays)
-        if predicts:
-            found = _Failures()
-            with _opened(settings.output) as stream:
-                for chunk in _seen(predictor, records(), settings, found):
-                    for line in _lines(predictor, chunk, settings.top):
-                        stream.write(f"{line}\n")
-    if found.places:
-        found.say()
-    return len(found.places)
-
-
-def _records(settings: Settings) -> Callable[[], Iterator[Record]]:
-    """What gives the records, as often as it is called; everything but them is checked."""
-    if (settings.input is None) == (not settings.images and not settings.texts):
-        raise ValueError("input: give either --input, or --image and --text")
-    if len(settings.images) > 2:
-        raise ValueError(f"image: {len(settings.images)} images are more than two")
-    if settings.embeddings is not None and settings.embeddings.suffix != ".npz":
-        raise ValueError(f"embeddings: {settings.embeddings} does not end in .npz")
-    files = {
-        name: None if path == STANDARD else path
-        for name, path in (("input", settings.input), ("output", settings.output))
-    }
-    check_outputs(
-        {"output": files["output"], "embeddings": settings.embeddings},
-        given={
-            "model": settings.model,
-            "input": files["input"],
-            "vocab": settings.vocabulary,
-            "answers": settings.answers,
-        },
-    )
-    if files["input"] is None:
-        for image in settings.images:
-            if not image.exists():
-                raise FileNotFoundError(f"image: {image} does not exist")
-    if settings.input is not None:
-        return reader(settings.input)
-    return lambda: given_records(settings.images, settings.texts)
-
-
 def _checked(records: Iterator[Record]) -> dict[tuple[int, bool], str]:
     """The kinds of records there are, with the place of the first of each; all have been read."""
     kinds: dict[tuple[int, bool], str] = {}
@@ -174,9 +159,12 @@ def _checked(records: Iterator[Record]) -> dict[tuple[int, bool], str]:
 
 
 def _seen(
-    predictor: Predictor, records: Iterator[Record], settings: Settings, found: _Failures
+    predictor: Predictor, records: Iterator[Record], found: _Failures, *, tolerant: bool
 ) -> Iterator[list[_Seen]]:
-    """Records with their images, decoded once for all heads, a few at a time."""
+    """Records with their images, decoded once for all heads, a few at a time.
+
+    An image that cannot be read is noted if ``tolerant``, and ends the command otherwise.
+    """
     while chunk := list(itertools.islice(records, _CHUNK)):
         paths = [path for record in chunk for path in record.images]
         images = iter(predictor.read_images(paths))
@@ -184,7 +172,7 @@ def _seen(
         for record in chunk:
             own = [next(images) for _ in record.images]
             bad = next((image for image in own if isinstance(image, Exception)), None)
-            if bad is not None and settings.input is None:
+            if bad is not None and not tolerant:
                 raise bad
             good = [image for image in own if not isinstance(image, Exception)]
             reason = None if bad is None else _reason(bad)
@@ -201,8 +189,24 @@ def _reason(error: Exception) -> str:
     return str(error)
 
 
+def _write_predictions(
+    predictor: Predictor, chunks: Iterator[list[_Seen]], path: Path | None, top: int
+) -> None:
+    """Write one JSON object for each record: the record with a ``prediction`` or an ``error``.
+
+    A prediction has what the model has a head for: ``similarity`` (cosine), ``match``
+    (probability), ``answers`` (with probabilities), and of two images ``true`` (probability).
+    """
+    with _opened(path) as stream:
+        for chunk in chunks:
+            for line in _lines(predictor, chunk, top):
+                stream.write(f"{line}\n")
+
+
 def _lines(predictor: Predictor, chunk: list[_Seen], top: int) -> Iterator[str]:
     """The records with their predictions or errors, as JSON."""
+    from vlmo.commands.records import to_json
+
     said = iter(_predict(predictor, [seen for seen in chunk if seen.error is None], top))
     for record, _, error in chunk:
         added = {"prediction": next(said)} if error is None else {"error": error}
@@ -264,25 +268,41 @@ def _check_alike(kinds: dict[tuple[int, bool], str]) -> None:
             raise ValueError(f"{place}: embeddings need an image, a text or both in every record")
 
 
-def _embed(predictor: Predictor, chunks: Iterator[list[_Seen]]) -> dict[str, np.ndarray]:
-    found: dict[str, list[np.ndarray]] = {"image": [], "text": []}
-    errors: list[str] = []
-    for chunk in chunks:
-        errors += [seen.error or "" for seen in chunk]
-        if chunk[0].record.images:
-            rows = [n for n, seen in enumerate(chunk) if seen.error is None]
-            vectors = np.zeros((len(chunk), predictor.model.config.dim), np.float32)
-            vectors[rows] = predictor.embed_images([chunk[n].images[0] for n in rows]).numpy()
-            found["image"].append(vectors)
-        if chunk[0].record.text is not None:
-            found["text"].append(predictor.embed_texts(_texts(chunk)).numpy())
-    arrays = {name: np.concatenate(parts) for name, parts in found.items() if parts}
-    return arrays | ({"error": np.array(errors)} if any(errors) else {})
+def _write_embeddings(predictor: Predictor, chunks: Iterator[list[_Seen]], path: Path) -> None:
+    """Write arrays ``image`` and ``text``, of which row n belongs to record n.
+
+    A row of zeros stands for an image that cannot be read; an array ``error`` of texts then tells
+    which these are.
+    """
+    import numpy as np
+
+    from vlmo.files import replacing
+
+    with replacing(path) as temporary:
+        found: dict[str, list[np.ndarray]] = {"image": [], "text": []}
+        errors: list[str] = []
+        for chunk in chunks:
+            errors += [seen.error or "" for seen in chunk]
+            if chunk[0].record.images:
+                rows = [n for n, seen in enumerate(chunk) if seen.error is None]
+                vectors = np.zeros((len(chunk), predictor.model.config.dim), np.float32)
+                vectors[rows] = predictor.embed_images([chunk[n].images[0] for n in rows]).numpy()
+                found["image"].append(vectors)
+            if chunk[0].record.text is not None:
+                found["text"].append(predictor.embed_texts(_texts(chunk)).numpy())
+        arrays: dict[str, Any] = {
+            name: np.concatenate(parts) for name, parts in found.items() if parts
+        }
+        if any(errors):
+            arrays["error"] = np.array(errors)
+        np.savez(temporary, **arrays)
 
 
 @contextlib.contextmanager
 def _opened(path: Path | None) -> Iterator[TextIO]:
-    if path is None or path == STANDARD:
+    from vlmo.files import replacing
+
+    if path is None:
         if isinstance(sys.stdout, io.TextIOWrapper):  # JSON is UTF-8, whatever the locale
             sys.stdout.reconfigure(encoding="utf-8", newline="\n")
         yield sys.stdout

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlmo.commands.predict import STANDARD
 from vlmo.data.records import PICTURES, repeated_key
 from vlmo.files import read_lines, read_text
 from vlmo.inputs import check_text
 
 TEXTS = ("text", "question", "statement", "caption")  # names of a record's text
 ADDED = ("prediction", "error")  # keys that a record gets
-STANDARD = Path("-")  # input or output
 # As Hugging Face names pictures.
 _FILES = {"image": "file_name", **{name: f"{name}_file_name" for name in PICTURES[1:]}}
 _TABLES = (".parquet", ".arrow", ".npz", ".gz", ".zip")

@@ -2,57 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
+import typer
 
-from vlmo.commands.outputs import check_outputs
-from vlmo.data import TextTokenizer, open_data, texts_of, train_wordpiece
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the command line decides.
-
-    Attributes:
-        data: source for :func:`vlmo.data.open_data`.
-        output: vocab.txt to write.
-        task: whose texts are read: captions, questions, statements or texts.
-        split: of the data.
-        datasets: of the official data; None for those of the task.
-        size: number of tokens, at most.
-        force: replace ``output`` if it exists.
-    """
-
-    data: str
-    output: Path
-    task: str
-    split: str
-    datasets: tuple[str, ...] | None
-    size: int
-    force: bool
+from vlmo.commands.options import DataArgument, DatasetsOption, Split, Task, plain_console
 
 
-def run(settings: Settings, console: Console) -> None:
-    """Learn a vocabulary and write it.
+def vocab(
+    data: DataArgument,
+    output: Annotated[Path, typer.Option(help="File to write.")] = Path("vocab.txt"),
+    task: Annotated[Task, typer.Option(help="Task of the data, whose texts are read.")] = (
+        "pretrain"
+    ),
+    split: Annotated[Split, typer.Option(help="Split whose texts are read.")] = "train",
+    datasets: DatasetsOption = None,
+    size: Annotated[int, typer.Option(min=6, help="Most tokens of the vocabulary.")] = 8000,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+) -> None:
+    """Learn a WordPiece vocabulary from the texts of your own data."""
+    from vlmo.commands.outputs import check_outputs, path_of_data
+    from vlmo.data import TextTokenizer, open_data, texts_of, train_wordpiece
 
-    Raises:
-        OSError: the output exists, or cannot be written.
-        ValueError: the data cannot be read, or have more characters than the vocabulary has room.
-    """
-    output = settings.output
-    if output.exists() and not settings.force:
+    if output.exists() and not force:
         raise FileExistsError(f"output: {output} exists; --force replaces it")
-    data_path = None if settings.data == "digits" else Path(settings.data)
-    check_outputs({"output": output}, given={"data": data_path})
-    data = open_data(
-        settings.data, settings.task, settings.split, image_size=32, datasets=settings.datasets
-    )
-    tokenizer = TextTokenizer(train_wordpiece(texts_of(data), settings.size), 3)
+    check_outputs({"output": output}, given={"data": path_of_data(data)})
+    opened = open_data(data, task, split, image_size=32, datasets=datasets or None)
+    tokenizer = TextTokenizer(train_wordpiece(texts_of(opened), size), 3)
     tokenizer.save_vocabulary(output)
-    console.print(
-        f"{output}: {tokenizer.vocab_size} tokens, learned from {len(data)} texts",
+    plain_console().print(
+        f"{output}: {tokenizer.vocab_size} tokens, learned from {len(opened)} texts",
         highlight=False,
         soft_wrap=True,
     )
