@@ -34,9 +34,8 @@ def routing_index(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 @routing_index.register_fake
 def _(ids: Tensor, num_experts: int):
-    return ids.new_empty(ids.numel(), dtype=torch.int32), ids.new_empty(
-        num_experts + 1, dtype=torch.int32
-    )
+    sizes = (ids.numel(), num_experts + 1)
+    return tuple(ids.new_empty(size, dtype=torch.int32) for size in sizes)
 
 
 def group_rows(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

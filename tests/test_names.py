@@ -17,8 +17,10 @@ import vlmo
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = [p for folder in ("vlmo", "kernels") for p in sorted((ROOT / folder).rglob("*.py"))]
+OF_OTHERS = {"metrics.py"}  # of the NLVR2 data set
 DOTTED = re.compile(r"(?<![\w./-])vlmo(?:\.[A-Za-z_]\w*)+(\()?")
 FILE = re.compile(r"`((?:[\w.]+/)+[\w.]+\.(?:py|cuh?|cpp|md|toml|txt))`")
+BARE_FILE = re.compile(r"`(\w+\.(?:py|cuh?|cpp))`")
 ROLE = re.compile(r":(?:mod|func|class|meth|attr|data):`~?([\w.]+)`")
 
 
@@ -111,3 +113,8 @@ def test_paths(path):
     for name in FILE.findall(path.read_text()):
         places = (ROOT, ROOT / "docs", ROOT / "csrc")
         assert any((place / name).exists() for place in places), f"{path.name}: {name}"
+    folders = ("kernels", "vlmo", "csrc", "tests", "benchmarks")
+    known = {p.name for folder in folders for p in (ROOT / folder).rglob("*.*")}
+    known |= {p.name for p in ROOT.iterdir()}
+    for name in BARE_FILE.findall(path.read_text()):
+        assert name in known or name in OF_OTHERS, f"{path.name}: {name}"

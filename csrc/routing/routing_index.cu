@@ -6,8 +6,8 @@
 //      its first entry in every bucket;
 //   3. it reads its tokens again and writes each one to its place.
 //
-// Floor: read 4 T bytes, write 4 T + 4 (E + 1). The ids are read twice; the
-// second time they come from L2, or from L1 up to some 30k tokens.
+// Floor: read 4 T bytes, write 4 T + 4 (E + 1). The ids are read twice; the second time
+// they come from L2, or from L1 up to some 30k tokens.
 
 #include "common/warp.cuh"
 

@@ -1,7 +1,8 @@
 """The order of work inside a persistent launch, as plain Python: what the kernels do, and its cost.
 
-The kernels hold the same formulas (``triton_parts.locate``, ``triton_weights.find_work``), and the
-tests compare the two ticket by ticket. Nothing here touches a tensor.
+The kernels hold the same formulas (``locate`` in triton/device.py, ``find_work`` in
+triton/backward_weights.py), and the tests compare the two ticket by ticket. Nothing here touches a
+tensor.
 """
 
 from __future__ import annotations

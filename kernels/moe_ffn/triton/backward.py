@@ -61,7 +61,7 @@ class Gradients:
         return any(gradient.numel() for name in names for gradient in self.grads[name])
 
     def launch_rows(self) -> None:
-        """dx, and everything that sums over tokens need; see triton_backward.py."""
+        """dx, and everything that sums over tokens need; see backward_rows.py."""
         call, dim = self.call, self.x.shape[1]
         tile = self.tiles.rows if self.pre.numel() else self.tiles.recompute
         config = host.config_of(call, tile)
@@ -115,7 +115,7 @@ class Gradients:
             )
 
     def launch_weights(self) -> None:
-        """The gradients that sum over tokens; see triton_weights.py."""
+        """The gradients that sum over tokens; see backward_weights.py."""
         call, tile, device = self.call, self.tiles.weights, self.x.device
         config, workers = host.config_of(call, tile), host.workers_on(device, tile)
         work = self._work(config, workers)
