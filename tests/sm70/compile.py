@@ -108,7 +108,9 @@ def system_includes() -> list:
 
 def parse_ptxas_log(log: str) -> dict:
     """Turn the output of `ptxas -v` into {kernel name: Resources}."""
-    kernels, functions, current, function = {}, {}, None, None
+    kernels: dict[str, Resources] = {}
+    functions: dict[str, Resources] = {}
+    current = function = None
     for line in log.splitlines():
         if m := re.search(r"Compiling entry function '(\S+)'", line):
             current = kernels.setdefault(m.group(1), Resources())
