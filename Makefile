@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(TORCH),build/torch-$(TORCH).txt,constraints.txt)
 # What an editable install depends on; Python files are used where they lie.
 BUILD_FILES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f -not -name '*.pyc')
-PYTEST_ARGS ?= -n auto --dist loadfile
+# File by file, in the order of the files: the few long ones do not end up as the last.
+PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
 # Kernels that are compiled and kernels that are interpreted do not go together in one process.
 PTX := TRITON_INTERPRET=0 $(BIN)/python -m pytest -n auto --dist worksteal tests/ptx
 
@@ -15,7 +16,7 @@ TAG := $(shell $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -c \
 	'import sys; print(sys.implementation.cache_tag)')
 TRITONS := $(patsubst %,build/triton/$(TAG)/%/.unpacked,oldest newest)
 
-.PHONY: install demo test test-all tritons lint clean
+.PHONY: install demo test-fast test test-all tritons lint clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed-test tritons
@@ -23,12 +24,17 @@ install: $(VENV)/.installed-test tritons
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m vlmo demo
 
-# All but what takes long and says little more; after changing kernels, their tile tables or the
-# packaging, run everything.
+# The inner loop, a minute or so: what needs no other process, no compiler, no training, and no
+# kernel in an interpreter or an emulator.
+test-fast: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m 'not heavy and not slow' -q $(PYTEST_ARGS)
+
+# Before a commit, ten minutes or less: all but what takes long and says little more.
 test: lint tritons
 	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
 	$(PTX) -m 'not slow'
 
+# After changing kernels, their tile tables or the packaging.
 test-all: lint tritons
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 	$(PTX)
@@ -39,6 +45,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p vlmo
+	$(BIN)/mypy tests benchmarks csrc
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

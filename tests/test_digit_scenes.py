@@ -394,6 +394,7 @@ def test_drawn_texts_are_among_all_texts():
         assert {data.text(row) for row in range(500)} <= known
 
 
+@pytest.mark.heavy
 def test_vocabulary_is_the_same_in_another_process():
     code = "from vlmo.data import digit_tokenizer; print(digit_tokenizer()._tokens)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,6 +9,8 @@ from test_step import TASKS, TINY, assert_same, batch_of, gradients, model_of
 from vlmo import distributed, step
 from vlmo.transfer import HostCopy
 
+pytestmark = pytest.mark.heavy
+
 ROWS = 8
 
 

@@ -26,6 +26,8 @@ from vlmo.commands.app import app
 from vlmo.data import TextTokenizer, sources, train_wordpiece
 from vlmo.data.arrow import DATASETS
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PYTHON = r"(from|import) |(open_data|Predictor\.load)\("

@@ -14,6 +14,8 @@ from test_step import TINY, batch_of, model_of
 from vlmo import VLMo
 from vlmo.kernels import ModalityRouting, decompositions, moe_ffn
 
+pytestmark = pytest.mark.heavy
+
 BATCH = Dim("batch", min=1, max=64)
 INPUTS = {
     "image": ("image",),

@@ -24,6 +24,8 @@ from vlmo.data import ANSWERS, open_data
 from vlmo.evaluation import evaluate
 from vlmo.loading import digest
 
+pytestmark = pytest.mark.heavy
+
 ALL = ("itc", "itm", "vqa", "nlvr2")
 
 

@@ -27,6 +27,8 @@ from vlmo.training.optimizer import clip_gradients
 from vlmo.training.setup import check_batch
 from vlmo.training.state import load_state
 
+pytestmark = pytest.mark.heavy
+
 FOLDER = {"recipe.json", "vocab.txt", "training.pt", "log.csv", "log.jsonl", "model.safetensors"}
 
 
