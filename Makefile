@@ -45,7 +45,8 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p vlmo
-	$(BIN)/mypy tests benchmarks csrc
+	$(BIN)/mypy tests csrc
+	$(BIN)/mypy benchmarks
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

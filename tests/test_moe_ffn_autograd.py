@@ -187,6 +187,7 @@ def test_writing_over_a_saved_tensor_is_noticed(way):
         y.sum().backward()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize(
     ("backend", "warm", "recompute"),
