@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from test_model import TINY, make_batch
 from vlmo import VLMo
 from vlmo.flops import step_flops
+from vlmo.objectives import compute_losses
 from vlmo.recipes import TEXT_PARTS
 
 CONFIG = TINY.replace(vqa_labels=7)
@@ -55,7 +56,7 @@ def words_of(batch: dict[str, Tensor]) -> int:
 def counted(model: VLMo, batch: dict[str, Tensor]) -> tuple[int, int]:
     """Operations of the forward and of the backward."""
     with FlopCounterMode(display=False) as forward:
-        loss = model(batch)["loss"]
+        loss = model(compute_losses, batch)["loss"]
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     return forward.get_total_flops(), backward.get_total_flops()

@@ -11,6 +11,7 @@ from vlmo import VLMo, VLMoConfig, objectives, step
 from vlmo.bench.official import pretraining
 from vlmo.data import HOST_KEYS, to_device
 from vlmo.negatives import PendingNegatives
+from vlmo.objectives import compute_losses
 from vlmo.placement import autocast_dtype
 
 TINY = test_model.TINY.replace(vqa_labels=7)
@@ -76,7 +77,7 @@ def test_a_packed_step_equals_the_official_composition(config):
     wanted = gradients(model)
     model.zero_grad()
     torch.manual_seed(5)
-    output = model(batch)
+    output = model(compute_losses, batch)
     output["loss"].backward()
     assert_same({name: output[name] for name in expected}, expected)
     assert_same(gradients(model), wanted)
@@ -180,16 +181,19 @@ def test_bad_batches():
     gap[1, :2] = torch.tensor([0, 1])
     del batch["text_lengths"]
     with pytest.raises(ValueError, match="text_masks: text 1 has padding before its last token"):
-        model(batch | {"text_masks": gap})
+        model(compute_losses, batch | {"text_masks": gap})
     with pytest.raises(ValueError, match="text_lengths: text 2 has no token"):
-        model(batch | {"text_lengths": torch.tensor([3, 3, 0, 3])})
+        model(compute_losses, batch | {"text_lengths": torch.tensor([3, 3, 0, 3])})
     with pytest.raises(ValueError, match="text_lengths: text 3 has more tokens than text_ids, 6"):
-        model(batch | {"text_lengths": torch.tensor([3, 3, 1, 7])})
+        model(compute_losses, batch | {"text_lengths": torch.tensor([3, 3, 1, 7])})
     with pytest.raises(ValueError, match=r"text_lengths: shape \(3,\) for 4 texts"):
-        model(batch | {"text_lengths": torch.tensor([3, 3, 1])})
+        model(compute_losses, batch | {"text_lengths": torch.tensor([3, 3, 1])})
     labels = torch.full_like(batch["text_labels_mlm"], 1)
     with pytest.raises(ValueError, match="text_labels_mlm: a label stands on padding"):
-        model({k: v for k, v in batch.items() if k != "mlm_tokens"} | {"text_labels_mlm": labels})
+        model(
+            compute_losses,
+            {k: v for k, v in batch.items() if k != "mlm_tokens"} | {"text_labels_mlm": labels},
+        )
 
 
 @pytest.mark.parametrize("tasks", [("mlm", "itc", "itm"), ("irtr",)])
@@ -249,7 +253,7 @@ def test_what_a_pretraining_step_costs_beside_the_official_one(monkeypatch, join
     }
     torch.manual_seed(5)
     with counting() as ours:
-        output = model(on_device)
+        output = model(compute_losses, on_device)
     torch.manual_seed(5)
     with counting() as official:
         expected = pretraining(model, on_device)

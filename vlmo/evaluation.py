@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Dataset
 
-from vlmo import objectives, passes
+from vlmo import objectives
 from vlmo.config import VLMoConfig
 from vlmo.data import Draw, TextTokenizer, loader, to_device
 from vlmo.data.draws import hashed
@@ -33,6 +33,7 @@ from vlmo.negatives import Negatives, draw_negatives
 from vlmo.objectives import Batch, Whole
 from vlmo.retrieval import Gallery, Recall, encode, recall_at, shortlist
 from vlmo.retrieval import rerank as rerank_lists
+from vlmo.sequences import text_lengths
 from vlmo.sharing import (
     device_of,
     evaluating,
@@ -218,13 +219,13 @@ def _found(
                 measured.append(None)
                 continue
             kept = to_device(batch, device)
-            result = run(measure, model, kept, number)
+            result = run(measure, kept, number)
             measured.append((result, _names(batch, task) if names_them else []))
         if isinstance(model, FSDPModule):  # other ranks wait for as many calls
             if kept is None:
                 raise ValueError(f"dataset: no sample of rank {rank()} can be read: {bad[0][0][1]}")
             for number in range(measured.count(None)):
-                run(measure, model, kept, number)
+                run(measure, kept, number)
     own = []
     for entry, left_out in zip(measured, bad, strict=True):
         if entry is None:
@@ -385,7 +386,7 @@ def _negatives(logits: Tensor, batch: Batch, number: int) -> Negatives:
     """Hard negatives among the rows of this batch alone, the same whenever it is drawn."""
     generator = torch.Generator(logits.device).manual_seed(number)
     images, texts = draw_negatives(logits.T, generator), draw_negatives(logits, generator)
-    lengths = passes.text_lengths(batch)[texts.cpu()]
+    lengths = text_lengths(batch)[texts.cpu()]
     return Negatives(batch["text_ids"][texts], lengths, images.cpu(), batch["image"][:0])
 
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,13 +33,11 @@ from torch import Tensor
 
 from vlmo import distributed, passes
 from vlmo.config import VLMoConfig
+from vlmo.model import VLMo
 from vlmo.negatives import Negatives, PendingNegatives
 from vlmo.passes import Streams
-from vlmo.sequences import Places
+from vlmo.sequences import Places, end_to_end, refuse, text_lengths
 from vlmo.transfer import upload
-
-if TYPE_CHECKING:
-    from vlmo.model import VLMo
 
 Batch = Mapping[str, Any]
 Output = dict[str, Tensor]
@@ -64,7 +62,7 @@ class Whole:
     negatives: Negatives | None = None
 
 
-def compute(
+def compute_losses(
     model: VLMo,
     batch: Batch,
     *,
@@ -72,10 +70,13 @@ def compute(
     streams_only: bool = False,
     generator: torch.Generator | None = None,
 ) -> Output:
-    """All tasks of ``model.config.tasks``.
+    """Losses, logits and labels of all tasks of ``model.config.tasks``; ``"loss"`` is the sum.
+
+    Call it as ``model(compute_losses, batch)``, which wrappers of the model (DistributedDataParallel,
+    FSDP2, ``torch.compile``, PEFT) see.
 
     Args:
-        model: its ``forward`` is this function.
+        model: any.
         batch: see above.
         whole: of a global batch of which ``batch`` is a part; None if ``batch`` is this rank's all.
         streams_only: return only what contrast compares, under the names of
@@ -174,10 +175,10 @@ def masked_tokens(batch: Batch) -> Tensor:
 
 
 def _words(batch: Batch) -> passes.Words:
-    texts = passes.end_to_end(batch["text_ids_mlm"], passes.text_lengths(batch))
+    texts = end_to_end(batch["text_ids_mlm"], text_lengths(batch))
     masked, capacity = masked_tokens(batch), batch["text_labels_mlm"].shape[1]
     padding = masked % capacity >= texts.lengths[masked // capacity]
-    passes.refuse(padding, "text_labels_mlm: a label stands on padding")
+    refuse(padding, "text_labels_mlm: a label stands on padding")
     masked = upload(masked, texts.ids.device)
     return passes.Words(texts, Places(masked // capacity, masked % capacity))
 
@@ -210,7 +211,7 @@ def encode_streams(
 
     See :func:`vlmo.passes.encode_streams`.
     """
-    texts = passes.end_to_end(batch["text_ids"], passes.text_lengths(batch))
+    texts = end_to_end(batch["text_ids"], text_lengths(batch))
     vl_tail = "itc" in model.config.tasks
     streams, masked = passes.encode_streams(model, texts, patches, vl_tail=vl_tail, words=words)
     scale = model.config.itc_grad_scale
@@ -271,9 +272,9 @@ def itm(model: VLMo, batch: Batch, patches: Tensor, negatives: Negatives) -> Out
     Row order: B true pairs, B texts with a wrong image, B images with a wrong text.
     """
     own = torch.arange(patches.shape[0])
-    lengths = passes.text_lengths(batch)
+    lengths = text_lengths(batch)
     ids = torch.cat([batch["text_ids"], batch["text_ids"], negatives.text_ids])
-    texts = passes.end_to_end(ids, torch.cat([lengths, lengths, negatives.text_lengths]))
+    texts = end_to_end(ids, torch.cat([lengths, lengths, negatives.text_lengths]))
     if negatives.pixels.shape[0]:
         patches = torch.cat([patches, model.embed_image(negatives.pixels)])
     cls = passes.fuse(model, texts, patches, torch.cat([own, negatives.images, own]))
@@ -285,7 +286,7 @@ def itm(model: VLMo, batch: Batch, patches: Tensor, negatives: Negatives) -> Out
 
 def vqa(model: VLMo, batch: Batch, patches: Tensor) -> Output:
     """VQA as classification with soft targets: mean BCE times the number of answers."""
-    texts = passes.end_to_end(batch["text_ids"], passes.text_lengths(batch))
+    texts = end_to_end(batch["text_ids"], text_lengths(batch))
     cls = passes.fuse(model, texts, patches, torch.arange(patches.shape[0]))
     logits = model.vqa_classifier(model.pooler(cls))
     if "vqa_targets" in batch:
@@ -300,8 +301,8 @@ def vqa(model: VLMo, batch: Batch, patches: Tensor) -> Output:
 
 def nlvr2(model: VLMo, batch: Batch) -> Output:
     """NLVR2: each text with either image, 2 B rows in one fused pass, and a classifier of both."""
-    lengths = passes.text_lengths(batch)
-    texts = passes.end_to_end(torch.cat([batch["text_ids"]] * 2), lengths.repeat(2))
+    lengths = text_lengths(batch)
+    texts = end_to_end(torch.cat([batch["text_ids"]] * 2), lengths.repeat(2))
     patches = torch.cat([model.embed_image(batch[f"image_{i}"], i + 1) for i in range(2)])
     cls = passes.fuse(model, texts, patches, torch.arange(patches.shape[0]))
     first, second = model.pooler(cls).chunk(2)
@@ -316,8 +317,6 @@ def unused_parameters(config: VLMoConfig) -> set[str]:
 
     They get no gradient and are to be frozen before DistributedDataParallel sees the model.
     """
-    from vlmo.model import VLMo
-
     tasks = set(config.tasks)
     alone, fused = bool(tasks & {"itc", "irtr"}), bool(tasks & {"mlm", "itm", "vqa", "nlvr2"})
     pictures = alone or fused

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vlmo import objectives, passes
+from vlmo import objectives, passes, sequences
 from vlmo.attention_maps import AttentionMaps, attention_weights
 from vlmo.data.tokenizer import TextTokenizer
 from vlmo.data.transforms import SquareTransform
@@ -236,7 +236,7 @@ class Predictor:
         """
         self._require("match", "itm")
 
-        def matched(texts: passes.Texts, pixels: Tensor, places: Sequence[int]) -> Tensor:
+        def matched(texts: sequences.Texts, pixels: Tensor, places: Sequence[int]) -> Tensor:
             return matching_logits(self.model, texts, pixels, places)
 
         found = self._joined([*self._pairs(matched, images, texts)], (2,))
@@ -273,7 +273,7 @@ class Predictor:
             raise ValueError(f"top: {top} is not positive")
         model, names = self.model, self.answers
 
-        def logits(texts: passes.Texts, pixels: Tensor, places: Sequence[int]) -> Tensor:
+        def logits(texts: sequences.Texts, pixels: Tensor, places: Sequence[int]) -> Tensor:
             cls = passes.fuse(model, texts, model.embed_image(pixels), torch.tensor([*places]))
             return model.vqa_classifier(model.pooler(cls))
 
@@ -428,7 +428,7 @@ class Predictor:
 
     def _pairs(
         self,
-        function: Callable[[passes.Texts, Tensor, Sequence[int]], Tensor],
+        function: Callable[[sequences.Texts, Tensor, Sequence[int]], Tensor],
         images: Pictures,
         texts: Texts,
     ) -> Iterator[Tensor]:
@@ -474,9 +474,9 @@ class Predictor:
         device = device_of(self.model)
         return {name: value.to(device) for name, value in batch.items()} | {"text_lengths": lengths}
 
-    def _words(self, texts: Sequence[str]) -> passes.Texts:
+    def _words(self, texts: Sequence[str]) -> sequences.Texts:
         batch = self._encoded(texts)
-        return passes.end_to_end(batch["text_ids"], passes.text_lengths(batch))
+        return sequences.end_to_end(batch["text_ids"], sequences.text_lengths(batch))
 
     def _warn_of_long_texts(self, texts: Sequence[str], masks: Tensor) -> None:
         assert self._vocabulary is not None
@@ -489,7 +489,7 @@ class Predictor:
                     stacklevel=2,
                 )
 
-    def _tokens_of(self, words: passes.Texts) -> list[str]:
+    def _tokens_of(self, words: sequences.Texts) -> list[str]:
         assert self._tokenizer is not None
         return self._tokenizer.tokens(words.ids.tolist())
 

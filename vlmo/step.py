@@ -70,7 +70,7 @@ def backward(
     def forward(number: int, **options: Any) -> dict[str, Tensor]:
         torch.manual_seed(_mix(*seed, distributed.rank(), number))
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            return wrapped(parts[number], **options)
+            return wrapped(objectives.compute_losses, parts[number], **options)
 
     parts = split(batch, size)
     wholes: list[Whole | None] = [None]

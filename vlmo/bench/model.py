@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmo import objectives, passes, retrieval
+from vlmo import objectives, retrieval, sequences
 from vlmo.bench import official
 from vlmo.bench.contest import compiler_of, why_not_compiled, why_not_ours
 from vlmo.bench.cost import Cost
@@ -219,8 +219,8 @@ def _in_the_official_way(*, compiler: str | None = None, wide: bool = False) -> 
 def _packed(phase: str, model: SwitchedVLMo, batch: Batch) -> Named:
     """As :class:`vlmo.Predictor`, ``vlmo evaluate`` and ``vlmo train`` compute it."""
     if phase in STEPS:
-        return objectives.compute(model, batch)
-    texts = passes.end_to_end(batch["text_ids"], passes.text_lengths(batch))
+        return objectives.compute_losses(model, batch)
+    texts = sequences.end_to_end(batch["text_ids"], sequences.text_lengths(batch))
     if phase == ENCODING:
         images = retrieval.embed_images(model, batch["image"])
         return {"image": images, "text": retrieval.embed_texts(model, texts)}
