@@ -72,8 +72,8 @@ def compute_losses(
 ) -> Output:
     """Losses, logits and labels of all tasks of ``model.config.tasks``; ``"loss"`` is the sum.
 
-    Call it as ``model(compute_losses, batch)``, which wrappers of the model (DistributedDataParallel,
-    FSDP2, ``torch.compile``, PEFT) see.
+    Call it as ``model(compute_losses, batch)``, so that wrappers of the model
+    (DistributedDataParallel, FSDP2, ``torch.compile``, PEFT) take part.
 
     Args:
         model: any.
