@@ -9,7 +9,7 @@ import test_step
 from test_step import batch_of, gradients, model_of
 from test_wrappers import Lora
 from vlmo import VLMo
-from vlmo.objectives import compute_losses
+from vlmo.tasks.losses import compute_losses
 
 TINY = test_step.TINY.replace(depth=2, vl_start=1)  # tracing takes as long as there are blocks
 TASKS = [("mlm", "itc", "itm"), ("mlm",), ("textmlm",), ("irtr",), ("vqa",), ("nlvr2",)]

@@ -13,9 +13,9 @@ from torch.utils.data import Dataset
 import evaluation_cases
 from vlmo import VLMo
 from vlmo.data import Draw, TextTokenizer, collate, digit_tokenizer
-from vlmo.evaluation import evaluate
-from vlmo.objectives import compute_losses
-from vlmo.step import backward
+from vlmo.tasks.evaluation import evaluate
+from vlmo.tasks.losses import compute_losses
+from vlmo.training.step import backward
 
 EMPTY = ["", "   ", "\u200b\u0000", "\u2603 \u2603", "[MASK] [SEP] [CLS] [PAD] [UNK]"]
 TINY = evaluation_cases.TINY.replace(

@@ -13,7 +13,7 @@ from torch.export import Dim
 from test_step import TINY, batch_of, model_of
 from vlmo import VLMo
 from vlmo.kernels import ModalityRouting, decompositions, moe_ffn
-from vlmo.objectives import compute_losses
+from vlmo.tasks.losses import compute_losses
 
 BATCH = Dim("batch", min=1, max=64)
 INPUTS = {

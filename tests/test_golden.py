@@ -9,7 +9,7 @@ import torch
 from fingerprint import fingerprint
 from named_init import named_init
 from vlmo import VLMo, VLMoConfig
-from vlmo.objectives import compute_losses
+from vlmo.tasks.losses import compute_losses
 
 GOLDEN = torch.load(Path(__file__).parent / "data" / "golden.pt", weights_only=True)
 TOLERANCE = 1e-5

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 from vlmo import VLMo, VLMoConfig, load_checkpoint, save_checkpoint
 from vlmo.kernels import RelativePositionIndex
-from vlmo.objectives import compute_losses
+from vlmo.tasks.losses import compute_losses
 
 TINY = VLMoConfig(
     dim=24,

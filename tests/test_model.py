@@ -6,9 +6,9 @@ import torch
 from vlmo import VLMo, VLMoConfig
 from vlmo.kernels import routing, use_backend
 from vlmo.kernels.attention import api as attention_api
-from vlmo.negatives import draw_negatives
-from vlmo.objectives import compute_losses
-from vlmo.sequences import Run
+from vlmo.model.layout import Run
+from vlmo.tasks.losses import compute_losses
+from vlmo.tasks.negatives import draw_negatives
 
 TINY = VLMoConfig(
     dim=24,

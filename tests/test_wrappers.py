@@ -11,8 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from test_model import make_batch
-from vlmo import VLMo, VLMoConfig, layers, save_checkpoint
-from vlmo.objectives import compute_losses
+from vlmo import VLMo, VLMoConfig, save_checkpoint
+from vlmo.model import layers
+from vlmo.tasks.losses import compute_losses
 
 TINY = VLMoConfig(
     dim=24,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from vlmo import distributed
-from vlmo.sequences import text_lengths
-from vlmo.transfer import HostCopy, upload
+from vlmo.device import HostCopy, upload
+from vlmo.model.layout import text_lengths
 
 
 class Negatives(NamedTuple):

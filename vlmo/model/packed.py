@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmo.model import VLMo
-from vlmo.sequences import Packed, Places, Run, Texts, numbered
-from vlmo.transfer import upload
+from vlmo.device import upload
+from vlmo.model.layout import Packed, Places, Run, Texts, numbered
+from vlmo.model.vlmo import VLMo
 
 
 class Streams(NamedTuple):

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vlmo.config import VLMoConfig
 from vlmo.kernels import Constants, RelativePositionIndex
 from vlmo.kernels.arguments import check_values
-from vlmo.layers import (
+from vlmo.model.config import VLMoConfig
+from vlmo.model.layers import (
     Attention,
     Block,
     MLMHead,
@@ -29,8 +29,8 @@ from vlmo.layers import (
     TextEmbeddings,
     classifier,
 )
-from vlmo.sequences import Chosen, Layout, Packed, Padded, Run
-from vlmo.wrappers import rows_of
+from vlmo.model.layout import Chosen, Layout, Packed, Padded, Run
+from vlmo.model.wrappers import rows_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -108,7 +108,7 @@ class VLMo(nn.Module):
         See :func:`vlmo.load_checkpoint` for the layouts and errors, and call it yourself for its
         report.
         """
-        from vlmo.checkpoint import config_of, load_checkpoint
+        from vlmo.checkpoint.io import config_of, load_checkpoint
 
         model = cls(config_of(path, **changes))
         load_checkpoint(model, path)
@@ -183,7 +183,7 @@ class VLMo(nn.Module):
 
         Wrappers act on the forward of a module. DistributedDataParallel and FSDP2 gather and
         average there, so ``wrapped(compute_losses, batch)`` is how a step reaches the model.
-        :func:`vlmo.objectives.compute_losses` gives the losses of ``config.tasks``.
+        :func:`vlmo.tasks.losses.compute_losses` gives the losses of ``config.tasks``.
         """
         return function(self, *args, **kwargs)
 

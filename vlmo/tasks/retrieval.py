@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vlmo import passes
 from vlmo.data.loading import guarded_loader
-from vlmo.model import VLMo
-from vlmo.sequences import Texts, end_to_end
-from vlmo.sharing import device_of, evaluating, even_batches, of_all, own_share, precision
+from vlmo.model import packed
+from vlmo.model.layout import Texts, end_to_end
+from vlmo.model.vlmo import VLMo
+from vlmo.tasks.inference import device_of, evaluating, even_batches, of_all, own_share, precision
 
 RECALL_AT = (1, 5, 10)
 _CELLS = 2**24  # scores at a time, 64 MB
@@ -154,18 +154,18 @@ def encode(
 
 def embed_images(model: VLMo, pixels: Tensor) -> Tensor:
     """Unit vectors ``[n, D]`` float32 of the dual encoder."""
-    cls = passes.encode_images(model, model.embed_image(pixels))
+    cls = packed.encode_images(model, model.embed_image(pixels))
     return model.project("itc_image_proj", cls).float()
 
 
 def embed_texts(model: VLMo, texts: Texts) -> Tensor:
     """Unit vectors ``[n, D]`` float32 of the dual encoder."""
-    return model.project("itc_text_proj", passes.encode_text(model, texts)).float()
+    return model.project("itc_text_proj", packed.encode_text(model, texts)).float()
 
 
 def matching_logits(model: VLMo, texts: Texts, pixels: Tensor, images: Sequence[int]) -> Tensor:
     """Logits ``[n, 2]`` float32 of ITM for text b and image ``images[b]``; 1 is a match."""
-    cls = passes.fuse(model, texts, model.embed_image(pixels), torch.tensor([*images]))
+    cls = packed.fuse(model, texts, model.embed_image(pixels), torch.tensor([*images]))
     return model.itm_score(model.pooler(cls)).float()
 
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlmo.model import VLMo
-from vlmo.sequences import Packed, Run, Texts
+from vlmo.model.layout import Packed, Run, Texts
+from vlmo.model.vlmo import VLMo
 
 
 class AttentionMaps(NamedTuple):

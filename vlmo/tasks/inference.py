@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vlmo.distributed import gather, rank, world_size
-from vlmo.model import VLMo
+from vlmo.model.vlmo import VLMo
 
 
 def own_share(count: int) -> list[int]:
