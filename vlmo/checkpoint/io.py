@@ -57,6 +57,7 @@ from vlmo.checkpoint.resize import (
 )
 from vlmo.files import replacing
 from vlmo.model.config import RUN_FIELDS, TASKS, VLMoConfig
+from vlmo.model.vlmo import VLMo
 
 PATCHES = "transformer.patch_embed.proj.weight"
 WORDS = "text_embeddings.word_embeddings.weight"
@@ -337,8 +338,6 @@ def _described(tensor: Tensor) -> str:
 
 def _require_official_keys(model: Any) -> None:
     """Raise if the model has keys that its configuration does not account for."""
-    from vlmo.model.vlmo import VLMo
-
     with torch.device("meta"):
         expected = VLMo(model.config).state_dict().keys()
     foreign = [key for key in model.state_dict() if key not in expected]
