@@ -1,4 +1,4 @@
-"""How a model is run to be judged: in evaluation mode, its work divided among the ranks.
+"""Distributed evaluation: sharding, evaluation mode, gathering.
 
 No result depends on the number of ranks.
 """
