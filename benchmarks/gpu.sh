@@ -59,7 +59,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from vlmo.kernels import why_not
 from vlmo.kernels.target import describe
-from vlmo.machine import versions
+from vlmo.device import versions
 
 if not torch.cuda.is_available():
     sys.exit("gpu.sh: torch finds no GPU")

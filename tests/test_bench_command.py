@@ -20,7 +20,7 @@ from vlmo.bench.report import Report
 from vlmo.bench.roofline import Roof
 from vlmo.bench.suite import Case, Scale, Suite
 from vlmo.commands.app import app, main
-from vlmo.parity import Deviation
+from vlmo.testing import Deviation
 
 scales: list[Scale] = []
 

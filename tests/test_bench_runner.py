@@ -15,7 +15,7 @@ from vlmo.bench.report import Report
 from vlmo.bench.roofline import Roof
 from vlmo.bench.runner import ALL, run
 from vlmo.bench.suite import Case, Scale, Suite
-from vlmo.parity import Deviation
+from vlmo.testing import Deviation
 
 CPU = torch.device("cpu")
 COST = Cost(flops=4 * 10**9, bytes=10**9)

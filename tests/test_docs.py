@@ -21,10 +21,11 @@ from typer.main import get_command
 
 from processes import command
 from test_data_arrow import PAIRS, QUESTIONS, STATEMENTS, TEXTS, UNLABELLED, write
-from vlmo import VLMo, recipes, save_checkpoint
+from vlmo import VLMo, save_checkpoint
 from vlmo.commands.app import app
 from vlmo.data import TextTokenizer, sources, train_wordpiece
 from vlmo.data.arrow import DATASETS
+from vlmo.training import recipes
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

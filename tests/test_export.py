@@ -13,6 +13,7 @@ from torch.export import Dim
 from test_step import TINY, batch_of, model_of
 from vlmo import VLMo
 from vlmo.kernels import ModalityRouting, decompositions, moe_ffn
+from vlmo.tasks.losses import compute_losses
 
 BATCH = Dim("batch", min=1, max=64)
 INPUTS = {
@@ -179,13 +180,23 @@ def test_ids_are_exported_too():
         torch.testing.assert_close(program.module()(x, ids), module(x, ids))
 
 
+class Losses(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        return self.model(compute_losses, batch)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 @torch.no_grad()
-def test_the_forward_of_a_task_is_exported_for_texts_of_all_lengths(strict):
+def test_the_losses_of_a_task_are_exported_for_texts_of_all_lengths(strict):
     model = model_of(TINY.replace(depth=2, vl_start=1, tasks=("vqa",))).eval()
     names = ("text_ids", "text_masks", "text_lengths", "image", "vqa_targets")
     first, *others = ({name: batch_of(4, seed=seed)[name] for name in names} for seed in range(3))
-    program = torch.export.export(model, (first,), strict=strict)
+    losses = Losses(model)
+    program = torch.export.export(losses, (first,), strict=strict)
     assert not ours(program)
     for batch in others:
-        torch.testing.assert_close(program.module()(batch), model(batch))
+        torch.testing.assert_close(program.module()(batch), losses(batch))

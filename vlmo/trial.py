@@ -13,7 +13,7 @@ from vlmo.kernels.moe_ffn.call import Call
 from vlmo.kernels.moe_ffn.triton import backend as triton_impl
 from vlmo.kernels.moe_ffn.triton import tiles
 from vlmo.kernels.moe_ffn.triton.tiles import Tiles, use_tiles
-from vlmo.parity import deviations
+from vlmo.testing import deviations
 from vlmo.timing import Work
 
 

@@ -1,8 +1,8 @@
 """``vlmo tune``: search tile shapes of the routed feed-forward layer on this GPU.
 
 The kernels are searched one after the other. All candidates of one are compiled, several at a time;
-then each is run, held against float64 by the rule of :mod:`vlmo.parity`, and timed in turn with all
-others. The table that comes out is what ``VLMO_TILES`` names (see
+then each is run, held against float64 by the rule of :mod:`vlmo.testing`, and timed in turn with
+all others. The table that comes out is what ``VLMO_TILES`` names (see
 :mod:`vlmo.kernels.moe_ffn.triton.tiles`); it is written after each kernel.
 """
 
@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from vlmo.device import versions
 from vlmo.files import write_json
 from vlmo.kernels.moe_ffn.triton import backend as triton_impl
 from vlmo.kernels.moe_ffn.triton import tiles
 from vlmo.kernels.moe_ffn.triton.tiles import Tile, Tiles
 from vlmo.kernels.target import describe, interpreted
-from vlmo.machine import versions
 from vlmo.timing import median_seconds
 from vlmo.trial import TINY, Problem, Trial
 

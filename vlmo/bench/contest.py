@@ -14,7 +14,7 @@ from vlmo.bench.cost import Cost
 from vlmo.bench.suite import Case
 from vlmo.kernels import BACKEND_NAMES, why_not
 from vlmo.kernels.target import compute_capability, interpreted
-from vlmo.parity import Deviation, deviations
+from vlmo.testing import Deviation, deviations
 from vlmo.timing import Work
 
 # Asks for contenders that torch.compile makes for the CPU, which takes minutes of a C++ compiler.

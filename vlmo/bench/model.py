@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmo import objectives, passes, retrieval
 from vlmo.bench import official
 from vlmo.bench.contest import compiler_of, why_not_compiled, why_not_ours
 from vlmo.bench.cost import Cost
 from vlmo.bench.official import SwitchedVLMo
 from vlmo.bench.suite import Case, Scale, Suite
-from vlmo.config import VLMoConfig
-from vlmo.flops import matching_flops, step_flops
 from vlmo.kernels import BACKEND_NAMES, use_backend
-from vlmo.parity import Deviation
+from vlmo.model import layout
+from vlmo.model.config import VLMoConfig
+from vlmo.model.flops import matching_flops, step_flops
+from vlmo.tasks import losses, retrieval
+from vlmo.testing import Deviation
 from vlmo.timing import Work
 
 Batch = dict[str, Any]
@@ -219,8 +220,8 @@ def _in_the_official_way(*, compiler: str | None = None, wide: bool = False) -> 
 def _packed(phase: str, model: SwitchedVLMo, batch: Batch) -> Named:
     """As :class:`vlmo.Predictor`, ``vlmo evaluate`` and ``vlmo train`` compute it."""
     if phase in STEPS:
-        return objectives.compute(model, batch)
-    texts = passes.end_to_end(batch["text_ids"], passes.text_lengths(batch))
+        return losses.compute_losses(model, batch)
+    texts = layout.end_to_end(batch["text_ids"], layout.text_lengths(batch))
     if phase == ENCODING:
         images = retrieval.embed_images(model, batch["image"])
         return {"image": images, "text": retrieval.embed_texts(model, texts)}
@@ -245,7 +246,7 @@ def _candidates(phase: str, batch: Batch) -> tuple[Tensor, list[int]]:
     """Images and, for each text, which of them it is matched with.
 
     Re-ranking matches a query with several candidates; here a text with the same few images, which
-    ``vlmo.retrieval.rerank`` embeds once.
+    ``vlmo.tasks.retrieval.rerank`` embeds once.
     """
     count = len(batch["text_ids"])
     images = batch["image"] if phase == MATCHING else batch["image"][:_CANDIDATES]

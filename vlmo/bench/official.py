@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmo.layers import Block
-from vlmo.model import VLMo
-from vlmo.objectives import MLM_WEIGHT, with_total
-from vlmo.sequences import Chosen, Layout, Padded
+from vlmo.model.layers import Block
+from vlmo.model.layout import Chosen, Layout, Padded
+from vlmo.model.vlmo import VLMo
+from vlmo.tasks.losses import MLM_WEIGHT, with_total
 
 # Of one block: there is one for every pass, below and above the first VL block, and batch size.
 _GRAPHS = 64
@@ -129,7 +129,7 @@ def pretraining(model: VLMo, batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
     Args:
         model: with the tasks mlm, itc and itm.
-        batch: as :mod:`vlmo.objectives` reads it, images as floats.
+        batch: as :mod:`vlmo.tasks.losses` reads it, images as floats.
     """
     ids, masks, image = batch["text_ids"], batch["text_masks"], batch["image"]
     words = model.mlm_score(model.fuse(batch["text_ids_mlm"], masks, image).text)

@@ -31,9 +31,9 @@ from vlmo.bench.meter import (
 from vlmo.bench.report import FAILED, LEFT_OUT, NOT_EXACT, PEER_NOT_EXACT, Record, Report, is_ours
 from vlmo.bench.roofline import Roof, measure_roof
 from vlmo.bench.suite import Case, Problem, Scale, Suite
+from vlmo.device import versions
 from vlmo.kernels.target import describe
-from vlmo.machine import versions
-from vlmo.parity import Deviation
+from vlmo.testing import Deviation
 from vlmo.timing import Work
 
 SUITES = {suite.name: suite for suite in (moe_ffn.SUITE, attention.SUITE, model.SUITE)}
@@ -110,7 +110,7 @@ def run(
 
 
 def why_inexact(contender: str, deviations: Sequence[Deviation]) -> str | None:
-    """One sentence if a tensor breaks the rule of :mod:`vlmo.parity`.
+    """One sentence if a tensor breaks the rule of :mod:`vlmo.testing`.
 
     That is a defect of one of ours only: how others round differs from one CPU to the next.
     """

@@ -2,7 +2,7 @@
 
 A suite lists its cases and makes a problem of one: inputs on a device, and contenders that compute
 the same thing from them. Nothing is timed that has not been held against float64 by the rule of
-:mod:`vlmo.parity`.
+:mod:`vlmo.testing`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from vlmo.bench.cost import Cost
-from vlmo.parity import Deviation
+from vlmo.testing import Deviation
 from vlmo.timing import Work
 
 

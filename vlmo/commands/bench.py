@@ -22,8 +22,8 @@ from vlmo.bench.report import (
     title_of,
 )
 from vlmo.bench.suite import Scale, Suite
+from vlmo.device import chosen_device
 from vlmo.files import replacing
-from vlmo.placement import chosen_device
 
 _MINUTES = {"cpu": 4.5, "cuda": 20.0}
 
@@ -38,7 +38,7 @@ class Settings:
         dtypes: only cases in these; none for all.
         sizes: only cases of these; none for all.
         contenders: only these, or all that begin with one and a colon; none for all.
-        device: name for :func:`vlmo.placement.chosen_device`.
+        device: name for :func:`vlmo.device.chosen_device`.
         minutes: within which everything ends; None for 4.5 on a CPU and 20 on a GPU.
         smoke: tiny sizes and three calls of each, to see that everything runs; written to a folder
             ``smoke`` in ``output``, in the place of the last such run.

@@ -52,7 +52,7 @@ def check(
     from vlmo.commands.records import to_json
     from vlmo.data import open_data
     from vlmo.files import replacing
-    from vlmo.loading import read_answers
+    from vlmo.run_folder import read_answers
 
     check_outputs({"output": output}, given={"data": path_of_data(data), "answers": answers})
     if answers is not None and task not in (None, "vqa"):
@@ -93,7 +93,7 @@ def _parts(
 ) -> Iterator[tuple[str, str, tuple[str, ...] | None]]:
     """Task, split and official data sets of each data set to open."""
     from vlmo.data.check import official_datasets, splits_there, tasks_of
-    from vlmo.data.digit_scans import SPLITS
+    from vlmo.data.samples import SPLITS
 
     for of_task in [task] if task else tasks_of(data):
         there: dict[str, tuple[str, ...] | None] = {}

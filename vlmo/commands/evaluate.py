@@ -76,13 +76,13 @@ def evaluate(
     """
     options = locals() | {"dtype": dtype or "auto", "datasets": datasets or None}
     limit_spinning()
-    from vlmo.checkpoint import config_of
+    from vlmo.checkpoint.io import config_of
     from vlmo.commands.outputs import check_outputs, path_of_data
     from vlmo.data import BadSample, TextTokenizer, open_data
-    from vlmo.evaluation import check_task
-    from vlmo.evaluation import evaluate as measure
-    from vlmo.loading import check_words, load_model, weights_of
-    from vlmo.placement import chosen_dtype, require_backend
+    from vlmo.device import chosen_dtype, require_backend
+    from vlmo.run_folder import check_words, load_model, weights_of
+    from vlmo.tasks.evaluation import check_task
+    from vlmo.tasks.evaluation import evaluate as measure
     from vlmo.training.parallel import is_first, joined_group
 
     read = {"model": model, "vocab": vocabulary, "answers": answers, "data": path_of_data(data)}
@@ -133,8 +133,8 @@ def evaluate(
 
 def _report(metrics: Mapping[str, float], options: Mapping[str, Any], console: Console) -> None:
     """Print the metrics, and write them to a file together with the arguments of the command."""
+    from vlmo.device import versions
     from vlmo.files import write_json
-    from vlmo.machine import versions
 
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column(options["task"])

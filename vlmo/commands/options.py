@@ -17,6 +17,8 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 Split = Literal["train", "val", "test"]
 Task = Literal["retrieval", "vqa", "nlvr2", "pretrain", "textmlm"]
 
+STANDARD = Path("-")  # standard input or output
+
 _DATA = "Data source: digits, a folder of Arrow files, or your own data (docs/data.md)."
 DataArgument = Annotated[str, typer.Argument(help=_DATA)]
 DataOption = Annotated[str, typer.Option(help=_DATA)]

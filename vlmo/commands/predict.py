@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO
 import typer
 
 from vlmo.commands.options import (
+    STANDARD,
     AnswersOption,
     BackendOption,
     DeviceOption,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from vlmo.commands.records import Record
     from vlmo.predictor import Predictor
 
-STANDARD = Path("-")  # standard input or output
 _CHUNK = 256  # records at a time, whose pictures are in memory
 
 

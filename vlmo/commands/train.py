@@ -249,7 +249,7 @@ def train(
     """
     options: dict[str, Any] = dict(locals())
     limit_spinning()
-    from vlmo.recipes import recipe as recipe_of
+    from vlmo.training.recipes import recipe as recipe_of
 
     given = {name: options.pop(name) for name in _CHANGES}
     changes = {k: v for k, v in given.items() if v is not None and v is not False}

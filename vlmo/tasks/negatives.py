@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vlmo import distributed, passes
-from vlmo.transfer import HostCopy, upload
+from vlmo import distributed
+from vlmo.device import HostCopy, upload
+from vlmo.model.layout import text_lengths
 
 
 class Negatives(NamedTuple):
@@ -95,7 +96,7 @@ class PendingNegatives:
         self._rows = i2t.shape[0]
         wrong_image = draw_negatives(t2i, generator, rank=rank)
         self._wrong_text = draw_negatives(i2t, generator, rank=rank)
-        lengths = upload(passes.text_lengths(batch), i2t.device)
+        lengths = upload(text_lengths(batch), i2t.device)
         numbers = torch.stack([wrong_image, self._wrong_text, lengths], dim=1)
         self._numbers = HostCopy(distributed.gather(numbers))  # [W * B, 3]
         self._text_ids = distributed.gather(batch["text_ids"])[self._wrong_text]

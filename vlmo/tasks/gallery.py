@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 
 from vlmo.data import BadSample, TextTokenizer
 from vlmo.data.loading import guarded_loader
-from vlmo.retrieval import Gallery
-from vlmo.sharing import objects_of_all, own_share
+from vlmo.tasks.inference import objects_of_all, own_share
+from vlmo.tasks.retrieval import Gallery
 
 
 def gallery_of(dataset: Dataset, tokenizer: TextTokenizer, *, workers: int = 0) -> Gallery:

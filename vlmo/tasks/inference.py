@@ -1,4 +1,4 @@
-"""How a model is run to be judged: in evaluation mode, its work divided among the ranks.
+"""Distributed evaluation: sharding, evaluation mode, gathering.
 
 No result depends on the number of ranks.
 """
@@ -6,7 +6,6 @@ No result depends on the number of ranks.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,9 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from vlmo.distributed import gather, rank, world_size
+from vlmo.model.vlmo import VLMo
 
 
 def own_share(count: int) -> list[int]:
@@ -59,32 +58,21 @@ def even_batches(numbers: Sequence[int], batch_size: int) -> list[list[int]]:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[Callable[..., Any]]:
+def evaluating(model: VLMo) -> Iterator[Callable[..., Any]]:
     """Put ``model`` into evaluation mode for the block, and back into the mode it was in.
 
     Yields:
-        What calls a function (first argument) that uses parts of the model. Under FSDP2 parts can
-        only be used inside the model's forward, which such a call then counts as.
+        ``run(function, *arguments)``, which returns ``function(model, *arguments)`` by the model's
+        forward: under FSDP2, parts of a model can only be used inside it.
     """
     training = model.training
     model.eval()
     try:
-        if isinstance(model, FSDPModule):
-            sharded: Any = model
-            sharded._evaluation = _call
-            register_fsdp_forward_method(sharded, "_evaluation")
-            yield lambda function, *arguments: sharded._evaluation(
-                functools.partial(function, *arguments)
-            )
-        else:
-            yield _call
+        # The arguments are bound, because FSDP2 moves those of a forward to the GPU, the lengths of
+        # texts with them.
+        yield lambda function, *arguments: model(lambda module: function(module, *arguments))
     finally:
-        vars(model).pop("_evaluation", None)
         model.train(training)
-
-
-def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(*arguments)
 
 
 def precision(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:

@@ -252,7 +252,7 @@ def _from_beit(name: str, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], 
     """BEiT keys as official VLMo keys, and the keys of BEiT that VLMo has no use for.
 
     The tables of the layers become one under ``TABLE``, ``[image offsets + 3, heads * depth]``:
-    image rows only, for :func:`vlmo.resize.fit_tensor` to lay out.
+    image rows only, for :func:`vlmo.checkpoint.resize.fit_tensor` to lay out.
     """
     unused = ("fc_norm.", "head.", "lm_head.", "mask_token")
     shared_key = f"rel_pos_bias.{TABLE}"

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vlmo.data import digit_language as language
-from vlmo.data.digit_language import ANSWERS, Meaning, Question
-from vlmo.data.digit_scans import SPLITS, enlarged_scans, load_scans, split_scans
+from vlmo.data.digits import language
+from vlmo.data.digits.language import ANSWERS, Meaning, Question
+from vlmo.data.digits.scans import enlarged_scans, load_scans, split_scans
 from vlmo.data.draws import Draw
-from vlmo.data.samples import picture_names
+from vlmo.data.samples import SPLITS, picture_names
 
 TASKS = ("pretrain", "retrieval", "vqa", "nlvr2", "textmlm")
 AXES = ("single", "horizontal", "vertical")

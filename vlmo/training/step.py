@@ -20,11 +20,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from vlmo import distributed, objectives
-from vlmo.model import VLMo, inner
-from vlmo.negatives import PendingNegatives
-from vlmo.objectives import Whole
-from vlmo.passes import Streams
+from vlmo import distributed
+from vlmo.model.packed import Streams
+from vlmo.model.vlmo import VLMo, inner
+from vlmo.tasks.losses import Whole, compute_losses, contrast, masked_tokens
+from vlmo.tasks.negatives import PendingNegatives
 
 Batch = Mapping[str, Any]
 
@@ -70,7 +70,7 @@ def backward(
     def forward(number: int, **options: Any) -> dict[str, Tensor]:
         torch.manual_seed(_mix(*seed, distributed.rank(), number))
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            return wrapped(parts[number], **options)
+            return wrapped(compute_losses, parts[number], **options)
 
     parts = split(batch, size)
     wholes: list[Whole | None] = [None]
@@ -118,7 +118,7 @@ def _wholes(
     device = batch["text_ids"].device
     words = torch.zeros((), device=device)
     if "text_labels_mlm" in batch:
-        words = torch.full((), len(objectives.masked_tokens(batch)) / count, device=device)
+        words = torch.full((), len(masked_tokens(batch)) / count, device=device)
     words = distributed.mean_over_ranks(words)
     if not streams:
         yield from (Whole(words, {}) for _ in range(count))
@@ -127,7 +127,7 @@ def _wholes(
         None if values[0] is None else torch.cat(values).float().requires_grad_()
         for values in zip(*streams, strict=True)
     )
-    output = objectives.contrast(model, leaves)
+    output = contrast(model, leaves)
     losses = {name: loss for name, loss in output.items() if name.endswith("_loss")}
     used: list[Tensor] = [leaf for leaf in leaves if leaf is not None]
     scales = [p for name, p in model.named_parameters() if name in SCALES]

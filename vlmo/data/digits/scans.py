@@ -12,7 +12,8 @@ import hashlib
 import numpy as np
 import torch
 
-SPLITS = ("train", "val", "test")
+from vlmo.data.samples import SPLITS
+
 HELD_OUT_SHARE = 0.15  # of each class, for val and again for test
 
 

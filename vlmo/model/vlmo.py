@@ -7,20 +7,19 @@ Bao et al., "VLMo: Unified Vision-Language Pre-Training with Mixture-of-Modality
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vlmo import objectives
-from vlmo.config import VLMoConfig
 from vlmo.kernels import Constants, RelativePositionIndex
 from vlmo.kernels.arguments import check_values
-from vlmo.layers import (
+from vlmo.model.config import VLMoConfig
+from vlmo.model.layers import (
     Attention,
     Block,
     MLMHead,
@@ -30,8 +29,11 @@ from vlmo.layers import (
     TextEmbeddings,
     classifier,
 )
-from vlmo.sequences import Chosen, Layout, Packed, Padded, Run
-from vlmo.wrappers import rows_of
+from vlmo.model.layout import Chosen, Layout, Packed, Padded, Run
+from vlmo.model.wrappers import rows_of
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 LOGIT_SCALE = math.log(1 / 0.07)  # the temperature of contrast to start from, as in CLIP
 _LARGEST_PIXEL = 16.0  # more than any usual normalisation gives, less than 0..255 holds
@@ -106,7 +108,7 @@ class VLMo(nn.Module):
         See :func:`vlmo.load_checkpoint` for the layouts and errors, and call it yourself for its
         report.
         """
-        from vlmo.checkpoint import config_of, load_checkpoint
+        from vlmo.checkpoint.io import config_of, load_checkpoint
 
         model = cls(config_of(path, **changes))
         load_checkpoint(model, path)
@@ -174,13 +176,16 @@ class VLMo(nn.Module):
         if self.config.token_types == 3:
             self.token_type_embeddings.weight[2] = self.token_type_embeddings.weight[1]
 
-    def forward(self, batch: Mapping[str, Any], **options: Any) -> dict[str, Tensor]:
-        """Losses, logits and labels of every task of ``config.tasks``, and their sum ``"loss"``.
+    def forward(
+        self, function: Callable[Concatenate[VLMo, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """``function(self, *args, **kwargs)``: any use of the parts of the model as one forward.
 
-        See :mod:`vlmo.objectives` for what each task reads from ``batch`` and returns, and for the
-        options.
+        Wrappers act on the forward of a module. DistributedDataParallel and FSDP2 gather and
+        average there, so ``wrapped(compute_losses, batch)`` is how a step reaches the model.
+        :func:`vlmo.tasks.losses.compute_losses` gives the losses of ``config.tasks``.
         """
-        return objectives.compute(self, batch, **options)
+        return function(self, *args, **kwargs)
 
     def fuse(
         self, text_ids: Tensor, text_mask: Tensor, image: Tensor, *, image_type: int = 1

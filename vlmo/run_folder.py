@@ -12,11 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from tokenizers import Tokenizer
 
-from vlmo.checkpoint import config_of, load_checkpoint
-from vlmo.config import VLMoConfig
-from vlmo.data.tokenizer import load_vocabulary
-from vlmo.files import read_text
-from vlmo.layouts import (
+from vlmo.checkpoint.formats import (
     ANSWERS_RECORD,
     VOCABULARY_RECORD,
     CheckpointError,
@@ -24,8 +20,12 @@ from vlmo.layouts import (
     read_records,
     summary,
 )
-from vlmo.model import VLMo
-from vlmo.objectives import unused_parameters
+from vlmo.checkpoint.io import config_of, load_checkpoint
+from vlmo.data.tokenizer import load_vocabulary
+from vlmo.files import read_text
+from vlmo.model.config import VLMoConfig
+from vlmo.model.vlmo import VLMo
+from vlmo.tasks.losses import unused_parameters
 
 # Files of a run folder.
 WEIGHTS, RECIPE = "model.safetensors", "recipe.json"

@@ -25,21 +25,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmo import distributed, passes
-from vlmo.config import VLMoConfig
-from vlmo.negatives import Negatives, PendingNegatives
-from vlmo.passes import Streams
-from vlmo.sequences import Places
-from vlmo.transfer import upload
-
-if TYPE_CHECKING:
-    from vlmo.model import VLMo
+from vlmo import distributed
+from vlmo.device import upload
+from vlmo.model import packed
+from vlmo.model.config import VLMoConfig
+from vlmo.model.layout import Places, end_to_end, refuse, text_lengths
+from vlmo.model.packed import Streams
+from vlmo.model.vlmo import VLMo
+from vlmo.tasks.negatives import Negatives, PendingNegatives
 
 Batch = Mapping[str, Any]
 Output = dict[str, Tensor]
@@ -49,7 +48,7 @@ MLM_WEIGHT = 0.25  # of the official code, beside image-text contrast and matchi
 
 @dataclass(frozen=True)
 class Whole:
-    """What a part of a rank's batch has to know of the global batch (:mod:`vlmo.step`).
+    """What a part of a rank's batch has to know of the global batch (:mod:`vlmo.training.step`).
 
     Attributes:
         words: masked tokens of the global batch, divided by the number of its parts.
@@ -64,7 +63,7 @@ class Whole:
     negatives: Negatives | None = None
 
 
-def compute(
+def compute_losses(
     model: VLMo,
     batch: Batch,
     *,
@@ -72,14 +71,17 @@ def compute(
     streams_only: bool = False,
     generator: torch.Generator | None = None,
 ) -> Output:
-    """All tasks of ``model.config.tasks``.
+    """Losses, logits and labels of all tasks of ``model.config.tasks``; ``"loss"`` is the sum.
+
+    Call it as ``model(compute_losses, batch)``, so that wrappers of the model
+    (DistributedDataParallel, FSDP2, ``torch.compile``, PEFT) take part.
 
     Args:
-        model: its ``forward`` is this function.
+        model: any.
         batch: see above.
         whole: of a global batch of which ``batch`` is a part; None if ``batch`` is this rank's all.
         streams_only: return only what contrast compares, under the names of
-            :class:`vlmo.passes.Streams`.
+            :class:`vlmo.model.packed.Streams`.
         generator: of the draws of hard negatives; equal on all ranks, or each draws its own.
 
     Raises:
@@ -156,13 +158,13 @@ def mlm(model: VLMo, batch: Batch, patches: Tensor, whole: Whole | None = None) 
         ``mlm_loss``; ``mlm_logits`` [M, V] and ``mlm_labels`` [M] of the M masked tokens.
     """
     texts, tokens = _words(batch)
-    x = passes.fuse(model, texts, patches, torch.arange(patches.shape[0]), tokens)
+    x = packed.fuse(model, texts, patches, torch.arange(patches.shape[0]), tokens)
     return _mlm_output(model, batch, x, whole, weight=MLM_WEIGHT)
 
 
 def text_mlm(model: VLMo, batch: Batch, whole: Whole | None = None) -> Output:
     """Masked language modelling on text alone (stage-2 pre-training); returns as :func:`mlm`."""
-    x = passes.encode_text(model, *_words(batch))
+    x = packed.encode_text(model, *_words(batch))
     return _mlm_output(model, batch, x, whole, weight=1.0)
 
 
@@ -173,13 +175,13 @@ def masked_tokens(batch: Batch) -> Tensor:
     return (batch["text_labels_mlm"].flatten() >= 0).nonzero()[:, 0].cpu()
 
 
-def _words(batch: Batch) -> passes.Words:
-    texts = passes.end_to_end(batch["text_ids_mlm"], passes.text_lengths(batch))
+def _words(batch: Batch) -> packed.Words:
+    texts = end_to_end(batch["text_ids_mlm"], text_lengths(batch))
     masked, capacity = masked_tokens(batch), batch["text_labels_mlm"].shape[1]
     padding = masked % capacity >= texts.lengths[masked // capacity]
-    passes.refuse(padding, "text_labels_mlm: a label stands on padding")
+    refuse(padding, "text_labels_mlm: a label stands on padding")
     masked = upload(masked, texts.ids.device)
-    return passes.Words(texts, Places(masked // capacity, masked % capacity))
+    return packed.Words(texts, Places(masked // capacity, masked % capacity))
 
 
 def _mlm_output(
@@ -204,15 +206,15 @@ def _mlm_output(
 
 
 def encode_streams(
-    model: VLMo, batch: Batch, patches: Tensor, words: passes.Words | None = None
+    model: VLMo, batch: Batch, patches: Tensor, words: packed.Words | None = None
 ) -> tuple[Streams, Tensor | None]:
     """What contrast compares, with the gradient scale of the configuration, and masked tokens.
 
-    See :func:`vlmo.passes.encode_streams`.
+    See :func:`vlmo.model.packed.encode_streams`.
     """
-    texts = passes.end_to_end(batch["text_ids"], passes.text_lengths(batch))
+    texts = end_to_end(batch["text_ids"], text_lengths(batch))
     vl_tail = "itc" in model.config.tasks
-    streams, masked = passes.encode_streams(model, texts, patches, vl_tail=vl_tail, words=words)
+    streams, masked = packed.encode_streams(model, texts, patches, vl_tail=vl_tail, words=words)
     scale = model.config.itc_grad_scale
     if scale != 1:
         streams = Streams._make(
@@ -271,12 +273,12 @@ def itm(model: VLMo, batch: Batch, patches: Tensor, negatives: Negatives) -> Out
     Row order: B true pairs, B texts with a wrong image, B images with a wrong text.
     """
     own = torch.arange(patches.shape[0])
-    lengths = passes.text_lengths(batch)
+    lengths = text_lengths(batch)
     ids = torch.cat([batch["text_ids"], batch["text_ids"], negatives.text_ids])
-    texts = passes.end_to_end(ids, torch.cat([lengths, lengths, negatives.text_lengths]))
+    texts = end_to_end(ids, torch.cat([lengths, lengths, negatives.text_lengths]))
     if negatives.pixels.shape[0]:
         patches = torch.cat([patches, model.embed_image(negatives.pixels)])
-    cls = passes.fuse(model, texts, patches, torch.cat([own, negatives.images, own]))
+    cls = packed.fuse(model, texts, patches, torch.cat([own, negatives.images, own]))
     logits = model.itm_score(model.pooler(cls))
     labels = (torch.arange(3 * own.shape[0], device=cls.device) < own.shape[0]).long()
     loss = F.cross_entropy(logits.float(), labels)
@@ -285,8 +287,8 @@ def itm(model: VLMo, batch: Batch, patches: Tensor, negatives: Negatives) -> Out
 
 def vqa(model: VLMo, batch: Batch, patches: Tensor) -> Output:
     """VQA as classification with soft targets: mean BCE times the number of answers."""
-    texts = passes.end_to_end(batch["text_ids"], passes.text_lengths(batch))
-    cls = passes.fuse(model, texts, patches, torch.arange(patches.shape[0]))
+    texts = end_to_end(batch["text_ids"], text_lengths(batch))
+    cls = packed.fuse(model, texts, patches, torch.arange(patches.shape[0]))
     logits = model.vqa_classifier(model.pooler(cls))
     if "vqa_targets" in batch:
         targets = batch["vqa_targets"]
@@ -300,10 +302,10 @@ def vqa(model: VLMo, batch: Batch, patches: Tensor) -> Output:
 
 def nlvr2(model: VLMo, batch: Batch) -> Output:
     """NLVR2: each text with either image, 2 B rows in one fused pass, and a classifier of both."""
-    lengths = passes.text_lengths(batch)
-    texts = passes.end_to_end(torch.cat([batch["text_ids"]] * 2), lengths.repeat(2))
+    lengths = text_lengths(batch)
+    texts = end_to_end(torch.cat([batch["text_ids"]] * 2), lengths.repeat(2))
     patches = torch.cat([model.embed_image(batch[f"image_{i}"], i + 1) for i in range(2)])
-    cls = passes.fuse(model, texts, patches, torch.arange(patches.shape[0]))
+    cls = packed.fuse(model, texts, patches, torch.arange(patches.shape[0]))
     first, second = model.pooler(cls).chunk(2)
     logits = model.nlvr2_classifier(torch.cat([first, second], dim=1))
     labels = batch["answers"].long()
@@ -316,8 +318,6 @@ def unused_parameters(config: VLMoConfig) -> set[str]:
 
     They get no gradient and are to be frozen before DistributedDataParallel sees the model.
     """
-    from vlmo.model import VLMo
-
     tasks = set(config.tasks)
     alone, fused = bool(tasks & {"itc", "irtr"}), bool(tasks & {"mlm", "itm", "vqa", "nlvr2"})
     pictures = alone or fused

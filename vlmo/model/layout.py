@@ -10,21 +10,21 @@ All of a layout is made before the first block, from tensors: nothing of it depe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlmo.device import upload
 from vlmo.kernels import (
     ModalityRouting,
     RelativePositionBias,
     RelativePositionIndex,
     shared_attention,
 )
-from vlmo.transfer import upload
 
 Project = Callable[[Tensor], Tensor]
 
@@ -81,6 +81,62 @@ def numbered(lengths: Tensor, total: int) -> tuple[Tensor, Tensor]:
     run = torch.repeat_interleave(lengths, output_size=total)
     first = lengths.cumsum(0) - lengths
     return run, torch.arange(total, device=lengths.device) - first[run]
+
+
+class Texts(NamedTuple):
+    """Texts end to end.
+
+    Attributes:
+        ids: ``[n]`` of all tokens.
+        places: ``[n]``, of each token in its text.
+        lengths: ``[B]`` int64 on the CPU, tokens of each text.
+    """
+
+    ids: Tensor
+    places: Tensor
+    lengths: Tensor
+
+
+def text_lengths(batch: Mapping[str, Any]) -> Tensor:
+    """Tokens of each text, ``[B]`` int64 on the CPU: ``text_lengths``, or what the masks say.
+
+    Raises:
+        ValueError: there is not one length for each text, a text has no token or more of them than
+            ``text_ids`` has, or its mask has a gap.
+    """
+    rows, capacity = batch["text_ids"].shape
+    if "text_lengths" in batch:
+        lengths = batch["text_lengths"].to("cpu", torch.int64)
+        if lengths.shape != (rows,):
+            raise ValueError(f"text_lengths: shape {tuple(lengths.shape)} for {rows} texts")
+    else:
+        masks = batch["text_masks"].bool()
+        counts = masks.sum(1)
+        gaps = masks != (torch.arange(masks.shape[1], device=masks.device) < counts[:, None])
+        refuse(gaps.any(1), "text_masks: {} has padding before its last token")
+        lengths = counts.cpu()
+    refuse(lengths < 1, "text_lengths: {} has no token")
+    refuse(lengths > capacity, f"text_lengths: {{}} has more tokens than text_ids, {capacity}")
+    return lengths
+
+
+def refuse(wrong: Tensor, complaint: str) -> None:
+    """Raise ValueError if a text is ``wrong`` ``[B]``; a compiled graph asserts that none is.
+
+    ``{}`` in the complaint stands for the text.
+    """
+    if torch.compiler.is_compiling():
+        torch._assert_async(~wrong.any(), complaint.format("a text"))
+    elif wrong.any():
+        raise ValueError(complaint.format(f"text {int(wrong.long().argmax())}"))
+
+
+def end_to_end(text_ids: Tensor, lengths: Tensor) -> Texts:
+    """Ids ``[B, T]`` without their padding, from ``lengths`` ``[B]`` on the CPU."""
+    total = cast(int, lengths.sum().item())  # int() would end a graph
+    torch._check(total >= 0)  # what a graph cannot know of a number
+    text, places = numbered(upload(lengths, text_ids.device), total)
+    return Texts(text_ids[text, places], places, lengths)
 
 
 def _bias(table: Tensor | None, index: RelativePositionIndex | None) -> RelativePositionBias | None:

@@ -11,17 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vlmo import passes
 from vlmo.data.loading import guarded_loader
-from vlmo.sharing import device_of, evaluating, even_batches, of_all, own_share, precision
-
-if TYPE_CHECKING:
-    from vlmo.model import VLMo
+from vlmo.model import packed
+from vlmo.model.layout import Texts, end_to_end
+from vlmo.model.vlmo import VLMo
+from vlmo.tasks.inference import device_of, evaluating, even_batches, of_all, own_share, precision
 
 RECALL_AT = (1, 5, 10)
 _CELLS = 2**24  # scores at a time, 64 MB
@@ -140,11 +139,11 @@ def encode(
     order = gallery.text_masks[texts].sum(1).argsort(stable=True)
     with evaluating(model) as run, precision(device, autocast):
         of_images = [
-            run(embed_images, model, pixels)
+            run(embed_images, pixels)
             for pixels in _pixels(gallery.images, even_batches(images, batch_size), device, workers)
         ]
         of_texts = [
-            run(embed_texts, model, _texts(gallery, texts[rows], device))
+            run(embed_texts, _texts(gallery, texts[rows], device))
             for rows in even_batches(order.tolist(), batch_size)
         ]
     in_order = torch.cat(of_texts)[order.argsort().to(device)]
@@ -155,20 +154,18 @@ def encode(
 
 def embed_images(model: VLMo, pixels: Tensor) -> Tensor:
     """Unit vectors ``[n, D]`` float32 of the dual encoder."""
-    cls = passes.encode_images(model, model.embed_image(pixels))
+    cls = packed.encode_images(model, model.embed_image(pixels))
     return model.project("itc_image_proj", cls).float()
 
 
-def embed_texts(model: VLMo, texts: passes.Texts) -> Tensor:
+def embed_texts(model: VLMo, texts: Texts) -> Tensor:
     """Unit vectors ``[n, D]`` float32 of the dual encoder."""
-    return model.project("itc_text_proj", passes.encode_text(model, texts)).float()
+    return model.project("itc_text_proj", packed.encode_text(model, texts)).float()
 
 
-def matching_logits(
-    model: VLMo, texts: passes.Texts, pixels: Tensor, images: Sequence[int]
-) -> Tensor:
+def matching_logits(model: VLMo, texts: Texts, pixels: Tensor, images: Sequence[int]) -> Tensor:
     """Logits ``[n, 2]`` float32 of ITM for text b and image ``images[b]``; 1 is a match."""
-    cls = passes.fuse(model, texts, model.embed_image(pixels), torch.tensor([*images]))
+    cls = packed.fuse(model, texts, model.embed_image(pixels), torch.tensor([*images]))
     return model.itm_score(model.pooler(cls)).float()
 
 
@@ -271,7 +268,7 @@ def _match(
     with evaluating(model) as run, precision(device, autocast):
         for batch, (_, place), fetched in zip(batches, images, pixels, strict=True):
             texts = _texts(gallery, batch % count, device)
-            logits.append(run(matching_logits, model, texts, fetched, place.tolist())[:, 1])
+            logits.append(run(matching_logits, texts, fetched, place.tolist())[:, 1])
     return of_all(torch.cat(logits), len(pairs))
 
 
@@ -378,6 +375,6 @@ def _pixels(
     return (pixels.to(device, non_blocking=True) for pixels in loader)
 
 
-def _texts(gallery: Gallery, rows: Tensor | list[int], device: torch.device) -> passes.Texts:
+def _texts(gallery: Gallery, rows: Tensor | list[int], device: torch.device) -> Texts:
     lengths = gallery.text_masks[rows].sum(1)
-    return passes.end_to_end(gallery.text_ids[rows].to(device, non_blocking=True), lengths)
+    return end_to_end(gallery.text_ids[rows].to(device, non_blocking=True), lengths)

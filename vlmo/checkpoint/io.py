@@ -31,9 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlmo.config import RUN_FIELDS, TASKS, VLMoConfig
-from vlmo.files import replacing
-from vlmo.layouts import (
+from vlmo.checkpoint.formats import (
     ANSWERS_RECORD,
     CONFIG_RECORD,
     KEY_PREFIXES,
@@ -49,7 +47,7 @@ from vlmo.layouts import (
     read_content,
     summary,
 )
-from vlmo.resize import (
+from vlmo.checkpoint.resize import (
     POSITIONS,
     TEXT_POSITIONS,
     fit_tensor,
@@ -57,6 +55,9 @@ from vlmo.resize import (
     grid_of_patches,
     table_tail,
 )
+from vlmo.files import replacing
+from vlmo.model.config import RUN_FIELDS, TASKS, VLMoConfig
+from vlmo.model.vlmo import VLMo
 
 PATCHES = "transformer.patch_embed.proj.weight"
 WORDS = "text_embeddings.word_embeddings.weight"
@@ -241,12 +242,12 @@ def save_checkpoint(
     The file appears under its name only when it is complete and on disk: a failed save leaves an
     older file of that name as it was and no other trace (a killed one, a hidden file beside
     it). The configuration and the digests are recorded in the file's metadata, where
-    :func:`config_of` and :func:`vlmo.loading.digests_of` find them and others do not look.
+    :func:`config_of` and :func:`vlmo.run_folder.digests_of` find them and others do not look.
 
     Args:
         model: a :class:`vlmo.VLMo`, possibly wrapped, on any device, in any dtype.
         path: ``.pt``, ``.pth`` or ``.bin`` for torch's format, ``.safetensors`` for that one.
-        vocabulary: :func:`vlmo.loading.digest` of the tokens that the model was trained with, in
+        vocabulary: :func:`vlmo.run_folder.digest` of the tokens that the model was trained with, in
             the order of their ids. What loads the model then refuses any other vocabulary.
         answers: the same of the answers of visual questions.
 
@@ -337,8 +338,6 @@ def _described(tensor: Tensor) -> str:
 
 def _require_official_keys(model: Any) -> None:
     """Raise if the model has keys that its configuration does not account for."""
-    from vlmo.model import VLMo
-
     with torch.device("meta"):
         expected = VLMo(model.config).state_dict().keys()
     foreign = [key for key in model.state_dict() if key not in expected]

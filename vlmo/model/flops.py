@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vlmo.config import VLMoConfig
+from vlmo.model.config import VLMoConfig
 
 Trains = Callable[[str], bool]
 

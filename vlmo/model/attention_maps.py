@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlmo import passes
-from vlmo.model import VLMo
-from vlmo.sequences import Packed, Run
+from vlmo.model.layout import Packed, Run, Texts
+from vlmo.model.vlmo import VLMo
 
 
 class AttentionMaps(NamedTuple):
@@ -51,7 +50,7 @@ class _Watched(Packed):
 
 
 def attention_weights(
-    model: VLMo, texts: passes.Texts | None, pixels: Tensor | None, layer: int | None
+    model: VLMo, texts: Texts | None, pixels: Tensor | None, layer: int | None
 ) -> Tensor:
     """Weights ``[layers, heads, N, N]``, or ``[heads, N, N]`` of one layer, float32 on the CPU.
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from vlmo.config import VLMoConfig
+from vlmo.model.config import VLMoConfig
 
 STAGES = ("textmlm", "pretrain", "vqa", "nlvr2", "retrieval")
 TASKS_OF = {
@@ -148,7 +148,7 @@ class Recipe:
         official_batches: draw batches at random, as the official code does, so that captions of
             the same picture may meet in one and count as wrong; otherwise they never do
             (:class:`vlmo.data.GlobalBatches`).
-        losses: out of :data:`vlmo.config.TASKS`; None for those of the stage.
+        losses: out of :data:`vlmo.model.config.TASKS`; None for those of the stage.
         separate_attention: text and image have attention of their own below the vision-language
             experts (ablation, Table 1 of the supplement).
         wide_start: start the blocks wider than the official code does, which a width of 96 needs.

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmo.config import VLMoConfig
 from vlmo.kernels import Constants, moe_ffn
-from vlmo.sequences import Chosen, Experts, Layout, Tokens
-from vlmo.wrappers import is_plain, rows_of
+from vlmo.model.config import VLMoConfig
+from vlmo.model.layout import Chosen, Experts, Layout, Tokens
+from vlmo.model.wrappers import is_plain, rows_of
 
 
 class PatchEmbedding(nn.Module):
@@ -93,7 +93,7 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
     def is_plain(self) -> bool:
-        """Whether it does what its weights say, see :func:`vlmo.wrappers.is_plain`."""
+        """Whether it does what its weights say, see :func:`vlmo.model.wrappers.is_plain`."""
         return is_plain(self, Mlp) and all(is_plain(fc, nn.Linear) for fc in (self.fc1, self.fc2))
 
 

@@ -1,7 +1,8 @@
 """Checks every backend of this machine against float64, beside plain eager PyTorch.
 
-The rule: against float64, a backend may be at most twice as wrong as eager PyTorch in the same
-dtype, plus one rounding unit of the largest value; for outputs and for every gradient.
+The rule (:func:`allowed_error`): against float64, a backend may be at most twice as wrong as eager
+PyTorch in the same dtype, plus one rounding unit of the largest value; for outputs and for every
+gradient.
 """
 
 from __future__ import annotations
@@ -96,6 +97,18 @@ def check_backends(
                         yield _compare(operation, case, name, device, dtype, seed)
 
 
+def allowed_error(eager: float, largest: float, dtype: torch.dtype, factor: float = 2.0) -> float:
+    """The rule: ``factor`` times the error of eager PyTorch, and one rounding unit of ``largest``.
+
+    Args:
+        eager: largest error of eager PyTorch in ``dtype`` against float64; or the L2 norm of it.
+        largest: largest absolute value in float64; or the L2 norm of all.
+        dtype: of the compared tensors.
+        factor: see above.
+    """
+    return factor * eager + torch.finfo(dtype).eps * largest
+
+
 def deviations(
     actual: Mapping[str, Tensor], eager: Mapping[str, Tensor], exact: Mapping[str, Tensor]
 ) -> list[Deviation]:
@@ -103,8 +116,7 @@ def deviations(
     found = []
     for name, target in exact.items():
         errors = [float((t[name].double() - target).abs().max()) for t in (actual, eager)]
-        unit = torch.finfo(actual[name].dtype).eps
-        allowed = 2 * errors[1] + unit * float(target.abs().max())
+        allowed = allowed_error(errors[1], float(target.abs().max()), actual[name].dtype)
         found.append(Deviation(name, errors[0], errors[1], allowed))
     return found
 

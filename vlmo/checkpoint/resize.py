@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmo.config import VLMoConfig
-from vlmo.layouts import TABLE
+from vlmo.checkpoint.formats import TABLE
+from vlmo.model.config import VLMoConfig
 
 POSITIONS = "transformer.pos_embed"
 TEXT_POSITIONS = "text_embeddings.position_embeddings.weight"

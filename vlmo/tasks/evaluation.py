@@ -20,20 +20,17 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Dataset
 
-from vlmo import objectives, passes
-from vlmo.config import VLMoConfig
 from vlmo.data import Draw, TextTokenizer, loader, to_device
 from vlmo.data.draws import hashed
 from vlmo.distributed import rank
 from vlmo.files import replacing
-from vlmo.gallery import gallery_of as gallery_of
-from vlmo.gallery import readable_gallery
-from vlmo.model import VLMo, inner
-from vlmo.negatives import Negatives, draw_negatives
-from vlmo.objectives import Batch, Whole
-from vlmo.retrieval import Gallery, Recall, encode, recall_at, shortlist
-from vlmo.retrieval import rerank as rerank_lists
-from vlmo.sharing import (
+from vlmo.model.config import VLMoConfig
+from vlmo.model.layout import text_lengths
+from vlmo.model.vlmo import VLMo, inner
+from vlmo.tasks import losses
+from vlmo.tasks.gallery import gallery_of as gallery_of
+from vlmo.tasks.gallery import readable_gallery
+from vlmo.tasks.inference import (
     device_of,
     evaluating,
     even_batches,
@@ -41,6 +38,10 @@ from vlmo.sharing import (
     own_share,
     precision,
 )
+from vlmo.tasks.losses import Batch, Whole
+from vlmo.tasks.negatives import Negatives, draw_negatives
+from vlmo.tasks.retrieval import Gallery, Recall, encode, recall_at, shortlist
+from vlmo.tasks.retrieval import rerank as rerank_lists
 
 TASKS = ("retrieval", "vqa", "nlvr2", "pretrain", "textmlm")
 MASK_SHARE = 0.15  # of the words, as in training
@@ -218,13 +219,13 @@ def _found(
                 measured.append(None)
                 continue
             kept = to_device(batch, device)
-            result = run(measure, model, kept, number)
+            result = run(measure, kept, number)
             measured.append((result, _names(batch, task) if names_them else []))
         if isinstance(model, FSDPModule):  # other ranks wait for as many calls
             if kept is None:
                 raise ValueError(f"dataset: no sample of rank {rank()} can be read: {bad[0][0][1]}")
             for number in range(measured.count(None)):
-                run(measure, model, kept, number)
+                run(measure, kept, number)
     own = []
     for entry, left_out in zip(measured, bad, strict=True):
         if entry is None:
@@ -311,7 +312,7 @@ def _named(recall: Recall) -> dict[str, float]:
 
 
 def _vqa(model: VLMo, batch: Batch, number: int) -> Measured:
-    output = objectives.vqa(model, batch, model.embed_image(batch["image"]))
+    output = losses.vqa(model, batch, model.embed_image(batch["image"]))
     targets, rows = output["vqa_targets"], len(batch["text_ids"])
     best = output["vqa_logits"].argmax(1)
     sums: Sums = {
@@ -323,7 +324,7 @@ def _vqa(model: VLMo, batch: Batch, number: int) -> Measured:
 
 
 def _nlvr2(model: VLMo, batch: Batch, number: int) -> Measured:
-    output = objectives.nlvr2(model, batch)
+    output = losses.nlvr2(model, batch)
     best, rows = output["nlvr2_logits"].argmax(1), len(batch["text_ids"])
     right = best == output["nlvr2_labels"]
     sums: Sums = {
@@ -340,7 +341,7 @@ def _nlvr2(model: VLMo, batch: Batch, number: int) -> Measured:
 
 
 def _text_mlm(model: VLMo, batch: Batch, number: int) -> Measured:
-    return Measured(_words(objectives.text_mlm(model, batch, _alone(batch)), batch))
+    return Measured(_words(losses.text_mlm(model, batch, _alone(batch)), batch))
 
 
 def _pretrain(model: VLMo, batch: Batch, number: int) -> Measured:
@@ -348,7 +349,7 @@ def _pretrain(model: VLMo, batch: Batch, number: int) -> Measured:
     patches = model.embed_image(batch["image"])
     sums: Sums = {}
     if {"itc", "irtr"} & set(tasks):
-        streams, _ = objectives.encode_streams(model, batch, patches)
+        streams, _ = losses.encode_streams(model, batch, patches)
         logits = model.logit_scale.exp() * streams.image @ streams.text.T
         loss, accuracies = _contrast(logits)
         if "irtr" in tasks:
@@ -362,11 +363,11 @@ def _pretrain(model: VLMo, batch: Batch, number: int) -> Measured:
             sums |= {f"itc_{name}": (right, rows) for name, right in accuracies.items()}
             sums |= {f"itc_vl_{name}": (right, rows) for name, right in vl_accuracies.items()}
     if "itm" in tasks:
-        output = objectives.itm(model, batch, patches, _negatives(logits, batch, number))
+        output = losses.itm(model, batch, patches, _negatives(logits, batch, number))
         right = (output["itm_logits"].argmax(1) == output["itm_labels"]).sum()
         sums |= {"itm_loss": (output["itm_loss"] * rows, rows), "itm_accuracy": (right, 3 * rows)}
     if "mlm" in tasks:
-        sums |= _words(objectives.mlm(model, batch, patches, _alone(batch)), batch)
+        sums |= _words(losses.mlm(model, batch, patches, _alone(batch)), batch)
     return Measured(sums)
 
 
@@ -385,17 +386,17 @@ def _negatives(logits: Tensor, batch: Batch, number: int) -> Negatives:
     """Hard negatives among the rows of this batch alone, the same whenever it is drawn."""
     generator = torch.Generator(logits.device).manual_seed(number)
     images, texts = draw_negatives(logits.T, generator), draw_negatives(logits, generator)
-    lengths = passes.text_lengths(batch)[texts.cpu()]
+    lengths = text_lengths(batch)[texts.cpu()]
     return Negatives(batch["text_ids"][texts], lengths, images.cpu(), batch["image"][:0])
 
 
 def _alone(batch: Batch) -> Whole:
     """The batch is all there is, whatever other ranks have."""
-    words = len(objectives.masked_tokens(batch))
+    words = len(losses.masked_tokens(batch))
     return Whole(torch.tensor(float(words), device=batch["text_ids"].device), {})
 
 
-def _words(output: objectives.Output, batch: Batch) -> Sums:
+def _words(output: losses.Output, batch: Batch) -> Sums:
     right = (output["mlm_logits"].argmax(1) == output["mlm_labels"]).sum()
     words = len(output["mlm_labels"])
     return {"mlm_loss": (output["mlm_loss"] * words, words), "mlm_accuracy": (right, words)}
