@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from vlmo import distributed, passes
-from vlmo.transfer import HostCopy, upload
+from vlmo.kernels.transfer import upload
+from vlmo.transfer import HostCopy
 
 
 class Negatives(NamedTuple):

@@ -33,10 +33,10 @@ from torch import Tensor
 
 from vlmo import distributed, passes
 from vlmo.config import VLMoConfig
+from vlmo.kernels.transfer import upload
 from vlmo.negatives import Negatives, PendingNegatives
 from vlmo.passes import Streams
 from vlmo.sequences import Places
-from vlmo.transfer import upload
 
 if TYPE_CHECKING:
     from vlmo.model import VLMo

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlmo.kernels.transfer import upload
 from vlmo.sequences import Packed, Places, Run, numbered
-from vlmo.transfer import upload
 
 if TYPE_CHECKING:
     from vlmo.model import VLMo

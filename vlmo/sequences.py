@@ -24,7 +24,7 @@ from vlmo.kernels import (
     RelativePositionIndex,
     shared_attention,
 )
-from vlmo.transfer import upload
+from vlmo.kernels.transfer import upload
 
 Project = Callable[[Tensor], Tensor]
 

@@ -1,20 +1,9 @@
-"""Copies between host and device that the host does not wait for."""
+"""A copy from a device to the host that the host waits for only when it needs it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on ``device``.
-
-    Through pinned memory: from any other, CUDA copies more than 64 KiB in the order of the stream
-    while the host waits, which is a wait for all work before it.
-    """
-    if device.type == "cuda" and not torch.compiler.is_compiling():
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 class HostCopy:
