@@ -22,8 +22,9 @@ import torch
 import modelled_results
 from modelled_results import assumed, assumptions_section
 from vlmo.kernels import ModalityRouting, moe_ffn
+from vlmo.kernels._backends import cuda as cuda_target
 from vlmo.kernels.moe_ffn.cuda import arguments as cuda_launch
-from vlmo.kernels.moe_ffn.schedule import Banded, replay
+from vlmo.kernels.moe_ffn.schedule import Banded, band_of, replay
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT.parent / "tests"))
@@ -100,7 +101,7 @@ def capture(tokens: int, dim: int, hidden: int, norm: str = "none", train: bool 
     """Arguments and tensors of the launches of one call, by kernel; nothing is launched."""
     found: Captured = {}
 
-    def launch(cubin, name, device, programs, argument, tensors):
+    def launch(cubin, name, device, programs, threads, shared_bytes, argument, tensors):
         for tensor in tensors:
             if tensor is not None and tensor.dtype == torch.int32:
                 tensor.zero_()
@@ -109,7 +110,7 @@ def capture(tokens: int, dim: int, hidden: int, norm: str = "none", train: bool 
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(*shape, dtype=torch.float16, requires_grad=train)
 
-    with emulated(), mock.patch.object(cuda_launch, "launch", launch):
+    with emulated(), mock.patch.object(cuda_target, "launch", launch):
         y = moe_ffn(
             *(zeros(tokens, dim), ModalityRouting.segments([(0, tokens)], num_experts=1)),
             *([zeros(hidden, dim)], [zeros(dim, hidden)]),
@@ -206,7 +207,11 @@ def launches(size: str, found: Sequence[Product]) -> Iterator[Launch]:
         text = round(count * SPLIT[0] / sum(SPLIT))
         rows = [-(-part // TILE) for part in (text, count - text)]
         tasks = (0, -(-hidden // TILE), -(-dim // TILE))
-        band = cuda_launch.band_of(sum(rows), tasks, workers, (None, dim, hidden))
+        band = band_of(
+            *(sum(rows), tasks, workers, (None, dim, hidden)),
+            step=cuda_launch.STEP,
+            rows_cost=cuda_launch.ROWS_COST,
+        )
         played = replay(Banded(sum(rows), band, tasks), workers, costs)
         theirs = sum(
             -(-tiles * per_row // workers) * PROGRAMS * cycles

@@ -21,6 +21,7 @@ import torch
 import modelled_results
 from modelled_results import assumed, assumptions_section
 from vlmo.kernels import RelativePositionIndex
+from vlmo.kernels._backends import cuda as cuda_target
 from vlmo.kernels.attention.call import Call
 from vlmo.kernels.attention.cuda import arguments as cuda_launch
 from vlmo.kernels.attention.cuda import backward as cuda_backward
@@ -195,7 +196,7 @@ def launches(length: int, bias: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
     seen: list[tuple[Any, ...]] = []
     with (
         emulated(workers=PROGRAMS * MULTIPROCESSORS),
-        mock.patch.object(cuda_launch, "launch", lambda *launch: seen.append(launch)),
+        mock.patch.object(cuda_target, "launch", lambda *launch: seen.append(launch)),
     ):
         prepared = cuda_launch.prepare(make_call(length, bias))
         out, dout, dq, dk, dv = (aligned(BATCH, length, HEADS, DIM) for _ in range(5))

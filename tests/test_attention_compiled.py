@@ -11,8 +11,9 @@ from compiling import (
     spill_limit,
     types_and_layer,
 )
+from vlmo.kernels._backends.triton import OPERANDS
 from vlmo.kernels.attention.triton.tiles import TABLE, WIDTHS
-from vlmo.kernels.moe_ffn.triton.tiles import GENERATIONS, OPERANDS
+from vlmo.kernels.target import GENERATIONS
 
 SCRIPT = "compiled_attention.py"
 PRODUCTS = {"fwd": 2, "bwd_q": 3, "bwd_kv": 4, "bwd_table": 2}

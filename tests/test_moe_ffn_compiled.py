@@ -11,7 +11,9 @@ from compiling import (
     types_and_layer,
 )
 from moe_ffn_cases import CASES
-from vlmo.kernels.moe_ffn.triton.tiles import GENERATIONS, OPERANDS, TABLE
+from vlmo.kernels._backends.triton import OPERANDS
+from vlmo.kernels.moe_ffn.triton.tiles import TABLE
+from vlmo.kernels.target import GENERATIONS
 
 SCRIPT = "compiled.py"
 PRODUCTS = {  # the instruction of the main loops, by generation and dtype

@@ -13,7 +13,8 @@ from rich.console import Console
 from processes import command
 from vlmo.kernels import target
 from vlmo.kernels.moe_ffn.triton import tiles
-from vlmo.kernels.moe_ffn.triton.tiles import GENERATIONS, INTERPRETED, INTERPRETER, TABLE, Tile
+from vlmo.kernels.moe_ffn.triton.tiles import INTERPRETED, INTERPRETER, TABLE, Tile
+from vlmo.kernels.target import GENERATIONS
 from vlmo.tune import candidates, parse_problem, search, tune
 
 CPU = torch.device("cpu")

@@ -89,17 +89,6 @@ def require_backend(
             )
 
 
-def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on ``device``.
-
-    Through pinned memory: from any other, CUDA copies more than 64 KiB in the order of the stream
-    while the host waits, which is a wait for all work before it.
-    """
-    if device.type == "cuda" and not torch.compiler.is_compiling():
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
 class HostCopy:
     """A tensor on its way to the host; nothing waits until :meth:`get`."""
 

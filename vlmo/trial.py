@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlmo.kernels.moe_ffn import reference
 from vlmo.kernels.moe_ffn.call import Call
+from vlmo.kernels.moe_ffn.reference import moe_ffn_reference
 from vlmo.kernels.moe_ffn.triton import backend as triton_impl
 from vlmo.kernels.moe_ffn.triton import tiles
 from vlmo.kernels.moe_ffn.triton.tiles import Tiles, use_tiles
@@ -104,8 +105,15 @@ class Trial:
         return self.dy, pre, self.call._replace(save_pre=pre.numel() > 0), self.needs
 
     def _reference(self, call: Call, dy: Tensor) -> dict[str, Tensor]:
-        y, pre = reference.forward(call)
-        gradients = reference.backward(dy, pre, call, self.needs)
+        flat = [call.x, *(t for tensors in call[1:7] for t in tensors), call.layer_scale]
+        leaves = [tensor.detach().requires_grad_() for tensor in flat if tensor is not None]
+        fields: list[Any] = [*call]
+        rest = iter(leaves)
+        fields[0] = next(rest)
+        fields[1:7] = [list(itertools.islice(rest, len(tensors))) for tensors in call[1:7]]
+        fields[7] = next(rest, None)
+        y = moe_ffn_reference(Call(*fields))
+        gradients = torch.autograd.grad(y, leaves, dy)
         return {"y": y} | {f"gradient {i}": gradient for i, gradient in enumerate(gradients)}
 
 

@@ -24,7 +24,7 @@ from vlmo.files import write_json
 from vlmo.kernels.moe_ffn.triton import backend as triton_impl
 from vlmo.kernels.moe_ffn.triton import tiles
 from vlmo.kernels.moe_ffn.triton.tiles import Tile, Tiles
-from vlmo.kernels.target import describe, interpreted
+from vlmo.kernels.target import GENERATIONS, describe, interpreted
 from vlmo.timing import median_seconds
 from vlmo.trial import TINY, Problem, Trial
 
@@ -175,7 +175,7 @@ def _why_failed(check: Callable[[], str | None], tile: Tile) -> str | None:
 def _candidates(problem: Problem, device: torch.device, quick: bool) -> list[Tile]:
     if device.type == "cpu":
         return [Tile(16, 32, 16, 4, 1)]
-    generation = tiles.GENERATIONS[tiles.key_of(device, problem.dtype)[0]]
+    generation = GENERATIONS[tiles.key_of(device, problem.dtype)[0]]
     return candidates(generation.shared_bytes, problem.dtype.itemsize, quick)
 
 

@@ -162,6 +162,29 @@ def choose_band(tiles: int, tasks: tuple[int, ...], workers: int, costs: tuple[f
     return min(bands, key=lambda b: replay(Banded(tiles, b, tasks), workers, costs).makespan)
 
 
+def band_of(
+    tiles: int,
+    tasks: Sequence[int],
+    workers: int,
+    depths: Sequence[int | None],
+    *,
+    step: int,
+    rows_cost: int,
+) -> int:
+    """Row tiles of a band of a launch.
+
+    Args:
+        tiles: row tiles of the launch.
+        tasks: tasks of a row tile in each phase.
+        workers: programs that are resident at a time.
+        depths: length of the products of each phase, None of one without products.
+        step: length that one step of the main loop takes.
+        rows_cost: steps that a task without products costs; it only steers the choice.
+    """
+    costs = (rows_cost if d is None else -(-d // step) + TILE_OVERHEAD for d in depths)
+    return choose_band(tiles, tuple(tasks), workers, tuple(costs))
+
+
 class Piece(NamedTuple):
     """Steps [first, last) of one tile of one expert."""
 

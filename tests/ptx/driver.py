@@ -23,9 +23,11 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
 from vlmo.kernels import target
+from vlmo.kernels._backends.triton import operands_of
 from vlmo.kernels._backends.triton_device import INTERPRETED
 from vlmo.kernels.attention.triton import tiles as attention_tiles
 from vlmo.kernels.moe_ffn.triton import tiles as moe_ffn_tiles
+from vlmo.kernels.target import GENERATIONS
 
 from .machine import Fault, Interleaving, Machine, Report, Result
 
@@ -195,14 +197,14 @@ def _always(value: Any) -> Callable[..., Any]:
 
 def _moe_ffn_row(generation: str):
     def row(device: torch.device, dtype: torch.dtype) -> moe_ffn_tiles.Tiles:
-        return moe_ffn_tiles.TABLE[generation, moe_ffn_tiles.operands_of(dtype)]
+        return moe_ffn_tiles.TABLE[generation, operands_of(dtype)]
 
     return row
 
 
 def _attention_row(generation: str):
     def row(device: torch.device, dtype: torch.dtype, head_dim: int) -> attention_tiles.Tiles:
-        operands, width = moe_ffn_tiles.operands_of(dtype), attention_tiles.width_of(head_dim)
+        operands, width = operands_of(dtype), attention_tiles.width_of(head_dim)
         return attention_tiles.TABLE[generation, operands, width]
 
     return row
@@ -241,7 +243,7 @@ class _Driver:
 
     def __init__(self, generation: str) -> None:
         self.target = GPUTarget("cuda", int(generation.removeprefix("sm_")), 32)
-        self.shared_bytes = moe_ffn_tiles.GENERATIONS[generation].shared_bytes
+        self.shared_bytes = GENERATIONS[generation].shared_bytes
         self.utils = self
         self.launcher_cls = _Launcher
 

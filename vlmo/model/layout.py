@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmo.device import upload
 from vlmo.kernels import (
     ModalityRouting,
     RelativePositionBias,
     RelativePositionIndex,
     shared_attention,
 )
+from vlmo.kernels.transfer import upload
 
 Project = Callable[[Tensor], Tensor]
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmo.device import upload
+from vlmo.kernels.transfer import upload
 from vlmo.model.layout import Packed, Places, Run, Texts, numbered
 from vlmo.model.vlmo import VLMo
 

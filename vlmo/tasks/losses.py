@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmo import distributed
-from vlmo.device import upload
+from vlmo.kernels.transfer import upload
 from vlmo.model import packed
 from vlmo.model.config import VLMoConfig
 from vlmo.model.layout import Places, end_to_end, refuse, text_lengths

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from vlmo import distributed
-from vlmo.device import HostCopy, upload
+from vlmo.device import HostCopy
+from vlmo.kernels.transfer import upload
 from vlmo.model.layout import text_lengths
 
 

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..._backends import cuda as cuda_target
 from ..call import LISTS, Call, pre_shape
 from ..counters import take_counters
 from ..rows import bound_on_tiles, rows_of
+from ..schedule import band_of
 from . import arguments as host
 from .backward_weights import Gradients, Operands, launch_weights
 from .forward import launch_forward
@@ -20,7 +22,7 @@ _CUBIN = "moe_ffn_bwd_rows"
 _TASKS_OF_ROWS = host.TILE // host.NORM_ROWS
 
 
-class RowsArgument(ctypes.Structure):
+class BackwardRowsArgument(ctypes.Structure):
     """``BackwardRows`` of csrc/moe_ffn/moe_ffn_bwd_rows.cu."""
 
     _fields_ = [
@@ -128,9 +130,9 @@ class CudaGradients:
     ) -> None:
         call, device = self.call, self.call.x.device
         workers, num_counters = host.workers_on(device), 2 + 3 * bound
-        band = host.band_of(bound, tasks, workers, depths)
+        band = band_of(bound, tasks, workers, depths, step=host.STEP, rows_cost=host.ROWS_COST)
         with take_counters(device, num_counters) as counters:
-            argument = RowsArgument(
+            argument = BackwardRowsArgument(
                 call=host.call_argument(
                     call, self.rows, counters, num_counters, bound, band, tasks
                 ),
@@ -141,9 +143,12 @@ class CudaGradients:
                 dy_is_half=host.is_half(self.dy),
                 x_is_half=host.is_half(call.x),
             )
-            host.launch(
+            cuda_target.launch(
                 *(_CUBIN, f"{_CUBIN}_{call.activation}", device),
-                *(min(workers, bound * sum(tasks)), argument),
+                min(workers, bound * sum(tasks)),
+                host.THREADS,
+                0,
+                argument,
                 [
                     *host.tensors_of(call, self.rows),
                     *(counters, self.dy, self.pre, *outputs.values()),

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._backends import cuda as cuda_target
 from ..call import LISTS, Call
 from ..counters import take_counters
 from ..rows import Rows
@@ -25,7 +26,7 @@ class GradientArgument(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in LISTS]
 
 
-class WeightsArgument(ctypes.Structure):
+class BackwardWeightsArgument(ctypes.Structure):
     """``BackwardWeights`` of moe_ffn_bwd_weights.cu."""
 
     _fields_ = [
@@ -106,7 +107,7 @@ def launch_weights(call: Call, rows: Rows, operands: Operands, gradients: Gradie
     sum_bias = _floats(call, len(call.w2), dim, needed=scale is not None and len(call.b2) > 0)
     assert sum_bias is None or blocks[1], "dlayer_scale needs the sums of dbranch"
     with take_counters(device, _COUNTERS + workers) as counters:
-        argument = WeightsArgument(
+        argument = BackwardWeightsArgument(
             call=host.call_argument(
                 call, rows, counters, _COUNTERS + workers, bound=0, band=0, tasks=()
             ),
@@ -126,8 +127,12 @@ def launch_weights(call: Call, rows: Rows, operands: Operands, gradients: Gradie
             dnorm_is_half=_norm_is_half(gradients.lists),
             dlayer_scale_is_half=host.is_half(scale),
         )
-        host.launch(
-            *(CUBIN, CUBIN, device, min(workers, split.total + sum(blocks)), argument),
+        cuda_target.launch(
+            *(CUBIN, CUBIN, device),
+            min(workers, split.total + sum(blocks)),
+            host.THREADS,
+            0,
+            argument,
             [
                 *host.tensors_of(call, rows),
                 *(counters, partial, sum_scale, sum_bias),

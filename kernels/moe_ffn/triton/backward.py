@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..._backends import triton_launch
 from ..call import LISTS, Call
 from ..counters import take_counters
 from ..rows import bound_on_tiles, rows_of
-from ..schedule import Split
+from ..schedule import Split, band_of
 from . import launch as host
 from . import tiles
 from .backward_rows import moe_ffn_bwd_rows_kernel
@@ -100,9 +101,11 @@ class Gradients:
         self.row_config = config
 
         device, workers = self.x.device, host.workers_on(self.x.device, tile)
-        band = host.band_of(bound, config, workers, (None, dim, config.max_pre, None))
+        depths = (None, dim, config.max_pre, None)
+        costs = dict(step=config.block_k, rows_cost=host.ROWS_COST)
+        band = band_of(bound, config.tasks, workers, depths, **costs)
         with take_counters(device, 2 + 3 * bound) as counters:
-            host.launch(
+            triton_launch.launch(
                 *(moe_ffn_bwd_rows_kernel, device, min(workers, bound * sum(config.tasks)), tile),
                 *(self.dy, self.x, self.pre if self.pre.numel() else None),
                 *(self.dbranch, self.dh2, self.normed, self.hidden, self.dpre, dnormed),
@@ -131,7 +134,7 @@ class Gradients:
         dbranch = self.dbranch if self.dbranch is not None else self.dh2
         tickets = sum(work.whole) + workers + sum(work.sum_blocks)
         with take_counters(device, 3 + workers) as counters:
-            host.launch(
+            triton_launch.launch(
                 *(moe_ffn_bwd_weights_kernel, device, min(workers, tickets), tile),
                 *(self.dpre, self.x if call.norm == "none" else normed),
                 self.dy if dbranch is None else dbranch,

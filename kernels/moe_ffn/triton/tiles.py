@@ -13,11 +13,13 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ... import target
+from ..._backends.triton import OPERANDS, operands_of
+from ...target import GENERATIONS, generation_of
 
 
 @dataclass(frozen=True)
@@ -41,21 +43,6 @@ class Tiles:
     recompute: Tile
     weights: Tile
 
-
-class Generation(NamedTuple):
-    """GPUs that share a row, by the least compute capability, and what a program may use there."""
-
-    since: tuple[int, int]
-    shared_bytes: int
-
-
-GENERATIONS = {
-    "sm_80": Generation((8, 0), 163 * 1024),
-    "sm_86": Generation((8, 6), 99 * 1024),
-    "sm_90": Generation((9, 0), 227 * 1024),
-    "sm_100": Generation((10, 0), 227 * 1024),
-    "sm_120": Generation((12, 0), 99 * 1024),
-}
 
 # No row has been timed yet: no GPU has been at hand. They were chosen from what ptxas says, and
 # tests/test_moe_ffn_compiled.py holds them to it: tensor cores in every product, no spill, shared
@@ -125,7 +112,6 @@ INTERPRETED = Tiles(
     weights=Tile(32, 64, 32, 4, 1),
 )
 
-OPERANDS = ("16-bit", "32-bit")
 # A row of this name is for Triton's interpreter alone: no GPU ever takes it.
 INTERPRETER = "interpreter"
 FILE_VERSION = 1
@@ -178,15 +164,6 @@ def key_of(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     capability = target.compute_capability(device)
     assert capability is not None, device
     return generation_of(capability), operands_of(dtype)
-
-
-def generation_of(capability: tuple[int, int]) -> str:
-    """The newest generation that is not newer than ``capability``."""
-    return [name for name, since in GENERATIONS.items() if since.since <= capability][-1]
-
-
-def operands_of(dtype: torch.dtype) -> str:
-    return "32-bit" if dtype == torch.float32 else "16-bit"
 
 
 def load(path: str | os.PathLike[str]) -> dict[tuple[str, str], Tiles]:

@@ -23,11 +23,12 @@ from ptx.driver import CACHE
 from ptx.flow import END, blocks_of
 from ptx.order import CHANNELS, COUNTERS, Channel, Result, Rule, check
 from ptx.text import Kernel, Statement, parse
-from vlmo.kernels._backends.triton import compile_options
+from vlmo.kernels._backends.triton import compile_options, operands_of
 from vlmo.kernels.attention.triton import launch as attention_launch
 from vlmo.kernels.attention.triton import tiles as attention_tiles
 from vlmo.kernels.moe_ffn.triton import launch as moe_ffn_launch
 from vlmo.kernels.moe_ffn.triton import tiles as moe_ffn_tiles
+from vlmo.kernels.target import GENERATIONS
 
 PRECISIONS = {  # of products: the dtype, and whether those of float32 are in TF32
     "16-bit": (torch.bfloat16, False),
@@ -75,11 +76,11 @@ def compiling(generation: str) -> Iterator[list[Compiled]]:
         found.append(Compiled(parse(compiled.asm["ptx"]), arguments))
 
     def moe_ffn_row(device, dtype):
-        return moe_ffn_tiles.TABLE[generation, moe_ffn_tiles.operands_of(dtype)]
+        return moe_ffn_tiles.TABLE[generation, operands_of(dtype)]
 
     def attention_row(device, dtype, head_dim):
         width = attention_tiles.width_of(head_dim)
-        return attention_tiles.TABLE[generation, moe_ffn_tiles.operands_of(dtype), width]
+        return attention_tiles.TABLE[generation, operands_of(dtype), width]
 
     previous = driver._active if hasattr(driver, "_active") else None
     driver.set_active(NoDriver(generation))
@@ -153,7 +154,7 @@ def assert_ordered(compiled: Compiled) -> None:
 
 @pytest.mark.parametrize(
     ("generation", "precision", "layer"),
-    each(moe_ffn_tiles.GENERATIONS, PRECISIONS, LAYERS, often=OFTEN),
+    each(GENERATIONS, PRECISIONS, LAYERS, often=OFTEN),
 )
 def test_moe_ffn(generation, precision, layer):
     kernels = moe_ffn(generation, precision, layer)
@@ -165,7 +166,7 @@ def test_moe_ffn(generation, precision, layer):
 @pytest.mark.parametrize(
     ("generation", "precision", "head_dim", "layer"),
     each(
-        *(moe_ffn_tiles.GENERATIONS, PRECISIONS),
+        *(GENERATIONS, PRECISIONS),
         *(compiled_attention.HEAD_DIMS, compiled_attention.LAYERS),
         often=ATTENTION_OFTEN,
     ),
@@ -361,7 +362,7 @@ def test_planted_faults(kernel):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("generation", moe_ffn_tiles.GENERATIONS)
+@pytest.mark.parametrize("generation", GENERATIONS)
 def test_planted_faults_of_every_row(generation, precision):
     for compiled in moe_ffn(generation, precision, "vlmo"):
         assert_faults_seen(compiled, step=4)
