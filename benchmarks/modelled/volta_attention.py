@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import torch
-
 import modelled_results
+import torch
 from modelled_results import assumed, assumptions_section
+
 from vlmo.kernels import RelativePositionIndex
 from vlmo.kernels.attention.call import Call
 from vlmo.kernels.attention.cuda import arguments as cuda_launch

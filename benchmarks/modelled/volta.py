@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import torch
-
 import modelled_results
+import torch
 from modelled_results import assumed, assumptions_section
+
 from vlmo.kernels import ModalityRouting, moe_ffn
 from vlmo.kernels.moe_ffn.cuda import arguments as cuda_launch
 from vlmo.kernels.moe_ffn.schedule import Banded, replay
