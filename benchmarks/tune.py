@@ -1,93 +1,77 @@
-"""``vlmo tune``: search tile shapes of the routed feed-forward layer on this GPU.
+"""Searches tile shapes of moe_ffn's Triton kernels on this GPU and prints a row for their table.
+
+    python benchmarks/tune.py [--size SIZE] [--tokens N] [--split A:B] [--dtype DTYPE] [--quick]
 
 The kernels are searched one after the other. All candidates of one are compiled, several at a time;
-then each is run, held against float64 by the rule of :mod:`vlmo.parity`, and timed in turn with all
-others. The table that comes out is what ``VLMO_TILES`` names (see
-:mod:`vlmo.kernels.moe_ffn.triton.tiles`); it is written after each kernel.
+then each is run, compared with float64 by the rule of :mod:`vlmo.parity`, and timed in turn with
+all others. The row goes into :mod:`vlmo.kernels.moe_ffn.triton.tiles`.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
 
 import torch
-from rich.console import Console
 
-from vlmo.files import write_json
-from vlmo.kernels.moe_ffn.triton import backend as triton_impl
+from bench_moe_ffn import SIZES, Sublayer, routed
+from harness.contenders import Case, Work, leaves
+from harness.meter import median_seconds
+from harness.session import describe_error, why_inexact
 from vlmo.kernels.moe_ffn.triton import tiles
-from vlmo.kernels.moe_ffn.triton.tiles import Tile, Tiles
+from vlmo.kernels.moe_ffn.triton.tiles import Tile, Tiles, use_tiles
 from vlmo.kernels.target import describe, interpreted
 from vlmo.machine import versions
-from vlmo.timing import median_seconds
-from vlmo.trial import TINY, Problem, Trial
 
 KERNELS = tuple(kernel.name for kernel in fields(Tiles))
+OURS = "vlmo:triton"
 _REGISTERS = 65536  # of 32 bits, on a multiprocessor of every generation
 
 
-def parse_problem(given: Mapping[str, Any]) -> Problem:
-    """The call to tune for: the options that were given, and what is usual here for the others."""
-    values = dict(given)
-    if "split" in values:
-        try:
-            values["split"] = tuple(int(part) for part in values["split"].split(":"))
-        except ValueError:
-            raise ValueError(f"split: {given['split']!r} is not like 40:197") from None
-    if "dtype" in values:
-        values["dtype"] = getattr(torch, values["dtype"])
-    return replace(TINY if interpreted() else Problem(), **values)
+class Trial:
+    """One call of the layer with every gradient, to try tiles on.
 
+    A kernel of the backward is timed in a whole backward, of which only its own tile changes.
 
-def tune(problem: Problem, output: Path, console: Console, *, quick: bool = False) -> Tiles:
-    """Search all kernels and write the row into ``output``, beside rows of other GPUs.
-
-    The file is written after each kernel, with the built-in tiles of those that are still to come,
-    so that a search that is interrupted leaves what it has found.
+    Args:
+        case: of :mod:`bench_moe_ffn`, forward and backward.
+        device: a GPU, or the CPU for Triton's interpreter.
 
     Raises:
-        NotImplementedError: there is nothing here to tune for.
-        ValueError: ``output`` is there and is not a table.
-        OSError: ``output`` cannot be written.
+        NotImplementedError: the kernels cannot run there.
     """
-    device = _device(problem)
-    others = _rows_to_keep(output, tiles.key_of(device, problem.dtype))
-    if interpreted():
-        console.print("Interpreted: this shows that the search works; its times mean nothing.")
-    console.print(f"{describe(device)}: {problem.command}")
-    trial = Trial(problem, device)
-    best = tiles.built_in(device, problem.dtype)
-    candidates = _candidates(problem, device, quick)
-    results: dict[str, Any] = {}
-    for kernel in KERNELS:
-        found = search(trial, kernel, best, candidates, console)
-        results[kernel] = found.record(getattr(best, kernel))
-        best = replace(best, **{kernel: found.winner})
-        row = _row(problem, device, best, results, quick)
-        write_json(output, {"version": tiles.FILE_VERSION, "rows": [*others, row]})
-    console.print(f"Wrote {output}. To use it: VLMO_TILES={output}", soft_wrap=True)
-    return best
 
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.device, self.problem = device, Sublayer(case, device)
+        ours = self.problem.entered[OURS]
+        reason = ours.why_not()
+        if reason is not None:
+            raise NotImplementedError(reason)
+        again = routed(self.problem.split, "triton", recompute=True)
+        self._forms = {OURS: ours.make(None), "recompute": again}
+        self.problem.entered["recompute"] = ours._replace(make=lambda chosen: again)
 
-def _row(
-    problem: Problem, device: torch.device, best: Tiles, results: Mapping[str, Any], quick: bool
-) -> dict[str, Any]:
-    """The row of a table that says what has been found so far."""
-    generation, operands = tiles.key_of(device, problem.dtype)
-    measured = {
-        "gpu": describe(device),
-        "versions": versions() | {"cuda": torch.version.cuda},
-        "command": problem.command + (" --quick" if quick else ""),
-        "times_mean_something": not interpreted(),
-        "kernels": results,
-    }
-    return dict(generation=generation, operands=operands, tiles=asdict(best), measured=measured)
+    def why_wrong(self, kernel: str) -> str | None:
+        """Run the call with the tiles in force; one sentence if a result is not exact enough."""
+        return why_inexact(OURS, self.problem.check(self._name(kernel)))
+
+    def work(self, kernel: str) -> Work:
+        """What launches the kernel, with the tiles that are in force then."""
+        form, problem = self._forms[self._name(kernel)], self.problem
+        if kernel == "forward":
+            return functools.partial(torch.no_grad()(form), problem.x.detach(), problem.parameters)
+        y = form(problem.x, problem.parameters)
+        inputs = [problem.x, *leaves(problem.parameters)]
+        return functools.partial(torch.autograd.grad, y, inputs, problem.dy, retain_graph=True)
+
+    def _name(self, kernel: str) -> str:
+        return kernel if kernel == "recompute" else OURS
 
 
 @dataclass
@@ -101,62 +85,57 @@ class Search:
     def winner(self) -> Tile:
         return min(self.seconds, key=self.seconds.__getitem__)
 
-    def record(self, built_in: Tile) -> dict[str, Any]:
-        """For the table's readers: milliseconds of all candidates, the fastest first."""
-        seconds = sorted(self.seconds.items(), key=lambda item: item[1])
-        return {
-            "winner_ms": 1e3 * self.seconds[self.winner],
-            "built_in_ms": 1e3 * self.seconds[built_in] if built_in in self.seconds else None,
-            "candidates": [asdict(tile) | {"ms": 1e3 * s} for tile, s in seconds],
-            "dropped": [asdict(tile) | {"reason": why} for tile, why in self.dropped.items()],
-        }
 
-
-def search(
-    trial: Trial, kernel: str, base: Tiles, candidates: Sequence[Tile], console: Console
-) -> Search:
+def search(trial: Trial, kernel: str, base: Tiles, candidates: Sequence[Tile]) -> Search:
     """Time every candidate that runs and is right; the other kernels stay as in ``base``.
 
     Raises:
-        RuntimeError: no candidate is left.
+        RuntimeError: no candidate is left, or one has left the GPU in error.
     """
     found, works = Search(), {}
     rows = {
         tile: replace(base, **{kernel: tile})
         for tile in dict.fromkeys([getattr(base, kernel), *candidates])
     }
-    _compile(trial, kernel, rows.values())
+    with use_tiles(base):
+        work = trial.work(kernel)
+    _compile([functools.partial(_with, row, work) for row in rows.values()])
     for tile, row in rows.items():
-        why = _why_failed(functools.partial(trial.why_wrong, kernel, row), tile)
+        why = _why_failed(lambda row=row: _with(row, lambda: trial.why_wrong(kernel)), tile)
         if why is None:
-            works[tile] = trial.work(kernel, row)
+            works[tile] = functools.partial(_with, row, work)
         else:
             found.dropped[tile] = why
-            console.print(f"{kernel}: dropped {tile}: {why}", soft_wrap=True, markup=False)
+            print(f"{kernel}: dropped {tile}: {why}")
     if not works:
         raise RuntimeError(f"{kernel}: none of {len(found.dropped)} candidates runs and is right")
-    turns = dict(rounds=1, launches=1) if interpreted() else dict(rounds=10, launches=5)
-    times = median_seconds(list(works.values()), trial.device, flush=True, **turns)
+    turns = dict(calls=1, rounds=1) if interpreted() else dict(calls=50, rounds=10)
+    times = median_seconds(list(works.values()), trial.device, **turns)
     found.seconds = dict(zip(works, times, strict=True))
-    built_in, winner = found.seconds.get(getattr(base, kernel)), found.winner
-    before = "does not run" if built_in is None else f"{1e3 * built_in:.3f} ms"
-    console.print(
-        f"{kernel}: {winner}: {1e3 * found.seconds[winner]:.3f} ms, built-in {before}; "
+    before = found.seconds.get(getattr(base, kernel))
+    print(
+        f"{kernel}: {found.winner}: {1e3 * found.seconds[found.winner]:.3f} ms, the tile of the "
+        f"table {'does not run' if before is None else f'{1e3 * before:.3f} ms'}; "
         f"{len(works)} timed, {len(found.dropped)} dropped",
-        soft_wrap=True,
+        flush=True,
     )
     return found
 
 
-def _compile(trial: Trial, kernel: str, rows: Iterable[Tiles]) -> None:
+def _with(row: Tiles, work: Callable[[], object]) -> object:
+    with use_tiles(row):
+        return work()
+
+
+def _compile(works: Iterable[Work]) -> None:
     """Several at a time; what does not compile is reported when it is run."""
     # Imported here because it imports Triton.
     from vlmo.kernels._backends.triton_launch import compile_only
 
     with compile_only():
-        for row in rows:
+        for work in works:
             with contextlib.suppress(Exception):
-                trial.run(kernel, row)
+                work()
 
 
 def _why_failed(check: Callable[[], str | None], tile: Tile) -> str | None:
@@ -168,15 +147,7 @@ def _why_failed(check: Callable[[], str | None], tile: Tile) -> str | None:
                 torch.cuda.synchronize()
             except RuntimeError as dead:  # nothing can run in this process any more
                 raise RuntimeError(f"{tile} ended the search: {error}") from dead
-        lines = str(error).strip().splitlines() or [""]
-        return f"{type(error).__name__}: {lines[0]}"
-
-
-def _candidates(problem: Problem, device: torch.device, quick: bool) -> list[Tile]:
-    if device.type == "cpu":
-        return [Tile(16, 32, 16, 4, 1)]
-    generation = tiles.GENERATIONS[tiles.key_of(device, problem.dtype)[0]]
-    return candidates(generation.shared_bytes, problem.dtype.itemsize, quick)
+        return describe_error(error)
 
 
 def candidates(shared_bytes: int, itemsize: int, quick: bool = False) -> list[Tile]:
@@ -208,25 +179,52 @@ def _fits(tile: Tile, shared_bytes: int, itemsize: int) -> bool:
     )
 
 
-def _device(problem: Problem) -> torch.device:
+def row_of(key: tuple[str, str], found: Tiles) -> str:
+    """A row of the table, as it stands in the code."""
+    lines = [f"    {key!r}: Tiles(".replace("'", '"')]
+    for kernel in KERNELS:
+        tile = getattr(found, kernel)
+        sizes = [tile.block_t, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages]
+        sizes += [tile.programs] if tile.programs != 1 else []
+        lines.append(f"        {kernel}=Tile({', '.join(map(str, sizes))}),")
+    return "\n".join([*lines, "    ),"])
+
+
+def main() -> int:
+    usual = dict(size="base", tokens=32768, split="40:197", dtype="bfloat16")
     if interpreted():
-        device = torch.device("cpu")
-    elif torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
+        usual = dict(size="tiny", tokens=14, split="3:4", dtype="float32")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, help=f"of the model ({usual['size']})")
+    parser.add_argument("--tokens", type=int, help=f"of the batch ({usual['tokens']})")
+    parser.add_argument("--split", help=f"tokens of each expert in a sequence ({usual['split']})")
+    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"])
+    parser.add_argument("--quick", action="store_true", help="try the likeliest tiles only")
+    parser.set_defaults(**usual)
+    given = parser.parse_args()
+    if not interpreted() and not torch.cuda.is_available():
+        parser.error("needs an NVIDIA GPU, and torch finds none here")
+
+    device, dtype = torch.device("cpu"), getattr(torch, given.dtype)
+    shapes = [Tile(16, 32, 16, 4, 1)]
+    if interpreted():
+        print("Interpreted: this shows that the search works; its times mean nothing.")
     else:
-        raise NotImplementedError("tune: needs an NVIDIA GPU, and torch finds none here.")
-    hidden = [problem.hidden] * len(problem.split)
-    reason = triton_impl.why_not(device, problem.dtype, problem.dim, hidden, "gelu")
-    if reason is not None:
-        raise NotImplementedError(f"tune: {reason}")
-    return device
+        device = torch.device("cuda", torch.cuda.current_device())
+        shared = tiles.GENERATIONS[tiles.key_of(device, dtype)[0]].shared_bytes
+        shapes = candidates(shared, dtype.itemsize, given.quick)
+    shape = dict(tokens=given.tokens, split=given.split)
+    trial = Trial(Case("moe_ffn", given.size, dtype, "forward+backward", shape), device)
+    best = tiles.choose(device, dtype)
+    try:
+        for kernel in KERNELS:
+            best = replace(best, **{kernel: search(trial, kernel, best, shapes).winner})
+    finally:  # what has been found before an error or an interruption
+        command = shlex.join(["benchmarks/tune.py", *sys.argv[1:]])
+        print(f"\n    # {describe(device)}, {versions()}, {command}")
+        print(row_of(tiles.key_of(device, dtype), best))
+    return 0
 
 
-def _rows_to_keep(output: Path, key: tuple[str, str]) -> list[dict[str, Any]]:
-    """Rows of an older file that are not of this GPU's generation and kind of operand."""
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"{output}: its folder does not exist")
-    if not output.exists():
-        return []
-    rows = tiles.rows_of(output)
-    return [row for row in rows if (row["generation"], row["operands"]) != key]
+if __name__ == "__main__":
+    sys.exit(main())
