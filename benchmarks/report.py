@@ -1,9 +1,9 @@
 """Reads what a run of the benchmarks has measured, and writes it as a page with pictures.
 
-    python benchmarks/report.py [FILE]
+    python benchmarks/report.py [PATH]
 
-FILE is a JSON file of pytest-benchmark, by default the newest below ``.benchmarks/``. The page goes
-beside it, as Markdown, and so do the pictures if matplotlib is installed.
+PATH is a JSON file of pytest-benchmark, or a folder whose newest one is taken (``.benchmarks/``).
+The page goes beside it, as Markdown, and so do the pictures if matplotlib is installed.
 """
 
 from __future__ import annotations
@@ -370,12 +370,12 @@ def write(path: Path, report: Report) -> Iterator[Path]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path, nargs="?", help="by default the newest in .benchmarks/")
-    path = parser.parse_args().file
-    if path is None:
-        found = sorted(STORAGE.glob("*/*.json"), key=lambda path: path.stat().st_mtime)
+    parser.add_argument("path", type=Path, nargs="?", default=STORAGE, help="JSON file, or folder")
+    path = parser.parse_args().path
+    if path.is_dir():
+        found = sorted(path.rglob("*.json"), key=lambda path: path.stat().st_mtime)
         if not found:
-            parser.error(f"{STORAGE} holds no result; name a file")
+            parser.error(f"{path} holds no result")
         path = found[-1]
     report = Report.load(path)
     print(report.markdown())

@@ -145,7 +145,9 @@ def _origin(report: Report) -> str:
     name = machine["name"]
     if name == "cpu":
         name = f"{machine.get('cpu', 'a CPU')}, {machine.get('cores', '?')} cores"
-    return f"Measured on {name}, commit {report.commit}, by `{report.command}`"
+    of_old = report.command.startswith("vlmo bench")  # a command of that commit
+    told = f"that commit's {report.command}" if of_old else f"`{report.command}`"
+    return f"Measured on {name}, commit {report.commit}, by {told}"
 
 
 def _modelled(stem: str) -> dict[str, Any]:

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
-from vlmo.bench import attention, contest, moe_ffn, peers
-from vlmo.bench.attention import Attention
-from vlmo.bench.contest import Contender, Contest
-from vlmo.bench.moe_ffn import Sublayer, feed_forward, slices
-from vlmo.bench.report import is_ours
-from vlmo.bench.suite import Case, Scale
+import bench_attention as attention
+import bench_moe_ffn as moe_ffn
+from bench_attention import Attention
+from bench_moe_ffn import Sublayer, feed_forward, slices
+from harness import contenders, peers
+from harness.contenders import Case, Contender, Contest, Scale
+from harness.session import is_ours
 from vlmo.kernels import BACKEND_NAMES
 
 CPU = torch.device("cpu")
@@ -167,10 +168,10 @@ def test_the_swiglu_of_liger_multiplies_as_much():
 
 def test_compiling_for_a_cpu_is_asked_for(monkeypatch):
     problem = sublayer(size="base", split="1:1", tokens=2)
-    monkeypatch.delenv(contest.COMPILE_VARIABLE, raising=False)
+    monkeypatch.delenv(contenders.COMPILE_VARIABLE, raising=False)
     reason = problem.why_not("slices-compiled")
-    assert "C++" in reason and contest.COMPILE_VARIABLE in reason
-    monkeypatch.setenv(contest.COMPILE_VARIABLE, "1")
+    assert "C++" in reason and contenders.COMPILE_VARIABLE in reason
+    monkeypatch.setenv(contenders.COMPILE_VARIABLE, "1")
     assert problem.why_not("slices-compiled") is None
     assert problem.why_not("slices") is None
 
@@ -485,7 +486,7 @@ def test_sequences_of_attention(length):
 
 def test_half_precision_below_sm_80_is_float16(monkeypatch):
     for capability, names in (((7, 0), {"float16"}), ((9, 0), {"bfloat16", "float16"})):
-        monkeypatch.setattr(contest, "compute_capability", lambda device, c=capability: c)
+        monkeypatch.setattr(contenders, "compute_capability", lambda device, c=capability: c)
         for suite in (moe_ffn.SUITE, attention.SUITE):
             cases = suite.cases(torch.device("cuda"), Scale.full)
             assert {case.labels["dtype"] for case in cases} == names

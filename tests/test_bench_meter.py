@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 import torch
 
+from harness.nvml import State
 from vlmo.bench import meter
-from vlmo.bench.gpu import State
 from vlmo.bench.meter import Settings, describe_error, measure
 from vlmo.timing import median_seconds, times
 
