@@ -147,9 +147,9 @@ INTRODUCTION = f"""\
 # How well moe_ffn's launches fill a GPU: MODELLED
 
 No GPU was involved. `python benchmarks/modelled/moe_ffn_schedule.py` replays the ticket order of
-the kernels (`kernels/moe_ffn/schedule.py`) on {MULTIPROCESSORS} multiprocessors, one program on each.
-Tiles are ideal: each step of a main loop, {ROWS} x {COLUMNS} x {DEPTH}, takes as long as any other;
-memory and launches cost nothing. A program takes a ticket when it is done with its last one.
+the kernels (`kernels/moe_ffn/schedule.py`) on {MULTIPROCESSORS} multiprocessors, one program on
+each. Tiles are ideal: each step of a main loop, {ROWS} x {COLUMNS} x {DEPTH}, takes as long as any
+other; memory and launches cost nothing. A program takes a ticket when it is done with its last one.
 
 The percentages are main-loop steps of real rows / (multiprocessors x makespan). Rows that pad an
 expert's last tile, waits, idle time and the overhead of tiles all count as waste. The first number
