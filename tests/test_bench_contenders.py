@@ -18,6 +18,7 @@ from bench_moe_ffn import Sublayer, feed_forward, slices
 from harness import contenders, peers
 from harness.contenders import Case, Contender, Contest, Scale
 from harness.session import is_ours
+from report import NOTES
 from vlmo.kernels import BACKEND_NAMES
 
 CPU = torch.device("cpu")
@@ -154,7 +155,6 @@ def test_cost_and_cases_of_moe_ffn():
     [first, *_] = moe_ffn.SUITE.cases(CPU, Scale.full)
     assert str(first) == "moe_ffn-base-bfloat16-forward-32768-40:197"
     assert {case.size for case in moe_ffn.SUITE.cases(CPU, Scale.cpu)} == {"base"}
-    assert set(moe_ffn.NOTES) <= set(both.contenders)
     assert both.contenders[: len(BACKEND_NAMES)] == tuple(f"vlmo:{b}" for b in BACKEND_NAMES)
 
 
@@ -469,7 +469,7 @@ def test_cost_and_cases_of_attention():
     assert {case.shape["length"] for case in full} == {40, 197, 237, 617, 941}
     tokens = [case.shape["length"] * case.shape["sequences"] for case in full]
     assert max(abs(count / 32768 - 1) for count in tokens) < 0.02
-    assert set(attention.NOTES) <= set(both.contenders)
+    assert set(NOTES) <= {*both.contenders, *sublayer().contenders}
 
 
 @pytest.mark.parametrize("length", attention.LENGTHS)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from harness.nvml import State
-from vlmo.bench import meter
-from vlmo.bench.meter import Settings, measure
-from vlmo.timing import median_seconds, times
+from harness import meter
+from harness.meter import Settings, begin, median_seconds, times
+from harness.nvml import State
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
