@@ -16,7 +16,10 @@ TAG := $(shell $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -c \
 	'import sys; print(sys.implementation.cache_tag)')
 TRITONS := $(patsubst %,build/triton/$(TAG)/%/.unpacked,oldest newest)
 
-.PHONY: install demo test test-all tritons lint clean
+# Results of make bench: JSON files of pytest-benchmark, with a page and pictures of each.
+BENCH ?= .benchmarks
+
+.PHONY: install demo test test-all bench tritons lint clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed-test tritons
@@ -33,6 +36,12 @@ test: lint tritons
 test-all: lint tritons
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 	$(PTX)
+
+# BENCH_ARGS are options of pytest: -k to select, --minutes, --scale smoke.
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q benchmarks --benchmark-enable --benchmark-autosave \
+		--benchmark-storage=$(BENCH) $(BENCH_ARGS); \
+	status=$$?; $(BIN)/python benchmarks/report.py $(BENCH) && exit $$status
 
 tritons: $(TRITONS)
 

@@ -33,7 +33,7 @@ PYTHON = r"(from|import) |(open_data|Predictor\.load)\("
 RECORD = r"\{"
 COMMAND = r"(vlmo|torchrun|make|pip|python|[A-Z_]+=\S+) "
 # Shown, not run: pieces of a formula, of a folder, of a file.
-ILLUSTRATIONS = (r"index\[q, k\] = ", r"mydata/", r'\{"version": 1, "rows"')
+ILLUSTRATIONS = (r"index\[q, k\] = ", r"mydata/")
 # What stands for names in capitals.
 NAMES = {
     "RECIPE": "digits_retrieval",
@@ -46,7 +46,7 @@ NAMES = {
     "DATA": "pairs.jsonl",
 }
 # Commands that tests of their own run: they are only parsed here.
-ELSEWHERE = ("bench", "tune", "demo")
+ELSEWHERE = ("demo",)
 # The import of a snippet that tests/test_peft.py runs, the one test that needs PEFT.
 PEFT = "from peft import"
 TINY = dict(steps=1, warmup=0, batch_size=2, image_size=32, text_length=12, text_capacity=12)

@@ -7,8 +7,8 @@ import torch
 
 import test_model
 from counting import OnDevice, counting
+from harness.official import pretraining
 from vlmo import VLMo, VLMoConfig
-from vlmo.bench.official import pretraining
 from vlmo.data import HOST_KEYS, to_device
 from vlmo.device import autocast_dtype
 from vlmo.tasks import losses

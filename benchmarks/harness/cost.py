@@ -22,50 +22,37 @@ def moe_ffn_forward(
     *,
     experts: int,
     itemsize: int,
-    gated: bool = False,
     keeps_pre: bool = False,
 ) -> Cost:
     r"""The forward of the whole sublayer, with norm, biases, layer scale and residual = x.
 
-    With T tokens, and P = F or, gated, 2 F:
+    With T tokens:
 
-    .. math:: flops = 2 T D P + 2 T F D
+    .. math:: flops = 4 T D F
 
-    .. math:: bytes = itemsize \cdot (2 T D + [keeps\_pre] \, T P + parameters)
+    .. math:: bytes = itemsize \cdot (2 T D + [keeps\_pre] \, T F + parameters)
 
     x is read, y written, and the pre-activation written if a backward follows; every parameter is
     read once. The hidden activations count as never leaving the cache, so no implementation moves
     less; norm, activation and the other elementwise parts count no operations.
     """
-    pre = hidden * (2 if gated else 1)
-    moved = 2 * tokens * dim + keeps_pre * tokens * pre + _parameters(dim, hidden, pre, experts)
-    return Cost(2 * tokens * dim * (pre + hidden), itemsize * moved)
+    moved = 2 * tokens * dim + keeps_pre * tokens * hidden + _parameters(dim, hidden, experts)
+    return Cost(4 * tokens * dim * hidden, itemsize * moved)
 
 
-def moe_ffn_backward(
-    tokens: int,
-    dim: int,
-    hidden: int,
-    *,
-    experts: int,
-    itemsize: int,
-    gated: bool = False,
-    recomputes: bool = False,
-) -> Cost:
-    r"""The backward with every gradient.
+def moe_ffn_backward(tokens: int, dim: int, hidden: int, *, experts: int, itemsize: int) -> Cost:
+    r"""The backward with every gradient, from a kept pre-activation.
 
-    .. math:: flops = 2 (2 T D P + 2 T F D) + [recomputes] \, 2 T D P
+    .. math:: flops = 8 T D F
 
-    .. math:: bytes = itemsize \cdot (3 T D + [not\ recomputes] \, T P + 2\, parameters)
+    .. math:: bytes = itemsize \cdot (3 T D + T F + 2\, parameters)
 
-    Two products for each of the forward's, and the first of those again if the pre-activation was
-    not kept. dy, x and the pre-activation are read, dx is written; every parameter is read and its
-    gradient written. What one kernel leaves for the next is not counted.
+    Two products for each of the forward's. dy, x and the pre-activation are read, dx is written;
+    every parameter is read and its gradient written. What one kernel leaves for the next is not
+    counted.
     """
-    pre = hidden * (2 if gated else 1)
-    flops = 4 * tokens * dim * (pre + hidden) + recomputes * 2 * tokens * dim * pre
-    moved = 3 * tokens * dim + (not recomputes) * tokens * pre
-    return Cost(flops, itemsize * (moved + 2 * _parameters(dim, hidden, pre, experts)))
+    moved = 3 * tokens * dim + tokens * hidden + 2 * _parameters(dim, hidden, experts)
+    return Cost(8 * tokens * dim * hidden, itemsize * moved)
 
 
 def attention_forward(
@@ -101,11 +88,10 @@ def attention_backward(
     *,
     itemsize: int,
     entries: int = 0,
-    recomputes: bool = False,
 ) -> Cost:
     r"""The backward for q, k, v and, with ``entries``, the table of the bias.
 
-    .. math:: flops = (8 + [recomputes] \, 2) B H N^2 K
+    .. math:: flops = 8 B H N^2 K
 
     .. math:: bytes = itemsize \cdot (8 B H N K + 2 H \, entries) + 4 B H N
 
@@ -117,9 +103,9 @@ def attention_backward(
     """
     rows = sequences * heads * length
     moved = 8 * rows * dim + 2 * heads * entries
-    return Cost((8 + 2 * recomputes) * rows * length * dim, itemsize * moved + 4 * rows)
+    return Cost(8 * rows * length * dim, itemsize * moved + 4 * rows)
 
 
-def _parameters(dim: int, hidden: int, pre: int, experts: int) -> int:
+def _parameters(dim: int, hidden: int, experts: int) -> int:
     """Elements: w1, b1, w2, b2 and LayerNorm's two vectors of each expert, one layer scale."""
-    return experts * (pre * dim + pre + dim * hidden + dim + 2 * dim) + dim
+    return experts * (2 * dim * hidden + hidden + dim + 2 * dim) + dim

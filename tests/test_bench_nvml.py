@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from vlmo.bench.gpu import Sensors, State, open_sensors, throttling
+from harness.nvml import Sensors, State, open_sensors, throttling
 
 CUDA = torch.device("cuda", 0)
 UUID = "8c3f1f6e-4b5a-0000-1111-222233334444"

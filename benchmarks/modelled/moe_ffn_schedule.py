@@ -1,8 +1,8 @@
 """How well moe_ffn's launches fill a GPU, beside a loop over the experts: a model, no measurement.
 
-    python benchmarks/model_moe_ffn_schedule.py
+    python benchmarks/modelled/moe_ffn_schedule.py
 
-writes ``results/moe_ffn_schedule.md`` and ``.json`` beside this file. No GPU is needed.
+writes ``benchmarks/results/moe_ffn_schedule.md`` and ``.json``. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROWS, COLUMNS, DEPTH = 128, 256, 64  # of a tile, and of one step of its main lo
 LOOP_COLUMNS = (256, 192, 128)  # what the loop may choose from for each product
 OVERHEAD = TILE_OVERHEAD
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "results"
 
 Product = tuple[int, int, int]  # rows, columns, depth of a matrix product
 
@@ -146,10 +146,10 @@ _TILES = ", ".join(f"{ROWS} x {columns}" for columns in LOOP_COLUMNS)
 INTRODUCTION = f"""\
 # How well moe_ffn's launches fill a GPU: MODELLED
 
-No GPU was involved. `python benchmarks/model_moe_ffn_schedule.py` replays the ticket order of the
-kernels (`kernels/moe_ffn/schedule.py`) on {MULTIPROCESSORS} multiprocessors, one program on each.
-Tiles are ideal: each step of a main loop, {ROWS} x {COLUMNS} x {DEPTH}, takes as long as any other;
-memory and launches cost nothing. A program takes a ticket when it is done with its last one.
+No GPU was involved. `python benchmarks/modelled/moe_ffn_schedule.py` replays the ticket order of
+the kernels (`kernels/moe_ffn/schedule.py`) on {MULTIPROCESSORS} multiprocessors, one program on
+each. Tiles are ideal: each step of a main loop, {ROWS} x {COLUMNS} x {DEPTH}, takes as long as any
+other; memory and launches cost nothing. A program takes a ticket when it is done with its last one.
 
 The percentages are main-loop steps of real rows / (multiprocessors x makespan). Rows that pad an
 expert's last tile, waits, idle time and the overhead of tiles all count as waste. The first number

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
-from vlmo.bench.cost import Cost
-from vlmo.timing import Work, times, wall_seconds
+from harness.contenders import Work
+from harness.cost import Cost
+from harness.meter import times, wall_seconds
 
 # Far more than every cache, even of a server's CPU.
 _COPIED_BYTES = 2**29
@@ -18,36 +18,38 @@ _GPU_SIZE = 8192
 _CPU_SECONDS = 0.02
 
 
-class Roof(NamedTuple):
-    """Rates that a computation on this device can at best come near.
+class Roof:
+    """Rates that a computation on a device can at best come near, each measured when first needed.
 
-    Attributes:
-        copy_gb_per_s: bytes read and written by a copy of a large tensor, 1e9 a second.
-        matrix_tflops: of a large matrix product, by the name of the operands' dtype; float32 with
-            or without TF32 as ``torch.backends.cuda.matmul`` says.
+    Args:
+        device: to measure.
     """
 
-    copy_gb_per_s: float
-    matrix_tflops: dict[str, float]
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.matrix_tflops: dict[str, float] = {}
 
-    def attainable_tflops(self, cost: Cost, dtype: str) -> float:
+    @functools.cached_property
+    def copy_gb_per_s(self) -> float:
+        """Bytes read and written by a copy of a large tensor, 1e9 a second."""
+        return copy_gb_per_s(self._device)
+
+    def attainable_tflops(self, cost: Cost, dtype: torch.dtype) -> float:
         """The lower of the matrix rate and what memory can feed at the intensity of ``cost``.
 
-        Data that lie in a cache come faster than a copy, so small problems may exceed it.
-
-        Raises:
-            ValueError: the rate of ``dtype`` was not measured.
+        Data that lie in a cache come faster than a copy, so small problems may exceed it. float32
+        is measured with or without TF32, as ``torch.backends.cuda.matmul`` says.
         """
-        if dtype not in self.matrix_tflops:
-            raise ValueError(f"dtype: {dtype!r} is not of {', '.join(self.matrix_tflops)}")
-        intensity = cost.flops / cost.bytes
-        return min(self.matrix_tflops[dtype], self.copy_gb_per_s * intensity / 1e3)
+        name = str(dtype).removeprefix("torch.")
+        if name not in self.matrix_tflops:
+            self.matrix_tflops[name] = matrix_tflops(self._device, dtype)
+        return min(self.matrix_tflops[name], self.copy_gb_per_s * cost.flops / cost.bytes / 1e3)
 
-
-def measure_roof(device: torch.device, dtypes: Sequence[torch.dtype]) -> Roof:
-    """Measure it, in a few seconds."""
-    rates = {str(dtype).removeprefix("torch."): matrix_tflops(device, dtype) for dtype in dtypes}
-    return Roof(copy_gb_per_s(device), rates)
+    def rates(self) -> dict[str, Any]:
+        """What has been measured, for a report."""
+        if not self.matrix_tflops:
+            return {}
+        return dict(copy_gb_per_s=self.copy_gb_per_s, matrix_tflops=self.matrix_tflops)
 
 
 def copy_gb_per_s(device: torch.device, size: int = _COPIED_BYTES) -> float:

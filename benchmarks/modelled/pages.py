@@ -10,7 +10,7 @@ from typing import Any
 
 from vlmo.files import replacing, write_json
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "results"
 Table = dict[str, Any]
 
 

@@ -1,10 +1,10 @@
 """How busy moe_ffn keeps a V100's tensor cores, beside CUTLASS: a model, no measurement.
 
-    python benchmarks/model_volta.py
+    python benchmarks/modelled/volta.py
 
 runs the shipped sm_70 machine code in the emulator (tests/sm70), gives its trace to the timing
 model of one multiprocessor, replays the tickets of whole launches with the cycles found there, and
-writes ``results/volta.md`` and ``.json`` beside this file. No GPU is needed; it takes minutes.
+writes ``benchmarks/results/volta.md`` and ``.json``. No GPU is needed; it takes minutes.
 ``--page`` makes the former from the latter.
 """
 
@@ -19,20 +19,20 @@ from unittest import mock
 
 import torch
 
-import modelled_results
-from modelled_results import assumed, assumptions_section
+import pages
+from pages import assumed, assumptions_section
 from vlmo.kernels import ModalityRouting, moe_ffn
 from vlmo.kernels._backends import cuda as cuda_target
 from vlmo.kernels.moe_ffn.cuda import arguments as cuda_launch
 from vlmo.kernels.moe_ffn.schedule import Banded, band_of, replay
 
-ROOT = Path(__file__).parent
-sys.path.insert(0, str(ROOT.parent / "tests"))
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
 
 from emulated import emulated, kernel, memory_of  # noqa: E402
 from sm70 import estimate  # noqa: E402
 
-COMMAND = "python benchmarks/model_volta.py"
+COMMAND = "python benchmarks/modelled/volta.py"
 MULTIPROCESSORS = 80
 PROGRAMS = cuda_launch.PROGRAMS
 DRAM_FRACTION = 0.125  # of L2 traffic: good rasterisation
@@ -290,4 +290,4 @@ def compute() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    modelled_results.main("volta", __doc__.splitlines()[0], compute, markdown)
+    pages.main("volta", __doc__.splitlines()[0], compute, markdown)

@@ -1,10 +1,10 @@
 """How fast shared_attention may be on a V100, beside PyTorch's kernels: a model, no measurement.
 
-    python benchmarks/model_volta_attention.py
+    python benchmarks/modelled/volta_attention.py
 
 runs the shipped sm_70 machine code in the emulator (tests/sm70), gives its trace to the timing
-model of one multiprocessor, and writes ``results/volta_attention.md`` and ``.json`` beside this
-file. No GPU is needed; it takes minutes. ``--page`` makes the former from the latter.
+model of one multiprocessor, and writes ``benchmarks/results/volta_attention.md`` and ``.json``. No
+GPU is needed; it takes minutes. ``--page`` makes the former from the latter.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from unittest import mock
 
 import torch
 
-import modelled_results
-from modelled_results import assumed, assumptions_section
+import pages
+from pages import assumed, assumptions_section
 from vlmo.kernels import RelativePositionIndex
 from vlmo.kernels._backends import cuda as cuda_target
 from vlmo.kernels.attention.call import Call
@@ -28,13 +28,13 @@ from vlmo.kernels.attention.cuda import backward as cuda_backward
 from vlmo.kernels.attention.cuda import bias_gradient as cuda_table
 from vlmo.kernels.attention.cuda import forward as cuda_forward
 
-ROOT = Path(__file__).parent
-sys.path.insert(0, str(ROOT.parent / "tests"))
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
 
 from emulated import PROGRAMS, emulated, kernel, memory_of  # noqa: E402
 from sm70 import estimate  # noqa: E402
 
-COMMAND = "python benchmarks/model_volta_attention.py"
+COMMAND = "python benchmarks/modelled/volta_attention.py"
 MULTIPROCESSORS = 80
 CLOCK = 1.53e9
 BATCH, HEADS, DIM = 64, 12, 64
@@ -300,4 +300,4 @@ def compute() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    modelled_results.main("volta_attention", __doc__.splitlines()[0], compute, markdown)
+    pages.main("volta_attention", __doc__.splitlines()[0], compute, markdown)

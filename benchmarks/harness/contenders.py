@@ -1,21 +1,27 @@
-"""What the suites of operations have in common: contenders in their forms, timed and checked."""
+"""Suites, their cases, and the contenders of a case: how each computes it and how it is checked.
+
+No implementation is timed before its results have been compared with float64 by the rule of
+:mod:`vlmo.testing`.
+"""
 
 from __future__ import annotations
 
+import enum
 import functools
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from vlmo.bench.cost import Cost
-from vlmo.bench.suite import Case
+from harness.cost import Cost
 from vlmo.kernels import BACKEND_NAMES, why_not
 from vlmo.kernels.target import compute_capability, interpreted
 from vlmo.testing import Deviation, deviations
-from vlmo.timing import Work
+
+Work = Callable[[], object]
 
 # Asks for contenders that torch.compile makes for the CPU, which takes minutes of a C++ compiler.
 COMPILE_VARIABLE = "VLMO_BENCH_COMPILE"
@@ -25,6 +31,83 @@ Parameters = Any
 Form = Callable[[Tensor, Parameters], Tensor]
 # Of a form: for all sequences, or for those of the given numbers only.
 Make = Callable[[Sequence[int] | None], Form]
+
+
+class Scale(str, enum.Enum):
+    """How much of a suite."""
+
+    smoke = "smoke"  # tiny sizes that show that everything runs; their times mean nothing
+    cpu = "cpu"  # base size, as much as two cores manage in minutes
+    full = "full"  # base and large, for a GPU
+
+
+@dataclass(frozen=True)
+class Case:
+    """One computation.
+
+    Attributes:
+        suite: name of the suite.
+        size: "base", "large", or "tiny".
+        dtype: of the operands.
+        phase: "forward", "forward+backward"; in the suite of the model, what it does.
+        shape: what else distinguishes the cases of the suite; the first entry is the number that
+            plots have on their x-axis.
+    """
+
+    suite: str
+    size: str
+    dtype: torch.dtype
+    phase: str
+    shape: Mapping[str, int | str] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> dict[str, int | str]:
+        """Everything, for a record."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        found = dict(suite=self.suite, size=self.size, dtype=dtype, phase=self.phase)
+        return {**found, **self.shape}
+
+    def __str__(self) -> str:
+        return "-".join(str(value) for value in self.labels.values())
+
+
+class Problem(Protocol):
+    """Inputs of one case on one device, and the ways to compute it."""
+
+    @property
+    def contenders(self) -> Sequence[str]:
+        """Names, this library's own first (they begin with ``vlmo``)."""
+
+    @property
+    def cost(self) -> Cost:
+        """Lower bounds for every implementation."""
+
+    @property
+    def samples(self) -> int:
+        """Pairs or sequences that one call takes."""
+
+    def why_not(self, contender: str) -> str | None:
+        """One sentence if it cannot run here, else None."""
+
+    def work(self, contender: str) -> Work:
+        """A call of it, compiled if its name says so; forward without recording gradients."""
+
+    def check(self, contender: str) -> Sequence[Deviation]:
+        """Run it and compare the results with float64."""
+
+
+class Suite(NamedTuple):
+    """Cases of one kind.
+
+    Attributes:
+        name: as in :attr:`Case.suite`.
+        cases: the most important first, because time may run out.
+        make: the problem of a case.
+    """
+
+    name: str
+    cases: Callable[[torch.device, Scale], list[Case]]
+    make: Callable[[Case, torch.device], Problem]
 
 
 class Contender(NamedTuple):
@@ -44,7 +127,7 @@ class Contender(NamedTuple):
 
 
 class Contest:
-    """A :class:`vlmo.bench.suite.Problem` of sequences that do not depend on each other.
+    """A :class:`Problem` of sequences that do not depend on each other.
 
     Args:
         entered: the contenders by name.
@@ -83,15 +166,6 @@ class Contest:
             return torch.autograd.grad(form(self.x, parameters), inputs, self.dy)
 
         return both
-
-    @property
-    def check_cost(self) -> Cost:
-        """A check makes a call at full size."""
-        return self.cost
-
-    def expect(self, contender: str) -> None:
-        """The chosen sequences in plain PyTorch, once for all contenders of the same function."""
-        self._expectation(self._entry(contender))
 
     def check(self, contender: str) -> Sequence[Deviation]:
         """Run at full size and hold against float64 what depends on three sequences only.

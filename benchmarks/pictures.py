@@ -1,31 +1,21 @@
 """Pictures of a report, each as PNG for light and for dark pages.
 
 ``roofline`` has the rate of each case's fastest contenders over its intensity, below the measured
-roof. ``speed`` has bars beside the official way, of the most telling case of each suite and phase.
+roof. ``speed`` has bars of speedups over unilm, in the most important case of each suite and phase.
 ``speed-SUITE`` has lines, where the suite's first number (tokens, length) takes several values.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlmo.bench.report import (
-    LABELS,
-    Group,
-    Record,
-    Report,
-    groups,
-    is_dense,
-    is_ours,
-    number,
-    times_as_fast,
-)
+from harness.session import is_ours
+from report import LABELS, Group, Record, Report, firsts, groups, is_dense, number, speedup
 from vlmo.plotting import pyplot, save_figure
 
 _WIDTH, _DPI = 8.0, 200  # inches; a README shows half of the pixels
@@ -59,23 +49,10 @@ _THEMES = (
 )
 
 
-def require_matplotlib() -> None:
-    """Raise now what :func:`draw` would raise after everything has been measured.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    pyplot()
-
-
-def draw(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
-    """Write the pictures that the records allow, named ``{report.stem}-{picture}-{theme}.png``.
+def draw(report: Report, stem: Path) -> list[Path]:
+    """Write the pictures that the records allow, named ``{stem}-{picture}-{theme}.png``.
 
     Each says in its metadata what it was drawn from: see :func:`missing`.
-
-    Args:
-        report: what was measured.
-        folder: there already.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -87,21 +64,21 @@ def draw(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
     for theme in _THEMES:
         with pyplot().rc_context(_style(theme)):
             for name, drawn in figures.items():
-                path = _path(report, folder, name, theme)
+                path = _path(stem, name, theme)
                 save_figure(drawn(theme), path, **options)
                 written.append(path)
     return written
 
 
-def missing(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
-    """The pictures of a report that are not in the folder, or were drawn from something else."""
-    paths = [_path(report, folder, name, theme) for theme in _THEMES for name in _figures(report)]
+def missing(report: Report, stem: Path) -> list[Path]:
+    """The pictures of a report that do not exist, or were drawn from something else."""
+    paths = [_path(stem, name, theme) for theme in _THEMES for name in _figures(report)]
     digest = report.digest.encode()
     return [path for path in paths if not path.is_file() or digest not in path.read_bytes()]
 
 
-def _path(report: Report, folder: str | os.PathLike[str], name: str, theme: _Theme) -> Path:
-    return Path(folder) / f"{report.stem}-{name}-{theme.name}.png"
+def _path(stem: Path, name: str, theme: _Theme) -> Path:
+    return stem.with_name(f"{stem.name}-{name}-{theme.name}.png")
 
 
 def _figures(report: Report) -> dict[str, Callable[[_Theme], Any]]:
@@ -114,12 +91,9 @@ def _figures(report: Report) -> dict[str, Callable[[_Theme], Any]]:
         panels = _panels([group for group in found if group.labels["suite"] == suite])
         if panels:
             figures[f"speed-{suite}"] = functools.partial(_lines, report, panels)
-    firsts: dict[tuple[Any, Any], Group] = {}
-    for group in found:
-        if group.official is not None:
-            firsts.setdefault((group.labels["suite"], group.labels["phase"]), group)
-    if firsts:
-        figures["speed"] = functools.partial(_bars, report, list(firsts.values()))
+    compared = firsts([group for group in found if group.official is not None])
+    if compared:
+        figures["speed"] = functools.partial(_bars, report, compared)
     return figures
 
 
@@ -216,8 +190,8 @@ def _intensity(record: Record) -> float:
 def _panels(of_suite: Sequence[Group]) -> list[list[Group]]:
     """Groups that differ in numbers of the shape only, if its first has several values.
 
-    The most telling come first, so of every size and phase it is the first dtype, and the first of
-    what else the shape tells in words.
+    The most important come first, so of every size and phase it is the first dtype, and the
+    first of what else the shape tells in words.
     """
     key = next((name for name in of_suite[0].labels if name not in LABELS), None)
     if key is None or not all(isinstance(g.labels.get(key), int) for g in of_suite):
@@ -307,16 +281,16 @@ def _looks(names: Sequence[str], theme: _Theme) -> dict[str, dict[str, Any]]:
 
 
 def _bars(report: Report, found: Sequence[Group], theme: _Theme) -> Any:
-    """How many times as fast as the official way each contender is, case by case."""
+    """Speedup of each contender over unilm, case by case."""
     count = sum(len(group.records) + 1.6 for group in found)
     figure, axis = pyplot().subplots(figsize=(_WIDTH, 0.29 * count + 0.9))
     place, ticks = 0.0, {}
-    longest = max(times_as_fast(r, g.official) or 0 for g in found for r in g.records)
+    longest = max(speedup(r, g.official) or 0 for g in found for r in g.records)
     for group in found:
         _headline(axis, place, group)
         first = place = place + 1
         for record in sorted(group.records, key=lambda record: record["device_ms"]):
-            times = times_as_fast(record, group.official) or 0
+            times = speedup(record, group.official) or 0
             axis.barh(place, times, 0.8, color=_colour(group, record, theme))
             axis.text(
                 *(times + 0.012 * longest, place),
@@ -334,7 +308,7 @@ def _bars(report: Report, found: Sequence[Group], theme: _Theme) -> Any:
     for label in axis.get_yticklabels():
         label.set_weight("bold" if is_ours(label.get_text()) else "normal")
     axis.set(xlim=(0, 1.3 * longest), ylim=(place - 0.6, -0.8))
-    axis.set_xlabel("times as fast as the official way (dashed); longer is better")
+    axis.set_xlabel("speedup over unilm, the reference implementation (dashed); longer is better")
     axis.tick_params(axis="y", length=0)
     axis.spines["left"].set_visible(False)
     axis.set_title(_machine(report), loc="left", fontsize=12, pad=12)
