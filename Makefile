@@ -16,7 +16,7 @@ TAG := $(shell $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -c \
 	'import sys; print(sys.implementation.cache_tag)')
 TRITONS := $(patsubst %,build/triton/$(TAG)/%/.unpacked,oldest newest)
 
-.PHONY: install demo test test-all tritons lint clean
+.PHONY: install demo test test-all tritons lint docs clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed-test tritons
@@ -41,6 +41,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p vlmo
 
+# The site in build/site; a warning is an error.
+docs: $(VENV)/.installed-test
+	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
+
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
 
@@ -52,7 +56,7 @@ $(VENV)/.installed-demo: $(BUILD_FILES) $(CONSTRAINTS) | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-test: $(BUILD_FILES) $(CONSTRAINTS) | $(BIN)/python
-	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[demo,test]'
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[demo,test,docs]'
 	touch $(VENV)/.installed-demo $@
 
 build/torch-%.txt: constraints.txt
