@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).parent.parent
 FOLDERS = ("kernels", "vlmo", "benchmarks", "csrc", "tests")
 SOURCES = [ROOT / "setup.py", *(p for f in FOLDERS for p in sorted((ROOT / f).rglob("*.py")))]
 METHODS = ("get", "pop", "setdefault")

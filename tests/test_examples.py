@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).parent.parent / "examples"
 PRINTED = {
     "moe_ffn.py": [r"output: \(2, 237, 192\)", r"output and all gradients agree: True"],
     "shared_attention.py": [

@@ -10,7 +10,7 @@ import pytest
 
 from test_names import resolve
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 DIRECTIVE = re.compile(r"^::: (\S+)$", re.MULTILINE)
 

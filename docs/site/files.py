@@ -20,7 +20,7 @@ LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)|(?:src|srcset|href)=\"([^\"#]+)")
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """The files of the theme, and those of the repository that can be reached."""
     root = Path(config.config_file_path).parent
-    found = Files([file for file in files if file.generated_by])
+    found = Files([file for file in files if file.src_dir != config.docs_dir])
     waiting = list(_pages(config.nav))
     seen = set(waiting)
     while waiting:
