@@ -16,7 +16,7 @@ TAG := $(shell $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -c \
 	'import sys; print(sys.implementation.cache_tag)')
 TRITONS := $(patsubst %,build/triton/$(TAG)/%/.unpacked,oldest newest)
 
-.PHONY: install demo test test-all tritons lint docs clean
+.PHONY: install demo test test-all tritons lint clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed-test tritons
@@ -42,6 +42,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy -p vlmo
 
 # The site in build/site; a warning is an error.
+.PHONY: docs
 docs: $(VENV)/.installed-test
 	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
 
