@@ -50,6 +50,11 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p vlmo
 
+# The site in build/site; a warning is an error.
+.PHONY: docs
+docs: $(VENV)/.installed-test
+	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
+
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
 
@@ -61,7 +66,7 @@ $(VENV)/.installed-demo: $(BUILD_FILES) $(CONSTRAINTS) | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-test: $(BUILD_FILES) $(CONSTRAINTS) | $(BIN)/python
-	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[demo,test]'
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[demo,test,docs]'
 	touch $(VENV)/.installed-demo $@
 
 build/torch-%.txt: constraints.txt

@@ -38,12 +38,11 @@ def moe_ffn(
     recompute: bool = False,
     backend: str | None = None,
 ) -> Tensor:  # [..., D]
-    r"""Feed-forward layer whose tokens go to the expert of their modality, in one operation.
+    """Feed-forward layer whose tokens go to the expert of their modality, in one operation.
 
-    For a token t that ``routing`` sends to expert e:
+    For a token t that ``routing`` sends to expert e::
 
-    .. math:: y_t = residual_t + token\_scale_t \cdot layer\_scale \odot
-              (W2_e \; act(W1_e \, norm_e(x_t) + b1_e) + b2_e)
+        y_t = residual_t + token_scale_t * layer_scale * (W2_e act(W1_e norm_e(x_t) + b1_e) + b2_e)
 
     Every part but the two products and the activation is optional. Tokens keep their order. Experts
     may be empty and may differ in hidden width F.

@@ -308,7 +308,7 @@ class DigitScenes(Dataset):
         return texts[int(draws[0] * len(texts)) if self._paraphrase else 0], None
 
 
-def retrieval_gallery(split: str = "test", size: int = 256, **options) -> DigitScenes:
+def retrieval_gallery(split: str = "test", size: int = 256, **options: Any) -> DigitScenes:
     """Pairs of which each picture has exactly one true caption and each caption one picture.
 
     Args:
