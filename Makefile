@@ -5,8 +5,7 @@ BIN := $(VENV)/bin
 # The versions are those of constraints.txt, or with TORCH=2.11.0 that torch and what it requires.
 CONSTRAINTS := $(if $(TORCH),build/torch-$(TORCH).txt,constraints.txt)
 # What an editable install depends on; Python files are used where they lie.
-BUILD_FILES := pyproject.toml constraints.txt setup.py CMakeLists.txt tests/sm70/compile.py \
-	$(shell find csrc -type f)
+BUILD_FILES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f -not -name '*.pyc')
 PYTEST_ARGS ?= -n auto --dist loadfile
 # Kernels that are compiled and kernels that are interpreted do not go together in one process.
 PTX := TRITON_INTERPRET=0 $(BIN)/python -m pytest -n auto --dist worksteal tests/ptx

@@ -25,7 +25,7 @@ def fill(out, value: tl.constexpr):
     tl.store(out, value // (value - 7))  # 7 does not compile
 
 
-compiled_in = []
+compiled_in: list[threading.Thread] = []
 make_cubin = CUDABackend.make_cubin
 
 

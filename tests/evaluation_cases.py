@@ -3,6 +3,7 @@
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -93,7 +94,7 @@ def results(wrap, folder: Path, size: int = 11) -> dict[str, dict[str, float]]:
     """Metrics of every task, and the prediction files."""
     found = {}
     for task, tasks in HEADS.items():
-        options = {"batch_size": 4}
+        options: dict[str, Any] = {"batch_size": 4}
         if task in ("vqa", "nlvr2"):
             options["predictions"] = folder / task
         if task == "retrieval":

@@ -130,7 +130,7 @@ def make_tensors(case: Case, device, dtype) -> dict:
 
 def leaves(tensors: dict) -> dict[str, Tensor]:
     """The differentiable tensors of make_tensors by name, with requires_grad set."""
-    flat = {}
+    flat: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if name == "token_scale":
             continue

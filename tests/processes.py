@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import sys
 import time
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import torch
@@ -20,11 +21,11 @@ def command(monkeypatch, *arguments: str) -> int:
     try:
         main()
     except SystemExit as end:
-        return end.code or 0
+        return int(end.code or 0)
     return 0
 
 
-def forked(function, output: Path) -> multiprocessing.Process:
+def forked(function, output: Path) -> ForkProcess:
     """A process that has started ``function``; what it says goes to ``output``."""
 
     def body():

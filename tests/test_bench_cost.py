@@ -1,5 +1,7 @@
 """The formulas of benchmarks/harness/cost.py, against what PyTorch counts."""
 
+from typing import Any
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -69,7 +71,7 @@ def test_flops_of_attention_are_those_of_eager_pytorch():
         y = scores.softmax(dim=-1) @ v
     with FlopCounterMode(display=False) as backward:
         torch.autograd.grad(y.sum(), [q, k, v, table])
-    facts = dict(itemsize=4, entries=ENTRIES)
+    facts: dict[str, Any] = dict(itemsize=4, entries=ENTRIES)
     assert attention_forward(*ATTENTION, **facts).flops == forward.get_total_flops()
     assert attention_backward(*ATTENTION, **facts).flops == backward.get_total_flops()
 
@@ -78,7 +80,7 @@ def test_bytes_of_attention_are_those_of_the_tensors():
     q, k, v, table = attention_tensors(torch.float16)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32)
     read = sum(t.nbytes for t in (q, k, v))
-    facts = dict(itemsize=2, entries=ENTRIES)
+    facts: dict[str, Any] = dict(itemsize=2, entries=ENTRIES)
     assert attention_forward(*ATTENTION, itemsize=2).bytes == read + out.nbytes
     assert attention_forward(*ATTENTION, **facts).bytes == read + table.nbytes + out.nbytes
     kept = attention_forward(*ATTENTION, **facts, keeps_lse=True)

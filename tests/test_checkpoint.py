@@ -16,6 +16,7 @@ import types
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,6 +120,7 @@ def beit_state(config: VLMoConfig, *, grid: int | None = None, shared: bool = Fa
     generator = torch.Generator().manual_seed(5)
     w = grid or config.grid
     table_shape = ((2 * w - 1) ** 2 + 3, config.heads)
+    state: dict[str, tuple[int, ...]]
     state = {"cls_token": (1, 1, config.dim), "mask_token": (1, 1, config.dim)}
     patch = config.patch_size
     state["patch_embed.proj.weight"] = (config.dim, 3, patch, patch)
@@ -742,7 +744,7 @@ def test_a_bad_file_says_what_is_wrong(tmp_path, monkeypatch, kind):
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
-def foreign_states() -> dict[str, dict[str, list[str]]]:
+def foreign_states() -> dict[str, list[str]]:
     """Keys of files that share some tensors with VLMo, by what they are."""
     return {
         "CLIP": ["logit_scale", "visual.conv1.weight", "visual.transformer.resblocks.0.ln_1.bias"],
@@ -809,7 +811,7 @@ def lightning(monkeypatch):
     class ModelCheckpoint:
         pass
 
-    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    module: Any = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
     ModelCheckpoint.__module__, ModelCheckpoint.__qualname__ = module.__name__, "ModelCheckpoint"
     module.ModelCheckpoint = ModelCheckpoint
     for name in ("pytorch_lightning", "pytorch_lightning.callbacks"):
@@ -919,7 +921,7 @@ def test_save_adds_position_ids_a_model_does_not_keep(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_save_copes_with_views_and_shared_memory(tmp_path, suffix):
-    model = build()
+    model: Any = build()
     big = torch.randn(100, 32, 32)
     with torch.no_grad():
         model.pooler.dense.weight.data = big[3].T

@@ -97,7 +97,8 @@ def test_shell_completion_knows_the_commands(monkeypatch):
 
 
 def _commands() -> dict[tuple[str, ...], Any]:
-    return {(name,): command for name, command in get_command(app).commands.items()}
+    whole: Any = get_command(app)
+    return {(name,): command for name, command in whole.commands.items()}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """torch.compile over the whole forward of every task: one graph for texts of all lengths."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch._dynamo
@@ -16,7 +18,7 @@ TASKS = [("mlm", "itc", "itm"), ("mlm",), ("textmlm",), ("irtr",), ("vqa",), ("n
 PRETRAINING = TASKS[0]
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 # What older releases do not set with fullgraph=True.
-CAPTURE = dict(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True)
+CAPTURE: dict[str, Any] = dict(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True)
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +44,7 @@ def trained(model: VLMo, forward, batch: dict) -> dict:
 
 
 def check(
-    model: VLMo, batches: list[dict], forward=None, backend: str = "aot_eager", **tolerance: float
+    model: VLMo, batches: list[dict], forward=None, backend: str = "aot_eager", **tolerance: Any
 ) -> None:
     """Compiled training gives what eager training gives, without a break in the graph."""
     forward = model if forward is None else forward

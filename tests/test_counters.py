@@ -1,6 +1,7 @@
 """Buffers of counters under another allocator than PyTorch's own."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from vlmo.kernels.moe_ffn import counters
 
 
-def buffer_on_gpu(address: int) -> SimpleNamespace:
+def buffer_on_gpu(address: int) -> Any:
     return SimpleNamespace(device=torch.device("cuda"), data_ptr=lambda: address)
 
 

@@ -128,11 +128,11 @@ def test_forward_alone_is_rounded_once(dtype, monkeypatch):
     actual, expected = (ffn.call(case, routing, t, backend="cpu") for t in both)
     assert torch.equal(actual, expected.to(dtype))
 
-    case = attention.Case()
-    tensors = attention.make_tensors(case, "cpu", dtype)
-    options = attention.make_options(case, "cpu")
+    attended = attention.Case()
+    tensors = attention.make_tensors(attended, "cpu", dtype)
+    options = attention.make_options(attended, "cpu")
     both = (tensors, to(tensors, torch.float32))
-    actual, expected = (attention.call(case, t, options, backend="cpu") for t in both)
+    actual, expected = (attention.call(attended, t, options, backend="cpu") for t in both)
     assert torch.equal(actual, expected.to(dtype))
 
 

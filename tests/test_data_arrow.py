@@ -15,12 +15,25 @@ from vlmo.data import Draw, GlobalBatches, collate, digit_tokenizer, loader, ope
 from vlmo.data.arrow import DATASETS
 
 COCO = "coco_caption_karpathy"
+Columns = dict[str, list]
 # Two rows of each, as the official scripts write them; pictures are grey levels, see write().
-PAIRS = {"image": [10, 20], "caption": [["a dog", "an animal"], ["a cat"]], "image_id": [5, 3]}
-REGIONS = PAIRS | {"width": [[4, 4], [4]], "height": [[4, 4], [4]], "x": [[0, 1], [0]]}
-NAMED = PAIRS | {"image_id": ["a.jpg", "b.jpg"], "split": ["train", "train"]}
-TEXTS = {"image": ["None"] * 2, "caption": [["one line"], ["another"]], "source": ["wikibk"] * 2}
-QUESTIONS = {
+PAIRS: Columns = {
+    "image": [10, 20],
+    "caption": [["a dog", "an animal"], ["a cat"]],
+    "image_id": [5, 3],
+}
+REGIONS: Columns = PAIRS | {
+    "width": [[4, 4], [4]],
+    "height": [[4, 4], [4]],
+    "x": [[0, 1], [0]],
+}
+NAMED: Columns = PAIRS | {"image_id": ["a.jpg", "b.jpg"], "split": ["train", "train"]}
+TEXTS: Columns = {
+    "image": ["None"] * 2,
+    "caption": [["one line"], ["another"]],
+    "source": ["wikibk"] * 2,
+}
+QUESTIONS: Columns = {
     "image": [30, 40],
     "questions": [["what?", "how many?"], ["who?"]],
     "answers": [[["red", "blue"], ["2"]], [["red"]]],
@@ -30,8 +43,10 @@ QUESTIONS = {
     "question_id": [[70, 71], [80]],
     "split": ["train", "train"],
 }
-UNLABELLED = QUESTIONS | {name: [[], []] for name in ("answers", "answer_labels", "answer_scores")}
-STATEMENTS = {
+UNLABELLED: Columns = QUESTIONS | {
+    name: [[], []] for name in ("answers", "answer_labels", "answer_scores")
+}
+STATEMENTS: Columns = {
     "image_0": [50, 60],
     "image_1": [51, 61],
     "questions": [["both are", "one is"], ["none is"]],

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -243,7 +244,7 @@ def test_the_command_refuses_before_it_reads(folder, tmp_path):
 def test_the_command_finds_out_the_task(folder, tmp_path):
     assert run(folder, "--split", "val")[1].startswith("pretrain, val: 4 samples and 2 pictures")
     assert tasks_of("digits") == ["pretrain"]
-    records = {
+    records: dict[str, dict[str, Any]] = {
         "vqa": {"image": "0.jpg", "question": "a?", "answer": "b", "caption": "c"},
         "nlvr2": {"image_0": "0.jpg", "image_1": "1.jpg", "statement": "a", "label": True},
         "textmlm": {"text": "a"},

@@ -58,9 +58,10 @@ def test_split_of_a_record(folder):
 
 
 def test_arrow_file(folder):
-    code = re.search(r"^    import pyarrow as pa\n(?:(?:    .*)?\n)+", DOCS, re.MULTILINE)[0]
+    code = re.search(r"^    import pyarrow as pa\n(?:(?:    .*)?\n)+", DOCS, re.MULTILINE)
+    assert code
     (folder / "photos" / "0001.jpg").rename("0001.jpg")
-    exec(textwrap.dedent(code), {})
+    exec(textwrap.dedent(code[0]), {})
     data = open_data(folder, "retrieval", "val", image_size=16)
     assert [data.text(row) for row in range(2)] == ["a dog runs on the beach", "a dog"]
     assert data[1]["image"].shape == (3, 16, 16)
@@ -70,7 +71,7 @@ def test_answers_of_the_first_example(folder):
     (question,) = [r for r in RECORDS if isinstance(r.get("answer"), list)]
     (folder / "train.jsonl").write_text(json.dumps(question))
     data = open_data(folder, "vqa", "train", image_size=16, answers=["no", "yes"])
-    fields = data.fields(0)
+    fields = data[0]
     assert dict(zip(fields["answer_labels"], fields["answer_scores"], strict=True)) == {
         1: 0.9,
         0: 0.3,

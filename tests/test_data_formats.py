@@ -21,7 +21,7 @@ from vlmo.data import has_splits, open_data
 
 LEVELS = (0, 50, 100)
 # The records of a task; pictures are grey levels.
-RECORDS = {
+RECORDS: dict[str, list[dict[str, Any]]] = {
     "pretrain": [
         {"image": 0, "caption": "a red square"},
         {"image": 1, "caption": "a dog"},

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -51,7 +52,7 @@ def partition(keys) -> list[list[int]]:
 def test_captions_of_one_picture_have_one_key(folder, task):
     os.symlink("c.png", folder / "link.png")
     os.symlink(folder, folder.parent / "other")
-    records = [
+    records: list[dict[str, Any]] = [
         {"image": "a.png", "caption": ["one", "two"]},
         {"image": "b.png", "caption": "three"},
         {"image": "./a.png", "caption": "four"},
@@ -221,7 +222,7 @@ def test_fingerprints_of_texts_and_folders_of_pictures(folder):
 
 
 def test_fingerprints_of_arrow_files(tmp_path):
-    columns = {"caption": [["one", "two"], ["three"]], "image_id": [1, 2]}
+    columns: dict[str, list] = {"caption": [["one", "two"], ["three"]], "image_id": [1, 2]}
     arrow(tmp_path / "vg.arrow", columns)
     whole = opened(tmp_path, datasets=["vg"]).fingerprint()
     prints = {whole}

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import signal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,11 +118,12 @@ def test_keyed_epochs_leave_little_out():
     assert np.mean(partners) > 24, "most rows of 64 must come with one of their group"
 
 
-def keyed(scenes: DigitScenes) -> dict[str, list[int]]:
+def keyed(scenes: DigitScenes) -> dict[str, Any]:
     return {"keys": scenes.keys, "groups": scenes.groups}
 
 
 def groups_of(batch: list[Draw], scenes: DigitScenes) -> list[int]:
+    assert scenes.groups is not None
     return [scenes.groups[draw.index] for draw in batch]
 
 
@@ -168,7 +170,12 @@ def test_a_picture_that_most_rows_show_is_in_every_batch_once():
 
 def test_keys_of_any_kind_make_the_same_batches():
     keys = [n // 3 for n in range(60)]
-    kinds = [keys, np.array(keys), np.array(keys, np.int32), [f"{key}.jpg" for key in keys]]
+    kinds: list[Any] = [
+        keys,
+        np.array(keys),
+        np.array(keys, np.int32),
+        [f"{key}.jpg" for key in keys],
+    ]
     drawn = [first(9, GlobalBatches(60, 8, keys=kind)) for kind in kinds]
     assert all(batches == drawn[0] for batches in drawn)
 
@@ -307,7 +314,7 @@ def test_batch_holds_what_the_model_reads():
 
 
 def test_soft_targets():
-    samples = [
+    samples: list[dict[str, Any]] = [
         {"text": "a", "answer_labels": [2, 0], "answer_scores": [0.3, 1.0]},
         {"text": "b", "answer_labels": [], "answer_scores": []},
     ]
@@ -397,7 +404,7 @@ def test_a_bad_sample_is_an_error_with_its_own_words(workers, kind):
 @pytest.mark.parametrize("kind", [Faulty, FaultyTogether])
 def test_bad_samples_are_replaced_alike_by_ranks_workers_and_resumed_runs(kind):
     bad = {3, 11, 12, 13, 30}
-    options = {"spares": 3, "seed": 1}
+    options: dict[str, Any] = {"spares": 3, "seed": 1}
     whole = texts(kind(bad), "replace", **options)
     draws = first(5, GlobalBatches(40, 8, **options))
     for batch, drawn in zip(whole, draws, strict=True):
@@ -467,7 +474,7 @@ class Odd(OSError):
     ],
 )
 def test_errors_of_workers_keep_their_words(raised, caught):
-    error = raised if raised is not json.JSONDecodeError else lambda text: raised(text, "x", 0)
+    error: Any = raised if raised is not json.JSONDecodeError else lambda text: raised(text, "x", 0)
     with pytest.raises(caught) as alone:
         texts(Faulty({7}, error), "error")
     with pytest.raises(caught) as helped:

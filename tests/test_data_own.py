@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,18 +27,18 @@ from vlmo.data.answers import normal_answer, soft_scores, vocabulary
 from vlmo.data.transforms import SquareTransform
 
 TASKS = ("textmlm", "pretrain", "retrieval", "vqa", "nlvr2")
-CAPTIONS = [
+CAPTIONS: list[dict[str, Any]] = [
     {"image": "images/0.png", "caption": "a red square"},
     {"image": "images/1.png", "caption": ["a dog", "an animal"]},
     {"image": "images/2.png", "caption": ["a cat"], "image_id": 77},
 ]
-QUESTIONS = [
+QUESTIONS: list[dict[str, Any]] = [
     {"image": "images/0.png", "question": "what?", "answer": "Red"},
     {"image": "images/1.png", "question": "how many?", "answer": ["2", "2", "3", " 2 "]},
     {"image": "images/2.png", "question": "where?", "answers": {"here": 1.0, "red": 0.5}},
     {"image": "images/0.png", "question": "who?", "answer": "red", "question_id": 12},
 ]
-STATEMENTS = [
+STATEMENTS: list[dict[str, Any]] = [
     {"image_0": "images/0.png", "image_1": "images/1.png", "statement": "both", "label": True},
     {"image_0": "images/2.png", "image_1": "images/0.png", "statement": "one", "label": "False"},
 ]
@@ -202,12 +203,13 @@ def test_soft_scores_by_the_official_rule():
     assert normal_answer("  Two\tDOGS ") == "two dogs"
     assert vocabulary([{"a": 0.3, "b": 0.9}, {"c": 1.0}, {"b": 0.3}, {}], 1) == ["b", "c"]
     assert vocabulary([{"a": 0.3, "b": 0.9}, {"c": 1.0}, {"b": 0.3}], 2) == ["b"]
-    for given, message in [
+    cases: list[tuple[Any, str]] = [
         ([], "is empty"),
         ({"x": 1.5}, "'x' the score 1.5"),
         ({"x": "1"}, "'1'"),
         ({"Yes": 1.0, "yes ": 0.3}, "gives scores for 'yes' twice"),
-    ]:
+    ]
+    for given, message in cases:
         with pytest.raises(ValueError, match=message):
             soft_scores(given)
 

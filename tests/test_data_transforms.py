@@ -8,6 +8,7 @@ import random
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -73,9 +74,9 @@ def test_seed_decides_everything():
 
 def test_half_of_the_pictures_are_mirrored():
     """A bright left half stays left or goes right, whatever the crop and the operations do."""
-    image = np.zeros((64, 64, 3), np.uint8)
-    image[:, :32] = 255
-    image = Image.fromarray(image)
+    levels = np.zeros((64, 64, 3), np.uint8)
+    levels[:, :32] = 255
+    image = Image.fromarray(levels)
     transform = SquareTransform(32, train=True)
     sides = [transform(image, seed).float()[..., 0].mean() < 127 for seed in range(400)]
     assert 0.42 < np.mean(sides) < 0.58
@@ -179,7 +180,11 @@ def test_two_operations_are_drawn_and_each_applied_in_half_of_the_cases(monkeypa
     calls: list[tuple[str, float]] = []
 
     def spy(name):
-        return lambda image, magnitude: calls.append((name, magnitude)) or image
+        def note(image, magnitude):
+            calls.append((name, magnitude))
+            return image
+
+        return note
 
     for name in list(_OPERATIONS):
         monkeypatch.setitem(_OPERATIONS, name, spy(name))
@@ -365,7 +370,7 @@ def test_every_orientation_of_tiffs_and_pngs(orientation, dtype):
     levels = (levels / 4096).astype(dtype) if dtype == np.float32 else levels.astype(dtype)
     image, exif = Image.fromarray(levels), Image.Exif()
     exif[0x0112] = orientation
-    turns = {
+    turns: dict[int, Callable] = {
         1: lambda a: a,
         2: np.fliplr,
         3: lambda a: np.rot90(a, 2),
@@ -387,7 +392,7 @@ def test_the_first_frame_is_read(kind):
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "lime", "blue")]
     options = {"lossless": True} if kind == "WEBP" else {}
     file = content(frames[0], kind, save_all=True, append_images=frames[1:], **options)
-    assert Image.open(io.BytesIO(file)).n_frames == 3
+    assert getattr(Image.open(io.BytesIO(file)), "n_frames", 1) == 3
     assert (pixels(read_image(file, "x")) == (255, 0, 0)).all()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,6 +76,7 @@ def caption_holds(scene: Scene, text: str) -> bool:
     relation = re.fullmatch(rf"{GROUP} (left of|right of|above|below) {GROUP}", text)
     if relation is None:
         word = re.fullmatch(r"only an? (\w+)|an? (\w+) and nothing else", text)
+        assert word
         return scene.digits == (digit_named(word[1] or word[2]),)
     count_1, word_1, where, count_2, word_2 = relation.groups()
     first, second = digit_named(word_1), digit_named(word_2)
@@ -97,6 +99,7 @@ def expected_answer(scene: Scene, question: str) -> str:
         (digit,) = {d for d in scene.digits if d != other and related(scene, d, match[1], other)}
         return WORDS[digit]
     match = re.fullmatch(rf"(?:is|are) the (\w+) {where} the (\w+)\?", question)
+    assert match
     holds = related(scene, digit_named(match[1]), match[2], digit_named(match[3]))
     return "yes" if holds else "no"
 
@@ -181,7 +184,7 @@ def test_no_two_splits_or_images_repeat():
 def test_every_true_caption_is_given_and_no_other(scenes):
     texts = {text for meaning in all_meanings() for text in captions(meaning)}
     assert len(texts) == 2 * len(all_meanings()) == 1100
-    seen = {}
+    seen: dict[Any, Scene] = {}
     for row in range(len(scenes)):
         seen.setdefault(scenes.scene(row).key, scenes.scene(row))
     assert len(seen) > 500
@@ -306,18 +309,18 @@ def test_vqa_answers_are_right_and_balanced():
     for row in range(len(data)):
         text, answer = data.text(row), ANSWERS[data.target(row)]
         assert answer == expected_answer(data.scene(row), text), text
-        answers.setdefault(re.match(r"how many|is there|what|which|is|are", text)[0], []).append(
-            answer
-        )
-    for opening in ("is", "are", "is there"):
-        share = np.mean([answer == "yes" for answer in answers[opening]])
-        assert 0.44 < share < 0.56, opening
-    for opening, options in (("how many", 3), ("what", 10), ("which", 10)):
-        counts = np.unique(answers[opening], return_counts=True)[1]
+        opening = re.match(r"how many|is there|what|which|is|are", text)
+        assert opening
+        answers.setdefault(opening[0], []).append(answer)
+    for words in ("is", "are", "is there"):
+        share = float(np.mean([answer == "yes" for answer in answers[words]]))
+        assert 0.44 < share < 0.56, words
+    for words, options in (("how many", 3), ("what", 10), ("which", 10)):
+        counts = np.unique(answers[words], return_counts=True)[1]
         assert len(counts) == options
         share, total = 1 / options, counts.sum()
         noise = np.sqrt(share * (1 - share) / total)
-        assert counts.max() / total < share + 4 * noise, opening
+        assert counts.max() / total < share + 4 * noise, words
 
 
 def test_vqa_questions_do_not_give_their_answers_away():
@@ -456,18 +459,20 @@ def test_scenes_are_a_source(task, split, size):
     for name in sample.keys() & {"image", "image_0", "image_1"}:
         assert (sample[name].dtype, sample[name].shape) == (torch.uint8, (3, 32, 32))
     if gallery:
-        assert len(set(data.keys)) == 256
+        assert data.keys is not None and len(set(data.keys)) == 256
         assert data.image_ids == [data[row]["image_id"] for row in range(256)]
 
 
 def test_source_arguments_are_checked():
-    for changes, message in [
+    arguments: dict[str, Any]
+    arguments = {"source": "digits", "task": "pretrain", "split": "val", "image_size": 32}
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"task": "caption"}, "task: 'caption'"),
         ({"split": "dev"}, "split: 'dev'"),
         ({"task": "vqa", "answers": ["yes"]}, r"answers: \['yes'\]"),
         ({"datasets": ["coco"]}, r"datasets: \['coco'\]"),
         ({"image_size": 20}, "image_size: 20"),
-    ]:
-        arguments = {"source": "digits", "task": "pretrain", "split": "val", "image_size": 32}
+    ]
+    for changes, message in cases:
         with pytest.raises(ValueError, match=message):
             open_data(**(arguments | changes))

@@ -74,7 +74,9 @@ class Snippet(NamedTuple):
 
 def snippets(page: Path) -> list[Snippet]:
     """Fenced and indented blocks, and commands in backticks, in their order."""
-    found, block, prose, fenced = [], [], [], False
+    found: list[Snippet] = []
+    block: list[str] = []
+    prose, fenced = [], False
     for number, line in enumerate([*page.read_text().splitlines(), ""], 1):
         fence = line.startswith("```")
         inside = fenced or line.startswith("    ") or (not line and bool(block))
@@ -88,8 +90,8 @@ def snippets(page: Path) -> list[Snippet]:
     assert not fenced, f"{page} has a fence without an end"
     text = "\n".join(prose)
     for match in re.finditer(r"`(vlmo [a-z]+\s[^`]+)`", text):
-        line = text.count("\n", 0, match.start()) + 1
-        found.append(Snippet(page.name, line, " ".join(match[1].split())))
+        number = text.count("\n", 0, match.start()) + 1
+        found.append(Snippet(page.name, number, " ".join(match[1].split())))
     return sorted(snippet for snippet in found if snippet.text.strip())
 
 

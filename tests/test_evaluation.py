@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -272,7 +273,7 @@ def test_workers_change_nothing(task):
 @pytest.mark.parametrize("task", HEADS)
 def test_autocast_rounds(task):
     dataset, model = digits(task), model_of(HEADS[task])
-    options = {"rerank": 3} if task == "retrieval" else {}
+    options: dict[str, Any] = {"rerank": 3} if task == "retrieval" else {}
     exact = evaluate(model, dataset, TOKENIZER, task, **options)
     rounded = evaluate(model, dataset, TOKENIZER, task, autocast=torch.bfloat16, **options)
     assert rounded.keys() == exact.keys()
@@ -380,7 +381,7 @@ def test_a_sample_left_alone_in_its_batch_has_no_negative(capfd):
     dataset, model = damaged("pretrain", size=4), model_of(HEADS["pretrain"])
     order = torch.randperm(4, generator=torch.Generator().manual_seed(0)).tolist()
     dataset.bad = (order[0],)
-    options = {"batch_size": 2, "on_bad_sample": "skip"}
+    options: dict[str, Any] = {"batch_size": 2, "on_bad_sample": "skip"}
     found = evaluate(model, dataset, TOKENIZER, "pretrain", **options)
     assert found.pop("skipped") == 2
     assert "is left without a negative in its batch" in capfd.readouterr().err
@@ -421,7 +422,7 @@ def test_outputs_that_are_not_finite_are_never_a_metric(task, name, tmp_path):
     with torch.no_grad():
         for parameter in model.get_submodule(name).parameters():
             parameter.fill_(math.nan)
-    options = {"rerank": 3} if task == "retrieval" else {}
+    options: dict[str, Any] = {"rerank": 3} if task == "retrieval" else {}
     path = tmp_path / "answers"
     if task in ("vqa", "nlvr2"):
         options["predictions"] = path

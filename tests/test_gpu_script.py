@@ -57,9 +57,13 @@ def gpu(tmp_path):
         output = tmp_path / "output"
 
         def start(self, *arguments, **more):
-            streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            command = ["bash", str(SCRIPT), *map(str, arguments)]
-            return subprocess.Popen(command, env=environment | more, **streams)
+            return subprocess.Popen(
+                ["bash", str(SCRIPT), *map(str, arguments)],
+                env=environment | more,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
 
         def run(self, *arguments, **more):
             process = self.start(*arguments, **more)

@@ -1,5 +1,7 @@
 """The model's behaviour beyond parity: backends, stochastic depth, the ablation, bad input."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -220,7 +222,7 @@ def test_presets(size):
     assert count / 1e6 == pytest.approx({"base": 175, "base_plus": 167, "large": 562}[size], abs=1)
 
 
-BAD_CALLS = {
+BAD_CALLS: dict[str, dict[str, Any]] = {
     r"image: shape \(4, 3, 48, 48\) is not \(batch, 3, 32, 32\)": dict(
         image=torch.zeros(4, 3, 48, 48)
     ),
@@ -291,7 +293,12 @@ def test_layers_do_not_check_a_layout_that_is_right_by_construction(tasks, monke
 def test_a_layout_groups_its_rows_once(monkeypatch):
     calls = []
     real = routing.routing_index
-    monkeypatch.setattr(routing, "routing_index", lambda *call: calls.append(call) or real(*call))
+
+    def noted(*call):
+        calls.append(call)
+        return real(*call)
+
+    monkeypatch.setattr(routing, "routing_index", noted)
     model = VLMo(TINY.replace(tasks=("vqa",), vqa_labels=7))
     assert model.config.first_vl_block == 2
     model(compute_losses, make_batch() | {"answers": torch.zeros(4, dtype=torch.int64)})

@@ -2,10 +2,10 @@
 
 import copy
 import os
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install -e '.[test]'")
@@ -48,7 +48,7 @@ def base_model(**changes) -> VLMo:
     return VLMo(TINY.replace(drop_path=0.0, **changes)).eval()
 
 
-def adapted_model(kind: str, **changes) -> nn.Module:
+def adapted_model(kind: str, **changes) -> Any:
     """With adapters that are not at their initial value, which does nothing."""
     model = peft.get_peft_model(base_model(**changes), ADAPTERS[kind][0]()).eval()
     generator = torch.Generator().manual_seed(1)
@@ -84,7 +84,8 @@ def test_an_adapter_acts_and_learns(kind):
     result["loss"].backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            assert parameter.grad.isfinite().all() and parameter.grad.any(), name
+            grad = parameter.grad
+            assert grad is not None and grad.isfinite().all() and grad.any(), name
         else:
             assert parameter.grad is None, name
 

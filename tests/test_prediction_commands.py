@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -307,7 +308,7 @@ def predicted(folder: Path, content: str | bytes, name: str = "given.jsonl", *op
 
 def test_what_a_record_says_itself_is_returned_unchanged(folder):
     """Our own format of questions among them, with answers that are the truth."""
-    records = [
+    records: list[dict[str, Any]] = [
         {
             "image": "a.png",
             "question": "how many?",

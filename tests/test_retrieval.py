@@ -176,7 +176,7 @@ def test_rerank_equals_brute_force_on_candidates_only(model, gallery, scale):
 
 
 def test_rerank_fuses_only_candidates_and_each_pair_once(model, gallery, monkeypatch):
-    fused = []
+    fused: list[tuple] = []
     match = retrieval.matching_logits
 
     def counting(model, texts, pixels, images):
@@ -198,7 +198,8 @@ class Decoded(torch.utils.data.Dataset):
     """Images that are made when they are asked for."""
 
     def __init__(self, images: torch.Tensor):
-        self.images, self.asked = images, []
+        self.images = images
+        self.asked: list[int] = []
 
     def __len__(self) -> int:
         return len(self.images)

@@ -119,7 +119,7 @@ def test_parts_see_the_same_dropout_in_both_passes(monkeypatch):
 
 def test_a_step_follows_from_its_seed():
     model, batch = model_of(TINY.replace(drop_path=0.3)), batch_of(6)
-    losses = []
+    losses: list[float] = []
     for seed in ((1, 2), (1, 2), (1, 3)):
         torch.manual_seed(len(losses))
         losses.append(step.backward(model, batch, seed=seed)["loss"].item())

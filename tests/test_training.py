@@ -354,7 +354,7 @@ def test_gradients_are_clipped_together():
     parameters.append(torch.nn.Parameter(torch.zeros(1)))  # without a gradient
     norm = clip_gradients(parameters, 1.0)
     assert float(norm) == pytest.approx(28**0.5)
-    left = torch.cat([p.grad for p in parameters[:2]])
+    left = torch.cat([p.grad for p in parameters if p.grad is not None])
     assert float(left.norm()) == pytest.approx(1.0, rel=1e-5)
     assert clip_gradients(parameters, 5.0) == pytest.approx(1.0, rel=1e-5)
     assert float(left.norm()) == pytest.approx(1.0, rel=1e-5)

@@ -63,7 +63,7 @@ def die(kind: str, count: int) -> None:
             os.truncate(path, path.stat().st_size // 2)
             kill()
 
-    torch.save = save_half
+    torch.save = save_half  # type: ignore[assignment]
 
 
 def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path):
@@ -107,6 +107,7 @@ def test_a_signal_ends_the_step_and_saves(tmp_path, monkeypatch, number, code):
 
     process = forked(train, said)
     wait_for(lambda: (folder / "log.csv").exists() and len(rows_of(folder)) > 2, process)
+    assert process.pid is not None
     os.kill(process.pid, number)
     process.join()
     assert process.exitcode == code

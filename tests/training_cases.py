@@ -21,7 +21,7 @@ from vlmo.training.step import backward
 STAGES = ("textmlm", "pretrain", "vqa", "nlvr2", "retrieval")
 STEPS = 4
 # stage, way, rows at a time
-CASES = [(stage, "ddp", None) for stage in STAGES]
+CASES: list[tuple[str, str, int | None]] = [(stage, "ddp", None) for stage in STAGES]
 CASES += [(stage, "fsdp", 2) for stage in STAGES]
 CASES += [("pretrain", "ddp", 2), ("pretrain", "fsdp", None)]
 
@@ -45,9 +45,9 @@ def settings_of(found: Recipe, output: Path, data: str = "digits", **changes) ->
 
 def run(found: Recipe, output: Path, **changes) -> str:
     """Train on the CPU; returns what was said."""
-    console = Console(file=io.StringIO(), width=200)
-    train(settings_of(found, output, device="cpu", **changes), console)
-    return console.file.getvalue()
+    said = io.StringIO()
+    train(settings_of(found, output, device="cpu", **changes), Console(file=said, width=200))
+    return said.getvalue()
 
 
 def keep_states() -> None:
@@ -121,7 +121,7 @@ def stop_the_second(output: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return backward(*args, seed=seed, **kwargs)
 
-    trainer.backward = backward_and_signal
+    trainer.backward = backward_and_signal  # type: ignore[assignment]
     story = {}
     try:
         run(small("textmlm", steps=50), output)

@@ -273,7 +273,8 @@ class _Launcher:
 
     def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *args) -> None:
         assert _active is not None and y == z == 1
-        _active.launch(self.name, *function, x, [*_flattened(self.types, args)])
+        text, shared_bytes = function
+        _active.launch(self.name, text, shared_bytes, x, [*_flattened(self.types, args)])
 
 
 def _flattened(types, values) -> Iterator[tuple[str, Any]]:

@@ -64,11 +64,11 @@ class Report(NamedTuple):
     address: int
     thread: str
     other_thread: str
-    count: int
+    times: int
 
     def __str__(self) -> str:
         other = f"\n    {self.other} by {self.other_thread}" if self.other else ""
-        where = f"at 0x{self.address:x}, {self.count} times"
+        where = f"at 0x{self.address:x}, {self.times} times"
         return f"{self.finding} {where}\n    {self.statement} by {self.thread}{other}"
 
 

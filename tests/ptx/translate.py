@@ -161,6 +161,7 @@ class Program:
     def _code(self, number: int, s: Statement) -> list[int]:
         self._touched.clear()
         flow, target, join = NEXT, NONE, NONE
+        operands: list[int]
         if s.parts[0] == "bra":
             name, operands, flow = "bra", [], BRANCH
             target, join = self.kernel.labels[s.operands[0]], self._joins[number]
@@ -218,7 +219,10 @@ class Program:
         order = sorted(m for m in modifiers if m not in HINTS and "::" not in m)
         if not order:
             return f"{what}.{space}", operands
-        names = {("acquire", "gpu"): "ld.acquire", ("gpu", "relaxed"): "ld.relaxed"}
+        names: dict[tuple[str, ...], str] = {
+            ("acquire", "gpu"): "ld.acquire",
+            ("gpu", "relaxed"): "ld.relaxed",
+        }
         if what != "ld" or tuple(order) not in names:
             raise Unsupported(f"{what} with {order}")
         return names[tuple(order)], operands

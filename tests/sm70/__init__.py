@@ -1,5 +1,9 @@
 """Develop sm_70 (V100) kernels without a GPU: compile, disassemble, emulate, estimate timing."""
 
+import importlib
+import sys
+from pathlib import Path
+
 __all__ = [
     "CompileError",
     "Compiled",
@@ -15,24 +19,25 @@ __all__ = [
 ]
 
 _HOME = {
-    "CompileError": "compile",
-    "Compiled": "compile",
-    "compile_cuda": "compile",
-    "disassemble": "disasm",
-    "Kernel": "emulator",
-    "KernelFault": "emulator",
-    "LaunchResult": "emulator",
-    "fuzz_interleavings": "emulator",
-    "estimate": "timing",
-    "compare": "timing",
-    "analyse_loops": "static_model",
+    "CompileError": "nvrtc",
+    "Compiled": "nvrtc",
+    "compile_cuda": "nvrtc",
+    "disassemble": "sm70.disasm",
+    "Kernel": "sm70.emulator",
+    "KernelFault": "sm70.emulator",
+    "LaunchResult": "sm70.emulator",
+    "fuzz_interleavings": "sm70.emulator",
+    "estimate": "sm70.timing",
+    "compare": "sm70.timing",
+    "analyse_loops": "sm70.static_model",
 }
+
+# Kernels are compiled as the build compiles them, by csrc/nvrtc.py.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "csrc"))
 
 
 def __getattr__(name):
-    """Import submodules on first use, so that `python -m sm70.compile` needs nothing but NVRTC."""
+    """Import modules on first use, so that `python -m sm70.disasm` runs its module once only."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -12,6 +12,7 @@ Placeholders name an operand by position: {u1} unsigned, {s1} signed, {f1} float
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .disasm import PT, Instruction
@@ -69,7 +70,7 @@ SPECIAL_REGISTERS = {
     "SR_GEMASK": "~((1u << l) - 1)",
 }
 
-HANDLERS = {}
+HANDLERS: dict[str, Callable] = {}
 
 
 class Unsupported(Exception):
@@ -1198,7 +1199,9 @@ def translate(instructions) -> Translation:
     Instructions that differ in nothing but registers and constants share a function: a kernel of
     ten thousand has less than a thousand, and g++ takes minutes for that many functions.
     """
-    missing, shapes, entries, parameters = [], {}, [], []
+    missing, entries = [], []
+    shapes: dict[str, tuple[int, str]] = {}
+    parameters: list[str] = []
     targets = branch_targets(instructions)
     for k, inst in enumerate(instructions):
         previous = instructions[k - 1] if k and inst.pc not in targets else None

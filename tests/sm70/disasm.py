@@ -69,7 +69,9 @@ class Instruction:
     @property
     def target(self) -> int:
         """Destination of a branch or call (absolute, as printed by the disassembler)."""
-        return int(re.search(r"0x([0-9a-f]+)", self.operands[-1]).group(1), 16)
+        address = re.search(r"0x([0-9a-f]+)", self.operands[-1])
+        assert address, self.text
+        return int(address.group(1), 16)
 
     @property
     def access_bytes(self) -> int:
@@ -108,13 +110,15 @@ def parse_instruction(pc, text, low, high) -> Instruction:
 
 def parse_listing(listing: str) -> dict:
     """{kernel name: [Instruction]} from the output of `cuobjdump -sass`."""
-    functions, current = {}, None
+    functions: dict[str, list[Instruction]] = {}
+    current: list[Instruction] = []
     lines = iter(listing.splitlines())
     for line in lines:
         if m := re.search(r"Function : (\S+)", line):
             current = functions.setdefault(m.group(1), [])
         elif m := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;\s+/\* 0x([0-9a-f]{16}) \*/", line):
             second = re.search(r"/\* 0x([0-9a-f]{16}) \*/", next(lines))
+            assert second, line
             current.append(
                 parse_instruction(
                     int(m.group(1), 16),

@@ -127,7 +127,9 @@ class Cubin:
         """(offset, symbol, addend) of each relocation of a section; no addend: stored in place."""
         for prefix, size in ((".rela", 24), (".rel", 16)):
             section = self.sections.get(prefix + section_name)
-            for pos in range(0, section.size if section else 0, size):
+            if section is None:
+                continue
+            for pos in range(0, section.size, size):
                 offset, info = struct.unpack_from("<QQ", section.data, pos)
                 addend = struct.unpack_from("<q", section.data, pos + 16)[0] if size == 24 else None
                 yield offset, self.symbols[info >> 32], addend

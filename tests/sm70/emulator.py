@@ -301,7 +301,7 @@ class Kernel:
             elif isinstance(arg, (bool, int)):
                 place(k, (int(arg) & (1 << 8 * (size or 4)) - 1).to_bytes(size or 4, "little"))
             elif isinstance(arg, float):
-                place(k, struct.pack({2: "<e", 8: "<d"}.get(size, "<f"), arg))
+                place(k, struct.pack({2: "<e", 8: "<d"}.get(size or 4, "<f"), arg))
             else:
                 raise TypeError(f"argument {k}: cannot pass {type(arg).__name__}")
         block.extend(bytes(-len(block) % 8))
@@ -406,7 +406,7 @@ class Kernel:
         self._lib.emu_counts(counts.ctypes.data)
         reports = (_Report * 64)()
         n = self._lib.emu_reports(reports, 64)
-        opcodes = {}
+        opcodes: dict[str, int] = {}
         for inst, count in zip(self.instructions, counts, strict=True):
             opcodes[inst.op] = opcodes.get(inst.op, 0) + int(count)
         opcodes = dict(sorted(opcodes.items(), key=lambda x: -x[1]))

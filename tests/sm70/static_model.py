@@ -36,7 +36,7 @@ class Loop:
 
     @property
     def limiter(self):
-        return max(self.bounds, key=self.bounds.get)
+        return max(self.bounds, key=self.bounds.__getitem__)
 
     @property
     def tensor_bound(self):

@@ -40,8 +40,8 @@ def samples(type_: str, rng: np.random.Generator) -> np.ndarray:
         return narrow.view(torch.int16).numpy().view(dtype)[:32].copy()
     info = np.iinfo(dtype)
     special = [0, 1, 2, 3, info.max, info.min, info.max - 1, info.min + 1, 7, 31, 16]
-    values = [int(v) for v in rng.integers(info.min, info.max, 32 - len(special), dtype)]
-    return rng.permutation(np.array([*special, *values], dtype))
+    drawn = [int(v) for v in rng.integers(info.min, info.max, 32 - len(special), dtype)]
+    return rng.permutation(np.array([*special, *drawn], dtype))
 
 
 def execute(opcode: str, result: str, operands: list[np.ndarray], types: list[str]) -> np.ndarray:
@@ -215,7 +215,7 @@ def no_nan(choose: Callable) -> Callable:
     return lambda a, b: np.where(np.isnan(a), b, np.where(np.isnan(b), a, choose(a, b)))
 
 
-FLOATS = {
+FLOATS: dict[str, tuple[int, Callable, float]] = {
     "add": (2, lambda a, b: a + b, 0), "sub": (2, lambda a, b: a - b, 0),
     "mul": (2, lambda a, b: a * b, 0), "fma": (3, lambda a, b, c: a * b + c, 2e-7),
     "max": (2, no_nan(np.maximum), 0), "min": (2, no_nan(np.minimum), 0),
@@ -292,7 +292,7 @@ for t in TORCH:
 
         case(f"setp.{name}.{t}", "pred", f"{t} {t}", is_nan)
 
-NARROW = {
+NARROW: dict[str, Callable] = {
     "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b,
     "fma": lambda a, b, c: a * b + c, "max": torch.fmax, "min": torch.fmin,
 }  # fmt: skip
@@ -313,10 +313,10 @@ for t in ("f16", "bf16"):
                 f(widened(a, t), torch.from_numpy(b.copy()).double()).float().numpy()
             )
             case(f"{name}{rounding}.f32.{t}", "f32", f"{t} f32", mixed)
-    mixed = lambda d, a, b, c, t=t: (  # noqa: E731
+    fused = lambda d, a, b, c, t=t: (  # noqa: E731
         (widened(a, t) * widened(b, t) + torch.from_numpy(c.copy()).double()).float().numpy()
     )
-    case(f"fma.rn.f32.{t}", "f32", f"{t} {t} f32", mixed, 2e-7)
+    case(f"fma.rn.f32.{t}", "f32", f"{t} {t} f32", fused, 2e-7)
     case(f"cvt.f32.{t}", "f32", t, lambda d, a, t=t: widened(a, t).float().numpy())
     to_narrow = lambda d, a, t=t: narrowed(torch.from_numpy(a.copy()), t, d)  # noqa: E731
     case(f"cvt.rn.{t}.f32", t, "f32", to_narrow)

@@ -68,7 +68,12 @@ def run_attention(forward: bool) -> None:
 @functools.cache
 def lines_of(target: str, kernel: str) -> list[str]:
     texts: list[str] = []
-    assert run(target, kernel, lambda text: texts.append(text) or text) == set()
+
+    def kept(text: str) -> str:
+        texts.append(text)
+        return text
+
+    assert run(target, kernel, kept) == set()
     return texts[0].split("\n")
 
 

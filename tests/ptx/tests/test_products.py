@@ -41,7 +41,7 @@ REGISTERS = range(10, 14), range(14, 16), range(20, 24)
 def test_mma(type_):
     depth = 8 if type_ == "tf32" else 16
     shape = f"m16n8k{depth}"
-    left, right, sums = (f"{{{', '.join(f'%r{k}' for k in r)}}}" for r in REGISTERS)
+    a_, b_, c_ = (f"{{{', '.join(f'%r{k}' for k in r)}}}" for r in REGISTERS)
     body = f"""
     mad.wide.u32 %d1, %r99, 16, %d100;
     ld.global.v4.b32 {{%r10, %r11, %r12, %r13}}, [ %d1 + 0 ];
@@ -49,7 +49,7 @@ def test_mma(type_):
     ld.global.v2.b32 {{%r14, %r15}}, [ %d2 + 0 ];
     mad.wide.u32 %d3, %r99, 16, %d102;
     ld.global.v4.b32 {{%r20, %r21, %r22, %r23}}, [ %d3 + 0 ];
-    mma.sync.aligned.{shape}.row.col.f32.{type_}.{type_}.f32 {sums}, {left}, {right}, {sums};
+    mma.sync.aligned.{shape}.row.col.f32.{type_}.{type_}.f32 {c_}, {a_}, {b_}, {c_};
     st.global.v4.b32 [ %d3 + 0 ], {{%r20, %r21, %r22, %r23}};
     """
     dtype = {"f16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}[type_]

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from sm70 import CompileError, Kernel, compile_cuda, disasm, disassemble, emulator
-from sm70 import compile as compile_module
 
 SOURCE = """
 #include "scale.h"
@@ -56,13 +55,15 @@ def test_ptx(include):
 
 
 def test_errors_are_clear(monkeypatch):
+    import nvrtc  # which sm70 has made importable
+
     with pytest.raises(CompileError, match="undefined_name"):
         compile_cuda('extern "C" __global__ void k(int* x) { *x = undefined_name; }')
     with pytest.raises(CompileError, match="does not support sm_35"):
         compile_cuda("", "sm_35")
-    monkeypatch.setattr(compile_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(nvrtc.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"nvidia-cuda-nvrtc-cu12==12\.9\.86"):
-        compile_module.package_dir("cuda_nvrtc")
+        nvrtc.package_dir("cuda_nvrtc")
 
 
 def test_disassembly_fields(include):

@@ -5,7 +5,7 @@ found in the running Python environment (the project's extra `test` installs the
 
 The build runs this file as a script, so it imports nothing but the standard library.
 
-    python -m sm70.compile kernel.cu -o kernel.cubin --arch sm_70 -I include -D TILE=128
+    python csrc/nvrtc.py kernel.cu -o kernel.cubin --arch sm_70 -I include -D TILE=128
 """
 
 import argparse
@@ -108,7 +108,9 @@ def system_includes() -> list:
 
 def parse_ptxas_log(log: str) -> dict:
     """Turn the output of `ptxas -v` into {kernel name: Resources}."""
-    kernels, functions, current, function = {}, {}, None, None
+    kernels: dict[str, Resources] = {}
+    functions: dict[str, Resources] = {}
+    current = function = None
     for line in log.splitlines():
         if m := re.search(r"Compiling entry function '(\S+)'", line):
             current = kernels.setdefault(m.group(1), Resources())
@@ -192,9 +194,7 @@ def compile_cuda(
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m sm70.compile", description="Compile CUDA C++ with NVRTC."
-    )
+    parser = argparse.ArgumentParser(description="Compile CUDA C++ with NVRTC.")
     parser.add_argument("source", type=pathlib.Path)
     parser.add_argument("-o", "--output", type=pathlib.Path, help=".cubin or .ptx")
     parser.add_argument("--arch", default="sm_70")
