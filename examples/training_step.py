@@ -7,7 +7,7 @@ import torch
 
 from vlmo import VLMo, VLMoConfig
 from vlmo.data import GlobalBatches, digit_tokenizer, loader, open_data
-from vlmo.objectives import compute
+from vlmo.tasks.losses import compute_losses
 
 STEPS, PAIRS = 4, 16
 
@@ -32,7 +32,9 @@ def main() -> None:
     # No two scenes of a batch have the same meaning: they would be negatives of each other.
     batches = GlobalBatches(len(data), PAIRS, keys=data.keys, groups=data.groups, steps=STEPS)
     for step, batch in enumerate(loader(data, batches, tokenizer, mask_share=0.15), 1):
-        losses = compute(model, batch)  # each task's "..._loss", logits, and their sum "loss"
+        losses = compute_losses(
+            model, batch
+        )  # each task's "..._loss", logits, and their sum "loss"
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()

@@ -19,9 +19,7 @@ LAYERS = [
     ["vlmo.tasks", "vlmo.inputs"],
     ["vlmo.run_folder"],
     ["vlmo.training", "vlmo.predictor"],
-    ["vlmo.demo", "vlmo.timing"],
-    ["vlmo.trial", "vlmo.bench"],
-    ["vlmo.tune"],
+    ["vlmo.demo"],
     ["vlmo.commands"],
     ["vlmo.__main__"],
 ]
@@ -37,7 +35,6 @@ REPEATED = {
     ),
     ("kernels/attention/triton/bias_gradient.py",): "arguments of two kernels",
     ("kernels/moe_ffn/triton/backward_rows.py",): "arguments of two kernels",
-    ("vlmo/bench/attention.py", "vlmo/bench/moe_ffn.py"): "imports",
 }
 
 

@@ -21,7 +21,7 @@ PROGRAMS = 2  # CTAs that fit on a multiprocessor
 THREADS = 128
 
 # What a task without products costs in steps of a main loop, rounded from the model of a V100
-# (benchmarks/model_volta.py), as is TILE_OVERHEAD of schedule.py.
+# (benchmarks/modelled/volta.py), as is TILE_OVERHEAD of schedule.py.
 ROWS_COST = 3
 
 # Multiplications by which the second CTA of a multiprocessor begins later, and the tasks of a
