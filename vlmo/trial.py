@@ -91,14 +91,14 @@ class Trial:
 
             return forward
         # Imported here because it imports Triton.
-        from vlmo.kernels.moe_ffn.triton.backward import Gradients
+        from vlmo.kernels.moe_ffn.triton.backward import Backward
 
         with use_tiles(row):
-            gradients = Gradients(*self._backward_inputs(kernel))
+            backward = Backward(*self._backward_inputs(kernel))
         if kernel != "weights":
-            return gradients.launch_rows
-        gradients.launch_rows()  # what the kernel of the weights reads
-        return gradients.launch_weights
+            return backward.launch_rows
+        backward.launch_rows()  # what the kernel of the weights reads
+        return backward.launch_weights
 
     def _backward_inputs(self, kernel: str) -> tuple[Tensor, Tensor, Call, list[bool]]:
         pre = self.pre.new_empty(0, 0) if kernel == "recompute" else self.pre
