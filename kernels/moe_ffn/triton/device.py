@@ -5,7 +5,7 @@ by expert: expert e owns the grouped rows of ``[offset_e, offset_e + count_e)``,
 a row tile never spans two experts. Scratch tensors lie in grouped order, so that a tile's rows are
 contiguous; x, dy, residual, y and dx are addressed by token.
 
-The model of the tickets, to which the tests hold :func:`locate`, is benchmarks/modelled/schedule.py.
+The tests hold :func:`locate` to the model of the tickets in benchmarks/modelled/schedule.py.
 """
 
 from __future__ import annotations
