@@ -110,6 +110,7 @@ def test_index_passes_what_the_kernel_reads(volta_kernel, monkeypatch):
 
     monkeypatch.setattr(_C, "launch", launch)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=1234))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     strided = torch.from_numpy(case.make_ids().repeat(2))[::2]
     outputs = routing_index.launch(strided, case.experts)
     assert_index([output.numpy() for output in outputs], case)

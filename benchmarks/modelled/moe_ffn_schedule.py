@@ -13,16 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from modelled.schedule import Banded, Split, in_waves, replay_split
 from vlmo.files import replacing
-from vlmo.kernels.moe_ffn.schedule import (
-    TILE_OVERHEAD,
-    Banded,
-    Split,
-    choose_band,
-    in_waves,
-    replay,
-    replay_split,
-)
+from vlmo.kernels.moe_ffn.schedule import TILE_OVERHEAD, choose_band, replay
 
 MULTIPROCESSORS = 132  # H100 SXM; one program on each
 SIZES = {"base": (768, 3072), "large": (1024, 4096)}  # D, F

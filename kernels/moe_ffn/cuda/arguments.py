@@ -15,6 +15,7 @@ from ..rows import Rows
 TILE = 128  # rows and columns of a tile, kTile
 STEP = 32  # k of a step of the main loop, kStepK
 NORM_ROWS = 16  # rows of a task without products, kNormRows
+ROW_TASKS = TILE // NORM_ROWS  # of a row tile in a phase without products
 MAX_EXPERTS = 32
 MAX_PHASES = 4
 PROGRAMS = 2  # CTAs that fit on a multiprocessor

@@ -36,7 +36,7 @@ def launch_forward(call: Call, y: Tensor | None, pre: Tensor | None) -> None:
     bound, workers = bound_on_tiles(call, rows, host.TILE), host.workers_on(device)
     max_hidden = host.max_hidden(call)
     tasks = (
-        0 if call.norm == "none" else host.TILE // host.NORM_ROWS,
+        0 if call.norm == "none" else host.ROW_TASKS,
         -(-max_hidden // host.hidden_columns(call)),
         0 if y is None else -(-dim // host.TILE),
         0,

@@ -70,6 +70,6 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
 def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list[Tensor]:
     """The gradients that ``needs`` asks for, in the order of the schema; empty ones elsewhere."""
-    from .backward import Gradients
+    from .backward import Backward
 
-    return Gradients(dy, pre, call, needs).compute()
+    return Backward(dy, pre, call, needs).compute()

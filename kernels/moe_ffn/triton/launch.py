@@ -13,6 +13,7 @@ from ... import target
 from ..._backends.triton import tf32_allowed
 from ..._backends.triton_device import INTERPRETED, odd
 from ..call import GATED, Call
+from ..plan import common_dtype
 from ..rows import Rows
 from .device import Config, Passed
 from .tiles import Tile
@@ -22,11 +23,6 @@ from .tiles import Tile
 ROWS_COST = 2
 # The interpreter runs one program after the other; more than one, so that work is divided.
 _INTERPRETED_PROGRAMS = 5
-
-
-def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """A kernel takes the tensors of all experts in one dtype, also where their norms differ."""
-    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
 def pointers(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
