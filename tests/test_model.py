@@ -269,12 +269,12 @@ def test_bad_config(changes, message):
 
 def test_itm_without_itc_is_refused():
     with pytest.raises(ValueError, match="itm without itc"):
-        VLMo(TINY.replace(tasks=("itm",)))(make_batch())
+        VLMo(TINY.replace(tasks=("itm",)))(compute_losses, make_batch())
 
 
 def test_vqa_targets_of_another_size_are_refused():
     with pytest.raises(ValueError, match=r"vqa_targets: shape \(4, 7\) is not \(4, 9\)"):
-        VLMo(TINY.replace(tasks=("vqa",), vqa_labels=9))(make_batch())
+        VLMo(TINY.replace(tasks=("vqa",), vqa_labels=9))(compute_losses, make_batch())
 
 
 @pytest.mark.parametrize("tasks", [("mlm", "itc", "itm"), ("textmlm",), ("vqa",)])
