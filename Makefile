@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(TORCH),build/torch-$(TORCH).txt,constraints.txt)
 # What an editable install depends on; Python files are used where they lie.
 BUILD_FILES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f -not -name '*.pyc')
-PYTEST_ARGS ?= -n auto --dist loadfile
+# File by file, in the order of the files: the few long ones do not end up as the last.
+PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
 # Kernels that are compiled and kernels that are interpreted do not go together in one process.
 PTX := TRITON_INTERPRET=0 $(BIN)/python -m pytest -n auto --dist worksteal tests/ptx
 
@@ -18,7 +19,7 @@ TRITONS := $(patsubst %,build/triton/$(TAG)/%/.unpacked,oldest newest)
 # Results of make bench: JSON files of pytest-benchmark, with a page and pictures of each.
 BENCH ?= .benchmarks
 
-.PHONY: install demo test test-all bench tritons lint clean
+.PHONY: install demo test-fast test test-all bench docs tritons lint clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed-test tritons
@@ -26,12 +27,17 @@ install: $(VENV)/.installed-test tritons
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m vlmo demo
 
-# All but what takes long and says little more; after changing kernels, their tile tables or the
-# packaging, run everything.
+# The inner loop, a minute or so: what needs no other process, no compiler, no training, and no
+# kernel in an interpreter or an emulator.
+test-fast: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m 'not heavy and not slow' -q $(PYTEST_ARGS)
+
+# Before a commit, ten minutes or less: all but what takes long and says little more.
 test: lint tritons
 	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
 	$(PTX) -m 'not slow'
 
+# After changing kernels, their tile tables or the packaging.
 test-all: lint tritons
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 	$(PTX)
@@ -48,9 +54,9 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p vlmo
+	$(BIN)/mypy tests benchmarks csrc
 
 # The site in build/site; a warning is an error.
-.PHONY: docs
 docs: $(VENV)/.installed-test
 	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
 

@@ -12,12 +12,15 @@ import sys
 from importlib.metadata import distributions
 from pathlib import Path
 
+import pytest
 import triton
 from packaging.requirements import Requirement
 
 TESTS = Path(__file__).parent
 UNPACKED = TESTS.parent / "build" / "triton" / str(sys.implementation.cache_tag)
 RELEASES = ("oldest", "newest")
+# The installed one in make test, the others in make test-all.
+WITH_INSTALLED = ("installed", *(pytest.param(r, marks=pytest.mark.slow) for r in RELEASES))
 KINDS = ("sm_80", "sm_90", "sm_100")  # a GPU of each kind of tensor-core instruction
 
 
@@ -47,18 +50,6 @@ def compiled(script: str, *jobs: str, release: str = "installed") -> list[dict]:
     reports = [json.loads(line) for line in run.stdout.splitlines()]
     assert {report["triton"] for report in reports} == {wanted}
     return reports
-
-
-def types_and_layer(script: str, release: str) -> tuple[list[dict], list[dict]]:
-    """Reports of the types that all options of the parity tests have, and of VLMo's layer."""
-    reports = compiled(script, "types:sm_90", "layer:sm_90", release=release)
-    types, layer = ([r for r in reports if r["what"] == what] for what in ("types", "layer"))
-    return types, layer
-
-
-def layer_of_each_kind(script: str) -> list[dict]:
-    """Reports of VLMo's layer, compiled by the installed Triton."""
-    return compiled(script, *(f"layer:{generation}" for generation in KINDS))
 
 
 def spill_limit(report: dict) -> int:

@@ -28,7 +28,19 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Kernels in an interpreter or an emulator, and what measures them.
+HEAVY_PLACES = (("cpu", "triton"), ("cpu", "cuda"))
+HEAVY_FOLDERS = {"sm70", "ptx", "benchmarks"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
+    for item in items:
+        values = item.callspec.params if hasattr(item, "callspec") else {}
+        measures = item.path.stem.startswith(("test_bench", "test_tune"))
+        folders = item.path.relative_to(item.config.rootpath).parts
+        if values.get("place") in HEAVY_PLACES or measures or HEAVY_FOLDERS & {*folders}:
+            item.add_marker(pytest.mark.heavy)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no NVIDIA GPU: torch.cuda.is_available() is False")

@@ -20,6 +20,7 @@ def vlmo(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.heavy
 def test_info_shows_what_can_run_and_why_not_the_rest():
     result = vlmo("info")
     assert result.returncode == 0, result.stderr

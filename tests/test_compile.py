@@ -13,6 +13,8 @@ from test_wrappers import Lora
 from vlmo import VLMo
 from vlmo.tasks.losses import compute_losses
 
+pytestmark = pytest.mark.heavy
+
 TINY = test_step.TINY.replace(depth=2, vl_start=1)  # tracing takes as long as there are blocks
 TASKS = [("mlm", "itc", "itm"), ("mlm",), ("textmlm",), ("irtr",), ("vqa",), ("nlvr2",)]
 PRETRAINING = TASKS[0]
@@ -55,11 +57,16 @@ def check(
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("tasks", TASKS, ids="-".join)
+@pytest.mark.parametrize(
+    "tasks",
+    # The first one has the path of the second one too.
+    [pytest.param(t, marks=[pytest.mark.slow] if t == ("mlm",) else []) for t in TASKS],
+    ids="-".join,
+)
 def test_few_graphs_for_texts_of_all_lengths(tasks):
     """Sizes that change (rows, masked tokens) cost a second graph, or a third; lengths none."""
     model = model_of(TINY.replace(tasks=tasks))
-    rows = (4, 4, 5, 3, 7) * 4 if tasks == PRETRAINING else (4, 4)
+    rows = (4, 4, 5, 3, 7) * 2 if tasks == PRETRAINING else (4, 4)
     check(model, [batch_of(count, seed=seed) for seed, count in enumerate(rows)])
     assert graphs() <= (3 if tasks == PRETRAINING else 2)
 

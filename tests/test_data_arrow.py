@@ -302,7 +302,7 @@ def test_empty_files_and_rows(tmp_path):
     assert data.image_ids == [3]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.heavy)])
 def test_workers_change_nothing(pretraining, method):
     data = opened(pretraining, "pretrain", train=True, datasets=["coco", "gcc"])
     assert data[95]["text"] == "a cat"  # the files are open before workers start

@@ -390,7 +390,7 @@ def test_training_augments_by_the_seed_of_the_draw(folder):
     assert torch.equal(plain[0]["image_0"], SquareTransform(16)(Image.fromarray(picture)))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.heavy)])
 def test_workers_change_nothing(folder, method):
     picture = np.random.RandomState(0).randint(0, 256, (40, 40, 3), dtype=np.uint8)
     Image.fromarray(picture).save(folder / "images" / "1.png")

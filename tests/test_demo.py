@@ -19,6 +19,8 @@ from vlmo.testing import Deviation, check_backends
 from vlmo.training import trainer
 from vlmo.training.logs import read_table
 
+pytestmark = pytest.mark.heavy
+
 CPU = torch.device("cpu")
 RUN = "run-4-steps-seed-0"
 

@@ -8,6 +8,8 @@ import digit_tasks
 from digit_tasks import RESULTS, SEEDS, TABLES, VARIANTS, Run, draw, report, spread, stages
 from vlmo.training.recipes import RECIPES
 
+pytestmark = pytest.mark.heavy
+
 
 def test_every_number_has_its_trainings():
     """Each row of each table is of runs that are made, after what they start from."""

@@ -137,6 +137,7 @@ def test_compiled_code_follows_use_backend():
         compiled(x)
 
 
+@pytest.mark.heavy
 def test_import_needs_neither_gpu_nor_driver():
     code = (
         "from vlmo.kernels import moe_ffn, shared_attention, ModalityRouting; import vlmo._C as c;"

@@ -10,6 +10,8 @@ from vlmo import distributed
 from vlmo.device import HostCopy
 from vlmo.training import step
 
+pytestmark = pytest.mark.heavy
+
 ROWS = 8
 
 

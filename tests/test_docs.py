@@ -27,6 +27,8 @@ from vlmo.data import TextTokenizer, sources, train_wordpiece
 from vlmo.data.arrow import DATASETS
 from vlmo.training import recipes
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PYTHON = r"(from|import) |(open_data|Predictor\.load)\("

@@ -10,6 +10,8 @@ import pytest
 
 from vlmo import _C
 
+pytestmark = pytest.mark.heavy
+
 HERE = pathlib.Path(__file__).parent
 # Loads the module by its file: importing vlmo would cost a second for torch in every process.
 PREAMBLE = f"""

@@ -444,6 +444,7 @@ def two_ranks(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
 def test_two_ranks_find_what_one_does(two_ranks, wrapper, tmp_path):
     """11 samples do not divide among 2 ranks; of 2 samples in batches of 4, one rank has none."""

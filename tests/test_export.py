@@ -15,6 +15,8 @@ from vlmo import VLMo
 from vlmo.kernels import ModalityRouting, decompositions, moe_ffn
 from vlmo.tasks.losses import compute_losses
 
+pytestmark = pytest.mark.heavy
+
 BATCH = Dim("batch", min=1, max=64)
 INPUTS = {
     "image": ("image",),

@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.heavy
+
 # Of the extra "train" but not of "demo", whose training is the first thing that a user runs.
 BLOCKED = ("pyarrow", "tensorboard")
 CODE = f"""

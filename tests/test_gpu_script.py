@@ -15,6 +15,8 @@ from types import SimpleNamespace
 import pytest
 from packaging.tags import Tag
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 wheel = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "wheel.py")))

@@ -121,6 +121,7 @@ def test_stochastic_depth_grows_with_the_block_and_ends_with_training():
     assert torch.equal(model.encode_image(image).cls, model.encode_image(image).cls)
 
 
+@pytest.mark.heavy
 def test_training_with_stochastic_depth_keeps_the_expectation():
     model, batch = VLMo(TINY.replace(tasks=("irtr",), drop_path=0.2)), make_batch(2)
     model.text_embeddings.dropout.p = 0.0
@@ -192,6 +193,7 @@ def test_hard_negatives_survive_a_softmax_without_mass_off_the_diagonal():
     assert (draw_negatives(torch.eye(4) * 1e4) != torch.arange(4)).all()
 
 
+@pytest.mark.heavy
 def test_compiled_model_equals_eager():
     model, batch = VLMo(TINY.replace(tasks=("irtr",))), make_batch()
     compiled = torch.compile(model.encode_image, fullgraph=True, backend="aot_eager")

@@ -5,15 +5,16 @@ import pytest
 from compiling import (
     KINDS,
     RELEASES,
+    WITH_INSTALLED,
     compiled,
-    layer_of_each_kind,
     spill_limit,
-    types_and_layer,
 )
 from moe_ffn_cases import CASES
 from vlmo.kernels._backends.triton import OPERANDS
 from vlmo.kernels.moe_ffn.triton.tiles import TABLE
 from vlmo.kernels.target import GENERATIONS
+
+pytestmark = pytest.mark.heavy
 
 SCRIPT = "compiled.py"
 PRODUCTS = {  # the instruction of the main loops, by generation and dtype
@@ -30,21 +31,19 @@ def test_the_table_is_complete():
 
 
 @pytest.mark.parametrize("release", RELEASES)
-def test_every_option_and_vlmo_s_layer_compile(release):
+def test_every_option_has_types(release):
     """What the interpreter runs in the parity tests, with the types that a compiler asks for."""
-    types, layer = types_and_layer(SCRIPT, release)
-    assert_all_there(types)
-    assert len(layer) == 3
-    assert_good(layer)
+    assert_all_there(compiled(SCRIPT, "types:sm_90", release=release))
 
 
-def test_vlmo_s_layer_compiles_for_every_kind_of_tensor_core():
-    reports = layer_of_each_kind(SCRIPT)
+@pytest.mark.parametrize("release", WITH_INSTALLED)
+def test_vlmo_s_layer_compiles_for_every_kind_of_tensor_core(release):
+    reports = compiled(SCRIPT, *(f"layer:{generation}" for generation in KINDS), release=release)
     assert len(reports) == 3 * len(KINDS)
     assert_good(reports)
 
 
-@pytest.mark.parametrize("release", ["installed", *RELEASES])
+@pytest.mark.parametrize("release", WITH_INSTALLED)
 def test_lanes_that_hold_one_sum_agree(release):
     reports = compiled(SCRIPT, "lanes:sm_80", release=release)
     assert len(reports) == 6

@@ -12,9 +12,12 @@ from vlmo.kernels.moe_ffn.triton import forward as triton_forward
 from vlmo.kernels.moe_ffn.triton import tiles
 from vlmo.kernels.moe_ffn.triton.tiles import Tile, Tiles
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="Triton's interpreter is not used beside a GPU"
-)
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="Triton's interpreter is not used beside a GPU"
+    ),
+]
 
 CASES = [
     Case(batch=2),

@@ -137,6 +137,7 @@ def test_without_a_result_the_block_says_so(tree, monkeypatch, capsys):
     assert run(monkeypatch, "--check") == 0
 
 
+@pytest.mark.heavy
 def test_a_result_fills_its_blocks_page_and_pictures(tree, monkeypatch):
     it = of_a_cpu()
     save(it)
@@ -157,6 +158,7 @@ def test_a_result_fills_its_blocks_page_and_pictures(tree, monkeypatch):
     assert tables.cpu_cases("").count("| moe_ffn") == 2
 
 
+@pytest.mark.heavy
 def test_a_changed_page_or_picture_is_not_up_to_date(tree, monkeypatch):
     it = of_a_cpu()
     save(it)
@@ -174,6 +176,7 @@ def test_a_changed_page_or_picture_is_not_up_to_date(tree, monkeypatch):
     assert set(tables.stale(write=False)) == {f"benchmarks/results/{name}" for name in before}
 
 
+@pytest.mark.heavy
 def test_results_of_gpus_are_listed_and_others_left_alone(tree):
     assert tables.gpu_summary("") == "No result of a GPU is committed yet."
     save(of_a_cpu())

@@ -24,6 +24,8 @@ from vlmo.data import ANSWERS, open_data
 from vlmo.run_folder import digest
 from vlmo.tasks.evaluation import evaluate
 
+pytestmark = pytest.mark.heavy
+
 ALL = ("itc", "itm", "vqa", "nlvr2")
 
 

@@ -8,6 +8,8 @@ import torch
 
 from sm70 import Kernel, compile_cuda
 
+pytestmark = pytest.mark.heavy
+
 CSRC = Path(__file__).parent.parent / "csrc"
 
 

@@ -27,6 +27,8 @@ from vlmo.training.setup import check_batch
 from vlmo.training.state import load_state
 from vlmo.training.step import backward
 
+pytestmark = pytest.mark.heavy
+
 FOLDER = {"recipe.json", "vocab.txt", "training.pt", "log.csv", "log.jsonl", "model.safetensors"}
 
 

@@ -12,6 +12,8 @@ from vlmo.training import trainer
 from vlmo.training.bad_samples import BadSamples, bearable
 from vlmo.training.state import load_state
 
+pytestmark = pytest.mark.heavy
+
 BAD = (3, 7)
 STEPS = 6
 OPTIONS = dict(evaluate_every=0, log_every=2, save_every=1)

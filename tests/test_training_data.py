@@ -8,6 +8,8 @@ from processes import command, rows_of
 from training_cases import run, small
 from training_data import DATASETS, SOURCES, make
 
+pytestmark = pytest.mark.heavy
+
 JUDGED_BY = {
     "textmlm": "val_mlm_loss",
     "pretrain": "val_loss",

@@ -14,6 +14,8 @@ from vlmo.files import write_json
 from vlmo.run_folder import digests_of, load_model
 from vlmo.training.state import load_state
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(autouse=True)
 def small_digits(monkeypatch):

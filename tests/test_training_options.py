@@ -20,6 +20,8 @@ from vlmo.training import trainer
 from vlmo.training.logs import RunLog
 from vlmo.training.state import load_state
 
+pytestmark = pytest.mark.heavy
+
 DIGITS = ("--data", "digits", "--device", "cpu", "--no-tensorboard", "--batch-size", "8")
 
 

@@ -28,6 +28,8 @@ from vlmo.training.logs import read_table
 from vlmo.training.parallel import WAYS
 from vlmo.training.state import load_state
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -17,6 +17,8 @@ from vlmo.training import trainer
 from vlmo.training.record import differences, identity
 from vlmo.training.state import load_state
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(autouse=True)
 def small_digits(monkeypatch):

@@ -14,6 +14,8 @@ from vlmo.tasks.evaluation import evaluate
 from vlmo.training import Interrupted, trainer
 from vlmo.training.state import load_state
 
+pytestmark = pytest.mark.heavy
+
 OPTIONS = dict(evaluate_every=2, save_every=100)
 
 

@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.heavy
+
 
 def test_kernels_are_compiled_once_in_threads_and_kept():
     """tests/compile_only.py, in a process in which Triton compiles."""

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.heavy
+
 # Of each kind of batch, whatever its lengths. The feed-forward layer has variants for one expert,
 # which takes texts, images or joint sequences, and for two, which share joint ones; each with and
 # without a factor for each token, which the kernel of the weights does not read.

@@ -5,8 +5,8 @@ import pytest
 
 LAYOUTS = [
     "rr_f32_16x16",
-    "rc_f32_16x16",
-    "cr_f32_16x16",
+    pytest.param("rc_f32_16x16", marks=pytest.mark.slow),
+    pytest.param("cr_f32_16x16", marks=pytest.mark.slow),
     "cc_f32_16x16",
     "rc_f16_16x16",
     "cr_f16_16x16",
