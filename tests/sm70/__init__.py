@@ -30,7 +30,7 @@ _HOME = {
 
 
 def __getattr__(name):
-    """Import submodules on first use, so that `python -m sm70.compile` needs nothing but NVRTC."""
+    """Import submodules on first use, so that `python -m sm70.compile` needs only NVRTC."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
