@@ -27,7 +27,7 @@ from harness.session import describe_error, why_inexact
 from vlmo.device import versions
 from vlmo.kernels.moe_ffn.triton import tiles
 from vlmo.kernels.moe_ffn.triton.tiles import Tile, Tiles, use_tiles
-from vlmo.kernels.target import describe, interpreted
+from vlmo.kernels.target import GENERATIONS, describe, interpreted
 
 KERNELS = tuple(kernel.name for kernel in fields(Tiles))
 OURS = "vlmo:triton"
