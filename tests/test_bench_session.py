@@ -37,7 +37,7 @@ class FakeProblem:
     found: dict[str, Sequence[Deviation] | Callable[[], Sequence[Deviation]]]
     works: dict[str, Callable[[], object]] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
-    cost: Cost = Cost(flops=4 * 10**9, bytes=10**9)
+    cost: Cost = field(default_factory=lambda: Cost(flops=4 * 10**9, bytes=10**9))
     samples: int = 8
 
     @property
@@ -99,7 +99,7 @@ def test_who_cannot_run_or_is_wrong_has_a_reason_and_the_others_go_on():
         "good": None,
     }
     problem = FakeProblem(
-        dict.fromkeys(expected, [RIGHT])
+        {name: [RIGHT] for name in expected}
         | {"rounded": [RIGHT, WRONG], "vlmo:wrong": [WRONG]}
         | {"vlmo:nan": [Deviation("y", float("nan"), 1.0, 2.0)]}
         | {"raises": out_of_memory, "vlmo:checked": fail, "vlmo:large": out_of_memory},
