@@ -16,7 +16,10 @@ TAG := $(shell $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -c \
 	'import sys; print(sys.implementation.cache_tag)')
 TRITONS := $(patsubst %,build/triton/$(TAG)/%/.unpacked,oldest newest)
 
-.PHONY: install demo test-fast test test-all tritons lint clean
+# Results of make bench: JSON files of pytest-benchmark, with a page and pictures of each.
+BENCH ?= .benchmarks
+
+.PHONY: install demo test-fast test test-all bench docs tritons lint clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed-test tritons
@@ -39,6 +42,12 @@ test-all: lint tritons
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 	$(PTX)
 
+# BENCH_ARGS are options of pytest: -k to select, --minutes, --scale smoke.
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q benchmarks --benchmark-enable --benchmark-autosave \
+		--benchmark-storage=$(BENCH) $(BENCH_ARGS); \
+	status=$$?; $(BIN)/python benchmarks/report.py $(BENCH) && exit $$status
+
 tritons: $(TRITONS)
 
 lint: $(VENV)/.installed-test
@@ -47,6 +56,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy -p vlmo
 	$(BIN)/mypy tests csrc
 	$(BIN)/mypy benchmarks
+
+# The site in build/site; a warning is an error.
+docs: $(VENV)/.installed-test
+	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
@@ -59,7 +72,7 @@ $(VENV)/.installed-demo: $(BUILD_FILES) $(CONSTRAINTS) | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-test: $(BUILD_FILES) $(CONSTRAINTS) | $(BIN)/python
-	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[demo,test]'
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[demo,test,docs]'
 	touch $(VENV)/.installed-demo $@
 
 build/torch-%.txt: constraints.txt

@@ -39,6 +39,7 @@ class CMakeBuild(build_ext):
 setup(
     # vlmo/kernels is a symbolic link to the folder kernels/.
     packages=find_packages(str(ROOT), include=["vlmo", "vlmo.*"]),
+    package_data={"vlmo": ["py.typed"], "vlmo.data.digits": ["vocab.txt"]},
     ext_modules=[Extension("vlmo._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -1,7 +1,302 @@
-"""The whole model beside the official way of computing it."""
+"""The suite of the whole model: what a training or a search waits for, beside the official way.
 
-SUITE = "model"
+Texts have 12 tokens on average, as captions of COCO do, of the 40 that fit. The official way pads
+them to 40, fuses in separate packed, and embeds an image in each of them; this library packs. A
+step is forward and backward of the losses, without an optimizer and without stochastic depth.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness import official
+from harness.contenders import (
+    Case,
+    Scale,
+    Suite,
+    Work,
+    compiler_of,
+    why_not_compiled,
+    why_not_ours,
+)
+from harness.cost import Cost
+from harness.official import SwitchedVLMo
+from vlmo.kernels import BACKEND_NAMES, use_backend
+from vlmo.model import packed
+from vlmo.model.config import VLMoConfig
+from vlmo.model.flops import matching_flops, step_flops
+from vlmo.tasks import losses, retrieval
+from vlmo.testing import Deviation
+
+Batch = dict[str, Any]
+Named = dict[str, Tensor]
+Form = Callable[[str, SwitchedVLMo, Batch], Named]
+
+MATCHING, ENCODING, RERANKING = "matching", "retrieval encoding", "re-ranking"
+PRETRAINING, VQA = "pre-training step", "VQA step"
+STEPS = (PRETRAINING, VQA)
+PHASES = (PRETRAINING, MATCHING, RERANKING, ENCODING, VQA)
+
+_OFFICIAL = ("official", "official-compiled")
+_CANDIDATES = 4  # images that re-ranking matches each text with
+# Pairs of the check. Two leave no choice to the draw of wrong ones; six share images.
+_CHECKED = {PRETRAINING: 2, VQA: 3, MATCHING: 3, RERANKING: 6, ENCODING: 3}
+_CHECKED_WORDS = 4000  # their product is the same layer for everyone, and slow in float64
+_MASKED = 2  # tokens of each text that masked language modelling predicts: 15 % of 12
 
 
-def bench_model(held, problem, contender):
-    held(problem, contender)
+def cases(device: torch.device, scale: Scale) -> list[Case]:
+    """Every phase; a pair is an image and a text."""
+    if scale is Scale.smoke:
+        return [_case("tiny", torch.float32, phase, 2) for phase in PHASES]
+    if scale is Scale.cpu:
+        pairs = {PRETRAINING: 2, VQA: 2, MATCHING: 4, RERANKING: 8, ENCODING: 4}
+        dtypes = (torch.float32, torch.bfloat16)
+        return [_case("base", dtype, phase, pairs[phase]) for phase in PHASES for dtype in dtypes]
+    pairs = {PRETRAINING: 64, VQA: 128, MATCHING: 256, RERANKING: 256, ENCODING: 256}
+    return [
+        _case(size, dtype, phase, pairs[phase] // (2 if size == "large" else 1))
+        for dtype in (torch.bfloat16, torch.float16)
+        for size in ("base", "large")
+        for phase in PHASES
+    ]
+
+
+def _case(size: str, dtype: torch.dtype, phase: str, pairs: int) -> Case:
+    return Case("model", size, dtype, phase, {"pairs": pairs})
+
+
+def config_of(size: str, phase: str) -> VLMoConfig:
+    """The published sizes at 224 pixels; "tiny" is for tests."""
+    tasks = ("vqa",) if phase == VQA else ("mlm", "itc", "itm")
+    changes: dict[str, Any] = dict(tasks=tasks, drop_path=0.0)
+    if size == "tiny":
+        changes |= dict(dim=32, depth=3, heads=2, vl_start=2, image_size=32, vocab_size=100)
+    return VLMoConfig.large(**changes) if size == "large" else VLMoConfig.base(**changes)
+
+
+class ModelProblem:
+    """Pairs of images and texts, and a model that takes them in one phase.
+
+    See :class:`harness.contenders.Problem`.
+    """
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        # Else the shapes of earlier cases count towards Dynamo's limit of recompilations.
+        torch._dynamo.reset()
+        self.case, self.phase, self.dtype, self.device = case, case.phase, case.dtype, device
+        self.config = config_of(case.size, case.phase)
+        self.contenders = (*(f"vlmo:{name}" for name in BACKEND_NAMES), *_OFFICIAL)
+        self.samples = int(case.shape["pairs"])
+        self.batch = _batch(self.config, self.samples, device, case.dtype)
+        self.cost = _cost(self.config, self.batch, case)
+
+    def why_not(self, contender: str) -> str | None:
+        """One sentence if it cannot run here, else None."""
+        if contender == "official-compiled":
+            return why_not_compiled(self.case, self.device)
+        if contender == "official":
+            return None
+        if contender == "vlmo:reference" and self.device.type == "cpu" and self.case.size != "tiny":
+            return "the oracle of tests: on a CPU it would take a third of the time."
+        facts = (self.case, self.device, contender.removeprefix("vlmo:"))
+        return why_not_ours("moe_ffn", *facts) or why_not_ours("shared_attention", *facts)
+
+    @functools.cached_property
+    def model(self) -> SwitchedVLMo:
+        """Made when it is first needed: an official one may take gigabytes."""
+        return _model(self.config, self.device, self.dtype)
+
+    def work(self, contender: str) -> Work:
+        """A call of it: forward without recording gradients, or forward and backward."""
+        model, batch, phase = self.model, self.batch, self.phase
+        form = self._form(contender)
+
+        def step() -> None:
+            form(phase, model, batch)["loss"].backward()
+            # Not kept from call to call: the next one would add to them, and memory counts them.
+            model.zero_grad(set_to_none=True)
+
+        def forward() -> Named:
+            with torch.no_grad():
+                return form(phase, model, batch)
+
+        return step if phase in STEPS else forward
+
+    def check(self, contender: str) -> Sequence[Deviation]:
+        """Hold a model of this width, with two blocks and fewer words, against float64.
+
+        A few pairs tell. Errors are L2 norms over the parameters of a layer, for the gradient of a
+        bias alone may be what is left of terms that cancel; and over all numbers that come alone,
+        such as losses, for a single one may be right by luck.
+        """
+        model, batch, eager, exact = self._small
+        actual = self._results(self._form(contender), model, batch)
+        unit = torch.finfo(self.dtype).eps
+        layers: dict[str, list[str]] = {}
+        for name in exact:
+            layers.setdefault(name.rpartition(".")[0] or name, []).append(name)
+
+        def distance(found: Named, names: list[str]) -> float:
+            return math.hypot(*(float((found[n].double() - exact[n]).norm()) for n in names))
+
+        deviations = []
+        for layer, names in layers.items():
+            size = math.hypot(*(float(exact[name].norm()) for name in names))
+            errors = distance(actual, names), distance(eager, names)
+            deviations.append(Deviation(layer, *errors, 2 * errors[1] + unit * size))
+        return deviations
+
+    @functools.cached_property
+    def _small(self) -> tuple[SwitchedVLMo, Batch, Named, Named]:
+        """Model and batch of the check, and what comes of them in its dtype and in float64."""
+        words = min(_CHECKED_WORDS, self.config.vocab_size)
+        config = self.config.replace(depth=2, vl_start=1, vocab_size=words)
+        batch = _batch(config, _CHECKED[self.phase], self.device, self.dtype)
+        model, right = _model(config, self.device, self.dtype), _in_the_official_way(wide=True)
+        eager = self._results(right, model, batch)
+        wide = _model(config, self.device, torch.float64)
+        wide.load_state_dict(model.state_dict())
+        floats = {
+            k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+            for k, v in batch.items()
+        }
+        return model, batch, eager, self._results(right, wide, floats)
+
+    def _results(self, form: Form, model: SwitchedVLMo, batch: Batch) -> Named:
+        """Outputs, or losses and every gradient."""
+        if self.phase not in STEPS:
+            with torch.no_grad():
+                return form(self.phase, model, batch)
+        output = form(self.phase, model, batch)
+        output["loss"].backward()
+        found = {name: v.detach() for name, v in output.items() if name.endswith("loss")}
+        found |= {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        numbers = torch.stack([found[n].double() for n in sorted(found) if not found[n].dim()])
+        return {"numbers": numbers} | {n: t for n, t in found.items() if t.dim()}
+
+    def _form(self, contender: str) -> Form:
+        """How a contender computes a phase."""
+        if contender in _OFFICIAL:
+            compiles = contender == "official-compiled"
+            compiler = compiler_of(self.case, self.device) if compiles else None
+            return _in_the_official_way(compiler=compiler)
+
+        def packed(phase: str, model: SwitchedVLMo, batch: Batch) -> Named:
+            with use_backend(contender.removeprefix("vlmo:")):
+                return _packed(phase, model, batch)
+
+        return packed
+
+
+SUITE = Suite("model", cases, ModelProblem)
+
+
+def _in_the_official_way(*, compiler: str | None = None, wide: bool = False) -> Form:
+    def form(phase: str, model: SwitchedVLMo, batch: Batch) -> Named:
+        with model.the_official_way(compiler=compiler, wide_scores=wide):
+            return _official(phase, model, batch)
+
+    return form
+
+
+def _packed(phase: str, model: SwitchedVLMo, batch: Batch) -> Named:
+    """As :class:`vlmo.Predictor`, ``vlmo evaluate`` and ``vlmo train`` compute it."""
+    if phase in STEPS:
+        return losses.compute_losses(model, batch)
+    texts = packed.end_to_end(batch["text_ids"], packed.text_lengths(batch))
+    if phase == ENCODING:
+        images = retrieval.embed_images(model, batch["image"])
+        return {"image": images, "text": retrieval.embed_texts(model, texts)}
+    images, pairs = _candidates(phase, batch)
+    return {"logits": retrieval.matching_logits(model, texts, images, pairs)}
+
+
+def _official(phase: str, model: SwitchedVLMo, batch: Batch) -> Named:
+    if phase == PRETRAINING:
+        return official.pretraining(model, batch)
+    if phase == VQA:
+        return official.vqa(model, batch)
+    ids, masks = batch["text_ids"], batch["text_masks"]
+    if phase == ENCODING:
+        image, text = model.encode_image(batch["image"]), model.encode_text(ids, masks)
+        return {"image": image.embedding, "text": text.embedding}
+    images, pairs = _candidates(phase, batch)
+    return {"logits": model.itm_score(model.fuse(ids, masks, images[pairs]).pooled)}
+
+
+def _candidates(phase: str, batch: Batch) -> tuple[Tensor, list[int]]:
+    """Images and, for each text, which of them it is matched with.
+
+    Re-ranking matches a query with several candidates; here a text with the same few images, which
+    ``vlmo.tasks.retrieval.rerank`` embeds once.
+    """
+    count = len(batch["text_ids"])
+    images = batch["image"] if phase == MATCHING else batch["image"][:_CANDIDATES]
+    return images, [row % len(images) for row in range(count)]
+
+
+def _model(config: VLMoConfig, device: torch.device, dtype: torch.dtype) -> SwitchedVLMo:
+    return copy.deepcopy(_random_model(config)).to(device, dtype)
+
+
+@functools.lru_cache(maxsize=2)
+def _random_model(config: VLMoConfig) -> SwitchedVLMo:
+    """Random weights, the bias included, which an official model starts with at zero."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = SwitchedVLMo(config)
+        if model.relative_position_bias_table is not None:
+            torch.nn.init.normal_(model.relative_position_bias_table)
+    return model
+
+
+def _batch(config: VLMoConfig, rows: int, device: torch.device, dtype: torch.dtype) -> Batch:
+    random = torch.Generator().manual_seed(0)
+    length, side = config.max_text_length, config.image_size
+    lengths = 8 + 5 * torch.arange(rows) % 9  # 12 on average
+    masks = torch.arange(length) < lengths[:, None]
+    ids = torch.randint(1, config.vocab_size, (rows, length), generator=random) * masks
+    labels = torch.full_like(ids, -100)
+    labels[:, 1 : 1 + _MASKED] = ids[:, 1 : 1 + _MASKED]
+    image = torch.rand(rows, 3, side, side, generator=random) * 2 - 1
+    on_device = dict(
+        text_ids=ids,
+        text_masks=masks.long(),
+        text_ids_mlm=torch.where(labels < 0, ids, 1),
+        text_labels_mlm=labels,
+        image=image.to(dtype),
+        vqa_targets=torch.rand(rows, config.vqa_labels, generator=random).to(dtype),
+    )
+    return {name: tensor.to(device) for name, tensor in on_device.items()} | dict(
+        text_lengths=lengths, mlm_tokens=(labels.flatten() >= 0).nonzero()[:, 0]
+    )
+
+
+def _cost(config: VLMoConfig, batch: Batch, case: Case) -> Cost:
+    """FLOPs without padding; as bytes the parameters: read, and in a step read and written again.
+
+    Activations are not counted: how often they leave a cache is each implementation's own.
+    """
+    lengths = batch["text_lengths"].tolist()
+    if case.phase in STEPS:
+        flops = step_flops(config, lengths, words=len(batch["mlm_tokens"])).total
+    elif case.phase == ENCODING:
+        flops = step_flops(config.replace(tasks=("irtr",)), lengths).forward
+    else:
+        flops = matching_flops(config, lengths, len(_candidates(case.phase, batch)[0]))
+    with torch.device("meta"):
+        size = sum(p.numel() for p in SwitchedVLMo(config).parameters()) * case.dtype.itemsize
+    return Cost(flops, size * (3 if case.phase in STEPS else 1))
+
+
+def bench_model(compete, case, contender):
+    compete(SUITE, case, contender)

@@ -1,107 +1,198 @@
-"""The suites of ``vlmo bench``, a test for each case and contender.
+"""The front of the benchmarks: pytest-benchmark, with what the harness adds to it.
 
-    pytest benchmarks                                            # a smoke test at tiny sizes
-    pytest benchmarks --benchmark-enable --benchmark-json=FILE   # measures
+    pytest benchmarks                                           # a smoke test at tiny sizes
+    pytest benchmarks --benchmark-enable --benchmark-autosave   # measures
 
-``vlmo bench`` measures the contenders of a case in turn, within a time limit, and writes a report;
-this is for pytest's selection (``-k``). The statistics of pytest-benchmark are of wall time; device
-time, memory, launches and energy are in the file's ``extra_info``, by :mod:`vlmo.bench.meter`.
+There is a benchmark for each case and contender, and ``-k`` selects from them. The contenders of a
+case that are selected are measured in turn when the first of them runs (:mod:`harness.session`);
+each benchmark then hands its own times to pytest-benchmark. Device times are thus in the ``stats``
+of its JSON files, everything else in ``extra_info`` and under the key ``vlmo``.
 """
 
 from __future__ import annotations
 
+import itertools
+import shlex
+import signal
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from vlmo.bench.gpu import Sensors, open_sensors
-from vlmo.bench.meter import Settings, measure
-from vlmo.bench.model import PRETRAINING
-from vlmo.bench.report import is_ours
-from vlmo.bench.runner import SUITES, why_inexact
-from vlmo.bench.suite import Case, Problem, Scale
+from harness.contenders import Case, Scale, Suite
+from harness.meter import Settings
+from harness.session import Session, is_defect, machine
+from vlmo.device import versions
 from vlmo.kernels.target import interpreted
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MINUTES = {"cpu": 4.5, "cuda": 20.0}
+SESSION = pytest.StashKey[Session]()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("benchmark")
+    group.addoption(
+        "--scale",
+        choices=[scale.value for scale in Scale],
+        help="How much of each suite; by default smoke without --benchmark-enable, else by device.",
+    )
+    group.addoption(
+        "--minutes",
+        type=float,
+        default=MINUTES[DEVICE.type],
+        help=f"Cases that would end later are left out (on this device {MINUTES[DEVICE.type]:g}).",
+    )
+    group.addoption("--commit", help="What is measured, where git cannot tell.")
+
+
+def pytest_configure(config):
+    if _measures(config):
+        # pytest-benchmark saves what has been measured when it is interrupted.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        seconds = 60 * config.getoption("minutes")
+        smoke = _scale(config) is Scale.smoke
+        settings = Settings(seconds=0.0, energy_seconds=0.0) if smoke else Settings()
+        config.stash[SESSION] = Session(DEVICE, seconds, settings)
+    else:
+        config.stash[SESSION] = Session(DEVICE)
 
 
 def pytest_generate_tests(metafunc):
-    """Of a module whose ``SUITE`` is the name of one."""
-    suite = SUITES[metafunc.module.SUITE]
+    """Of a module whose ``SUITE`` is a suite: every contender of every case."""
+    suite: Suite = metafunc.module.SUITE
     tiny = suite.cases(DEVICE, Scale.smoke)
-    # Large problems are not made to be asked who takes part: who is none is skipped.
-    names = {name: None for case in tiny for name in suite.make(case, DEVICE).contenders}
-    cases = tiny
-    if _enabled(metafunc.config):
-        cases = suite.cases(DEVICE, Scale.full if DEVICE.type == "cuda" else Scale.cpu)
-    entered = [(case, name) for case in cases for name in names]
+    # Not asked of the cases themselves, whose inputs are large.
+    names = suite.make(tiny[0], DEVICE).contenders
+    scale = _scale(metafunc.config)
+    cases = tiny if scale is Scale.smoke else suite.cases(DEVICE, scale)
 
     def marks(case: Case, name: str) -> list[pytest.MarkDecorator]:
         # Triton's interpreter takes longest for this phase, whose layers the others have as well.
-        long = name == "vlmo:triton" and case.phase == PRETRAINING
-        return [pytest.mark.slow] if long and interpreted() else []
+        slow = name == "vlmo:triton" and case.phase == "pre-training step" and interpreted()
+        group = ", ".join(map(str, case.labels.values()))
+        marks = [pytest.mark.benchmark(group=group, timer=CLOCK.time)]
+        return [*marks, pytest.mark.slow] if slow else marks
 
     metafunc.parametrize(
-        ("problem", "contender"),
-        [pytest.param(*entry, marks=marks(*entry)) for entry in entered],
-        indirect=["problem"],
-        ids=[f"{case}-{name}" for case, name in entered],
-        scope="module",
+        ("case", "contender"),
+        [
+            pytest.param(case, name, marks=marks(case, name), id=f"{case}-{name}")
+            for case in cases
+            for name in names
+        ],
     )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Suites take turns, the most important case of each first, because time may run out."""
+    if not _measures(config):
+        return
+    by_suite: dict[str, dict[str, list[pytest.Item]]] = {}
+    for item in items:
+        if (case := _case(item)) is not None:
+            by_suite.setdefault(case.suite, {}).setdefault(str(case), []).append(item)
+    turns = itertools.zip_longest(*(cases.values() for cases in by_suite.values()), fillvalue=[])
+    others = [item for item in items if _case(item) is None]
+    items[:] = [*others, *itertools.chain.from_iterable(itertools.chain.from_iterable(turns))]
 
 
 @pytest.fixture(autouse=True)
 def _threads(request):
     """One in a smoke test: those of tiny operations wait longer for each other than they work."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(threads if _enabled(request.config) else 1)
+    torch.set_num_threads(1 if _scale(request.config) is Scale.smoke else threads)
     yield
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def problem(request) -> Problem:
-    """Shared by the contenders of a case, which follow each other."""
-    return SUITES[request.module.SUITE].make(request.param, DEVICE)
-
-
 @pytest.fixture
-def held(request, benchmark) -> Callable[[Problem, str], None]:
-    """Holds a contender against float64, and calls or measures it."""
+def compete(request, benchmark) -> Callable[[Suite, Case, str], None]:
+    """Compares a contender with float64, and measures it, or calls it once in a smoke test."""
+    session = request.config.stash[SESSION]
 
-    def hold(problem: Problem, contender: str) -> None:
-        if contender not in problem.contenders:
-            pytest.skip(f"{contender} takes no part in this case")
-        reason = problem.why_not(contender)
-        if reason is not None:
-            pytest.skip(f"{contender}: {reason}")
-        wrong = why_inexact(contender, problem.check(contender))
-        if wrong is not None and not is_ours(contender):
-            pytest.skip(f"{contender}: {wrong}")
-        assert wrong is None, f"{contender} is {wrong}"
-        work = problem.work(contender)
+    def measured(suite: Suite, case: Case, contender: str) -> None:
+        wanted = [item for item in request.session.items if _case(item) == case]
+        names = [item.callspec.params["contender"] for item in wanted]
+        numbers = dict(session.results(suite, case, names)[contender])
+        _give_up_for(contender, numbers)
+        CLOCK.replay(benchmark, numbers.pop("seconds"))
+        benchmark.extra_info |= case.labels | {"contender": contender} | numbers
 
-        def waited_for() -> None:
-            work()
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
+    def called(suite: Suite, case: Case, contender: str) -> None:
+        problem = session.problem(suite, case)
+        _give_up_for(contender, session.check(problem, contender))
+        benchmark.pedantic(problem.work(contender))
 
-        if not _enabled(request.config):
-            benchmark.pedantic(waited_for)
-            return
-        sensors = open_sensors(DEVICE)
-        settings = Settings(sensors=sensors if isinstance(sensors, Sensors) else None)
-        [numbers] = measure({contender: work}, DEVICE, settings).values()
-        assert "reason" not in numbers, numbers["reason"]
-        benchmark.extra_info |= numbers
-        benchmark.pedantic(waited_for, rounds=3)
-
-    return hold
+    return measured if _measures(request.config) else called
 
 
-def _enabled(config: pytest.Config) -> bool:
-    """Whether to measure."""
+class _Clock:
+    """Hands times of calls that have been made to pytest-benchmark, as its timer."""
+
+    now = 0.0
+
+    def time(self) -> float:
+        return self.now
+
+    def replay(self, benchmark, seconds: list[float]) -> None:
+        left = iter(seconds)
+
+        def call() -> None:
+            self.now += next(left)
+
+        benchmark.pedantic(call, rounds=len(seconds))
+
+
+CLOCK = _Clock()
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info["device"] = machine(DEVICE)
+    machine_info["versions"] = versions() | {"cuda": str(torch.version.cuda)}
+
+
+def pytest_benchmark_update_commit_info(config, commit_info):
+    if config.getoption("commit"):
+        commit_info |= {"id": config.getoption("commit"), "dirty": False}
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    session = config.stash[SESSION]
+    smoke = _scale(config) is Scale.smoke
+    note = "Speed: a smoke run of tiny sizes and few calls, whose times mean nothing."
+    output_json["vlmo"] = {
+        "command": shlex.join(["pytest", *config.invocation_params.args]),
+        "roof": session.roof.rates(),
+        "unmeasured": [*([note] if smoke else []), *session.unmeasured()],
+        "not_run": session.not_run,
+    }
+
+
+def _give_up_for(contender: str, numbers) -> None:
+    if "reason" not in numbers:
+        return
+    told = f"{contender}: {numbers['reason']}"
+    (pytest.fail if is_defect(contender, numbers["reason"]) else pytest.skip)(told)
+
+
+def _case(item: pytest.Item) -> Case | None:
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    case = params.get("case")
+    return case if isinstance(case, Case) else None
+
+
+def _scale(config: pytest.Config) -> Scale:
+    if config.getoption("scale"):
+        return Scale(config.getoption("scale"))
+    if not _measures(config):
+        return Scale.smoke
+    return Scale.full if DEVICE.type == "cuda" else Scale.cpu
+
+
+def _measures(config: pytest.Config) -> bool:
+    """Whether pytest-benchmark does."""
     if config.getoption("benchmark_disable") and not config.getoption("benchmark_enable"):
         return False
-    return not hasattr(config, "workerinput")  # pytest-xdist
+    return not hasattr(config, "workerinput")  # of pytest-xdist

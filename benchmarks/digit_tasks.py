@@ -2,11 +2,11 @@
 
     python benchmarks/digit_tasks.py WORK_FOLDER
 
-Pre-trains and fine-tunes a model of half a million parameters by the digit recipes of vlmo.recipes,
-with three seeds, and writes benchmarks/results/digits.{json,md,png}: shared against separate
-attention (Table 1 of the supplement), the dual encoder against re-ranking (its Table 2), and
-image-text contrast alone against all three losses. Runs stay in WORK_FOLDER: stopped, the same
-command goes on.
+Pre-trains and fine-tunes a model of half a million parameters by the digit recipes of
+vlmo.training.recipes, with three seeds, and writes benchmarks/results/digits.{json,md,png}: shared
+against separate attention (Table 1 of the supplement), the dual encoder against re-ranking (its
+Table 2), and image-text contrast alone against all three losses. Runs stay in WORK_FOLDER: stopped,
+the same command goes on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Run(NamedTuple):
 
     Attributes:
         variant: of the pre-training: "all", "separate" or "itc".
-        recipe: of vlmo.recipes.
+        recipe: of vlmo.training.recipes.
         seed: of everything random.
     """
 
@@ -124,12 +124,12 @@ def train(run: Run, work: Path) -> dict[str, Any]:
     from rich.console import Console
 
     from vlmo.data import digit_tokenizer, open_data
-    from vlmo.evaluation import evaluate
     from vlmo.files import write_json
-    from vlmo.loading import load_model
-    from vlmo.recipes import recipe
+    from vlmo.run_folder import load_model
+    from vlmo.tasks.evaluation import evaluate
     from vlmo.training import Settings
     from vlmo.training import train as train_by
+    from vlmo.training.recipes import recipe
 
     folder = work / run.name
     record = folder / "test.json"
@@ -263,8 +263,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from vlmo.device import versions
     from vlmo.files import replacing, write_json
-    from vlmo.machine import versions
 
     results = []
     with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:

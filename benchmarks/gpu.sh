@@ -14,6 +14,8 @@
 # SANITIZE -k expression of the tests that run under compute-sanitizer
 # MINUTES_OF_BENCH  whole ones; what would begin later is not measured (6)
 #
+# The section bench needs pytest-benchmark; if it is not installed, a wheel in WHEELS is.
+#
 # Limits in seconds: tests 40 + 300, sanitizer 4 * 80, bench 360 + 60, tune 300, profile 60: 1440.
 set -uo pipefail
 
@@ -37,10 +39,10 @@ python=${PYTHON:-python3}
 # The tree's own options ask for plugins that need not be here.
 pytest=("$python" -m pytest -q -p no:cacheprovider -o "addopts=--import-mode=importlib -ra")
 COMMIT=${COMMIT:-$(git describe --always --dirty --exclude='*' 2>/dev/null)}
-# The folder vlmo/ of the tree has no kernels/ in it: only the installed package is whole.
-export PYTHONSAFEPATH=1
+# The folder vlmo/ of the tree may have no _C in it: only the installed package is whole.
+export PYTHONSAFEPATH=1 PYTHONPATH=$PWD/benchmarks${PYTHONPATH:+:$PYTHONPATH}
 export TRITON_INTERPRET=0
-unset VLMO_TILES VLMO_KERNELS VLMO_VOLTA_ANYWHERE
+unset VLMO_KERNELS VLMO_VOLTA_ANYWHERE
 
 if ! "$python" -c 'import vlmo.kernels, vlmo._C' 2>/dev/null; then
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
@@ -59,7 +61,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from vlmo.kernels import why_not
 from vlmo.kernels.target import describe
-from vlmo.machine import versions
+from vlmo.device import versions
 
 if not torch.cuda.is_available():
     sys.exit("gpu.sh: torch finds no GPU")
@@ -156,20 +158,24 @@ sanitizer() {
 }
 
 bench() {
-    local minutes=${MINUTES_OF_BENCH:-6} pictures=--pictures
-    "$python" -c 'import matplotlib' 2>/dev/null || pictures=--no-pictures
-    run bench $((60 * minutes + 60)) "$python" -m vlmo bench --output "$out" --minutes "$minutes" \
-        "$pictures" ${COMMIT:+--commit "$COMMIT"} || return 1
+    local minutes=${MINUTES_OF_BENCH:-6} status=0
+    if ! "$python" -c 'import pytest_benchmark' 2>/dev/null; then
+        "$python" -m pip install --no-index --find-links "${WHEELS:-dist}" pytest-benchmark \
+            >/dev/null 2>&1 || { echo "no pytest-benchmark" >"$out/bench.log" && return 3; }
+    fi
+    run bench $((60 * minutes + 30)) "${pytest[@]}" benchmarks --benchmark-enable \
+        --benchmark-json="$out/bench.json" --minutes "$minutes" ${COMMIT:+--commit "$COMMIT"} \
+        || status=1
+    run bench 30 "$python" benchmarks/report.py "$out/bench.json" || status=1
+    return $status
 }
 
 tune() {
-    run tune 300 "$python" -m vlmo tune --quick --dtype bfloat16 --output "$out/tiles.json" \
-        || return 1
+    run tune 300 "$python" benchmarks/tune.py --quick --dtype bfloat16 || return 1
 }
 
 profile() {
-    run profile 60 env PYTHONPATH=benchmarks "$python" benchmarks/profile_moe_ffn.py triton \
-        || return 1
+    run profile 60 "$python" benchmarks/profile_moe_ffn.py triton || return 1
 }
 
 interrupted() {

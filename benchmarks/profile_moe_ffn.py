@@ -13,23 +13,22 @@ from collections.abc import Callable
 
 import torch
 
-from vlmo.bench import launches
-from vlmo.bench.contest import leaves
-from vlmo.bench.moe_ffn import Sublayer, routed
-from vlmo.bench.suite import Case
+from bench_moe_ffn import Sublayer, routed
+from harness.contenders import Case, leaves
+from harness.meter import count_launches, waiting
 from vlmo.kernels.target import describe
 
 
 def show(name: str, work: Callable[[], object]) -> list[str]:
     """Print the kernels and the calls of the runtime; those that wait are returned."""
-    kernels, calls = launches.count(work)
+    kernels, calls = count_launches(work)
     print(f"\n{name}: {kernels.total()} on the GPU")
     for kernel, times in kernels.most_common():
         print(f"  {times:3d}  {kernel[:110]}")
     print(f"{name}: calls of the CUDA runtime")
     for call, times in calls.most_common():
         print(f"  {times:3d}  {call}")
-    return launches.waiting(calls)
+    return waiting(calls)
 
 
 def main() -> int:

@@ -4,7 +4,7 @@
 
 A block between ``<!-- table: NAME -->`` and ``<!-- end -->`` is a table, one between
 ``<!-- number: NAME -->`` and ``<!-- end -->`` a number within a sentence; both are made from
-``results/*.json`` alone. Reports of ``vlmo bench`` there get their Markdown page and pictures, if
+``results/*.json`` alone. Results of the benchmarks there get their Markdown page and pictures, if
 these are missing or old. With ``--check`` nothing is written, and the exit code is 1 if something
 would be.
 """
@@ -19,8 +19,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vlmo.bench.pictures import draw, missing
-from vlmo.bench.report import Group, Record, Report, groups, markdown_table, number, times_as_fast
+from pictures import missing
+from report import (
+    Group,
+    Record,
+    Report,
+    firsts,
+    groups,
+    markdown_table,
+    number,
+    speedup,
+    times,
+)
+from report import write as write_page
 from vlmo.files import replacing
 
 ROOT = Path(__file__).parent.parent
@@ -54,79 +65,75 @@ def render(path: Path, text: str) -> str:
     return BLOCK.sub(replaced, text)
 
 
-def cpu_report() -> Report | None:
-    """The committed report of a CPU.
+def reports(*, gpu: bool) -> dict[Path, Report]:
+    """The committed results of GPUs, or of CPUs."""
+    found = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        # Other results, modelled ones among them, are of scripts of their own.
+        if "format" in content or "vlmo" in content:
+            report = Report.load(path)
+            if (report.machine["name"] != "cpu") == gpu:
+                found[path] = report
+    return found
+
+
+def cpu_report() -> tuple[Path, Report] | None:
+    """The committed result of a CPU.
 
     Raises:
         ValueError: there are several.
     """
-    found = sorted(RESULTS.glob("cpu-*.json"))
+    found = reports(gpu=False)
     if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise ValueError(f"{names}: keep one report of a CPU")
-    return Report.load(found[0]) if found else None
-
-
-def gpu_reports() -> list[Report]:
-    """The committed reports of GPUs."""
-    found = []
-    for path in sorted(RESULTS.glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        # Other results, modelled ones among them, have no format.
-        if "format" in content and content["machine"]["name"] != "cpu":
-            found.append(Report.load(path))
-    return found
+        raise ValueError(f"{', '.join(path.name for path in found)}: keep one result of a CPU")
+    return next(iter(found.items()), None)
 
 
 def cpu_summary(up: str) -> str:
-    """Picture and table of the most telling case of each suite and phase."""
-    report = cpu_report()
-    if report is None:
+    """Picture and table of the most important case of each suite and phase."""
+    found = cpu_report()
+    if found is None:
         return "No result of a CPU is committed yet."
-    base = f"{up}{REPORTS}/{report.stem}"
-    firsts: dict[tuple[Any, Any], Group] = {}
-    for group in groups(report.records):
-        firsts.setdefault((group.labels["suite"], group.labels["phase"]), group)
+    path, report = found
+    base = f"{up}{REPORTS}/{path.stem}"
     picture = [
         "<picture>",
         f'  <source media="(prefers-color-scheme: dark)" srcset="{base}-speed-dark.png">',
-        f'  <img alt="Speed beside the official way" src="{base}-speed-light.png" width="800">',
+        f'  <img alt="Speedup over unilm" src="{base}-speed-light.png" width="800">',
         "</picture>",
         "",
     ]
-    told = f"{_origin(report)}; all of it: [{report.stem}.md]({base}.md)."
-    return "\n".join([*picture, *_compact(list(firsts.values())), "", told])
+    told = f"{_origin(report)}; all of it: [{path.stem}.md]({base}.md)."
+    return "\n".join([*picture, *_compact(firsts(groups(report.records))), "", told])
 
 
 def cpu_cases(up: str) -> str:
     """Every case on the CPU."""
-    report = cpu_report()
-    if report is None:
+    found = cpu_report()
+    if found is None:
         return "No result of a CPU is committed yet."
-    return "\n".join([*_compact(groups(report.records)), "", f"{_origin(report)}."])
+    return "\n".join([*_compact(groups(found[1].records)), "", f"{_origin(found[1])}."])
 
 
 def gpu_summary(up: str) -> str:
     """Every case on every GPU."""
     lines: list[str] = []
-    for report in gpu_reports():
-        page = f"[{report.stem}.md]({up}{REPORTS}/{report.stem}.md)"
+    for path, report in reports(gpu=True).items():
+        page = f"[{path.stem}.md]({up}{REPORTS}/{path.stem}.md)"
         lines += [*_compact(groups(report.records)), "", f"{_origin(report)}: {page}.", ""]
     return "\n".join(lines).rstrip() or "No result of a GPU is committed yet."
 
 
 def _compact(found: list[Group]) -> list[str]:
-    """A line for each case: the best of ours, the best peer and the official way."""
+    """A line for each case: the best of ours, the best peer and unilm."""
     rows = []
     for group in found:
         best, peer, official = group.best, group.best_peer, group.official
-        times = [
-            "-" if best is None or (x := times_as_fast(best, other)) is None else f"{x:.2f} x"
-            for other in (peer, official)
-        ]
-        rows.append([group.title, _time(best), _time(peer), _time(official), *times])
-    header = ["case", "vlmo, ms", "best peer, ms", "official way, ms", "x best peer", "x official"]
-    return markdown_table(header, rows)
+        told = [_time(best), _time(peer), _time(official)]
+        rows.append([group.title, *told, *(times(speedup(best, o)) for o in (peer, official))])
+    header = ["case", "vlmo, ms", "best peer, ms", "unilm, ms"]
+    return markdown_table([*header, "speedup over best peer", "speedup over unilm"], rows)
 
 
 def _time(record: Record | None) -> str:
@@ -138,7 +145,9 @@ def _origin(report: Report) -> str:
     name = machine["name"]
     if name == "cpu":
         name = f"{machine.get('cpu', 'a CPU')}, {machine.get('cores', '?')} cores"
-    return f"Measured on {name}, commit {report.commit}, by `{report.command}`"
+    of_old = report.command.startswith("vlmo bench")  # a command of that commit
+    told = f"that commit's {report.command}" if of_old else f"`{report.command}`"
+    return f"Measured on {name}, commit {report.commit}, by {told}"
 
 
 def _modelled(stem: str) -> dict[str, Any]:
@@ -215,17 +224,13 @@ def stale(*, write: bool) -> list[str]:
             found.append(str(path.relative_to(ROOT)))
             if write:
                 _write(path, made)
-    cpu = cpu_report()
-    for report in [*([cpu] if cpu else []), *gpu_reports()]:
-        page, made = RESULTS / f"{report.stem}.md", report.markdown()
-        if not page.is_file() or page.read_text(encoding="utf-8") != made:
-            found.append(f"{REPORTS}/{page.name}")
-            if write:
-                _write(page, made)
-        old = missing(report, RESULTS)
-        found += [f"{REPORTS}/{picture.name}" for picture in old]
+    for result, report in (reports(gpu=False) | reports(gpu=True)).items():
+        page = result.with_suffix(".md")
+        fresh = page.is_file() and page.read_text(encoding="utf-8") == report.markdown()
+        old = [*([] if fresh else [page]), *missing(report, result.with_suffix(""))]
+        found += [f"{REPORTS}/{path.name}" for path in old]
         if old and write:
-            draw(report, RESULTS)
+            list(write_page(result, report))
     return found
 
 

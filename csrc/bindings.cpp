@@ -1,4 +1,4 @@
-// The Python module vlmo._C: look at the embedded cubins, launch a kernel of one.
+// The Python module vlmo._C: inspects the embedded cubins and launches their kernels.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -3,8 +3,8 @@
 #include <cstdlib>
 
 // table.inc is generated: one VLMO_CUBIN(name, target, "path of the cubin") per line. The first
-// inclusion places the files in read-only data, the second lists them. They are part of the module
-// because an editable install keeps nothing else of the build.
+// inclusion places the files in read-only data, the second lists them. They are embedded in the
+// module because an editable install keeps no other file of the build.
 #define VLMO_LABEL(symbol) ".globl " symbol "\n.hidden " symbol "\n" symbol ":\n"
 #define VLMO_FILE(path) ".incbin \"" path "\"\n"
 #define VLMO_HIDDEN extern "C" __attribute__((visibility("hidden"))) const char

@@ -12,7 +12,7 @@
 namespace vlmo {
 namespace {
 
-// The part of cuda.h that is used here. These names and numbers are the driver's binary interface.
+// The part of cuda.h that is used here. These names and numbers are part of the driver's ABI.
 using CUresult = int;
 using CUdevice = int;
 using CUcontext = struct CUctx_st*;
@@ -112,7 +112,8 @@ struct Function {
   unsigned shared_bytes_allowed;
 };
 
-// What has been loaded. Nothing is ever unloaded: at exit the driver may be gone before us.
+// Devices, modules and functions loaded so far. Nothing is ever unloaded: at exit the driver may
+// shut down before this module.
 std::mutex mutex;
 std::map<int, Device> devices;
 std::map<std::pair<int, const Cubin*>, CUmodule> modules;

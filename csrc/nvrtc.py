@@ -1,9 +1,9 @@
 """Compile CUDA C++ to a cubin or PTX with NVRTC 12.9, the last release that supports sm_70.
 
-No CUDA installation and no GPU are needed: NVRTC, the headers and libnvvm come from pip packages
+Needs neither a CUDA installation nor a GPU: NVRTC, the headers and libnvvm come from pip packages
 found in the running Python environment (the project's extra `test` installs them).
 
-The build runs this file as a script, so it imports nothing but the standard library.
+The build runs this file as a script, so it imports only the standard library.
 
     python csrc/nvrtc.py kernel.cu -o kernel.cubin --arch sm_70 -I include -D TILE=128
 """
@@ -60,7 +60,7 @@ class Compiled:
 
 
 def package_dir(component: str) -> pathlib.Path:
-    """Folder of one NVIDIA pip component, e.g. cuda_nvrtc; an error names the missing package."""
+    """Folder of one NVIDIA pip component, e.g. cuda_nvrtc; the error names the missing package."""
     spec = importlib.util.find_spec("nvidia")
     for root in (spec.submodule_search_locations or []) if spec else []:
         path = pathlib.Path(root) / component
@@ -86,7 +86,7 @@ def load_nvrtc():
 
 
 def nvrtc_version() -> tuple:
-    """(major, minor) of the NVRTC found."""
+    """(major, minor) version of the NVRTC that was found."""
     major, minor = ctypes.c_int(), ctypes.c_int()
     load_nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     return major.value, minor.value
@@ -107,7 +107,7 @@ def system_includes() -> list:
 
 
 def parse_ptxas_log(log: str) -> dict:
-    """Turn the output of `ptxas -v` into {kernel name: Resources}."""
+    """Parse the output of `ptxas -v` into {kernel name: Resources}."""
     kernels: dict[str, Resources] = {}
     functions: dict[str, Resources] = {}
     current = function = None
@@ -150,7 +150,7 @@ def compile_cuda(
     options=(),
     want="cubin",
 ) -> Compiled:
-    """Compile CUDA C++ text (or a path to a file); returns the image, the log and spill counts.
+    """Compile CUDA C++ (text, or a path to a file); returns the image, the log and the resources.
 
     `arch` is e.g. "sm_70"; `defines` is a dict or a list of "NAME" / "NAME=value"; `want` is
     "cubin" or "ptx".

@@ -16,6 +16,9 @@ from torch.autograd import forward_ad
 
 BACKEND_NAMES = ("cuda", "triton", "cpu", "reference")
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+# The backends of devices on which a GPU's kernel would run in an interpreter, for tests: such a
+# kernel has to be asked for by name.
+_USUAL = {"cpu": "cpu", "meta": "reference"}
 
 # A plain module global: Dynamo guards on it, so a compiled model recompiles when it changes.
 _forced: str | None = None
@@ -99,14 +102,6 @@ def requested(argument: str | None) -> str | None:
     return variable
 
 
-def usual(device: torch.device) -> str | None:
-    """The backend of a device on which the first that can is not what is wanted; None elsewhere.
-
-    On the CPU a GPU's kernel runs in an interpreter, for tests: it has to be asked for by name.
-    """
-    return {"cpu": "cpu", "meta": "reference"}.get(device.type)
-
-
 def choose(
     operation: str, backends: Mapping[str, Backend], argument: str | None, *facts: Any
 ) -> str:
@@ -152,20 +147,20 @@ def resolve(
     tensors: Iterable[Tensor | None],
     device: torch.device,
     *facts: Any,
-) -> tuple[str, bool]:
-    """The backend of one call, and whether it runs as plain ATen operations.
+) -> str:
+    """The backend of one call.
 
-    The latter is the reference without the registered operation around it: for transforms of
-    torch.func and forward-mode differentiation, which look inside an operation, and for graphs of
-    ``torch.export``, ``torch.jit.trace`` and what builds on them (ONNX), which are to run without
-    this library. If a backend was asked for by name, its operation is in an exported graph, and
-    whoever runs that must have imported :mod:`vlmo.kernels`, or lower it by
-    :func:`vlmo.kernels.decompositions`.
+    Transforms of torch.func and forward-mode differentiation look inside an operation, and graphs
+    of ``torch.export``, ``torch.jit.trace`` and what builds on them (ONNX) are to run without this
+    library: both get the reference, which is plain ATen operations. If a kernel backend was asked
+    for by name, its operation is in an exported graph, and whoever runs that must have imported
+    :mod:`vlmo.kernels`, or lower it by :func:`vlmo.kernels.decompositions`.
 
     Args:
         operation, backends, argument: as for :func:`choose`.
         tensors: those of the call that may have a derivative.
-        device: of the call; the first of the facts that ``why_not`` judges by.
+        device: of the call; the first of the facts that ``why_not`` judges by. On the CPU the
+            first backend that can is not what is wanted: see :data:`_USUAL`.
         facts: the others.
 
     Raises:
@@ -180,10 +175,10 @@ def resolve(
                 "the transforms of torch.func (grad, jvp, vmap, ...); the backend 'reference' has "
                 "both"
             )
-        return "reference", True
+        return "reference"
     if name is None and exporting():
-        return "reference", True
-    return choose(operation, backends, name or usual(device), device, *facts), False
+        return "reference"
+    return choose(operation, backends, name or _USUAL.get(device.type), device, *facts)
 
 
 def transformed(tensors: Iterable[Tensor | None]) -> bool:

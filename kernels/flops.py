@@ -34,7 +34,7 @@ def _register() -> dict[Any, Callable[..., int]]:
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     operations = torch.ops.vlmo
-    formulas = {
+    formulas: dict[Any, Callable[..., int]] = {
         operations.moe_ffn_fwd: _moe_ffn_forward,
         operations.moe_ffn_bwd: _moe_ffn_backward,
         operations.attention_fwd: _attention_forward,
@@ -50,14 +50,11 @@ def _moe_ffn_forward(*inputs, out_val=None) -> int:
     return sum(first + second for first, second in _products(call))
 
 
-def _moe_ffn_backward(dy, pre, x, w1, w2, b1, b2, norm_weight, norm_bias, *rest, out_val=None):
+def _moe_ffn_backward(grad, saved, *inputs, out_val=None) -> int:
     """Each product of the forward twice, less what is not wanted; the first again if not kept."""
-    layer_scale, token_scale, ids, rows, offsets, *settings, needs, _ = rest
-    call = MoeFfnCall(
-        *(x, w1, w2, b1, b2, norm_weight, norm_bias, layer_scale, token_scale, None),
-        *(ids, rows, offsets, *settings, True),
-    )
-    experts = len(w1)
+    *fields, needs, _ = inputs
+    call, (pre,) = MoeFfnCall(*fields), saved
+    experts = len(call.w1)
     of_w1, of_w2 = needs[1 : 1 + experts], needs[1 + experts : 1 + 2 * experts]
     total = 0
     for e, (first, second) in enumerate(_products(call)):
@@ -94,7 +91,7 @@ def _attention_forward(*inputs, out_val=None) -> int:
     return 4 * _pairs(call) * call.q.shape[-2] * call.q.shape[-1]
 
 
-def _attention_backward(dout, out, lse, *inputs, out_val=None) -> int:
+def _attention_backward(grad, saved, *inputs, out_val=None) -> int:
     """Five products, as PyTorch counts its own attention: the scores are computed again."""
     call = AttentionCall(*inputs[:-2])
     return 10 * _pairs(call) * call.q.shape[-2] * call.q.shape[-1]

@@ -14,6 +14,7 @@ from torch import Tensor
 from .arguments import check_tensor, check_values
 from .dispatch import exporting, runs_eagerly
 from .routing_index import group_rows, routing_index
+from .transfer import upload
 
 Piece = tuple[int, int]
 
@@ -109,8 +110,8 @@ class ModalityRouting:
         offsets[1:] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
         return cls(
             num_experts,
-            ids=_upload(experts.repeat_interleave(counts), device),
-            offsets=_upload(offsets, device),
+            ids=upload(experts.repeat_interleave(counts), device),
+            offsets=upload(offsets, device),
             max_length=max(lengths, default=0),
         )
 
@@ -213,13 +214,6 @@ class ModalityRouting:
         """
         assert self.ids is not None
         return replace(self, _grouped=self._group(self.ids.shape[0], self.ids.device))
-
-
-def _upload(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """On ``device``. From pinned memory: a large copy from other memory waits for the stream."""
-    if torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def _check_pieces(name: str, pieces: Iterable[Piece]) -> tuple[Piece, ...]:

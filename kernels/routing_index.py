@@ -5,21 +5,27 @@ The kernel is csrc/routing/routing_index.cu.
 
 from __future__ import annotations
 
-import struct
+import ctypes
 
 import torch
 from torch import Tensor
 
 from vlmo import _C
 
-from . import target
+from ._backends import cuda as cuda_target
 
 MAX_EXPERTS = 32  # lanes of the warp that scans the experts; kMaxExperts of the kernel
 _MAX_INT32 = 2**31 - 1
 _CUBIN = "routing_index"
 _KERNEL = "routing_index_kernel"
 _WARPS = 32  # of the only CTA, at most
-_PARAMETERS = struct.Struct("3q2i")  # ids, rows, offsets; T, E
+
+
+class _Argument(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("ids", "rows", "offsets")),
+        *((name, ctypes.c_int32) for name in ("num_tokens", "num_experts")),
+    ]
 
 
 @torch.library.custom_op("vlmo::routing_index", mutates_args=())
@@ -62,16 +68,8 @@ def why_not(backend: str, ids: Tensor, num_experts: int) -> str | None:
 
 def why_not_cuda(ids: Tensor, num_experts: int) -> str | None:
     """One sentence that says why :func:`launch` cannot run, or None."""
-    if ids.device.type != "cuda":
-        return f"ids are on {ids.device}, not on a CUDA device."
-    capability = target.compute_capability(ids.device)
-    if capability is None:
-        return f"{ids.device} is not an NVIDIA GPU."
-    if _C.target_for(_CUBIN, *capability) is None:
-        built = ", ".join(name for cubin, name in _C.cubins() if cubin == _CUBIN)
-        return (
-            f"{ids.device} is sm_{capability[0]}{capability[1]}; the kernel is built for {built}."
-        )
+    if reason := cuda_target.why_not_built(_CUBIN, ids.device):
+        return reason
     if ids.dtype != torch.int32:
         return f"ids are {ids.dtype}; the kernel reads int32."
     if not 1 <= num_experts <= MAX_EXPERTS:
@@ -86,16 +84,10 @@ def launch(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     ids = ids.contiguous()
     num_tokens = ids.numel()
     rows, offsets = ids.new_empty(num_tokens), ids.new_empty(num_experts + 1)
-    pointers = (tensor.data_ptr() for tensor in (ids, rows, offsets))
-    _C.launch(
-        _CUBIN,
-        _KERNEL,
-        grid=(1, 1, 1),
-        block=(block_threads(num_tokens), 1, 1),
-        shared_bytes=0,
-        stream=torch.cuda.current_stream(ids.device).cuda_stream,
-        device=ids.get_device(),
-        args=_PARAMETERS.pack(*pointers, num_tokens, num_experts),
+    tensors = (ids, rows, offsets)
+    argument = _Argument(*(tensor.data_ptr() for tensor in tensors), num_tokens, num_experts)
+    cuda_target.launch(
+        *(_CUBIN, _KERNEL, ids.device, 1, block_threads(num_tokens), 0, argument, tensors)
     )
     return rows, offsets
 

@@ -4,8 +4,25 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import NamedTuple
 
 import torch
+
+
+class Generation(NamedTuple):
+    """GPUs that share a row of tiles, by the least compute capability, and a program's limit."""
+
+    since: tuple[int, int]
+    shared_bytes: int
+
+
+GENERATIONS = {
+    "sm_80": Generation((8, 0), 163 * 1024),
+    "sm_86": Generation((8, 6), 99 * 1024),
+    "sm_90": Generation((9, 0), 227 * 1024),
+    "sm_100": Generation((10, 0), 227 * 1024),
+    "sm_120": Generation((12, 0), 99 * 1024),
+}
 
 
 @functools.cache
@@ -19,6 +36,11 @@ def compute_capability(device: torch.device | str) -> tuple[int, int] | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def generation_of(capability: tuple[int, int]) -> str:
+    """The newest generation that is not newer than ``capability``."""
+    return [name for name, since in GENERATIONS.items() if since.since <= capability][-1]
 
 
 @functools.cache

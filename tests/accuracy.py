@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from vlmo.testing import allowed_error
+
 
 def assert_as_accurate_as(
     name: str, actual: Tensor, exact: Tensor, baseline: Tensor, factor: float = 2.0
@@ -23,17 +25,12 @@ def assert_as_accurate_as(
     assert torch.isfinite(actual).all(), f"{name}: non-finite"
     if actual.numel() == 0:
         return
-    exact, eps = exact.double(), torch.finfo(actual.dtype).eps
+    exact = exact.double()
     ours, theirs = (t.double() - exact for t in (actual, baseline))
-
-    error, allowed, band = ours.abs().max(), theirs.abs().max(), eps * exact.abs().max()
-    assert error <= factor * allowed + band, (
-        f"{name}: error {error:.2e}, eager {allowed:.2e}, rounding {band:.2e}"
-    )
-    error, allowed, band = ours.norm(), theirs.norm(), eps * exact.norm()
-    assert error <= factor * allowed + band, (
-        f"{name}: L2 error {error:.2e}, eager {allowed:.2e}, rounding {band:.2e}"
-    )
+    for norm, kind in ((float("inf"), "error"), (2, "L2 error")):
+        error, eager, size = (float(t.flatten().norm(norm)) for t in (ours, theirs, exact))
+        allowed = allowed_error(eager, size, actual.dtype, factor)
+        assert error <= allowed, f"{name}: {kind} {error:.2e} > {allowed:.2e}, eager {eager:.2e}"
 
 
 def relative_errors(*results: dict[str, Tensor]) -> dict[str, tuple[float, ...]]:

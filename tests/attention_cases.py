@@ -15,27 +15,22 @@ PLACES = [
     *(("cpu", backend) for backend in ("reference", "cpu", "triton", "cuda")),
     *(("cuda", backend) for backend in ("reference", "triton", "cuda")),
 ]
-on_every_backend = pytest.mark.parametrize(
-    "place",
-    [
+
+
+def on(*backends: str):
+    """Run a test on these backends, on each device that they run on."""
+    places = [
         pytest.param(place, marks=[pytest.mark.gpu] if place[0] == "cuda" else [])
         for place in PLACES
-    ],
-    ids="-".join,
-    indirect=True,
-)
-on_triton = pytest.mark.parametrize(
-    "place",
-    [("cpu", "triton"), pytest.param(("cuda", "triton"), marks=pytest.mark.gpu)],
-    ids="-".join,
-    indirect=True,
-)
-on_cuda = pytest.mark.parametrize(
-    "place",
-    [("cpu", "cuda"), pytest.param(("cuda", "cuda"), marks=pytest.mark.gpu)],
-    ids="-".join,
-    indirect=True,
-)
+        if place[1] in backends
+    ]
+    return pytest.mark.parametrize("place", places, ids="-".join, indirect=True)
+
+
+on_every_backend = on("reference", "cpu", "triton", "cuda")
+on_every_registered_backend = on("cpu", "triton", "cuda")
+on_triton = on("triton")
+on_cuda = on("cuda")
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""Reports as ``vlmo bench`` writes them, with numbers that are made up."""
+"""Reports of the benchmarks, with numbers that are made up."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from vlmo.bench.report import Record, Report
+from report import Record, Report
 
 
 def measured(contender: str, ms: float, **changes: Any) -> Record:
@@ -49,7 +49,7 @@ def report(*records: Record, **changes: Any) -> Report:
     content: dict[str, Any] = dict(
         machine={"name": "Testing Unit 9", "cores": 2},
         commit="abc1234",
-        command="vlmo bench --suite moe_ffn",
+        command="pytest benchmarks --benchmark-enable",
         versions={"torch": "2.13.0"},
         roof={"copy_gb_per_s": 10.0, "matrix_tflops": {"bfloat16": 2.0}},
         unmeasured=[],

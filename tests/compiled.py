@@ -27,10 +27,11 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
 from moe_ffn_cases import CASES, Case, make_tensors
-from vlmo.kernels._backends.triton import compile_options
+from vlmo.kernels._backends import triton_launch
+from vlmo.kernels._backends.triton import compile_options, operands_of
 from vlmo.kernels.moe_ffn.call import GATED, Call
 from vlmo.kernels.moe_ffn.triton import backend as triton_impl
-from vlmo.kernels.moe_ffn.triton import launch as triton_launch
+from vlmo.kernels.moe_ffn.triton import launch as host
 from vlmo.kernels.moe_ffn.triton import tiles
 
 INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
@@ -181,7 +182,7 @@ def compile_for(generation: str, what: str) -> None:
             return tiles.INTERPRETED
         if what == "lanes":
             return tiles.Tiles(*[tiles.Tile(16, 32, 16, 4, 2)] * 4)
-        return tiles.TABLE[generation, tiles.operands_of(dtype)]
+        return tiles.TABLE[generation, operands_of(dtype)]
 
     def compile_only(kernel, device, programs, tile, *args):
         name = kernel.fn.__name__.removeprefix("moe_ffn_").removesuffix("_kernel")
@@ -212,7 +213,7 @@ def compile_for(generation: str, what: str) -> None:
 
     with (
         mock.patch.object(triton_launch, "launch", compile_only),
-        mock.patch.object(triton_launch, "workers_on", lambda device, tile: 132 * tile.programs),
+        mock.patch.object(host, "workers_on", lambda device, tile: 132 * tile.programs),
         mock.patch.object(tiles, "choose", choose),
     ):
         if what in ("options", "types"):

@@ -14,10 +14,11 @@ import torch
 from attention_cases import CASES, ONES, Case, make_index, make_options, make_tensors
 from compiled import INSTRUCTIONS, TypesFit, contracted, resources, run_jobs, say
 from vlmo.kernels import RelativePositionIndex
-from vlmo.kernels._backends.triton import compile_options
+from vlmo.kernels._backends import triton_launch
+from vlmo.kernels._backends.triton import compile_options, operands_of
 from vlmo.kernels.attention.call import Call
 from vlmo.kernels.attention.triton import backend as triton_impl
-from vlmo.kernels.attention.triton import launch as triton_launch
+from vlmo.kernels.attention.triton import launch as host
 from vlmo.kernels.attention.triton import tiles
 
 BATCH, HEADS = 32, 12
@@ -32,7 +33,7 @@ LAYERS = {  # VLMo's joint layer, on a packed qkv; sequences without padding; a 
 def run(call: Call) -> None:
     """Forward and backward of one call on tensors without storage."""
     out, lse = triton_impl.forward(call)
-    triton_impl.backward(out, out, lse, call, call.table is not None)
+    triton_impl.backward(out, out, lse, call, [True] * 4)
 
 
 def layer(head_dim, dtype, masked=False, packed=False, biased=True, causal=False) -> Call:
@@ -75,7 +76,7 @@ def all_options() -> None:
     cases = [case for case in CASES if case.batch and case.length]
     for dtype, case in itertools.product((torch.bfloat16, torch.float32), [*cases, ONES]):
         run_case(case, dtype)
-    with mock.patch.object(triton_launch, "span_of", return_value=2**31):
+    with mock.patch.object(host, "span_of", return_value=2**31):
         for case in cases:
             run_case(case, torch.bfloat16)
 
@@ -86,7 +87,7 @@ def compile_for(generation: str, what: str) -> None:
     def choose(device, dtype, head_dim):
         if what in ("options", "types", "lanes"):
             return tiles.INTERPRETED
-        return tiles.TABLE[generation, tiles.operands_of(dtype), tiles.width_of(head_dim)]
+        return tiles.TABLE[generation, operands_of(dtype), tiles.width_of(head_dim)]
 
     def compile_only(kernel, device, programs, tile, *args):
         name = kernel.fn.__name__.removeprefix("attention_").removesuffix("_kernel")
@@ -111,7 +112,7 @@ def compile_for(generation: str, what: str) -> None:
 
     with (
         mock.patch.object(triton_launch, "launch", compile_only),
-        mock.patch.object(triton_launch.target, "multiprocessors", return_value=132),
+        mock.patch.object(host.target, "multiprocessors", return_value=132),
         mock.patch.object(tiles, "choose", choose),
     ):
         if what in ("options", "types"):

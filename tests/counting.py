@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from vlmo import layers, sequences
+from vlmo.model import layers, layout
 
 _WAITS = {
     getattr(Tensor, name)
@@ -67,7 +67,7 @@ def counting() -> Iterator[Counter]:
             layers, "moe_ffn", wrapped(layers.moe_ffn, lambda x: x.shape[:-1].numel())
         ),
         mock.patch.object(
-            sequences, "shared_attention", wrapped(sequences.shared_attention, lambda x: 0)
+            layout, "shared_attention", wrapped(layout.shared_attention, lambda x: 0)
         ),
         mock.patch.object(layers.PatchEmbedding, "forward", embed_counting),
     ):

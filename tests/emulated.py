@@ -12,8 +12,6 @@ from sm70 import Kernel
 from vlmo import _C
 from vlmo.kernels import target
 from vlmo.kernels._backends import cuda as cuda_target
-from vlmo.kernels.attention.cuda import arguments as attention
-from vlmo.kernels.moe_ffn.cuda import arguments as moe_ffn
 
 PROGRAMS = 2  # CTAs that the host takes to be resident on a multiprocessor
 
@@ -46,24 +44,19 @@ def emulated(workers=2 * PROGRAMS, **options):
     ``workers`` is the number of CTAs that the host takes to be resident at a time.
     """
 
-    def run(cubin, name, programs, threads, shared_bytes, argument, tensors, **defaults):
+    def launch(cubin, name, device, programs, threads, shared_bytes, argument, tensors):
+        # The kernels of moe_ffn wait for each other's CTAs.
+        resident = {"resident": programs} if cubin.startswith("moe_ffn") else {}
         kernel(cubin, name).launch(
             *(programs, threads, [bytes(argument)], shared_bytes),
-            **{"buffers": memory_of(tensors), **defaults, **options},
+            **{"buffers": memory_of(tensors), **resident, **options},
         )
-
-    def launch_moe_ffn(cubin, name, device, programs, argument, tensors):
-        run(cubin, name, programs, moe_ffn.THREADS, 0, argument, tensors, resident=programs)
-
-    def launch_attention(cubin, name, device, *rest):
-        run(cubin, name, *rest)
 
     def why_not(cubin, device, dtype):
         return None if dtype == torch.float16 else "the emulated kernels take float16."
 
     with (
-        mock.patch.object(moe_ffn, "launch", launch_moe_ffn),
-        mock.patch.object(attention, "launch", launch_attention),
+        mock.patch.object(cuda_target, "launch", launch),
         mock.patch.object(target, "multiprocessors", return_value=workers // PROGRAMS),
         mock.patch.object(cuda_target, "why_not", why_not),
     ):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from vlmo import VLMo, VLMoConfig
 from vlmo.data import ANSWERS, BadSample, Draw, digit_tokenizer, open_data
-from vlmo.evaluation import evaluate
+from vlmo.tasks.evaluation import evaluate
 from vlmo.training.parallel import WAYS, wrapped
 
 TOKENIZER = digit_tokenizer(12)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from accuracy import assert_as_accurate_as, relative_errors
 from vlmo.kernels import ModalityRouting, moe_ffn
-from vlmo.kernels.moe_ffn import op as ops
-from vlmo.kernels.moe_ffn import reference
+from vlmo.kernels.moe_ffn import cpu
+from vlmo.kernels.moe_ffn.op import BACKENDS
 
 GATED = ("swiglu", "geglu")
 
@@ -190,7 +190,7 @@ def eager_autocast(case: Case, ids: Tensor, tensors: dict) -> Tensor:
 def skip_unless_possible(place, case: Case, dtype: torch.dtype) -> None:
     """Skip a test whose call the place's backend refuses, with its reason."""
     facts = (place.device, dtype, case.dim, case.hidden, case.activation)
-    if reason := ops.BACKENDS[place.backend].why_not(*facts):
+    if reason := BACKENDS[place.backend].why_not(*facts):
         pytest.skip(f"{place.backend}: {reason}")
 
 
@@ -245,9 +245,9 @@ def assert_parity(case: Case, dtype: torch.dtype, place) -> dict[str, tuple[floa
 
 
 class Spy:
-    """A backend that notes its calls and lets the reference answer them."""
+    """A backend that notes its calls and lets the CPU backend answer them."""
 
-    pre_shape = staticmethod(reference.pre_shape)
+    pre_shape = staticmethod(cpu.pre_shape)
 
     def __init__(self):
         self.calls = []
@@ -257,8 +257,8 @@ class Spy:
 
     def forward(self, call):
         self.calls.append(call)
-        return reference.forward(call)
+        return cpu.forward(call)
 
     def backward(self, dy, pre, call, needs):
         self.calls.append(call)
-        return reference.backward(dy, pre, call, needs)
+        return cpu.backward(dy, pre, call, needs)

@@ -7,14 +7,16 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from test_step import TASKS, TINY, batch_of, model_of
-from vlmo import distributed, objectives, step
+from vlmo import distributed
+from vlmo.tasks import losses
+from vlmo.training import step
 from vlmo.training.parallel import wrapped
 
 ROWS = 8
 
 
 def wrap(model, how):
-    unused = objectives.unused_parameters(model.config)
+    unused = losses.unused_parameters(model.config)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in unused)
     return wrapped(model, how)

@@ -16,6 +16,7 @@ from attention_cases import (
     make_options,
     make_tensors,
     on_every_backend,
+    on_every_registered_backend,
     outputs_and_gradients,
 )
 from vlmo.kernels import RelativePositionBias, RelativePositionIndex, shared_attention
@@ -116,7 +117,7 @@ def test_layers_of_a_model_wide_table(place):
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[-1], CASES[5]], ids=str)
-@on_every_backend
+@on_every_registered_backend
 def test_opcheck(case, place):
     device = place.device
     tensors = make_tensors(case, device, place.dtype)
@@ -133,7 +134,7 @@ def test_opcheck(case, place):
         options.get("positions"),
         *(case.causal, 0.25, place.backend),
     )
-    torch.library.opcheck(ops.attention_fwd, arguments)
+    torch.library.opcheck(ops.ATTENTION.forward, arguments)
 
 
 @pytest.mark.heavy
@@ -197,6 +198,18 @@ def test_second_derivatives_are_refused(mode, alone):
         (gradient,) = torch.autograd.grad(loss, q, create_graph=True)
         with pytest.raises(NotImplementedError, match="second derivatives"):
             gradient.sum().backward()
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[-1], Case()], ids=str)
+def test_second_derivatives_of_the_reference(case):
+    case = replace(case, heads=2, head_dim=3)
+    tensors, options = make_tensors(case, "cpu", torch.float64), make_options(case, "cpu")
+    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+
+    def function(*_):
+        return call(case, leaves, options, backend="reference")
+
+    assert torch.autograd.gradgradcheck(function, tuple(leaves.values()), fast_mode=True)
 
 
 def test_modes_see_the_operation():

@@ -10,8 +10,9 @@ from compiling import (
     compiled,
     spill_limit,
 )
+from vlmo.kernels._backends.triton import OPERANDS
 from vlmo.kernels.attention.triton.tiles import TABLE, WIDTHS
-from vlmo.kernels.moe_ffn.triton.tiles import GENERATIONS, OPERANDS
+from vlmo.kernels.target import GENERATIONS
 
 pytestmark = pytest.mark.heavy
 

@@ -31,6 +31,7 @@ from sm70.elf import Cubin
 from sm70.timing import occupancy
 from vlmo import _C
 from vlmo.kernels import RelativePositionBias, RelativePositionIndex, shared_attention, target
+from vlmo.kernels._backends import cuda as cuda_target
 from vlmo.kernels.attention.cuda import arguments, backend, backward, bias_gradient, forward
 
 pytestmark = pytest.mark.heavy
@@ -71,13 +72,13 @@ class Launch:
 def launches(monkeypatch, place):
     """What is launched, in order."""
     seen: list[Launch] = []
-    launch = arguments.launch
+    launch = cuda_target.launch
 
     def spy(cubin, kernel, device, programs, threads, shared_bytes, argument, tensors):
         seen.append(Launch(cubin, kernel, programs, threads, shared_bytes, argument))
         launch(cubin, kernel, device, programs, threads, shared_bytes, argument, tensors)
 
-    monkeypatch.setattr(arguments, "launch", spy)
+    monkeypatch.setattr(cuda_target, "launch", spy)
     return seen
 
 
@@ -379,7 +380,7 @@ def recorded(multiprocessors=2):
         seen.append(Launch(cubin, kernel, programs, threads, shared_bytes, argument))
 
     with emulated(workers=2 * multiprocessors), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arguments, "launch", launch)
+        patch.setattr(cuda_target, "launch", launch)
         yield seen
 
 
@@ -478,7 +479,7 @@ def test_the_emulator_knows_where_tensors_end(cubin, path, monkeypatch):
     monkeypatch.setattr(emulator, "memory_of", short)
     case = Case(length=16, text=6, index="random", head_dim=64, batch=2, heads=1)
     with emulated():
-        launch = arguments.launch
+        launch = cuda_target.launch
 
         def cut(launched, kernel, device, programs, threads, shared_bytes, argument, tensors):
             nonlocal address
@@ -489,7 +490,7 @@ def test_the_emulator_knows_where_tensors_end(cubin, path, monkeypatch):
                     address = getattr(address, name)
             launch(launched, kernel, device, programs, threads, shared_bytes, argument, tensors)
 
-        monkeypatch.setattr(arguments, "launch", cut)
+        monkeypatch.setattr(cuda_target, "launch", cut)
         with pytest.raises(KernelFault, match=r"global .* out of bounds"):
             run(case)
 

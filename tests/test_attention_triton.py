@@ -17,9 +17,10 @@ from attention_cases import (
     outputs_and_gradients,
 )
 from vlmo.kernels import RelativePositionBias, RelativePositionIndex, shared_attention
+from vlmo.kernels._backends import triton_launch
 from vlmo.kernels.attention.call import Call
 from vlmo.kernels.attention.triton import backend as triton_impl
-from vlmo.kernels.attention.triton import launch as triton_launch
+from vlmo.kernels.attention.triton import launch as host
 from vlmo.kernels.attention.triton import tiles
 from vlmo.kernels.attention.triton.tiles import Tile, Tiles
 
@@ -163,7 +164,7 @@ def test_no_tensor_of_pairs(place, monkeypatch):
     )
     with Sizes() as sizes:
         out, lse = triton_impl.forward(given)
-        triton_impl.backward(out, out, lse, given, needs_table=True)
+        triton_impl.backward(out, out, lse, given, [True] * 4)
     assert tensors["q"].numel() <= sizes.largest < case.length**2
 
 
@@ -220,7 +221,7 @@ def test_places_of_64_bits(place, monkeypatch):
         )
 
     expected = run()
-    monkeypatch.setattr(triton_launch, "span_of", lambda call, length: 2**31)
+    monkeypatch.setattr(host, "span_of", lambda call, length: 2**31)
     for name, value in run().items():
         assert torch.equal(value, expected[name]), name
 

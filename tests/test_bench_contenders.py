@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
-from vlmo.bench import attention, contest, moe_ffn, peers
-from vlmo.bench.attention import Attention
-from vlmo.bench.contest import Contender, Contest
-from vlmo.bench.moe_ffn import Sublayer, feed_forward, slices
-from vlmo.bench.report import is_ours
-from vlmo.bench.suite import Case, Scale
+import bench_attention as attention
+import bench_moe_ffn as moe_ffn
+from bench_attention import Attention
+from bench_moe_ffn import Sublayer, feed_forward, slices
+from harness import contenders, peers
+from harness.contenders import Case, Contender, Contest, Scale
+from harness.session import is_ours
+from report import NOTES
 from vlmo.kernels import BACKEND_NAMES
 
 CPU = torch.device("cpu")
@@ -153,7 +155,6 @@ def test_cost_and_cases_of_moe_ffn():
     [first, *_] = moe_ffn.SUITE.cases(CPU, Scale.full)
     assert str(first) == "moe_ffn-base-bfloat16-forward-32768-40:197"
     assert {case.size for case in moe_ffn.SUITE.cases(CPU, Scale.cpu)} == {"base"}
-    assert set(moe_ffn.NOTES) <= set(both.contenders)
     assert both.contenders[: len(BACKEND_NAMES)] == tuple(f"vlmo:{b}" for b in BACKEND_NAMES)
 
 
@@ -167,10 +168,10 @@ def test_the_swiglu_of_liger_multiplies_as_much():
 
 def test_compiling_for_a_cpu_is_asked_for(monkeypatch):
     problem = sublayer(size="base", split="1:1", tokens=2)
-    monkeypatch.delenv(contest.COMPILE_VARIABLE, raising=False)
+    monkeypatch.delenv(contenders.COMPILE_VARIABLE, raising=False)
     reason = problem.why_not("slices-compiled")
-    assert "C++" in reason and contest.COMPILE_VARIABLE in reason
-    monkeypatch.setenv(contest.COMPILE_VARIABLE, "1")
+    assert "C++" in reason and contenders.COMPILE_VARIABLE in reason
+    monkeypatch.setenv(contenders.COMPILE_VARIABLE, "1")
     assert problem.why_not("slices-compiled") is None
     assert problem.why_not("slices") is None
 
@@ -468,7 +469,7 @@ def test_cost_and_cases_of_attention():
     assert {case.shape["length"] for case in full} == {40, 197, 237, 617, 941}
     tokens = [case.shape["length"] * case.shape["sequences"] for case in full]
     assert max(abs(count / 32768 - 1) for count in tokens) < 0.02
-    assert set(attention.NOTES) <= set(both.contenders)
+    assert set(NOTES) <= {*both.contenders, *sublayer().contenders}
 
 
 @pytest.mark.parametrize("length", attention.LENGTHS)
@@ -485,7 +486,7 @@ def test_sequences_of_attention(length):
 
 def test_half_precision_below_sm_80_is_float16(monkeypatch):
     for capability, names in (((7, 0), {"float16"}), ((9, 0), {"bfloat16", "float16"})):
-        monkeypatch.setattr(contest, "compute_capability", lambda device, c=capability: c)
+        monkeypatch.setattr(contenders, "compute_capability", lambda device, c=capability: c)
         for suite in (moe_ffn.SUITE, attention.SUITE):
             cases = suite.cases(torch.device("cuda"), Scale.full)
             assert {case.labels["dtype"] for case in cases} == names

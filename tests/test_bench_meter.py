@@ -8,10 +8,9 @@ from collections import Counter
 import pytest
 import torch
 
-from vlmo.bench import meter
-from vlmo.bench.gpu import State
-from vlmo.bench.meter import Settings, describe_error, measure
-from vlmo.timing import median_seconds, times
+from harness import meter
+from harness.meter import Settings, begin, median_seconds, times
+from harness.nvml import State
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -23,6 +22,12 @@ def test_functions_are_called_in_turn_and_as_often_as_asked():
     assert [len(seconds) for seconds in found] == [8, 3, 1]
     assert "".join(order) == "aa" + "aab" + "aab" + "aabc"
     assert min(min(seconds) for seconds in found) >= 0
+
+
+def measure(works, device, settings):
+    """Numbers of contenders after their first calls."""
+    begun = {name: begin(work, device) for name, work in works.items()}
+    return meter.measure(works, begun, device, settings)
 
 
 @pytest.fixture
@@ -44,56 +49,33 @@ def passes(monkeypatch):
 
 def test_the_median_is_that_of_all_calls(passes):
     work = passes(0.0, 0.0, 0.02, 0.02, 0.02)
-    assert median_seconds([work], CPU, rounds=5, launches=1) == [pytest.approx(0.02)]
+    assert median_seconds([work], CPU, calls=5, rounds=5) == [pytest.approx(0.02)]
 
 
 def test_numbers_on_a_cpu_are_those_of_the_contender(passes):
     works = {"slow": passes(0.02, 0.02, 0.02, 0.03, 0.04), "fast": passes(0.0005)}
     found = measure(works, CPU, Settings(seconds=0.1))
-    slow, fast = found["slow"], found["fast"]
-    assert slow["calls"] == 5 and fast["calls"] == 100
     # Two calls came before: 20, 30, 40, 20, 20 ms.
-    middle, low, high = (slow[f"device_ms{part}"] for part in ("", "_low", "_high"))
-    assert [low, middle, high] == pytest.approx([20, 20, 30])
-    assert fast["device_ms"] == pytest.approx(0.5)
-    assert slow["wall_ms"] == slow["device_ms"]
-    for name in ("peak_mib", "launches", "millijoules", "clock_mhz", "temperature_c", "throttled"):
-        assert slow[name] is None
+    assert found["slow"]["seconds"] == pytest.approx([0.02, 0.03, 0.04, 0.02, 0.02])
+    assert found["slow"]["wall_ms"] == pytest.approx(20)
+    assert found["fast"]["seconds"] == pytest.approx(100 * [0.0005])
+    assert set(found["slow"]) == {"seconds", "wall_ms"}  # nothing that only a GPU tells
 
 
 def test_three_calls_at_least_and_a_hundred_at_most(passes):
     for seconds, calls in ((0, 3), (0.05, 50), (1, 100)):
         settings = Settings(seconds=seconds)
         found = measure({"quick": passes(0.001)}, CPU, settings)
-        assert found["quick"]["calls"] == calls
-        assert meter.duration(dict(wall_ms=1.0, launches=None), CPU, settings) == calls / 1e3
-
-
-def test_what_has_begun_is_not_begun_again(passes):
-    called = []
-    work = passes(0.001)
-    begun = {"a": meter.begin(work, CPU)}
-    found = measure({"a": lambda: called.append(work())}, CPU, Settings(seconds=0), begun)
-    assert found["a"]["calls"] == len(called) == 3
-    assert [meter.calls_to_begin(s, d) for s, d in ((0.1, CPU), (2, CPU), (2, CUDA))] == [2, 1, 5]
+        assert len(found["quick"]["seconds"]) == calls
+        assert meter.duration(dict(wall_ms=1.0), CPU, settings) == calls / 1e3
 
 
 def test_two_long_calls_after_one_that_warms_up(monkeypatch):
     called = []
     monkeypatch.setattr(meter, "wall_seconds", lambda work: called.append(work()) or 5.5)
-    found = measure({"long": lambda: None}, CPU, Settings(seconds=0))
-    assert found["long"]["calls"] == 2 and len(called) == 1
-
-
-def test_one_that_raises_keeps_the_others_going():
-    def fails():
-        raise RuntimeError("\n  CUDA out of memory.\nTried to allocate")
-
-    found = measure({"bad": fails, "good": lambda: None}, CPU, Settings(seconds=0))
-    assert found["bad"] == {"reason": "RuntimeError: CUDA out of memory."}
-    assert found["good"]["calls"] == 3
-    assert list(found) == ["bad", "good"]
-    assert describe_error(ValueError()) == "ValueError"
+    begin(lambda: None, CPU)
+    assert len(called) == 1
+    assert meter.duration(dict(wall_ms=5500.0), CPU, Settings(seconds=0)) == 11.0
 
 
 class FakeGpu:
@@ -108,7 +90,7 @@ class FakeGpu:
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2**30)
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30 + 3 * 2**20)
         monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-        monkeypatch.setattr(meter.launches, "count", lambda work: self.count(work))
+        monkeypatch.setattr(meter, "count_launches", self.count)
         monkeypatch.setattr(meter.time, "perf_counter", lambda: self.now)
         monkeypatch.setattr(meter, "times", self.times)
 
@@ -143,10 +125,10 @@ class FakeGpu:
 def test_numbers_on_a_gpu(monkeypatch, counter):
     gpu = FakeGpu(monkeypatch, counter=counter)
     [found] = measure({"a": gpu.work}, CUDA, Settings(seconds=0.5, sensors=gpu)).values()
-    assert found["device_ms"] == pytest.approx(8.0)
+    assert found["seconds"] == 50 * [0.008]
     assert found["wall_ms"] == pytest.approx(10.0)  # with what the host adds
     assert found["peak_mib"] == 3.0 and found["launches"] == 2
-    assert found["calls"] == 50 and gpu.timed == [50]
+    assert gpu.timed == [50]
     assert found["millijoules"] == pytest.approx(250 * 10)  # watts times milliseconds of a call
     sensed = (found["clock_mhz"], found["temperature_c"], found["throttled"])
     assert sensed == (1400, 70, ["power cap", "board limit"]) and gpu.seen_at_work

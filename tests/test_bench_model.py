@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlmo.bench import model, official
-from vlmo.bench.model import PHASES, ModelProblem
-from vlmo.bench.suite import Case
+import bench_model as model
+from bench_model import PHASES, ModelProblem
+from harness import official
+from harness.contenders import Case
 
 CPU = torch.device("cpu")
 

@@ -28,12 +28,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 from torch import nn
 
-from vlmo import checkpoint as checkpoint_module
-from vlmo.checkpoint import LoadReport, config_of, load_checkpoint, save_checkpoint
-from vlmo.config import VLMoConfig
-from vlmo.layouts import CONFIG_RECORD, CheckpointError, read_content
-from vlmo.model import VLMo
-from vlmo.resize import geometric_offsets, resize_absolute_positions, resize_relative_table
+from vlmo.checkpoint import io as checkpoint_module
+from vlmo.checkpoint.formats import CONFIG_RECORD, CheckpointError, read_content
+from vlmo.checkpoint.io import LoadReport, config_of, load_checkpoint, save_checkpoint
+from vlmo.checkpoint.resize import (
+    geometric_offsets,
+    resize_absolute_positions,
+    resize_relative_table,
+)
+from vlmo.model.config import VLMoConfig
+from vlmo.model.vlmo import VLMo
 
 DATA = Path(__file__).parent / "data"
 TABLE = "relative_position_bias_table"

@@ -11,6 +11,7 @@ import test_step
 from test_step import batch_of, gradients, model_of
 from test_wrappers import Lora
 from vlmo import VLMo
+from vlmo.tasks.losses import compute_losses
 
 pytestmark = pytest.mark.heavy
 
@@ -39,7 +40,7 @@ def trained(model: VLMo, forward, batch: dict) -> dict:
     """Everything that ``forward`` returns, and the gradients of its loss."""
     torch.manual_seed(0)
     model.zero_grad()
-    output = forward(batch)
+    output = forward(compute_losses, batch)
     output["loss"].backward()
     return {**output, **gradients(model)}
 
@@ -98,7 +99,7 @@ def test_the_operations_stay_in_the_graph():
         return graph
 
     model = model_of(TINY.replace(tasks=("vqa",)))
-    torch.compile(model, fullgraph=True, backend=keep)(batch_of(4))
+    torch.compile(model, fullgraph=True, backend=keep)(compute_losses, batch_of(4))
     names = [str(node.target) for node in graphs[0].graph.nodes]
     for operation in ("moe_ffn_fwd", "attention_fwd"):
         assert sum(operation in name for name in names) == TINY.depth
@@ -117,9 +118,9 @@ def test_without_what_a_loader_adds():
 def test_autocast():
     model = model_of(TINY.replace(tasks=PRETRAINING))
 
-    def forward(batch):
+    def forward(function, batch):
         with torch.autocast("cpu", torch.bfloat16):
-            return model(batch)
+            return model(function, batch)
 
     check(model, [batch_of(4)], forward, rtol=0.02, atol=0.02)
 
@@ -159,7 +160,7 @@ def test_values_are_checked_in_the_graph(wrong):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for forward, error in ((model, ValueError), (compiled, RuntimeError)):
         with pytest.raises(error, match=f"{wrong}: ({complaints[wrong]})"):
-            forward(batch)
+            forward(compute_losses, batch)
 
 
 @pytest.mark.slow

@@ -13,8 +13,9 @@ from torch.utils.data import Dataset
 import evaluation_cases
 from vlmo import VLMo
 from vlmo.data import Draw, TextTokenizer, collate, digit_tokenizer
-from vlmo.evaluation import evaluate
-from vlmo.step import backward
+from vlmo.tasks.evaluation import evaluate
+from vlmo.tasks.losses import compute_losses
+from vlmo.training.step import backward
 
 EMPTY = ["", "   ", "\u200b\u0000", "\u2603 \u2603", "[MASK] [SEP] [CLS] [PAD] [UNK]"]
 TINY = evaluation_cases.TINY.replace(
@@ -57,7 +58,7 @@ def test_losses_are_those_of_the_words_there_are(official, tasks, micro_batch):
     texts = [EMPTY[0], EMPTY[3], "a one left of a two", "a six", EMPTY[4], "two threes"]
     model, batch = model_of(*tasks), batch_of(texts, official)
     assert len(batch["mlm_tokens"])
-    output = model(batch)
+    output = model(compute_losses, batch)
     words, labels = output["mlm_logits"].float(), output["mlm_labels"]
     weight = 1.0 if tasks == ("textmlm",) else 0.25
     assert torch.allclose(output["mlm_loss"], weight * F.cross_entropy(words, labels))

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from vlmo.commands.app import app, main
 from vlmo.demo import program
-from vlmo.loading import load_model
-from vlmo.parity import Deviation, check_backends
-from vlmo.retrieval import Recall
+from vlmo.run_folder import load_model
+from vlmo.tasks.retrieval import Recall
+from vlmo.testing import Deviation, check_backends
 from vlmo.training import trainer
 from vlmo.training.logs import read_table
 

@@ -6,7 +6,7 @@ import pytest
 
 import digit_tasks
 from digit_tasks import RESULTS, SEEDS, TABLES, VARIANTS, Run, draw, report, spread, stages
-from vlmo.recipes import RECIPES
+from vlmo.training.recipes import RECIPES
 
 pytestmark = pytest.mark.heavy
 

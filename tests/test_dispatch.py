@@ -115,8 +115,8 @@ def test_a_kernel_is_interpreted_only_when_asked_for_by_name(monkeypatch):
     def fail(*_):
         raise RuntimeError("the Triton kernel ran")
 
-    monkeypatch.setattr(ops.triton_impl, "why_not", lambda *facts: None)
-    monkeypatch.setattr(ops.triton_impl, "forward", fail)
+    monkeypatch.setattr(ops.BACKENDS["triton"], "why_not", lambda *facts: None)
+    monkeypatch.setattr(ops.BACKENDS["triton"], "forward", fail)
     routing, x, w = ModalityRouting.segments([(0, 4)]), torch.randn(4, 8), [torch.randn(8, 8)]
     moe_ffn(x, routing, w, w)
     with pytest.raises(RuntimeError, match="the Triton kernel ran"):

@@ -6,8 +6,9 @@ import torch
 import ranks
 from processes import in_ranks
 from test_step import TASKS, TINY, assert_same, batch_of, gradients, model_of
-from vlmo import distributed, step
-from vlmo.transfer import HostCopy
+from vlmo import distributed
+from vlmo.device import HostCopy
+from vlmo.training import step
 
 pytestmark = pytest.mark.heavy
 

@@ -22,11 +22,12 @@ from evaluation_cases import (
     results,
 )
 from processes import in_ranks
-from vlmo import evaluation, objectives
 from vlmo.data import ANSWERS, BadSample, Draw, TextTokenizer, collate, open_data, train_wordpiece
 from vlmo.data.draws import hashed
-from vlmo.evaluation import evaluate, gallery_of
-from vlmo.retrieval import Embeddings, encode, recall_at
+from vlmo.tasks import evaluation
+from vlmo.tasks.evaluation import evaluate, gallery_of
+from vlmo.tasks.losses import compute_losses
+from vlmo.tasks.retrieval import Embeddings, encode, recall_at
 
 
 class Given(nn.Module):
@@ -225,7 +226,7 @@ def test_losses_are_those_of_training(task):
     batch = whole_batch(dataset, task, order)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        expected = objectives.compute(model.eval(), batch, generator=generator)
+        expected = compute_losses(model.eval(), batch, generator=generator)
     losses = {name: float(value) for name, value in expected.items() if name.endswith("loss")}
     if len(losses) == 2:
         del losses["loss"]

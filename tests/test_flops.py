@@ -1,4 +1,4 @@
-"""The formulas of vlmo.flops, against what PyTorch counts of a model written as dense products."""
+"""The formulas of vlmo.model.flops, against PyTorch's count of a model of dense products."""
 
 import pytest
 import torch
@@ -8,8 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from test_model import TINY, make_batch
 from vlmo import VLMo
-from vlmo.flops import step_flops
-from vlmo.recipes import TEXT_PARTS
+from vlmo.model.flops import step_flops
+from vlmo.tasks.losses import compute_losses
+from vlmo.training.recipes import TEXT_PARTS
 
 CONFIG = TINY.replace(vqa_labels=7)
 LENGTHS = [3, 6, 4, 5]
@@ -36,8 +37,8 @@ def eager_attention(qkv: Tensor, *, offsets: Tensor, **_) -> Tensor:
 @pytest.fixture(autouse=True)
 def dense(monkeypatch):
     """The kernels' operations hide their products from the counter."""
-    monkeypatch.setattr("vlmo.layers.moe_ffn", eager_moe_ffn)
-    monkeypatch.setattr("vlmo.sequences.shared_attention", eager_attention)
+    monkeypatch.setattr("vlmo.model.layers.moe_ffn", eager_moe_ffn)
+    monkeypatch.setattr("vlmo.model.layout.shared_attention", eager_attention)
 
 
 def batch_of(lengths: list[int]) -> dict[str, Tensor]:
@@ -55,7 +56,7 @@ def words_of(batch: dict[str, Tensor]) -> int:
 def counted(model: VLMo, batch: dict[str, Tensor]) -> tuple[int, int]:
     """Operations of the forward and of the backward."""
     with FlopCounterMode(display=False) as forward:
-        loss = model(batch)["loss"]
+        loss = model(compute_losses, batch)["loss"]
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     return forward.get_total_flops(), backward.get_total_flops()

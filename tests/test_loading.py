@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from evaluation_cases import TOKENIZER, model_of
 from vlmo import Predictor, save_checkpoint
+from vlmo.checkpoint.formats import CheckpointError
 from vlmo.data import ANSWERS
-from vlmo.layouts import CheckpointError
-from vlmo.loading import Digests, digest, digests_of, load_model
+from vlmo.run_folder import Digests, digest, digests_of, load_model
 
 WORDS = TOKENIZER.tokens(range(TOKENIZER.vocab_size))
 OURS = Digests(digest(WORDS), digest(ANSWERS))

@@ -8,8 +8,9 @@ import torch
 from vlmo import VLMo, VLMoConfig
 from vlmo.kernels import routing, use_backend
 from vlmo.kernels.attention import api as attention_api
-from vlmo.negatives import draw_negatives
-from vlmo.sequences import Run
+from vlmo.model.layout import Run
+from vlmo.tasks.losses import compute_losses
+from vlmo.tasks.negatives import draw_negatives
 
 TINY = VLMoConfig(
     dim=24,
@@ -47,7 +48,7 @@ def make_batch(size: int = 4) -> dict[str, torch.Tensor]:
 )
 def test_every_task_gives_a_finite_loss_and_gradients(tasks):
     model = VLMo(TINY.replace(tasks=tasks, vqa_labels=7))
-    output = model(make_batch())
+    output = model(compute_losses, make_batch())
     losses = [value for key, value in output.items() if key.endswith("_loss")]
     assert len(losses) == len(tasks)
     torch.testing.assert_close(output["loss"], torch.stack(losses).sum())
@@ -61,13 +62,15 @@ def test_backend_of_the_config_and_of_the_context():
     named = VLMo(TINY.replace(kernels="reference", tasks=("irtr",)))
     anyone = VLMo(TINY.replace(tasks=("irtr",)))
     anyone.load_state_dict(named.state_dict())
-    torch.testing.assert_close(anyone(batch)["loss"], named(batch)["loss"])
+    torch.testing.assert_close(
+        anyone(compute_losses, batch)["loss"], named(compute_losses, batch)["loss"]
+    )
     with pytest.raises(NotImplementedError, match="backend 'cuda' cannot run"):
-        VLMo(TINY.replace(kernels="cuda", tasks=("irtr",)))(batch)
+        VLMo(TINY.replace(kernels="cuda", tasks=("irtr",)))(compute_losses, batch)
     with use_backend("cuda"), pytest.raises(NotImplementedError, match="backend 'cuda'"):
-        anyone(batch)
+        anyone(compute_losses, batch)
     with use_backend("cuda"):  # the model's own choice comes first
-        named(batch)
+        named(compute_losses, batch)
 
 
 def test_padding_does_not_change_the_text():
@@ -147,9 +150,11 @@ def test_separate_attention():
         state |= {k.replace(prefix, prefix + "_text"): v for k, v in copies.items()}
     model.load_state_dict(state)
     torch.manual_seed(1)
-    expected = shared(batch)["loss"]
+    expected = shared(compute_losses, batch)["loss"]
     torch.manual_seed(1)
-    torch.testing.assert_close(model(batch)["loss"], expected)  # equal weights: the same function
+    torch.testing.assert_close(
+        model(compute_losses, batch)["loss"], expected
+    )  # equal weights: the same function
 
     with torch.no_grad():
         model.transformer.blocks[0].attn_text.proj.weight.zero_()
@@ -202,7 +207,7 @@ def test_compiled_model_equals_eager():
 def test_autocast_training_step():
     model, batch = VLMo(TINY), make_batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model(batch)["loss"]
+        loss = model(compute_losses, batch)["loss"]
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
@@ -266,12 +271,12 @@ def test_bad_config(changes, message):
 
 def test_itm_without_itc_is_refused():
     with pytest.raises(ValueError, match="itm without itc"):
-        VLMo(TINY.replace(tasks=("itm",)))(make_batch())
+        VLMo(TINY.replace(tasks=("itm",)))(compute_losses, make_batch())
 
 
 def test_vqa_targets_of_another_size_are_refused():
     with pytest.raises(ValueError, match=r"vqa_targets: shape \(4, 7\) is not \(4, 9\)"):
-        VLMo(TINY.replace(tasks=("vqa",), vqa_labels=9))(make_batch())
+        VLMo(TINY.replace(tasks=("vqa",), vqa_labels=9))(compute_losses, make_batch())
 
 
 @pytest.mark.parametrize("tasks", [("mlm", "itc", "itm"), ("textmlm",), ("vqa",)])
@@ -281,7 +286,9 @@ def test_layers_do_not_check_a_layout_that_is_right_by_construction(tasks, monke
     for module in (attention_api, routing):
         monkeypatch.setattr(module, "check_values", lambda name, *_: checked.append(name))
     model = VLMo(TINY.replace(tasks=tasks, vqa_labels=7))
-    model(make_batch() | {"answers": torch.zeros(4, dtype=torch.int64)})["loss"].backward()
+    model(compute_losses, make_batch() | {"answers": torch.zeros(4, dtype=torch.int64)})[
+        "loss"
+    ].backward()
     assert not checked
 
 
@@ -296,5 +303,5 @@ def test_a_layout_groups_its_rows_once(monkeypatch):
     monkeypatch.setattr(routing, "routing_index", noted)
     model = VLMo(TINY.replace(tasks=("vqa",), vqa_labels=7))
     assert model.config.first_vl_block == 2
-    model(make_batch() | {"answers": torch.zeros(4, dtype=torch.int64)})
+    model(compute_losses, make_batch() | {"answers": torch.zeros(4, dtype=torch.int64)})
     assert len(calls) == 1  # two layers below the first VL block share it; above, one expert

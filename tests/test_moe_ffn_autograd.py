@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_ffn_cases import Case, Spy, call, leaves, make_routing, make_tensors, outputs_and_gradients
 from processes import in_ranks
-from vlmo.kernels import ModalityRouting, moe_ffn
+from vlmo.kernels import ModalityRouting, _op, moe_ffn
 from vlmo.kernels.moe_ffn import op as ops
 
 CASES = [
@@ -35,10 +35,10 @@ CASES = [
 def way(request, monkeypatch):
     """How the call gets to its implementation; the other way is barred."""
     if request.param == "registered":
-        monkeypatch.setattr(ops, "runs_eagerly", lambda tensors: False)
-        monkeypatch.setattr(ops, "_Direct", None)
+        monkeypatch.setattr(_op, "runs_eagerly", lambda tensors: False)
+        monkeypatch.setattr(_op, "_Direct", None)
     else:
-        monkeypatch.setattr(ops, "moe_ffn_fwd", None)
+        monkeypatch.setattr(ops.MOE_FFN, "forward", None)
     return request.param
 
 
@@ -60,7 +60,7 @@ def expected(case):
 
     def registered(tensors):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ops, "runs_eagerly", lambda tensors: False)
+            patch.setattr(_op, "runs_eagerly", lambda tensors: False)
             return call(case, routing, tensors)
 
     return run(case, registered)
@@ -130,7 +130,7 @@ def test_an_unused_output_costs_nothing(case, way, monkeypatch):
     def fail(*_):
         raise AssertionError("backward was called")
 
-    monkeypatch.setattr(ops.reference, "backward", fail)
+    monkeypatch.setattr(ops.BACKENDS["cpu"], "backward", fail)
     tensors, routing = make_tensors(case, "cpu", torch.float64), make_routing(case, "cpu")
     flat = leaves(tensors)
     call(case, routing, tensors)
@@ -187,17 +187,31 @@ def test_writing_over_a_saved_tensor_is_noticed(way):
         y.sum().backward()
 
 
+def test_second_derivatives_of_the_reference(case):
+    tensors, routing = make_tensors(case, "cpu", torch.float64), make_routing(case, "cpu")
+    flat = leaves(tensors)
+
+    def function(*_):
+        return call(case, routing, tensors, backend="reference")
+
+    assert torch.autograd.gradgradcheck(function, tuple(flat.values()), fast_mode=True)
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize(
     ("backend", "warm", "recompute"),
-    [("reference", False, False), ("triton", False, False), ("triton", True, True)],
+    [
+        ("reference", False, False),
+        ("reference", True, True),
+        ("triton", False, False),
+        ("triton", True, True),
+    ],
 )
 def test_compiled(case, backend, warm, recompute, checkpointed, monkeypatch):
     """One graph, with the routing index made in it or (warm) before; the same results as eager."""
     spy = Spy()
     monkeypatch.setitem(ops.BACKENDS, "triton", spy)
-    monkeypatch.setitem(ops._IMPLEMENTATIONS, "triton", spy)
     routing = make_routing(case, "cpu")
 
     def function(tensors):

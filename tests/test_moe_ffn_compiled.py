@@ -10,7 +10,9 @@ from compiling import (
     spill_limit,
 )
 from moe_ffn_cases import CASES
-from vlmo.kernels.moe_ffn.triton.tiles import GENERATIONS, OPERANDS, TABLE
+from vlmo.kernels._backends.triton import OPERANDS
+from vlmo.kernels.moe_ffn.triton.tiles import TABLE
+from vlmo.kernels.target import GENERATIONS
 
 pytestmark = pytest.mark.heavy
 

@@ -33,6 +33,7 @@ from sm70.static_model import main_loops
 from sm70.timing import occupancy
 from vlmo import _C
 from vlmo.kernels import target
+from vlmo.kernels._backends import cuda as cuda_target
 from vlmo.kernels.moe_ffn import counters as launch_counters
 from vlmo.kernels.moe_ffn.counters import Counters
 from vlmo.kernels.moe_ffn.cuda import arguments as cuda_launch
@@ -87,17 +88,17 @@ def record(monkeypatch):
 
     def start() -> list[Launch]:
         seen: list[Launch] = []
-        launch = cuda_launch.launch
+        launch = cuda_target.launch
 
-        def spy(cubin, kernel, device, programs, argument, tensors):
-            launch(cubin, kernel, device, programs, argument, tensors)
+        def spy(cubin, kernel, device, programs, threads, shared_bytes, argument, tensors):
+            launch(cubin, kernel, device, programs, threads, shared_bytes, argument, tensors)
             counters = next(
                 t for t in tensors if t is not None and t.data_ptr() == argument.call.counters
             )
             left = counters[: argument.call.num_counters].cpu().numpy().copy()
             seen.append(Launch(kernel, programs, argument, left))
 
-        monkeypatch.setattr(cuda_launch, "launch", spy)
+        monkeypatch.setattr(cuda_target, "launch", spy)
         return seen
 
     return start
@@ -334,14 +335,14 @@ def test_the_emulator_knows_where_tensors_end(kernel, name, monkeypatch):
 
     monkeypatch.setattr(emulator, "memory_of", short)
     with emulated():
-        launch = cuda_launch.launch
+        launch = cuda_target.launch
 
-        def cut(cubin, launched, device, programs, argument, tensors):
+        def cut(cubin, launched, device, programs, threads, shared_bytes, argument, tensors):
             nonlocal address
             address = getattr(argument, name) if launched == kernel else None
-            launch(cubin, launched, device, programs, argument, tensors)
+            launch(cubin, launched, device, programs, threads, shared_bytes, argument, tensors)
 
-        monkeypatch.setattr(cuda_launch, "launch", cut)
+        monkeypatch.setattr(cuda_target, "launch", cut)
         with pytest.raises(KernelFault, match=r"global .* out of bounds"):
             run(Case(), "cpu")
 
@@ -409,8 +410,8 @@ def test_cpu_tensors_are_refused():
     ("structure", "cubin"),
     [
         (cuda_forward.ForwardArgument, "moe_ffn_fwd"),
-        (cuda_gradients.RowsArgument, "moe_ffn_bwd_rows"),
-        (cuda_weights.WeightsArgument, "moe_ffn_bwd_weights"),
+        (cuda_gradients.BackwardRowsArgument, "moe_ffn_bwd_rows"),
+        (cuda_weights.BackwardWeightsArgument, "moe_ffn_bwd_weights"),
     ],
 )
 @pytest.mark.parametrize("built", ["sm_70", "sm_75"])
@@ -491,7 +492,7 @@ def test_main_loops_have_no_bank_conflicts():
     # The weights' kernel needs two steps: 40 tokens of an expert.
     case = Case(pieces=((0, 40),), hidden=(40,), batch=1, dim=40)
     with emulated(trace=lambda cta, warp, records, addresses: traces.append((records, addresses))):
-        launch = cuda_launch.launch
+        launch = cuda_target.launch
 
         def spy(cubin, kernel, *rest):
             traces.clear()
@@ -499,7 +500,7 @@ def test_main_loops_have_no_bank_conflicts():
             launches.append((cubin, kernel, list(traces)))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cuda_launch, "launch", spy)
+            patch.setattr(cuda_target, "launch", spy)
             run(case, "cpu")
     assert [kernel for _, kernel, _ in launches] == [
         "moe_ffn_fwd_gelu",

@@ -18,16 +18,9 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modelled.schedule import Banded, Piece, Split, in_waves, replay_split
 from vlmo.kernels.moe_ffn.rows import Rows
-from vlmo.kernels.moe_ffn.schedule import (
-    Banded,
-    Piece,
-    Split,
-    choose_band,
-    in_waves,
-    replay,
-    replay_split,
-)
+from vlmo.kernels.moe_ffn.schedule import choose_band, replay
 from vlmo.kernels.moe_ffn.triton import launch as host
 from vlmo.kernels.moe_ffn.triton.backward_weights import Work, find_range, find_work
 from vlmo.kernels.moe_ffn.triton.device import locate

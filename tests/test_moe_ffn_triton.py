@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 
 from moe_ffn_cases import Case, call, leaves, make_routing, make_tensors, outputs_and_gradients
+from vlmo.kernels._backends import triton_launch
 from vlmo.kernels.moe_ffn import counters as launch_counters
 from vlmo.kernels.moe_ffn.counters import Counters
-from vlmo.kernels.moe_ffn.triton import launch as triton_launch
 from vlmo.kernels.moe_ffn.triton import tiles
 from vlmo.kernels.moe_ffn.triton.backward_weights import SUM_COLUMNS, add_up
 from vlmo.kernels.moe_ffn.triton.tiles import Tile, Tiles

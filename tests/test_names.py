@@ -15,7 +15,8 @@ import pytest
 import vlmo
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 SOURCES = [p for folder in ("vlmo", "kernels") for p in sorted((ROOT / folder).rglob("*.py"))]
 OF_OTHERS = {"metrics.py"}  # of the NLVR2 data set
 DOTTED = re.compile(r"(?<![\w./-])vlmo(?:\.[A-Za-z_]\w*)+(\()?")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
 import tables
 from bench_cases import measured, not_run, report
-from vlmo.bench.pictures import draw
-from vlmo.bench.report import Report
+from report import Report
 
 # What a measured or modelled figure looks like. "128 x 128" is a size.
 FIGURES = re.compile(
@@ -89,7 +90,7 @@ def test_sizes_are_no_figures(text):
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
-    """A repository with a README, a page and no results of vlmo bench."""
+    """A repository with a README, a page and no results of the benchmarks."""
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
     (tmp_path / "docs").mkdir()
@@ -112,6 +113,13 @@ def of_a_cpu() -> Report:
     return report(*records, machine={"name": "cpu", "cpu": "Some Chip", "cores": 2})
 
 
+def save(it: Report, name: str = "cpu-abc1234") -> Path:
+    """Among the results, in format 1."""
+    path = tables.RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"format": 1} | asdict(it)))
+    return path
+
+
 def run(monkeypatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["tables.py", *arguments])
     return tables.main()
@@ -132,7 +140,7 @@ def test_without_a_result_the_block_says_so(tree, monkeypatch, capsys):
 @pytest.mark.heavy
 def test_a_result_fills_its_blocks_page_and_pictures(tree, monkeypatch):
     it = of_a_cpu()
-    it.save(tables.RESULTS)
+    save(it)
     assert run(monkeypatch) == 0
     assert run(monkeypatch, "--check") == 0
     assert (tables.RESULTS / "cpu-abc1234.md").read_text() == it.markdown()
@@ -144,14 +152,16 @@ def test_a_result_fills_its_blocks_page_and_pictures(tree, monkeypatch):
             assert (path.parent / target).is_file(), target
         [row] = [line for line in text.splitlines() if line.startswith("| moe_ffn")]
         assert "2.00 (vlmo:cpu) | 3.00 (masks) | 4.00 (slices) | 1.50 x | 2.00 x" in row
-        assert "Some Chip, 2 cores, commit abc1234, by `vlmo bench --suite moe_ffn`" in text
+        assert (
+            "Some Chip, 2 cores, commit abc1234, by `pytest benchmarks --benchmark-enable`" in text
+        )
     assert tables.cpu_cases("").count("| moe_ffn") == 2
 
 
 @pytest.mark.heavy
 def test_a_changed_page_or_picture_is_not_up_to_date(tree, monkeypatch):
     it = of_a_cpu()
-    it.save(tables.RESULTS)
+    save(it)
     run(monkeypatch)
     (tables.RESULTS / "cpu-abc1234.md").write_text("changed")
     assert tables.stale(write=False) == ["benchmarks/results/cpu-abc1234.md"]
@@ -162,17 +172,15 @@ def test_a_changed_page_or_picture_is_not_up_to_date(tree, monkeypatch):
     run(monkeypatch)
     before = {path.name for path in tables.RESULTS.glob("*.png")}
     it.records[0]["calls"] += 1  # in no picture and on no page, but they are of another report
-    it.save(tables.RESULTS)
+    save(it)
     assert set(tables.stale(write=False)) == {f"benchmarks/results/{name}" for name in before}
 
 
 @pytest.mark.heavy
 def test_results_of_gpus_are_listed_and_others_left_alone(tree):
     assert tables.gpu_summary("") == "No result of a GPU is committed yet."
-    of_a_cpu().save(tables.RESULTS)
-    it = report(measured("vlmo:triton", 1.0), measured("slices", 2.0))
-    it.save(tables.RESULTS)
-    draw(it, tables.RESULTS)
+    save(of_a_cpu())
+    save(report(measured("vlmo:triton", 1.0), measured("slices", 2.0)), "testing-unit-9")
     text = tables.gpu_summary("../")
     assert "Testing Unit 9" in text and "Some Chip" not in text
     assert "1.00 (vlmo:triton) | 2.00 (slices) | 2.00 (slices) | 2.00 x | 2.00 x" in text
@@ -180,7 +188,7 @@ def test_results_of_gpus_are_listed_and_others_left_alone(tree):
 
 def test_two_results_of_a_cpu_are_one_too_many(tree):
     for commit in ("a", "b"):
-        report(machine={"name": "cpu"}, commit=commit).save(tables.RESULTS)
+        save(report(machine={"name": "cpu"}), f"cpu-{commit}")
     with pytest.raises(ValueError, match=r"cpu-a\.json, cpu-b\.json: keep one"):
         tables.cpu_report()
 

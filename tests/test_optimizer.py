@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from vlmo import VLMo
-from vlmo.recipes import tiny
 from vlmo.training.optimizer import linear_schedule, parameter_groups, warmup_then_decay
+from vlmo.training.recipes import tiny
 
 
 def test_schedule_rises_and_falls():

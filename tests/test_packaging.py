@@ -57,6 +57,7 @@ def assert_packages(names: set[str]) -> None:
     sources = {
         *("vlmo" / path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")),
         *(path.relative_to(ROOT) for path in (ROOT / "vlmo").rglob("*.py")),
+        *("vlmo/py.typed", "vlmo/data/digits/vocab.txt"),
     }
     assert {str(path) for path in sources} <= names
     assert "vlmo/kernels.pyi" not in names, "it would hide vlmo/kernels/ from type checkers"

@@ -13,7 +13,7 @@ peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install -e
 from test_model import make_batch  # noqa: E402
 from test_wrappers import EMBEDDINGS, TINY, fused_calls, outputs  # noqa: E402
 from vlmo import VLMo, load_checkpoint, save_checkpoint  # noqa: E402
-from vlmo.layouts import CheckpointError  # noqa: E402
+from vlmo.checkpoint.formats import CheckpointError  # noqa: E402
 
 LINEAR = ["qkv", "proj", "fc1", "fc2"]
 BLOCKS, EXPERTS, HEADS = 3, 7, 8  # blocks; experts of all blocks; linear layers of the heads

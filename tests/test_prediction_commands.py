@@ -21,8 +21,8 @@ from vlmo import Predictor, save_checkpoint
 from vlmo.commands.app import app, main
 from vlmo.commands.records import reader
 from vlmo.data import ANSWERS, open_data
-from vlmo.evaluation import evaluate
-from vlmo.loading import digest
+from vlmo.run_folder import digest
+from vlmo.tasks.evaluation import evaluate
 
 pytestmark = pytest.mark.heavy
 
@@ -230,7 +230,7 @@ def test_evaluate_refuses_before_a_model_is_loaded(folder, monkeypatch, capsys, 
     def loaded(*_, **__):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("vlmo.loading.load_model", loaded)
+    monkeypatch.setattr("vlmo.run_folder.load_model", loaded)
     said = refused(
         *(monkeypatch, capsys, "evaluate", folder / "run", *arguments), "--data", "digits"
     )

@@ -13,8 +13,8 @@ from PIL import Image
 from evaluation_cases import TINY, TOKENIZER, model_of
 from vlmo import Predictor, save_checkpoint
 from vlmo.data import ANSWERS, load_vocabulary, train_wordpiece
-from vlmo.loading import load_model
-from vlmo.sequences import Packed
+from vlmo.model.layout import Packed
+from vlmo.run_folder import load_model
 
 ALL = ("itc", "itm", "vqa", "nlvr2")
 TEXTS = ["a one", "two fives left of a one", "a three above a seven", "a nine", "a two"]

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from vlmo import VLMo
-from vlmo.objectives import unused_parameters
-from vlmo.recipes import RECIPES, Recipe, recipe
+from vlmo.tasks.losses import unused_parameters
 from vlmo.training.optimizer import parameter_groups
+from vlmo.training.recipes import RECIPES, Recipe, recipe
 
 # The supplementary material of the paper: name, lr, batch, steps, epochs, pixels.
 SUPPLEMENT = [

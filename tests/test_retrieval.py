@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from vlmo import VLMo, VLMoConfig, retrieval
-from vlmo.retrieval import (
+from vlmo import VLMo, VLMoConfig
+from vlmo.tasks import retrieval
+from vlmo.tasks.retrieval import (
     Embeddings,
     Gallery,
     Shortlist,
@@ -97,7 +98,7 @@ def test_recall_in_chunks_is_the_same(monkeypatch):
     scores = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
     whole = recall_at(embeddings(scores), IMAGE_OF_TEXT)
     lists = shortlist(embeddings(scores), 3)
-    monkeypatch.setattr("vlmo.retrieval._CELLS", 1)
+    monkeypatch.setattr("vlmo.tasks.retrieval._CELLS", 1)
     assert recall_at(embeddings(scores), IMAGE_OF_TEXT) == whole
     for chunked, list_ in zip(shortlist(embeddings(scores), 3), lists, strict=True):
         assert torch.equal(chunked.rows, list_.rows)

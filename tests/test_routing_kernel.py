@@ -110,6 +110,7 @@ def test_index_passes_what_the_kernel_reads(volta_kernel, monkeypatch):
 
     monkeypatch.setattr(_C, "launch", launch)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=1234))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     strided = torch.from_numpy(case.make_ids().repeat(2))[::2]
     outputs = routing_index.launch(strided, case.experts)
     assert_index([output.numpy() for output in outputs], case)
@@ -136,14 +137,14 @@ def test_volta_code_has_no_local_memory(volta_kernel):
 
 def test_why_not_names_the_obstacle(monkeypatch):
     assert routing_index.why_not_cuda(torch.zeros(3, dtype=torch.int32), 2) == (
-        "ids are on cpu, not on a CUDA device."
+        "cpu tensors: its kernels run on NVIDIA GPUs."
     )
 
     device = torch.device("cuda", 0)
     ids = SimpleNamespace(device=device, dtype=torch.int32, numel=lambda: 3)
     monkeypatch.setattr(target, "compute_capability", lambda device: (6, 1))
     assert routing_index.why_not_cuda(ids, 2) == (
-        f"cuda:0 is sm_61; the kernel is built for {', '.join(TARGETS)}."
+        f"cuda:0 is sm_61; the kernels are built for {', '.join(TARGETS)}."
     )
     monkeypatch.setattr(target, "compute_capability", lambda device: (7, 2))
     assert routing_index.why_not_cuda(ids, 33) == "33 experts; the kernel takes 1 to 32."

@@ -7,11 +7,14 @@ import torch
 
 import test_model
 from counting import OnDevice, counting
-from vlmo import VLMo, VLMoConfig, objectives, step
-from vlmo.bench.official import pretraining
+from harness.official import pretraining
+from vlmo import VLMo, VLMoConfig
 from vlmo.data import HOST_KEYS, to_device
-from vlmo.negatives import PendingNegatives
-from vlmo.placement import autocast_dtype
+from vlmo.device import autocast_dtype
+from vlmo.tasks import losses
+from vlmo.tasks.losses import compute_losses
+from vlmo.tasks.negatives import PendingNegatives
+from vlmo.training import step
 
 TINY = test_model.TINY.replace(vqa_labels=7)
 ABSOLUTE = TINY.replace(relative_position_bias=False, absolute_position=True, layer_scale=None)
@@ -76,7 +79,7 @@ def test_a_packed_step_equals_the_official_composition(config):
     wanted = gradients(model)
     model.zero_grad()
     torch.manual_seed(5)
-    output = model(batch)
+    output = model(compute_losses, batch)
     output["loss"].backward()
     assert_same({name: output[name] for name in expected}, expected)
     assert_same(gradients(model), wanted)
@@ -98,14 +101,14 @@ def test_parts_equal_the_whole(tasks, micro_batch):
 def test_parts_see_the_same_dropout_in_both_passes(monkeypatch):
     model, batch = model_of(TINY.replace(tasks=("irtr",), drop_path=0.5)), batch_of(8)
     seen = []
-    encode = objectives.encode_streams
+    encode = losses.encode_streams
 
     def recording(*args):
         found = encode(*args)
         seen.append(found[0])
         return found
 
-    monkeypatch.setattr(objectives, "encode_streams", recording)
+    monkeypatch.setattr(losses, "encode_streams", recording)
     step.backward(model, batch, micro_batch=4, seed=(1, 2))
     assert len(seen) == 4
     for first, second in zip(seen[:2], seen[2:], strict=True):
@@ -161,7 +164,7 @@ def test_unused_parameters(tasks, config):
     model = model_of(config.replace(tasks=tasks))
     step.backward(model, batch_of(4))
     without = {name for name, p in model.named_parameters() if p.grad is None}
-    assert objectives.unused_parameters(model.config) == without
+    assert losses.unused_parameters(model.config) == without
 
 
 @pytest.mark.parametrize("name", ["text_lengths", "mlm_tokens"])
@@ -180,16 +183,19 @@ def test_bad_batches():
     gap[1, :2] = torch.tensor([0, 1])
     del batch["text_lengths"]
     with pytest.raises(ValueError, match="text_masks: text 1 has padding before its last token"):
-        model(batch | {"text_masks": gap})
+        model(compute_losses, batch | {"text_masks": gap})
     with pytest.raises(ValueError, match="text_lengths: text 2 has no token"):
-        model(batch | {"text_lengths": torch.tensor([3, 3, 0, 3])})
+        model(compute_losses, batch | {"text_lengths": torch.tensor([3, 3, 0, 3])})
     with pytest.raises(ValueError, match="text_lengths: text 3 has more tokens than text_ids, 6"):
-        model(batch | {"text_lengths": torch.tensor([3, 3, 1, 7])})
+        model(compute_losses, batch | {"text_lengths": torch.tensor([3, 3, 1, 7])})
     with pytest.raises(ValueError, match=r"text_lengths: shape \(3,\) for 4 texts"):
-        model(batch | {"text_lengths": torch.tensor([3, 3, 1])})
+        model(compute_losses, batch | {"text_lengths": torch.tensor([3, 3, 1])})
     labels = torch.full_like(batch["text_labels_mlm"], 1)
     with pytest.raises(ValueError, match="text_labels_mlm: a label stands on padding"):
-        model({k: v for k, v in batch.items() if k != "mlm_tokens"} | {"text_labels_mlm": labels})
+        model(
+            compute_losses,
+            {k: v for k, v in batch.items() if k != "mlm_tokens"} | {"text_labels_mlm": labels},
+        )
 
 
 @pytest.mark.parametrize("tasks", [("mlm", "itc", "itm"), ("irtr",)])
@@ -234,7 +240,7 @@ BASE = VLMoConfig.base(dim=8, heads=1, vocab_size=50, drop_path=0.0)  # its numb
 @pytest.mark.parametrize(("joined", "passes"), [(True, 2), (False, 3)])
 def test_what_a_pretraining_step_costs_beside_the_official_one(monkeypatch, joined, passes):
     """Per sample of base at 224 pixels with captions of n tokens, and the same losses."""
-    monkeypatch.setattr(objectives, "_joins", lambda device: joined)
+    monkeypatch.setattr(losses, "_joins", lambda device: joined)
     rows = 3
     model, batch = model_of(BASE), batch_of(rows, BASE)
     batch["text_lengths"].clamp_(max=12)  # captions are short
@@ -249,7 +255,7 @@ def test_what_a_pretraining_step_costs_beside_the_official_one(monkeypatch, join
     }
     torch.manual_seed(5)
     with counting() as ours:
-        output = model(on_device)
+        output = model(compute_losses, on_device)
     torch.manual_seed(5)
     with counting() as official:
         expected = pretraining(model, on_device)
@@ -277,14 +283,14 @@ def test_what_a_pretraining_step_costs_beside_the_official_one(monkeypatch, join
 def negative_words(model: VLMo, batch: dict) -> int:
     torch.manual_seed(5)
     patches = model.embed_image(batch["image"])
-    output = objectives.contrast(model, objectives.encode_streams(model, batch, patches)[0])
+    output = losses.contrast(model, losses.encode_streams(model, batch, patches)[0])
     pending = PendingNegatives(output["itc_i2t_logits"], output["itc_t2i_logits"], batch)
     return sum(pending.all().text_lengths)
 
 
 def test_settings_of_a_run_are_not_recorded(tmp_path):
     from vlmo import save_checkpoint
-    from vlmo.checkpoint import config_of
+    from vlmo.checkpoint.io import config_of
 
     config = TINY.replace(checkpointing=True, itc_grad_scale=0.5, kernels="reference")
     save_checkpoint(VLMo(config), tmp_path / "model.pt")

@@ -16,16 +16,16 @@ from processes import command, forked, rows_of, steps_of
 from test_data_arrow import PAIRS, write
 from test_golden import REL, SHARED
 from training_cases import keep_states, run, shrink_digits, small
-from vlmo import VLMo, VLMoConfig, load_checkpoint, recipes, save_checkpoint
+from vlmo import VLMo, VLMoConfig, load_checkpoint, save_checkpoint
 from vlmo.data import digit_tokenizer
-from vlmo.loading import load_model
-from vlmo.recipes import Recipe
-from vlmo.step import backward
-from vlmo.training import setup, trainer
+from vlmo.run_folder import load_model
+from vlmo.training import recipes, setup, trainer
 from vlmo.training.logs import RunLog
 from vlmo.training.optimizer import clip_gradients
+from vlmo.training.recipes import Recipe
 from vlmo.training.setup import check_batch
 from vlmo.training.state import load_state
+from vlmo.training.step import backward
 
 pytestmark = pytest.mark.heavy
 

@@ -11,7 +11,7 @@ from training_cases import run, shrink_digits, small
 from training_data import make
 from vlmo import save_checkpoint
 from vlmo.files import write_json
-from vlmo.loading import digests_of, load_model
+from vlmo.run_folder import digests_of, load_model
 from vlmo.training.state import load_state
 
 pytestmark = pytest.mark.heavy

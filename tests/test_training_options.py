@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from processes import command, forked, rows_of, steps_of
 from training_cases import run, shrink_digits, small
 from training_data import make
-from vlmo.loading import load_model
+from vlmo.run_folder import load_model
 from vlmo.training import trainer
 from vlmo.training.logs import RunLog
 from vlmo.training.state import load_state

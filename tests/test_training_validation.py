@@ -10,7 +10,7 @@ import pytest
 from processes import assert_same_weights, command, rows_of, steps_of
 from training_cases import run, shrink_digits, small
 from training_data import damage, make
-from vlmo.evaluation import evaluate
+from vlmo.tasks.evaluation import evaluate
 from vlmo.training import Interrupted, trainer
 from vlmo.training.state import load_state
 

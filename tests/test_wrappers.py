@@ -12,7 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from test_model import make_batch
-from vlmo import VLMo, VLMoConfig, layers, save_checkpoint
+from vlmo import VLMo, VLMoConfig, save_checkpoint
+from vlmo.model import layers
+from vlmo.tasks.losses import compute_losses
 
 TINY = VLMoConfig(
     dim=24,
@@ -81,7 +83,7 @@ def replace(model: VLMo, make, names=LAYERS) -> VLMo:
 def outputs(model: VLMo, seed: int = 1) -> dict[str, torch.Tensor]:
     torch.manual_seed(seed)
     batch = make_batch()
-    return model(batch, generator=torch.Generator().manual_seed(seed))
+    return model(compute_losses, batch, generator=torch.Generator().manual_seed(seed))
 
 
 def assert_same(actual, expected) -> None:

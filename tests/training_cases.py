@@ -12,11 +12,11 @@ from rich.console import Console
 
 from vlmo.data import sources
 from vlmo.distributed import rank
-from vlmo.recipes import Recipe, recipe
-from vlmo.step import backward
 from vlmo.training import Interrupted, Settings, train, trainer
 from vlmo.training.parallel import WAYS, is_first, joined_group
+from vlmo.training.recipes import Recipe, recipe
 from vlmo.training.state import save_state
+from vlmo.training.step import backward
 
 STAGES = ("textmlm", "pretrain", "vqa", "nlvr2", "retrieval")
 STEPS = 4

@@ -21,9 +21,10 @@ from vlmo.kernels import (
     moe_ffn,
     shared_attention,
 )
+from vlmo.kernels._backends import triton_launch
 from vlmo.kernels._backends.triton import compile_options
 from vlmo.kernels.attention.triton import launch as attention_launch
-from vlmo.kernels.moe_ffn.triton import launch as triton_launch
+from vlmo.kernels.moe_ffn.triton import launch as host
 
 DIM, HEADS, HIDDEN, PATCHES, TEXT = 48, 3, 80, 9, 16
 IMAGE = PATCHES + 1
@@ -109,8 +110,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         for change in (
             mock.patch.object(triton_launch, "launch", ask),
-            mock.patch.object(triton_launch, "workers_on", return_value=132),
-            mock.patch.object(attention_launch, "launch", ask),
+            mock.patch.object(host, "workers_on", return_value=132),
             mock.patch.object(attention_launch.target, "multiprocessors", return_value=132),
             mock.patch("vlmo.kernels._backends.triton.why_not", return_value=None),
             mock.patch.object(knobs.runtime, "jit_cache_hook", note),

@@ -13,10 +13,10 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Predictor": "predictor",
-    "VLMo": "model",
-    "VLMoConfig": "config",
-    "load_checkpoint": "checkpoint",
-    "save_checkpoint": "checkpoint",
+    "VLMo": "model.vlmo",
+    "VLMoConfig": "model.config",
+    "load_checkpoint": "checkpoint.io",
+    "save_checkpoint": "checkpoint.io",
 }
 
 __all__ = ["Predictor", "VLMo", "VLMoConfig", "load_checkpoint", "save_checkpoint"]

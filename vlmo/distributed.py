@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vlmo.transfer import upload
+from vlmo.kernels.transfer import upload
 
 
 def rank() -> int:

@@ -21,17 +21,19 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vlmo import objectives, passes
-from vlmo.attention_maps import AttentionMaps, attention_weights
 from vlmo.data.tokenizer import TextTokenizer
 from vlmo.data.transforms import SquareTransform
+from vlmo.device import chosen_device, chosen_dtype, require_backend
 from vlmo.inputs import Picture, Pictures, Texts, decoded
 from vlmo.inputs import pictures as pictures_of
 from vlmo.inputs import texts as texts_of
-from vlmo.loading import load_model
-from vlmo.model import VLMo
-from vlmo.placement import chosen_device, chosen_dtype, require_backend
-from vlmo.retrieval import (
+from vlmo.model import layout, packed
+from vlmo.model.attention_maps import AttentionMaps, attention_weights
+from vlmo.model.vlmo import VLMo
+from vlmo.run_folder import load_model
+from vlmo.tasks import losses
+from vlmo.tasks.inference import device_of, even_batches, precision
+from vlmo.tasks.retrieval import (
     Embeddings,
     Gallery,
     Shortlist,
@@ -40,10 +42,9 @@ from vlmo.retrieval import (
     matching_logits,
     shortlist,
 )
-from vlmo.retrieval import (
+from vlmo.tasks.retrieval import (
     rerank as rerank_lists,
 )
-from vlmo.sharing import device_of, even_batches, precision
 
 _THREADS = 8  # that decode images
 
@@ -140,7 +141,7 @@ class Predictor:
         batch_size: int = 64,
         **changes: Any,
     ) -> Predictor:
-        """The predictor of a run folder or a checkpoint, see :func:`vlmo.loading.load_model`.
+        """The predictor of a run folder or a checkpoint, see :func:`vlmo.run_folder.load_model`.
 
         Args:
             source: run folder, or checkpoint of any layout.
@@ -155,7 +156,7 @@ class Predictor:
 
         Raises:
             NotImplementedError: the backend cannot run here.
-            ValueError: no such device, dtype or backend, or as :func:`vlmo.loading.load_model`,
+            ValueError: no such device, dtype or backend, or as :func:`vlmo.run_folder.load_model`,
                 whose other errors come up as well.
         """
         place = chosen_device(device)
@@ -236,7 +237,7 @@ class Predictor:
         """
         self._require("match", "itm")
 
-        def matched(texts: passes.Texts, pixels: Tensor, places: Sequence[int]) -> Tensor:
+        def matched(texts: layout.Texts, pixels: Tensor, places: Sequence[int]) -> Tensor:
             return matching_logits(self.model, texts, pixels, places)
 
         found = self._joined([*self._pairs(matched, images, texts)], (2,))
@@ -273,8 +274,8 @@ class Predictor:
             raise ValueError(f"top: {top} is not positive")
         model, names = self.model, self.answers
 
-        def logits(texts: passes.Texts, pixels: Tensor, places: Sequence[int]) -> Tensor:
-            cls = passes.fuse(model, texts, model.embed_image(pixels), torch.tensor([*places]))
+        def logits(texts: layout.Texts, pixels: Tensor, places: Sequence[int]) -> Tensor:
+            cls = packed.fuse(model, texts, model.embed_image(pixels), torch.tensor([*places]))
             return model.vqa_classifier(model.pooler(cls))
 
         found = [
@@ -310,7 +311,7 @@ class Predictor:
                 batch |= {"image_0": one, "image_1": other}
                 # The labels are made up; nothing looks at the loss.
                 batch["answers"] = torch.zeros(len(rows), dtype=torch.int64, device=one.device)
-                output = objectives.nlvr2(self.model, batch)
+                output = losses.nlvr2(self.model, batch)
                 found.append(output["nlvr2_logits"])
         return self._joined(found, (2,)).softmax(1)[:, 1]
 
@@ -428,7 +429,7 @@ class Predictor:
 
     def _pairs(
         self,
-        function: Callable[[passes.Texts, Tensor, Sequence[int]], Tensor],
+        function: Callable[[layout.Texts, Tensor, Sequence[int]], Tensor],
         images: Pictures,
         texts: Texts,
     ) -> Iterator[Tensor]:
@@ -474,9 +475,9 @@ class Predictor:
         device = device_of(self.model)
         return {name: value.to(device) for name, value in batch.items()} | {"text_lengths": lengths}
 
-    def _words(self, texts: Sequence[str]) -> passes.Texts:
+    def _words(self, texts: Sequence[str]) -> layout.Texts:
         batch = self._encoded(texts)
-        return passes.end_to_end(batch["text_ids"], passes.text_lengths(batch))
+        return layout.end_to_end(batch["text_ids"], layout.text_lengths(batch))
 
     def _warn_of_long_texts(self, texts: Sequence[str], masks: Tensor) -> None:
         assert self._vocabulary is not None
@@ -489,7 +490,7 @@ class Predictor:
                     stacklevel=2,
                 )
 
-    def _tokens_of(self, words: passes.Texts) -> list[str]:
+    def _tokens_of(self, words: layout.Texts) -> list[str]:
         assert self._tokenizer is not None
         return self._tokenizer.tokens(words.ids.tolist())
 

@@ -1,27 +1,27 @@
 // The gradients of keys and values.
 //
-// A CTA owns 64 keys of one head of one sequence and walks over its queries, 32 at a time. With
+// A CTA owns 64 keys of one head of one sequence and iterates over its queries, 32 at a time. With
 // P = exp(scores - lse): dv = P^T dout, dP = dout v^T, dS = P (dP - delta), dk = scale dS^T q.
-// Everything is made transposed, keys as rows, so that a warp needs nothing of the others.
+// All products are computed transposed, with keys as rows, so that warps exchange no data.
 
 #include "attention/lookup.cuh"
 
 struct BackwardKV {
   Call call;
   Operand dout, dk, dv;
-  const float* delta;  // as lse
+  const float* delta;  // laid out as lse
 };
 
 template <int kDim, class Rows>
 struct BackwardKVKernel {
-  static constexpr bool kShared = Rows::kSharedBytes > 0;  // short of registers
+  static constexpr bool kShared = Rows::kSharedBytes > 0;  // too few registers for k and v
   using Scores = SquareScores<1>;
   using Output = LineOutput<kDim>;
   using Move = Mover<kDim, 128>;
   static constexpr int kWarps = 4, kThreads = kWarps * 32, kRows = kWarps * Scores::kWarpRows;
   static constexpr int kTile = ColumnTile<kDim>::kBytes;
   static constexpr int kStage = 2 * kTile + QueryCodes::kBytes;  // queries, dout, codes
-  static constexpr int kWeights = Scores::kWarpRows * WeightTile::kRowBytes;  // of a warp
+  static constexpr int kWeights = Scores::kWarpRows * WeightTile::kRowBytes;  // bytes per warp
 
   __device__ static void run(const BackwardKV& f) {
     extern __shared__ char shared[];
@@ -48,9 +48,9 @@ struct BackwardKVKernel {
     codes.load(call, f.delta, sequence, start, last);
 
     const unsigned p_tile = stages + 2 * kStage + warp_index() * 2 * kWeights;
-    const WeightWriter<Scores> writer(p_tile);  // that of dS lies behind it
+    const WeightWriter<Scores> writer(p_tile);  // the tile of dS follows it
     unsigned at = stages + 2 * kStage + kWarps * 2 * kWeights;
-    // A masked key becomes zeros: its weights are 0, but 0 times what is not finite is not 0.
+    // Masked keys are replaced by zeros: their weights are 0, but 0 times infinity or NaN is NaN.
     const auto row_pointer = [&](const Operand& operand) {
       return [&](int row) {
         const int key = first_row + row;
@@ -77,7 +77,7 @@ struct BackwardKVKernel {
     __syncthreads();
 
     unsigned stage = stages;
-    // Nobody attends to keys behind the last: their gradient is 0.
+    // No query attends to keys past the last one: their gradient is 0.
     const int begin = sequence.first_row < sequence.keys ? start : sequence.tokens;
 #pragma unroll 1
     for (int first = begin; first < kept->tokens; first += kColumns) {
@@ -85,7 +85,7 @@ struct BackwardKVKernel {
       const unsigned code_tile = stage + 2 * kTile;
       Scores p, ds = {};
       lookup.start(call, *kept, p, code_tile, first);
-      // When the next step is loaded and stored: the fastest of some twenty ways, in the model.
+      // Where the next step is loaded and stored is the fastest of some twenty variants (modelled).
       multiply_scores<kDim>(p, k, stage + lane_scores, [&](int octet) {
         if (octet == 0) codes.load(call, f.delta, *kept, next, end);
         if (octet == 5 && !kShared) move.load(moved_queries, query_source, call.q, next, end);

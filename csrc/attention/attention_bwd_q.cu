@@ -1,14 +1,14 @@
-// The gradient of the queries, and what every gradient needs: delta = rowsum(dout out).
+// The gradient of the queries, and delta = rowsum(dout out), which every gradient needs.
 //
-// A CTA owns 64 queries of one head of one sequence and walks over its keys, as the forward does.
-// With P = exp(scores - lse): dP = dout v^T, dS = P (dP - delta), dq = scale dS k.
+// A CTA owns 64 queries of one head of one sequence and iterates over its keys, as the forward
+// does. With P = exp(scores - lse): dP = dout v^T, dS = P (dP - delta), dq = scale dS k.
 
 #include "attention/lookup.cuh"
 
 struct BackwardQ {
   Call call;
   Operand out, dout, dq;
-  float* delta;  // as lse
+  float* delta;  // laid out as lse
 };
 
 template <int kDim, class Scores, class Output, class Rows>
@@ -71,7 +71,7 @@ struct BackwardQKernel {
     const unsigned lane_keys = keep(Output::column_offset());
     const unsigned lane_weights = keep(weights + Output::weight_offset());
     Output dq = {};
-    float rest[kThreadRows] = {};  // sums of dS, which would be 0 if delta were exact
+    float rest[kThreadRows] = {};  // row sums of dS, which would be 0 if delta were exact
     __syncthreads();
 
     unsigned stage = stages;
@@ -80,7 +80,8 @@ struct BackwardQKernel {
       const int next = (step + 1) * kColumns;
       Scores p, ds = {};
       lookup.start(call, *kept, p, stage + 2 * kTile, step * kColumns);
-      // When the next step is loaded: the fastest of some twenty ways without a spill, in the model.
+      // Where the next step is loaded is the fastest of some twenty variants without spills
+      // (modelled).
       multiply_scores<kDim>(p, q, stage + lane_scores, [&](int octet) {
         if (octet == 0) codes.load(call, *kept, next, last, keys);
         if (octet == 7) move.load(moved_values, value_source, call.v, next, last);
@@ -112,8 +113,10 @@ struct BackwardQKernel {
     store_output(dq, factor, weights, *kept, f.dq, call.head_dim);
   }
 
-  // Delta from the rounded output is exact enough for dq, but its error adds up over the queries of an
-  // entry of the table: for the other kernels the sum of dS, which ought to be 0, is added to it.
+  // Delta computed from the rounded output is accurate enough for dq, but in the gradient of the
+  // bias table its error accumulates over all queries that read an entry. The delta stored for the
+  // other kernels is therefore corrected by the row sum of dS, which would be 0 in exact
+  // arithmetic.
   __device__ static void store_delta(const BackwardQ& f, const Sequence& sequence,
                                      const float (&delta)[kThreadRows],
                                      const float (&rest)[kThreadRows]) {
@@ -127,7 +130,7 @@ struct BackwardQKernel {
     }
   }
 
-  // delta and log2 of the sum of exponentials of the thread's rows.
+  // delta, and log2 of the sum of exponentials, of the thread's rows.
   __device__ static void find_delta(const BackwardQ& f, const Sequence& sequence, const Rows& dout,
                                     float (&delta)[kThreadRows], float (&lse)[kThreadRows]) {
     const QuadPair at;

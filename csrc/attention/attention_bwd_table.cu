@@ -1,23 +1,24 @@
-// The gradient of the bias table: of each entry, the sum of dS over all that read it.
+// The gradient of the bias table: for each entry, the sum of dS over all scores that read it.
 //
-// The 64 x 64 scores of a query tile and a key tile read the same entries in every sequence, so a CTA
-// sums their dS over a range of sequences in registers, and scatters the sums once. Many of them meet
-// in an entry: they are added as integers, whose order does not matter, so that the gradient is
-// repeatable without a tensor of N x N terms. Each CTA has a row of partial sums of its own.
+// The 64 x 64 scores of a query tile and a key tile read the same entries in every sequence, so a
+// CTA accumulates their dS over a range of sequences in registers and scatters the sums once. Many
+// sums go to the same entry. They are added in fixed point: integer addition does not depend on the
+// order, so the gradient is bitwise reproducible without a tensor of N x N terms. Each CTA has its
+// own row of partial sums.
 
 #include "attention/lookup.cuh"
 
 struct BackwardTable {
   Call call;
   Operand dout;
-  const float* delta;  // as lse
-  float* partial;      // [H, parts, entries], zeros
-  int parts;           // CTAs of a head
+  const float* delta;  // laid out as lse
+  float* partial;      // [H, parts, entries], zeros on entry
+  int parts;           // CTAs per head
   int range;           // sequences that are summed before a scatter; 1 with positions
 };
 
-// Scores whose rows lie in column tiles: rows of the thread are such that reading them as operand A
-// has no bank conflicts.
+// Scores whose rows are read from column tiles: the rows of a thread are chosen so that reading
+// them as operand A has no bank conflicts.
 struct TileScores : SquareScores<2> {
   __device__ static int row(int r) {
     const QuadPair at;
@@ -42,19 +43,19 @@ struct TileRows {
 
 template <int kDim>
 struct BackwardTableKernel {
-  static constexpr int kThreads = 128, kSide = 64;  // of the tile
+  static constexpr int kThreads = 128, kSide = 64;  // rows and columns of the score tile
   static constexpr int kBand = 4;  // query tiles
   static constexpr int kTile = ColumnTile<kDim>::kBytes, kOperand = 2 * kTile;
-  // What belongs to the tokens of a tile: log sums and deltas of queries, flags of keys.
+  // Byte offsets of the per-token values of a tile: log sums and deltas of queries, flags of keys.
   static constexpr int kDeltas = kSide * 4, kFlags = 2 * kSide * 4, kTokens = 3 * kSide * 4;
-  // Whether a tile is loaded long before it is stored; else registers do not suffice, and dout and v
-  // take the place of q and k.
+  // Whether tiles are loaded into registers long before they are stored to shared memory. Larger
+  // head dims have too few registers for that, and dout and v overwrite q and k.
   static constexpr bool kAhead = kDim <= 64;
   static constexpr int kTiles = (kAhead ? 4 : 2) * kOperand;
   static constexpr int kWindow = kTiles / 4;  // entries that are scattered at a time
   using Move = Mover<kDim, kThreads>;
 
-  // Of one operand, 64 tokens.
+  // 64 tokens of one operand, in registers.
   struct Moved {
     uint4 chunks[2][Move::kMoves];
 
@@ -70,7 +71,7 @@ struct BackwardTableKernel {
 #pragma unroll
       for (int i = 0; i < 2; ++i) move.store(chunks[i], at + i * kTile);
     }
-    // Of values: zeros for masked keys, because a weight of 0 times what is not finite is not 0.
+    // Stores values, with zeros for masked keys: a weight of 0 times infinity or NaN is NaN.
     __device__ void store_values(const Call& call, const Move& move, unsigned at,
                                  unsigned flags) const {
       store(move, at);
@@ -85,7 +86,7 @@ struct BackwardTableKernel {
     }
   };
 
-  // One query or key for each thread.
+  // The per-token values of one query or one key for each thread.
   struct Token {
     float lse, delta;
     int attended;
@@ -114,11 +115,11 @@ struct BackwardTableKernel {
     }
   };
 
-  // A tile and the sequences of its range that reach it.
+  // A tile, and the end of its range of sequences.
   struct Item {
     int head, query, key, stop;
 
-    // The first from `number` on, or stop.
+    // The first sequence from `number` on that is long enough to reach the tile, or stop.
     __device__ int next(const Call& call, int number) const {
       for (; number < stop; ++number) {
         const Sequence sequence(call, number, head, query);
@@ -136,8 +137,8 @@ struct BackwardTableKernel {
     const Move move(call.head_dim);
     for (int i = blockIdx.x % f.parts; i < tiles * tiles * ranges; i += f.parts) {
       const int range = i / (tiles * tiles), tile = i % (tiles * tiles);
-      // In bands of query tiles, key tile by key tile: what CTAs read at a time is nearly a square of
-      // tiles, so that they find much of it in L2.
+      // Bands of kBand query tiles, key tile by key tile: the tiles that CTAs read at one time are
+      // nearly a square, which gives a high L2 hit rate.
       const int band = tile / (kBand * tiles) * kBand, height = min(kBand, tiles - band);
       const int in_band = tile - band * tiles;
       const Item item{static_cast<int>(keep(blockIdx.x / f.parts)),
@@ -153,7 +154,7 @@ struct BackwardTableKernel {
     }
   }
 
-  // dS of the tile, over the sequences from `number` on.
+  // Sums dS of the tile over the sequences from `number` on.
   __device__ static void sum(const BackwardTable& f, const Item& item, int number,
                              const Move& move, char* tiles, TileScores& sums) {
     const Call& call = f.call;
@@ -217,7 +218,7 @@ struct BackwardTableKernel {
     }
   }
 
-  // q, k and what belongs to their tokens to shared memory; dout and v if they are loaded ahead.
+  // Prologue: q, k and their per-token values to shared memory; dout and v to registers if kAhead.
   __device__ static void load_first(const BackwardTable& f, const Item& item,
                                     const Sequence& sequence, const Move& move, unsigned shared,
                                     Moved& left, Moved& right, Token& token) {
@@ -243,8 +244,8 @@ struct BackwardTableKernel {
     });
   }
 
-  // The numbers of the entries that the tile reads, in the bits of `entries`. Queries and keys behind
-  // the end stand for others: their weights are 0.
+  // The indices of the table entries that the tile reads, as the bits of `entries`. Queries and
+  // keys past the end repeat others: their weights are 0.
   __device__ static void find_entries(const Call& call, const Item& item,
                                       const Sequence& sequence, TileScores& entries) {
     const int last = call.positions != nullptr ? sequence.tokens - 1 : call.length - 1;
@@ -288,7 +289,7 @@ struct BackwardTableKernel {
     __syncthreads();
   }
 
-  // Scores to weights, 0 where a key is masked.
+  // Turns scores into weights, 0 where a key is masked.
   __device__ static void weigh(const Call& call, unsigned tokens, int row, int column,
                                TileScores& p) {
     int flags[TileScores::kThreadColumns];
@@ -307,8 +308,8 @@ struct BackwardTableKernel {
     fill(p, [&](int r, int e) { return exp2_approx(fmaf(p.at(r, e), call.scale, -lse[r])); });
   }
 
-  // The sums to the CTA's row, as multiples of a power of two that all of them together cannot
-  // overflow. What is not finite makes its entry not a number.
+  // Adds the sums to the CTA's row of `partial`, in fixed point with a power-of-two scale such that
+  // the total of all of them cannot overflow. A sum that is not finite sets its entry to NaN.
   __device__ static void scatter(const BackwardTable& f, const Item& item, int number,
                                  char* shared, TileScores& sums) {
     const Call& call = f.call;
@@ -336,8 +337,8 @@ struct BackwardTableKernel {
     }
   }
 
-  // Neighbours that read the same entry, as all pairs of a text's query and an image's key do, are
-  // added up before: atomic additions to one address wait for each other.
+  // Neighbouring scores that read the same entry, as all pairs of a text query and an image key do,
+  // are summed first, because atomic additions to one address are serialised.
   __device__ static void count(TileScores& places, TileScores& sums, float up, int window, int size,
                                int* counts) {
     int place = 0, sum = 0;
@@ -370,7 +371,8 @@ struct BackwardTableKernel {
     });
   }
 
-  // Of the CTA's sum of absolute values, over 4096, the number of them: it cannot be infinite.
+  // The exponent of the CTA's mean absolute value. The mean over the 4096 sums, unlike their total,
+  // cannot be infinite.
   __device__ static int exponent_of_sum(char* shared, TileScores& sums) {
     float sum = 0;
     fill(sums, [&](int r, int e) {

@@ -1,10 +1,11 @@
 // The forward of shared_attention: softmax(scale q k^T + bias) v, and the log-sum-exp.
 //
-// A CTA owns kWarps x 16 kBlocks queries of one head of one sequence and walks over its keys, 32 at
-// a time. Scores start from the bias: it is looked up straight into their accumulators.
+// A CTA owns kWarps x 16 kBlocks queries of one head of one sequence and iterates over its keys, 32
+// at a time. The accumulators of the scores are initialised with the bias, looked up in its table.
 //
-// The maximum that is subtracted before exponentiating is that of the first keys, and raised only
-// when a weight would come near what half precision can hold: then the keys at hand are done again.
+// Online softmax with lazy rescaling: the subtracted maximum is that of the first keys, and is
+// raised only when a weight would approach the largest value of half precision. The current step is
+// then repeated with the new maximum.
 
 #include "attention/lookup.cuh"
 
@@ -13,7 +14,7 @@ struct Forward {
   Operand out;
 };
 
-constexpr float kLimit = 1024.0f;  // of a sum of 8 weights
+constexpr float kLimit = 1024.0f;  // on a thread's sum of 8 weights
 constexpr float kNone = -1e30f;    // the maximum of a query that has not attended yet
 
 template <int kDim, int kBlocks, int kWarps>
@@ -21,7 +22,7 @@ struct ForwardKernel {
   static constexpr int kThreads = kWarps * 32, kRows = kWarps * kBlocks * 16;
   static constexpr int kTile = ColumnTile<kDim>::kBytes;
   static constexpr int kStage = 2 * kTile + KeyCodes::kBytes;  // keys, values, codes
-  // Up to 64 tokens, two steps: all keys and values are in shared memory from the start.
+  // At most 64 tokens, two steps: the prologue loads all keys and values into shared memory.
   static constexpr bool kShort = kWarps == 2;
   using Move = Mover<kDim, kThreads>;
   using Scores = SquareScores<kBlocks>;
@@ -147,7 +148,7 @@ struct ForwardKernel {
     finish(f, *kept, weights, output, maximum, sum);
   }
 
-  // The maximum becomes that of all keys so far; what was summed before is scaled down.
+  // Raises the maximum to that of all keys so far, and rescales the sums and the output.
   __device__ static void raise(const Call& call, Scores& scores,
                                float (&maximum)[kThreadRows], float (&sum)[kThreadRows],
                                Output& output) {

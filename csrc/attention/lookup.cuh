@@ -1,16 +1,16 @@
-// The relative position bias and the masks: what scores start from.
+// The relative position bias and the masks: the initial values of the scores.
 #pragma once
 
 #include "attention/products.cuh"
 
-// A head's table into shared memory, by all threads; the caller synchronises.
+// Copies a head's table into shared memory, with all threads; the caller synchronises.
 template <int kThreads>
 __device__ inline void load_table(const Bias& bias, int head, char* shared) {
   if (bias.table == nullptr || !bias.in_shared) return;
   const int chunks = bias.entries / 4;
   const uint4* const table = reinterpret_cast<const uint4*>(bias.table) +
                              static_cast<long long>(head) * chunks;
-  constexpr int kAtOnce = 4;  // so that the latency of global memory is waited for once for all
+  constexpr int kAtOnce = 4;  // loads in flight per thread, to hide the latency of global memory
   for (int first = threadIdx.x; first < chunks; first += kAtOnce * kThreads) {
     uint4 moved[kAtOnce];
 #pragma unroll
@@ -33,7 +33,7 @@ __device__ inline unsigned load_word(unsigned at) {
   return value;
 }
 
-// The numbers of a thread's neighbouring columns.
+// One word for each of a thread's neighbouring columns.
 template <int kCount>
 __device__ inline void load_words(unsigned at, int (&values)[kCount]) {
 #pragma unroll
@@ -65,7 +65,7 @@ __device__ inline void fill(Scores& scores, Value value) {
   }
 }
 
-// Entries of the table in the place of their numbers.
+// Replaces indices of table entries by the entries.
 template <class Scores>
 __device__ inline void look_up(const Bias& bias, int head, unsigned table, Scores& scores) {
   const float* const far = bias.table + static_cast<long long>(head) * bias.entries;
@@ -81,8 +81,8 @@ __device__ inline int entry_at(const Bias& bias, int query, int key) {
                                 : bias.matrix[row * bias.size + key];
 }
 
-// Numbers of the entries that rows of the narrow index hold from `column` on, in the bits of the
-// scores. Columns behind the padded row are not looked at, but must be something.
+// Indices of the entries that rows of the narrow index hold from `column` on, as the bits of the
+// scores. Columns past the padded row are never used; their addresses are clamped to stay valid.
 template <class Scores>
 __device__ inline void load_entries(const Bias& bias, const int (&rows)[Scores::kThreadRows],
                                     int column, Scores& scores) {
@@ -102,15 +102,15 @@ __device__ inline void load_entries(const Bias& bias, const int (&rows)[Scores::
   });
 }
 
-// The token of a thread's row, the last one for rows behind it.
+// The token of a thread's row; rows past the end repeat the last token.
 template <class Scores>
 __device__ inline int token_of(const Sequence& sequence, int r) {
   return min(sequence.row_of_warp(Scores::kWarpRows) + Scores::row(r), sequence.tokens - 1);
 }
 
-// A key of a column tile: four times its column in the closed form of the index, and flags; its
-// position. One key for each lane: all warps load them, which is cheaper than to ask which warp this
-// is, and the first one stores.
+// What the lookup needs of a key of a column tile: four times its column in the closed form of the
+// index, with flags in the low bits, and its position. One key per lane. All warps load, which is
+// cheaper than a branch on the warp index; the first warp stores.
 constexpr int kIrregular = 1, kMasked = 2;
 
 struct KeyCodes {
@@ -118,8 +118,8 @@ struct KeyCodes {
   static constexpr int kBytes = 2 * kPositions;
   int column, regular, attended;
 
-  // Only loads; what they bring is looked at in store(). Whatever needs a load before its own is in a
-  // branch of its own: elsewhere its wait would be a wait for all loads under way.
+  // Only issues loads; store() uses their results. Each load that depends on another load is in a
+  // branch of its own: otherwise its wait would be a wait for all loads in flight.
   __device__ void load(const Call& call, const Sequence& sequence, int first, int last, int keys) {
     const int key = min(first + lane_index(), last);
     column = regular = 0;
@@ -135,7 +135,7 @@ struct KeyCodes {
     }
     if (call.key_mask != nullptr && attended) attended = call.key_mask[sequence.first_value + key];
   }
-  // Of each key of the tile a bit.
+  // A bit mask of the keys of the tile that are attended to.
   __device__ unsigned all_attended() const { return __ballot_sync(kFullWarp, attended); }
   __device__ void store(const Call& call, const Sequence& sequence, unsigned tile, int first,
                         int last) const {
@@ -150,13 +150,13 @@ struct KeyCodes {
   }
 };
 
-// Rows are queries, columns keys.
+// Lookup for scores with queries as rows and keys as columns.
 template <class Scores>
 struct QueryLookup {
   static constexpr int kThreadRows = Scores::kThreadRows;
   static constexpr int kThreadColumns = Scores::kThreadColumns;
   unsigned table;                // in shared memory
-  unsigned lane_codes;           // of the codes of the thread's columns
+  unsigned lane_codes;           // byte offset of the codes of the thread's columns
   unsigned factors;              // bit r is the factor of row r
   unsigned offset[kThreadRows];  // address of the entry for column 0
 
@@ -174,7 +174,7 @@ struct QueryLookup {
     }
   }
 
-  // The bias of 32 keys, minus infinity where a query does not attend.
+  // Sets the scores to the bias of 32 keys, and to minus infinity where a query does not attend.
   __device__ void start(const Call& call, const Sequence& sequence, Scores& scores, unsigned codes,
                         int first_key) const {
     int code[kThreadColumns];
@@ -187,7 +187,7 @@ struct QueryLookup {
       fill(scores, [](int, int) { return 0.0f; });
     } else if (special && __any_sync(kFullWarp, flags & kIrregular)) {
       start_from_index(call, sequence, scores, codes + KeyCodes::kPositions, first_key);
-      mask(call, sequence, scores, code, first_key);  // here: loads are waited for where they are
+      mask(call, sequence, scores, code, first_key);  // keeps the waits for loads in this branch
       return;
     } else {
       fill(scores, [&](int r, int e) {
@@ -209,7 +209,8 @@ struct QueryLookup {
     });
   }
 
-  // Where keys are irregular, from the index itself. All of a phase's loads are issued at once.
+  // For irregular keys, which have no closed form: reads the index itself. All loads of a phase are
+  // issued at once.
   __device__ void start_from_index(const Call& call, const Sequence& sequence, Scores& scores,
                                    unsigned positions, int first_key) const {
     const Bias& bias = call.bias;
@@ -234,8 +235,9 @@ struct QueryLookup {
   }
 };
 
-// A query of a column tile: the address of the entry it reads for column 0 of the closed form, with
-// bit 0 set if it reads it for every key; log2 of its sum of exponentials; delta; its position.
+// What the lookup needs of a query of a column tile: the address of the entry it reads for column 0
+// of the closed form, with bit 0 set if it reads that entry for every key; log2 of its sum of
+// exponentials; delta; its position.
 struct QueryCodes {
   static constexpr int kPart = kColumns * 4;
   static constexpr int kLogSums = kPart, kDeltas = 2 * kPart, kPositions = 3 * kPart;
@@ -243,7 +245,7 @@ struct QueryCodes {
   int offset, factor, outside;
   float lse, delta;
 
-  // Only loads, see KeyCodes.
+  // Only issues loads, see KeyCodes.
   __device__ void load(const Call& call, const float* deltas, const Sequence& sequence, int first,
                        int last) {
     const int query = min(first + lane_index(), last);
@@ -273,16 +275,16 @@ struct QueryCodes {
   }
 };
 
-// Rows are keys, columns queries.
+// Lookup for scores with keys as rows and queries as columns.
 template <class Scores>
 struct KeyLookup {
   static constexpr int kThreadRows = Scores::kThreadRows;
   static constexpr int kThreadColumns = Scores::kThreadColumns;
   unsigned table;           // in shared memory
-  unsigned lane_codes;      // of the codes of the thread's columns
-  int column[kThreadRows];  // four times the key's in the closed form
-  unsigned masked;          // bit r: no query attends to row r
-  bool irregular, special;  // some key of the warp is irregular; some is masked
+  unsigned lane_codes;      // byte offset of the codes of the thread's columns
+  int column[kThreadRows];  // four times the key's column in the closed form
+  unsigned masked;          // bit r is set if no query attends to row r
+  bool irregular, special;  // whether some key of the warp is irregular; masked
 
   __device__ KeyLookup(const Call& call, const Sequence& sequence, unsigned table)
       : table(table), lane_codes(keep(Scores::first_column() * 4)), masked(0) {
@@ -303,14 +305,14 @@ struct KeyLookup {
     special = __any_sync(kFullWarp, masked != 0);
   }
 
-  // The bias of 32 queries, minus infinity where one does not attend.
+  // Sets the scores to the bias of 32 queries, and to minus infinity where one does not attend.
   __device__ void start(const Call& call, const Sequence& sequence, Scores& scores, unsigned codes,
                         int first_query) const {
     if (call.bias.table == nullptr) {
       fill(scores, [](int, int) { return 0.0f; });
     } else if (irregular) {
       start_from_index(call, sequence, scores, codes + QueryCodes::kPositions, first_query);
-      mask(call, sequence, scores, first_query);  // here: loads are waited for where they are
+      mask(call, sequence, scores, first_query);  // keeps the waits for loads in this branch
       return;
     } else {
       int code[kThreadColumns];

@@ -1,9 +1,10 @@
 // Products of a warp's rows with column tiles, in two layouts.
 //
-// Quad pairs are stacked 2 x 2 (Square): 16 x 16 results an instruction; or side by side (Line): 8 x
-// 32. What is read from shared memory for operand B goes to half of the quad pairs in the first
-// layout, and to one in the second, which takes half as many accesses and twice the registers for
-// operand A. Hence: Line where rows fit into registers so, and for outputs that are not rescaled.
+// The quad pairs of a warp are stacked 2 x 2 (Square), 16 x 16 results per instruction, or placed
+// side by side (Line), 8 x 32 results. An element of operand B that is read from shared memory is
+// used by half of the quad pairs in the first layout, and by one in the second, which takes half as
+// many accesses and twice as many registers for operand A. Line is therefore used where the rows
+// fit into registers that way, and for outputs that are not rescaled.
 #pragma once
 
 #include "attention/tiles.cuh"
@@ -15,12 +16,12 @@ __device__ inline uint2 half_of(uint4 v, int half) {
   return half == 0 ? make_uint2(v.x, v.y) : make_uint2(v.z, v.w);
 }
 
-// Scores of a warp's kWarpRows rows and 32 columns. A thread has rows r, and of each the same
-// kThreadColumns neighbouring columns.
+// Scores of a warp's kWarpRows rows and 32 columns. A thread holds kThreadRows rows, and in each
+// row the same kThreadColumns neighbouring columns.
 template <int kBlocks>
 struct SquareScores {
   static constexpr int kWarpRows = 16 * kBlocks, kThreadRows = 2 * kBlocks, kThreadColumns = 8;
-  static constexpr int kOperands = kBlocks;  // of A, for all rows
+  static constexpr int kOperands = kBlocks;  // A operands for all rows
   float v[kBlocks][2][8];
 
   __device__ float& at(int r, int e) {
@@ -30,7 +31,7 @@ struct SquareScores {
     const QuadPair at;
     return r / 2 * 16 + at.m * 8 + at.high * 4 + r % 2 * 2 + (at.low & 1);
   }
-  // The row that a thread has of operand m.
+  // The row that a thread holds of operand m.
   __device__ static int operand_row(int m) {
     const QuadPair at;
     return m * 16 + at.m * 8 + at.high * 4 + at.low;
@@ -39,7 +40,7 @@ struct SquareScores {
     const QuadPair at;
     return at.n * 16 + (at.low & 2) * 4;
   }
-  // Over the four threads that share a row.
+  // Reductions over the four threads that share a row.
   __device__ static float sum_of_row(float x) {
     x += __shfl_xor_sync(kFullWarp, x, 2);
     return x + __shfl_xor_sync(kFullWarp, x, 8);
@@ -68,7 +69,7 @@ struct LineScores {
     const QuadPair at;
     return quad_pair() * 8 + (at.low & 2) * 2;
   }
-  // Over the eight threads that share a row.
+  // Reduction over the eight threads that share a row.
   __device__ static float sum_of_row(float x) {
     for (int distance = 2; distance <= 8; distance *= 2) {
       x += __shfl_xor_sync(kFullWarp, x, distance);
@@ -102,8 +103,8 @@ struct RegisterRows {
   __device__ uint4 read(int m, int octet) const { return v[m][octet]; }
 };
 
-// The same in shared memory, for SquareScores<1>, where registers do not suffice; padded against bank
-// conflicts.
+// The same in shared memory, for SquareScores<1>, where there are too few registers; padded to
+// avoid bank conflicts.
 template <int kDim>
 struct SharedRows {
   static constexpr int kCount = 1, kPitch = (kDim + kChunk) * 2, kSharedBytes = 16 * kPitch;
@@ -133,7 +134,7 @@ struct SharedRows {
 template <int kDim, class Scores>
 struct ColumnReader;
 
-// Block j of 16 columns has 4 of each 8 tokens, so that a thread's columns are neighbours.
+// Block j of 16 columns takes 4 of every 8 tokens, so that a thread's columns are neighbours.
 template <int kDim, int kBlocks>
 struct ColumnReader<kDim, SquareScores<kBlocks>> {
   static constexpr int kCount = 2;
@@ -167,8 +168,8 @@ __device__ inline float (&block_of(SquareScores<kBlocks>& scores, int m, int j))
 }
 __device__ inline float (&block_of(LineScores& scores, int m, int))[8] { return scores.v[m]; }
 
-// scores += rows columns^T; `columns` is the tile and the reader's lane offset. between(octet) is
-// called behind the products of 8 k each.
+// scores += rows columns^T; `columns` is the address of the tile plus the reader's lane offset.
+// between(octet) is called after the products of each 8 k.
 template <int kDim, class Scores, class Rows, class Between>
 __device__ inline void multiply_scores(Scores& scores, const Rows& rows, unsigned columns,
                                        Between between) {
@@ -207,8 +208,8 @@ __device__ inline unsigned pack_halves(float low, float high) {
   return *reinterpret_cast<const unsigned*>(&both);
 }
 
-// Puts weights into a WeightTile, or one some bytes behind it, rounded; the warp synchronises before it
-// reads.
+// Rounds weights and stores them into a WeightTile, or into one that begins `behind` bytes after
+// it. The warp synchronises before it reads them.
 template <class Scores>
 struct WeightWriter {
   unsigned lane;
@@ -237,7 +238,7 @@ struct WeightWriter {
                    : "memory");
     }
   }
-  // Some rows behind the thread's first, of which bits 1 and 3 are 0.
+  // Address of the row that is `rows` after the thread's first row, whose bits 1 and 3 are 0.
   __device__ unsigned place(int rows) const {
     return (lane ^ WeightTile::offset(rows, 0) % WeightTile::kRowBytes) +
            rows * WeightTile::kRowBytes;
@@ -253,12 +254,13 @@ struct SquareOutput {
 
   __device__ float (&block(int m, int pair, int e))[8] { return v[m][2 * pair + e]; }
   __device__ static int row(int r) { return SquareScores<kBlocks>::row(r); }
-  // Of register i of block(m, pair, e).
+  // The column of register i of block(m, pair, e).
   __device__ static int column(int pair, int e, int i) {
     const QuadPair at;
     return pair * 32 + i / 4 * 16 + at.n * 8 + e * 4 + (at.low & 2) + (i & 1);
   }
-  // Where a thread reads weights, operand A with k contiguous, and their columns, B with n contiguous.
+  // A thread's addresses of weights, operand A with k contiguous, and of columns, operand B with n
+  // contiguous.
   __device__ static unsigned weight_offset() {
     const QuadPair at;
     return WeightTile::offset(at.m * 8 + at.high * 4 + at.low, 0);
@@ -306,7 +308,7 @@ struct LineOutput {
   }
 };
 
-// output += weights columns; both are given with the output's lane offsets.
+// output += weights columns; both addresses include the output's lane offsets.
 template <class Output>
 __device__ inline void multiply_output(Output& output, unsigned weights, unsigned columns) {
 #pragma unroll
@@ -332,7 +334,8 @@ __device__ inline void multiply_output(Output& output, unsigned weights, unsigne
   }
 }
 
-// factor[r] * output, rounded, to the warp's rows; by way of its weight tile at `tile`.
+// Epilogue: stores factor[r] * output, rounded, to the warp's rows, through its weight tile at
+// `tile`.
 template <class Output>
 __device__ inline void store_output(Output& output, const float (&factor)[Output::kThreadRows],
                                     unsigned tile, const Sequence& sequence, const Operand& to,

@@ -1,19 +1,20 @@
-// Tiles in shared memory: columns that a CTA walks over, rows of a warp, weights between products.
+// Tiles in shared memory: columns that a CTA iterates over, and weights between two products.
 #pragma once
 
 #include "attention/parts.cuh"
 #include "common/memory.cuh"
 #include "common/volta_mma.cuh"
 
-// A number that ptxas keeps, and does not compute again wherever it is used.
+// A value that ptxas keeps in a register instead of rematerialising it at each use.
 __device__ inline unsigned keep(unsigned value) {
   return __shfl_sync(kFullWarp, value, lane_index());
 }
 
-// 32 tokens of an operand in shared memory. A token's chunks of 16 bytes are permuted by swizzle(), so
-// that the 8 lanes of a phase of an access take all 8 groups of banks: neighbours of a row when it is
-// written; 8 tokens, of bits 0, 2 and 3, or 4 tokens, of bits 0 and 1, and two chunks, when it is
-// read. A tile begins at a multiple of 128 bytes: addresses are put together by exclusive or.
+// 32 tokens of an operand in shared memory. swizzle() permutes a token's 16-byte chunks so that the
+// 8 lanes of one phase of an access cover all 8 groups of banks. On a write, these lanes access
+// neighbouring chunks of a row; on a read, 8 tokens that differ in bits 0, 2 and 3, or two chunks
+// of 4 tokens that differ in bits 0 and 1. A tile begins at a multiple of 128 bytes, so that
+// addresses can be combined by exclusive or.
 template <int kDim>
 struct ColumnTile {
   static_assert(kDim % 64 == 0, "swizzle() takes 8 chunks");
@@ -28,8 +29,8 @@ struct ColumnTile {
   }
 };
 
-// Weights of a warp's 16 or 32 rows for 32 columns, half precision, between two products: 64 bytes a
-// row. A chunk of 8 is put where neither writing nor reading meets a bank conflict.
+// Weights of a warp's 16 or 32 rows for 32 columns, in half precision, between two products: 64
+// bytes per row. Chunks of 8 are placed so that neither writes nor reads have bank conflicts.
 struct WeightTile {
   static constexpr int kRowBytes = 2 * kColumns;
 
@@ -38,16 +39,16 @@ struct WeightTile {
   }
 };
 
-// How a CTA moves column tiles: global memory to registers to shared memory, 16 bytes at a time.
+// Moves column tiles from global memory through registers to shared memory, 16 bytes at a time.
 template <int kDim, int kThreads>
 struct Mover {
   static constexpr int kChunks = kDim / kChunk;
-  static constexpr int kTokens = kThreads / kChunks;  // that the CTA moves at once
+  static constexpr int kTokens = kThreads / kChunks;  // tokens that the CTA moves at once
   static constexpr int kMoves = kColumns / kTokens;
   static_assert(kMoves * kTokens == kColumns, "every thread moves as much");
-  int token, column;  // the first this thread moves
-  unsigned offset;    // of its place in a tile
-  bool inside;        // column is within the head dim; tiles are zeroed behind it
+  int token, column;  // the first ones that this thread moves
+  unsigned offset;    // of their address in a tile
+  bool inside;        // column is within the head dim; the rest of a tile is zeroed
 
   __device__ Mover(int head_dim) {
     token = threadIdx.x / kChunks;
@@ -61,11 +62,11 @@ struct Mover {
     static_assert(Tile::swizzle(kTokens) >= 0 && (kTokens & (kTokens - 1)) == 0, "bits do not mix");
     return ((tile + offset) ^ Tile::swizzle(i * kTokens) * 16) + i * kTokens * Tile::kPitch;
   }
-  // Of this thread's chunk of the first token. Chunks behind the head dim are not stored.
+  // Address of this thread's chunk of the first token. Chunks past the head dim are not stored.
   __device__ const char* source(const Sequence& sequence, const Operand& operand) const {
     return reinterpret_cast<const char*>(sequence.pointer(operand, 0) + (inside ? column : 0));
   }
-  // Tokens behind the last repeat it.
+  // Tokens past the last one repeat it.
   __device__ void load(uint4 (&moved)[kMoves], const char* source, const Operand& operand,
                        int first, int last) const {
 #pragma unroll
@@ -81,8 +82,8 @@ struct Mover {
       store_shared(place(tile, i), moved[i]);
     }
   }
-  // Of keys: zeros in the place of those without a bit in `attended`. Their weights are 0, and 0 times
-  // what is not finite is not 0.
+  // Stores keys or values, with zeros for keys without a bit in `attended`: their weights are 0,
+  // but 0 times infinity or NaN is NaN.
   __device__ void store_keys(const uint4 (&moved)[kMoves], unsigned tile, unsigned attended) const {
     store(moved, tile);
     if (attended == kFullWarp || !inside) return;
@@ -93,7 +94,7 @@ struct Mover {
       }
     }
   }
-  // Behind the head dim of a tile, where nothing is ever stored.
+  // Zeroes the columns of a tile past the head dim, where nothing is stored later.
   __device__ void clear(unsigned tile) const {
     if (inside) return;
 #pragma unroll

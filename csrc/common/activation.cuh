@@ -1,4 +1,4 @@
-// Activations of an FFN and their slopes, in float.
+// Activations of an FFN and their derivatives, in float.
 #pragma once
 
 enum class Activation { kGelu, kGeluTanh, kSwiglu, kGeglu };
@@ -23,14 +23,14 @@ __device__ inline float sigmoid(float x) {
   return reciprocal_approx(1.0f + exp2_approx(-1.4426950408889634f * x));
 }
 
-// What the normal distribution has below -a, a >= 0, and exp(-a^2 / 2).
+// The tail probability of the standard normal distribution below -a, a >= 0, and exp(-a^2 / 2).
 struct NormalTail {
   float tail, bell;
 };
 
-// tail = bell q(t), t = 1 / (1 + 0.36 a), with the polynomial q that makes the largest relative error
-// for a <= 8 smallest: 1.8e-5, with the rounding of float 2.0e-5, a twenty-fourth of what rounding to
-// half precision may cost, for half of the instructions of erff. Infinite a gives NaN.
+// tail = bell q(t), t = 1 / (1 + 0.36 a). The polynomial q minimises the maximum relative error for
+// a <= 8, which is 1.8e-5, or 2.0e-5 with float rounding: one twenty-fourth of the largest error of
+// rounding to half precision. It takes half of the instructions of erff. Infinite a gives NaN.
 __device__ inline NormalTail normal_tail(float a) {
   const float t = reciprocal_approx(fmaf(0.36f, a, 1.0f));
   float q = fmaf(t, -0.09412777934009552f, 0.24151058098923406f);
@@ -43,7 +43,7 @@ __device__ inline NormalTail normal_tail(float a) {
 
 constexpr float kTanhScale = 1.5957691216057308f;  // 2 sqrt(2 / pi): x (1 + tanh u) / 2 = x s(2 u)
 
-// The activation of one argument; of a gated one, what multiplies the value.
+// The activation; for a gated one, that of the gate, the factor of the value.
 template <Activation kKind>
 __device__ inline float activate(float x) {
   if constexpr (kKind == Activation::kSwiglu) return x * sigmoid(x);

@@ -1,4 +1,4 @@
-// Accesses of 16 bytes, in the order in which they are written: ptxas is steered by it.
+// 16-byte accesses that the compiler keeps in source order, which influences the schedule of ptxas.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -22,7 +22,7 @@ __device__ inline void store_shared(unsigned at, uint4 v) {
                : "memory");
 }
 
-// Not through the read-only path: other CTAs of the launch may have written what is read.
+// Not through the read-only path: other CTAs of the launch may have written the data.
 __device__ inline uint4 load_global(const void* at) {
   uint4 v;
   asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"

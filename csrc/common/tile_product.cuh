@@ -1,29 +1,29 @@
 // C[128, 128] = A[128, K] B[K, 128] by one CTA, half precision with float accumulators.
 //
-// 2 x 2 warps own 64 x 64 of C each: 128 accumulators a thread. Both operands go from global memory
-// through registers into one of two stages of shared memory, 32 k at a time, and from there as
-// fragments into registers, 8 k ahead of the products. Two CTAs fit on a multiprocessor, so that one
-// multiplies while the other starts or ends a tile.
+// 2 x 2 warps own 64 x 64 of C each: 128 accumulators per thread. Both operands go from global
+// memory through registers into one of two stages of shared memory, 32 k at a time, and from there
+// as fragments into registers, 8 k ahead of the products. Two CTAs fit on a multiprocessor, so that
+// one multiplies while the other is in the prologue or epilogue of a tile.
 //
-// Floor, for each 32 k of a CTA: 1024 cycles of the tensor cores; of the load/store unit 512 for
-// fragments, 128 for stores and 128 (rows of k: 256) for loads.
+// Lower bound for each 32 k of a CTA: 1024 cycles of the tensor cores; in the load/store unit 512
+// for fragments, 128 for stores and 128 for loads (256 if k is contiguous).
 #pragma once
 
 #include "common/memory.cuh"
 #include "common/volta_mma.cuh"
 
 constexpr int kTile = 128;     // rows and columns of a CTA's tile
-constexpr int kWarpTile = 64;  // and of a warp's
+constexpr int kWarpTile = 64;  // rows and columns of a warp's tile
 constexpr int kThreads = 128;
 constexpr int kStepK = 32;  // k of one step of the main loop
-constexpr int kChunk = 8;   // halves in 16 bytes, what a thread moves at a time
-constexpr int kMoves = kTile * kStepK / kChunk / kThreads;  // chunks of an operand per thread, step
+constexpr int kChunk = 8;   // halves in the 16 bytes that a thread moves at a time
+constexpr int kMoves = kTile * kStepK / kChunk / kThreads;  // chunks per operand, thread, step
 
-// Blocks of 16 x 16 of a warp's tile, and the registers of each.
+// The 16 x 16 blocks of a warp's tile, with eight registers each: [m][n][register].
 using Accumulators = float[kWarpTile / 16][kWarpTile / 16][8];
 
 // An operand in shared memory. Rows are padded so that no access has bank conflicts: the 8 lanes of
-// a phase of a 16-byte access take all 8 groups of banks.
+// one phase of a 16-byte access cover all 8 groups of banks.
 template <Major>
 struct Layout;
 
@@ -56,22 +56,22 @@ static_assert(Layout<Major::kMN>::kBytes <= kOperandBytes, "A's stage runs into 
 constexpr int kStageBytes = 2 * kOperandBytes;  // A, then B
 constexpr int kSharedBytes = 2 * kStageBytes;
 
-// The column of C whose k lie in row s of B's shared memory: permuted so that the 8 columns for
-// which a thread has accumulators of a row are neighbours.
+// The column of C whose k are in row s of B's shared memory: permuted so that the 8 columns of a
+// row for which a thread has accumulators are neighbours.
 __device__ inline int column_in_row(int s) {
   return (s & ~31) + (s & 2) * 8 + (s & 4) * 2 + (s & 16) / 4 + (s & 8) / 4 + (s & 1);
 }
 
-// What a thread loads of one operand. Behind the last k it loads again what it loaded before, and
-// zeros take its place in shared memory: a load under a condition costs registers and time.
+// The addresses that a thread loads of one operand. Past the last k it repeats earlier loads, and
+// zeros are written to shared memory instead: a conditional load would cost registers and time.
 template <Major kM>
 struct Source {
   static constexpr Major kMajor = kM;
   const char* rows[kMoves];
-  int pitch;  // from a step to the next, in bytes
-  int left;   // k from this thread's first to the end
+  int pitch;  // bytes from one step to the next
+  int left;   // k from this thread's first one to the end
 
-  // Of k that one move has and another has not.
+  // The first k of a move, relative to the thread's first: moves differ in k only in layout kMN.
   __device__ static constexpr int first_k(int move) {
     return kM == Major::kK ? 0 : move * Layout<kM>::kRowsPerMove;
   }
@@ -84,7 +84,7 @@ struct Source {
   }
 };
 
-// Rows with contiguous k; row_pointer(s) is the one for row s of shared memory, valid for every s.
+// Rows with contiguous k; row_pointer(s) is the source of row s of shared memory, for every s.
 template <class RowPointer>
 __device__ inline Source<Major::kK> rows_of_k(RowPointer row_pointer, int depth) {
   using L = Layout<Major::kK>;
@@ -117,7 +117,7 @@ __device__ inline Source<Major::kMN> columns_of_k(const __half* first, int pitch
   return source;
 }
 
-// Where a thread puts its chunks of an operand.
+// Stores a thread's chunks of an operand to shared memory.
 template <Major kMajor>
 struct Writer {
   unsigned base;
@@ -128,7 +128,7 @@ struct Writer {
   __device__ void write(int move, uint4 chunk) const {
     store_shared(base + move * Layout<kMajor>::kRowsPerMove * Layout<kMajor>::kPitch, chunk);
   }
-  // In the place of what a step loaded from behind the end.
+  // Overwrites what a step loaded past the last k.
   __device__ void write_zeros(const Source<kMajor>& source, int step) const {
 #pragma unroll
     for (int i = 0; i < kMoves; ++i) {
@@ -137,14 +137,14 @@ struct Writer {
   }
 };
 
-// What a thread multiplies of one operand: 8 k of 4 blocks of 16 rows or columns, [block][k / 4].
+// A thread's fragments of one operand: 8 k of 4 blocks of 16 rows or columns, [block][k / 4].
 using Fragments = uint2[4][2];
 
 template <Major kMajor>
 struct Reader {
   unsigned base;
 
-  // first: row or column at which the warp's tile begins; half: the quad pair's place in a block.
+  // first: first row or column of the warp's tile; half: the quad pair's place in a block.
   __device__ Reader(unsigned operand, int first, int half) {
     const QuadPair at;
     if constexpr (kMajor == Major::kK) {
@@ -169,25 +169,26 @@ struct Reader {
   }
 };
 
-// When in a step of 128 products of a warp something else is done; see docs/volta.md for how these
-// were found. ptxas moves instructions about, but not far.
+// Software pipeline: at which of the 128 products of a warp's step each other operation is issued.
+// docs/volta.md describes how these values were found. ptxas moves instructions, but not far.
 template <Major kA, Major kB>
 struct Pace {
-  static constexpr int kStoreB = 33;  // loaded in the step before
+  static constexpr int kStoreB = 33;  // loaded in the previous step
   static constexpr int kLoadA = 52;
   static constexpr int kStoreA = 79;
   static constexpr int kLoadB = 99;
   static constexpr int kMove = 3;       // products from one chunk to the next
-  static constexpr int kRead = 5;       // in each octet: the first fragment for the next one
+  static constexpr int kRead = 5;       // in each octet: the first fragment of the next octet
   static constexpr int kReadLast = 13;  // in the last octet, which reads from the next stage
   static constexpr int kSync = 6;       // in the last octet
   static constexpr int kReadEvery = 2;
 };
 
-// acc += A B. The caller synchronises before the next write to `shared`, kSharedBytes.
+// acc += A B. `shared` has kSharedBytes; the caller synchronises before it writes to it again.
 //
-// In one piece: as a struct with a function for each part, the same instructions in the same order
-// lost a tenth (forward, modelled) to another schedule of ptxas.
+// Kept as one function: split into a struct with a member function for each part, the same
+// instructions in the same order were a tenth slower (forward, modelled), because ptxas scheduled
+// them differently.
 template <class SourceA, class SourceB>
 __device__ inline void multiply(Accumulators& acc, const SourceA& a, const SourceB& b, int depth,
                                 char* shared) {
@@ -232,7 +233,7 @@ __device__ inline void multiply(Accumulators& acc, const SourceA& a, const Sourc
 
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
-    // Not a memory access, but a place for one: every kMove products, four times.
+    // Whether a memory access is due at product t: every kMove products from `first`, four times.
     const auto due = [](int t, int first) {
       return t >= first && t < first + 4 * P::kMove && (t - first) % P::kMove == 0;
     };
@@ -280,7 +281,7 @@ __device__ inline void multiply(Accumulators& acc, const SourceA& a, const Sourc
           const int i = (t - P::kLoadB) / P::kMove;
           moved_b[i] = b.load(i, step + 2);
         }
-        // Back and forth, so that of two neighbours one operand is the same.
+        // Alternating direction, so that neighbouring products share an operand.
         const int k = j / 16, n = j / 4 % 4, m = n % 2 ? 3 - j % 4 : j % 4;
         mma<kA, kB>(acc[m][n], fa[now][m][k], fb[now][n][k]);
       }
@@ -288,9 +289,9 @@ __device__ inline void multiply(Accumulators& acc, const SourceA& a, const Sourc
   }
 }
 
-// Visits all accumulators of a thread in octets: v[0..7] lie in neighbouring columns of a row of the
-// CTA's tile, from a multiple of 8 on. at_column(column) is called once for each of a thread's two
-// octets of columns and returns visit(row, v).
+// Visits all accumulators of a thread in octets: v[0..7] are neighbouring columns of a row of the
+// CTA's tile, the first of them a multiple of 8. at_column(column) is called once for each of a
+// thread's two octets of columns and returns visit(row, v).
 template <Major kA, Major kB, class AtColumn>
 __device__ inline void for_each_octet(const Accumulators& acc, AtColumn at_column) {
   const QuadPair at;
@@ -318,7 +319,7 @@ __device__ inline void for_each_octet(const Accumulators& acc, AtColumn at_colum
             v[e] = left_block[i];
             v[4 + e] = right_block[i];
           } else {
-            // The lane has half of two octets, and lane ^ 2 the other halves.
+            // The lane holds one half of each of two octets, and lane ^ 2 the other halves.
             const float* const from = e & 2 ? right_block : left_block;
             const float low = from[half * 2 + (e & 1)], high = from[4 + half * 2 + (e & 1)];
             const float other = __shfl_xor_sync(kFullWarp, right ? low : high, 2);

@@ -1,8 +1,8 @@
-// mma.m8n8k4, the instruction of the V100's tensor cores, and who holds what.
+// mma.m8n8k4, the instruction of the V100's tensor cores, and its fragment layouts.
 //
-// One instruction of a warp makes four products of 8 x 8 x 4, one in each quad pair: quad pair q is
-// lanes 4q..4q+3 and 16+4q..16+4q+3. The four are stacked 2 x 2 here, into 16 x 16 x 4. With
-// low = lane % 4 and high = lane / 16 a lane holds, of its quad pair's
+// One instruction of a warp computes four products of 8 x 8 x 4, one in each quad pair: quad pair q
+// is lanes 4q..4q+3 and 16+4q..16+4q+3. The four are stacked 2 x 2 here, into 16 x 16 x 4. With
+// low = lane % 4 and high = lane / 16 a lane holds, of the fragments of its quad pair,
 //
 //   A, k contiguous:  row 4 high + low, four k;    A, m contiguous:  k = low, rows 4 high + 0..3
 //   B, k contiguous:  column 4 high + low, four k; B, n contiguous:  k = low, columns 4 high + 0..3
@@ -15,7 +15,7 @@
 
 #include "common/warp.cuh"
 
-// Which index of an operand is contiguous in memory: the one that is summed over, or the other.
+// Which index of an operand is contiguous in memory: k, which is summed over, or m or n.
 enum class Major { kK, kMN };
 
 struct QuadPair {

@@ -1,4 +1,4 @@
-// Positions within a warp and sums across one.
+// Thread and warp indices, and a scan within a warp.
 #pragma once
 
 constexpr unsigned kFullWarp = 0xffffffffu;

@@ -1,12 +1,12 @@
-// The backward of moe_ffn by rows, in one launch: everything but what sums over tokens.
+// The row-wise backward of moe_ffn (dgrad), in one launch: all gradients without a sum over tokens.
 //
-// Four phases a row tile:
+// Four phases per row tile:
 //   0  dbranch = token_scale dy, dh2 = layer_scale dbranch and norm(x), to grouped scratch;
-//   1  dpre = act'(pre) (dh2 W2), and the hidden activations again, from the kept pre-activation;
+//   1  dpre = act'(pre) (dh2 W2), and the hidden activations, recomputed from the saved pre;
 //   2  dnormed = dpre W1, which without a norm is dx;
-//   3  dx through the norm.
-// The sums over tokens that biases and norm parameters need are left as a line of partial sums for
-// each task; the kernel of the weights adds them up in a fixed order. Tickets as in the forward.
+//   3  dx by the backward of the norm.
+// The gradients of biases and norm parameters need sums over tokens. Each task writes a line of
+// partial sums, which moe_ffn_bwd_weights reduces in a fixed order. Tickets as in the forward.
 
 #include "common/activation.cuh"
 #include "moe_ffn/norm.cuh"
@@ -16,41 +16,42 @@ struct BackwardRows {
   Call call;
   const void* dy;     // [T, D]
   const void* x;      // [T, D]
-  const __half* pre;  // [T, P] grouped: of the gate, then, F columns on, of the value
+  const __half* pre;  // [T, P] grouped: pre-activations of the gate, F columns on of the value
   // Grouped scratch; null where not wanted.
   __half* dbranch;  // [T, D]
   __half* dh2;      // [T, D]; never null
-  __half* normed;   // [T, D]; without norm x itself
+  __half* normed;   // [T, D]; x itself without norm
   __half* hidden;   // [T, max F]
   __half* dpre;     // [T, P]; never null
   __half* dnormed;  // [T, D]; null without norm
-  // Partial sums over rows, a line for each task; null where not wanted.
+  // Partial sums over rows, one line for each task; null where not wanted.
   float* sum_dbranch;  // [tiles * tasks[0], D]
   float* sum_dpre;     // [tiles, P]
-  float* sum_norm;     // [tiles * tasks[3], 2 D]: of the norm's weight, then of its bias
+  float* sum_norm;     // [tiles * tasks[3], 2 D]: for the norm's weight, then for its bias
   void* dx;            // [T, D] in the dtype of x; null if not wanted
   int dy_is_half, x_is_half;
 };
 
 struct Shared {
   alignas(16) char stages[kSharedBytes];
-  int tokens[kTile];  // of the tile's rows; those behind the end repeat the last
+  int tokens[kTile];  // of the tile's rows; rows past the end repeat the last one
   float token_scale[kNormRows];
-  // Of x, and means over a row of d * unit and of d = dnormed * weight: what the norm keeps from x.
+  // Mean and reciprocal deviation of each row of x. With d = dnormed * weight and the normalised
+  // row `unit`: the row means of d * unit and of d, which the backward of the norm subtracts.
   float mean[kNormRows], inverse[kNormRows], mean_unit[kNormRows], mean_one[kNormRows];
   Tickets tickets;
-  Task task;  // the next one, from the end of the products on
+  Task task;  // after the products already the next one
 };
 
 // ---- phases 0 and 3: kNormRows rows without products
 //
-// norm(x) and dx are by warps that own rows, the gradients of the branch by threads that own eight
-// columns of all rows; so is dx where rows are too long for a warp's registers. What takes the time
-// is latency: a thread has the loads of kBatch rows in flight.
+// norm(x) and dx are computed by warps that own rows, the gradients of the branch by threads that
+// own eight columns of all rows, as is dx if rows are too long for a warp's registers. These phases
+// are latency-bound: a thread has the loads of kBatch rows in flight.
 
 constexpr int kBatch = kRowsOfWarp;
 
-// The means of rows of x, kBatch rows a warp; 0 for RMSNorm.
+// The means of rows of x, kBatch rows per warp; 0 for RMSNorm.
 __device__ inline void find_means_of_long(const BackwardRows& b, const TaskRows& rows,
                                           float (&means)[kBatch]) {
   float sums[kBatch] = {};
@@ -73,7 +74,7 @@ __device__ inline void find_means_of_long(const BackwardRows& b, const TaskRows&
   for (int i = 0; i < kBatch; ++i) means[i] = sums[i] * rows.inverse_dim;
 }
 
-// The statistics of the task's rows and of d = dnormed * weight.
+// The statistics of the task's rows and of d = dnormed * weight, to shared memory.
 __device__ inline void find_statistics(const BackwardRows& b, Shared& shared, const Task& task,
                                        const TaskRows& rows) {
   float means[kBatch], squares[kBatch] = {}, of_unit[kBatch] = {}, of_one[kBatch] = {};
@@ -169,7 +170,7 @@ __device__ inline void prepare(const BackwardRows& b, Shared& shared, const Task
   }
 }
 
-// dx and the sums for the norm's parameters, for eight columns.
+// dx and the partial sums of the norm's parameters, for eight columns.
 __device__ inline void undo_norm_of_columns(const BackwardRows& b, const Shared& shared,
                                             const Task& task, const TaskRows& rows, int column) {
   const Call& call = b.call;
@@ -208,7 +209,7 @@ __device__ inline void undo_norm_of_columns(const BackwardRows& b, const Shared&
   }
 }
 
-// Rows of at most kSpan columns: a warp holds kHeld of them at once.
+// Rows of at most kSpan columns: a warp holds kHeld of them in registers at once.
 constexpr int kHeld = 2;
 
 struct HeldRows {
@@ -216,11 +217,11 @@ struct HeldRows {
   uint4 d[kHeld][kOctets];
   RawOctet weight[kOctets];
   float mean[kHeld], inverse[kHeld], mean_unit[kHeld], mean_one[kHeld];  // as in Shared
-  int row, octets;  // the first one, octets of this lane
+  int row, octets;  // the first row held; octets of this lane
 };
 
-// Both phase 3's sums over the rows of each warp, in shared memory, [2][kWarps][kSpan]: the halves
-// of the octets are apart, so that accesses have no bank conflicts.
+// The two sums of phase 3 over the rows of each warp, in shared memory, [2][kWarps][kSpan]: the two
+// halves of the octets are stored apart, so that accesses have no bank conflicts.
 static_assert(2 * kWarps * kSpan * 4 <= kSharedBytes, "sums run out of the stages");
 
 __device__ inline float4* line_of_sums(Shared& shared, int sum, int warp, int octet, int lane) {
@@ -290,7 +291,7 @@ __device__ inline void find_statistics_of_held(const BackwardRows& b, const Task
   }
 }
 
-// dx of the rows held, and what they add to the warp's sums.
+// dx of the rows held, and their contribution to the warp's sums.
 __device__ inline void undo_norm_of_held(const BackwardRows& b, Shared& shared,
                                          const TaskRows& rows, HeldRows& held, bool adds) {
   const int column = lane_index() * 8;
@@ -378,13 +379,13 @@ __device__ inline Source<Major::kMN> right_operand(const BackwardRows& b, const 
   return columns_of_k(base + first, columns, columns - first, depth);
 }
 
-// Lines of sums in shared memory, padded so that the 16-byte stores have no bank conflicts.
+// Lines of partial sums in shared memory, padded so that the 16-byte stores have no bank conflicts.
 constexpr int kSumPitch = kTile + 4;
 constexpr int kSumLines = 16;  // threads of a CTA that share a column
 static_assert(2 * kSumLines * kSumPitch * 4 <= kSharedBytes, "sums run out of the stages");
 
-// Adds up what the threads have summed over their own rows, in a fixed order: sums[pair][half] of
-// for_each_octet's columns. The stages are free.
+// Reduces the sums that the threads have over their own rows, in a fixed order: sums[pair][half] of
+// for_each_octet's columns. It uses the stages, which are free.
 template <int kHalves>
 __device__ inline void sum_over_threads(const BackwardRows& b, Shared& shared, const Task& task,
                                         const float (&sums)[2][kHalves][8]) {
@@ -415,7 +416,8 @@ __device__ inline void sum_over_threads(const BackwardRows& b, Shared& shared, c
   }
 }
 
-// The rows of a thread's accumulators: this one, and in for_each_octet's order 2 more, 14 more, ..
+// The rows of a thread's accumulators: first_row_of_thread(), and in the order of for_each_octet 2
+// further, 14 further, and so on in turn.
 constexpr int kRowsOfThread = 8;
 
 __device__ inline int first_row_of_thread() {
@@ -423,8 +425,9 @@ __device__ inline int first_row_of_thread() {
   return warp_index() / 2 * kWarpTile + at.high * 8 + at.m * 4 + (at.low & 1);
 }
 
-// On entry the gate's (or only) pre-activation, the value's and the gradient of the hidden ones; on
-// return the hidden activations, dpre of the value and dpre of the gate, also added to the sums.
+// On entry: `hidden` is the pre-activation (of the gate, if gated), `value` that of the value,
+// `dpre` the gradient of the hidden activations. On return: the hidden activations, dpre of the
+// value, and dpre (of the gate). Both dpre are also added to the sums.
 template <Activation kKind, int kHalves>
 __device__ inline void differentiate_octet(float (&hidden)[8], float (&value)[8], float (&dpre)[8],
                                            float (&sum)[kHalves][8]) {
@@ -444,14 +447,14 @@ __device__ inline void differentiate_octet(float (&hidden)[8], float (&value)[8]
   }
 }
 
-// Phase 1 behind its product: dpre, the hidden activations and the sums of dpre.
+// The epilogue of phase 1: dpre, the hidden activations and the sums of dpre.
 template <Activation kKind>
 __device__ inline void differentiate(const BackwardRows& b, Shared& shared, const Task& task,
                                      const Accumulators& acc) {
   constexpr bool kGated = is_gated(kKind);
   const int width = static_cast<int>(b.call.experts[task.expert].hidden);
-  // The gate is loaded a row ahead, so that the activation of the row before hides its latency; the
-  // value has its own row's activation for that. Rows and columns outside repeat others.
+  // The gate is loaded one row ahead, so that the activation of the previous row hides its latency;
+  // that of the value is hidden by the activation of its own row. Addresses outside are clamped.
   const auto load_pre = [&](int row, int column) {
     const long long grouped = min(task.start + row, task.end - 1);
     return load_global(b.pre + grouped * b.call.max_pre + min(column, width - 8));
@@ -474,7 +477,7 @@ __device__ inline void differentiate(const BackwardRows& b, Shared& shared, cons
       unpack(gate, hidden);
       if constexpr (kGated) unpack(load_global(b.pre + at + width), value);
       differentiate_octet<kKind>(hidden, value, dpre, sum);
-      // The stores in another order make ptxas spill.
+      // With the stores in another order ptxas spills.
       if (b.hidden != nullptr) {
         store_octet(b.hidden, true, grouped * b.call.max_hidden + column, hidden);
       }
@@ -485,7 +488,7 @@ __device__ inline void differentiate(const BackwardRows& b, Shared& shared, cons
   if (b.sum_dpre != nullptr) sum_over_threads(b, shared, task, sums);
 }
 
-// Phase 2 behind its product: dnormed or, without norm, dx.
+// The epilogue of phase 2: dnormed or, without norm, dx.
 __device__ inline void store_dnormed(const BackwardRows& b, const Shared& shared, const Task& task,
                                      const Accumulators& acc) {
   for_each_octet<Major::kK, Major::kMN>(acc, [&](int c) {
@@ -504,8 +507,7 @@ __device__ inline void store_dnormed(const BackwardRows& b, const Shared& shared
   });
 }
 
-// Waits until the phase before has finished the tile, and for what all threads have put into
-// shared memory.
+// Waits until the previous phase has finished the tile, and synchronises the CTA's shared memory.
 __device__ inline void wait_for_phase_before(const Call& call, const Task& task,
                                              const int* finished) {
   if (task.phase > 0) {
@@ -514,7 +516,7 @@ __device__ inline void wait_for_phase_before(const Call& call, const Task& task,
   __syncthreads();
 }
 
-// Phases 0 and 3, up to the next task.
+// Executes a task of phase 0 or 3 and takes the next ticket.
 __device__ inline void do_rows(const BackwardRows& b, Shared& shared, int* finished) {
   const Task task = shared.task;
   wait_for_phase_before(b.call, task, finished);
@@ -529,12 +531,12 @@ __device__ inline void do_rows(const BackwardRows& b, Shared& shared, int* finis
   __syncthreads();
 }
 
-// Whether the expert has fewer columns of hidden activations.
+// Whether the task's part is beyond the expert's columns of hidden activations.
 __device__ inline bool is_beyond(const Call& call, const Task& task) {
   return task.phase == 1 && task.part * kTile >= call.experts[task.expert].hidden;
 }
 
-// What phases 1 and 2 multiply.
+// The products of phases 1 and 2.
 template <Activation kKind>
 __device__ inline void products(const BackwardRows& b, Shared& shared, const Task& task,
                                 const int* finished, Accumulators& acc) {
@@ -560,17 +562,17 @@ __device__ inline void run(const BackwardRows& b) {
   while (shared.task.phase >= 0) {
     find_tokens(call, shared.task, shared.tokens);
     if (shared.task.phase == 0 || shared.task.phase == 3) {
-      // By themselves: where paths meet, accumulators would be alive here too.
+      // A path of its own: merged with the other, it would have live accumulators too.
       do_rows(b, shared, finished);
       continue;
     }
     const bool beyond = is_beyond(call, shared.task);
     Accumulators acc = {};
     if (!beyond) products<kKind>(b, shared, shared.task, finished, acc);
-    const Task task = shared.task;  // not sooner: in registers it would cost the products some
-    __syncthreads();  // everybody has read shared.task, and is done with the stages
-    // Taken here, the ticket's latency hides behind the epilogue. Not sooner: a ticket held while
-    // multiplying waits, and with it all that waits for its tile.
+    const Task task = shared.task;  // not earlier: the products need the registers
+    __syncthreads();  // all threads have read shared.task, and no longer use the stages
+    // Taken here, the latency of the ticket is hidden by the epilogue. Not earlier: a ticket taken
+    // before the products would delay its tile, and all tasks that wait for that tile.
     if (threadIdx.x == 0) shared.task = take_ticket(call, shared.tickets);
     if (task.phase == 1 && !beyond) differentiate<kKind>(b, shared, task, acc);
     if (task.phase == 2) store_dnormed(b, shared, task, acc);

@@ -1,12 +1,13 @@
-// The backward of moe_ffn by weights, in one launch: every gradient that sums over tokens.
+// The weight gradients of moe_ffn (wgrad), in one launch: every gradient that sums over tokens.
 //
 //   dw1 = dpre^T norm(x)         dw2 = layer_scale * G, G = dbranch^T hidden
-//   dlayer_scale = rows of (w2 * G), summed, + b2 * sum of dbranch
+//   dlayer_scale = row sums of (w2 * G) + b2 * sum of dbranch
 //
-// so the layer scale needs no third product. A persistent CTA takes tickets in the order of
-// schedule.Split: whole tiles; then shares of the tiles that are divided, the last share first; then
-// blocks of columns of the sums that the kernel of the rows left. Who has a tile's first step owns
-// the tile and adds the others' partial tiles in their order: the result is the same in every run.
+// so the layer scale needs no third product. Persistent kernel: each CTA takes tickets in the order
+// of schedule.Split: whole tiles; then, as in stream-K, shares of the remaining tiles, the last
+// share first; then blocks of columns of the partial sums that moe_ffn_bwd_rows wrote. The CTA with
+// a tile's first step owns the tile and adds the partial tiles of the others in a fixed order, so
+// the result is bitwise reproducible.
 
 #include "moe_ffn/parts.cuh"
 
@@ -14,9 +15,10 @@ constexpr int kTileOverhead = 3;  // empty positions before a divided tile: sche
 constexpr int kWarps = kThreads / 32;
 constexpr int kQuads = kTile * kTile / kThreads / 4;  // float4s of a thread's accumulators
 
-// The structs below have twins in kernels/moe_ffn/cuda/backward_weights.py.
+// The structs below are mirrored in kernels/moe_ffn/cuda/backward_weights.py.
 
-// Of one expert; null where not wanted. Halves, but those of the norm have a dtype of their own.
+// The gradients of one expert; null where not wanted. Half precision, except those of the norm,
+// whose dtype is given by dnorm_is_half.
 struct Gradient {
   __half* w1;         // [F, D] or, gated, [2 F, D]
   __half* w2;         // [D, F]
@@ -26,70 +28,70 @@ struct Gradient {
   void* norm_bias;    // [D]
 };
 
-// What is summed over lines in the end.
+// The kinds of partial sums, which are summed over lines at the end.
 enum Sum { kSumDpre, kSumDbranch, kSumNormWeight, kSumNormBias, kSums };
 
 struct BackwardWeights {
   Call call;  // without bound, band and tasks
   Gradient gradients[kMaxExperts];
-  const __half* dpre;         // [T, P] grouped, as all of these
+  const __half* dpre;         // [T, P], grouped as the next three are
   const __half* normed;       // [T, D]
   const __half* dbranch;      // [T, D]: token_scale * dy
   const __half* hidden;       // [T, max F]
   const float* sum_dpre;      // [row tiles, P]
   const float* sum_dbranch;   // [row tiles * dbranch_lines, D]
-  const float* sum_norm;      // [row tiles * norm_lines, 2 D]: of the weight, then of the bias
-  float* partial;             // a tile for each worker
+  const float* sum_norm;      // [row tiles * norm_lines, 2 D]: for the weight, then for the bias
+  float* partial;             // one tile for each worker
   float* sum_scale;           // [hidden column blocks, D]; null if dlayer_scale is not wanted
   float* sum_bias;            // [E, D]: b2 * sum of dbranch; null if not needed
   void* dlayer_scale;         // [D]
   int workers;                // shares of the divided tiles
   int sum_blocks[kSums];      // column blocks of each kind of sum, over all experts
-  int dbranch_lines;          // partial sums of a row tile, each of as many rows
-  int norm_lines;
-  int dnorm_is_half, dlayer_scale_is_half;  // or else float
+  int dbranch_lines;          // lines of partial sums per row tile, over equally many rows
+  int norm_lines;             // the same for sum_norm
+  int dnorm_is_half, dlayer_scale_is_half;  // else float
 };
 
 __device__ inline int blocks_of(int columns) { return (columns + kTile - 1) / kTile; }
 
 // ---- the schedule
 
-// Counters behind those of tickets and leavers.
+// Counters after those of tickets and CTAs that left.
 constexpr int kScaleCounter = 2;    // contributions to dlayer_scale
-constexpr int kPartialCounter = 3;  // the first of one for each share: its partial tile is there
+constexpr int kPartialCounter = 3;  // first of one for each share: its partial tile is stored
 
 // One expert's place in the schedule.
 struct Portion {
   int begin, count;     // its grouped rows
-  int steps;            // of a tile; at least one, so that an expert without rows gets its zeros
+  int steps;            // of a tile; at least one, so that an expert without rows gets zeros
   int w1_rows;          // F or 2 F
-  int w1_tiles, tiles;  // of dw1, and of both
+  int w1_tiles, tiles;  // of dw1; of dw1 and dw2
   int whole;            // tiles that are not divided
-  int whole_at;         // whole tiles of the experts before
-  int rest_at;          // positions of their other tiles
-  int first_line;       // hidden column blocks of theirs: where its lines of sum_scale begin
-  int first_row_tile;   // and its partial sums
+  int whole_at;         // number of whole tiles of the experts before it
+  int rest_at;          // number of positions of their other tiles
+  int first_line;       // its first line of sum_scale, one for each block of hidden columns
+  int first_row_tile;   // its first row tile in the partial sums
 };
 
 struct Plan {
   Portion portions[kMaxExperts];
-  int whole, rest;    // all whole tiles; positions of the rest
-  int share;          // positions of each worker
-  int scale_lines;    // of sum_scale
-  int scale_signals;  // that complete what dlayer_scale needs
+  int whole, rest;    // number of whole tiles; of positions of the other tiles
+  int share;          // positions per worker
+  int scale_lines;    // lines of sum_scale
+  int scale_signals;  // contributions that dlayer_scale needs
 };
 
 enum Work { kNothing, kProduct, kColumns };
 
-// Steps [first, last) of a tile, or a block of columns of a sum; the same for all threads.
+// Steps [first, last) of a tile, or a block of columns of a sum; uniform over the CTA.
 struct Piece {
   Work work;
   int expert;
   bool is_w1;
-  int row, column;    // the tile's corner; or just the first of a block of columns
+  int row, column;    // first ones of the tile; for a block of columns only the column
   int rows, columns;  // of the gradient
   int first, last;
-  int number;  // of the share
+  int number;  // of the share; -1 for a whole tile
   Sum sum;
 };
 
@@ -99,11 +101,11 @@ struct Shared {
   float factors[kTile];  // of the rows of a tile of dw2: the layer scale
   Plan plan;
   Piece piece;
-  int position, stop, number;  // what is left of this CTA's share
-  bool completes;              // it brings the last that dlayer_scale needs
+  int position, stop, number;  // what is left of this CTA's share, and its number
+  bool completes;              // this CTA makes the last contribution to dlayer_scale
 };
 
-// By the first warp, a lane for each expert.
+// Executed by the first warp, with one lane for each expert.
 __device__ inline void make_plan(const BackwardWeights& w, Plan& plan) {
   static_assert(kMaxExperts == 32, "a lane for each expert");
   const Call& call = w.call;
@@ -143,7 +145,7 @@ __device__ inline void make_plan(const BackwardWeights& w, Plan& plan) {
   }
 }
 
-// Of a whole warp: the lowest lane for which `mine` holds.
+// The lowest lane for which `mine` holds; called by a whole warp.
 __device__ inline int find_lane(bool mine) { return __ffs(__ballot_sync(kFullWarp, mine)) - 1; }
 
 __device__ inline Piece product_piece(const BackwardWeights& w, const Plan& plan, int expert,
@@ -163,8 +165,8 @@ __device__ inline Piece product_piece(const BackwardWeights& w, const Plan& plan
   return piece;
 }
 
-// Of the tile at `position`, what lies before `stop`; nothing if that is in front of its first step.
-// Moves `position` behind the tile.
+// The steps before `stop` of the tile at `position`; none if `stop` precedes its first step. Moves
+// `position` to the end of the tile.
 __device__ inline Piece divided_piece(const BackwardWeights& w, const Plan& plan, int& position,
                                       int stop, int number) {
   const Portion& mine = plan.portions[lane_index()];
@@ -204,7 +206,7 @@ __device__ inline Piece columns_piece(const BackwardWeights& w, int block) {
   return piece;
 }
 
-// By the first warp: the next piece of this CTA's share or, at its end, of the next ticket's.
+// Executed by the first warp: the next piece of this CTA's share or, at its end, of a new ticket.
 __device__ inline Piece next_piece(const BackwardWeights& w, Shared& shared) {
   const Plan& plan = shared.plan;
   int position = shared.position, stop = shared.stop, number = shared.number;
@@ -221,7 +223,7 @@ __device__ inline Piece next_piece(const BackwardWeights& w, Shared& shared) {
       piece = whole_piece(w, plan, ticket);
       break;
     }
-    // An owner waits for shares behind its own: they have the earlier tickets.
+    // An owner waits for shares after its own, which therefore have earlier tickets.
     number = w.workers - 1 - (ticket - plan.whole);
     if (number < 0) {
       piece = columns_piece(w, -1 - number);
@@ -238,7 +240,7 @@ __device__ inline Piece next_piece(const BackwardWeights& w, Shared& shared) {
 
 // ---- products
 
-// A block of columns of the rows of a piece, `rows` apart from the expert's first.
+// A block of columns of `depth` grouped rows from `first_row` on.
 __device__ inline Source<Major::kMN> operand(const __half* grouped, int pitch, int first_row,
                                              int column, int columns, int depth) {
   return columns_of_k(grouped + static_cast<long long>(first_row) * pitch + column, pitch,
@@ -262,7 +264,7 @@ __device__ inline void multiply_piece(const BackwardWeights& w, Shared& shared,
            depth, shared.stages);
 }
 
-// This thread's float4s of a share's partial tile lie kThreads apart.
+// This thread's first float4 of a share's partial tile; its float4s are kThreads apart.
 __device__ inline float4* partial_of(const BackwardWeights& w, int number) {
   return reinterpret_cast<float4*>(w.partial) + static_cast<long long>(number) * kQuads * kThreads +
          threadIdx.x;
@@ -287,7 +289,8 @@ __device__ inline void add_partial(const BackwardWeights& w, int number, Accumul
   }
 }
 
-// The tile's later steps are the first of the shares behind this one.
+// Adds the partial tiles of the shares that have the tile's later steps. These are the first steps
+// of the shares after this one.
 __device__ inline void add_peers(const BackwardWeights& w, const Shared& shared,
                                  Accumulators& acc) {
   const Piece& piece = shared.piece;
@@ -300,13 +303,13 @@ __device__ inline void add_peers(const BackwardWeights& w, const Shared& shared,
   }
 }
 
-// What a tile of dw2 is multiplied with goes through shared memory: read by each visit of
-// store_tile where it lies, it would cost the latency of global memory sixteen times.
+// The tile of w2 that a tile of dw2 is multiplied with goes through shared memory: if each visit of
+// store_tile read it from global memory, that latency would be paid sixteen times.
 constexpr int kW2Pitch = (kTile + kChunk) * 2;  // bytes of a row of the w2 in the stages
 static_assert(kTile * kW2Pitch <= kSharedBytes, "w2 does not fit into the stages");
 
-// A tile of w2, columns behind the last zero; rows behind the last repeat it. All zeros for an expert
-// without rows: its G is 0, but 0 times what is not finite is not 0.
+// Copies a tile of w2; columns past the last one are zero, rows past the last one repeat it. All
+// zeros for an expert without rows: its G is 0, but 0 times infinity or NaN is NaN.
 __device__ inline void stage_w2(const BackwardWeights& w, const Shared& shared, unsigned stages) {
   const Piece& piece = shared.piece;
   const int columns = shared.plan.portions[piece.expert].count > 0 ? piece.columns : 0;
@@ -341,14 +344,14 @@ __device__ inline float dot(const float (&v)[8], unsigned with) {
   return sum;
 }
 
-// Over the lanes that hold the same row of a tile: they differ in two bits.
+// The sum over the lanes that hold the same row of a tile: they differ in two bits.
 __device__ inline float sum_over_row(float v) {
   v += __shfl_xor_sync(kFullWarp, v, 2);
   return v + __shfl_xor_sync(kFullWarp, v, 8);
 }
 
-// Stores a tile of dw1 or dw2, and leaves in shared memory the rows of w2 * G, summed over each 32
-// columns. The stages are free.
+// Epilogue: stores a tile of dw1 or dw2, and leaves in shared memory the row sums of w2 * G over
+// each 32 columns. It uses the stages, which are free.
 __device__ inline void store_tile(const BackwardWeights& w, Shared& shared,
                                   const Accumulators& acc) {
   const Piece piece = shared.piece;
@@ -380,9 +383,8 @@ __device__ inline void store_tile(const BackwardWeights& w, Shared& shared,
 
 // ---- sums over lines
 
-// The sum, over the lines [first, last), of the column that this thread has of the block of kTile
-// columns from `column` on; always in the same order. A warp takes each fourth line, a lane four
-// columns.
+// The sum over the lines [first, last) of this thread's column, in the block of kTile columns from
+// `column` on; always in the same order. A warp reads every fourth line, a lane four columns.
 __device__ inline float sum_lines(const float* source, int first, int last, int pitch, int column,
                                   int columns, Shared& shared) {
   float4 sum = make_float4(0, 0, 0, 0);
@@ -395,7 +397,7 @@ __device__ inline float sum_lines(const float* source, int first, int last, int 
       sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
     }
   }
-  __syncthreads();  // the sums before these have been read
+  __syncthreads();  // the previous sums have been read
   *reinterpret_cast<float4*>(&shared.sums[warp_index()][lane_index() * 4]) = sum;
   __syncthreads();
   float total = 0.0f;
@@ -412,7 +414,7 @@ __device__ inline void store_one(void* tensor, bool is_half, int at, float v) {
   }
 }
 
-// Counts a contribution to dlayer_scale; who brings the last one adds all of them up.
+// Counts a contribution to dlayer_scale; the CTA with the last one reduces all of them.
 __device__ inline void contribute(const BackwardWeights& w, Shared& shared) {
   const Call& call = w.call;
   __syncthreads();
@@ -438,7 +440,7 @@ __device__ inline void contribute(const BackwardWeights& w, Shared& shared) {
   }
 }
 
-// Rows of w2 * G from the sums of store_tile: a tile's contribution to dlayer_scale.
+// Completes the row sums of w2 * G that store_tile left: a tile's contribution to dlayer_scale.
 __device__ inline void contribute_rows(const BackwardWeights& w, Shared& shared) {
   __syncthreads();
   const Piece& piece = shared.piece;
@@ -464,7 +466,7 @@ __device__ inline void finish_bias(const BackwardWeights& w, int expert, int col
   if (out != nullptr) store_one(out, true, column, total);
 }
 
-// Adds up one block of columns of one kind of partial sums of one expert.
+// Reduces one block of columns of one kind of partial sums of one expert.
 __device__ inline void add_up(const BackwardWeights& w, Shared& shared) {
   const Call& call = w.call;
   const Piece piece = shared.piece;
@@ -478,7 +480,7 @@ __device__ inline void add_up(const BackwardWeights& w, Shared& shared) {
   const int pitch = of_dpre ? call.max_pre : of_dbranch ? call.dim : 2 * call.dim;
   const int per_tile = of_dpre ? 1 : of_dbranch ? w.dbranch_lines : w.norm_lines;
   const int columns = of_dpre ? portion.w1_rows : call.dim;
-  // Lines behind the last row are not there, or hold zeros.
+  // Lines past the last row do not exist, or hold zeros.
   const int rows_per_line = kTile / per_tile;
   const int first = portion.first_row_tile * per_tile;
   const int lines = (portion.count + rows_per_line - 1) / rows_per_line;
@@ -499,7 +501,7 @@ __device__ inline void add_up(const BackwardWeights& w, Shared& shared) {
   if (of_dbranch && w.sum_bias != nullptr) contribute(w, shared);
 }
 
-// Pieces are read again from shared memory wherever they are needed: a product leaves no register.
+// Pieces are read from shared memory wherever they are needed: the products need all registers.
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
     moe_ffn_bwd_weights(const __grid_constant__ BackwardWeights w) {
   __shared__ Shared shared;
@@ -509,7 +511,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
     __syncwarp();
   }
   while (true) {
-    __syncthreads();  // the last piece is done with shared memory
+    __syncthreads();  // the last piece no longer uses shared memory
     if (warp_index() == 0) {
       const Piece piece = next_piece(w, shared);
       if (lane_index() == 0) shared.piece = piece;
@@ -528,7 +530,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
       continue;
     }
     add_peers(w, shared, acc);
-    __syncthreads();  // the product is done with the stages
+    __syncthreads();  // the product no longer uses the stages
     store_tile(w, shared, acc);
     if (!shared.piece.is_w1 && w.sum_scale != nullptr) contribute_rows(w, shared);
   }

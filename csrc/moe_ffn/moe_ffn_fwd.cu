@@ -1,8 +1,8 @@
 // The forward of moe_ffn in one launch: norm, first product and activation, second product.
 //
-// Three phases a row tile: 0 normalises rows into scratch, 1 makes tiles of the hidden activations,
-// 2 makes tiles of y. A persistent CTA takes tickets in the order of schedule.Banded; a tile waits
-// until the phase before it has finished the same row tile.
+// Three phases per row tile: 0 normalises rows into scratch, 1 computes tiles of the hidden
+// activations, 2 computes tiles of y. Persistent kernel: each CTA takes tickets from a work queue,
+// in the order of schedule.Banded. A tile waits for the previous phase of the same row tile.
 
 #include "common/activation.cuh"
 #include "moe_ffn/norm.cuh"
@@ -21,14 +21,14 @@ struct Forward {
 
 struct Shared {
   alignas(16) char stages[kSharedBytes];
-  int tokens[kTile];  // of the tile's rows; those behind the end repeat the last
-  float scales[kTile];  // of these tokens
+  int tokens[kTile];  // of the tile's rows; rows past the end repeat the last one
+  float scales[kTile];  // token scales of these tokens
   Tickets tickets;
-  Task task;  // from the end of the products on the next one
+  Task task;  // after the products already the next one
 };
 
-// The operands of phase 1, 128 rows and 128 hidden columns or, gated, 64; or of phase 2, 128 rows
-// and 128 columns of y.
+// The operands of phase 1, for 128 rows and 128 hidden columns (64 if gated), or of phase 2, for
+// 128 rows and 128 columns of y.
 __device__ inline Source<Major::kK> left_operand(const Forward& f, const Shared& shared,
                                                  const Task& task, int depth) {
   const bool by_token = task.phase == 1 && f.normed == nullptr;
@@ -54,7 +54,7 @@ __device__ inline Source<Major::kK> right_operand(const Forward& f, const Task& 
   const int first = task.part * (interleaved ? kTile / 2 : kTile);
   return rows_of_k(
       [&](int s) {
-        // Interleaved: of 8 neighbouring columns, 4 of the gate and the same 4 of the value.
+        // Interleaved: 8 neighbouring columns are 4 of the gate and the same 4 of the value.
         const int c = column_in_row(s);
         const int column = min(first + (interleaved ? c / 8 * 4 + c % 4 : c), last);
         const int row = column + (interleaved && (c & 4) ? width : 0);
@@ -148,14 +148,14 @@ __device__ inline bool has_columns(const Call& call, const Task& task) {
   return task.phase != 1 || first < call.experts[task.expert].hidden;
 }
 
-// norm(x) of the task's rows.
+// Computes norm(x) for the task's rows.
 __device__ inline void norm_rows(const Forward& f, Shared& shared, const Task& task) {
   find_tokens(f.call, task, shared.tokens);
   __syncthreads();
   normalise(f.call, f.x, f.x_is_half, f.normed, task, TaskRows(f.call, shared.tokens, task));
 }
 
-// Tokens of the tile's rows and their scales, for all threads once the CTA has synchronised.
+// The tokens of the tile's rows and their scales; visible to all threads once the CTA synchronises.
 __device__ inline void find_tokens_and_scales(const Call& call, const Task& task, Shared& shared) {
   const long long token = find_tokens(call, task, shared.tokens);
   shared.scales[threadIdx.x] =
@@ -163,7 +163,7 @@ __device__ inline void find_tokens_and_scales(const Call& call, const Task& task
                                   : 1.0f;
 }
 
-// What phases 1 and 2 multiply, once the phase before has finished the tile's rows.
+// The products of phases 1 and 2, once the previous phase has finished the tile's rows.
 template <bool kGated>
 __device__ inline void products(const Forward& f, Shared& shared, const Task& task,
                                 Accumulators& acc) {
@@ -191,7 +191,7 @@ __device__ inline void run(const Forward& f) {
   __syncthreads();
   while (shared.task.phase >= 0) {
     if (shared.task.phase == 0) {
-      // By itself: where paths meet, accumulators would be alive here too.
+      // A path of its own: merged with the other, it would have live accumulators too.
       norm_rows(f, shared, shared.task);
       signal(call.counters + 2 + shared.task.tile);
       if (threadIdx.x == 0) shared.task = take_ticket(call, shared.tickets);
@@ -200,10 +200,10 @@ __device__ inline void run(const Forward& f) {
     }
     Accumulators acc = {};
     if (has_columns<kGated>(call, shared.task)) products<kGated>(f, shared, shared.task, acc);
-    const Task task = shared.task;  // not sooner: in registers it would cost the products some
+    const Task task = shared.task;  // not earlier: the products need the registers
     __syncthreads();
-    // Taken here, the ticket's latency hides behind the epilogue. Not sooner: a ticket held while
-    // multiplying waits, and with it all that waits for its tile.
+    // Taken here, the latency of the ticket is hidden by the epilogue. Not earlier: a ticket taken
+    // before the products would delay its tile, and all tasks that wait for that tile.
     if (threadIdx.x == 0) shared.task = take_ticket(call, shared.tickets);
     if (task.phase == 1 && has_columns<kGated>(call, task)) store_hidden<kKind>(f, task, acc);
     if (task.phase == 2 && f.y_is_half) store_output<true>(f, shared, task, acc);

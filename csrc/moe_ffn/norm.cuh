@@ -1,24 +1,25 @@
-// Phases of rows, without products: LayerNorm and RMSNorm. Their tasks are kNormRows rows.
+// Row-wise phases, without products: LayerNorm and RMSNorm. Each task is kNormRows rows.
 //
-// What takes the time is latency, of memory and of a warp that has its scheduler for itself. So a
-// warp owns rows, holds several of them in registers, and has all their loads in flight before it
-// uses the first. Rows of more than kSpan columns do not fit: they are read again in each pass.
+// These phases are bound by latency: that of memory, and that of a warp which is alone on its
+// scheduler. A warp therefore owns rows, holds several of them in registers, and has all their
+// loads in flight before it uses the first. Rows of more than kSpan columns do not fit: they are
+// read again in each pass.
 #pragma once
 
 #include "moe_ffn/parts.cuh"
 
 constexpr int kNormRows = 16;
-constexpr int kTasksOfRows = kTile / kNormRows;  // of a row tile
+constexpr int kTasksOfRows = kTile / kNormRows;  // tasks per row tile
 constexpr int kWarps = kThreads / 32;
 constexpr int kRowsOfWarp = kNormRows / kWarps;
 
 // A lane holds eight columns out of each kStride.
-constexpr int kOctets = 4;  // of a lane
+constexpr int kOctets = 4;  // per lane
 constexpr int kStride = 32 * 8;
 constexpr int kSpan = kOctets * kStride;
 
-// Where the rows of a task lie: x and dy by token, scratch by grouped row. Rows behind the end
-// repeat the last.
+// The addresses of a task's rows: x and dy are in token order, scratch in grouped order. Rows past
+// the end repeat the last one.
 struct TaskRows {
   const int* tokens;
   int first, last, count, dim;
@@ -35,11 +36,11 @@ struct TaskRows {
   __device__ long long grouped(int row) const {
     return static_cast<long long>(min(first + row, last)) * dim;
   }
-  // How many octets of a row of at most kSpan columns this lane has.
+  // The number of octets that this lane has of a row of at most kSpan columns.
   __device__ int octets() const { return (dim - lane_index() * 8 + kStride - 1) / kStride; }
 };
 
-// 16 bytes if `inside`, else zeros; without a branch, which would keep ptxas from gathering loads.
+// 16 bytes if `inside`, else zeros. Predicated: a branch would keep ptxas from grouping loads.
 __device__ inline uint4 load_if(bool inside, const char* at) {
   uint4 v;
   asm volatile(
@@ -59,9 +60,9 @@ __device__ inline void as_floats(const uint4& low, const uint4& high, float (&v)
   v[6] = __uint_as_float(high.z), v[7] = __uint_as_float(high.w);
 }
 
-// Eight elements as they lie in memory: loads need not wait for the conversion of earlier ones.
+// Eight elements before conversion to float, so that loads need not wait for earlier conversions.
 struct RawOctet {
-  uint4 low, high;  // of halves only low
+  uint4 low, high;  // halves use only low
 };
 
 __device__ inline RawOctet load_raw(const void* tensor, bool is_half, long long first,
@@ -78,7 +79,7 @@ __device__ inline void unpack(const RawOctet& raw, bool is_half, float (&v)[8]) 
   }
 }
 
-// The lane's octets of kRows rows, row i from element first[i] on; zeros behind the row's end.
+// The lane's octets of kRows rows, row i from element first[i] on; zeros past the row's end.
 template <int kRows>
 __device__ inline void load_rows(const void* tensor, bool is_half, const long long (&first)[kRows],
                                  int octets, float (&v)[kRows][kOctets][8]) {
@@ -111,7 +112,7 @@ __device__ inline void load_rows(const void* tensor, bool is_half, const long lo
   }
 }
 
-// Each value's sum over the warp, for all lanes.
+// Sums each value over the warp; all lanes get the sums.
 template <int kCount>
 __device__ inline void sum_over_warp(float (&v)[kCount]) {
 #pragma unroll
@@ -121,7 +122,7 @@ __device__ inline void sum_over_warp(float (&v)[kCount]) {
   }
 }
 
-// Adds to each row's sum its values.
+// Adds each row's values to its sum.
 template <int kRows>
 __device__ inline void add_values(const float (&x)[kRows][kOctets][8], int dim,
                                   float (&sums)[kRows]) {
@@ -136,7 +137,7 @@ __device__ inline void add_values(const float (&x)[kRows][kOctets][8], int dim,
   }
 }
 
-// Means of rows; 0 for RMSNorm.
+// The means of rows; 0 for RMSNorm.
 template <int kRows>
 __device__ inline void find_means(const Call& call, const TaskRows& rows,
                                   const float (&x)[kRows][kOctets][8], float (&means)[kRows]) {
@@ -149,7 +150,7 @@ __device__ inline void find_means(const Call& call, const TaskRows& rows,
   for (int i = 0; i < kRows; ++i) means[i] *= rows.inverse_dim;
 }
 
-// Adds to each row's sum the squares of its values less the mean.
+// Adds the squares of each row's deviations from its mean to its sum.
 template <int kRows>
 __device__ inline void add_squares(const float (&x)[kRows][kOctets][8], int dim, int octets,
                                    const float (&means)[kRows], float (&sums)[kRows]) {
@@ -171,12 +172,13 @@ __device__ inline void add_squares(const float (&x)[kRows][kOctets][8], int dim,
   }
 }
 
-// By what the norm divides, inverted.
+// The reciprocal of the norm's divisor.
 __device__ inline float inverse_of(const Call& call, float variance) {
   return call.norm == kNoNorm ? 1.0f : rsqrtf(variance + call.norm_eps);
 }
 
-// norm(x) of the rows that the warp holds, to grouped scratch. Parameters come an octet ahead.
+// Stores norm(x) of the rows that the warp holds to grouped scratch. The parameters are loaded one
+// octet ahead.
 __device__ inline void store_normed(const Call& call, const Expert& expert, const TaskRows& rows,
                                     const float (&x)[kRowsOfWarp][kOctets][8],
                                     const float (&means)[kRowsOfWarp],
@@ -215,7 +217,7 @@ __device__ inline void store_normed(const Call& call, const Expert& expert, cons
   }
 }
 
-// norm_e(x) of the warp's rows, of at most kSpan columns.
+// norm_e(x) of the warp's rows, which have at most kSpan columns.
 __device__ inline void normalise_rows(const Call& call, const Expert& expert, const void* x,
                                       bool x_is_half, __half* normed, const TaskRows& rows,
                                       int row) {
@@ -270,7 +272,7 @@ __device__ inline void normalise_long_row(const Call& call, const Expert& expert
   }
 }
 
-// norm_e(x) of the task's rows, to grouped scratch; without norm x itself.
+// Stores norm_e(x) of the task's rows to grouped scratch; x itself without a norm.
 __device__ inline void normalise(const Call& call, const void* x, bool x_is_half, __half* normed,
                                  const Task& task, const TaskRows& rows) {
   const Expert& expert = call.experts[task.expert];

@@ -1,8 +1,8 @@
-// What the kernels of moe_ffn share: their argument, rows, tickets, counters, vectors.
+// What the moe_ffn kernels share: arguments, rows, tickets, counters, vector accesses.
 //
-// Rows come in two numberings. A *token* is a row of x and y. A *grouped* row counts the tokens
-// expert by expert: expert e owns the grouped rows of [offset_e, offset_e + count_e), in token order,
-// and a row tile never spans two experts. Scratch tensors lie in grouped order.
+// Rows have two numberings. A *token* is a row of x and y. *Grouped* rows number the tokens expert
+// by expert: expert e owns the grouped rows [offset_e, offset_e + count_e), in token order, and a
+// row tile never spans two experts. Scratch tensors are in grouped order.
 #pragma once
 
 #include "common/tile_product.cuh"
@@ -12,7 +12,7 @@ constexpr int kMaxPhases = 4;
 
 enum Norm { kNoNorm, kLayerNorm, kRmsNorm };
 
-// The structs below have twins in kernels/moe_ffn/cuda/arguments.py.
+// The structs below are mirrored in kernels/moe_ffn/cuda/arguments.py.
 
 struct Expert {
   const __half* w1;         // [F, D] or, gated, [2 F, D]
@@ -24,12 +24,12 @@ struct Expert {
   long long hidden;         // F
 };
 
-// How a kernel finds its rows: by arithmetic where every sequence is the same run of pieces, else by
-// an index.
+// How a kernel finds its rows: by arithmetic if all sequences are divided into the same pieces,
+// else with an index.
 struct Rows {
-  const int* tokens;        // [T] token of each grouped row; null without an index
+  const int* tokens;        // [T], token of each grouped row; null without an index
   const int* offsets;       // [E + 1]
-  int starts[kMaxExperts];  // first token of an expert's piece in a sequence
+  int starts[kMaxExperts];  // first token of each expert's piece in a sequence
   int lengths[kMaxExperts];
   int sequences;
   int length;  // tokens of a sequence
@@ -40,24 +40,24 @@ struct Call {
   Rows rows;
   const void* layer_scale;  // [D]; null without
   const void* token_scale;  // [T]; null without
-  int* counters;            // ticket, leavers, then `bound` for each phase that is waited for
+  int* counters;            // tickets, CTAs that left, then `bound` per phase waited for
   int num_experts;
   int dim;         // D
   int max_hidden;  // columns of scratch for hidden activations
-  int max_pre;     // and of pre-activations
+  int max_pre;     // columns of pre-activations
   int norm;
   float norm_eps;
-  int norm_is_half, layer_scale_is_half, token_scale_is_half;  // or else float
+  int norm_is_half, layer_scale_is_half, token_scale_is_half;  // else float
   int bound;                                                   // on the number of row tiles
-  int band;                                                    // row tiles of a band
-  int tasks[kMaxPhases];                                       // of one row tile in each phase
+  int band;                                                    // row tiles per band
+  int tasks[kMaxPhases];                                       // tasks per row tile, by phase
   int num_counters;
   int stagger;  // see stagger()
 };
 
 // ---- rows
 
-// Grouped row at which expert e begins; T for e = E.
+// The first grouped row of expert e; T for e = E.
 __device__ inline int expert_offset(const Call& call, int e) {
   if (call.rows.offsets != nullptr) return call.rows.offsets[e];
   int before = 0;
@@ -65,7 +65,7 @@ __device__ inline int expert_offset(const Call& call, int e) {
   return before * call.rows.sequences;
 }
 
-// Grouped row behind the last of expert e, which begins at `begin`.
+// One past the last grouped row of expert e, which begins at `begin`.
 __device__ inline int expert_end(const Call& call, int e, int begin) {
   const Rows& rows = call.rows;
   return rows.offsets != nullptr ? rows.offsets[e + 1] : begin + rows.lengths[e] * rows.sequences;
@@ -90,16 +90,16 @@ __device__ inline long long token_of(const Call& call, int expert, int begin, in
          local % length;
 }
 
-// ---- tickets, as in schedule.Banded
+// ---- tickets, in the order of schedule.Banded
 
-// One part of one row tile in one phase; phase -1 behind the last.
+// One part of one row tile in one phase; phase -1 after the last task.
 struct Task {
   int phase, tile, part;
   int expert, start, begin, end;  // grouped rows: the tile's first, the expert's first and end
 };
 
-// Each thread finds the token of one row of the task's tile, and returns it; rows behind the end
-// repeat the last. The CTA synchronises before it reads others'.
+// Each thread finds and returns the token of one row of the task's tile; rows past the end repeat
+// the last one. The CTA synchronises before it reads the tokens of other threads.
 __device__ inline long long find_tokens(const Call& call, const Task& task, int (&tokens)[kTile]) {
   const int row = min(task.start + static_cast<int>(threadIdx.x), task.end - 1);
   const long long token = token_of(call, task.expert, task.begin, row);
@@ -107,17 +107,17 @@ __device__ inline long long find_tokens(const Call& call, const Task& task, int 
   return token;
 }
 
-// What the thread that takes tickets remembers between them.
+// The state that the thread taking tickets keeps between them.
 struct Tickets {
-  int tiles, step, first;  // the step of the last ticket, and the first ticket of that step
+  int tiles, step, first;  // step of the last ticket, first ticket of that step
 };
 
 __device__ inline int first_of_band(const Call& call, int band, int tiles) {
   return min(max(band, 0) * call.band, tiles);
 }
 
-// Takes a ticket and finds its task; for one thread. Tickets of a CTA rise, so that the step is
-// looked for from the last one on.
+// Takes a ticket and finds its task; called by one thread. The tickets of a CTA increase, so the
+// search for the step starts at the step of the last ticket.
 __device__ inline Task take_ticket(const Call& call, Tickets& last) {
   Task task = {-1, 0, 0, 0, 0, 0, 0};
   const int ticket = atomicAdd(call.counters, 1);
@@ -137,7 +137,7 @@ __device__ inline Task take_ticket(const Call& call, Tickets& last) {
       offset -= size * call.tasks[p];
     }
     if (task.phase >= 0) break;
-    if (bands == 0) return task;  // behind the last step
+    if (bands == 0) return task;  // past the last step
     last.first = ticket - offset;
     ++last.step;
   }
@@ -159,26 +159,26 @@ __device__ inline Task take_ticket(const Call& call, Tickets& last) {
   return task;
 }
 
-// ---- two CTAs of a multiprocessor
+// ---- the stagger of the two CTAs of a multiprocessor
 //
-// Started together, with tiles of one length, both would start and end each tile at the same time,
-// and nobody multiplies meanwhile: modelled, the tensor cores are busy 0.78 of the time instead of
-// 0.84 (fc1, D 768). So the second half of the grid, which is dealt out when each multiprocessor has
-// a CTA, begins later by `call.stagger` dependent multiplications.
+// If both started together, with tiles of equal length, their prologues and epilogues would
+// coincide and leave the tensor cores idle: as modelled, these are busy 0.78 of the time instead of
+// 0.84 (fc1, D 768). The second half of the grid, which is placed once each multiprocessor has a
+// CTA, therefore starts later by `call.stagger` dependent multiplications.
 __device__ inline void stagger(const Call& call, char* unused) {
   if (blockIdx.x * 2 < gridDim.x) return;
   int v = threadIdx.x;
 #pragma unroll 1
   for (int i = 0; i < call.stagger; ++i) v = v * v + 1;
-  reinterpret_cast<volatile int*>(unused)[threadIdx.x] = v;  // or the loop would be dropped
+  reinterpret_cast<volatile int*>(unused)[threadIdx.x] = v;  // keeps the loop
 }
 
 // ---- counters
 //
-// Who waits holds a later ticket than all that it waits for, so the CTA with the earliest unfinished
-// ticket never waits: no number of resident CTAs can hang.
+// A waiting CTA holds a later ticket than every task that it waits for, so the CTA with the
+// earliest unfinished ticket never waits: with any number of resident CTAs there is no deadlock.
 
-// Publish what this CTA has stored, to be seen by who waits on the counter.
+// Release: makes this CTA's stores visible to CTAs that wait on the counter.
 __device__ inline void signal(int* counter) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -187,18 +187,18 @@ __device__ inline void signal(int* counter) {
   }
 }
 
-// Until `expected` signals have come.
+// Acquire: waits until the counter has received `expected` signals.
 __device__ inline void wait(const int* counter, int expected) {
   if (expected == 0) return;
   if (threadIdx.x == 0) {
     while (*static_cast<const volatile int*>(counter) < expected) {
     }
-    __threadfence();  // it also drops what this multiprocessor's L1 holds
+    __threadfence();  // also invalidates this multiprocessor's L1
   }
   __syncthreads();
 }
 
-// The last CTA to leave zeroes all counters, for the next launch.
+// The last CTA to leave clears all counters for the next launch.
 __device__ inline void leave(const Call& call) {
   __shared__ bool last;
   if (threadIdx.x == 0) {
@@ -230,7 +230,7 @@ __device__ inline uint4 pack(const float (&v)[8]) {
   return chunk;
 }
 
-// Elements first..first + 7 of a tensor of halves or floats; first is a multiple of 8.
+// Elements first..first + 7 of a tensor of halves or floats; `first` is a multiple of 8.
 __device__ inline void load_octet(const void* tensor, bool is_half, long long first,
                                   float (&v)[8]) {
   if (is_half) {

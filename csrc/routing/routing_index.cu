@@ -1,13 +1,13 @@
-// The index of a routed operation: token numbers grouped by expert.
+// The index of a routed operation: token numbers grouped by expert, a stable counting sort.
 //
-// One CTA, no atomics, the same result in every run. Each warp owns a contiguous span of tokens:
+// One CTA and no atomics: the result is deterministic. Each warp owns a contiguous span of tokens:
 //   1. it counts its tokens per bucket (experts 0..E-1, then one bucket for ids out of range);
-//   2. the counts are scanned, bucket by bucket and in each over the warps, which gives every warp
-//      its first entry in every bucket;
-//   3. it reads its tokens again and writes each one to its place.
+//   2. the counts of each bucket are scanned over the warps, and the totals over the buckets, which
+//      gives every warp its first entry in every bucket;
+//   3. it reads its tokens again and writes each one to its entry.
 //
-// Floor: read 4 T bytes, write 4 T + 4 (E + 1). The ids are read twice; the second time
-// they come from L2, or from L1 up to some 30k tokens.
+// Lower bound of the traffic: read 4 T bytes, write 4 T + 4 (E + 1). The ids are read twice; the
+// second read hits L2, or L1 up to some 30k tokens.
 
 #include "common/warp.cuh"
 
@@ -16,20 +16,20 @@ constexpr int kMaxWarps = 32;
 constexpr int kMaxBuckets = kMaxExperts + 1;
 
 struct Shared {
-  // Of bucket b and warp w: first the count, then the next free entry of `rows`. The odd row length
-  // keeps the scan over the warps free of bank conflicts.
+  // entry[w][b] of warp w and bucket b: first the count, then the next free entry of `rows`. The
+  // odd row length keeps the scan over the warps free of bank conflicts.
   int entry[kMaxWarps][kMaxBuckets];
   int count[kMaxBuckets];
   int first[kMaxBuckets];
 };
 static_assert(kMaxBuckets % 2 == 1, "bank conflicts in the scan over warps");
 
-// Ids out of range share the bucket behind all experts.
+// Ids out of range share the bucket after those of the experts.
 __device__ int bucket_of(int id, int num_experts) {
   return 0 <= id && id < num_experts ? id : num_experts;
 }
 
-// Lanes of `active` that hold the same bucket as this lane: one ballot per bit.
+// The lanes of `active` with the same bucket as this lane; one ballot per bit.
 __device__ unsigned same_bucket(unsigned active, int bucket, int num_bits) {
   unsigned peers = active;
   for (int bit = 0; bit < num_bits; ++bit) {
@@ -40,8 +40,8 @@ __device__ unsigned same_bucket(unsigned active, int bucket, int num_bits) {
   return peers;
 }
 
-// Calls visit(token, bucket, peers) for the tokens of [begin, end), 32 at a time; lanes behind the
-// end get no peers. The next ids are under way while the present ones are worked on.
+// Calls visit(token, bucket, peers) for the tokens of [begin, end), 32 at a time; lanes past the
+// end get no peers. The next ids are prefetched while the current ones are processed.
 template <typename Visit>
 __device__ void for_each_token(const int* __restrict__ ids, long long begin, long long end,
                                int num_experts, Visit visit) {
@@ -58,7 +58,8 @@ __device__ void for_each_token(const int* __restrict__ ids, long long begin, lon
   }
 }
 
-// Turns the counts of every warp into its first entry within each bucket, and sums them.
+// Exclusive scan over the warps: turns each warp's counts into its first entry within each bucket,
+// and sums them to the count of the bucket.
 __device__ void scan_over_warps(Shared& shared, int num_buckets, int num_warps) {
   const int lane = lane_index();
   for (int bucket = warp_index(); bucket < num_buckets; bucket += num_warps) {
@@ -69,7 +70,7 @@ __device__ void scan_over_warps(Shared& shared, int num_buckets, int num_warps) 
   }
 }
 
-// One warp: where each expert's rows begin.
+// Executed by one warp: the offset of each expert's rows.
 __device__ void scan_over_experts(Shared& shared, int num_experts, int* __restrict__ offsets) {
   const int lane = lane_index();
   const int count = lane < num_experts ? shared.count[lane] : 0;

@@ -9,6 +9,7 @@ import torch
 
 from .. import target
 
+OPERANDS = ("16-bit", "32-bit")  # kinds of operand that tile tables tell apart
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _OLDEST_TRITON = (3, 4)  # the first that takes a NamedTuple of constants
 
@@ -46,6 +47,10 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         name = "sm_{}{}".format(*capability)
         return f"{device} is {name}; Triton has no tensor cores below sm_80."
     return None
+
+
+def operands_of(dtype: torch.dtype) -> str:
+    return "32-bit" if dtype == torch.float32 else "16-bit"
 
 
 class Options(Protocol):

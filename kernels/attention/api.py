@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ..arguments import FLOATS, autocast_dtype, check_tensor, check_values
 from ..dispatch import resolve
-from . import op as ops
 from .bias import RelativePositionBias
 from .call import Call
+from .op import ATTENTION, BACKENDS
 from .reference import shared_attention_reference
 
 _INTEGERS = (torch.int32, torch.int64)
@@ -64,9 +64,9 @@ def shared_attention(
     rounded to the dtype of v before the second product, as the official code does. Under autocast,
     q, k and v are cast to its dtype; the table is not.
 
-    Differentiable with respect to q, k, v and ``bias.table``. Second derivatives are not available.
-    Forward-mode differentiation and the transforms of ``torch.func`` (grad, jvp, vmap, ...) run the
-    backend ``"reference"``, which has all of them.
+    Differentiable with respect to q, k, v and ``bias.table``. Forward-mode differentiation and the
+    transforms of ``torch.func`` (grad, jvp, vmap, ...) run the backend ``"reference"``, which has
+    all of them; of the backends it alone has second derivatives.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -93,7 +93,8 @@ def shared_attention(
 
     table, index = (None, None) if bias is None else bias
     facts = (q.device, q.dtype, q.shape[-1], 0 if index is None else index.entries)
-    name, plain = resolve("shared_attention", ops.BACKENDS, backend, (q, k, v, table), *facts)
+    name = resolve("shared_attention", BACKENDS, backend, (q, k, v, table), *facts)
+    plain = name == "reference"
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     call = Call(
         *(q, k, v, table),
@@ -106,7 +107,7 @@ def shared_attention(
         causal=causal,
         scale=scale,
     )
-    return shared_attention_reference(call) if plain else ops.run(call, name)
+    return shared_attention_reference(call) if plain else ATTENTION.run(call, name)
 
 
 def _unpack(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,12 +48,14 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     return out, call.q.new_zeros(call.q.shape[:-1], dtype=batch.wide)
 
 
-def backward(dout: Tensor, out: Tensor, lse: Tensor, call: Call, needs_table: bool) -> list[Tensor]:
-    """Gradients of q, k, v and the table (empty unless wanted)."""
+def backward(
+    dout: Tensor, out: Tensor, lse: Tensor, call: Call, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of q, k, v and, if there is one, the table (None unless wanted)."""
     batch = _Batch(call)
     grads = [batch.new_like(t) for t in call[:3]]
     flat = [batch.flat(grad) for grad in grads]
-    dbias = torch.zeros_like(batch.bias) if needs_table and batch.bias is not None else None
+    dbias = None if batch.bias is None or not needs[3] else torch.zeros_like(batch.bias)
     for group in batch.groups:
         for piece in group.pieces(batch):
             taken = (piece.take(batch.flat(t)) for t in (call.q, call.k, call.v, dout))
@@ -63,7 +65,9 @@ def backward(dout: Tensor, out: Tensor, lse: Tensor, call: Call, needs_table: bo
                 piece.put(target, grad)
             if dbias is not None:
                 group.add_to_bias(dbias[piece.heads], _sum_of_first(dscores))
-    return [*grads, call.q.new_empty(0) if dbias is None else batch.table_gradient(dbias)]
+    if batch.bias is None:
+        return [*grads]
+    return [*grads, None if dbias is None else batch.table_gradient(dbias)]
 
 
 def _probabilities(

@@ -1,12 +1,14 @@
-"""shared_attention in plain PyTorch: the oracle, and the backend that runs everywhere."""
+"""shared_attention in plain PyTorch, differentiated by autograd: the oracle and "reference"."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import without_autocast
 from .call import Call
 
 
@@ -15,62 +17,31 @@ def why_not(*facts: Any) -> str | None:
 
 
 def shared_attention_reference(call: Call) -> Tensor:
-    """The oracle: differentiable by autograd, any device and dtype, no trick of any kernel."""
-    return forward(call)[0]
+    """out, in the shape of q: any device and dtype, no trick of any kernel."""
+    with without_autocast(call.q.device):
+        dense = _pad(call)
+        out = _probabilities(dense).to(call.v.dtype) @ dense.v.transpose(1, 2)
+        return _unpad(out.transpose(1, 2), call)
 
 
-def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """out, in the shape of q, and the scores' log-sum-exp in float32 or better, q.shape[:-1]."""
-    dense = _pad(call)
-    p, lse = _probabilities(dense)
-    out = p.to(call.v.dtype) @ dense.v.transpose(1, 2)
-    return _unpad(out.transpose(1, 2), call), _unpad(lse.transpose(1, 2), call)
+def _probabilities(call: Call) -> Tensor:
+    """softmax(q k^T * scale + bias) [B, H, N, N] in float32 or better.
 
-
-def backward(dout: Tensor, out: Tensor, lse: Tensor, call: Call, needs_table: bool) -> list[Tensor]:
-    """Gradients of q, k, v and the table (empty unless wanted).
-
-    ``out`` and ``lse`` are for kernels that rebuild probabilities; the oracle starts from scratch.
-    """
-    dense = _pad(call)
-    q, k, v = (t.transpose(1, 2) for t in (dense.q, dense.k, dense.v))  # [B, H, N, K]
-    wide = _accumulator(q)
-    dout = _pad_rows(dout, call).transpose(1, 2)
-    p, _ = _probabilities(dense)
-
-    dv = p.to(v.dtype).transpose(2, 3) @ dout
-    dp = (dout @ v.transpose(2, 3)).to(wide)
-    # Equal to rowsum(dout * out), but free of the rounding of out: a lone key gets exactly 0.
-    delta = (p * dp).sum(3, keepdim=True)
-    ds = p * (dp - delta)  # [B, H, N, N]
-    dq = (ds @ k.to(wide)) * call.scale
-    dk = ds.transpose(2, 3) @ (q * call.scale).to(wide)
-    grads = [
-        _unpad(d.transpose(1, 2), call).to(t.dtype)
-        for d, t in zip((dq, dk, dv), (q, k, v), strict=True)
-    ]
-    if call.table is None or not needs_table:
-        return [*grads, call.q.new_empty(0)]
-    return [*grads, _table_gradient(ds, dense).to(call.table.dtype)]
-
-
-def _probabilities(call: Call) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T * scale + bias) [B, H, N, N] and its log-sum-exp [B, H, N].
-
-    In float32 or better. A query without a valid key gets zeros and a log-sum-exp of -inf.
+    A query without a valid key gets zeros.
     """
     q, k = call.q.transpose(1, 2), call.k.transpose(1, 2)
-    wide = _accumulator(q)
+    wide = torch.promote_types(q.dtype, torch.float32)
     scores = (q * call.scale).to(wide) @ k.to(wide).transpose(2, 3)
     if call.table is not None:
-        bias = call.table.to(wide)[_index(call)]  # [N, N, H] or [B, N, N, H]
+        # The gradient of an embedding is a repeatable sum, where that of an index adds atomically.
+        bias = F.embedding(_index(call), call.table.to(wide))  # [N, N, H] or [B, N, N, H]
         scores = scores + bias.movedim(-1, -3)
     mask = _mask(call)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    lse = scores.logsumexp(3)
-    shift = lse.masked_fill(lse.isneginf(), 0)
-    return (scores - shift[..., None]).exp(), lse
+    if mask is None:
+        return scores.softmax(3)
+    # Not -inf, of which alone softmax would make NaN.
+    scores = scores.masked_fill(~mask, torch.finfo(wide).min)
+    return scores.softmax(3).masked_fill(~mask, 0)
 
 
 def _mask(call: Call) -> Tensor | None:
@@ -101,18 +72,6 @@ def _index(call: Call) -> Tensor:
         length = call.q.shape[1]
         return call.matrix[:length, :length]
     return call.matrix[call.positions[:, :, None], call.positions[:, None, :]]
-
-
-def _table_gradient(ds: Tensor, call: Call) -> Tensor:
-    """Sum of the score gradients of all pairs that read each row: [entries, H]."""
-    assert call.table is not None
-    index = _index(call)
-    ds = ds.sum(0) if call.positions is None else ds
-    pairs = ds.movedim(-3, -1).reshape(-1, ds.shape[-3])
-    # Sorts on a GPU instead of adding atomically, so that the sum is repeatable.
-    return torch.ops.aten.embedding_dense_backward(
-        pairs.contiguous(), index.reshape(-1).long(), call.table.shape[0], -1, False
-    )
 
 
 def _pad(call: Call) -> Call:
@@ -162,7 +121,3 @@ def _unpad(t: Tensor, call: Call) -> Tensor:
     token = torch.arange(call.q.shape[0], device=t.device)
     sequence = torch.searchsorted(call.offsets, token, right=True) - 1
     return t[sequence, token - call.offsets[sequence]]
-
-
-def _accumulator(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)

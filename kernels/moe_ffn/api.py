@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._op import recorded
 from ..arguments import FLOATS, autocast_dtype, check_choice, check_tensor
 from ..dispatch import resolve
 from ..routing import ModalityRouting
-from . import op as ops
 from .call import ACTIVATIONS, GATED, NORMS, Call
+from .op import BACKENDS, MOE_FFN
 from .reference import moe_ffn_reference
 
 
@@ -37,12 +38,11 @@ def moe_ffn(
     recompute: bool = False,
     backend: str | None = None,
 ) -> Tensor:  # [..., D]
-    r"""Feed-forward layer whose tokens go to the expert of their modality, in one operation.
+    """Feed-forward layer whose tokens go to the expert of their modality, in one operation.
 
-    For a token t that ``routing`` sends to expert e:
+    For a token t that ``routing`` sends to expert e::
 
-    .. math:: y_t = residual_t + token\_scale_t \cdot layer\_scale \odot
-              (W2_e \; act(W1_e \, norm_e(x_t) + b1_e) + b2_e)
+        y_t = residual_t + token_scale_t * layer_scale * (W2_e act(W1_e norm_e(x_t) + b1_e) + b2_e)
 
     Every part but the two products and the activation is optional. Tokens keep their order. Experts
     may be empty and may differ in hidden width F.
@@ -63,7 +63,8 @@ def moe_ffn(
         recompute: keep only x for the backward and compute ``W1_e norm_e(x) + b1_e`` again there,
             at the cost of one more product. By default it is kept, as F numbers per token (2 F if
             gated), unless no gradient is recorded; on a CPU so are the activations and what
-            ``layer_scale`` multiplies, F + D more. Gradients are the same.
+            ``layer_scale`` multiplies, F + D more. ``"reference"`` keeps all that autograd does.
+            Gradients are the same.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; see :mod:`vlmo.kernels`.
 
     Returns:
@@ -76,9 +77,9 @@ def moe_ffn(
     (float64 for float64), norms and activations are computed in float32 or better.
 
     Differentiable with respect to x, every weight and bias, the norm parameters, ``layer_scale``
-    and ``residual``. An expert whose parameters do not require gradients costs none. Second
-    derivatives are not available. Forward-mode differentiation and the transforms of ``torch.func``
-    (grad, jvp, vmap, ...) run the backend ``"reference"``, which has all of them.
+    and ``residual``. An expert whose parameters do not require gradients costs none. Forward-mode
+    differentiation and the transforms of ``torch.func`` (grad, jvp, vmap, ...) run the backend
+    ``"reference"``, which has all of them; of the backends it alone has second derivatives.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -109,7 +110,7 @@ def moe_ffn(
     hidden = tuple(weight.shape[1] for weight in experts.w2)
     facts = (x.device, experts.w1[0].dtype, width, hidden, activation)
     tensors = (x, *itertools.chain(*experts), layer_scale, token_scale, residual)
-    name, plain = resolve("moe_ffn", ops.BACKENDS, backend, tensors, *facts)
+    name = resolve("moe_ffn", BACKENDS, backend, tensors, *facts)
     ids, rows, offsets, pieces = routing.ids, None, None, routing.pieces
     if name != "reference" and not routing.by_arithmetic:
         ids, rows, offsets = routing.grouping(math.prod(x.shape[:-1]), x.device)
@@ -125,12 +126,12 @@ def moe_ffn(
         norm,
         norm_eps,
         activation,
-        save_pre=not recompute and not plain,
+        save_pre=not recompute and recorded(tensors),
     )
-    if plain:
+    if name == "reference":
         return moe_ffn_reference(call).reshape(x.shape)
     # As nn.Linear does: a tensor of its own, not a view, of which FSDP would warn.
-    return torch.ops.aten._unsafe_view.default(ops.run(call, name), x.shape)
+    return torch.ops.aten._unsafe_view.default(MOE_FFN.run(call, name), x.shape)
 
 
 class Experts(NamedTuple):

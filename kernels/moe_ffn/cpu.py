@@ -19,10 +19,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._backends import cpu as cpu_target
-from . import onednn, reference
+from . import onednn
 from .call import GATED, Call
 
 
@@ -298,17 +299,26 @@ def _act_backward(d: Tensor, h: Tensor, activation: str) -> Tensor:
     if activation not in GATED:
         how = _approximate(activation)
         return aten.gelu_backward.grad_input(d, h, approximate=how, grad_input=d)
-    return reference.act_vjp(h, activation)[1](d)
+    gate, value = h.chunk(2, dim=1)
+    opened = F.silu(gate) if activation == "swiglu" else F.gelu(gate)
+    gate_backward = aten.silu_backward if activation == "swiglu" else aten.gelu_backward
+    return torch.cat([gate_backward(d * value, gate), d * opened], dim=1)
 
 
 def _norm(x: Tensor, e: int, call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """norm_e(x) in the dtype of the weights; for a fused LayerNorm also mean and 1 / deviation."""
-    if not _fused_norm(x, e, call):
-        return reference.norm(x, e, call), None, None
-    bias = call.norm_bias[e] if call.norm_bias else None
-    normed, mean, rstd = torch.native_layer_norm(
-        x, x.shape[-1:], call.norm_weight[e], bias, call.norm_eps
-    )
+    """norm_e(x) in the dtype of the weights; also mean (LayerNorm) and 1 / deviation of the rows.
+
+    PyTorch's LayerNorm computes in float32 or better, but takes x and its parameters in one dtype.
+    """
+    if call.norm == "none":
+        return x, None, None
+    x, weight, bias = _norm_operands(x, e, call)
+    mean = None
+    if call.norm == "layer":
+        normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, call.norm_eps)
+    else:
+        rstd = torch.rsqrt(x.square().mean(1, keepdim=True) + call.norm_eps)
+        normed = x * rstd * weight
     return normed.to(call.w1[e].dtype), mean, rstd
 
 
@@ -316,10 +326,14 @@ def _norm_backward(
     d: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor | None, e: int, call: Call
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, norm_weight and norm_bias from that of norm_e(x)."""
-    if mean is None or rstd is None:
-        return reference.norm_vjp(x, e, call)[1](d)
-    weight, bias = call.norm_weight[e], call.norm_bias[e] if call.norm_bias else None
-    exact = _wide(d) == d.dtype
+    if rstd is None:
+        return d, None, None
+    x, weight, bias = _norm_operands(x, e, call)
+    if mean is None:
+        xhat, dxhat = x * rstd, d * weight
+        dx = (dxhat - xhat * (dxhat * xhat).mean(1, keepdim=True)) * rstd
+        return dx, (d * xhat).sum(0), None
+    exact = _wide(x) == x.dtype
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         *(d.to(x.dtype), x, x.shape[-1:], mean, rstd, weight, bias),
         [True, exact, exact and bias is not None],
@@ -331,10 +345,13 @@ def _norm_backward(
     return dx, dweight, None if bias is None else d.sum(0)
 
 
-def _fused_norm(x: Tensor, e: int, call: Call) -> bool:
-    """Whether PyTorch's LayerNorm takes these dtypes; it computes in float32 or better."""
-    vectors = [*call.norm_weight[e : e + 1], *call.norm_bias[e : e + 1]]
-    return call.norm == "layer" and all(t.dtype == x.dtype for t in vectors)
+def _norm_operands(x: Tensor, e: int, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, norm_weight and norm_bias of an expert in one dtype: theirs, or else float32 or better."""
+    weight, bias = call.norm_weight[e], call.norm_bias[e] if call.norm_bias else None
+    if call.norm == "layer" and all(t.dtype == x.dtype for t in (weight, bias) if t is not None):
+        return x, weight, bias
+    wide = _wide(x)
+    return x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
 
 
 def _wide(t: Tensor) -> torch.dtype:

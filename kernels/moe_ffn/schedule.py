@@ -1,29 +1,21 @@
-"""The order of work inside a persistent launch, as plain Python: what the kernels do, and its cost.
+"""The order of work inside a persistent launch, as far as the host decides it.
 
-The kernels hold the same formulas (``locate`` in triton/device.py, ``find_work`` in
-triton/backward_weights.py), and the tests compare the two ticket by ticket. Nothing here touches a
-tensor.
+The kernels find the work of each ticket (``locate`` in triton/device.py, ``find_work`` in
+triton/backward_weights.py); benchmarks/modelled/schedule.py says the same in plain Python, and the
+tests compare the two ticket by ticket.
 """
 
 from __future__ import annotations
 
 import functools
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 # What the prologue and epilogue of a tile, or of a piece of one, cost in steps of its main loop: a
-# guess. It steers the choice of the band and the shares of Split.
+# guess. It steers the choice of the band and the equal shares of what is divided.
 TILE_OVERHEAD = 3
-
-
-class Task(NamedTuple):
-    """What one ticket stands for: one part of one row tile in one phase."""
-
-    phase: int
-    tile: int
-    part: int
 
 
 @dataclass(frozen=True)
@@ -47,29 +39,6 @@ class Banded:
     band: int
     tasks: tuple[int, ...]
 
-    @property
-    def total(self) -> int:
-        return self.tiles * sum(self.tasks)
-
-    def first_ticket(self, step: int) -> int:
-        """Tickets before ``step``."""
-        return sum(self._begin(step - p) * count for p, count in enumerate(self.tasks))
-
-    def locate(self, ticket: int) -> Task:
-        if not 0 <= ticket < self.total:
-            raise IndexError(f"ticket: {ticket} is outside [0, {self.total})")
-        step = ticket // (self.band * sum(self.tasks))
-        while self.first_ticket(step + 1) <= ticket:
-            step += 1
-        offset = ticket - self.first_ticket(step)
-        for phase, count in enumerate(self.tasks):
-            first = self._begin(step - phase)
-            size = self._begin(step - phase + 1) - first
-            if offset < size * count:
-                return Task(phase, first + offset % size, offset // size)
-            offset -= size * count
-        raise AssertionError(ticket)
-
     def runs(self) -> Iterator[tuple[int, range, int]]:
         """Phase, row tiles and number of parts of the tickets that lie together, in their order."""
         for step in range(-(-self.tiles // self.band) + len(self.tasks) - 1):
@@ -77,12 +46,6 @@ class Banded:
                 band = range(self._begin(step - phase), self._begin(step - phase + 1))
                 if band and count:
                     yield phase, band, count
-
-    def __iter__(self) -> Iterator[Task]:
-        """The tasks in the order of their tickets."""
-        for phase, band, count in self.runs():
-            for part in range(count):
-                yield from (Task(phase, tile, part) for tile in band)
 
     def _begin(self, band: int) -> int:
         """First row tile of a band."""
@@ -131,7 +94,7 @@ def replay(schedule: Banded, workers: int, costs: Sequence[float]) -> Replay:
                     ends[tile] = end
                 heapq.heapreplace(free, end)
     busy = schedule.tiles * sum(c * n for c, n in zip(costs, schedule.tasks, strict=True))
-    return _shares(max(free), busy, waiting, workers)
+    return shares_of(max(free), busy, waiting, workers)
 
 
 def _phase_before(phase: int, tasks: Sequence[int]) -> int | None:
@@ -139,7 +102,8 @@ def _phase_before(phase: int, tasks: Sequence[int]) -> int | None:
     return max((p for p in range(phase) if tasks[p]), default=None)
 
 
-def _shares(makespan: float, busy: float, waiting: float, workers: int) -> Replay:
+def shares_of(makespan: float, busy: float, waiting: float, workers: int) -> Replay:
+    """Of times that all workers together were busy and waiting."""
     time = workers * makespan
     return Replay(makespan, busy / time, waiting / time) if time else Replay(0.0, 1.0, 0.0)
 
@@ -162,110 +126,33 @@ def choose_band(tiles: int, tasks: tuple[int, ...], workers: int, costs: tuple[f
     return min(bands, key=lambda b: replay(Banded(tiles, b, tasks), workers, costs).makespan)
 
 
-class Piece(NamedTuple):
-    """Steps [first, last) of one tile of one expert."""
-
-    expert: int
-    tile: int
-    first: int
-    last: int
-
-
-@dataclass(frozen=True)
-class Split:
-    """Tickets of a launch whose tiles are sums over tokens, long and few.
-
-    As many whole tiles of each expert as fill all workers evenly come first: they run side by side
-    through the same tokens, which are read from DRAM once. What is left is laid end to end, each
-    tile behind some empty positions, and cut into one share per worker, the last share first.
-
-    Attributes:
-        tiles: tiles of each expert.
-        steps: steps of one tile of each expert.
-        workers: programs that are resident together.
-        overhead: empty positions before each tile that is divided, or a share of many short tiles
-            would be the last to end.
-    """
-
-    tiles: tuple[int, ...]
-    steps: tuple[int, ...]
-    workers: int
-    overhead: int = TILE_OVERHEAD
-
-    @property
-    def whole(self) -> tuple[int, ...]:
-        """Tiles of each expert that are not divided."""
-        return tuple(count // self.workers * self.workers for count in self.tiles)
-
-    @property
-    def share(self) -> int:
-        """Positions of each share of the rest; the last ones may be shorter."""
-        rest = zip(self.tiles, self.whole, self.steps, strict=True)
-        positions = sum((tiles - whole) * (steps + self.overhead) for tiles, whole, steps in rest)
-        return -(-positions // self.workers)
-
-    @property
-    def total(self) -> int:
-        return sum(self.whole) + self.workers
-
-    def share_of(self, ticket: int) -> int:
-        """Number of a ticket's share; a ticket for a whole tile gets one that no share has."""
-        return self.total - 1 - ticket
-
-    def pieces(self, ticket: int) -> list[Piece]:
-        """What the program with this ticket works on, in order."""
-        number = self.share_of(ticket)
-        for expert, whole in enumerate(self.whole):
-            if ticket < whole:
-                return [Piece(expert, ticket, 0, self.steps[expert])]
-            ticket -= whole
-        first, last = number * self.share, (number + 1) * self.share
-        found, position = [], 0
-        for expert, steps in enumerate(self.steps):
-            for tile in range(self.whole[expert], self.tiles[expert]):
-                position += self.overhead
-                begin, end = max(first - position, 0), min(last - position, steps)
-                if begin < end:
-                    found.append(Piece(expert, tile, begin, end))
-                position += steps
-        return found
-
-    def peers(self, number: int, piece: Piece) -> range:
-        """The shares that go on where an owner's ``piece``, the last of its share, breaks off."""
-        missing = self.steps[piece.expert] - piece.last
-        return range(number + 1, number + 1 + (-(-missing // self.share) if missing else 0))
-
-
-def replay_split(split: Split, overhead: float, addition: float) -> Replay:
-    """Play the tickets in order; a step costs 1.
+def band_of(
+    tiles: int,
+    tasks: Sequence[int],
+    workers: int,
+    depths: Sequence[int | None],
+    *,
+    step: int,
+    rows_cost: int,
+) -> int:
+    """Row tiles of a band of a launch.
 
     Args:
-        overhead: what each piece costs beside its steps.
-        addition: what it costs an owner to add one partial tile to its own.
-
-    Raises:
-        AssertionError: an owner waits for a share with a later ticket, which could hang.
+        tiles: row tiles of the launch.
+        tasks: tasks of a row tile in each phase.
+        workers: programs that are resident at a time.
+        depths: length of the products of each phase, None of one without products.
+        step: length that one step of the main loop takes.
+        rows_cost: steps that a task without products costs; it only steers the choice.
     """
-    free = [0.0] * split.workers
-    ready: dict[int, float] = {}  # when the partial tile of a share is there
-    busy = waiting = 0.0
-    for ticket in range(split.total):
-        time = free[0]
-        share = split.share_of(ticket)
-        for piece in split.pieces(ticket):
-            cost = piece.last - piece.first + overhead
-            time, busy = time + cost, busy + cost
-            if piece.first > 0:
-                ready[share] = time
-                continue
-            for peer in split.peers(share, piece):
-                assert peer in ready, (ticket, peer)
-                waiting += max(ready[peer] - time, 0.0)
-                time, busy = max(ready[peer], time) + addition, busy + addition
-        heapq.heapreplace(free, time)
-    return _shares(max(free), busy, waiting, split.workers)
+    costs = (rows_cost if d is None else -(-d // step) + TILE_OVERHEAD for d in depths)
+    return choose_band(tiles, tuple(tasks), workers, tuple(costs))
 
 
-def in_waves(launches: Iterable[tuple[int, float]], workers: int) -> float:
-    """Makespan of separate launches of (tiles, cost of one): what a loop over experts gives."""
-    return sum(-(-tiles // workers) * cost for tiles, cost in launches)
+def whole_tiles(tiles: Sequence[int], workers: int) -> tuple[int, ...]:
+    """Tiles of each expert that are not divided, of ``tiles`` whose sums over tokens are long.
+
+    As many as fill all workers evenly: they run side by side through the same tokens, which are
+    read from DRAM once. What is left is divided into equal shares, one for each worker (stream-K).
+    """
+    return tuple(count // workers * workers for count in tiles)

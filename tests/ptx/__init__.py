@@ -1,1 +1,1 @@
-"""Runs the PTX that Triton compiles the library's kernels to, on a machine without a GPU."""
+"""Emulator for the PTX that Triton compiles the library's kernels to; needs no GPU."""

@@ -1,7 +1,7 @@
-// Instructions that work on registers, by name. A name is that of PTX, but that
+// Register-to-register instructions, by name. Names are those of PTX, except that
 //   pack.64.16, unpack.32.16  are mov with a list of registers, from or to narrower ones
 //   max3.f32, min3.f32        are max and min of three numbers
-//   cvt.integer               is cvt from an integer to another
+//   cvt.integer               is cvt from one integer type to another
 #pragma once
 #include <cmath>
 #include <limits>
@@ -23,15 +23,15 @@ inline u16 to_bfloat(f32 x) {
   const u32 bits = as<u32>(x);
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
-// Denormals become zero.
+// Flushes denormals to zero.
 inline f32 ftz(f32 x) { return std::fpclassify(x) == FP_SUBNORMAL ? copysignf(0, x) : x; }
 
-// Of a NaN and a number: the number.
+// The maximum; of a NaN and a number, the number.
 inline f32 larger(f32 a, f32 b) { return std::isnan(a) ? b : std::isnan(b) ? a : a == b ? (std::signbit(a) ? b : a) : a > b ? a : b; }
 inline f32 smaller(f32 a, f32 b) { return -larger(-a, -b); }
 template <class T> T quotient(T a, T b) { return b == 0 ? (T)-1 : std::is_signed_v<T> && b == (T)-1 ? (T)(0 - (s64)a) : (T)(a / b); }
 template <class T> T remainder_of(T a, T b) { return b == 0 ? a : std::is_signed_v<T> && b == (T)-1 ? (T)0 : (T)(a % b); }
-template <class T> T truncated(f32 x) {  // cvt.rzi: out of range gives the limits
+template <class T> T truncated(f32 x) {  // cvt.rzi: saturates out of range
   if (std::isnan(x)) return sizeof(T) == 8 ? std::numeric_limits<T>::min() : 0;
   if (x >= (f32)std::numeric_limits<T>::max()) return std::numeric_limits<T>::max();
   if (x <= (f32)std::numeric_limits<T>::min()) return std::numeric_limits<T>::min();
@@ -64,7 +64,7 @@ inline s32 signed_bits_of(s32 a, u32 from, u32 count) {  // bfe.s32
   const s64 shifted = (s64)a >> std::min(from, 31u);
   return (s32)((s64)((u64)shifted << (64 - count)) >> (64 - count));
 }
-template <class F> u32 in_parts(u32 a, u32 b, u32 c, F f) {  // of two packed numbers
+template <class F> u32 in_parts(u32 a, u32 b, u32 c, F f) {  // applies f to both of two packed numbers
   return f(a, b, c) | (u32)f(a >> 16, b >> 16, c >> 16) << 16;
 }
 
@@ -215,7 +215,7 @@ inline void floats(Table& t) {
   FLOATS("ex2.approx", exp2f(a)) FLOATS("lg2.approx", log2f(a)) SAME("tanh.approx.f32", f32, tanhf(a))
   SAME("max.NaN.f32", f32, std::isnan(a) || std::isnan(b) ? NAN : larger(a, b))
   SAME("min.NaN.f32", f32, std::isnan(a) || std::isnan(b) ? NAN : smaller(a, b))
-  // Of the sign alone, also of a NaN's.
+  // These change only the sign bit, also of a NaN.
   SAME("neg.f32", u32, a ^ 0x80000000u) SAME("abs.f32", u32, a & 0x7fffffffu)
   FLUSHED("neg.ftz.f32", -a) FLUSHED("abs.ftz.f32", fabsf(a))
   SAME("copysign.f32", u32, (a & 0x80000000u) | (b & 0x7fffffffu))
@@ -223,7 +223,7 @@ inline void floats(Table& t) {
   t["add.rn.f64"] = t["add.f64"], t["sub.rn.f64"] = t["sub.f64"], t["mul.rn.f64"] = t["mul.f64"];
   SAME("fma.rn.f64", f64, fma(a, b, c)) SAME("div.rn.f64", f64, a / b)
   SAME("neg.f64", f64, -a) SAME("abs.f64", f64, fabs(a))
-// Of 16-bit numbers, and of two packed ones: a predicate for each.
+// Comparison of 16-bit numbers, and of two packed ones with one predicate each.
 #define COMPARE_NARROW(op, type, from, expression)                                                 \
   t["setp." op "." type] = [](Warp& w, const Instruction& i) {                                     \
     const u16 *x = w.at<u16>(i.operands[1]), *y = w.at<u16>(i.operands[2]);                        \
@@ -256,7 +256,7 @@ inline void floats(Table& t) {
     }                                                                                              \
     d = (d & ~w.active) | holds;                                                                   \
   };
-  // Without u, a comparison with a NaN does not hold; with u it does.
+  // A comparison with a NaN is false, or true with the suffix u (unordered).
   COMPARE_FLOATS("lt", a < b) COMPARE_FLOATS("le", a <= b) COMPARE_FLOATS("gt", a > b)
   COMPARE_FLOATS("ge", a >= b) COMPARE_FLOATS("eq", a == b) COMPARE_FLOATS("ne", a < b || a > b)
   COMPARE_FLOATS("ltu", !(a >= b)) COMPARE_FLOATS("leu", !(a > b)) COMPARE_FLOATS("gtu", !(a <= b))
@@ -304,7 +304,7 @@ inline void conversions(Table& t) {
   CONVERT("rn.f16x2.f32", u32, f32, to_half(b) | (u32)to_half(a) << 16)
   CONVERT("rn.bf16x2.f32", u32, f32, to_bfloat(b) | (u32)to_bfloat(a) << 16)
   CONVERT("rna.tf32.f32", u32, u32, std::isnan(as_float(a)) ? 0x7fffffffu : (a + 0x1000) & 0xffffe000u)
-  // result: place, bytes of its type, whether that is signed, bytes of the register; source: the same
+  // result: offset, bytes of its type, whether that is signed, bytes of the register; source: the same
   t["cvt.integer"] = [](Warp& w, const Instruction& i) {
     const s64* o = i.operands;
     FOR_LANES(w, l) {
@@ -322,7 +322,7 @@ inline void conversions(Table& t) {
   CONVERT("rni.ftz.f32.f32", f32, f32, nearbyintf(ftz(a)))
 }
 
-// ---- Exchange within a warp
+// ---- Warp shuffles and reductions
 enum class Shuffle { BUTTERFLY, INDEX, UP, DOWN };
 // shfl: result, predicate (or -1), source, b, c, mask of lanes
 template <Shuffle MODE> void shuffle(Warp& w, const Instruction& i) {

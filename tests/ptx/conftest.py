@@ -1,4 +1,4 @@
-"""These tests compile kernels: they run apart from those with Triton's interpreter (make test)."""
+"""These tests compile kernels: make test runs them apart from those with Triton's interpreter."""
 
 import os
 

@@ -1,7 +1,7 @@
-"""A GPU that is not there: Triton compiles for it and launches on it, and the machine runs the PTX.
+"""An emulated GPU for Triton: Triton compiles for it and launches on it; the machine runs the PTX.
 
-Nothing of the library is changed but what asks for the GPU: its name, its multiprocessors. Tensors
-stay in host memory. Triton must not be imported with TRITON_INTERPRET.
+Of the library, only the functions that query the GPU (its name, its multiprocessors) are replaced.
+Tensors stay in host memory. Triton must not be imported with TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
 from vlmo.kernels import target
+from vlmo.kernels._backends.triton import operands_of
 from vlmo.kernels._backends.triton_device import INTERPRETED
 from vlmo.kernels.attention.triton import tiles as attention_tiles
 from vlmo.kernels.moe_ffn.triton import tiles as moe_ffn_tiles
+from vlmo.kernels.target import GENERATIONS
 
 from .machine import Fault, Interleaving, Machine, Report, Result
 
-# Set when the kernels are imported: they are to be compiled as for a GPU.
+# Set while the kernels are imported, so that they are compiled as for a GPU.
 assert not INTERPRETED
 
 TARGETS = ("sm_80", "sm_90", "sm_120")
@@ -42,13 +44,13 @@ CACHE = pathlib.Path("build/ptx")  # of compiled kernels, in the folder where th
 
 
 class Launch(NamedTuple):
-    """One kernel that has run."""
+    """One launch of a kernel."""
 
     kernel: str
     machine: Machine
     grid: int
-    memory_bytes: int  # of all tensors that it may use
-    results: list[Result]  # of each interleaving
+    memory_bytes: int  # of all tensors that it may access
+    results: list[Result]  # one per interleaving
 
     @property
     def reports(self) -> list[Report]:
@@ -56,12 +58,12 @@ class Launch(NamedTuple):
 
 
 class Emulated:
-    """What :func:`emulated` yields.
+    """The emulated GPU that :func:`emulated` yields.
 
     Attributes:
-        interleavings: in which each launch to come runs, one after the other, from the same memory.
-        change: of the PTX before it runs; tests plant faults with it.
-        launches: so far.
+        interleavings: each later launch runs in all of these in turn, from the same memory.
+        change: a function that changes the PTX before it runs; tests inject faults with it.
+        launches: the launches so far.
     """
 
     def __init__(self, interleavings: Sequence[Interleaving]) -> None:
@@ -75,7 +77,7 @@ class Emulated:
         return [report for launch in self.launches for report in launch.reports]
 
     def note_empty(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Fill it with what is a NaN in every floating dtype; it counts as not written."""
+        """Fill the tensor with bytes that are NaN in every floating dtype; mark it unwritten."""
         storage = tensor.untyped_storage()
         if storage.nbytes():
             _bytes_of(storage)[:] = 0xFF
@@ -83,9 +85,9 @@ class Emulated:
         return tensor
 
     def written(self, storage: torch.UntypedStorage) -> np.ndarray | None:
-        """Which bytes are written, as far as that is known.
+        """Per byte whether it has been written, or None if that is not tracked.
 
-        Where the host has written something before the first launch, all counts as written.
+        A storage to which the host has written before the first launch counts as written entirely.
         """
         held, written = self._unwritten.get(storage.data_ptr(), (None, None))
         if held is None or written is None or held.nbytes() != storage.nbytes():
@@ -100,7 +102,7 @@ class Emulated:
         """Run a kernel in each interleaving.
 
         Args:
-            arguments: Triton's type and the value of each parameter; a tensor for a pointer.
+            arguments: Triton's type and the value of each parameter; tensors for pointers.
         """
         machine = _machine(self.change(text), shared_bytes)
         values = [(t, v.data_ptr() if t.startswith("*") else v) for t, v in arguments]
@@ -118,7 +120,7 @@ class Emulated:
 
 
 class _Memory:
-    """What a launch may use, and what was in it before and after the first run."""
+    """The memory a launch may access, with its contents before and after the first run."""
 
     def __init__(self, state: Emulated, tensors: Sequence[torch.Tensor]) -> None:
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
@@ -138,12 +140,12 @@ class _Memory:
             self.buffers[at, len(written)][:] = written  # type: ignore[index]
 
     def changed(self) -> int | None:
-        """Where something other than after the first run stands: a tensor's address."""
+        """The address of a tensor whose contents differ from those after the first run, or None."""
         self._after = self._after or {at: data.copy() for at, data in self._bytes.items()}
         return next((at for at, b in self._bytes.items() if (b != self._after[at]).any()), None)
 
 
-_active: Emulated | None = None  # Triton keeps launchers for good: they ask who is at work
+_active: Emulated | None = None  # Triton caches launchers for good: they look this up
 
 
 @contextlib.contextmanager
@@ -155,11 +157,11 @@ def emulated(
     The tiles are those of the library's tables for that generation.
 
     Args:
-        multiprocessors: of the GPU, by which the library chooses its grids.
+        multiprocessors: their number on the GPU, from which the library chooses its grids.
 
     Raises:
-        Fault: in the block, of a launch that cannot go on, or whose memory differs between
-            interleavings when it ends.
+        Fault: inside the block, if a launch cannot continue, or leaves different memory in
+            different interleavings.
     """
     global _active
     state = Emulated(interleavings)
@@ -168,7 +170,7 @@ def emulated(
         for change in (
             mock.patch.object(CUDABackend, "make_cubin", _ptx_as_binary),
             mock.patch.object(knobs.cache, "dir", str(CACHE)),
-            mock.patch.object(target, "interpreted", _always(True)),  # CPU tensors may come
+            mock.patch.object(target, "interpreted", _always(True)),  # accepts CPU tensors
             mock.patch.object(target, "multiprocessors", _always(multiprocessors)),
             mock.patch.object(moe_ffn_tiles, "built_in", _moe_ffn_row(generation)),
             mock.patch.object(attention_tiles, "choose", _attention_row(generation)),
@@ -185,7 +187,7 @@ def emulated(
 
 
 def _always(value: Any) -> Callable[..., Any]:
-    """Not a mock: torch.compile traces it."""
+    """A function that returns ``value``. It is no mock, so that torch.compile can trace it."""
 
     def function(*_: Any) -> Any:
         return value
@@ -195,21 +197,21 @@ def _always(value: Any) -> Callable[..., Any]:
 
 def _moe_ffn_row(generation: str):
     def row(device: torch.device, dtype: torch.dtype) -> moe_ffn_tiles.Tiles:
-        return moe_ffn_tiles.TABLE[generation, moe_ffn_tiles.operands_of(dtype)]
+        return moe_ffn_tiles.TABLE[generation, operands_of(dtype)]
 
     return row
 
 
 def _attention_row(generation: str):
     def row(device: torch.device, dtype: torch.dtype, head_dim: int) -> attention_tiles.Tiles:
-        operands, width = moe_ffn_tiles.operands_of(dtype), attention_tiles.width_of(head_dim)
+        operands, width = operands_of(dtype), attention_tiles.width_of(head_dim)
         return attention_tiles.TABLE[generation, operands, width]
 
     return row
 
 
 def _noting(state: Emulated) -> Iterator[Any]:
-    """Changes by which memory that PyTorch does not clear is known to be unwritten."""
+    """Patches that mark memory which PyTorch leaves uninitialised as unwritten."""
     for place, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         original = getattr(place, name)
 
@@ -222,7 +224,7 @@ def _noting(state: Emulated) -> Iterator[Any]:
 
 
 def _ptx_as_binary(backend, source, metadata, options, capability) -> bytes:
-    """Stands for CUDABackend.make_cubin, which runs ptxas."""
+    """Replaces CUDABackend.make_cubin, which runs ptxas."""
     return source if isinstance(source, bytes) else source.encode()
 
 
@@ -237,11 +239,11 @@ def _bytes_of(storage: torch.UntypedStorage) -> np.ndarray:
 
 
 class _Driver:
-    """What Triton asks of a driver."""
+    """The interface that Triton requires of a driver."""
 
     def __init__(self, generation: str) -> None:
         self.target = GPUTarget("cuda", int(generation.removeprefix("sm_")), 32)
-        self.shared_bytes = moe_ffn_tiles.GENERATIONS[generation].shared_bytes
+        self.shared_bytes = GENERATIONS[generation].shared_bytes
         self.utils = self
         self.launcher_cls = _Launcher
 
@@ -249,7 +251,7 @@ class _Driver:
         return self.target
 
     def get_current_device(self):
-        return self.target.arch  # Triton keeps the kernels of each device apart
+        return self.target.arch  # Triton caches kernels per device
 
     def get_current_stream(self, device):
         return 0
@@ -258,12 +260,12 @@ class _Driver:
         return {"max_shared_mem": self.shared_bytes}
 
     def load_binary(self, name, binary, shared_bytes, device):
-        """Module, function, registers, spills, most threads."""
+        """(module, function, registers, spills, maximum threads)."""
         return object(), (binary.decode(), shared_bytes), 0, 0, 1024
 
 
 class _Launcher:
-    """Calls a compiled kernel, as Triton's CudaLauncher does."""
+    """Launches a compiled kernel, as Triton's CudaLauncher does."""
 
     def __init__(self, source, metadata) -> None:
         self.name = source.fn.fn.__name__
@@ -276,7 +278,7 @@ class _Launcher:
 
 
 def _flattened(types, values) -> Iterator[tuple[str, Any]]:
-    """Type and value of each parameter that is not compiled into the kernel."""
+    """(type, value) of each parameter that is not a compile-time constant."""
     if isinstance(types, (tuple, list)):
         for type_, value in itertools.zip_longest(types, values):
             yield from _flattened(type_, value)

@@ -1,4 +1,4 @@
-"""Where statements lead: basic blocks, and where the two sides of a branch meet again."""
+"""Control flow: basic blocks, dominators, and the statements where branches reconverge."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import NamedTuple
 
 from .text import Kernel
 
-END = -1  # behind the last statement of a program
+END = -1  # past the last statement of a program
 
 
 class Block(NamedTuple):
-    """Statements [first, end) that run one after the other."""
+    """A basic block: statements [first, end)."""
 
     first: int
     end: int
-    next: tuple[int, ...]  # blocks, or END
+    next: tuple[int, ...]  # successors: blocks, or END
 
 
 def target_of(kernel: Kernel, number: int) -> int | None:
-    """The statement that a branch leads to; None for other statements."""
+    """The target of a branch; None for other statements."""
     statement = kernel.statements[number]
     return kernel.labels[statement.operands[0]] if statement.parts[0] == "bra" else None
 
@@ -48,7 +48,10 @@ def blocks_of(kernel: Kernel) -> list[Block]:
 
 
 def joins_of(kernel: Kernel) -> dict[int, int]:
-    """For each branch, by its number, the statement where both sides meet again, or END."""
+    """For each branch, by number, the statement where both sides reconverge, or END.
+
+    That is the immediate post-dominator.
+    """
     blocks = blocks_of(kernel)
     exit_ = len(blocks)
     following = [[exit_ if n == END else n for n in block.next] for block in blocks]
@@ -70,7 +73,7 @@ def _reversed(following: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def dominators(edges: Sequence[Sequence[int]], root: int) -> dict[int, int]:
-    """The immediate dominator of each node that can be reached from ``root``.
+    """The immediate dominator of each node that is reachable from ``root``.
 
     Cooper, Harvey, Kennedy: A Simple, Fast Dominance Algorithm (2001).
     """

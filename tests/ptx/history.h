@@ -1,17 +1,17 @@
-// Which accesses to memory are ordered.
+// The happens-before order of memory accesses, for race detection.
 //
-// Time is counted in two ways. A CTA's epoch counts its barriers: what its threads did in earlier
-// epochs happened before what they do now. A warp's clock moves with bar.warp.sync, with a release
-// by one of its threads, and with a fence of the asynchronous proxy. Lanes of one instruction are
-// not ordered among each other.
+// There are two logical clocks. A CTA's epoch counts its barriers: accesses of its threads in earlier
+// epochs happened before those of the current one. A warp's clock advances with bar.warp.sync, with a
+// release by one of its threads, and with a fence of the asynchronous proxy. Lanes of one instruction
+// are not ordered among each other.
 //
-// A release publishes what its thread knows: earlier epochs of its own CTA, its own accesses so
-// far, and what it has acquired itself. An acquire takes over what was released at that address;
-// from the next barrier on all threads of the CTA know it.
+// A release publishes everything that happened before it in its thread: earlier epochs of its own
+// CTA, its own accesses so far, and what the thread has acquired. An acquire imports what was released
+// at that address; after the next barrier, all threads of the CTA have it.
 //
-// Each byte of shared memory and each granule of global memory remembers its last write and its
-// readers since. The values in memory are always the newest ones: a missing order does not show as
-// a stale value but as a report.
+// Each byte of shared memory and each granule of global memory has a shadow with its last write and
+// the readers since. The values in memory are always the newest ones: a missing order shows as a
+// report, not as a stale value.
 #pragma once
 #include "machine.h"
 
@@ -43,7 +43,7 @@ template <class F> inline bool knows(const Warp& w, int lane, F covers) {
   return own != w.cta->acquired.end() && covers(own->second);
 }
 
-// Whether a write happened before what a lane does now.
+// Whether an event happened before the current instruction of a lane.
 inline bool ordered(const Warp& w, int lane, const Event& e) {
   const u32 cta = (e.thread - 1) / MAX_THREADS, thread = (e.thread - 1) % MAX_THREADS;
   if (cta == w.cta->id) {
@@ -76,7 +76,7 @@ template <class S> void add_reader(const Warp& w, int lane, S& s, int at) {
     if (r.cta == now.cta) {
       if (r.epoch < now.epoch || r.who == me) {
         r = now;
-      } else {  // several in this epoch
+      } else {  // several threads in this epoch
         const int warp = r.who >= 0 ? r.who / LANES : r.who > SEVERAL_WARPS ? -1 - r.who : -1;
         if (warp != w.id) r.who = SEVERAL_WARPS;
         else if (r.clock < w.synchronised) r.who = me;
@@ -118,7 +118,7 @@ template <class S> void note_read(Warp& w, int lane, S& s, u64 address, int at) 
   add_reader(w, lane, s, at);
 }
 
-// same: the store leaves the values as they are. Then lanes of one instruction may do it together.
+// same: the store does not change the values; several lanes of one instruction may then do it.
 template <class S> void note_write(Warp& w, int lane, S& s, u64 address, int at, bool same, bool in_flight = false) {
   Machine& m = *w.cta->machine;
   if (s.flags & IN_FLIGHT)
@@ -139,8 +139,8 @@ template <class S> void note_write(Warp& w, int lane, S& s, u64 address, int at,
 }
 
 // Whether a plain write of shared memory is visible to the asynchronous proxy of a warp now: the
-// writer's warp has executed a fence behind it and passed a barrier, or some warp has executed one
-// in a later epoch that this warp knows of.
+// writer's warp has executed a fence after it and passed a barrier, or some warp has executed a fence
+// in a later epoch that happened before the current one.
 inline bool fenced(const Warp& w, const Event& e) {
   const int writer = (e.thread - 1) % MAX_THREADS / LANES;
   for (auto& other : w.cta->warps)

@@ -1,7 +1,7 @@
-// Runs a program that ptx/translate.py has made of PTX: several CTAs at a time, one warp at a time.
+// Runs a program that ptx/translate.py has translated from PTX: several CTAs in flight, one warp at a time.
 //
-// Control flow: lanes that take different ways go one after the other, and meet again where all ways
-// meet (the immediate post-dominator of the branch).
+// Control flow: on divergence the paths are executed one after the other, and lanes reconverge at the
+// immediate post-dominator of the branch.
 #include "products.h"
 
 static void nothing(Warp&, const Instruction&) {}
@@ -21,7 +21,7 @@ static Table make_table() {
   t["bar.warp.sync"] = [](Warp& w, const Instruction& i) {
     if (whole_warp(w, i)) w.synchronised = ++w.clock;
   };
-  t["bra"] = t["bar"] = t["ret"] = nothing;  // Machine::run does them
+  t["bra"] = t["bar"] = t["ret"] = nothing;  // handled by Machine::run
   return t;
 }
 
@@ -64,7 +64,7 @@ static void pass_barrier(Cta& cta) {
   for (auto& w : cta.warps) w->waiting = false;
 }
 
-// Paths that are empty or at their join are done.
+// Pops the paths that are empty or have reached their join.
 static void leave_paths(Warp& w) {
   while (!w.paths.empty() && (!w.paths.back().lanes || w.paths.back().next == w.paths.back().join)) w.paths.pop_back();
   w.done = w.paths.empty();
@@ -159,7 +159,7 @@ static std::unique_ptr<Cta> make_cta(Machine& m, int id, int grid) {
   return cta;
 }
 
-// Who runs next is drawn from the seed.
+// Chooses the next warp, at random from the seed.
 struct Scheduler {
   Machine& m;
   std::vector<std::unique_ptr<Cta>> resident;
@@ -217,11 +217,11 @@ static void launch(Machine& m, int grid) {
   }
 }
 
-// ---- What ptx/machine.py calls
+// ---- Interface for ptx/machine.py
 extern "C" {
 int ptx_knows(const char* name) { return table().count(name); }
 
-// All names, a line each.
+// The names of all instructions, one per line.
 const char* ptx_names() {
   static std::string names;
   if (names.empty())
@@ -229,8 +229,8 @@ const char* ptx_names() {
   return names.c_str();
 }
 
-// codes: flow, guard, negated, target, join, number of operands, their place in the pool, number of
-// registers, their place in the pool
+// codes, per instruction: flow, guard, negated, target, join, number of operands, their index in the
+// pool, number of registers, their index in the pool
 Machine* ptx_new(int size, const char** names, const int* codes, int pool_size, const s64* pool, int register_bytes,
                  const u8* registers, int threads, int shared_bytes, const s64* specials) {
   auto m = new Machine;
@@ -249,7 +249,7 @@ Machine* ptx_new(int size, const char** names, const int* codes, int pool_size, 
 
 void ptx_delete(Machine* m) { delete m; }
 
-// buffers: address, bytes, address of what is written or 0
+// buffers: address, bytes, address of the flags of written bytes or 0
 void ptx_launch(Machine* m, int grid, const u8* parameters, int parameter_bytes, const u64* buffers, int buffer_count,
                 const Options* options) {
   m->options = *options;
@@ -267,7 +267,7 @@ void ptx_launch(Machine* m, int grid, const u8* parameters, int parameter_bytes,
   m->warp_count.assign(m->code.size(), 0);
   m->lane_count.assign(m->code.size(), 0);
   launch(*m, grid);
-  m->buffers.clear(), m->atomics.clear();  // programs are kept for long
+  m->buffers.clear(), m->atomics.clear();  // programs are cached for long
 }
 
 const char* ptx_error(Machine* m) { return m->error.c_str(); }

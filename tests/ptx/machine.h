@@ -1,7 +1,7 @@
-// What the emulator's parts share: instructions, warps, CTAs, reports.
+// Data structures of the emulator: instructions, warps, CTAs, reports.
 //
-// A warp's registers are arrays of 32 lanes, one after the other in a file of bytes; an operand is
-// the place of its array. A predicate is one 32-bit mask.
+// A warp's registers are arrays of 32 lanes, stored consecutively in a register file of bytes; an
+// operand is the offset of its array. A predicate is one 32-bit mask.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -40,18 +40,18 @@ enum class Flow : int { NEXT, BRANCH, BARRIER, EXIT };
 struct Instruction {
   void (*run)(Warp&, const Instruction&);
   Flow flow;
-  int number;  // its place in the program
-  int guard;   // place of the predicate, or -1
+  int number;  // its index in the program
+  int guard;   // offset of the predicate, or -1
   bool negated;
   int target;  // of a branch
-  int join;    // where both sides of a branch meet again; -1 if they do not
+  int join;    // where both sides of a branch reconverge; -1 if they do not
   int size;    // number of operands
   const s64* operands;
-  int touches;  // number of registers that it reads or writes
+  int touches;  // number of registers that it reads or writes, listed in `touched`
   const s64* touched;
 };
 
-// ---- What a launch finds; ptx/machine.py has a text for each.
+// ---- Findings of a launch; ptx/machine.py has a text for each.
 enum class Finding : int {
   SHARED_READ_AFTER_WRITE,
   SHARED_WRITE_AFTER_WRITE,
@@ -70,7 +70,7 @@ enum class Finding : int {
 };
 
 struct Report {
-  int finding, at, other;  // instructions; other is -1 where there is none
+  int finding, at, other;  // instructions; other is -1 if there is none
   u64 address;
   u32 thread, other_thread;  // 1 + MAX_THREADS * CTA + thread in it; 0: not one thread
   u32 count;
@@ -98,9 +98,9 @@ template <int READERS> struct Shadow {
   Reader readers[READERS];
 };
 using SharedShadow = Shadow<1>;  // of a byte
-using GlobalShadow = Shadow<8>;  // of Machine::granule bytes
+using GlobalShadow = Shadow<8>;  // of a granule of Machine::granule bytes
 
-// Zeroed memory of which only the pages that are used take room.
+// Zeroed memory; only pages that are used are allocated.
 template <class T> struct Zeroed {
   T* data;
   explicit Zeroed(size_t size) : data((T*)calloc(size ? size : 1, sizeof(T))) {}
@@ -114,8 +114,8 @@ struct Knowledge {
   struct Released {
     u32 thread, epoch, clock;
   };
-  std::vector<u32> epochs;         // by CTA: all that happened in earlier epochs
-  std::vector<Released> releases;  // what a thread did before this clock
+  std::vector<u32> epochs;         // per CTA: everything in earlier epochs
+  std::vector<Released> releases;  // everything that a thread did before this clock
   void join(const Knowledge& other);
   bool epoch_of(u32 cta, u32 epoch) const { return cta < epochs.size() && epochs[cta] > epoch; }
   bool covers(u32 thread, u32 epoch, u32 clock) const;
@@ -134,7 +134,7 @@ struct Product {
   u64 a, b;  // descriptors
 };
 
-struct Path {  // of lanes that go together, on the stack of branches
+struct Path {  // lanes that execute together; an entry of the stack of branches
   int next, join;
   u32 lanes;
 };
@@ -147,17 +147,17 @@ struct Warp {
   Cta* cta;
   int id;
   std::vector<u8> registers;
-  u32 active = 0;  // lanes that execute the instruction at hand
+  u32 active = 0;  // lanes that execute the current instruction
   std::vector<Path> paths;
   bool waiting = false, done = false;
-  u32 clock = 1;         // counts what orders accesses of this warp: see history.h
-  u32 synchronised = 0;  // the clock behind the last bar.warp.sync
+  u32 clock = 1;         // logical clock, advanced by what orders accesses of this warp: see history.h
+  u32 synchronised = 0;  // the clock after the last bar.warp.sync
   Fence fences[2];       // the latest fences of the asynchronous proxy, of two epochs, newest first
   std::vector<Copy> copies[LANES];  // not committed yet
   std::deque<std::vector<Copy>> copy_groups[LANES];
   std::vector<Product> products;
   std::deque<std::vector<Product>> product_groups;
-  std::unordered_map<s64, int> used_by_products;  // registers: how many products in flight use each
+  std::unordered_map<s64, int> used_by_products;  // register -> number of products in flight that use it
 
   template <class T> T* at(s64 place) { return (T*)(registers.data() + place); }
   int thread(int lane) const { return id * LANES + lane; }
@@ -171,8 +171,8 @@ struct Cta {
   std::vector<u8> shared;
   Zeroed<SharedShadow> shadow;
   u32 epoch = 1;
-  Knowledge known;                              // by every thread of it
-  std::unordered_map<int, Knowledge> acquired;  // by one thread, in this epoch
+  Knowledge known;                              // to every thread of the CTA
+  std::unordered_map<int, Knowledge> acquired;  // by single threads, in this epoch
   int arrived = 0, live = 0;
   double weight = 1;
 
@@ -184,20 +184,20 @@ inline u32 Warp::global_thread(int lane) const { return cta->id * MAX_THREADS + 
 
 struct Buffer {
   u64 begin, size;
-  u8* written;  // by byte, or null where all is
+  u8* written;  // per byte whether it is written; null if all is
   Zeroed<GlobalShadow> shadow;
 };
 
 struct Atomic {  // an address of atomic operations
   u32 size = 0;  // bytes
   Knowledge released;
-  std::map<u32, Reader> last;  // by CTA: who used it last
+  std::map<u32, Reader> last;  // per CTA: the thread that accessed it last
 };
 
 struct Options {
   int races;     // whether accesses are checked for order
-  int late;      // copies and products happen at their wait, else when they are issued
-  int resident;  // CTAs at a time
+  int late;      // copies and products execute at their wait, else when they are issued
+  int resident;  // CTAs in flight at a time
   int quantum;   // about how many instructions a warp runs at a time
   int skew;      // whether some CTAs are far slower than others for a while
   int shuffle;   // whether CTAs start in random order
@@ -211,7 +211,7 @@ struct Machine {
   std::vector<u8> initial_registers;
   int threads, shared_bytes;
   int granule;  // bytes of global memory with one shadow: 1 if the program stores single bytes, else 2
-  s64 tid, ctaid, nctaid, laneid;  // places of the special registers
+  s64 tid, ctaid, nctaid, laneid;  // offsets of the special registers
   // the launch
   Options options;
   std::vector<u8> parameters;
@@ -225,7 +225,7 @@ struct Machine {
   std::vector<u64> warp_count, lane_count;  // executions of each instruction
 
   Buffer* find(u64 address, u64 size);
-  // End the launch.
+  // Ends the launch.
   void fail(const Warp& w, const Instruction& i, const std::string& what, u64 address = 0);
   void report(Finding finding, const Warp& w, int lane, int at, u64 address, u32 other_thread, int other);
 };

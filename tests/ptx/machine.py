@@ -1,4 +1,4 @@
-"""Running a kernel's PTX on host memory, and what was found."""
+"""Run a kernel's PTX on host memory, and report the findings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sm70.cache import build_shared_library
 from .text import parse
 from .translate import Program
 
-FINDINGS = [  # in the order of Finding in machine.h
+FINDINGS = [  # in the order of the enumeration Finding in machine.h
     "shared memory: read races with write",
     "shared memory: two writes race",
     "shared memory: write races with read",
@@ -39,24 +39,24 @@ _FORMATS |= {f"{kind}{8 * size}": f"<{kind}{size}" for kind in "iu" for size in 
 
 
 class Fault(Exception):
-    """A launch that could not go on."""
+    """A launch that could not continue."""
 
 
 class Interleaving(NamedTuple):
-    """How the warps of a launch take turns. The same values give the same run everywhere."""
+    """The schedule of a launch's CTAs and warps. The same values give the same run everywhere."""
 
-    resident: int = 3  # CTAs at a time
+    resident: int = 3  # CTAs in flight at a time
     seed: int = 0
     quantum: int = 50  # about how many instructions a warp runs at a time
     skew: bool = True  # some CTAs are far slower than others for a while
     shuffle: bool = False  # CTAs start in random order
-    late: bool = True  # copies and products happen at their wait, else when they are issued
+    late: bool = True  # copies and products execute at their wait, else when they are issued
     races: bool = True
-    limit: int = 2_000_000_000  # instructions of all warps
+    limit: int = 2_000_000_000  # on the instructions of all warps
 
 
 class Report(NamedTuple):
-    """Accesses at one pair of statements that break a rule."""
+    """Accesses at one pair of statements that violate a rule."""
 
     finding: str
     statement: str
@@ -73,11 +73,11 @@ class Report(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a launch has found, and how often it has executed each statement."""
+    """The reports of a launch, and how often it has executed each statement."""
 
     reports: list[Report]
-    warp_count: np.ndarray  # by statement: warps that came there
-    lane_count: np.ndarray  # and lanes that executed it
+    warp_count: np.ndarray  # per statement: warps that reached it
+    lane_count: np.ndarray  # per statement: lanes that executed it
 
 
 class _Report(ctypes.Structure):
@@ -109,12 +109,12 @@ def _library() -> ctypes.CDLL:
 
 
 def knows(name: str) -> bool:
-    """Whether the machine has an instruction of this name."""
+    """Whether the machine implements an instruction of this name."""
     return bool(_library().ptx_knows(name.encode()))
 
 
 def names() -> set[str]:
-    """Of all instructions that the machine has."""
+    """The names of all instructions that the machine implements."""
     return set(_library().ptx_names().decode().split())
 
 
@@ -130,7 +130,7 @@ class Machine:
         shared_bytes: dynamic shared memory of a CTA.
 
     Raises:
-        Unsupported: the PTX has something unknown.
+        Unsupported: the PTX has a construct that the emulator does not implement.
     """
 
     def __init__(self, text: str, shared_bytes: int) -> None:
@@ -160,12 +160,13 @@ class Machine:
 
         Args:
             arguments: Triton's type ("i32", "fp32", "*" for an address) and value of each
-                parameter; those behind are zero.
-            buffers: address and bytes of the memory that may be used, and one byte for each of
-                them which is 0 as long as nobody has written it, or None if all is written.
+                parameter; the remaining parameters are zero.
+            buffers: (address, size) of the memory that may be accessed, mapped to an array with one
+                byte per byte, which is 0 until it has been written, or None if all is written.
 
         Raises:
-            Fault: an access out of bounds or misaligned, a barrier or a launch without an end.
+            Fault: an access is out of bounds or misaligned, or a barrier or the launch never
+                completes.
         """
         block = np.zeros(self.kernel.parameter_bytes, np.uint8)
         assert len(arguments) <= len(self.kernel.parameters)
@@ -196,7 +197,7 @@ class Machine:
         return Result(self._reports(), warps, lanes)
 
     def executed(self, result: Result) -> Counter[str]:
-        """Executions by warps of each of the machine's instructions."""
+        """How often warps have executed each of the machine's instructions."""
         counts: Counter[str] = Counter()
         for name, count in zip(self.program.names, result.warp_count, strict=True):
             counts[name] += int(count)

@@ -1,10 +1,10 @@
-// Loads, stores, atomics, asynchronous copies, matrices in shared memory.
+// Loads, stores, atomics, asynchronous copies, ldmatrix and stmatrix.
 #pragma once
 #include "history.h"
 
 #define FOR_LANES(w, l) for (int l = 0; l < LANES; l++) if ((w).active >> l & 1)
 
-// The bytes at an address if an access may touch them, else null, and the launch fails.
+// The bytes at an address if the access is valid; else the launch fails and null is returned.
 inline u8* global_at(Warp& w, const Instruction& i, u64 address, u32 size, u32 alignment) {
   Machine& m = *w.cta->machine;
   if (!m.find(address, size)) m.fail(w, i, "global access out of bounds", address);
@@ -60,8 +60,8 @@ inline void write_shared(Warp& w, int lane, int at, u32 address, u32 size, bool 
     else s[k].flags |= WRITTEN;
 }
 
-// ld, st: address register (or -1), offset, bytes of an element, bytes of a register, whether the
-// value is signed, number of elements, registers
+// operands of ld, st: address register (or -1), offset, bytes of an element, bytes of a register,
+// whether the value is signed, number of elements, registers
 template <bool SHARED> u64 address_of(Warp& w, const Instruction& i, int lane, int operand = 0) {
   const s64 place = i.operands[operand], offset = i.operands[operand + 1];
   if (SHARED) return (u32)((place < 0 ? 0 : w.at<u32>(place)[lane]) + offset);
@@ -101,7 +101,7 @@ template <bool SHARED> void store(Warp& w, const Instruction& i) {
   }
 }
 
-// offset in the parameters, bytes, bytes of the register, whether signed, register
+// operands of ld.param: offset in the parameters, bytes, bytes of the register, whether signed, register
 inline void load_parameter(Warp& w, const Instruction& i) {
   const int room = i.operands[2];
   FOR_LANES(w, l)
@@ -109,7 +109,7 @@ inline void load_parameter(Warp& w, const Instruction& i) {
            i.operands[3]);
 }
 
-// ---- Atomics: what the L2 cache does for the whole GPU.
+// ---- Atomics, which the L2 cache executes for the whole GPU.
 inline bool touch_atomic(Warp& w, const Instruction& i, int lane, u64 address, u32 size, bool writes, bool acquires,
                          bool releases) {
   Machine& m = *w.cta->machine;
@@ -140,7 +140,7 @@ inline bool touch_atomic(Warp& w, const Instruction& i, int lane, u64 address, u
   return true;
 }
 
-// atom: address, offset, bytes, operation, acquires, releases, old value (or -1), operand
+// operands of atom: address, offset, bytes, operation, acquires, releases, old value (or -1), operand
 enum AtomicOperation { ADD_INTEGER, ADD_F32, EXCHANGE };
 inline void atomic(Warp& w, const Instruction& i) {
   const u32 size = i.operands[2];
@@ -162,7 +162,7 @@ inline void atomic(Warp& w, const Instruction& i) {
   }
 }
 
-// ld with an order: the operands of ld
+// ld with a memory order; operands as of ld
 template <bool ACQUIRES> void load_ordered(Warp& w, const Instruction& i) {
   FOR_LANES(w, l) {
     const u64 a = address_of<false>(w, i, l);
@@ -172,7 +172,7 @@ template <bool ACQUIRES> void load_ordered(Warp& w, const Instruction& i) {
 }
 
 // ---- Asynchronous copies from global to shared memory
-// cp.async: to, offset, from, offset, bytes, register of the bytes to read (or -1: all)
+// operands of cp.async: to, offset, from, offset, bytes, register of the bytes to read (or -1: all)
 inline void start_copy(Warp& w, const Instruction& i) {
   Machine& m = *w.cta->machine;
   FOR_LANES(w, l) {
@@ -211,11 +211,11 @@ inline void end_copy(Warp& w, int lane, const Copy& copy) {
     s.write.epoch = w.cta->epoch;
     s.write.clock = w.clock;
   }
-  // The source may have been read as late as now.
+  // The hardware may read the source at any time until now, so it is checked again.
   if (copy.read) read_global(w, lane, copy.instruction->number, copy.from, copy.read);
 }
 
-// cp.async.wait_group: the number of groups that may still be in flight
+// operand of cp.async.wait_group: the number of groups that may still be in flight
 inline void wait_copies(Warp& w, const Instruction& i) {
   FOR_LANES(w, l) {
     auto& groups = w.copy_groups[l];
@@ -226,14 +226,14 @@ inline void wait_copies(Warp& w, const Instruction& i) {
   }
 }
 
-// ---- Matrices of 8 x 8 halves: address, offset, number, whether transposed, registers. Lanes
-// 8 n to 8 n + 7 hold the addresses of the rows of matrix n.
+// ---- ldmatrix and stmatrix, matrices of 8 x 8 halves; operands: address, offset, number, whether
+// transposed, registers. Lanes 8 n to 8 n + 7 hold the addresses of the rows of matrix n.
 inline bool whole_warp(Warp& w, const Instruction& i) {
   if (w.active != ALL_LANES) w.cta->machine->fail(w, i, "part of a warp at an instruction of the whole warp");
   return w.active == ALL_LANES;
 }
 
-// Rows go to four lanes each; transposed, each of their columns goes to a lane.
+// A row is distributed over four lanes; transposed, each of its columns goes to one lane.
 template <class F> void each_part(bool transposed, int row, F f) {
   if (transposed)
     for (int column = 0; column < 8; column++) f(column * 4 + row / 2, column * 2, 2);

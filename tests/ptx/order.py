@@ -1,20 +1,21 @@
-"""Checks on PTX that programs of one launch read each other's data only behind a wait.
+"""Static check on PTX that programs of one launch read each other's data only after a wait.
 
-The kernels of moe_ffn hand data from program to program. Who makes it stores it, meets all threads
-of its CTA at a barrier and raises a counter with an atomic of release order; who needs it reads the
-counter with acquire order until it is high enough, meets all threads at a barrier and only then
-loads. Nothing but the places of a few instructions keeps that true, and a compiler that moves one
-of them breaks it without an error. :func:`check` follows every path through the basic blocks and
-reports what may happen in the wrong order. Three things are asked of a kernel:
+The moe_ffn kernels communicate between the programs of a launch. The producer stores its data,
+synchronises its CTA with a barrier, and increments a counter with an atomic of release order. The
+consumer reads the counter with acquire order until it is high enough, synchronises its CTA, and
+only then loads. This depends on the position of a few instructions: a compiler that moves one of
+them breaks it without an error. :func:`check` follows every path through the basic blocks and
+reports accesses that may happen in the wrong order. A kernel must meet three conditions:
 
-* A load of such data is reached only over the edge of a branch on which the counter was seen high
-  enough, with the acquire and a barrier before it, since the ticket of this work was taken.
-* Behind a store of such data comes a barrier, and then the release, before the next ticket.
-* The load is coherent. Behind an acquire and a barrier a weak load is, in whatever cache: PTX calls
-  .ca, .cg and the like hints on performance, and cp.async reads as any weak load does. A load with
-  .nc is not, and an operation of the async proxy (cp.async.bulk) needs a fence of its own.
+* Every path to a load of such data, since the ticket of this work was taken, contains the acquire,
+  a barrier, and the edge of a branch on which the counter was high enough, in this order.
+* Every store of such data is followed by a barrier and then by the release, before the next ticket.
+* The load is coherent. After an acquire and a barrier a weak load is coherent with any cache
+  operator: PTX defines .ca, .cg and the like as performance hints, and cp.async reads as a weak
+  load does. A load with .nc is not coherent, and an operation of the async proxy (cp.async.bulk)
+  needs a proxy fence.
 
-What an address points to, and which counter is meant, is read from the code: the kernel's
+The data and the counter that an address refers to are derived from the code: from the kernel
 parameters that its registers are computed from.
 """
 
@@ -34,17 +35,18 @@ from .text import Kernel, Statement, Unsupported
 COUNTERS, BOUND = "COUNTERS", "bound"
 _COUNTER_BYTES = 4
 _CELL, _ACQUIRE = "shared memory at", "the acquire itself"
-MANY_STATES = 5000  # of a block; more are a sign that the branches are too many to follow
+MANY_STATES = 5000  # of a block; more mean that there are too many branches to follow
 
 
 class Channel(NamedTuple):
-    """Data that programs hand to each other, and the counter that says when it is there.
+    """Data that programs pass to each other, and the counter that signals its completion.
 
     Attributes:
         data: the kernel's parameters that point to it.
-        bounds: how many times ``bound`` the counters stand behind the first ones.
-        at: byte of the only counter; None if each row tile or share has one.
-        last: who raises the counter last goes on, at once; else others wait until it is high.
+        bounds: offset of the channel's counters from the first ones, in units of ``bound``.
+        at: byte offset of the only counter; None if each row tile or share has one.
+        last: the program that makes the last increment continues, and none waits; else consumers
+            wait until the counter is high enough.
     """
 
     data: tuple[str, ...]
@@ -57,7 +59,7 @@ class Channel(NamedTuple):
         return ", ".join(self.data)
 
 
-# The counters are cleared by the program that leaves last: nobody else may still use them.
+# The program that leaves last clears the counters: no other program may still use them.
 _LEAVE = Channel((COUNTERS,), at=4, last=True)
 _TICKET = Channel((), at=0)
 CHANNELS = {
@@ -77,7 +79,7 @@ CHANNELS = {
 
 
 class Rule(IntEnum):
-    """What a finding is about."""
+    """The rule that a finding violates."""
 
     READ_BEFORE_WAIT = 0
     WRITE_BEFORE_WAIT = 1
@@ -113,23 +115,23 @@ class Finding(NamedTuple):
 
 
 class Uses(NamedTuple):
-    """Statements of one channel, by number."""
+    """The statements of one channel, by number."""
 
     acquires: list[int]
-    waits: list[int]  # branches on which the data is known to be there
+    waits: list[int]  # branches after which the data is known to be complete
     releases: list[int]
     reads: list[int]
     writes: list[int]
 
 
 class Result(NamedTuple):
-    """What :func:`check` has found.
+    """The result of :func:`check`.
 
     Attributes:
-        uses: of each channel of the kernel that has its data, by name.
+        uses: the statements of each channel whose data the kernel has, by the channel's name.
         both: parameters whose memory is both loaded from and stored to.
-        tickets: statements that take one.
-        barriers: statements where all threads of a CTA meet.
+        tickets: statements that take a ticket.
+        barriers: statements that are barriers of all threads of a CTA.
     """
 
     findings: list[Finding]
@@ -139,12 +141,12 @@ class Result(NamedTuple):
     barriers: list[int]
 
 
-# ---- what registers are computed from
+# ---- origins of register values
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def _registers(operand: str) -> tuple[str, ...]:
-    """Also the special ones, such as %tid.x."""
+    """The registers in an operand, including special ones such as %tid.x."""
     return tuple(re.findall(r"%[\w.]+", operand))
 
 
@@ -161,7 +163,7 @@ def _sources(statement: Statement) -> list[str]:
 
 
 class Linear(NamedTuple):
-    """A sum of leaves, each times a factor, and a constant."""
+    """A linear combination of leaves, plus a constant."""
 
     factors: Mapping[str, int]
     constant: int = 0
@@ -175,13 +177,13 @@ class Linear(NamedTuple):
 
 
 class Values:
-    """Where the values of a kernel's registers come from, whatever path is taken."""
+    """The origins of the values of a kernel's registers, over all paths."""
 
     def __init__(self, kernel: Kernel, names: Sequence[str], wanted: Iterable[str]) -> None:
         """
         Args:
-            names: of the kernel's parameters, as its Python source has them.
-            wanted: operands whose origins will be asked for.
+            names: of the kernel's parameters, as in its Python source.
+            wanted: operands whose origins will be queried.
         """
         self._statements = kernel.statements
         self._names = {p.name: n for p, n in zip(kernel.parameters, names, strict=False)}
@@ -193,7 +195,7 @@ class Values:
         self._linear: dict[str, Linear] = {}
 
     def definition(self, register: str) -> Statement | None:
-        """The only statement that writes a register, None if there are several or none."""
+        """The only statement that writes a register; None if there are several or none."""
         made = self._made.get(register, ())
         return self._statements[made[0]] if len(made) == 1 else None
 
@@ -203,9 +205,9 @@ class Values:
         return frozenset().union(*found)
 
     def linear(self, text: str) -> Linear:
-        """An operand, or an address, as a sum of what cannot be taken apart further.
+        """An operand or an address as a linear combination of values that cannot be decomposed.
 
-        That are parameters, values from memory, special registers, and registers that several
+        These are parameters, values from memory, special registers, and registers that several
         statements write. Widths are ignored: no address here wraps around.
         """
         total = Linear({})
@@ -219,9 +221,9 @@ class Values:
         return total
 
     def _flow(self, wanted: Iterable[str]) -> dict[str, set[str]]:
-        """Origins of registers, and of all that they are computed from.
+        """Origins of registers, and of all registers that they are computed from.
 
-        The least sets that agree with all statements.
+        The least fixed point over all statements.
         """
         origins: dict[str, set[str]] = {}
         readers: dict[str, list[int]] = {}
@@ -247,11 +249,11 @@ class Values:
 
     @staticmethod
     def _sources(statement: Statement) -> list[str]:
-        """Registers that say where a statement's results come from."""
+        """Registers from which the origins of a statement's results are derived."""
         if statement.parts[0] in ("ld", "atom", "ldmatrix"):
-            return []  # not from where the address does
+            return []  # the origins of its address do not count
         sources = _sources(statement)
-        return sources[:-1] if statement.parts[0] == "selp" else sources  # nor from the condition
+        return sources[:-1] if statement.parts[0] == "selp" else sources  # nor its condition
 
     def _made_of(self, statement: Statement, origins: Mapping[str, set[str]]) -> set[str]:
         if statement.parts[:2] == ["ld", "param"]:
@@ -268,7 +270,7 @@ class Values:
 
     def _of_register(self, name: str) -> Linear:
         if name not in self._linear:
-            self._linear[name] = Linear({name: 1})  # should it be computed from itself
+            self._linear[name] = Linear({name: 1})  # in case it is computed from itself
             made = self.definition(name)
             if made is not None and made.guard is None:
                 self._linear[name] = self._taken_apart(made) or Linear({name: 1})
@@ -299,11 +301,11 @@ def _times(a: Linear, b: Linear, shifts: bool) -> Linear | None:
     return None
 
 
-# ---- what statements do
+# ---- effects of statements
 
 
 class _Access(NamedTuple):
-    """Of global memory."""
+    """An access to global memory."""
 
     reads: bool
     writes: bool
@@ -313,7 +315,7 @@ class _Access(NamedTuple):
 
 
 _OTHER_SPACES = {"shared", "shared::cta", "shared::cluster", "param", "local", "const"}
-# Neither these nor others with "global" in their names may touch global memory unnoticed.
+# The check must see every access to global memory: by these, or by names with "global" in them.
 _STRANGE = {"call", "tex", "tld4", "ldu", "suld", "sust", "sured", "multimem", "prefetch"}
 _LOAD_WORDS = re.compile(
     r"ld|global|weak|relaxed|acquire|volatile|gpu|sys|ca|cg|cs|lu|cv|v[248]|[busf]\d+|"
@@ -322,10 +324,10 @@ _LOAD_WORDS = re.compile(
 
 
 def _access(statement: Statement) -> _Access | None:
-    """What a statement does to global memory, None if nothing.
+    """A statement's access to global memory; None if it has none.
 
     Raises:
-        Unsupported: it may do something that is not known here.
+        Unsupported: it may have an effect that this check does not know.
     """
     parts, operands = statement.parts, statement.operands
     if parts[0] in ("ld", "st", "atom", "red") and not _OTHER_SPACES & set(parts):
@@ -342,13 +344,13 @@ def _access(statement: Statement) -> _Access | None:
 
 
 def _of_shared_memory(statement: Statement) -> str | None:
-    """What a statement does there, such as "ld"; None if it is about something else."""
+    """The operation of a statement on shared memory, such as "ld"; None for other statements."""
     shared = any(part.split("::")[0] == "shared" for part in statement.parts)
     return statement.parts[0] if shared else None
 
 
 def _is_barrier(statement: Statement) -> bool:
-    """Whether all threads of a CTA meet here."""
+    """Whether the statement is a barrier of all threads of a CTA."""
     parts = statement.parts
     meets = (
         parts[0] in ("bar", "barrier") and "sync" in parts and not {"warp", "cluster"} & {*parts}
@@ -357,7 +359,7 @@ def _is_barrier(statement: Statement) -> bool:
 
 
 def _orders(statement: Statement) -> tuple[bool, bool]:
-    """Whether it is an acquire and a release that other CTAs take part in."""
+    """(acquires, releases): its memory order, at a scope that includes other CTAs."""
     parts = set(statement.parts)
     if statement.parts[0] not in ("ld", "st", "atom", "red") or not {"gpu", "sys"} & parts:
         return False, False
@@ -374,29 +376,29 @@ _COMPARED = {
 }
 
 
-# ---- what is known on a path
+# ---- the state on a path
 
 
 class Seen(IntEnum):
-    """Of a counter, since the ticket was taken."""
+    """The state of a counter since the ticket was taken."""
 
     NOTHING = 0
     ACQUIRED = 1  # by one thread
-    SHARED = 2  # behind a barrier
-    HIGH = 3  # behind a branch that found it high enough
+    SHARED = 2  # a barrier followed
+    HIGH = 3  # a branch found it high enough
 
 
 class _State(NamedTuple):
     seen: tuple[Seen, ...]  # of each channel
     # The last store of each channel that is not yet released, or -1, and whether a barrier followed
     stored: tuple[tuple[int, bool], ...]
-    channel: int  # whose counter's value is in `holders`, or -1
+    channel: int  # the channel whose counter value is in `holders`, or -1
     holders: frozenset[str]  # registers and shared memory
     known: frozenset[tuple[str, bool]]  # predicates
 
 
 class _Event(NamedTuple):
-    """What a statement means to the check."""
+    """The effect of a statement on the state."""
 
     ticket: bool = False
     barrier: bool = False
@@ -412,9 +414,9 @@ def check(
     """Follow every path of a kernel.
 
     Args:
-        arguments: Triton's type ("*" for a pointer) and the name of each parameter, as the Python
-            source has it. Those behind are the compiler's.
-        channels: that the kernel may have; those without their data are left out.
+        arguments: Triton's type ("*" for a pointer) and the name of each parameter, as in the
+            Python source. The parameters after these are the compiler's.
+        channels: those that the kernel may have; channels whose data it lacks are left out.
     """
     names = {name for _, name in arguments}
     return _Check(kernel, arguments, [c for c in channels if {*c.data} & names]).run()
@@ -468,7 +470,7 @@ class _Check:
     # -- statements
 
     def _addresses(self) -> Iterator[str]:
-        """What every access to global memory depends on: address and guard."""
+        """The operands that every access to global memory depends on: address and guard."""
         for statement in self.kernel.statements:
             with contextlib.suppress(Unsupported):
                 if (access := _access(statement)) is not None:
@@ -512,7 +514,7 @@ class _Check:
         for i, channel in enumerate(self.channels):
             if self._is_counter(access.address, channel):
                 if channel.last and not (acquires and releases):
-                    return _Event()  # who comes last must see all the others' data
+                    return _Event()  # the last program must see the data of all others
                 uses = self.uses[channel.name]
                 uses.acquires.extend([number] * acquires)
                 uses.releases.extend([number] * releases)
@@ -520,7 +522,7 @@ class _Check:
         return _Event()
 
     def _by_one_thread(self, statement: Statement) -> bool:
-        """Whether its guard depends on nothing but the thread: some thread then executes it."""
+        """Whether its guard depends only on the thread index: then some thread executes it."""
         return statement.guard is not None and self.values.origins(statement.guard) <= {"%tid.x"}
 
     def _is_counter(self, address: str, channel: Channel) -> bool:
@@ -535,10 +537,10 @@ class _Check:
         )
 
     def _amounts(self) -> dict[str, list[int]]:
-        """Registers by which a release raises the counter of some channels.
+        """Registers that a release adds to the counter of some channels.
 
-        The kernel of the weights counts what it brings and raises the counter by that much. On a
-        path where it brings nothing it has stored nothing that counts.
+        The weight gradient kernel counts its contributions and increments the counter by their
+        number. On a path where this number is 0, its stores are not contributions.
         """
         amounts: dict[str, list[int]] = {}
         for number, event in self.events.items():
@@ -548,10 +550,10 @@ class _Check:
         return amounts
 
     def _repeated(self) -> set[str]:
-        """Predicates that decide whether a wait comes, and again whether what needs it does.
+        """Predicates that guard a wait and, in another branch, the accesses that need the wait.
 
-        An owner of a tile waits for its peers in a loop and adds their tiles in others: all are
-        left out if it has none.
+        The owner of a tile waits for its peers in one loop and adds their partial tiles in other
+        loops: without peers all of these are skipped.
         """
         statements = self.kernel.statements
         branches = Counter(s.guard for s in statements if s.parts[0] == "bra")
@@ -570,7 +572,7 @@ class _Check:
         }
 
     def _between(self, block: int, join: int) -> set[int]:
-        """Blocks behind one that can be reached without another."""
+        """The blocks that are reachable from ``block`` without passing through ``join``."""
         found: set[int] = set()
         work = [*self.blocks[block].next]
         while work:
@@ -587,7 +589,7 @@ class _Check:
     # -- paths
 
     def _through(self, block: int, state: _State) -> Iterator[tuple[int, _State]]:
-        """Follow a block: where it leads, and what is known there."""
+        """Execute a block symbolically; yields its successors, each with the state there."""
         first, end, following = self.blocks[block]
         for number in range(first, end):
             statement, event = self.kernel.statements[number], self.events.get(number)
@@ -637,7 +639,7 @@ class _Check:
         state = state._replace(seen=tuple(seen), stored=tuple(stored))
         if event.acquires >= 0:
             seen[event.acquires] = Seen.ACQUIRED
-            holders = frozenset({_ACQUIRE})  # until its destination is looked at
+            holders = frozenset({_ACQUIRE})  # until its destination is processed
             state = state._replace(seen=tuple(seen), channel=event.acquires, holders=holders)
         if event.ticket:
             self._expect_released(state)
@@ -654,7 +656,7 @@ class _Check:
                 self._find(Rule.STORE_WITHOUT_RELEASE, channel.name, store)
 
     def _pass_on(self, statement: Statement, state: _State) -> _State:
-        """Where the value of the counter stands behind a statement."""
+        """Track which registers and shared memory hold the counter's value after a statement."""
         holders = set(state.holders)
         operation = _of_shared_memory(statement)
         if operation == "st":
@@ -677,7 +679,7 @@ class _Check:
         return f"{_CELL} {sorted(factors.items())} + {constant}"
 
     def _decided(self, number: int, predicate: str, value: bool, state: _State) -> _State:
-        """What is known behind a branch for which a predicate had a value."""
+        """The state after a branch whose predicate had the given value."""
         if predicate in self.repeated:
             state = state._replace(known=state.known | {(predicate, value)})
         made = self.values.definition(predicate)
@@ -708,7 +710,7 @@ class _Check:
 
     @staticmethod
     def _brings_nothing(made: Statement, amount: str, value: bool) -> bool:
-        """Whether a comparison with a constant says that an amount is not above 0."""
+        """Whether a comparison with a constant implies that an amount is not above 0."""
         compare = _COMPARED.get(made.parts[1])
         a, b = made.operands[1:3]
         if compare is None or a != amount or not re.fullmatch(r"-?\d+", b):
@@ -721,10 +723,10 @@ def _is_cell(holder: str) -> bool:
 
 
 def _holds(made: Statement, holders: frozenset[str], last: bool) -> bool | None:
-    """The result of a comparison where the counter is high enough, None if it does not say.
+    """The result of a comparison that means that the counter is high enough; None if neither does.
 
-    Of a counter that others wait for, that is where it is as high as can be; of one that whoever
-    comes last goes on from, where it is the number compared with.
+    For a counter that others wait for, that is the result for an arbitrarily high counter. For a
+    counter of contributions (``last``), it is the result for equality with the other operand.
     """
     compare, (a, b) = made.parts[1], made.operands[1:3]
     if last:

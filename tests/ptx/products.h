@@ -1,5 +1,5 @@
-// Products of the tensor cores. Sums are float32, one product after the other; the hardware rounds
-// differently in the last bits.
+// Matrix products of the tensor cores. They accumulate in float32, one product after the other; the
+// hardware rounds differently in the last bits.
 #pragma once
 #include "arithmetic.h"
 
@@ -9,9 +9,9 @@ inline f32 operand(u32 bits, OperandType type) {
   return type == F16 ? from_half(bits) : type == BF16 ? from_bfloat(bits) : as_float(bits & 0xffffe000u);
 }
 
-// A lane holds, of the left operand [16, K]: rows l / 4 and l / 4 + 8; of the right one [K, 8]:
-// column l / 4; of the sums [16, 8]: the rows of the left operand, columns 2 (l % 4) and the next.
-// Of 16-bit operands a register has two neighbours along K.
+// Fragments: lane l holds, of the left operand [16, K], rows l / 4 and l / 4 + 8; of the right
+// operand [K, 8], column l / 4; of the accumulators [16, 8], the rows of the left operand and columns
+// 2 (l % 4) and the next. A register holds two 16-bit operands that are neighbours along K.
 template <OperandType TYPE, int K> void load_left(Warp& w, const s64* registers, f32 (&to)[16][16]) {
   for (int k = 0; k < 4; k++) {
     const u32* from = w.at<u32>(registers[k]);
@@ -28,7 +28,8 @@ template <OperandType TYPE, int K> void load_left(Warp& w, const s64* registers,
   }
 }
 
-// mma.sync.m16n8: 4 registers of the result, 4 of the left operand, 2 of the right one, 4 of the sums
+// operands of mma.sync.m16n8: 4 registers of the result, 4 of the left operand, 2 of the right one, 4 of
+// the accumulators
 template <OperandType TYPE> void multiply(Warp& w, const Instruction& i) {
   constexpr int K = TYPE == TF32 ? 8 : 16;
   if (!whole_warp(w, i)) return;
@@ -54,8 +55,8 @@ template <OperandType TYPE> void multiply(Warp& w, const Instruction& i) {
     for (int l = 0; l < LANES; l++) w.at<f32>(i.operands[k])[l] = sum_of(l, k);
 }
 
-// ---- wgmma: each warp of a group of four has 16 rows of a product [64, N]. Operands lie in shared
-// memory as their descriptors say (PTX ISA, "Asynchronous warpgroup matrix multiply-accumulate").
+// ---- wgmma: each warp of a warpgroup of four has 16 rows of a product [64, N]. Descriptors define the
+// layout of operands in shared memory (PTX ISA, "Asynchronous warpgroup matrix multiply-accumulate").
 struct Descriptor {
   u32 start, leading, stride;  // bytes
   int swizzle;                 // bytes of a swizzled row; 16: none
@@ -63,8 +64,8 @@ struct Descriptor {
       : start((bits & 0x3fff) << 4), leading((bits >> 16 & 0x3fff) << 4), stride((bits >> 32 & 0x3fff) << 4),
         swizzle((bits >> 62) == 1 ? 128 : (bits >> 62) == 2 ? 64 : (bits >> 62) == 3 ? 32 : 16) {}
 
-  // Where the element of row (or column) r at depth k lies. `across`: its neighbours are those of
-  // the same depth.
+  // The address of the element of row (or column) r at depth k. `across`: elements of the same depth
+  // are contiguous (MN-major), else those of the same row (K-major).
   u32 place(int r, int k, bool across, int size) const {
     u32 at;
     if (across) {
@@ -80,9 +81,9 @@ struct Descriptor {
   }
 };
 
-// operands: type, N, whether the left operand is in registers, whether each lies across, predicate
-// whether to add to the sums (or -1), the same as a constant, the left operand (4 registers or a
-// descriptor), the descriptor of the right one, registers of the sums
+// operands: type, N, whether the left operand is in registers, whether each operand is MN-major, predicate
+// whether to accumulate (or -1), the same as a constant, the left operand (4 registers or a
+// descriptor), the descriptor of the right one, registers of the accumulators
 constexpr int WG_LEFT = 7;
 
 inline f32 shared_operand(Warp& w, const Instruction& i, u32 address, OperandType type) {
@@ -98,8 +99,8 @@ inline f32 shared_operand(Warp& w, const Instruction& i, u32 address, OperandTyp
   return operand(bits, type);
 }
 
-// The operands may be read at any time from the issue to the wait. Where they are taken at the wait
-// the issue looks at them too, so that both ends are checked.
+// The hardware may read the operands at any time from the issue to the wait. If they are read at the
+// wait, the issue also checks the accesses (only_look), so that both ends are covered.
 template <OperandType TYPE> void multiply_group(Warp& w, const Product& product, bool only_look) {
   constexpr int K = TYPE == TF32 ? 8 : 16, SIZE = TYPE == TF32 ? 4 : 2;
   const Instruction& i = *product.instruction;
@@ -144,7 +145,7 @@ inline void run_product(Warp& w, const Product& product, bool only_look = false)
   else multiply_group<TF32>(w, product, only_look);
 }
 
-// The sums, and the left operand if it is in registers.
+// The accumulators, and the left operand if it is in registers.
 inline std::vector<s64> registers_of(const Instruction& i) {
   const bool in_registers = i.operands[2];
   std::vector<s64> places(i.operands + WG_LEFT + (in_registers ? 5 : 2), i.operands + i.size);
@@ -163,7 +164,7 @@ inline void start_product(Warp& w, const Instruction& i) {
   run_product(w, product, /* only_look */ w.cta->machine->options.late);
 }
 
-// Nothing but products may touch the registers of one in flight.
+// Only other products may access the registers of a product in flight.
 inline void check_registers(Warp& w, const Instruction& i) {
   if (i.run == start_product) return;
   for (int k = 0; k < i.touches; k++)
@@ -181,7 +182,7 @@ inline void commit_products(Warp& w, const Instruction&) {
   w.products.clear();
 }
 
-// wgmma.wait_group: the number of groups that may still be in flight
+// operand of wgmma.wait_group: the number of groups that may still be in flight
 inline void wait_products(Warp& w, const Instruction& i) {
   while (w.product_groups.size() > (size_t)i.operands[0]) {
     for (auto& product : w.product_groups.front()) {

@@ -1,4 +1,4 @@
-"""PTX as text, taken apart: statements with their operands, registers, parameters, labels."""
+"""Parser for PTX text: statements with their operands, registers, parameters, labels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WIDTHS |= dict.fromkeys(("b64", "u64", "s64", "f64", "f32x2"), 8)
 
 
 class Unsupported(Exception):
-    """PTX that this package does not know."""
+    """PTX that this package does not support."""
 
 
 class Statement(NamedTuple):
@@ -22,10 +22,10 @@ class Statement(NamedTuple):
 
     opcode: str
     operands: tuple[str, ...]
-    guard: str | None  # the predicate without which it does nothing
+    guard: str | None  # the predicate that guards its execution
     negated: bool
     line: int  # of the PTX
-    source: str  # file and line of the Python that it comes from
+    source: str  # file and line of its Python source
     text: str
 
     @property
@@ -51,7 +51,7 @@ class Kernel(NamedTuple):
     parameters: list[Parameter]
     registers: dict[str, int]  # prefix of their names: bytes
     statements: list[Statement]
-    labels: dict[str, int]  # the statement behind each
+    labels: dict[str, int]  # the statement after each
 
     @property
     def parameter_bytes(self) -> int:
@@ -60,7 +60,7 @@ class Kernel(NamedTuple):
 
 
 def split(text: str) -> list[str]:
-    """At the commas that are not within brackets."""
+    """Split at the commas that are not within brackets."""
     items, depth = [""], 0
     for character in text:
         depth += (character in "{[") - (character in "}]")
@@ -72,15 +72,15 @@ def split(text: str) -> list[str]:
 
 
 def in_braces(text: str) -> list[str]:
-    """The registers of a list, or the only one."""
+    """The registers of a list in braces, or the only register."""
     return split(text.strip().removeprefix("{").removesuffix("}"))
 
 
 def parse(text: str) -> Kernel:
-    """Take apart a module with one entry.
+    """Parse a module with one entry.
 
     Raises:
-        Unsupported: it has something that Triton's PTX had not when this was written.
+        Unsupported: it has a construct that Triton did not emit when this was written.
     """
     entry = re.search(r"\.visible \.entry (\w+)\((.*?)\)\s*(.*?)\{", text, re.S)
     if entry is None:
@@ -99,9 +99,9 @@ def parse(text: str) -> Kernel:
 
 
 def _told_apart(body: str) -> str:
-    """Names that are declared within braces, of which every block may have the same, made unique.
+    """Make names that are declared within braces unique: several blocks may declare the same name.
 
-    Triton waits so for an mbarrier.
+    Triton emits such blocks to wait for an mbarrier.
     """
     count = 0
 

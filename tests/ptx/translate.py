@@ -1,7 +1,7 @@
-"""PTX to the tables that the machine (machine.cpp) runs.
+"""Translate PTX to the tables that the machine (machine.cpp) runs.
 
-A register becomes a place in the file of a warp's registers, a constant a place that holds it, and
-an opcode with its modifiers the name of one of the machine's instructions.
+A register becomes an offset in a warp's register file, a constant the offset of a slot that holds
+it, and an opcode with its modifiers the name of one of the machine's instructions.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from .flow import joins_of
 from .text import WIDTHS, Kernel, Statement, Unsupported, in_braces
 
 NEXT, BRANCH, BARRIER, EXIT = range(4)
-SPECIALS = ("%tid.x", "%ctaid.x", "%nctaid.x", "%laneid")  # what a launch sets
+SPECIALS = ("%tid.x", "%ctaid.x", "%nctaid.x", "%laneid")  # set by a launch
 ZEROS = ("%tid.y", "%tid.z", "%ctaid.y", "%ctaid.z")
 SYMBOLS = {"global_smem": 0}  # addresses in shared memory
 NONE = -1
 
 ONE_OPERAND = "neg abs not ex2 lg2 rcp rsqrt sqrt tanh popc clz brev".split()
 THREE_OPERANDS = "mad fma bfe prmt shf".split()
-# What does not change the meaning of a load or store here.
+# Modifiers of a load or store without an effect in this emulator.
 HINTS = {"v2", "v4", "v8", "cta", "shared", "L1::evict_last", "L1::evict_first", "L2::evict_first"}
 MMA = {
     "m16n8k16.f32.f16.f16.f32": "mma.f16",
@@ -36,36 +36,37 @@ ORDERS = ("relaxed", "acquire", "release", "acq_rel")
 
 
 class Program:
-    """A kernel in the machine's terms.
+    """A kernel as the machine's tables.
 
     Attributes:
-        names: of the instructions.
-        codes: of each: flow, place of the guard, whether it is negated, target, join, number of
-            operands and where they begin in ``pool``, the same of the registers that it touches.
+        names: the names of the instructions.
+        codes: per instruction: control flow, offset of the guard, whether it is negated, target,
+            join, number of operands and their first index in ``pool``, number of registers that it
+            accesses and their first index in ``pool``.
         pool: operands and registers of all instructions.
-        registers: a warp's registers as they are when it starts.
+        registers: the initial contents of a warp's register file.
     """
 
     def __init__(self, kernel: Kernel, knows: Callable[[str], bool]) -> None:
         """Translate.
 
         Args:
-            knows: whether the machine has an instruction of a name.
+            knows: whether the machine implements an instruction of a name.
 
         Raises:
-            Unsupported: it has not, with every such line.
+            Unsupported: the machine lacks instructions; the message has every such line.
         """
         self.kernel = kernel
         self._knows = knows
         self._places: dict[str, int] = {}
         self._width_at: dict[int, int] = {}
         self._constants: dict[tuple[int, int], int] = {}
-        self._values: list[tuple[int, int, int]] = []  # place, value, width
+        self._values: list[tuple[int, int, int]] = []  # offset, value, width
         self._top = 0
-        self._touched: list[int] = []  # registers of the instruction at hand
+        self._touched: list[int] = []  # registers of the current instruction
         self._prefixes = sorted(kernel.registers, key=len, reverse=True)
         self._joins = joins_of(kernel)
-        self._nowhere = self._new(8)  # of results that nobody wants
+        self._nowhere = self._new(8)  # for results that are discarded
         for name in (*SPECIALS, *ZEROS):
             self._places[name] = self._new(4)
         for name in ZEROS:
@@ -81,7 +82,7 @@ class Program:
         self.registers = self._initial()
         self.specials = [self._places[name] for name in SPECIALS]
 
-    # ---- places
+    # ---- offsets in the register file
 
     def _new(self, width: int) -> int:
         place = -(-self._top // 64) * 64
@@ -104,7 +105,7 @@ class Program:
         return self._width_at[self._register(register)]
 
     def _value(self, text: str, width: int) -> int:
-        """The place of a register, or of a constant of ``width`` bytes (0: of a predicate)."""
+        """The offset of a register, or of a constant of ``width`` bytes (0: of a predicate)."""
         if text == "_":
             return self._nowhere
         if text.startswith("%"):
@@ -125,7 +126,7 @@ class Program:
         return [self._value(text, width) for text in texts]
 
     def _address(self, text: str, shared: bool) -> list[int]:
-        """The register of an address in shared or global memory, or NONE, and an offset."""
+        """The register of an address in shared or global memory, or NONE, and the byte offset."""
         found = re.fullmatch(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\w+))?\s*\]", text)
         if found is None:
             raise Unsupported(f"address {text}")
@@ -135,7 +136,7 @@ class Program:
         return [self._value(base, 4 if shared else 8), offset]
 
     def _initial(self) -> np.ndarray:
-        # What nobody has written is a number that stands out.
+        # Uninitialised registers hold a conspicuous value.
         registers = np.full(-(-self._top // 64) * 64 + 64, 0xA5, np.uint8)
         for place, value, width in self._values:
             if width == 0:
@@ -211,7 +212,7 @@ class Program:
         if re.search(r"evict", s.opcode) and len(s.operands) > 2:
             raise Unsupported("a cache policy")
         texts = in_braces(registers)
-        # A register may be wider than what it is loaded from or stored to.
+        # A register may be wider than the memory operand.
         width = self._width(texts[0]) if texts[0].startswith("%") else WIDTHS[type_]
         places = self._values_of(texts, width)
         operands = [*self._address(memory, space == "shared"), WIDTHS[type_], width]
@@ -349,7 +350,7 @@ class Program:
     def _setp(self, s: Statement) -> tuple[str, list[int]]:
         to, *sources = s.operands
         results = to.split("|")
-        # Two results only of packed numbers: one for each. Else the second would be the opposite.
+        # Two results only for packed numbers, one for each; else the second is the complement.
         if len(results) != 1 + s.opcode.endswith("x2") or len(sources) != 2:
             raise Unsupported("comparison")
         places = self._values_of(sources, WIDTHS[s.parts[-1]])

@@ -1,4 +1,4 @@
-"""Where the package keeps what it builds and downloads."""
+"""Cache folder for build outputs and downloads, and its locks."""
 
 import contextlib
 import fcntl
@@ -20,7 +20,7 @@ def cache_dir() -> pathlib.Path:
 
 
 def host_id() -> str:
-    """Identifies the CPU, because code is built with -march=native."""
+    """Identifier of the CPU, part of the cache keys because code is built with -march=native."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         wanted = [x for x in lines if x.startswith(("model name", "flags"))][:2]
@@ -31,7 +31,7 @@ def host_id() -> str:
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path):
-    """Let one process at a time make ``path``; the others find it made."""
+    """Lock under which one process at a time creates ``path``; the others wait and then find it."""
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -42,7 +42,7 @@ def build_shared_library(
 ) -> pathlib.Path:
     """Compile one C++ file into a cached shared library.
 
-    `extra` is text that also decides its identity.
+    `extra` is text that also enters the cache key.
     """
     compiler = os.environ.get("CXX", "g++")
     command = [compiler, "-std=c++17", "-fPIC", "-shared", "-w", *flags]

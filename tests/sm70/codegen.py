@@ -1,11 +1,11 @@
 """Translate sm_70 SASS to C++.
 
-Every instruction becomes a call of a C++ function with its registers and constants as arguments;
-the interpreter loop is in runtime.cpp. Three tables handle the opcodes:
+Every instruction becomes a call of a C++ function with its registers and constants as arguments.
+The interpreter loop is in runtime.cpp. Three tables define the opcodes:
 
   EXPRESSIONS  one 32-bit result per lane, given as a C++ expression with operand placeholders
   HANDLERS     functions, registered with @opcode, that return a C++ statement
-  IGNORED      instructions without an effect in this model
+  IGNORED      instructions with no effect in this model
 
 Placeholders name an operand by position: {u1} unsigned, {s1} signed, {f1} float, {d1} double,
 {p3} predicate.
@@ -94,7 +94,7 @@ class Unimplemented:
 
 @dataclass
 class Translation:
-    """Generated C++ and the instructions that were left out."""
+    """Generated C++ and the instructions that could not be translated."""
 
     source: str
     unimplemented: list = field(default_factory=list)
@@ -173,7 +173,7 @@ class Translator:
 
     def __init__(self, inst: Instruction, previous=None):
         self.inst = inst
-        self.previous = previous  # the instruction before, if control can only come from there
+        self.previous = previous  # preceding instruction, if it is the only predecessor
         self.op, self.mods = inst.op, inst.mods
         self.ops = (
             self._merge_half_literals(inst.operands)
@@ -201,7 +201,7 @@ class Translator:
         return next((m for m in self.mods if m in table), default)
 
     def text(self, operand):
-        """An operand given by position, or as its text."""
+        """The text of an operand that is given by position or as text."""
         if isinstance(operand, str):
             return operand
         if operand >= len(self.ops):
@@ -211,7 +211,7 @@ class Translator:
     # --- sources
 
     def word(self, operand, part=0):
-        """32-bit source without its sign; part 1 is the upper register of a pair."""
+        """32-bit source without its sign modifier; part 1 is the upper register of a pair."""
         text = self.text(operand).strip("-~|")
         if text.startswith("R"):
             if not re.match(r"R(\d+|Z)$", text):
@@ -281,7 +281,7 @@ class Translator:
             return f"HF({self.inst.immediate >> 16 * which & 0xFFFF}u)"
         if m := re.search(r"\.H(\d)_H\d", text):
             which = int(m.group(1))
-        if ".F32" in text:  # a full float, cut to half precision
+        if ".F32" in text:  # a float32 register, converted to half precision
             value = f"HF(round_half(BF({self.word(text.replace('.F32', ''))}), FE_TOWARDZERO))"
             return self._signed(text, value, "fabsf")
         word = self.word(re.sub(r"\.H\d_H\d", "", text))
@@ -324,7 +324,7 @@ class Translator:
         return f"FB(flush({value}))" if self.has("FTZ") else f"FB({value})"
 
     def split_predicates(self, start):
-        """(carry-out predicates after the destination, remaining operands)."""
+        """(carry-out predicates that follow the destination, remaining operands)."""
         k = start
         while k < len(self.ops) and is_predicate(self.ops[k]):
             k += 1
@@ -371,7 +371,7 @@ def iadd3(t):
     carries, ops = t.split_predicates(1)
 
     def term(text):
-        """A 33-bit addend: subtraction adds the complement plus one, for the carry's sake."""
+        """A 33-bit addend: subtraction adds the complement plus one, to get the carry right."""
         if text.startswith("-") and not text.startswith("-0x"):
             return f"((u64)(u32)~{t.word(text)} + 1)"
         return f"(u64)(u32)({t.u32(text)})"
@@ -911,7 +911,7 @@ def atomic(t):
             swap = read(f"R{register_number(ops[1]) + size // 4}")
         setup += f" {kind} swap = {swap};"
         new = "(o == x ? swap : o)"
-        if t.has("CAST"):  # compare-and-swap-and-test: the result says whether the swap took place
+        if t.has("CAST"):  # compare-and-swap-and-test: the result is whether it swapped
             result = f"({kind})(old == x)"
     else:
         new = "o + x" if counting else atomic_expression(t, kind, "o", "x")
@@ -921,7 +921,7 @@ def atomic(t):
         write = f"{kind} r = {result}; R[{n}][l] = (u32)r;"
         if size == 8:
             write += f" R[{n + 1}][l] = (u32)(r >> 32);"
-    # An operation without a shared-memory form says by its predicate that it was not carried out.
+    # An operation without a shared-memory form reports by its predicate that it did not execute.
     skip = ""
     if done and predicate_number(done) != PT and space == "GENERIC":
         flag = f"P[{predicate_number(done)}][l]"
@@ -1178,12 +1178,12 @@ def branch_targets(instructions):
     return out
 
 
-# What tells instructions of one shape apart: numbers of registers, and constants.
+# The parameters by which instructions of one shape differ: register numbers and constants.
 _PARAMETER = re.compile(r"(?<=\bR\[)\d+(?=\])|(?<=\b[PB]\[)\d+(?=\])|(?<=\bSET[RP]\()\d+|\b\d+u\b")
 
 
 def shape_of(body):
-    """C++ with its registers and constants taken out, as ``arg[i]``; and what they were."""
+    """C++ with registers and constants replaced by ``arg[i]``, and the list of their values."""
     values = []
 
     def parameter(match):
@@ -1196,8 +1196,9 @@ def shape_of(body):
 def translate(instructions) -> Translation:
     """C++ for a whole kernel, to be included by runtime.cpp.
 
-    Instructions that differ in nothing but registers and constants share a function: a kernel of
-    ten thousand has less than a thousand, and g++ takes minutes for that many functions.
+    Instructions that differ only in registers and constants share a function: a kernel of ten
+    thousand instructions has less than a thousand shapes, and g++ would take minutes to compile one
+    function for each instruction.
     """
     missing, entries = [], []
     shapes: dict[str, tuple[int, str]] = {}

@@ -1,8 +1,8 @@
 """Disassemble a cubin with cuobjdump and parse the listing.
 
-cuobjdump and nvdisasm older than 13.0 are needed for sm_70. They are looked for in
-$SM70_CUOBJDUMP_DIR; otherwise they are taken out of the Triton 3.6.0 wheel, which ships version
-12.8 (downloaded once with pip, only these two programs are kept in the cache).
+sm_70 needs cuobjdump and nvdisasm older than 13.0. They are taken from $SM70_CUOBJDUMP_DIR if it is
+set; otherwise they are extracted from the Triton 3.6.0 wheel, which ships version 12.8 (downloaded
+once with pip; only these two programs are kept in the cache).
 
     python -m sm70.disasm kernel.cubin [kernel name]
 """
@@ -27,7 +27,7 @@ PT = 7  # predicate register that is always true
 
 
 class DisassemblerError(RuntimeError):
-    """No usable cuobjdump, or it failed."""
+    """There is no usable cuobjdump, or it failed."""
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Instruction:
 
 
 def parse_instruction(pc, text, low, high) -> Instruction:
-    """Split the text of one instruction into guard, opcode, modifiers and operands."""
+    """Parse the text of one instruction into guard, opcode, modifiers and operands."""
     inst = Instruction(pc, text, low, high)
     if m := re.match(r"@(!?)P(\d|T)\s+(.*)", text):
         inst.guard_negated = m.group(1) == "!"
@@ -131,7 +131,7 @@ def parse_listing(listing: str) -> dict:
 
 
 def extract_from_wheel(wheel, folder) -> None:
-    """Take cuobjdump and nvdisasm out of a Triton wheel."""
+    """Extract cuobjdump and nvdisasm from a Triton wheel."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(wheel) as archive:
@@ -187,7 +187,7 @@ def find_tools() -> pathlib.Path:
 def disassemble(image: bytes) -> dict:
     """{kernel name: [Instruction]} of a cubin; listings are cached by content.
 
-    Nobody may change what is returned: others get the same.
+    Callers share the returned object and must not modify it.
     """
     cached = cache_dir() / f"sass-{hashlib.sha256(image).hexdigest()[:20]}.txt"
     if cached.exists():

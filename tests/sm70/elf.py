@@ -1,4 +1,7 @@
-"""What the emulator needs of a cubin (an ELF file): sections, symbols, relocations, parameters."""
+"""Parser for the parts of a cubin (an ELF file) that the emulator needs.
+
+These are sections, symbols, relocations and kernel parameters.
+"""
 
 import struct
 from dataclasses import dataclass
@@ -26,7 +29,7 @@ class Symbol:
     name: str
     value: int
     size: int
-    section: str  # name of the section it lives in, or ""
+    section: str  # name of the section that contains it, or ""
 
 
 @dataclass
@@ -104,7 +107,7 @@ class Cubin:
         return section.size if section else 0
 
     def stack_size(self, kernel):
-        """Bytes of local memory per thread that the kernel needs, or None when not recorded."""
+        """Bytes of local memory per thread that the kernel needs, or None if not recorded."""
         for attribute, payload in self._attributes(".nv.info"):
             if attribute == ATTR_MIN_STACK_SIZE:
                 index, size = struct.unpack("<II", payload)
@@ -124,7 +127,10 @@ class Cubin:
         return base, [found[k] for k in sorted(found)]
 
     def relocations(self, section_name):
-        """(offset, symbol, addend) of each relocation of a section; no addend: stored in place."""
+        """(offset, symbol, addend) of each relocation of a section.
+
+        The addend is None if it is stored in place.
+        """
         for prefix, size in ((".rela", 24), (".rel", 16)):
             section = self.sections.get(prefix + section_name)
             if section is None:

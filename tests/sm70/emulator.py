@@ -3,7 +3,7 @@
     kernel = Kernel(cubin, "name")
     kernel.launch(grid, block, [array, 3, 1.5], smem=1024)
 
-A launch raises `KernelFault` with a readable list of problems unless check=False.
+A launch that finds problems raises `KernelFault` with a readable list of them, unless check=False.
 """
 
 import bisect
@@ -22,7 +22,7 @@ from .cache import build_shared_library, cache_dir
 from .disasm import disassemble
 from .elf import Cubin
 
-ALIGNMENT = 256  # of a buffer, as from cudaMalloc
+ALIGNMENT = 256  # of a buffer in bytes, as from cudaMalloc
 COMPILER_FLAGS = ("-O1", "-ftree-loop-vectorize", "-march=native", "-ffp-contract=off")
 
 KINDS = [
@@ -166,8 +166,9 @@ def aligned_copy(array):
 class Kernel:
     """One kernel of a cubin, translated to native code (cached by content).
 
-    `strict` raises NotImplementedError for instructions the emulator does not know; otherwise they
-    are listed in `unimplemented`, a warning is given, and executing one is an error of the launch.
+    `strict` raises NotImplementedError for instructions that the emulator does not implement.
+    Otherwise they are listed in `unimplemented`, a warning is issued, and executing one is an error
+    of the launch.
     """
 
     def __init__(self, cubin, name=None, strict=False):
@@ -333,19 +334,19 @@ class Kernel:
                       None for a null pointer, bytes for a struct
         smem          dynamic shared memory in bytes
         resident      CTAs in flight at a time (default 1, or the whole grid up to 64 with a seed);
-                      a kernel that waits for other CTAs needs as many as it needs on the device
+                      a kernel that waits for other CTAs needs as many as on the device
         seed          None: round robin over the CTAs; a number: random interleaving of CTAs and
                       warps
-        slice         instructions a warp runs before the next one (maximum, with a seed)
+        slice         instructions that a warp runs before the next warp (maximum, with a seed)
         cta_order     order in which CTAs start: "ascending", "descending" or "random"
         weak_memory   keep the global stores of a CTA private until a fence or a random later moment
         races         check shared memory for races
         check         raise KernelFault if anything was found
         ctas          (first, last): run only these CTAs
-        hang_instructions   give up after so many warp instructions without a store, barrier or exit
+        hang_instructions   abort after this many warp instructions without a store, barrier or exit
         trace         callback(cta, warp, records, addresses), used by the timing model
-        buffers       arrays whose memory the kernel may access where it lies, by pointers inside a
-                      struct; in reports they count on behind the arguments
+        buffers       arrays whose memory the kernel may access in place, through pointers inside a
+                      struct; reports number them after the arguments
         """
         grid, block = dim3(grid), dim3(block)
         threads, total = int(np.prod(block)), int(np.prod(grid))
@@ -401,7 +402,7 @@ class Kernel:
         return result
 
     def _collect(self, buffers):
-        """Read counters and reports of the launch."""
+        """Read the counters and reports of the launch."""
         counts = np.zeros(len(self.instructions), np.uint64)
         self._lib.emu_counts(counts.ctypes.data)
         reports = (_Report * 64)()
@@ -416,7 +417,7 @@ class Kernel:
         )
 
     def _describe(self, r, buffers):
-        """Turn a report into a Problem, with its instruction and the argument nearest to it."""
+        """The Problem of a report, with its instruction and the argument nearest to the address."""
         index = r.pc // 16
         text = self.instructions[index].text if index < len(self.instructions) else "?"
         where = ""
@@ -432,7 +433,7 @@ class Kernel:
 
 
 def _wrap_trace(trace):
-    """ctypes callback that hands traces to Python as numpy arrays."""
+    """ctypes callback that passes traces to Python as numpy arrays."""
     if trace is None:
         return _TRACE_CALLBACK(0)
 
@@ -461,8 +462,8 @@ def fuzz_interleavings(
     """Launch a kernel under many random interleavings, to expose ordering bugs between CTAs.
 
     make_args() returns fresh arguments and verify(args) raises (or returns False) if the result is
-    wrong. `seeds` is a number or an iterable. CTA order and weak memory are on; the failing seed is
-    part of the error, so that launch(..., seed=...) reproduces it.
+    wrong. `seeds` is a number or an iterable. Random CTA order and weak memory are enabled. The
+    error names the failing seed, so that launch(..., seed=...) reproduces it.
     """
     options = {"cta_order": "random", "weak_memory": True, **options}
     for seed in range(seeds) if isinstance(seeds, int) else seeds:

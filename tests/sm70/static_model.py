@@ -1,8 +1,8 @@
-"""Issue-slot model of SASS loops, without running anything.
+"""Static issue-slot model of SASS loops: no kernel is executed.
 
-For each innermost loop, and the loop around the tensor instructions: the instruction mix, the sum
-of the stall counts, the cycles each unit needs per iteration of all resident warps, and from those
-an upper bound of the tensor-pipe utilisation.
+For each innermost loop, and for the loop around the tensor instructions: the instruction mix, the
+sum of the stall counts, the cycles each unit needs per iteration of all resident warps, and from
+those an upper bound of the tensor-pipe utilisation.
 
     python -m sm70.static_model kernel.cubin --threads 256 --smem 32768
 """
@@ -21,14 +21,14 @@ SMS, FMA_PER_TENSOR_CYCLE = 80, 128
 
 @dataclass
 class Loop:
-    """One loop."""
+    """The static summary of one loop."""
 
     kernel: str
     first_pc: int
     last_pc: int
     instructions: int
     mix: dict  # pipe -> instructions
-    stall_sum: int  # cycles of one warp through one iteration when nothing else delays it
+    stall_sum: int  # cycles of one warp for one iteration if nothing else delays it
     scoreboard_waits: int
     lsu_wavefronts: int  # per warp and iteration, without bank conflicts
     bounds: dict  # unit -> cycles per iteration of all resident warps
@@ -52,7 +52,7 @@ class Loop:
 
 
 def main_loops(instructions):
-    """[(first, last)] of innermost loops, and of loops with tensor instructions of their own."""
+    """[(first, last)] of innermost loops, and of loops with tensor instructions outside these."""
     found = set()
     for k, inst in enumerate(instructions):
         if inst.op == "BRA" and inst.target // 16 < k:
@@ -70,7 +70,7 @@ def main_loops(instructions):
 
 
 def analyse_loop(kernel, instructions, first, last, warps):
-    """Loop summary for `warps` resident warps per scheduler."""
+    """The summary of a loop for `warps` resident warps per scheduler."""
     body = instructions[first : last + 1]
     count, busy = dict.fromkeys(PIPES, 0), dict.fromkeys(PIPES, 0)
     stall_sum = waits = wavefronts = 0

@@ -1,10 +1,10 @@
 """Cycle estimate of one V100 SM from an emulated launch.
 
 The model takes the stall counts and scoreboards that ptxas wrote into each instruction and the
-addresses of the emulated run. Whatever else it knows of the hardware (`ASSUMED`, `_UNITS`,
-`TENSOR`) is a plausible assumption that has NOT been calibrated against a V100: use the numbers to
-compare variants of a kernel and to find the limiting unit, not as run times. `assumptions()` lists
-them all.
+addresses of the emulated run. All other hardware parameters (`ASSUMED`, `_UNITS`, `TENSOR`) are
+plausible assumptions that have NOT been calibrated against a V100: use the results to compare
+variants of a kernel and to find the limiting unit, not as run times. `assumptions()` lists all of
+them.
 """
 
 import ctypes
@@ -42,7 +42,7 @@ L1_AND_SHARED = 128  # KiB
 
 
 class Assumption(NamedTuple):
-    """A constant of the model that nobody has held against a V100."""
+    """A constant of the model that has not been measured on a V100."""
 
     value: float | None
     unit: str
@@ -89,7 +89,7 @@ _UNITS = {
 }
 UNITS = {op: unit for unit, ops in _UNITS.items() for op in ops.split()}
 DEFAULT_UNIT = ("ALU", 2, 6)
-# HMMA, by its accumulators: cycles a scheduler's pipe is busy; latency.
+# HMMA by accumulator dtype: (cycles the pipe of a scheduler is busy, latency)
 TENSOR = {"F32": (2, 10), "F16": (4, 10)}
 
 ACCESS = {
@@ -109,7 +109,7 @@ def classify(inst):
 
 
 def assumptions(**parameters):
-    """Rows of name, value, meaning: every uncalibrated constant; `parameters` as of estimate()."""
+    """Yield (name, value, meaning) of each uncalibrated constant; `parameters` as in estimate()."""
     for name, (default, unit, meaning) in ASSUMED.items():
         value = parameters.get(name, default)
         yield name, "derived" if value is None else f"{value} {unit}".strip(), meaning
@@ -185,7 +185,7 @@ def _library():
 
 
 def occupancy(registers, threads, shared_bytes):
-    """CTAs that fit on one SM."""
+    """Occupancy: the number of CTAs that fit on one SM."""
     warps = -(-threads // 32)
     limits = [WARPS_PER_SM // warps, CTAS_PER_SM]
     if registers:
@@ -196,7 +196,7 @@ def occupancy(registers, threads, shared_bytes):
 
 
 def _static_table(instructions):
-    """What the model needs to know about each instruction."""
+    """The properties of each instruction that the model needs."""
     table = (_StaticInfo * len(instructions))()
     for k, inst in enumerate(instructions):
         (pipe, busy, latency), c = classify(inst), inst.control
@@ -222,7 +222,7 @@ def _collect_traces(kernel, grid, block, args, smem, resident, ctas, options):
     def keep(cta, warp, records, addresses):
         traces[cta, warp] = records, addresses
 
-    # CTAs that do not wait for each other may be run one by one: those of a range with steps are.
+    # The CTAs of a range with a step run one by one: they must not wait for each other.
     runs = [(ctas.start, ctas.stop)] if ctas.step == 1 else [(cta, cta + 1) for cta in ctas]
     for run in runs:
         kernel.launch(grid, block, args, smem, resident=resident, ctas=run, trace=keep, **options)
@@ -257,15 +257,15 @@ def estimate(
     """Cycles and utilisation of one SM that runs the given CTAs, as a dict.
 
     ctas       (first, last) or a range: the CTAs of this SM (default: as many as are resident)
-    resident   CTAs on the SM at a time (default: from registers, threads and shared memory)
+    resident   CTAs on the SM at a time (default: occupancy by registers, threads and shared memory)
     parameters override DEFAULTS
 
-    Keys: cycles, ctas, resident, warp_instructions, and as fractions of the peak
+    Keys: cycles, ctas, resident, warp_instructions; as fractions of the peak
       tensor_utilisation   busy time of the tensor pipes
       issue_utilisation    issue slots used
       lsu_utilisation      busy time of the load/store unit
       pipes                busy time of each pipe
-    shared_wavefronts, bank_conflict_factor (1.0: none), global_sectors, l1_miss_sectors,
+    and shared_wavefronts, bank_conflict_factor (1.0: none), global_sectors, l1_miss_sectors,
     stalls (warp-cycles by reason), hot_spots (instructions with the most scoreboard and queue
     stalls).
     """

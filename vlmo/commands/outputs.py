@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vlmo.data.layout import IMAGE_SUFFIXES, holds_data
-from vlmo.loading import RECIPE
+from vlmo.run_folder import RECIPE
 from vlmo.training.setup import RUN_FILES
 from vlmo.training.state import STATE
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmo.commands.predict import STANDARD
+from vlmo.commands.options import STANDARD
 from vlmo.data.records import PICTURES, repeated_key
 from vlmo.files import read_lines, read_text
 from vlmo.inputs import check_text

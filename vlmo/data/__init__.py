@@ -1,9 +1,9 @@
 """Data: sources and their samples, global batches, text tokenisation and masking."""
 
 from vlmo.data.check import check_samples
-from vlmo.data.digit_language import ANSWERS, Meaning, Question
-from vlmo.data.digit_scenes import DigitScenes, Scene, retrieval_gallery
-from vlmo.data.digit_tokenizer import digit_tokenizer
+from vlmo.data.digits.language import ANSWERS, Meaning, Question
+from vlmo.data.digits.scenes import DigitScenes, Scene, retrieval_gallery
+from vlmo.data.digits.tokenizer import digit_tokenizer
 from vlmo.data.draws import Draw
 from vlmo.data.loading import (
     HOST_KEYS,

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from torch.utils.data import Dataset
 
-from vlmo.data.digit_scans import SPLITS
 from vlmo.data.loading import guarded_loader
-from vlmo.data.samples import BadSample, Samples
+from vlmo.data.samples import SPLITS, BadSample, Samples
 from vlmo.data.sources import has_splits, holds_arrow
 
 if TYPE_CHECKING:

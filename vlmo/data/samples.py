@@ -14,6 +14,8 @@ from torch.utils.data import Dataset
 from vlmo.data.draws import Draw, hashed
 from vlmo.data.transforms import SquareTransform
 
+SPLITS = ("train", "val", "test")
+
 
 class BadSample(ValueError):
     """One sample that cannot be read: a damaged or missing picture, a text that is none.

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmo.data.digit_language import ANSWERS
-from vlmo.data.digit_scans import SPLITS
-from vlmo.data.digit_scenes import DigitScenes
+from vlmo.data.digits.language import ANSWERS
+from vlmo.data.digits.scenes import DigitScenes
+from vlmo.data.samples import SPLITS
 
 if TYPE_CHECKING:
     from vlmo.data.samples import Samples

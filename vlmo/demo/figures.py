@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from vlmo.plotting import pyplot, save_figure
-from vlmo.retrieval import Shortlist
+from vlmo.tasks.retrieval import Shortlist
 
 _RIGHT, _WRONG, _MUTED = "#1a9850", "#d9d9d9", "#555555"
 _LOSSES = {

@@ -19,15 +19,12 @@ from rich.table import Table
 from vlmo import VLMo
 from vlmo.data import DigitScenes, TextTokenizer, digit_tokenizer, retrieval_gallery
 from vlmo.demo.figures import draw_losses, draw_retrieval
+from vlmo.device import autocast_dtype, chosen_device, require_backend, show_machine
 from vlmo.files import write_json
 from vlmo.kernels import use_backend
 from vlmo.kernels.target import devices
-from vlmo.loading import load_model
-from vlmo.machine import show_machine
-from vlmo.parity import Parity, check_backends
-from vlmo.placement import autocast_dtype, chosen_device, require_backend
-from vlmo.recipes import recipe
-from vlmo.retrieval import (
+from vlmo.run_folder import load_model
+from vlmo.tasks.retrieval import (
     Embeddings,
     Gallery,
     Recall,
@@ -39,9 +36,11 @@ from vlmo.retrieval import (
     rerank,
     shortlist,
 )
+from vlmo.testing import Parity, check_backends
 from vlmo.training import Settings as TrainingSettings
 from vlmo.training import train
 from vlmo.training.logs import TABLE, read_table
+from vlmo.training.recipes import recipe
 
 RECIPE = recipe("digits_demo")
 GALLERY = 256

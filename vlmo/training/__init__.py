@@ -1,7 +1,19 @@
-"""Training: what a recipe, data and a machine become."""
+"""Training: what a recipe, data and a machine become.
 
-from vlmo.training.setup import Settings
-from vlmo.training.stopping import Interrupted
-from vlmo.training.trainer import train
+Names are imported on first use: a recipe is looked up without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {"Interrupted": "stopping", "Settings": "setup", "train": "trainer"}
 
 __all__ = ["Interrupted", "Settings", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

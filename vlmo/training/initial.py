@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vlmo.model import VLMo
+from vlmo.model.vlmo import VLMo
 
 
 @torch.no_grad()

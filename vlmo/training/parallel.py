@@ -15,9 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from vlmo.device import chosen_device
 from vlmo.distributed import rank, world_size
-from vlmo.model import VLMo
-from vlmo.placement import chosen_device
+from vlmo.model.vlmo import VLMo
 
 WAYS = ("ddp", "fsdp")
 T = TypeVar("T")
@@ -30,7 +30,7 @@ def joined_group(device: str) -> Iterator[torch.device]:
     NCCL between GPUs, and gloo between CPUs and for what stays on the host.
 
     Args:
-        device: a name for :func:`vlmo.placement.chosen_device`; "auto" and "cuda" are the GPU of
+        device: a name for :func:`vlmo.device.chosen_device`; "auto" and "cuda" are the GPU of
             this process's LOCAL_RANK.
 
     Yields:
@@ -67,7 +67,7 @@ def check_way(way: str) -> None:
 
 
 def wrapped(model: VLMo, way: str) -> nn.Module:
-    """The model ready for :func:`vlmo.step.backward` on all ranks.
+    """The model ready for :func:`vlmo.training.step.backward` on all ranks.
 
     Args:
         model: on its device, with what is not trained frozen.

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from vlmo.files import write_json
-from vlmo.recipes import Recipe
+from vlmo.run_folder import RECIPE
+from vlmo.training.recipes import Recipe
 
-RECIPE = "recipe.json"
 _LENGTH = ("steps", "epochs")  # may change on the way
 _DEFAULTS = {
     field.name: field.default

@@ -13,8 +13,7 @@ import torch
 from rich.console import Console
 from torch.utils.data import Dataset
 
-from vlmo.checkpoint import load_checkpoint
-from vlmo.config import VLMoConfig
+from vlmo.checkpoint.io import load_checkpoint
 from vlmo.data import (
     DigitScenes,
     TextTokenizer,
@@ -24,9 +23,12 @@ from vlmo.data import (
     open_data,
 )
 from vlmo.data.sources import holds_arrow
+from vlmo.device import versions
 from vlmo.distributed import world_size
 from vlmo.files import write_json
-from vlmo.loading import (
+from vlmo.model.config import VLMoConfig
+from vlmo.model.vlmo import VLMo
+from vlmo.run_folder import (
     ANSWERS,
     RECIPE,
     VOCABULARY,
@@ -36,14 +38,12 @@ from vlmo.loading import (
     digests_of,
     read_answers,
 )
-from vlmo.machine import versions
-from vlmo.model import VLMo
-from vlmo.objectives import unused_parameters
-from vlmo.recipes import Recipe
+from vlmo.tasks.losses import unused_parameters
 from vlmo.training.bad_samples import FILE, bearable
 from vlmo.training.initial import start_wide
 from vlmo.training.logs import LINES, TABLE
 from vlmo.training.parallel import on_first
+from vlmo.training.recipes import Recipe
 from vlmo.training.record import (
     check_identity,
     differences,
@@ -81,8 +81,8 @@ class Settings:
         answer_minimum: of :func:`vlmo.data.open_data`.
         seed: of weights, order, augmentation, masks, negatives and stochastic depth.
         micro_batch: rows at a time on each process; None for all.
-        device: name for :func:`vlmo.placement.chosen_device`.
-        dtype: name for :func:`vlmo.placement.chosen_dtype`.
+        device: name for :func:`vlmo.device.chosen_device`.
+        dtype: name for :func:`vlmo.device.chosen_dtype`.
         backend: of every operation; None for the first that can run.
         parallel: "ddp" or "fsdp", see :func:`vlmo.training.parallel.wrapped`.
         checkpointing: see :class:`vlmo.VLMoConfig`.

@@ -2,7 +2,7 @@
 
 One file for any number of ranks, and for DDP, FSDP2 and a single process alike: weights and
 optimizer are whole and named. Nothing random is in it, because everything random in a step follows
-from the seed and the step's number (:mod:`vlmo.data`, :mod:`vlmo.step`).
+from the seed and the step's number (:mod:`vlmo.data`, :mod:`vlmo.training.step`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from vlmo.checkpoint.formats import summary
 from vlmo.distributed import world_size
 from vlmo.files import replacing
-from vlmo.layouts import summary
 from vlmo.training.parallel import on_first
 
 VERSION = 1

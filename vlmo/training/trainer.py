@@ -18,18 +18,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
-from vlmo.checkpoint import save_checkpoint
+from vlmo.checkpoint.io import save_checkpoint
 from vlmo.data import BadSample, GlobalBatches, loader, to_device
+from vlmo.device import chosen_dtype, require_backend
 from vlmo.distributed import rank, world_size
-from vlmo.evaluation import evaluate
 from vlmo.files import write_json
-from vlmo.flops import step_flops
 from vlmo.kernels.target import describe
-from vlmo.loading import WEIGHTS
-from vlmo.model import VLMo, inner
-from vlmo.placement import chosen_dtype, require_backend
-from vlmo.recipes import CONTRASTS
-from vlmo.step import SCALES, backward
+from vlmo.model.flops import step_flops
+from vlmo.model.vlmo import VLMo, inner
+from vlmo.run_folder import WEIGHTS
+from vlmo.tasks.evaluation import evaluate
 from vlmo.training.bad_samples import SPARES, BadSamples, add_to_list, write_list
 from vlmo.training.lock import FolderLock
 from vlmo.training.logs import RunLog, why_no_board
@@ -45,6 +43,7 @@ from vlmo.training.parallel import (
     wrapped,
 )
 from vlmo.training.progress import Display
+from vlmo.training.recipes import CONTRASTS
 from vlmo.training.record import RECIPE
 from vlmo.training.setup import (
     BEST,
@@ -59,6 +58,7 @@ from vlmo.training.setup import (
     write_folder,
 )
 from vlmo.training.state import STATE, Training, restore, save_state
+from vlmo.training.step import SCALES, backward
 from vlmo.training.stopping import Interrupted, StopRequest, stop_requests
 
 # Batches that are made before they are used, where ranks agree a step later: all of them can then

@@ -1,16 +1,13 @@
-"""The CUDA kernels' arguments, field by field as in csrc, and the one place that launches."""
+"""The CUDA kernels' arguments, field by field as in csrc."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from vlmo import _C
 
 from ... import target
 from ..call import LOG2_E, Call
@@ -205,27 +202,3 @@ def column_tile_bytes(dim: int) -> int:
 def padded_dim(head_dim: int) -> int:
     """The head dim that kernels are built for."""
     return next(dim for dim in (64, 128) if head_dim <= dim)
-
-
-def launch(
-    cubin: str,
-    kernel: str,
-    device: torch.device,
-    programs: int,
-    threads: int,
-    shared_bytes: int,
-    argument: ctypes.Structure,
-    tensors: Sequence[Tensor | None],
-) -> None:
-    """Run a kernel on the current stream; ``tensors`` are all that ``argument`` points into."""
-    del tensors
-    _C.launch(
-        cubin,
-        kernel,
-        grid=(programs, 1, 1),
-        block=(threads, 1, 1),
-        shared_bytes=shared_bytes,
-        stream=torch.cuda.current_stream(device).cuda_stream,
-        device=device.index if device.index is not None else torch.cuda.current_device(),
-        args=bytes(argument),
-    )

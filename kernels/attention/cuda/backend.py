@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -41,12 +43,13 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     return _unpadded(out, q), lse
 
 
-def backward(dout: Tensor, out: Tensor, lse: Tensor, call: Call, needs_table: bool) -> list[Tensor]:
-    """Gradients of q, k, v and the table (empty unless wanted), in two launches or three."""
+def backward(
+    dout: Tensor, out: Tensor, lse: Tensor, call: Call, needs: Sequence[bool]
+) -> list[Tensor]:
+    """Gradients of q, k, v and, if wanted, the table, in two launches or three."""
     q, table = call.q, call.table
     if q.numel() == 0:
-        dtable = q.new_empty(0) if table is None or not needs_table else torch.zeros_like(table)
-        return [*(torch.empty_like(t) for t in (q, call.k, call.v)), dtable]
+        return [torch.zeros_like(t) for t in call[:4] if t is not None]
     prepared = host.prepare(call)
     out, dout = (host.readable(t, prepared.length) for t in (out, dout))
     dq, dk, dv = (q.new_empty(prepared.q.shape) for _ in range(3))
@@ -61,7 +64,9 @@ def backward(dout: Tensor, out: Tensor, lse: Tensor, call: Call, needs_table: bo
     elif sign == 0:
         dq.zero_()
     grads = [_unpadded(t, q) for t in (dq, dk, dv)]
-    if table is None or not needs_table:
+    if table is None:
+        return grads
+    if not needs[3]:
         return [*grads, q.new_empty(0)]
     dtable = launch_table(prepared, dout, lse, delta)[: len(table)]
     return [*grads, dtable.to(table.dtype).contiguous()]

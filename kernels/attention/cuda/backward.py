@@ -6,6 +6,7 @@ import ctypes
 
 from torch import Tensor
 
+from ..._backends import cuda as cuda_target
 from . import arguments as host
 
 CUBINS = ("attention_bwd_q", "attention_bwd_kv")
@@ -42,7 +43,7 @@ def _launch(
     tensors: list[Tensor],
 ) -> None:
     dim = host.padded_dim(call.q.shape[-1])
-    host.launch(
+    cuda_target.launch(
         *(cubin, f"{cubin}_{dim}", call.q.device),
         _programs(call),
         4 * host.WARP,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import target
+from ..._backends import cuda as cuda_target
 from . import arguments as host
 
 CUBIN = "attention_bwd_table"
@@ -47,7 +48,7 @@ def launch_table(call: host.Prepared, dout: Tensor, lse: Tensor, delta: Tensor) 
         parts=parts,
         range=batch_range,
     )
-    host.launch(
+    cuda_target.launch(
         *(CUBIN, f"{CUBIN}_{dim}", call.q.device),
         heads * parts,
         4 * host.WARP,

@@ -6,6 +6,7 @@ import ctypes
 
 from torch import Tensor
 
+from ..._backends import cuda as cuda_target
 from . import arguments as host
 
 CUBIN = "attention_fwd"
@@ -30,7 +31,7 @@ def launch_forward(call: host.Prepared, out: Tensor, lse: Tensor) -> None:
     )
     if argument.call.bias.in_shared:
         shared_bytes += host.table_bytes(call)
-    host.launch(
+    cuda_target.launch(
         *(CUBIN, f"{CUBIN}_{dim}_{warps}", call.q.device),
         programs,
         warps * host.WARP,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,31 +38,31 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(dout: Tensor, out: Tensor, lse: Tensor, call: Call, needs_table: bool) -> list[Tensor]:
-    """Gradients of q, k, v and the table (empty unless wanted), in two launches or three."""
-    from .backward import (
-        attention_bwd_kv_kernel,
-        attention_bwd_q_kernel,
-    )
+def backward(
+    dout: Tensor, out: Tensor, lse: Tensor, call: Call, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of q, k, v and, if there is one, the table (None unless wanted)."""
+    from .backward import attention_bwd_kv_kernel, attention_bwd_q_kernel
     from .launch import Work
 
     q = call.q
     dq, dk, dv = (tensor.new_empty(tensor.shape) for tensor in (q, call.k, call.v))
-    dtable = q.new_empty(0)
-    if needs_table:
-        assert call.table is not None
-        dtable = call.table.new_zeros(call.table.shape)
+    grads: list[Tensor | None] = [dq, dk, dv]
+    dtable = None
+    if call.table is not None:
+        dtable = call.table.new_zeros(call.table.shape) if needs[3] else None
+        grads.append(dtable)
     if q.numel() == 0:
-        return [dq, dk, dv, dtable]
+        return grads
     work, row = Work(call), tiles.choose(q.device, q.dtype, q.shape[-1])
     delta = torch.empty_like(lse)
     tensors = (out, dout, lse, delta, dq)
     work.launch(attention_bwd_q_kernel, row.q, work.programs(row.q.block_q), tensors, work.scale)
     tensors = (dout, lse, delta, dk, dv)
     work.launch(attention_bwd_kv_kernel, row.kv, work.programs(row.kv.block_k), tensors, work.scale)
-    if needs_table:
+    if dtable is not None:
         _table_gradient(work, row.table, (dout, lse, delta), dtable)
-    return [dq, dk, dv, dtable]
+    return grads
 
 
 def _table_gradient(

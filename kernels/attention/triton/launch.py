@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ... import target
+from ..._backends import triton_launch
 from ..._backends.triton import tf32_allowed
 from ..._backends.triton_device import INTERPRETED, odd
-from ..._backends.triton_launch import launch
 from ..call import LOG2_E, Call
 from .device import Config, Lookup, Sequences, View
 from .tiles import Tile
@@ -127,7 +127,7 @@ class Work:
         views = (view._replace(batch=odd(view.batch)) for view in self.views)
         counts = [self.sequences.batch, self.sequences.length, self.sequences.tokens]
         sequences = self.sequences._replace(batch=None, length=None, tokens=None)
-        launch(
+        triton_launch.launch(
             *(kernel, self.device, programs, tile, *views, *tensors, sequences, *counts),
             *(self.lookup, self.scale * LOG2_E, *numbers, config),
         )

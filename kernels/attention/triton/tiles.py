@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ... import target
-from ...moe_ffn.triton.tiles import GENERATIONS, generation_of, operands_of
+from ..._backends.triton import operands_of
+from ...target import GENERATIONS, generation_of
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The CUDA kernels' arguments, field by field as in csrc, and the one place that launches."""
+"""The CUDA kernels' arguments, field by field as in csrc."""
 
 from __future__ import annotations
 
@@ -8,24 +8,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vlmo import _C
-
 from ... import target
 from ..call import GATED, LISTS, Call
 from ..rows import Rows
-from ..schedule import choose_band
 
 TILE = 128  # rows and columns of a tile, kTile
 STEP = 32  # k of a step of the main loop, kStepK
 NORM_ROWS = 16  # rows of a task without products, kNormRows
+ROW_TASKS = TILE // NORM_ROWS  # of a row tile in a phase without products
 MAX_EXPERTS = 32
 MAX_PHASES = 4
 PROGRAMS = 2  # CTAs that fit on a multiprocessor
 THREADS = 128
 
-# What a tile costs beside its steps, and a task without products: in steps, rounded from the model
-# of a V100 (benchmarks/model_volta.py). They only steer the choice of the band.
-TILE_OVERHEAD = 3
+# What a task without products costs in steps of a main loop, rounded from the model of a V100
+# (benchmarks/modelled/volta.py), as is TILE_OVERHEAD of schedule.py.
 ROWS_COST = 3
 
 # Multiplications by which the second CTA of a multiprocessor begins later, and the tasks of a
@@ -79,7 +76,10 @@ class CallArgument(ctypes.Structure):
 
 
 def pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+    if tensor is None:
+        return None
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
 
 
 def is_half(tensor: Tensor | None) -> bool:
@@ -179,36 +179,6 @@ def hidden_columns(call: Call) -> int:
     return TILE // 2 if call.activation in GATED else TILE
 
 
-def band_of(bound: int, tasks: Sequence[int], workers: int, depths: Sequence[int | None]) -> int:
-    """Row tiles of a band; ``depths`` is the length of each phase's products, None without."""
-    costs = tuple(
-        ROWS_COST if depth is None else -(-depth // STEP) + TILE_OVERHEAD for depth in depths
-    )
-    return choose_band(bound, tuple(tasks), workers, costs)
-
-
 def workers_on(device: torch.device) -> int:
     """CTAs that are resident at a time."""
     return target.multiprocessors(device) * PROGRAMS
-
-
-def launch(
-    cubin: str,
-    kernel: str,
-    device: torch.device,
-    programs: int,
-    argument: ctypes.Structure,
-    tensors: Sequence[Tensor | None],
-) -> None:
-    """Run a kernel on the current stream; ``tensors`` are all that ``argument`` points into."""
-    assert all(t is None or t.is_contiguous() for t in tensors)
-    _C.launch(
-        cubin,
-        kernel,
-        grid=(programs, 1, 1),
-        block=(THREADS, 1, 1),
-        shared_bytes=0,
-        stream=torch.cuda.current_stream(device).cuda_stream,
-        device=device.index if device.index is not None else torch.cuda.current_device(),
-        args=bytes(argument),
-    )

@@ -9,8 +9,11 @@ from torch import Tensor
 
 from ..._backends import cuda as cuda_target
 from ..call import Call, pre_shape, why_not_weight
+from ..plan import Gradients
+from ..rows import rows_of
 from . import arguments as host
-from .backward_rows import CudaGradients
+from .backward_rows import launch_rows
+from .backward_weights import launch_weights
 from .forward import CUBIN, launch_forward
 
 
@@ -45,5 +48,20 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list[Tensor]:
-    """The gradients that ``needs`` asks for, in the order of the schema; empty ones elsewhere."""
-    return CudaGradients(dy, pre, call, needs).compute()
+    """The gradients that ``needs`` asks for, in the order of the schema; empty ones elsewhere.
+
+    One launch for the rows and, if parameters want gradients, one for them. A pre-activation that
+    was not kept is made again before, by one launch of the forward's kernel.
+    """
+    readable = host.readable_call(call)
+    gradients = Gradients.empty(readable, needs)
+    if len(call.x):
+        if pre.numel() == 0:
+            kept = readable._replace(save_pre=True, residual=None)
+            pre = call.x.new_empty(pre_shape(kept), dtype=torch.float16)
+            launch_forward(kept, None, pre)
+        rows = rows_of(readable)
+        made = launch_rows(dy, pre, readable, rows, gradients)
+        if gradients.sums:
+            launch_weights(readable, rows, made, gradients)
+    return gradients.result(call)

@@ -11,6 +11,7 @@ from ..._backends import triton as triton_target
 from ..call import Call, pre_shape, why_not_weight
 from ..counters import take_counters
 from ..rows import bound_on_tiles, rows_of
+from ..schedule import band_of
 from . import tiles
 
 _MAX_DIM = 16384  # the phases without products hold a whole row in registers
@@ -29,6 +30,7 @@ def why_not(
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """y [T, D], and the pre-activation in the kernels' own order of rows; one launch."""
+    from ..._backends import triton_launch
     from . import launch as host
     from .forward import moe_ffn_fwd_kernel
 
@@ -50,11 +52,13 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         )
     )
     bound, workers = bound_on_tiles(call, rows, tile.block_t), host.workers_on(device, tile)
-    band = host.band_of(bound, config, workers, (None, dim, config.max_hidden))
+    depths = (None, dim, config.max_hidden)
+    costs = dict(step=config.block_k, rows_cost=host.ROWS_COST)
+    band = band_of(bound, config.tasks, workers, depths, **costs)
     normed = call.x.new_empty(num_tokens, dim, dtype=half) if config.tasks[0] else None
     hidden = call.x.new_empty(num_tokens, config.max_hidden, dtype=half)
     with take_counters(device, 2 + 2 * bound) as counters:
-        host.launch(
+        triton_launch.launch(
             *(moe_ffn_fwd_kernel, device, min(workers, bound * sum(config.tasks)), tile),
             *(call.x.contiguous(), normed, pre if call.save_pre else None, hidden, y),
             *(host.pointers(tensors) for tensors in call[1:7]),
@@ -66,6 +70,6 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
 def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list[Tensor]:
     """The gradients that ``needs`` asks for, in the order of the schema; empty ones elsewhere."""
-    from .backward import Gradients
+    from .backward import Backward
 
-    return Gradients(dy, pre, call, needs).compute()
+    return Backward(dy, pre, call, needs).compute()

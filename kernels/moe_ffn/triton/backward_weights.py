@@ -4,8 +4,8 @@
     dlayer_scale = rows of (w2 * G), summed, + b2 * sum of dbranch
 
 so the layer scale needs no third product. Two or three experts give too few tiles of dw1 and dw2 to
-fill a GPU evenly, so :class:`schedule.Split` divides them: whole tiles as long as they fill all
-programs, then one equal share of the remaining steps for each program. A share may begin or end
+fill a GPU evenly, so they are divided (stream-K): whole tiles as long as they fill all programs,
+then one equal share of the remaining steps for each program. A share may begin or end
 inside a tile. Who has a tile's first step owns it and adds the others' partial tiles in their
 order, so the result is the same in every run. The shares are taken last one first: an owner then
 waits for programs with earlier tickets only.
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from ..._backends.triton_device import dot, term
-from .. import schedule
+from .. import plan, schedule
 from .device import (
     eighths,
     expert_offset,
@@ -32,7 +32,7 @@ from .device import (
 )
 
 TILE_OVERHEAD = tl.constexpr(schedule.TILE_OVERHEAD)
-SUM_COLUMNS = tl.constexpr(128)
+SUM_COLUMNS = tl.constexpr(plan.SUM_COLUMNS)
 SUM_ROWS = tl.constexpr(32)
 
 
@@ -79,7 +79,7 @@ def total_steps(rows, C: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def find_work(position, stop, rows, C: tl.constexpr, W: tl.constexpr):
-    """What :meth:`schedule.Split.pieces` says of the tile at a position.
+    """The piece of a share that lies at a position: ``Split.pieces`` of the model.
 
     Expert, tile, first and last step of the piece before ``stop`` (the same if it is empty), steps
     of the tile, and the first position behind the tile.

@@ -4,6 +4,8 @@ Rows come in two numberings. A *token* is a row of x and y. A *grouped* row coun
 by expert: expert e owns the grouped rows of ``[offset_e, offset_e + count_e)``, in token order, and
 a row tile never spans two experts. Scratch tensors lie in grouped order, so that a tile's rows are
 contiguous; x, dy, residual, y and dx are addressed by token.
+
+The tests hold :func:`locate` to the model of the tickets in benchmarks/modelled/schedule.py.
 """
 
 from __future__ import annotations
@@ -127,7 +129,7 @@ def tokens_of(rows, grouped, expert, begin, end, C: tl.constexpr):
 
 @triton.jit
 def first_ticket(step, tiles, band, C: tl.constexpr):
-    """Tickets before ``step``, as in ``schedule.Banded.first_ticket``."""
+    """Tickets before ``step``, as in ``Banded.first_ticket`` of the model."""
     tickets = 0
     for p in tl.static_range(len(C.tasks)):
         tickets += tl.minimum(tl.maximum(step - p, 0) * band, tiles) * C.tasks[p]
@@ -136,7 +138,7 @@ def first_ticket(step, tiles, band, C: tl.constexpr):
 
 @triton.jit
 def locate(ticket, tiles, band, C: tl.constexpr):
-    """Phase, row tile and part of a ticket, as in ``schedule.Banded.locate``."""
+    """Phase, row tile and part of a ticket, as in ``Banded.locate`` of the model."""
     per_tile = 0
     for p in tl.static_range(len(C.tasks)):
         per_tile += C.tasks[p]

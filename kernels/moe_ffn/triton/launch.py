@@ -12,23 +12,17 @@ from torch import Tensor
 from ... import target
 from ..._backends.triton import tf32_allowed
 from ..._backends.triton_device import INTERPRETED, odd
-from ..._backends.triton_launch import launch as launch
 from ..call import GATED, Call
+from ..plan import common_dtype
 from ..rows import Rows
-from ..schedule import TILE_OVERHEAD, choose_band
 from .device import Config, Passed
 from .tiles import Tile
 
 # What a task without products costs in steps of a main loop: a guess that only steers the choice of
 # the band.
-_ROWS_COST = 2
+ROWS_COST = 2
 # The interpreter runs one program after the other; more than one, so that work is divided.
 _INTERPRETED_PROGRAMS = 5
-
-
-def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """A kernel takes the tensors of all experts in one dtype, also where their norms differ."""
-    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
 def pointers(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
@@ -106,15 +100,6 @@ def config_of(call: Call, tile: Tile) -> Config:
     precision = "tf32" if tf32_allowed() else "ieee"
     rounds = call.w1[0].dtype != torch.float32
     return make_config(call.x.shape[1], hidden, call.norm, call.activation, precision, rounds, tile)
-
-
-def band_of(tiles: int, config: Config, workers: int, depths: Sequence[int | None]) -> int:
-    """Row tiles of a band; ``depths`` is the length of each phase's products, None without."""
-    costs = tuple(
-        _ROWS_COST if depth is None else -(-depth // config.block_k) + TILE_OVERHEAD
-        for depth in depths
-    )
-    return choose_band(tiles, config.tasks, workers, costs)
 
 
 def workers_on(device: torch.device, tile: Tile) -> int:

@@ -1,23 +1,20 @@
 """Tile shapes of the Triton kernels: one row for each GPU generation and kind of operand.
 
-A row comes from :func:`use_tiles`, else from the file that ``VLMO_TILES`` names (written by ``vlmo
-tune``), else from TABLE. Nothing is measured here.
+A row comes from :func:`use_tiles`, else from TABLE. ``benchmarks/tune.py`` searches for one and
+prints it; nothing is measured here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
-import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
 from ... import target
+from ..._backends.triton import operands_of
+from ...target import GENERATIONS, generation_of
 
 
 @dataclass(frozen=True)
@@ -41,21 +38,6 @@ class Tiles:
     recompute: Tile
     weights: Tile
 
-
-class Generation(NamedTuple):
-    """GPUs that share a row, by the least compute capability, and what a program may use there."""
-
-    since: tuple[int, int]
-    shared_bytes: int
-
-
-GENERATIONS = {
-    "sm_80": Generation((8, 0), 163 * 1024),
-    "sm_86": Generation((8, 6), 99 * 1024),
-    "sm_90": Generation((9, 0), 227 * 1024),
-    "sm_100": Generation((10, 0), 227 * 1024),
-    "sm_120": Generation((12, 0), 99 * 1024),
-}
 
 # No row has been timed yet: no GPU has been at hand. They were chosen from what ptxas says, and
 # tests/test_moe_ffn_compiled.py holds them to it: tensor cores in every product, no spill, shared
@@ -125,10 +107,6 @@ INTERPRETED = Tiles(
     weights=Tile(32, 64, 32, 4, 1),
 )
 
-OPERANDS = ("16-bit", "32-bit")
-# A row of this name is for Triton's interpreter alone: no GPU ever takes it.
-INTERPRETER = "interpreter"
-FILE_VERSION = 1
 
 _forced: Tiles | None = None
 
@@ -145,120 +123,19 @@ def use_tiles(tiles: Tiles) -> Iterator[None]:
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> Tiles:
-    """The row for a device and the dtype of the products' operands.
-
-    Raises:
-        ValueError: the file that ``VLMO_TILES`` names does not exist or is not as it must be.
-    """
-    if _forced is not None:
-        return _forced
-    path = os.environ.get("VLMO_TILES")
-    if path:
-        try:
-            changed = os.stat(path).st_mtime_ns
-        except OSError as error:
-            raise ValueError(f"VLMO_TILES: {path}: {error.strerror}") from None
-        row = _load_once(path, changed).get(key_of(device, dtype))
-        if row is not None:
-            return row
-    return built_in(device, dtype)
+    """The row for a device and the dtype of the products' operands."""
+    return _forced or built_in(device, dtype)
 
 
 def built_in(device: torch.device, dtype: torch.dtype) -> Tiles:
-    """The row of this file, whatever the environment says."""
-    if device.type == "cpu":
-        return INTERPRETED
-    return TABLE[key_of(device, dtype)]
+    """The row of TABLE, or that of Triton's interpreter."""
+    return INTERPRETED if device.type == "cpu" else TABLE[key_of(device, dtype)]
 
 
 def key_of(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """Generation and kind of operand: what a row is found by."""
     if device.type == "cpu":
-        return INTERPRETER, operands_of(dtype)
+        return "interpreter", operands_of(dtype)
     capability = target.compute_capability(device)
     assert capability is not None, device
     return generation_of(capability), operands_of(dtype)
-
-
-def generation_of(capability: tuple[int, int]) -> str:
-    """The newest generation that is not newer than ``capability``."""
-    return [name for name, since in GENERATIONS.items() if since.since <= capability][-1]
-
-
-def operands_of(dtype: torch.dtype) -> str:
-    return "32-bit" if dtype == torch.float32 else "16-bit"
-
-
-def load(path: str | os.PathLike[str]) -> dict[tuple[str, str], Tiles]:
-    """The rows of a file of ``vlmo tune``, by generation and kind of operand.
-
-    Raises:
-        ValueError: it is not such a file, or holds something that is not known; names the field.
-        OSError: it cannot be read.
-    """
-    rows = rows_of(path)
-    return {(row["generation"], row["operands"]): _tiles(row["tiles"], str(path)) for row in rows}
-
-
-def rows_of(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows as they are written, checked as by :func:`load`.
-
-    What a row has ``measured`` is for people to read and may be anything.
-    """
-    try:
-        table = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    version = table.get("version") if isinstance(table, dict) else None
-    if version != FILE_VERSION:
-        raise ValueError(f"{path}: version: {version!r}, expected {FILE_VERSION}")
-    _check_fields(table, ("version", "rows"), str(path))
-    if not isinstance(table["rows"], list):
-        raise ValueError(f"{path}: rows: expected a list")
-    seen = set()
-    for i, row in enumerate(table["rows"]):
-        at = f"{path}: rows[{i}]"
-        _check_fields(row, ("generation", "operands", "tiles", "measured"), at)
-        for name, known in (("generation", (*GENERATIONS, INTERPRETER)), ("operands", OPERANDS)):
-            if row[name] not in known:
-                raise ValueError(f"{at}.{name}: {row[name]!r} is not one of {known}")
-        key = row["generation"], row["operands"]
-        if key in seen:
-            raise ValueError(f"{at}.generation: a second row for {key[0]}, {key[1]}")
-        seen.add(key)
-        _tiles(row["tiles"], f"{at}.tiles")
-    return table["rows"]
-
-
-@functools.lru_cache(maxsize=8)
-def _load_once(path: str, changed: int) -> dict[tuple[str, str], Tiles]:
-    return load(path)
-
-
-def _tiles(row: Any, at: str) -> Tiles:
-    _check_fields(row, [field.name for field in fields(Tiles)], at)
-    return Tiles(**{name: _tile(tile, f"{at}.{name}") for name, tile in row.items()})
-
-
-def _tile(tile: Any, at: str) -> Tile:
-    _check_fields(tile, [field.name for field in fields(Tile)], at)
-    for name, value in tile.items():
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{at}.{name}: {value!r} is not a positive integer")
-        power = value & (value - 1) == 0
-        if name.startswith("block_") and not (power and value >= 16):
-            raise ValueError(f"{at}.{name}: {value} is not a power of two from 16")
-        if name == "num_warps" and not power:
-            raise ValueError(f"{at}.{name}: {value} is not a power of two")
-    return Tile(**tile)
-
-
-def _check_fields(found: Any, expected: Any, at: str) -> None:
-    if not isinstance(found, Mapping):
-        raise ValueError(f"{at}: expected an object, got {found!r}")
-    for name in found:
-        if name not in expected:
-            raise ValueError(f"{at}.{name}: unknown field")
-    for name in expected:
-        if name not in found:
-            raise ValueError(f"{at}.{name}: missing")

@@ -1,4 +1,4 @@
-"""Each instruction of the machine against NumPy, on numbers that are easy to get wrong."""
+"""Each instruction of the machine against NumPy, on edge cases."""
 
 import itertools
 import math
@@ -26,7 +26,7 @@ def numpy_type(type_: str) -> np.dtype:
 
 
 def samples(type_: str, rng: np.random.Generator) -> np.ndarray:
-    """32 numbers, the extremes among them."""
+    """32 numbers, including the extremes."""
     if type_ == "pred":
         return rng.integers(0, 2, 32).astype(np.uint32)
     dtype = numpy_type(type_)
@@ -45,7 +45,7 @@ def samples(type_: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def execute(opcode: str, result: str, operands: list[np.ndarray], types: list[str]) -> np.ndarray:
-    """The results of 32 lanes; %p0 is the guard of half of them, the others keep a mark."""
+    """The results of 32 lanes; %p0 guards half of them, and the others keep a marker value."""
     memory = [np.ascontiguousarray(array) for array in operands]
     lines = []
     for n, (array, type_) in enumerate(zip(memory, types, strict=True)):
@@ -92,7 +92,7 @@ def case(opcode: str, result: str, operands: str, function: Callable, rtol: floa
 
 
 def whole(function: Callable) -> Callable:
-    """A function of Python's integers, whose result is cut to the width."""
+    """Lift a function of Python integers to arrays; the result is truncated to the width."""
 
     def of_arrays(dtype, *arrays):
         bits = 8 * dtype.itemsize
@@ -114,7 +114,7 @@ for t in INTEGERS:
     case(f"mad.lo.{t}", t, f"{t} {t} {t}", whole(lambda a, b, c: a * b + c))
     case(f"min.{t}", t, f"{t} {t}", whole(min))
     case(f"max.{t}", t, f"{t} {t}", whole(max))
-    # By zero: as the hardware does, all ones and the dividend.
+    # Division by zero gives all ones, its remainder the dividend, as on the hardware.
     case(f"div.{t}", t, f"{t} {t}", whole(lambda a, b: truncated(a, b) if b else -1))
     case(f"rem.{t}", t, f"{t} {t}", whole(lambda a, b: a - b * truncated(a, b) if b else a))
     if bits < 64:
@@ -167,7 +167,7 @@ def permuted(a: int, b: int, selector: int) -> int:
 
 
 def field(a: int, first: int, count: int, signed: bool) -> int:
-    """bfe of a 32-bit number: bits behind the last are zeros, or the sign."""
+    """bfe of a 32-bit number: bits past the last are zeros, or the sign."""
     first, count = first & 255, count & 255
     text = f"{a % 2**32:032b}"[::-1]
     sign = text[-1] if signed else "0"
@@ -203,7 +203,7 @@ def flushed(x: np.ndarray) -> np.ndarray:
 
 
 def through_64(function: Callable) -> Callable:
-    """Computed in float64 and rounded once: exact for sums, products and roots of float32."""
+    """Compute in float64 and round once: exact for sums, products and roots of float32."""
     return lambda dtype, *arrays: function(*(a.astype(F64) for a in arrays)).astype(dtype)
 
 
@@ -380,7 +380,7 @@ def test_arithmetic(opcode, result, operands, function, rtol):
     rng = np.random.default_rng(3)
     arrays = [samples(type_, rng) for type_ in operands]
     if opcode.startswith(("shl", "shr")):
-        arrays[1] %= 80  # also beyond the width
+        arrays[1] %= 80  # also greater than the width
     actual = execute(opcode, result, arrays, operands)
     dtype = np.dtype(np.uint32) if result == "pred" else numpy_type(result)
     expected = function(dtype, *arrays)
@@ -410,7 +410,7 @@ ELSEWHERE = {
 
 def test_every_instruction_is_tested():
     tested = {opcode for opcode, *_ in CASES} | ELSEWHERE
-    # Of three numbers, max and min have names of their own in the machine.
+    # max and min of three numbers have their own names in the machine.
     tested |= {
         f"{name}3{rest}" for name in ("max", "min") for rest in (".f32", ".rn.f32", ".ftz.f32")
     }
@@ -454,7 +454,7 @@ TYPES = ["s8", "u8", *INTEGERS]
 @pytest.mark.parametrize("source", TYPES)
 @pytest.mark.parametrize("result", TYPES)
 def test_conversion_of_integers(result, source):
-    """Also in registers that are wider than the type: what is above it is not looked at."""
+    """Also in registers that are wider than the type: the upper bits are ignored."""
     rooms = [
         (into, of)
         for into, of in itertools.product((2, 4, 8), repeat=2)

@@ -1,4 +1,4 @@
-"""The parity cases as PTX of three GPU generations: exact, in any order of programs, without races.
+"""The parity cases as PTX of three GPU generations: accurate, in any program order, without races.
 
 Each launch runs in several interleavings of few CTAs, which must leave the same memory behind.
 """
@@ -25,7 +25,7 @@ ATTENTION = [
 
 
 def each(cases) -> list:
-    """Every case on every target in every dtype; one target and dtype of each in make test."""
+    """Every case on every target in every dtype; make test runs one target and dtype of each."""
     combinations = [*itertools.product(TARGETS, DTYPES)]
     return [
         pytest.param(
@@ -54,10 +54,10 @@ def test_attention(case, dtype, target):
     assert not gpu.reports, gpu.reports
 
 
-# Many small tiles: several bands, and tiles of weights that several programs share.
+# Many small tiles: several bands, and weight tiles that are split over several programs.
 SMALL = {
     "sm_80": moe_ffn_tiles.Tile(16, 32, 16, 4, 2),
-    "sm_90": moe_ffn_tiles.Tile(64, 32, 16, 4, 3),  # wgmma has 64 rows
+    "sm_90": moe_ffn_tiles.Tile(64, 32, 16, 4, 3),  # wgmma requires 64 rows
     "sm_120": moe_ffn_tiles.Tile(16, 32, 16, 4, 3),
 }
 MANY_TILES = [
@@ -70,7 +70,7 @@ MANY_TILES = [
 
 
 def acquires(gpu: Emulated, kernel: str) -> int:
-    """How often programs of a kernel have looked whether others are done."""
+    """How often programs of a kernel have read a counter with acquire order."""
     launches = [launch for launch in gpu.launches if launch.kernel == kernel]
     return sum(
         launch.machine.executed(result)["ld.acquire"]
@@ -84,7 +84,7 @@ def acquires(gpu: Emulated, kernel: str) -> int:
 def test_moe_ffn_of_many_tiles(target, case):
     tile = SMALL[target]
     row = moe_ffn_tiles.Tiles(tile, tile, tile, tile)
-    # Five programs divide no number of tiles here.
+    # No number of tiles here is a multiple of five programs.
     with emulated(target, multiprocessors=5) as gpu, moe_ffn_tiles.use_tiles(row):
         moe_ffn_cases.assert_parity(case, torch.float16, PLACE)
     assert not gpu.reports, gpu.reports
@@ -95,7 +95,7 @@ def test_moe_ffn_of_many_tiles(target, case):
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_moe_ffn_that_recomputes(target, activation):
-    """The pre-activation is made again in the backward instead of kept."""
+    """The backward recomputes the pre-activation, which is not saved."""
     case = moe_ffn_cases.Case(activation=activation)
     routing = moe_ffn_cases.make_routing(case, "cpu")
 

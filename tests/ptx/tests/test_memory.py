@@ -1,4 +1,4 @@
-"""Order of memory accesses: each rule with a program that breaks it and one that keeps it."""
+"""Order of memory accesses: for each rule, a program that violates it and one that follows it."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,8 @@ from ptx.machine import FINDINGS, Fault, Machine
 from ptx.tests.programs import ONE_RUN, findings, program, run
 from ptx.text import Unsupported
 
-# %d1 = the thread's word of the first array, %r1 = its place in shared memory, %r2 = the place of
-# the thread of the next warp.
+# %d1 = address of the thread's word of the first array, %r1 = its address in shared memory, %r2 =
+# that of the corresponding thread of the next warp.
 PLACES = """
     mad.wide.u32 %d1, %r99, 4, %d100;
     mov.u32 %r0, global_smem;
@@ -40,7 +40,7 @@ def test_a_barrier_orders_shared_memory():
     ("between", "found"), [(NOTHING, {READ_RACE, LATE_READ, UNWRITTEN}), (BARRIER, set())]
 )
 def test_write_then_read(between, found):
-    # Which of them runs first depends on the seed.
+    # The seed decides which of them runs first.
     results = two_warps(STORE, between, LOAD, OUT)
     assert results <= found and bool(results) == bool(found)
 
@@ -106,7 +106,7 @@ RIGHT = dict(release="release", acquire="acquire", bar_before=BARRIER, bar_behin
 
 
 def message(**changes: str) -> set[str]:
-    """One CTA writes, another reads what it has written."""
+    """One CTA writes a message that another reads."""
     body = PLACES + MESSAGE.format(**(RIGHT | changes))
     arrays = np.zeros(64, np.uint32), np.zeros(1, np.uint32)
     return findings(program(body, threads=64, parameters=2), *arrays, grid=2)
@@ -123,7 +123,7 @@ def test_release_and_acquire_order_global_memory():
         dict(acquire="relaxed"),
         dict(bar_before=""),
         dict(bar_behind=""),
-        # What a thread stores behind its own release is not published by it.
+        # A release does not publish the stores that follow it.
         dict(late="@%p2 st.global.b32 [ %d1 + 0 ], %r5;"),
     ],
     ids=str,
@@ -148,7 +148,7 @@ def test_plain_access_beside_an_atomic_operation():
 
 
 def test_neighbours_do_not_race():
-    """Single bytes, and the word behind an atomic operation's."""
+    """Single bytes, and the word after that of an atomic operation."""
     bytes_ = """
     cvt.u64.u32 %d1, %r99;
     add.s64 %d1, %d100, %d1;

@@ -1,7 +1,8 @@
 """No row of the tile tables compiles to PTX that reads before its wait or stores after its release.
 
-Kernels are compiled for VLMo's layers and not run. Faults planted in them show that each is seen.
-``PYTHONPATH`` may put another Triton than the installed one in front, as in tests/compiling.py.
+Kernels are compiled for VLMo's layers, but not run. Faults injected into them show that the check
+detects each kind. ``PYTHONPATH`` may select another Triton than the installed one, as in
+tests/compiling.py.
 """
 
 import contextlib
@@ -23,11 +24,12 @@ from ptx.driver import CACHE
 from ptx.flow import END, blocks_of
 from ptx.order import CHANNELS, COUNTERS, Channel, Result, Rule, check
 from ptx.text import Kernel, Statement, parse
-from vlmo.kernels._backends.triton import compile_options
+from vlmo.kernels._backends.triton import compile_options, operands_of
 from vlmo.kernels.attention.triton import launch as attention_launch
 from vlmo.kernels.attention.triton import tiles as attention_tiles
 from vlmo.kernels.moe_ffn.triton import launch as moe_ffn_launch
 from vlmo.kernels.moe_ffn.triton import tiles as moe_ffn_tiles
+from vlmo.kernels.target import GENERATIONS
 
 PRECISIONS = {  # of products: the dtype, and whether those of float32 are in TF32
     "16-bit": (torch.bfloat16, False),
@@ -54,7 +56,7 @@ class Compiled(NamedTuple):
 
 
 def parameters_of(name: str, type_: object) -> Iterator[tuple[str, str]]:
-    """Parameters of an argument; a tuple has several, and what is compiled in has none."""
+    """The parameters of an argument; a tuple has several, and a compile-time constant has none."""
     if isinstance(type_, tuple):
         fields = getattr(type_, "_fields", range(len(type_)))
         for field, inner in zip(fields, type_, strict=True):
@@ -65,7 +67,7 @@ def parameters_of(name: str, type_: object) -> Iterator[tuple[str, str]]:
 
 @contextlib.contextmanager
 def compiling(generation: str) -> Iterator[list[Compiled]]:
-    """Launches compile the kernel to PTX and put it into the list that is yielded."""
+    """In this context, launches compile the kernel to PTX and append it to the yielded list."""
     found: list[Compiled] = []
 
     def note(kernel, device, programs, tile, *args) -> None:
@@ -75,11 +77,11 @@ def compiling(generation: str) -> Iterator[list[Compiled]]:
         found.append(Compiled(parse(compiled.asm["ptx"]), arguments))
 
     def moe_ffn_row(device, dtype):
-        return moe_ffn_tiles.TABLE[generation, moe_ffn_tiles.operands_of(dtype)]
+        return moe_ffn_tiles.TABLE[generation, operands_of(dtype)]
 
     def attention_row(device, dtype, head_dim):
         width = attention_tiles.width_of(head_dim)
-        return attention_tiles.TABLE[generation, moe_ffn_tiles.operands_of(dtype), width]
+        return attention_tiles.TABLE[generation, operands_of(dtype), width]
 
     previous = driver._active if hasattr(driver, "_active") else None
     driver.set_active(NoDriver(generation))
@@ -130,30 +132,30 @@ def each(*choices: Iterable, often: list[tuple]) -> list:
     ]
 
 
-# ---- the kernels as they are
+# ---- the unmodified kernels
 
 
 def assert_ordered(compiled: Compiled) -> None:
     result, kernel = compiled.check(), compiled.kernel
     assert not result.findings, "\n".join(map(str, result.findings))
     channels = CHANNELS[kernel.name]
-    # One that finds nothing has checked nothing.
+    # Without waits and releases the check would be vacuous.
     assert len(result.tickets) >= 2 and result.barriers
     assert set(result.uses) == {channel.name for channel in channels}
     for channel in channels:
         uses = result.uses[channel.name]
         assert uses.acquires and uses.waits and uses.releases and uses.writes, (kernel.name, uses)
         assert bool(uses.reads) == (channel.data != (COUNTERS,))
-    # What is both read and written without a row in CHANNELS has not been looked at.
+    # Data that is both read and written, but has no row in CHANNELS, would not be checked.
     assert result.both <= {name for channel in channels for name in channel.data}
     reads = [kernel.statements[n] for uses in result.uses.values() for n in uses.reads]
-    # What products read is copied ahead of the step that multiplies it; partial tiles are not.
+    # Operands of products are copied ahead of their step (cp.async); partial tiles are not.
     assert any(read.parts[0] == "cp" for read in reads) == ("weights" not in kernel.name)
 
 
 @pytest.mark.parametrize(
     ("generation", "precision", "layer"),
-    each(moe_ffn_tiles.GENERATIONS, PRECISIONS, LAYERS, often=OFTEN),
+    each(GENERATIONS, PRECISIONS, LAYERS, often=OFTEN),
 )
 def test_moe_ffn(generation, precision, layer):
     kernels = moe_ffn(generation, precision, layer)
@@ -165,7 +167,7 @@ def test_moe_ffn(generation, precision, layer):
 @pytest.mark.parametrize(
     ("generation", "precision", "head_dim", "layer"),
     each(
-        *(moe_ffn_tiles.GENERATIONS, PRECISIONS),
+        *(GENERATIONS, PRECISIONS),
         *(compiled_attention.HEAD_DIMS, compiled_attention.LAYERS),
         often=ATTENTION_OFTEN,
     ),
@@ -176,7 +178,7 @@ def test_no_program_of_attention_reads_what_another_writes(generation, precision
     for compiled in kernels:
         result = compiled.check()
         assert not result.findings, result.findings
-        # Of these two each program has a row of its own.
+        # Each program has its own row of these two.
         own = {"SUMS", "PARTIAL"} if "table" in compiled.kernel.name else set()
         assert result.both == own
         for statement in compiled.kernel.statements:
@@ -187,16 +189,16 @@ def test_no_program_of_attention_reads_what_another_writes(generation, precision
 
 
 class Plant(NamedTuple):
-    """What is changed in a kernel: statements by number."""
+    """The changes to a kernel: statements by number."""
 
     dropped: frozenset[int] = frozenset()
     replaced: Mapping[int, Statement] = {}
-    inserted: Mapping[int, Statement] = {}  # before; before a label that stands there
+    inserted: Mapping[int, Statement] = {}  # before these numbers, and before a label there
 
 
 def planted(kernel: Kernel, plant: Plant) -> Kernel:
     statements: list[Statement] = []
-    places = []  # of each of the old statements
+    places = []  # new number of each old statement
     for number, statement in enumerate(kernel.statements):
         if number in plant.inserted:
             statements.append(plant.inserted[number])
@@ -209,7 +211,7 @@ def planted(kernel: Kernel, plant: Plant) -> Kernel:
 
 
 def reached(starts: Iterable[int], edges: Mapping[int, list[int]], ends: set[int]) -> set[int]:
-    """Where edges lead from some statements, not beyond ``ends``."""
+    """The statements that are reachable from ``starts`` without passing through ``ends``."""
     found: set[int] = set()
     stack = [target for start in starts for target in edges.get(start, [])]
     while stack:
@@ -229,10 +231,10 @@ def with_opcode(statement: Statement, old: str, new: str) -> Statement:
 
 
 class Faults:
-    """Faults of one channel of a kernel, each with the rules that it breaks.
+    """Faults of one channel of a kernel, each with the rules that it violates.
 
     Args:
-        step: of the loads and stores that are moved or changed, every which is.
+        step: move or change every ``step``-th load and store.
     """
 
     def __init__(self, compiled: Compiled, channel: Channel, step: int) -> None:
@@ -240,11 +242,11 @@ class Faults:
         self.kernel, self.channel, self.step = compiled.kernel, channel, step
         self.uses, self.barriers = result.uses[channel.name], result.barriers
         self.result = result
-        # Of the counters, who leaves last clears them: a store that needs a wait, and no release.
+        # The last program to leave clears the counters: a store that needs a wait, but no release.
         self.clears = channel.data == (COUNTERS,)
         self.early = {Rule.WRITE_BEFORE_WAIT if self.clears else Rule.READ_BEFORE_WAIT}
         self.late = set() if self.clears else {Rule.STORE_WITHOUT_RELEASE}
-        # One atomic that does both is neither if it is not both.
+        # An atomic that must acquire and release counts as neither if it lacks one of them.
         self.both = self.early | self.late if channel.last else set()
         self.needing = self.uses.writes if self.clears else self.uses.reads
 
@@ -279,7 +281,7 @@ class Faults:
     def of_what_waits(self) -> Iterator[tuple[str, Plant, set[Rule]]]:
         statements = self.kernel.statements
         first = min(self.uses.acquires)
-        # In front of the loop, where there is one.
+        # Before the loop, if there is one.
         heads = [0, *self.kernel.labels.values()]
         head = first if self.channel.last else max(n for n in heads if n <= first)
         late = max(self.result.tickets, key=lambda ticket: ticket > first)
@@ -316,9 +318,9 @@ class Faults:
                 yield "store behind the barrier", behind, without
 
     def barriers_before(self, release: int) -> frozenset[int]:
-        """On all ways from a store to its release; where sums are stored there are several.
+        """The barriers on all paths from a store to its release; stores of sums have several paths.
 
-        Who counts contributions (``last``) has a barrier right before it.
+        A counter of contributions (``last``) has its barrier directly before the release.
         """
         if self.channel.last:
             return frozenset({max(barrier for barrier in self.barriers if barrier < release)})
@@ -343,7 +345,7 @@ class Faults:
 
 
 def assert_faults_seen(compiled: Compiled, step: int) -> None:
-    """Plant every fault, one at a time: each breaks its rules and no others."""
+    """Inject every fault, one at a time: each violates its rules and no others."""
     for channel in CHANNELS[compiled.kernel.name]:
         for what, plant, rules in Faults(compiled, channel, step).all():
             changed = compiled._replace(kernel=planted(compiled.kernel, plant))
@@ -361,7 +363,7 @@ def test_planted_faults(kernel):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("generation", moe_ffn_tiles.GENERATIONS)
+@pytest.mark.parametrize("generation", GENERATIONS)
 def test_planted_faults_of_every_row(generation, precision):
     for compiled in moe_ffn(generation, precision, "vlmo"):
         assert_faults_seen(compiled, step=4)
@@ -378,7 +380,7 @@ def rules_broken(compiled: Compiled, plant: Plant) -> set[Rule]:
 
 
 def test_peers_are_waited_for_wherever_they_are_read():
-    """A branch that leaves the reads out must be decided as that which leaves the waits out is."""
+    """A branch that skips the reads must have the predicate of the branch that skips the waits."""
     compiled, result = weights_kernel()
     statements = compiled.kernel.statements
     acquire = min(result.uses["PARTIAL"].acquires)
@@ -392,7 +394,7 @@ def test_peers_are_waited_for_wherever_they_are_read():
         for number, statement in enumerate(statements)
         if statement.parts[0] == "bra" and statement.guard == statements[over].guard
     ]
-    assert len(same) == 9  # the waits, and each eighth of a tile
+    assert len(same) == 9  # the waits, and the reads of each eighth of a tile
     for number in same:
         other = statements[number]._replace(guard="%p99999")
         assert rules_broken(compiled, Plant(replaced={number: other})) == {Rule.READ_BEFORE_WAIT}

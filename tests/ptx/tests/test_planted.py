@@ -1,4 +1,4 @@
-"""Faults planted in compiled kernels, one at a time: each is seen. Without one, none is."""
+"""Faults injected into compiled kernels, one at a time: each is detected, and none without one."""
 
 import functools
 import re
@@ -12,15 +12,15 @@ import moe_ffn_cases
 from ptx.driver import emulated
 from ptx.machine import Fault, Interleaving
 
-# Two row tiles of each expert, and several of queries and keys; the products take more steps than
-# are copied ahead.
+# Two row tiles per expert, and several tiles of queries and keys; the products have more steps than
+# the software pipeline has stages.
 MOE_FFN = moe_ffn_cases.Case(pieces=((0, 40), (1, 60)), batch=4, dim=128, hidden=(256, 256))
 ATTENTION = attention_cases.Case(
     index="random", length=200, heads=1, head_dim=64, mask=None, entries=40
 )
-COUNTERS = ["moe_ffn_fwd", "moe_ffn_bwd_rows", "moe_ffn_bwd_weights"]  # kernels that have them
+COUNTERS = ["moe_ffn_fwd", "moe_ffn_bwd_rows", "moe_ffn_bwd_weights"]  # kernels with counters
 OTHERS = ["attention_fwd", "attention_bwd_q", "attention_bwd_kv", "attention_bwd_table"]
-# A wait that is missing shows only where programs meet in a bad order.
+# A missing wait shows only in an unfavourable interleaving of programs.
 INTERLEAVINGS = [Interleaving(seed=seed, skew=seed % 2 == 1, limit=10_000_000) for seed in range(6)]
 RELEASE = r"(atom|red)\.(global\.)?(gpu\.)?release"
 ACQUIRE = r"(ld|atom)\.global\.gpu\.acquire"
@@ -28,11 +28,11 @@ BARRIER = r"bar\.sync\s+0;"
 COPY_WAIT = r"cp\.async\.wait_group\s+\d;"
 STALE = "global memory: read races with write"
 
-Change = tuple[int, str]  # the number of a line, and what it becomes
+Change = tuple[int, str]  # (line number, new text)
 
 
 def run(target: str, kernel: str, change: Callable[[str], str]) -> set[str]:
-    """What is found where the PTX of one kernel is changed."""
+    """The findings when the PTX of one kernel is changed."""
     forward = kernel.endswith("fwd")
     with emulated(target, INTERLEAVINGS) as gpu:
         gpu.change = lambda text: change(text) if f".entry {kernel}_kernel" in text else text
@@ -95,7 +95,7 @@ def replaced(pattern: str, by: str) -> Callable[[list[str]], Iterator[Change]]:
 
 
 def barrier_dropped(beside: str, step: int) -> Callable[[list[str]], Iterator[Change]]:
-    """The nearest barrier in front of (step -1) or behind (1) each line with a pattern."""
+    """Drop the nearest barrier before (step -1) or after (1) each line that matches a pattern."""
 
     def changes(lines: list[str]) -> Iterator[Change]:
         for number, _ in replaced(beside, "")(lines):
@@ -112,7 +112,7 @@ def one_more_in_flight(lines: list[str]) -> Iterator[Change]:
             yield number, f"{found[1]}{int(found[2]) + 1};"
 
 
-# What is planted, and what is found; None where it depends on the place.
+# The injected faults and their findings; None if these depend on the position.
 WAITS = {
     "release made relaxed": (replaced(RELEASE, r"\1.\2\3relaxed"), STALE),
     "acquire made relaxed": (replaced(ACQUIRE, r"\1.global.gpu.relaxed"), STALE),
@@ -168,7 +168,7 @@ def test_each_is_seen(target, kernel, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_dropped_barriers_are_seen(target):
-    """All but those that others make superfluous: at most one in six."""
+    """All dropped barriers are detected, except redundant ones: at most one in six."""
     changes = [*replaced(BARRIER, "")(lines_of(target, "moe_ffn_fwd"))]
     silent = [c[0] for c in changes if not run_changed(target, "moe_ffn_fwd", c)]
     assert len(changes) > 30

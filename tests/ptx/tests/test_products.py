@@ -1,4 +1,4 @@
-"""Products of the tensor cores: mma and ldmatrix by hand, wgmma as Triton lays its operands out."""
+"""Matrix products: mma and ldmatrix in handwritten PTX, wgmma with Triton's operand layouts."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_matrices_to_shared_memory_and_back():
     fragments = np.random.default_rng(0).integers(0, 2**16, (32, 4, 2)).astype(np.uint16)
     out = np.zeros_like(fragments)
     assert run(program(body, parameters=2), fragments, out).reports == []
-    # Lane l has two neighbours of row l / 4 of each matrix.
+    # Lane l has two neighbouring elements of row l / 4 of each matrix.
     matrices, transposed = (
         x.reshape(8, 4, 4, 2).transpose(2, 0, 1, 3).reshape(4, 8, 8) for x in (fragments, out)
     )
@@ -54,7 +54,7 @@ def test_mma(type_):
     """
     dtype = {"f16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}[type_]
     generator = torch.Generator().manual_seed(1)
-    # Small whole numbers: exact in every type.
+    # Small integers are exact in every type.
     a, b = (
         torch.randint(-8, 9, s, generator=generator).to(dtype) for s in ((16, depth), (depth, 8))
     )

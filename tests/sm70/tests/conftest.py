@@ -1,4 +1,4 @@
-"""Compiles the test kernels once."""
+"""Fixtures: test kernels, compiled once, and a random generator."""
 
 import pathlib
 

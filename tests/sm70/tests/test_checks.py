@@ -1,4 +1,4 @@
-"""Planted faults must be found, correct variants must pass."""
+"""Injected faults must be found, and correct variants must pass."""
 
 import pathlib
 import struct
@@ -51,7 +51,7 @@ def test_out_of_bounds(build):
 
 
 def test_buffers_are_accessed_in_place(build):
-    """Pointers inside a struct: what they point to is announced, and its bounds hold."""
+    """Pointers inside a struct: their arrays are passed as `buffers` and bounds-checked."""
     kernel = build("kernels.cu", "scale")
     x, y = np.arange(40, dtype=np.float32), np.full(48, -1, np.float32)
 

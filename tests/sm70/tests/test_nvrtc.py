@@ -1,4 +1,4 @@
-"""NVRTC wrapper and disassembler."""
+"""The NVRTC wrapper and the disassembler."""
 
 import numpy as np
 import pytest

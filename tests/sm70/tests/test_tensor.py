@@ -39,5 +39,5 @@ def test_gemm(build, rng):
     result = build("gemm.cu", "gemm").launch((n // 64, m // 64), 128, [a, w, c, m, n, k])
     expected = a.astype(np.float32) @ w.astype(np.float32).T
     assert np.abs(c - expected).max() < 0.05
-    # A warp does m8n8k4 for four quad pairs in four steps: 4 * 8 * 8 * 4 products per four HMMA.
+    # A warp executes m8n8k4 of four quad pairs in four steps: 4 * 8 * 8 * 4 products per 4 HMMA.
     assert result.opcodes["HMMA"] == m * n * k // (4 * 8 * 8 * 4) * 4

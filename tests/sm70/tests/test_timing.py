@@ -1,4 +1,4 @@
-"""Sanity of the timing and static models; the absolute numbers are not calibrated."""
+"""Sanity checks of the timing and static models; their absolute numbers are not calibrated."""
 
 import pathlib
 

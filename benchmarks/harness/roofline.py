@@ -1,0 +1,88 @@
+"""The roof of this device, measured: how fast memory is copied and matrices are multiplied."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from harness.contenders import Work
+from harness.cost import Cost
+from harness.meter import times, wall_seconds
+
+# Far more than every cache, even of a server's CPU.
+_COPIED_BYTES = 2**29
+_GPU_SIZE = 8192
+# A CPU's matrices are as large as lets a product take so long, which is enough for any thread.
+_CPU_SECONDS = 0.02
+
+
+class Roof:
+    """Rates that a computation on a device can at best come near, each measured when first needed.
+
+    Args:
+        device: to measure.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.matrix_tflops: dict[str, float] = {}
+
+    @functools.cached_property
+    def copy_gb_per_s(self) -> float:
+        """Bytes read and written by a copy of a large tensor, 1e9 a second."""
+        return copy_gb_per_s(self._device)
+
+    def attainable_tflops(self, cost: Cost, dtype: torch.dtype) -> float:
+        """The lower of the matrix rate and what memory can feed at the intensity of ``cost``.
+
+        Data that lie in a cache come faster than a copy, so small problems may exceed it. float32
+        is measured with or without TF32, as ``torch.backends.cuda.matmul`` says.
+        """
+        name = str(dtype).removeprefix("torch.")
+        if name not in self.matrix_tflops:
+            self.matrix_tflops[name] = matrix_tflops(self._device, dtype)
+        return min(self.matrix_tflops[name], self.copy_gb_per_s * cost.flops / cost.bytes / 1e3)
+
+    def rates(self) -> dict[str, Any]:
+        """What has been measured, for a report."""
+        if not self.matrix_tflops:
+            return {}
+        return dict(copy_gb_per_s=self.copy_gb_per_s, matrix_tflops=self.matrix_tflops)
+
+
+def copy_gb_per_s(device: torch.device, size: int = _COPIED_BYTES) -> float:
+    """Of ``size`` bytes, read and written."""
+    source, target = (torch.ones(size // 4, device=device) for _ in range(2))
+    return 2 * size / _seconds(functools.partial(target.copy_, source), device) / 1e9
+
+
+def matrix_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """Of a square product of random numbers: zeros would draw less power and clock higher."""
+    size = _GPU_SIZE
+    if device.type != "cuda":
+        size = 192  # not a power of two, whose rows meet in few sets of a cache
+        while size < _GPU_SIZE and _fastest(_product(size, dtype, device)) < _CPU_SECONDS:
+            size *= 2
+    return 2 * size**3 / _seconds(_product(size, dtype, device), device) / 1e12
+
+
+def _product(size: int, dtype: torch.dtype, device: torch.device) -> Work:
+    a, b, c = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
+    work = functools.partial(torch.mm, a, b, out=c)
+    work()
+    return work
+
+
+def _fastest(work: Work) -> float:
+    """Of a few calls: one that is disturbed would have a far too small product measured."""
+    return min(wall_seconds(work) for _ in range(3))
+
+
+def _seconds(work: Work, device: torch.device) -> float:
+    """Of the fastest call: what the device can do at best."""
+    work()
+    calls = 50 if device.type == "cuda" else 7
+    [seconds] = times([work], device, calls=[calls])
+    return min(seconds)

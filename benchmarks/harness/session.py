@@ -1,0 +1,222 @@
+"""One run of the benchmarks: the accuracy gate, the time limit, and contenders timed in turn."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from harness.contenders import Case, Problem, Suite, Work
+from harness.meter import Numbers, Settings, begin, duration, measure
+from harness.nvml import Sensors, open_sensors
+from harness.roofline import Roof
+from vlmo.kernels.target import describe
+from vlmo.testing import Deviation
+
+# What reasons begin with. Of this library's own contenders the first two are defects. Peers may
+# exceed the error bound where a CPU rounds differently; they are reported without a timing.
+NOT_EXACT, FAILED = "not exact", "failed"
+PEER_NOT_EXACT, LEFT_OUT = "out of its error bound", "left out"
+
+
+class Session:
+    """State that all cases of a run share.
+
+    Args:
+        device: where to run.
+        seconds: time limit. It is checked before each case, before each contender, and with the
+            duration of the timed calls after a contender's first call. What does not fit is left
+            out and has that as its reason.
+        settings: how thoroughly to measure; the sensors are added.
+
+    Attributes:
+        not_run: a record with a ``reason`` for each contender without numbers.
+    """
+
+    def __init__(
+        self, device: torch.device, seconds: float = math.inf, settings: Settings | None = None
+    ) -> None:
+        self.device, self.limit = device, seconds
+        self.roof = Roof(device)
+        self.sensors = open_sensors(device)
+        sensors = self.sensors if isinstance(self.sensors, Sensors) else None
+        self.settings = (settings or Settings())._replace(sensors=sensors)
+        self.not_run: list[dict[str, Any]] = []
+        self._deadline = time.monotonic() + seconds
+        self._broken: str | None = None  # why nothing can run on this GPU any more
+        self._problem: tuple[str, Problem] | None = None
+        self._results: tuple[str, dict[str, Numbers]] | None = None
+
+    def problem(self, suite: Suite, case: Case) -> Problem:
+        """The inputs of a case; those of the case before are freed."""
+        if self._problem is None or self._problem[0] != str(case):
+            self._problem = self._results = None
+            gc.collect()
+            self._problem = str(case), suite.make(case, self.device)
+        return self._problem[1]
+
+    def results(self, suite: Suite, case: Case, contenders: Sequence[str]) -> dict[str, Numbers]:
+        """Numbers of each contender of a case, or the ``reason`` why there are none.
+
+        All are measured at the first call for a case, in turn.
+        """
+        if self._results is None or self._results[0] != str(case):
+            self._results = str(case), self._measure(suite, case, contenders)
+            self.not_run += [
+                case.labels | {"contender": name, "reason": numbers["reason"]}
+                for name, numbers in self._results[1].items()
+                if "reason" in numbers
+            ]
+        return self._results[1]
+
+    def check(self, problem: Problem, contender: str) -> Numbers:
+        """The share of the allowed error that a contender uses up, or the ``reason`` against it."""
+        reason = problem.why_not(contender)
+        if reason is None:
+            deviations = problem.check(contender)
+            reason = why_inexact(contender, deviations)
+        if reason is not None:
+            return {"reason": reason}
+        return {"error": max(deviation.share for deviation in deviations)}
+
+    def unmeasured(self) -> list[str]:
+        """What a reader may look for in the numbers, and why it is not there."""
+        if self.device.type != "cuda":
+            return [
+                "Peak memory, launches, energy and clocks are measured on a GPU only.",
+                "Times on a CPU are wall times, with caches as the call before left them.",
+            ]
+        if isinstance(self.sensors, str):
+            return [f"Energy, clocks, temperature and throttling: {self.sensors}."]
+        if self.sensors.millijoules() is None:
+            how = "mJ are its power times time" if self.sensors.state().watts else "nor a sensor"
+            return [f"This GPU has no energy counter: {how}."]
+        return []
+
+    def _measure(self, suite: Suite, case: Case, contenders: Sequence[str]) -> dict[str, Numbers]:
+        reason = self._broken or self._why_left_out()
+        if reason is not None:
+            return {name: {"reason": reason} for name in contenders}
+        try:
+            problem = self.problem(suite, case)
+        except Exception as error:  # as in _begin
+            return {name: {"reason": describe_failure(name, error)} for name in contenders}
+        found: dict[str, Numbers] = {}
+        works: dict[str, Work] = {}
+        for name in contenders:
+            begun = {known: found[known] for known in works}
+            found[name] = self._begin(problem, name, begun, works)
+        try:
+            timed = measure(works, found, self.device, self.settings)
+        except Exception as error:  # one that ran alone, but not beside the others
+            beside = " (while it was timed beside the others)"
+            timed = {n: {"reason": describe_failure(n, error) + beside} for n in works}
+        for name, numbers in timed.items():
+            found[name] = numbers
+            if "reason" not in numbers:
+                found[name] |= self._rates(problem, case, numbers["seconds"])
+        return found
+
+    def _begin(
+        self, problem: Problem, name: str, begun: dict[str, Numbers], works: dict[str, Work]
+    ) -> Numbers:
+        """The gate and the first calls of a contender, which joins ``works`` if it passes."""
+        try:
+            reason = problem.why_not(name) or self._broken or self._why_left_out()
+            if reason is not None:
+                return {"reason": reason}
+            found = self.check(problem, name)
+            if "reason" in found:
+                return found
+            work = problem.work(name)
+            found |= begin(work, self.device)
+            wanted = [*begun.values(), found]
+            reason = self._why_left_out(
+                sum(duration(numbers, self.device, self.settings) for numbers in wanted)
+            )
+            if reason is not None:
+                return {"reason": reason}
+            works[name] = work
+            return found
+        except Exception as error:  # a peer, a compiler or the allocator may raise anything
+            return {"reason": describe_failure(name, error)}
+        finally:
+            self._free()
+
+    def _rates(self, problem: Problem, case: Case, seconds: Sequence[float]) -> Numbers:
+        median, cost = sorted(seconds)[len(seconds) // 2], problem.cost
+        tflops = cost.flops / median / 1e12
+        return dict(
+            tflops=tflops,
+            gb_per_s=cost.bytes / median / 1e9,
+            share_of_roof=tflops / self.roof.attainable_tflops(cost, case.dtype),
+            samples_per_s=problem.samples / median,
+        )
+
+    def _why_left_out(self, seconds: float = 0.0) -> str | None:
+        """One sentence if what takes so long would exceed the time limit, else None."""
+        left = self._deadline - time.monotonic()
+        if 0 < left >= seconds:
+            return None
+        return (
+            f"{LEFT_OUT}: it needs {seconds:.0f} s, and {max(left, 0):.0f} s of the time limit of "
+            f"{self.limit:.0f} s are left"
+        )
+
+    def _free(self) -> None:
+        """Free memory of the GPU, and find out whether it still answers."""
+        if self.device.type != "cuda" or self._broken is not None:
+            return
+        gc.collect()
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except Exception as error:
+            self._broken = f"{FAILED}: the GPU no longer answers: {describe_error(error)}"
+
+
+def is_ours(contender: str) -> bool:
+    """Whether it is of this library."""
+    return contender.startswith("vlmo")
+
+
+def is_defect(contender: str, reason: str) -> bool:
+    """Whether one of this library's contenders has no numbers because something is wrong."""
+    return is_ours(contender) and reason.startswith((NOT_EXACT, FAILED))
+
+
+def why_inexact(contender: str, deviations: Sequence[Deviation]) -> str | None:
+    """One sentence if a tensor breaks the rule of :mod:`vlmo.testing`, else None."""
+    wrong = [deviation for deviation in deviations if not deviation.ok]
+    if not wrong:
+        return None
+    worst = max(wrong, key=lambda deviation: deviation.share)
+    what = NOT_EXACT if is_ours(contender) else PEER_NOT_EXACT
+    return f"{what}: {worst.name} is off by {worst.actual:.2e}, allowed are {worst.allowed:.2e}"
+
+
+def describe_failure(contender: str, error: Exception) -> str:
+    """A reason; a defect if it is ours, except for a lack of memory."""
+    fits = not isinstance(error, torch.OutOfMemoryError)
+    told = describe_error(error)
+    return f"{FAILED}: {told}" if fits and is_ours(contender) else told
+
+
+def describe_error(error: Exception) -> str:
+    """Its type and the first line of its message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return ": ".join([type(error).__name__, *lines[:1]])
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Facts about the device that pytest-benchmark does not collect."""
+    on_gpu = device.type == "cuda"
+    facts: dict[str, Any] = {"name": torch.cuda.get_device_name(device) if on_gpu else "cpu"}
+    if on_gpu:
+        facts["gpu"] = describe(device)
+    return facts | dict(cores=len(os.sched_getaffinity(0)), threads=torch.get_num_threads())

@@ -1,0 +1,230 @@
+"""Searches tile shapes of moe_ffn's Triton kernels on this GPU and prints a row for their table.
+
+    python benchmarks/tune.py [--size SIZE] [--tokens N] [--split A:B] [--dtype DTYPE] [--quick]
+
+The kernels are searched one after the other. All candidates of one are compiled, several at a time;
+then each is run, compared with float64 by the rule of :mod:`vlmo.testing`, and timed in turn with
+all others. The row goes into :mod:`vlmo.kernels.moe_ffn.triton.tiles`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import itertools
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+
+from bench_moe_ffn import SIZES, Sublayer, routed
+from harness.contenders import Case, Work, leaves
+from harness.meter import median_seconds
+from harness.session import describe_error, why_inexact
+from vlmo.device import versions
+from vlmo.kernels.moe_ffn.triton import tiles
+from vlmo.kernels.moe_ffn.triton.tiles import Tile, Tiles, use_tiles
+from vlmo.kernels.target import GENERATIONS, describe, interpreted
+
+KERNELS = tuple(kernel.name for kernel in fields(Tiles))
+OURS = "vlmo:triton"
+_REGISTERS = 65536  # of 32 bits, on a multiprocessor of every generation
+
+
+class Trial:
+    """One call of the layer with every gradient, to try tiles on.
+
+    A kernel of the backward is timed in a whole backward, of which only its own tile changes.
+
+    Args:
+        case: of :mod:`bench_moe_ffn`, forward and backward.
+        device: a GPU, or the CPU for Triton's interpreter.
+
+    Raises:
+        NotImplementedError: the kernels cannot run there.
+    """
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.device, self.problem = device, Sublayer(case, device)
+        ours = self.problem.entered[OURS]
+        reason = ours.why_not()
+        if reason is not None:
+            raise NotImplementedError(reason)
+        again = routed(self.problem.split, "triton", recompute=True)
+        self._forms = {OURS: ours.make(None), "recompute": again}
+        self.problem.entered["recompute"] = ours._replace(make=lambda chosen: again)
+
+    def why_wrong(self, kernel: str) -> str | None:
+        """Run the call with the tiles in force; one sentence if a result is not exact enough."""
+        return why_inexact(OURS, self.problem.check(self._name(kernel)))
+
+    def work(self, kernel: str) -> Work:
+        """What launches the kernel, with the tiles that are in force then."""
+        form, problem = self._forms[self._name(kernel)], self.problem
+        if kernel == "forward":
+            return functools.partial(torch.no_grad()(form), problem.x.detach(), problem.parameters)
+        y = form(problem.x, problem.parameters)
+        inputs = [problem.x, *leaves(problem.parameters)]
+        return functools.partial(torch.autograd.grad, y, inputs, problem.dy, retain_graph=True)
+
+    def _name(self, kernel: str) -> str:
+        return kernel if kernel == "recompute" else OURS
+
+
+@dataclass
+class Search:
+    """What became of the candidates of one kernel."""
+
+    seconds: dict[Tile, float] = field(default_factory=dict)
+    dropped: dict[Tile, str] = field(default_factory=dict)
+
+    @property
+    def winner(self) -> Tile:
+        return min(self.seconds, key=self.seconds.__getitem__)
+
+
+def search(trial: Trial, kernel: str, base: Tiles, candidates: Sequence[Tile]) -> Search:
+    """Time every candidate that runs and is right; the other kernels stay as in ``base``.
+
+    Raises:
+        RuntimeError: no candidate is left, or one has left the GPU in error.
+    """
+    found, works = Search(), {}
+    rows = {
+        tile: replace(base, **{kernel: tile})
+        for tile in dict.fromkeys([getattr(base, kernel), *candidates])
+    }
+    with use_tiles(base):
+        work = trial.work(kernel)
+    _compile([functools.partial(_with, row, work) for row in rows.values()])
+    for tile, row in rows.items():
+        why = _why_failed(lambda row=row: _with(row, lambda: trial.why_wrong(kernel)), tile)
+        if why is None:
+            works[tile] = functools.partial(_with, row, work)
+        else:
+            found.dropped[tile] = why
+            print(f"{kernel}: dropped {tile}: {why}")
+    if not works:
+        raise RuntimeError(f"{kernel}: none of {len(found.dropped)} candidates runs and is right")
+    turns = dict(calls=1, rounds=1) if interpreted() else dict(calls=50, rounds=10)
+    times = median_seconds(list(works.values()), trial.device, **turns)
+    found.seconds = dict(zip(works, times, strict=True))
+    before = found.seconds.get(getattr(base, kernel))
+    print(
+        f"{kernel}: {found.winner}: {1e3 * found.seconds[found.winner]:.3f} ms, the tile of the "
+        f"table {'does not run' if before is None else f'{1e3 * before:.3f} ms'}; "
+        f"{len(works)} timed, {len(found.dropped)} dropped",
+        flush=True,
+    )
+    return found
+
+
+def _with(row: Tiles, work: Callable[[], object]) -> object:
+    with use_tiles(row):
+        return work()
+
+
+def _compile(works: Iterable[Work]) -> None:
+    """Several at a time; what does not compile is reported when it is run."""
+    # Imported here because it imports Triton.
+    from vlmo.kernels._backends.triton_launch import compile_only
+
+    with compile_only():
+        for work in works:
+            with contextlib.suppress(Exception):
+                work()
+
+
+def _why_failed(check: Callable[[], str | None], tile: Tile) -> str | None:
+    try:
+        return check()
+    except Exception as error:  # a compiler's refusal has no common type; it is reported
+        if torch.cuda.is_available():
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as dead:  # nothing can run in this process any more
+                raise RuntimeError(f"{tile} ended the search: {error}") from dead
+        return describe_error(error)
+
+
+def candidates(shared_bytes: int, itemsize: int, quick: bool = False) -> list[Tile]:
+    """The tiles that a multiprocessor has room for."""
+    if quick:
+        axes: tuple[Sequence[int], ...] = (
+            (128,),
+            (128, 256),
+            (128 // itemsize,),
+            (4, 8),
+            (2, 3, 4),
+            (1, 2),
+        )
+    else:
+        axes = ((64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4, 5), (1, 2))
+    tiles_of = itertools.starmap(Tile, itertools.product(*axes))
+    return [tile for tile in tiles_of if _fits(tile, shared_bytes, itemsize)]
+
+
+def _fits(tile: Tile, shared_bytes: int, itemsize: int) -> bool:
+    # The operands of every stage, and the accumulators in half of the registers, so that a thread
+    # has as many left for all else.
+    stage = (tile.block_t + tile.block_n) * tile.block_k * itemsize
+    accumulators = tile.block_t * tile.block_n
+    return (
+        stage * tile.num_stages * tile.programs <= shared_bytes
+        and accumulators * tile.programs <= _REGISTERS // 2
+        and accumulators <= 128 * 32 * tile.num_warps
+    )
+
+
+def row_of(key: tuple[str, str], found: Tiles) -> str:
+    """A row of the table, as it stands in the code."""
+    lines = [f"    {key!r}: Tiles(".replace("'", '"')]
+    for kernel in KERNELS:
+        tile = getattr(found, kernel)
+        sizes = [tile.block_t, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages]
+        sizes += [tile.programs] if tile.programs != 1 else []
+        lines.append(f"        {kernel}=Tile({', '.join(map(str, sizes))}),")
+    return "\n".join([*lines, "    ),"])
+
+
+def main() -> int:
+    usual = dict(size="base", tokens=32768, split="40:197", dtype="bfloat16")
+    if interpreted():
+        usual = dict(size="tiny", tokens=14, split="3:4", dtype="float32")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, help=f"of the model ({usual['size']})")
+    parser.add_argument("--tokens", type=int, help=f"of the batch ({usual['tokens']})")
+    parser.add_argument("--split", help=f"tokens of each expert in a sequence ({usual['split']})")
+    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"])
+    parser.add_argument("--quick", action="store_true", help="try the likeliest tiles only")
+    parser.set_defaults(**usual)
+    given = parser.parse_args()
+    if not interpreted() and not torch.cuda.is_available():
+        parser.error("needs an NVIDIA GPU, and torch finds none here")
+
+    device, dtype = torch.device("cpu"), getattr(torch, given.dtype)
+    shapes = [Tile(16, 32, 16, 4, 1)]
+    if interpreted():
+        print("Interpreted: this shows that the search works; its times mean nothing.")
+    else:
+        device = torch.device("cuda", torch.cuda.current_device())
+        shared = GENERATIONS[tiles.key_of(device, dtype)[0]].shared_bytes
+        shapes = candidates(shared, dtype.itemsize, given.quick)
+    shape = dict(tokens=given.tokens, split=given.split)
+    trial = Trial(Case("moe_ffn", given.size, dtype, "forward+backward", shape), device)
+    best = tiles.choose(device, dtype)
+    try:
+        for kernel in KERNELS:
+            best = replace(best, **{kernel: search(trial, kernel, best, shapes).winner})
+    finally:  # what has been found before an error or an interruption
+        command = shlex.join(["benchmarks/tune.py", *sys.argv[1:]])
+        print(f"\n    # {describe(device)}, {versions()}, {command}")
+        print(row_of(tiles.key_of(device, dtype), best))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

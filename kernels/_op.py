@@ -1,0 +1,255 @@
+"""Registration of an operation: its forward and backward in torch.library, and a direct path.
+
+One schema, one fake and one autograd formula serve all backends: the backend is an argument. The
+backend ``"reference"`` takes no part, as autograd differentiates its PyTorch operations.
+
+torch.library costs more time on the host than a kernel takes on a GPU. It is for those who need to
+see an operation: torch.compile, modes, subclasses of tensors. Every other call goes past it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor
+
+from .arguments import without_autocast
+from .dispatch import runs_eagerly
+from .flops import register_formulas
+
+_KINDS = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    Sequence[Tensor]: "Tensor[]",
+    Sequence[int]: "SymInt[]",
+    int: "SymInt",
+    float: "float",
+    bool: "bool",
+    str: "str",
+}
+_Flags = Sequence[bool]
+
+
+class Operation:
+    """``vlmo::<registered>_fwd`` and ``vlmo::<registered>_bwd``, as torch.library knows them.
+
+    A backend is a module with two functions::
+
+        forward(call) -> (output, saved)
+        backward(grad, *saved, call, needs) -> gradients of the leaves
+
+    The leaves are the tensors of ``call`` that may get a gradient, lists flattened and those that
+    are None left out. ``needs`` says which gradients are wanted; the others may be anything.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        registered: str,
+        call: Any,
+        backends: Mapping[str, Any],
+        empty_outputs: Callable[[Any, str], tuple[Tensor, Tensor]],
+        *,
+        leaves: Sequence[str],
+        added: str | None = None,
+        keeps_output: bool = False,
+    ) -> None:
+        """Register both operations.
+
+        Args:
+            name: for messages.
+            registered: name in torch.library, without suffix.
+            call: the NamedTuple of the arguments; its fields make the schema.
+            backends: implementations by name.
+            empty_outputs: output and saved tensor of a call on a backend, not yet written.
+            leaves: fields with gradients from the backward.
+            added: a field whose gradient is that of the output, if there is one.
+            keeps_output: whether ``saved`` of a backward starts with the output.
+        """
+        self._name, self._call, self._backends = name, call, backends
+        self._empty_outputs, self._keeps_output = empty_outputs, keeps_output
+        self._kinds = [_KINDS[kind] for kind in get_type_hints(call).values()]
+        self._leaf_places = [call._fields.index(field) for field in leaves]
+        self._added = None if added is None else call._fields.index(added)
+        self._tensor_places = [i for i, kind in enumerate(self._kinds) if kind[:6] == "Tensor"]
+
+        pairs = zip(self._kinds, call._fields, strict=True)
+        fields = ", ".join(f"{kind} {field}" for kind, field in pairs)
+        self.forward = torch.library.custom_op(
+            f"vlmo::{registered}_fwd",
+            self._forward,
+            mutates_args=(),
+            schema=f"({fields}, str backend) -> (Tensor, Tensor)",
+        )
+        self.forward.register_fake(lambda *inputs: empty_outputs(call(*inputs[:-1]), inputs[-1]))
+        self.forward.register_autograd(self._registered_gradients, setup_context=self._setup)
+        self.backward = torch.library.custom_op(
+            f"vlmo::{registered}_bwd",
+            self._backward,
+            mutates_args=(),
+            schema=f"(Tensor grad, Tensor[] saved, {fields}, bool[] needs, str backend)"
+            " -> Tensor[]",
+        )
+        self.backward.register_fake(self._fake_backward)
+        self.backward.register_autograd(self._refuse)
+
+    def run(self, call: Any, backend: str) -> Tensor:
+        """The output of a call on a backend that can run it; differentiable."""
+        if not runs_eagerly(self._tensors(call, self._tensor_places)):
+            register_formulas()
+            return self.forward(*call, backend)[0]
+        leaves = self._tensors(call, self._leaf_places)
+        added = None if self._added is None else call[self._added]
+        if recorded((*leaves, added)):
+            return _Direct.apply(self, call, backend, added, *leaves)
+        return self._outputs(call, backend)[0]
+
+    def decompose(self, reference: Callable[[Any], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+        """The registered forward by the reference; what it saves for a backward is not written."""
+
+        def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+            call = self._call(*inputs[:-1])
+            return reference(call), self._empty_outputs(call, inputs[-1])[1]
+
+        return forward
+
+    def _tensors(self, call: Any, places: Iterable[int]) -> list[Tensor | None]:
+        """The tensors in some fields of a call, lists flattened."""
+        found: list[Tensor | None] = []
+        for place in places:
+            if self._kinds[place] == "Tensor[]":
+                found.extend(call[place])
+            else:
+                found.append(call[place])
+        return found
+
+    def _outputs(self, call: Any, backend: str) -> tuple[Tensor, Tensor]:
+        with without_autocast(call[0].device):
+            return self._backends[backend].forward(call)
+
+    def _forward(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+        return self._outputs(self._call(*inputs[:-1]), inputs[-1])
+
+    def _differentiate(
+        self, grad: Tensor, saved: Sequence[Tensor], call: Any, needs: _Flags, backend: str
+    ) -> Sequence[Tensor | None]:
+        with without_autocast(grad.device):
+            return self._backends[backend].backward(grad, *saved, call, needs)
+
+    def _backward(self, grad: Tensor, saved: Sequence[Tensor], *inputs: Any) -> list[Tensor]:
+        """Gradients of all leaves; those that are not wanted are empty, of shape (0,)."""
+        *fields, needs, backend = inputs
+        call = self._call(*fields)
+        found = self._differentiate(grad, saved, call, needs, backend)
+        return [
+            leaf.new_empty(0) if gradient is None or not need else gradient
+            for leaf, gradient, need in zip(self._given_leaves(call), found, needs, strict=True)
+        ]
+
+    def _fake_backward(self, grad: Tensor, saved: Sequence[Tensor], *inputs: Any) -> list[Tensor]:
+        *fields, needs, _ = inputs
+        leaves = self._given_leaves(self._call(*fields))
+        return [
+            leaf.new_empty(leaf.shape if need else (0,))
+            for leaf, need in zip(leaves, needs, strict=True)
+        ]
+
+    def _given_leaves(self, call: Any) -> list[Tensor]:
+        return [leaf for leaf in self._tensors(call, self._leaf_places) if leaf is not None]
+
+    def _save(self, ctx: Any, call: Any, outputs: Sequence[Tensor], backend: str) -> None:
+        """Leave in ``ctx`` what :meth:`_gradients` needs."""
+        tensors: list[Tensor | None] = []
+        rest: list[Any] = []  # of each field: the length of a list of tensors, or a constant
+        for place, (kind, value) in enumerate(zip(self._kinds, call, strict=True)):
+            if kind == "Tensor[]":
+                tensors.extend(value)
+                rest.append(len(value))
+            elif kind[:6] == "Tensor":
+                tensors.append(None if place == self._added else value)
+                rest.append(None)
+            else:
+                rest.append(value)
+        ctx.operation, ctx.rest, ctx.backend = self, rest, backend
+        ctx.save_for_backward(*(outputs if self._keeps_output else outputs[1:]), *tensors)
+        ctx.set_materialize_grads(False)  # or what is saved would get zeros of its size
+
+    def _gradients(self, ctx: Any, grad: Tensor | None, wanted: _Flags) -> list[Tensor | None]:
+        """Gradients of the leaves, None for those that are not ``wanted`` or not there."""
+        if grad is None or not any(wanted):  # grad is None if the output was not used
+            return [None] * len(wanted)
+        tensors = ctx.saved_tensors
+        count = 2 if self._keeps_output else 1
+        saved, others = list(tensors[:count]), iter(tensors[count:])
+        fields: list[Any] = []
+        for kind, value in zip(self._kinds, ctx.rest, strict=True):
+            if kind == "Tensor[]":
+                fields.append(list(itertools.islice(others, value)))
+            else:
+                fields.append(next(others) if kind[:6] == "Tensor" else value)
+        call = self._call(*fields)
+        leaves = self._tensors(call, self._leaf_places)
+        given = [leaf is not None for leaf in leaves]
+        needs = list(itertools.compress(wanted, given))
+        grad = grad.contiguous()
+        register_formulas()
+        found: Iterable[Tensor | None]
+        # With create_graph the registered operation is needed: autograd refuses to differentiate it
+        if not torch.is_grad_enabled() and runs_eagerly((grad, *tensors)):
+            found = self._differentiate(grad, saved, call, needs, ctx.backend)
+        else:
+            found = self.backward(grad, saved, *call, needs, ctx.backend)
+        rest = iter([g if need else None for g, need in zip(found, needs, strict=True)])
+        return [next(rest) if there else None for there in given]
+
+    def _setup(self, ctx: Any, inputs: Any, output: Any) -> None:
+        self._save(ctx, inputs[:-1], output, inputs[-1])
+        ctx.mark_non_differentiable(output[1])
+
+    def _registered_gradients(self, ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
+        """One gradient for each argument of the schema, lists of them for lists."""
+        flags: list[bool] = []
+        for place in self._leaf_places:
+            wanted = ctx.needs_input_grad[place]
+            if self._kinds[place] == "Tensor[]":
+                flags.extend(wanted or ())
+            else:
+                flags.append(wanted)
+        found = iter(self._gradients(ctx, grad, flags))
+        # torch.library takes an empty list of integers for an empty list of tensors.
+        result: list[Any] = [[] if value == [] else None for value in ctx.rest]
+        for place in self._leaf_places:
+            if self._kinds[place] == "Tensor[]":
+                result[place] = list(itertools.islice(found, ctx.rest[place]))
+            else:
+                result[place] = next(found)
+        if self._added is not None and ctx.needs_input_grad[self._added]:
+            result[self._added] = grad  # the output has the dtype of what is added
+        return *result, None
+
+    def _refuse(self, *_: Any) -> None:
+        raise NotImplementedError(f"{self._name}: second derivatives are not available.")
+
+
+class _Direct(torch.autograd.Function):
+    """An operation without torch.library. Autograd sees ``leaves``, but not inside ``call``."""
+
+    @staticmethod
+    def forward(ctx, operation: Operation, call: Any, backend: str, added, *leaves):
+        outputs = operation._outputs(call, backend)
+        operation._save(ctx, call, outputs, backend)
+        return outputs[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        _, _, _, wants_added, *wanted = ctx.needs_input_grad
+        gradients = ctx.operation._gradients(ctx, grad, wanted)
+        return None, None, None, grad if wants_added else None, *gradients
+
+
+def recorded(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether autograd records an operation on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -1,0 +1,105 @@
+"""The benchmarks from the command line: what is measured, written, selected and refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from report import Report, groups
+
+ROOT = Path(__file__).parent.parent
+# Two contenders of one tiny case, and one that is not installed.
+SELECTED = ["-k", "forward-30-3:4 and not backward and (vlmo:cpu or slices or quack)"]
+PLUGIN = """
+import bench_moe_ffn
+right = bench_moe_ffn.routed
+bench_moe_ffn.routed = lambda split, backend: right(split[::-1], backend)
+"""
+
+
+def pytest_of(folder: Path, *arguments: str, suites: str = "benchmarks/bench_moe_ffn.py"):
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", suites, *arguments]
+    result = subprocess.run(
+        [*command, "--benchmark-enable", "--scale=smoke", f"--benchmark-storage={folder}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    return result.returncode, result.stdout
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> Path:
+    """The folder of two runs."""
+    folder = tmp_path_factory.mktemp("storage")
+    for _ in range(2):
+        status, told = pytest_of(folder, *SELECTED, "--benchmark-autosave", "--commit=abc")
+        assert status == 0, told
+        assert "2 passed, 1 skipped" in told and "quack-kernels is not installed" in told
+    return folder
+
+
+def test_a_file_has_times_and_everything_they_depend_on(measured):
+    path = min(measured.rglob("*.json"))
+    it = Report.load(path)
+    assert it.machine["name"] == "cpu" and it.machine["cores"] >= 1 and it.machine["cpu"]
+    assert it.commit == "abc" and {"torch", "triton", "vlmo"} <= set(it.versions)
+    assert it.command.startswith("pytest -p no:cacheprovider") and "--scale=smoke" in it.command
+    assert it.roof["copy_gb_per_s"] > 0 and set(it.roof["matrix_tflops"]) == {"float32"}
+    assert "times mean nothing" in it.unmeasured[0]
+    [group] = groups(it.records)
+    assert group.title == "moe_ffn, tiny, float32, forward, tokens 30, split 3:4"
+    assert {r["contender"] for r in group.records} == {"vlmo:cpu", "slices"}
+    for record in group.records:
+        assert record["device_ms_low"] <= record["device_ms"] <= record["device_ms_high"]
+        assert record["calls"] == 3 and 0 <= record["error"] <= 1 and record["tflops"] > 0
+    assert it.not_run() == ["quack-kernels is not installed: quack (1 case)"]
+    # The times of pytest-benchmark are those of the calls, not of handing them over.
+    [stats] = [
+        b["stats"]
+        for b in json.loads(path.read_text())["benchmarks"]
+        if b["extra_info"]["contender"] == "slices"
+    ]
+    assert stats["min"] > 1e-5
+
+
+def test_pytest_benchmark_compares_two_files(measured):
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest_benchmark", "--storage", measured, "compare"],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("forward-30-3:4-vlmo:cpu") == 2
+
+
+def test_one_of_ours_that_is_not_exact_fails(tmp_path):
+    (tmp_path / "wrong.py").write_text(PLUGIN)
+    status, told = pytest_of(
+        *(tmp_path, *SELECTED, "-p", "wrong", "-o", f"pythonpath=tests benchmarks {tmp_path}")
+    )
+    assert status == 1 and "1 failed, 1 passed, 1 skipped" in told
+    assert "vlmo:cpu: not exact: y is off by" in told
+
+
+def test_suites_take_turns(tmp_path):
+    status, told = pytest_of(
+        *(tmp_path, "-k", "dense-compiled or vlmo:cpu", "--collect-only", "-q"),
+        suites="benchmarks",
+    )
+    assert status == 0
+    order = [line.split("[")[1].split("-")[0] for line in told.splitlines() if "[" in line]
+    # Of the first case of each suite, then of the second.
+    assert order[:7] == [
+        "attention",
+        "model",
+        "moe_ffn",
+        "moe_ffn",
+        "attention",
+        "model",
+        "moe_ffn",
+    ]

@@ -1,0 +1,35 @@
+"""The models of GPUs that are not there: their pages and the constants they rest on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+RESULTS = BENCHMARKS / "results"
+
+
+@pytest.mark.parametrize("name", ["volta", "volta_attention"])
+def test_pages_of_the_model_are_those_of_its_figures(name):
+    code = (
+        f"import json, sys; sys.path.insert(0, {str(BENCHMARKS / 'modelled')!r});"
+        f" import {name} as m; print(m.markdown(json.load(open({str(RESULTS / name)!r} + '.json'))), end='')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=600
+    )
+    assert result.stdout == (RESULTS / f"{name}.md").read_text(encoding="utf-8"), result.stderr
+
+
+def test_committed_models_list_the_constants_of_today():
+    from sm70.timing import assumptions
+
+    for name in ("volta", "volta_attention"):
+        told = json.loads((RESULTS / f"{name}.json").read_text())["assumptions"]
+        today = [list(row) for row in assumptions()]
+        differ = [row[0] for row, other in zip(told, today, strict=True) if row != other]
+        assert differ == ["dram_fraction"]

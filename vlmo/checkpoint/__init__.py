@@ -1,0 +1,1 @@
+"""Checkpoint files: the published layouts, recognised, read, resized and written."""

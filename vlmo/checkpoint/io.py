@@ -1,0 +1,529 @@
+"""Reading, writing and recognising VLMo checkpoints.
+
+:func:`load_checkpoint` reads every published layout into a model, :func:`save_checkpoint` writes
+one that the official code reads, and :func:`config_of` tells which model a file is of. Nothing in a
+file is ever executed: pickles go through ``torch.load(weights_only=True)``.
+
+What is read, in the order in which it is taken off:
+
+* ``.safetensors`` by suffix, anything else by content (zip or legacy ``torch.save`` files);
+* a wrapper ``"state_dict"`` (Lightning), ``"module"`` (DeepSpeed) or ``"model"`` (BEiT), or none;
+* prefixes ``module.`` and ``_orig_mod.`` on the keys;
+* the index buffers of old files, which the model computes itself;
+* BEiT keys, which become the image experts, as in the official stage 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import reprlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vlmo.checkpoint.formats import (
+    ANSWERS_RECORD,
+    CONFIG_RECORD,
+    KEY_PREFIXES,
+    POSITION_IDS,
+    SAFETENSORS_SUFFIX,
+    TABLE,
+    VOCABULARY_RECORD,
+    CheckpointError,
+    Content,
+    Source,
+    blocks_with,
+    likeness,
+    read_content,
+    summary,
+)
+from vlmo.checkpoint.resize import (
+    POSITIONS,
+    TEXT_POSITIONS,
+    fit_tensor,
+    grid_of_offsets,
+    grid_of_patches,
+    table_tail,
+)
+from vlmo.files import replacing
+from vlmo.model.config import RUN_FIELDS, TASKS, VLMoConfig
+from vlmo.model.vlmo import VLMo
+
+PATCHES = "transformer.patch_embed.proj.weight"
+WORDS = "text_embeddings.word_embeddings.weight"
+HIDDEN = "transformer.blocks.0.mlp_text.fc1.weight"
+# The tensors that sizes are read from, and their number of dimensions. The last two are optional.
+SIZE_RANKS = {PATCHES: 4, WORDS: 2, TEXT_POSITIONS: 2, HIDDEN: 2, TABLE: 2, POSITIONS: 3}
+
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+
+TASK_HEADS = {
+    "mlm": {"mlm_score"},
+    "textmlm": {"mlm_score"},
+    "itc": {"itc_text_proj", "itc_image_proj", "itc_vl_text_proj", "itc_vl_image_proj"},
+    "itm": {"itm_score"},
+    "vqa": {"vqa_classifier"},
+    "nlvr2": {"nlvr2_classifier"},
+    "irtr": {"itc_text_proj", "itc_image_proj"},
+}
+# What no tensor tells, by (dim, depth): the heads of a model without a table, and the first
+# vision-language block of a stage 2 file, which has no such expert yet.
+PUBLISHED_HEADS = {(768, 12): 12, (544, 24): 16, (1024, 24): 16}
+PUBLISHED_VL_START = {(768, 12): 10, (544, 24): 21, (1024, 24): 21}
+PUBLISHED_TEXT_CAPACITY = 196
+
+
+@dataclass(frozen=True)
+class Resized:
+    """One tensor that was loaded with another shape than the file's."""
+
+    key: str
+    source: tuple[int, ...]
+    target: tuple[int, ...]
+    how: str
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What :func:`load_checkpoint` did.
+
+    Attributes:
+        name: the path, or "state dict".
+        converted: the layout found, from the outside in; empty for a flat official file.
+        loaded: keys of the model that were written.
+        missing: keys of the model that the file lacks; they were left as they were.
+        unexpected: keys of the file that the model lacks; they were not used.
+        resized: tensors that were made to fit, and how.
+        ignored: entries of the file that are never loaded (index buffers, position ids, the
+            classification head of BEiT, entries that are no tensors, keys named by ``skip``).
+    """
+
+    name: str
+    converted: tuple[str, ...]
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    resized: tuple[Resized, ...]
+    ignored: tuple[str, ...]
+
+    def __str__(self) -> str:
+        layout = ", ".join(self.converted) or "flat"
+        total = len(self.loaded) + len(self.missing)
+        lines = [f"{self.name} ({layout}): {len(self.loaded)} of {total} tensors loaded"]
+        for entry in self.resized:
+            shapes = f"{entry.source} -> {entry.target}"
+            lines.append(f"  resized {entry.key} {shapes}: {entry.how}")
+        for title, keys in (
+            ("missing, left as they were", self.missing),
+            ("unexpected, not used", self.unexpected),
+            ("ignored", self.ignored),
+        ):
+            if keys:
+                lines.append(f"  {title} ({len(keys)}): {summary(keys)}")
+        return "\n".join(lines)
+
+
+def load_checkpoint(
+    model: nn.Module,
+    source: Source,
+    *,
+    strict: bool = False,
+    skip: Sequence[str] = (),
+) -> LoadReport:
+    """Read a checkpoint into ``model``, converting and resizing where the file differs.
+
+    Everything is checked before anything is written: after an exception the model is as it was.
+    Values are cast to the dtype and moved to the device of the model's own tensors.
+
+    What is made to fit: the relative position table and the learned patch positions to the model's
+    image size; text positions to its text length (first rows; a longer text keeps the model's own
+    last rows, and only where the model does not use them); token types to its 2 or 3 rows (NLVR2's
+    second image starts as a copy of the first). BEiT fills the image experts, and the image rows of
+    the table, whose text and cross rows become zero; a table that BEiT shares among its layers is
+    repeated for each.
+
+    Args:
+        model: a :class:`vlmo.VLMo`, possibly wrapped (DistributedDataParallel, torch.compile).
+        source: path of a file, or what such a file holds.
+        strict: raise unless file and model have the same keys.
+        skip: prefixes of official keys to leave alone, e.g. ``["vqa_classifier."]`` to fine-tune on
+            other answers.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: ``source`` is no file.
+        CheckpointError: the file is damaged, of another kind, holds code, or has no key of ours.
+        ValueError: a tensor cannot be made to fit (names the key and both shapes), ``strict`` found
+            missing or unexpected keys, a prefix of ``skip`` fits no key, or the model is on the
+            meta device.
+    """
+    content = read_content(source)
+    inner = _inner(model)
+    target: dict[str, Tensor] = inner.state_dict()
+    if any(tensor.is_meta for tensor in target.values()):
+        raise ValueError("the model is on the meta device; give it storage with to_empty() first")
+    # A lone string is a sequence of strings as well: one a letter.
+    prefixes = (skip,) if isinstance(skip, str) else tuple(skip)
+    keys = (*content.state, *target)
+    if idle := [p for p in prefixes if not any(key.startswith(p) for key in keys)]:
+        raise ValueError(f"skip: no key of the file or the model starts with {', '.join(idle)}")
+    values, report = _plan(content, target, inner.config, prefixes)
+    if strict and (report.missing or report.unexpected):
+        raise ValueError(f"strict: file and model differ\n{report}")
+    with torch.no_grad():
+        for key, value in values.items():
+            target[key].copy_(value)
+    return report
+
+
+def _plan(
+    content: Content, target: dict[str, Tensor], config: VLMoConfig, skip: tuple[str, ...]
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """What to write into the model, under its keys and in its shapes; nothing is written yet."""
+    skipped = {key for key in content.state if key.startswith(skip)}
+    ours = [key for key in content.state if key in target]
+    if not _holds_a_block(ours):
+        found = f"only {len(ours)}" if ours else "none"
+        raise CheckpointError(
+            f"{content.name}: not a VLMo or BEiT checkpoint: {found} of its {len(content.state)} "
+            f"tensors belong to the model, and no transformer block with its attention and an "
+            f"expert (it has {summary(list(content.state))}){likeness(content.state)}"
+        )
+    common = [key for key in ours if key not in skipped]
+    values: dict[str, Tensor] = {}
+    resized: list[Resized] = []
+    for key in common:
+        value, wanted = content.state[key], target[key]
+        fit = fit_tensor(key, value, wanted, config, beit=content.beit)
+        if fit is None:
+            raise ValueError(
+                f"{content.name}: {key} is {_described(value)} and cannot be made to fit the "
+                f"model's {_described(wanted)}; are the sizes of the two models the same?"
+            )
+        values[key], how = fit
+        if how:
+            resized.append(Resized(key, tuple(value.shape), tuple(wanted.shape), how))
+    report = LoadReport(
+        name=content.name,
+        converted=content.converted,
+        loaded=tuple(common),
+        missing=tuple(k for k in target if k not in values and k != POSITION_IDS),
+        unexpected=tuple(k for k in content.state if k not in target and k not in skipped),
+        resized=tuple(resized),
+        ignored=(*content.ignored, *sorted(skipped)),
+    )
+    return values, report
+
+
+def _holds_a_block(keys: Sequence[str]) -> bool:
+    """Whether there is a block with its attention and one of its experts."""
+    state = dict.fromkeys(keys)
+    return bool(blocks_with(state, "attn.qkv.") & blocks_with(state, "mlp_"))
+
+
+def save_checkpoint(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    vocabulary: str | None = None,
+    answers: str | None = None,
+) -> None:
+    """Write ``model`` as a flat official state dict, ``text_embeddings.position_ids`` included.
+
+    The file appears under its name only when it is complete and on disk: a failed save leaves an
+    older file of that name as it was and no other trace (a killed one, a hidden file beside
+    it). The configuration and the digests are recorded in the file's metadata, where
+    :func:`config_of` and :func:`vlmo.run_folder.digests_of` find them and others do not look.
+
+    Args:
+        model: a :class:`vlmo.VLMo`, possibly wrapped, on any device, in any dtype.
+        path: ``.pt``, ``.pth`` or ``.bin`` for torch's format, ``.safetensors`` for that one.
+        vocabulary: :func:`vlmo.run_folder.digest` of the tokens that the model was trained with, in
+            the order of their ids. What loads the model then refuses any other vocabulary.
+        answers: the same of the answers of visual questions.
+
+    Raises:
+        ValueError: another suffix, a model on the meta device, or one whose modules were wrapped
+            or parametrized, so that its keys are not the official ones.
+        OSError: the folder does not exist, the disk is full, ``path`` is a directory.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX):
+        known = ", ".join((*TORCH_SUFFIXES, SAFETENSORS_SUFFIX))
+        raise ValueError(f"{path}: suffix {suffix!r} is none of {known}")
+    inner = _inner(model)
+    _require_official_keys(inner)
+    state = _official_state(inner)
+    fields = dataclasses.asdict(inner.config)
+    fields = {name: value for name, value in fields.items() if name not in RUN_FIELDS}
+    records = {CONFIG_RECORD: json.dumps(fields)}
+    given = {VOCABULARY_RECORD: vocabulary, ANSWERS_RECORD: answers}
+    records |= {name: value for name, value in given.items() if value is not None}
+
+    with replacing(path) as temporary:
+        try:
+            if suffix == SAFETENSORS_SUFFIX:
+                _write_safetensors(state, records, temporary)
+            else:
+                # nn.Module.state_dict() carries versions in the same attribute; load_state_dict
+                # reads only the entries it knows, so the official code never sees ours.
+                vars(state)["_metadata"] = {"": {"version": 1, **records}}
+                torch.save(state, temporary)
+        except (RuntimeError, SafetensorError) as error:  # the writers' own, of a full disk
+            reason = str(error).splitlines()[0]
+            raise OSError(f"{path}: could not be written ({reason})") from error
+
+
+def config_of(
+    source: Source,
+    *,
+    heads: int | None = None,
+    text_capacity: int | None = None,
+    **changes: Any,
+) -> VLMoConfig:
+    """The configuration of the model that a checkpoint was saved from.
+
+    Sizes and tasks are read off keys and shapes. What these cannot tell comes from the record that
+    :func:`save_checkpoint` leaves, else from the arguments and the published models: ``vl_start``
+    of a stage 2 file (which has no vision-language experts; by size, else ``depth``), the heads of
+    a model without a relative position table, the layer-scale and drop-path values (defaults).
+    Only shapes are looked at, so a large file costs nothing.
+
+    Args:
+        source: path of a file, or what such a file holds (tensors may be on the meta device).
+        heads: attention heads, where the file has no relative position table.
+        text_capacity: longest text the table is laid out for, if not the published 196.
+        changes: fields to change in what was found, e.g. ``image_size=480, tasks=("vqa",)`` to
+            fine-tune.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError, CheckpointError: as :func:`load_checkpoint`; a BEiT
+            file is refused as well, because it has no text part to read sizes from.
+        ValueError: the file leaves something open that an argument must tell, or a change makes no
+            valid configuration.
+    """
+    content = read_content(source)
+    if content.beit:
+        raise CheckpointError(
+            f"{content.name}: a BEiT file has no text part to configure a model by; choose a "
+            "VLMoConfig and load_checkpoint into it"
+        )
+    _require_sizes(content)
+    recorded = _recorded(content)
+    found = _inferred(
+        content,
+        recorded,
+        heads or recorded.get("heads"),
+        text_capacity or recorded.get("text_capacity"),
+    )
+    return found.replace(**changes)
+
+
+# Writing
+
+
+def _described(tensor: Tensor) -> str:
+    where = " on the meta device" if tensor.is_meta else ""
+    return f"{tuple(tensor.shape)} {tensor.dtype}{where}"
+
+
+def _require_official_keys(model: Any) -> None:
+    """Raise if the model has keys that its configuration does not account for."""
+    with torch.device("meta"):
+        expected = VLMo(model.config).state_dict().keys()
+    foreign = [key for key in model.state_dict() if key not in expected]
+    if foreign:
+        raise ValueError(
+            f"model: its state dict has {summary(foreign)}, which no official checkpoint has; "
+            "merge adapters (PEFT: merge_and_unload) or remove parametrizations "
+            "(torch.nn.utils.parametrize.remove_parametrizations) first"
+        )
+
+
+def _official_state(model: nn.Module) -> OrderedDict[str, Tensor]:
+    """The model's state dict on the CPU, no two tensors sharing or exceeding their memory."""
+    state: OrderedDict[str, Tensor] = OrderedDict()
+    seen: set[int] = set()
+    for key, value in model.state_dict().items():
+        if value.is_meta:
+            raise ValueError(f"{key} is on the meta device; there is nothing to save")
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        # torch.save writes a view's whole storage, and safetensors refuses shared ones.
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.element_size():
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        state[key] = tensor
+    if POSITION_IDS not in state:
+        state[POSITION_IDS] = torch.arange(state[TEXT_POSITIONS].shape[0]).unsqueeze(0)
+    return state
+
+
+def _write_safetensors(
+    state: OrderedDict[str, Tensor], records: Mapping[str, str], path: Path
+) -> None:
+    # safetensors makes files that only their owner may read; the mode of an ordinary new file is
+    # the user's choice.
+    with path.open("xb") as handle:
+        mode = os.fstat(handle.fileno()).st_mode & 0o777
+    save_file(state, path, metadata={"format": "pt", **records})
+    os.chmod(path, mode)
+
+
+# Recognising
+
+
+def _require_sizes(content: Content) -> None:
+    """Raise unless the tensors that tell the sizes are there, and no block is missing."""
+    for key, rank in SIZE_RANKS.items():
+        tensor = content.state.get(key)
+        if tensor is None and key not in (TABLE, POSITIONS):
+            raise CheckpointError(
+                f"{content.name}: not a whole VLMo checkpoint, it lacks {key}"
+                f"{likeness(content.state)}"
+            )
+        if tensor is not None and (tensor.dim() != rank or not tensor.numel()):
+            shape = tuple(tensor.shape)
+            raise CheckpointError(f"{content.name}: {key} has shape {shape}, not {rank} sizes")
+    blocks = blocks_with(content.state, "")
+    if max(blocks) >= len(blocks):
+        raise CheckpointError(f"{content.name}: it has blocks {sorted(blocks)}, some are missing")
+
+
+def _inferred(
+    content: Content, recorded: dict[str, Any], heads: int | None, capacity: int | None
+) -> VLMoConfig:
+    """The recorded configuration, or the default, with all that the tensors tell put right."""
+    state = content.state
+    known = VLMoConfig(**recorded)
+    dim, _, _, patch = state[PATCHES].shape
+    depth = len(blocks_with(state, ""))
+    experts = blocks_with(state, "mlp_vl.")
+    vl_start = recorded.get("vl_start", PUBLISHED_VL_START.get((dim, depth), depth))
+    has_scale = "transformer.blocks.0.gamma_1" in state
+    grid, capacity = _geometry(content, capacity, known.grid if recorded else None)
+    answers = state.get("vqa_classifier.3.weight")
+    return known.replace(
+        dim=dim,
+        depth=depth,
+        heads=_heads(content, dim, depth, heads),
+        mlp_ratio=_mlp_ratio(dim, state[HIDDEN].shape[0]),
+        vl_start=min(experts) if experts else min(vl_start, depth),
+        image_size=grid * patch,
+        patch_size=patch,
+        max_text_length=state[TEXT_POSITIONS].shape[0],
+        text_capacity=capacity,
+        vocab_size=state[WORDS].shape[0],
+        relative_position_bias=TABLE in state,
+        absolute_position=POSITIONS in state,
+        layer_scale=(known.layer_scale or VLMoConfig.layer_scale) if has_scale else None,
+        tasks=_tasks(state, bool(experts), recorded.get("tasks", ())),
+        vqa_labels=known.vqa_labels if answers is None else answers.shape[0],
+        separate_attention=bool(blocks_with(state, "attn_text.")),
+    )
+
+
+def _mlp_ratio(dim: int, hidden: int) -> float:
+    """The ratio from which ``int(dim * ratio)`` is ``hidden`` again, rounding or not."""
+    ratio = hidden / dim
+    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def _recorded(content: Content) -> dict[str, Any]:
+    """Fields of the recorded configuration; fields this version does not know are left out."""
+    if CONFIG_RECORD not in content.records:
+        return {}
+    try:
+        fields = json.loads(content.records[CONFIG_RECORD])
+        fields["tasks"] = tuple(fields["tasks"])
+        names = {field.name for field in dataclasses.fields(VLMoConfig)} - set(RUN_FIELDS)
+        fields = {name: value for name, value in fields.items() if name in names}
+        _check_kinds(fields)
+        VLMoConfig(**fields)
+    except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
+        raise CheckpointError(f"{content.name}: its {CONFIG_RECORD} is damaged: {error}") from error
+    return fields
+
+
+def _check_kinds(fields: Mapping[str, Any]) -> None:
+    """Raise TypeError unless the fields of a configuration are of the kinds of the defaults."""
+    for name, value in fields.items():
+        default = getattr(VLMoConfig, name)
+        kinds = (int, float) if isinstance(default, float) else (type(default),)
+        if name == "layer_scale":
+            kinds = (*kinds, type(None))
+        if type(value) not in kinds:
+            raise TypeError(f"{name} is {reprlib.repr(value)}")
+
+
+def _heads(content: Content, dim: int, depth: int, told: int | None) -> int:
+    if TABLE in content.state:
+        columns = content.state[TABLE].shape[1]
+        if columns % depth or (told is not None and told * depth != columns):
+            asked = "" if told is None else f" of {told} heads"
+            raise ValueError(
+                f"{content.name}: {TABLE} has {columns} columns for {depth} blocks{asked}"
+            )
+        return columns // depth
+    heads = told or PUBLISHED_HEADS.get((dim, depth))
+    if heads is None:
+        raise ValueError(
+            f"{content.name}: without a relative position table nothing tells the number of "
+            f"attention heads of a model of width {dim}; pass heads="
+        )
+    return heads
+
+
+def _geometry(content: Content, capacity: int | None, known_grid: int | None) -> tuple[int, int]:
+    """Grid of patches and text capacity.
+
+    The learned positions tell the grid alone; the rows of the table hold grid and capacity in one
+    number, so one of the two must be known.
+    """
+    grid = known_grid
+    if POSITIONS in content.state:
+        grid = grid_of_patches(content.state[POSITIONS].shape[1] - 1)
+    elif TABLE in content.state:
+        rows = content.state[TABLE].shape[0]
+        capacity = capacity or PUBLISHED_TEXT_CAPACITY
+        grid = grid_of_offsets(rows - table_tail(capacity))
+        if grid is None:
+            raise ValueError(
+                f"{content.name}: {TABLE} has {rows} rows, which fit no image with texts of up to "
+                f"{capacity} tokens; pass text_capacity="
+            )
+    if grid is None:
+        raise CheckpointError(f"{content.name}: neither {TABLE} nor a square {POSITIONS}")
+    return grid, capacity or PUBLISHED_TEXT_CAPACITY
+
+
+def _tasks(state: Mapping[str, Any], has_experts: bool, recorded: Sequence[str]) -> tuple[str, ...]:
+    """Tasks by the heads present; ``recorded`` settles it where its heads are the same."""
+    present = {key.split(".", 1)[0] for key in state} & set().union(*TASK_HEADS.values())
+    if recorded and set().union(*(TASK_HEADS[task] for task in recorded)) == present:
+        return tuple(recorded)
+    # The head of text pre-training is that of mlm; what tells them apart is that text pre-training
+    # has no vision-language experts and no other task. Retrieval has half the heads of itc.
+    text_only = not has_experts and present == TASK_HEADS["textmlm"]
+    absent = {"mlm" if text_only else "textmlm"}
+    absent.add("irtr" if TASK_HEADS["itc"] <= present else "itc")
+    return tuple(task for task in TASKS if task not in absent and TASK_HEADS[task] <= present)
+
+
+def _inner(model: nn.Module) -> Any:
+    """The VLMo inside DistributedDataParallel, DataParallel or torch.compile."""
+    inner: Any = model
+    while True:
+        wrapped = next((p.rstrip(".") for p in KEY_PREFIXES if p.rstrip(".") in inner._modules), "")
+        if not wrapped:
+            return inner
+        inner = inner._modules[wrapped]

@@ -1,0 +1,1 @@
+"""The VLMo model: a thin layer over :mod:`vlmo.kernels`."""

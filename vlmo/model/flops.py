@@ -1,0 +1,196 @@
+r"""Floating-point operations of a training step, from the model's sizes and the texts' lengths.
+
+Only matrix products count, two operations for each multiplication with its addition. With D the
+width, F the hidden width of an expert, L blocks, t tokens of a pass and n_i of its sequence i:
+
+.. math:: block = 2 t D (3 D + D) + 4 t D F + 4 D \sum_i n_i^2
+
+the projections of attention, the expert, and scores and weighted values. The last block projects
+and feeds forward only the tokens that a head reads: CLS, or the masked words. The backward has two
+products for each of these: for the gradients of the input and, if it is trained, of the weight. To
+these come the patches (2 * 3 * 16^2 * D each), the heads on the tokens that they see, and the
+cosines of contrast.
+
+What a run computes twice to save memory (activation checkpointing, parts of a batch) and padding do
+not count, so that the figure over time and peak rate is a model utilisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from vlmo.model.config import VLMoConfig
+
+Trains = Callable[[str], bool]
+
+
+@dataclass
+class Flops:
+    """Operations of the two passes of a step."""
+
+    forward: int = 0
+    backward: int = 0
+
+    @property
+    def total(self) -> int:
+        """Of both."""
+        return self.forward + self.backward
+
+
+def step_flops(
+    config: VLMoConfig,
+    text_lengths: Sequence[int],
+    *,
+    words: int = 0,
+    others: int = 0,
+    trains: Trains = lambda name: True,
+) -> Flops:
+    """Operations of one step of one process.
+
+    Texts that matching pairs with a wrong image or picks as wrong ones count with the lengths of
+    the batch's own, which they have on average.
+
+    Args:
+        config: of the model.
+        text_lengths: tokens of each text of the batch.
+        words: masked tokens of the batch.
+        others: images or texts of other processes that contrast compares with.
+        trains: whether the parameter of a name is trained.
+    """
+    return _Step(config, list(text_lengths), words, others, trains).count()
+
+
+def matching_flops(config: VLMoConfig, text_lengths: Sequence[int], images: int) -> int:
+    """Operations of matching each text with an image, without a backward.
+
+    Args:
+        config: of the model.
+        text_lengths: tokens of the text of each pair.
+        images: different images among the pairs.
+    """
+    step = _Step(config, list(text_lengths), 0, 0, lambda name: False)
+    step.patches(images)
+    pairs = [length + step.image for length in text_lengths]
+    step.fusion(pairs, read=len(pairs))
+    step.linear(len(text_lengths), config.dim, config.dim, "pooler.dense.weight")
+    step.linear(len(text_lengths), config.dim, 2, "itm_score.fc.weight")
+    return step.flops.forward
+
+
+class _Step:
+    def __init__(
+        self, config: VLMoConfig, texts: list[int], words: int, others: int, trains: Trains
+    ):
+        self.config, self.texts, self.words = config, texts, words
+        self.others, self.trains = others, trains
+        self.flops = Flops()
+        self.image = config.grid**2 + 1
+
+    def count(self) -> Flops:
+        tasks, rows = set(self.config.tasks), len(self.texts)
+        dim, pair = self.config.dim, [text + self.image for text in self.texts]
+        if tasks - {"textmlm"}:
+            self.patches(rows * (2 if "nlvr2" in tasks else 1))
+        if tasks & {"itc", "irtr"}:
+            self._contrast()
+        if "textmlm" in tasks:
+            self._blocks(self.texts, sum(self.texts), 0, read=(self.words, 0))
+            self._words()
+        if "mlm" in tasks:
+            self.fusion(pair, read=self.words)
+            self._words()
+        for task, passes, head in (("itm", 3, "itm_score"), ("vqa", 1, ""), ("nlvr2", 2, "")):
+            if task in tasks:
+                self.fusion(pair * passes, read=rows * passes)
+                self.linear(rows * passes, dim, dim, "pooler.dense.weight")
+                if head:
+                    self.linear(rows * passes, dim, 2, f"{head}.fc.weight")
+        if "vqa" in tasks:
+            self._classifier("vqa_classifier", dim, self.config.vqa_labels)
+        if "nlvr2" in tasks:
+            self._classifier("nlvr2_classifier", 2 * dim, 2)
+        return self.flops
+
+    def linear(
+        self, rows: int, inputs: int, outputs: int, name: str, *, sends_back: bool = True
+    ) -> None:
+        product = 2 * rows * inputs * outputs
+        self.flops.forward += product
+        self.flops.backward += product * (sends_back + self.trains(name))
+
+    def patches(self, images: int) -> None:
+        values = 3 * self.config.patch_size**2
+        name = "transformer.patch_embed.proj.weight"
+        self.linear(images * (self.image - 1), values, self.config.dim, name, sends_back=False)
+
+    def _blocks(
+        self,
+        sequences: Sequence[int],
+        text: int,
+        image: int,
+        *,
+        vl: bool = False,
+        start: int = 0,
+        stop: int | None = None,
+        read: tuple[int, int] | None = None,
+    ) -> None:
+        """Sequences of ``text`` and ``image`` tokens in all, through some blocks.
+
+        Heads read so many of either of the last of all blocks.
+        """
+        dim, hidden = self.config.dim, int(self.config.dim * self.config.mlp_ratio)
+        squares = sum(length**2 for length in sequences)
+        for number in range(start, self.config.depth if stop is None else stop):
+            name = f"transformer.blocks.{number}."
+            below = number < self.config.first_vl_block
+            self._attention(name, "qkv", text, image, 3 * dim, below=below)
+            self.flops.forward += 4 * dim * squares
+            self.flops.backward += 8 * dim * squares
+            if number == self.config.depth - 1 and read is not None:
+                text, image = read
+            self._attention(name, "proj", text, image, dim, below=below)
+            routed = (("text", text), ("imag", image))
+            if vl and number >= self.config.first_vl_block:
+                routed = (("vl", text + image), ("vl", 0))
+            for expert, tokens in routed:
+                self.linear(tokens, dim, hidden, f"{name}mlp_{expert}.fc1.weight")
+                self.linear(tokens, hidden, dim, f"{name}mlp_{expert}.fc2.weight")
+
+    def _attention(
+        self, name: str, layer: str, text: int, image: int, outputs: int, *, below: bool
+    ) -> None:
+        own = "attn_text" if self.config.separate_attention and below else "attn"
+        for attention, tokens in ((own, text), ("attn", image)):
+            self.linear(tokens, self.config.dim, outputs, f"{name}{attention}.{layer}.weight")
+
+    def fusion(self, pairs: list[int], *, read: int) -> None:
+        """Pairs of so many tokens each; heads read so many tokens of texts in all."""
+        images = len(pairs) * self.image
+        self._blocks(pairs, sum(pairs) - images, images, vl=True, read=(read, 0))
+
+    def _contrast(self) -> None:
+        """Texts and images alone, the top blocks twice with ITC, and their cosines."""
+        rows, start = len(self.texts), self.config.first_vl_block
+        streams = [*self.texts, *[self.image] * rows]
+        tokens = sum(self.texts), rows * self.image
+        tails = ["", "_vl"] if "itc" in self.config.tasks else [""]
+        self._blocks(streams, *tokens, stop=start)
+        for tail in tails:
+            self._blocks(streams, *tokens, vl=bool(tail), start=start, read=(rows, rows))
+            for stream in ("text", "image"):
+                name = f"itc{tail}_{stream}_proj.fc.weight"
+                self.linear(rows, self.config.dim, self.config.dim, name)
+            cosines = 2 * 2 * rows * (rows + self.others) * self.config.dim
+            self.flops.forward += cosines
+            self.flops.backward += 2 * cosines
+
+    def _words(self) -> None:
+        dim = self.config.dim
+        self.linear(self.words, dim, dim, "mlm_score.transform.dense.weight")
+        self.linear(self.words, dim, self.config.vocab_size, "mlm_score.decoder.weight")
+
+    def _classifier(self, name: str, inputs: int, outputs: int) -> None:
+        hidden = 2 * self.config.dim
+        self.linear(len(self.texts), inputs, hidden, f"{name}.0.weight")
+        self.linear(len(self.texts), hidden, outputs, f"{name}.3.weight")

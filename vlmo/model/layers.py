@@ -1,0 +1,275 @@
+"""The parts of VLMo: embeddings, the multiway block, heads. Parameter names are official."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlmo.kernels import Constants, moe_ffn
+from vlmo.model.config import VLMoConfig
+from vlmo.model.layout import Chosen, Experts, Layout, Tokens
+from vlmo.model.wrappers import is_plain, rows_of
+
+
+class PatchEmbedding(nn.Module):
+    """``[B, 3, S, S]`` pixels to ``[B, (S / patch)^2, D]`` patches, row by row."""
+
+    def __init__(self, config: VLMoConfig):
+        super().__init__()
+        self.proj = nn.Conv2d(3, config.dim, config.patch_size, stride=config.patch_size)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.proj(image).flatten(2).transpose(1, 2)
+
+
+class TextEmbeddings(Constants):
+    """Token ids ``[...]`` to ``[..., D]``: BERT's embeddings, without the outer token type.
+
+    The position embedding is added in models with absolute positions only; elsewhere it is there
+    for the checkpoints' sake and gets no gradient. The dropout rate is the drop-path rate, as in
+    the official code.
+    """
+
+    position_ids: Tensor
+
+    def __init__(self, config: VLMoConfig):
+        super().__init__()
+        self.absolute = config.absolute_position
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.dim, padding_idx=0)
+        self.position_embeddings = nn.Embedding(config.max_text_length, config.dim)
+        self.token_type_embeddings = nn.Embedding(2, config.dim)
+        self.LayerNorm = nn.LayerNorm(config.dim, eps=1e-12)
+        self.dropout = nn.Dropout(config.drop_path)
+        positions = torch.arange(config.max_text_length, device="cpu")[None]
+        self.register_constant(
+            "position_ids", positions, torch.get_default_device(), persistent=True
+        )
+
+    def forward(self, text_ids: Tensor, places: Tensor | None = None) -> Tensor:
+        """``places``: of each token in its text; by default the last dimension is one text."""
+        x = self.word_embeddings(text_ids) + rows_of(self.token_type_embeddings, 0)
+        if self.absolute:
+            wanted = slice(text_ids.shape[-1]) if places is None else places
+            x = x + rows_of(self.position_embeddings, wanted)
+        return self.dropout(self.LayerNorm(x))
+
+
+class Attention(nn.Module):
+    """The projections of self-attention: queries and values have biases, keys have none."""
+
+    def __init__(self, config: VLMoConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(config.dim))
+        self.v_bias = nn.Parameter(torch.zeros(config.dim))
+        self.proj = nn.Linear(config.dim, config.dim)
+
+    def project(self, x: Tensor) -> Tensor:
+        """``[B, N, D]`` to packed queries, keys and values ``[B, N, 3, H, K]``."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        if is_plain(self.qkv, nn.Linear):
+            qkv = F.linear(x, self.qkv.weight, bias)
+        else:
+            qkv = self.qkv(x)
+            qkv = qkv + bias.to(qkv.dtype)
+        return qkv.unflatten(-1, (3, self.heads, -1))
+
+
+class Mlp(nn.Module):
+    """One expert. :func:`vlmo.kernels.moe_ffn` reads its weights where they are all there is."""
+
+    def __init__(self, config: VLMoConfig):
+        super().__init__()
+        hidden = int(config.dim * config.mlp_ratio)
+        self.fc1 = nn.Linear(config.dim, hidden)
+        self.fc2 = nn.Linear(hidden, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+    def is_plain(self) -> bool:
+        """Whether it does what its weights say, see :func:`vlmo.model.wrappers.is_plain`."""
+        return is_plain(self, Mlp) and all(is_plain(fc, nn.Linear) for fc in (self.fc1, self.fc2))
+
+
+class Block(nn.Module):
+    """Pre-norm block: shared self-attention, then the expert of each token's modality."""
+
+    def __init__(self, config: VLMoConfig, number: int):
+        super().__init__()
+        self.kernels = config.kernels
+        self.has_vl = number >= config.first_vl_block
+        self.drop_path = config.drop_path * number / max(config.depth - 1, 1)
+        self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.attn = Attention(config)
+        self.attn_text: Attention | None = None
+        if config.separate_attention and not self.has_vl:
+            self.attn_text = Attention(config)
+        for expert in ("text", "imag", *(("vl",) if self.has_vl else ())):
+            self.add_module(f"norm2_{expert}", nn.LayerNorm(config.dim, eps=1e-6))
+            self.add_module(f"mlp_{expert}", Mlp(config))
+        self.gamma_1 = self.gamma_2 = None
+        if config.layer_scale is not None:
+            self.gamma_1 = nn.Parameter(torch.full((config.dim,), config.layer_scale))
+            self.gamma_2 = nn.Parameter(torch.full((config.dim,), config.layer_scale))
+
+    def forward(
+        self,
+        x: Tensor,  # [B, N, D] or [T, D]
+        layout: Layout,
+        table: Tensor | None,  # [entries, H]
+        experts: Experts,
+        chosen: Chosen | None = None,
+    ) -> Tensor:
+        """All tokens, or those of ``chosen`` only; ``experts`` are theirs."""
+        attended = self._attend(self.norm1(x), layout, table)
+        tokens: Tokens = layout
+        if chosen is not None:
+            x, attended = (t.index_select(0, chosen.index) for t in (x, attended))
+            tokens = chosen
+        attended = self._project(attended, tokens)
+        if self.gamma_1 is not None:
+            attended = attended * self.gamma_1
+        drops = self.training and self.drop_path > 0
+        if drops:
+            kept = tokens.drop_path(self.drop_path, x.device)[..., None]
+            attended = (attended * kept).to(attended.dtype)
+        x = x + attended
+
+        mlps: list[Any] = [getattr(self, f"mlp_{name}") for name in experts.names]
+        norms: list[Any] = [getattr(self, f"norm2_{name}") for name in experts.names]
+        token_scale = None
+        if drops:
+            token_scale = tokens.drop_path_of_experts(self.drop_path, self.has_vl, x.device)
+        plain = all(isinstance(mlp, Mlp) and mlp.is_plain() for mlp in mlps)
+        if not plain or not all(is_plain(norm, nn.LayerNorm) for norm in norms):
+            branch = _through_modules(x, experts, norms, mlps)
+            if self.gamma_2 is not None:
+                branch = branch * self.gamma_2
+            if token_scale is not None:
+                branch = (branch * token_scale[..., None]).to(branch.dtype)
+            return x + branch
+        return moe_ffn(
+            x,
+            experts.routing,
+            [mlp.fc1.weight for mlp in mlps],
+            [mlp.fc2.weight for mlp in mlps],
+            b1=[mlp.fc1.bias for mlp in mlps],
+            b2=[mlp.fc2.bias for mlp in mlps],
+            norm="layer",
+            norm_weight=[norm.weight for norm in norms],
+            norm_bias=[norm.bias for norm in norms],
+            norm_eps=1e-6,
+            layer_scale=self.gamma_2,
+            token_scale=token_scale,
+            residual=x,
+            backend=self.kernels,
+        )
+
+    def _attend(self, x: Tensor, layout: Layout, table: Tensor | None) -> Tensor:
+        if self.attn_text is None:
+            qkv = self.attn.project(x)
+        else:
+            # Each modality through its own projections; every token still attends to every other.
+            qkv = layout.by_modality(x, self.attn_text.project, self.attn.project)
+        return layout.attend(qkv, table, self.kernels).flatten(-2)
+
+    def _project(self, attended: Tensor, tokens: Tokens) -> Tensor:
+        if self.attn_text is None:
+            return self.attn.proj(attended)
+        return tokens.by_modality(attended, self.attn_text.proj, self.attn.proj)
+
+
+def _through_modules(
+    x: Tensor,  # [..., D]
+    experts: Experts,
+    norms: Sequence[nn.Module],
+    mlps: Sequence[nn.Module],
+) -> Tensor:  # [..., D]
+    """``mlp(norm(x))`` of each token's expert, by calling the modules."""
+    flat = x.flatten(0, -2)
+    if len(mlps) == 1:
+        return mlps[0](norms[0](flat)).view(*x.shape[:-1], -1)
+    rows = experts.routing.grouping(flat.shape[0], x.device).rows.long()
+    parts = flat[rows].split(experts.counts)
+    out = torch.cat([mlp(norm(p)) for mlp, norm, p in zip(mlps, norms, parts, strict=True)])
+    return torch.empty_like(out).index_copy(0, rows, out).view(*x.shape[:-1], -1)
+
+
+class MultiwayTransformer(nn.Module):
+    """Patch embedding, blocks and the final norm, which all streams share."""
+
+    def __init__(self, config: VLMoConfig):
+        super().__init__()
+        self.patch_embed = PatchEmbedding(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
+        self.pos_embed = None
+        if config.absolute_position:
+            self.pos_embed = nn.Parameter(torch.zeros(1, config.grid**2 + 1, config.dim))
+        self.blocks = nn.ModuleList(Block(config, number) for number in range(config.depth))
+        self.norm = nn.LayerNorm(config.dim, eps=1e-6)
+
+    def embed(self, image: Tensor) -> Tensor:
+        """``[B, 3, S, S]`` to ``[B, patches + 1, D]``, CLS first."""
+        patches = self.patch_embed(image)
+        x = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1).to(patches), patches], dim=1)
+        return x if self.pos_embed is None else x + self.pos_embed
+
+
+class Pooler(nn.Module):
+    """tanh(dense(first token)): ``[B, D]`` to ``[B, D]``."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dense = nn.Linear(dim, dim)
+
+    def forward(self, cls: Tensor) -> Tensor:
+        return torch.tanh(self.dense(cls))
+
+
+class MLMTransform(nn.Module):
+    """Dense, GELU, LayerNorm in front of the vocabulary."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dense = nn.Linear(dim, dim)
+        self.LayerNorm = nn.LayerNorm(dim, eps=1e-12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.LayerNorm(F.gelu(self.dense(x)))
+
+
+class MLMHead(nn.Module):
+    """``[..., D]`` to ``[..., vocabulary]`` logits; the decoder is not tied to the embedding."""
+
+    def __init__(self, dim: int, vocab_size: int):
+        super().__init__()
+        self.transform = MLMTransform(dim)
+        self.decoder = nn.Linear(dim, vocab_size, bias=False)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.transform(x)) + self.bias
+
+
+class Projection(nn.Module):
+    """One linear layer under the name ``fc``: the ITC projections and the ITM head."""
+
+    def __init__(self, dim: int, out: int, bias: bool):
+        super().__init__()
+        self.fc = nn.Linear(dim, out, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+def classifier(dim: int, hidden: int, out: int) -> nn.Sequential:
+    """The heads of VQA and NLVR2."""
+    return nn.Sequential(
+        nn.Linear(dim, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, out)
+    )

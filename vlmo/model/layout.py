@@ -1,0 +1,451 @@
+"""Where the tokens of a batch lie: sequences padded to one length, or packed end to end.
+
+A sequence is a run of text tokens, then a run of image tokens; either may be empty. Blocks see a
+batch through its layout alone: which expert each token goes to, how attention is kept within a
+sequence, and which tokens stochastic depth drops together.
+
+All of a layout is made before the first block, from tensors: nothing of it depends on values that
+``torch.compile`` cannot see, so that one graph serves texts of all lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmo.kernels import (
+    ModalityRouting,
+    RelativePositionBias,
+    RelativePositionIndex,
+    shared_attention,
+)
+from vlmo.kernels.transfer import upload
+
+Project = Callable[[Tensor], Tensor]
+
+
+class Experts(NamedTuple):
+    """The experts that a block runs on a batch, and which of them each token goes to."""
+
+    names: tuple[str, ...]  # out of "text", "imag", "vl"
+    routing: ModalityRouting
+    counts: tuple[int, ...]  # tokens of each
+
+
+class Tokens(Protocol):
+    """What a block asks of tokens ``[B, N, D]`` or ``[T, D]`` that it takes one by one."""
+
+    def experts(self, has_vl: bool) -> Experts:
+        """For all blocks with (``has_vl``) or without a vision-language expert, which share it."""
+
+    def by_modality(self, x: Tensor, text: Project, image: Project) -> Tensor:
+        """``text`` of the text tokens and ``image`` of the image tokens, in their places."""
+
+    def drop_path(self, rate: float, device: torch.device) -> Tensor:
+        """Factor of the attention branch of each token: one draw a sequence."""
+
+    def drop_path_of_experts(self, rate: float, has_vl: bool, device: torch.device) -> Tensor:
+        """Factor of the expert's branch of each token: one draw for each run of one expert."""
+
+
+class Layout(Tokens, Protocol):
+    """What a block asks of whole sequences."""
+
+    def attend(self, qkv: Tensor, table: Tensor | None, backend: str | None) -> Tensor:
+        """Attention within each sequence: ``[..., 3, H, K]`` to ``[..., H, K]``."""
+
+
+def survival(count: int, rate: float, device: torch.device) -> Tensor:
+    """``[count]`` factors: 0 with probability ``rate``, else 1 / (1 - rate), as in timm."""
+    keep = 1 - rate
+    return torch.rand(count, device=device).add_(keep).floor_().div_(keep)
+
+
+def numbered(lengths: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Of runs laid end to end: the number of each token's run, and the token's place in it.
+
+    Nothing waits for the device.
+
+    Args:
+        lengths: ``[n]`` int64, tokens of each run.
+        total: their sum.
+
+    Returns:
+        Two ``[total]`` int64 tensors.
+    """
+    run = torch.repeat_interleave(lengths, output_size=total)
+    first = lengths.cumsum(0) - lengths
+    return run, torch.arange(total, device=lengths.device) - first[run]
+
+
+class Texts(NamedTuple):
+    """Texts end to end.
+
+    Attributes:
+        ids: ``[n]`` of all tokens.
+        places: ``[n]``, of each token in its text.
+        lengths: ``[B]`` int64 on the CPU, tokens of each text.
+    """
+
+    ids: Tensor
+    places: Tensor
+    lengths: Tensor
+
+
+def text_lengths(batch: Mapping[str, Any]) -> Tensor:
+    """Tokens of each text, ``[B]`` int64 on the CPU: ``text_lengths``, or what the masks say.
+
+    Raises:
+        ValueError: there is not one length for each text, a text has no token or more of them than
+            ``text_ids`` has, or its mask has a gap.
+    """
+    rows, capacity = batch["text_ids"].shape
+    if "text_lengths" in batch:
+        lengths = batch["text_lengths"].to("cpu", torch.int64)
+        if lengths.shape != (rows,):
+            raise ValueError(f"text_lengths: shape {tuple(lengths.shape)} for {rows} texts")
+    else:
+        masks = batch["text_masks"].bool()
+        counts = masks.sum(1)
+        gaps = masks != (torch.arange(masks.shape[1], device=masks.device) < counts[:, None])
+        refuse(gaps.any(1), "text_masks: {} has padding before its last token")
+        lengths = counts.cpu()
+    refuse(lengths < 1, "text_lengths: {} has no token")
+    refuse(lengths > capacity, f"text_lengths: {{}} has more tokens than text_ids, {capacity}")
+    return lengths
+
+
+def refuse(wrong: Tensor, complaint: str) -> None:
+    """Raise ValueError if a text is ``wrong`` ``[B]``; a compiled graph asserts that none is.
+
+    ``{}`` in the complaint stands for the text.
+    """
+    if torch.compiler.is_compiling():
+        torch._assert_async(~wrong.any(), complaint.format("a text"))
+    elif wrong.any():
+        raise ValueError(complaint.format(f"text {int(wrong.long().argmax())}"))
+
+
+def end_to_end(text_ids: Tensor, lengths: Tensor) -> Texts:
+    """Ids ``[B, T]`` without their padding, from ``lengths`` ``[B]`` on the CPU."""
+    total = cast(int, lengths.sum().item())  # int() would end a graph
+    torch._check(total >= 0)  # what a graph cannot know of a number
+    text, places = numbered(upload(lengths, text_ids.device), total)
+    return Texts(text_ids[text, places], places, lengths)
+
+
+def _bias(table: Tensor | None, index: RelativePositionIndex | None) -> RelativePositionBias | None:
+    return None if table is None or index is None else RelativePositionBias(table, index)
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Sequences of one length, ``[B, N, D]``: what compiles as one graph for every batch.
+
+    Attributes:
+        batch: B.
+        text: leading tokens that are text.
+        image: tokens of the image after them; N is their sum.
+        vl: whether blocks that have a vision-language expert use it.
+        index: of the relative position bias, None for a model without one.
+        key_mask: ``[B, N]`` bool, False for padding; None if there is none.
+    """
+
+    batch: int
+    text: int
+    image: int
+    vl: bool
+    index: RelativePositionIndex | None
+    key_mask: Tensor | None
+
+    def experts(self, has_vl: bool) -> Experts:
+        if self.vl and has_vl:
+            runs = [("vl", self.text + self.image)]
+        else:
+            runs = [run for run in (("text", self.text), ("imag", self.image)) if run[1]]
+        names, counts = zip(*runs, strict=True)
+        routing = ModalityRouting.segments([*enumerate(counts)])
+        return Experts(names, routing, tuple(self.batch * count for count in counts))
+
+    def attend(self, qkv: Tensor, table: Tensor | None, backend: str | None) -> Tensor:
+        bias = _bias(table, self.index)
+        return shared_attention(qkv, bias=bias, key_mask=self.key_mask, backend=backend)
+
+    def by_modality(self, x: Tensor, text: Project, image: Project) -> Tensor:
+        runs = ((text, x[:, : self.text]), (image, x[:, self.text :]))
+        return torch.cat([project(run) for project, run in runs if run.shape[1]], dim=1)
+
+    def drop_path(self, rate: float, device: torch.device) -> Tensor:
+        return survival(self.batch, rate, device)[:, None].expand(-1, self.text + self.image)
+
+    def drop_path_of_experts(self, rate: float, has_vl: bool, device: torch.device) -> Tensor:
+        routing = self.experts(has_vl).routing
+        draws = [
+            survival(self.batch, rate, device)[:, None].expand(-1, length)
+            for _, length in routing.pieces
+        ]
+        return torch.cat(draws, dim=1)
+
+
+class Run(NamedTuple):
+    """Neighbouring sequences of a packed batch that are alike but for the lengths of their texts.
+
+    Attributes:
+        sequences: how many.
+        texts: ``[sequences]`` int64 on the CPU, text tokens of each; None for images alone.
+        words: the sum of ``texts``.
+        image: image tokens of each; 0 for texts alone.
+        vl: whether blocks that have a vision-language expert use it.
+    """
+
+    sequences: int
+    texts: Tensor | None
+    words: int
+    image: int
+    vl: bool
+
+    def experts_of(self, has_vl: bool) -> list[tuple[str, int]]:
+        """(expert, tokens) of each modality."""
+        text = [] if self.texts is None else [("text", self.words)]
+        image = [("imag", self.sequences * self.image)] if self.image else []
+        if self.vl and has_vl:
+            return [("vl", tokens) for _, tokens in text + image]
+        return text + image
+
+
+class Places(NamedTuple):
+    """Some tokens of the texts of a run, in any order.
+
+    Attributes:
+        texts: ``[n]`` int64, the number of each token's text in the run.
+        places: ``[n]`` int64, its place in it.
+    """
+
+    texts: Tensor
+    places: Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Sequences of different lengths end to end, ``[T, D]``: nothing is spent on padding.
+
+    Made by :meth:`of`. Its tensors are on the device of the tokens.
+
+    Attributes:
+        runs: all sequences, in order.
+        offsets: ``[S + 1]`` int32, first row of each sequence and T at the end.
+        max_length: at least the length of the longest sequence.
+        sequence: ``[T]`` int64, number of each token's sequence.
+        is_image: ``[T]`` bool.
+        joined: ``[T]`` bool, tokens of sequences that use the vision-language expert; None if no
+            sequence does.
+        index: of the relative position bias of joint sequences, None for a model without one.
+        positions: ``[T]`` int32, row of ``index`` of each token; None without an index.
+        text_first: ``[T]`` int64, rows of the text tokens and then those of the image tokens; None
+            unless the attention of the modalities is separate.
+    """
+
+    runs: tuple[Run, ...]
+    offsets: Tensor
+    max_length: int
+    sequence: Tensor
+    is_image: Tensor
+    joined: Tensor | None
+    index: RelativePositionIndex | None
+    positions: Tensor | None
+    text_first: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        runs: Sequence[Run],
+        device: torch.device,
+        *,
+        longest_text: int,
+        index: RelativePositionIndex | None = None,
+        image_position: int = 0,
+        separate: bool = False,
+    ) -> Packed:
+        """The layout of some runs; the host waits for nothing.
+
+        Args:
+            runs: all sequences, in order.
+            device: of the tokens.
+            longest_text: that there can be, which counts where lengths have no values (a graph).
+            index: see :class:`Packed`.
+            image_position: row of ``index`` of an image's first token.
+            separate: whether the attention of the modalities is separate.
+        """
+
+        def of_each(values: Sequence[Tensor | int | bool]) -> Tensor:
+            """``[S]`` out of a tensor or number for each run."""
+            parts = [
+                upload(value, device)
+                if isinstance(value, Tensor)
+                else torch.full((run.sequences,), value, device=device)
+                for run, value in zip(runs, values, strict=True)
+            ]
+            return torch.cat(parts)
+
+        texts = of_each([0 if run.texts is None else run.texts for run in runs])
+        lengths = texts + of_each([run.image for run in runs])
+        total = sum(run.words + run.sequences * run.image for run in runs)
+        sequence, place = numbered(lengths, total)
+        own_text = texts[sequence]
+        is_image = place >= own_text
+        positions = None
+        if index is not None:
+            of_image = place - own_text + image_position
+            positions = torch.where(is_image, of_image, place).int()
+        joined = of_each([run.vl for run in runs])[sequence] if any(r.vl for r in runs) else None
+        return cls(
+            runs=tuple(runs),
+            offsets=F.pad(lengths.cumsum(0), (1, 0)).int(),
+            max_length=max(_longest(run, longest_text) for run in runs),
+            sequence=sequence,
+            is_image=is_image,
+            joined=joined,
+            index=index,
+            positions=positions,
+            text_first=is_image.byte().argsort(stable=True) if separate else None,
+        )
+
+    def experts(self, has_vl: bool) -> Experts:
+        found = [expert for run in self.runs for expert in run.experts_of(has_vl)]
+        names = _names(found)
+        ids = self.sequence
+        if len(names) > 1:
+            number = {name: names.index(name) for name in names}
+            ids = torch.where(self.is_image, number.get("imag", 0), number.get("text", 0))
+            if "vl" in number:
+                assert self.joined is not None
+                ids = torch.where(self.joined, number["vl"], ids)
+        return _routed(found, ids)
+
+    def attend(self, qkv: Tensor, table: Tensor | None, backend: str | None) -> Tensor:
+        bias = _bias(table, self.index)
+        return shared_attention(
+            qkv,
+            bias=bias,
+            offsets=self.offsets,
+            max_length=self.max_length,
+            positions=None if bias is None else self.positions,
+            validate=False,  # right by construction, and the same for all layers
+            backend=backend,
+        )
+
+    def by_modality(self, x: Tensor, text: Project, image: Project) -> Tensor:
+        if all(run.texts is None for run in self.runs):
+            return image(x)
+        if not any(run.image for run in self.runs):
+            return text(x)
+        assert self.text_first is not None
+        apart = x[self.text_first]
+        words = sum(run.words for run in self.runs)
+        texts, images = apart.split([words, x.shape[0] - words])
+        out = torch.cat([text(texts), image(images)])
+        return torch.empty_like(out).index_copy(0, self.text_first, out)
+
+    def drop_path(self, rate: float, device: torch.device) -> Tensor:
+        return survival(self.offsets.shape[0] - 1, rate, device)[self.sequence]
+
+    def drop_path_of_experts(self, rate: float, has_vl: bool, device: torch.device) -> Tensor:
+        second = self.is_image
+        if has_vl and self.joined is not None:
+            second = second & ~self.joined
+        draws = survival(2 * (self.offsets.shape[0] - 1), rate, device)
+        return draws[2 * self.sequence + second]
+
+    def choose(self, wanted: Sequence[tuple[int, Places | None]]) -> Chosen:
+        """Some tokens of each of some runs, given by number; None for first tokens."""
+        first, rows, parts = self.offsets[:-1].long(), [], []
+        for number, tokens in wanted:
+            run, start = self.runs[number], sum(run.sequences for run in self.runs[:number])
+            own = first[start : start + run.sequences]
+            rows.append(own if tokens is None else own[tokens.texts] + tokens.places)
+            parts.append(Part(run.texts is None, run.vl, rows[-1].shape[0]))
+        return Chosen(self, torch.cat(rows), tuple(parts))
+
+
+class Part(NamedTuple):
+    """Neighbours among chosen tokens that are of one modality.
+
+    Attributes:
+        image: whether they are image tokens.
+        vl: whether blocks that have a vision-language expert use it.
+        tokens: how many.
+    """
+
+    image: bool
+    vl: bool
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Some tokens of packed sequences, ``[n, D]``: those that a head reads.
+
+    All of the last block but its attention is spent on them alone.
+
+    Attributes:
+        packed: all tokens.
+        index: ``[n]`` int64 on the device, the chosen ones of them; n is not 0.
+        parts: what they are, in order.
+    """
+
+    packed: Packed
+    index: Tensor
+    parts: tuple[Part, ...]
+
+    def experts(self, has_vl: bool) -> Experts:
+        found = [
+            ("vl" if part.vl and has_vl else "imag" if part.image else "text", part.tokens)
+            for part in self.parts
+        ]
+        names, device = _names(found), self.index.device
+        numbers = [torch.full((count,), names.index(name), device=device) for name, count in found]
+        return _routed(found, torch.cat(numbers))
+
+    def by_modality(self, x: Tensor, text: Project, image: Project) -> Tensor:
+        parts = x.split([part.tokens for part in self.parts])
+        return torch.cat(
+            [(image if p.image else text)(part) for p, part in zip(self.parts, parts, strict=True)]
+        )
+
+    def drop_path(self, rate: float, device: torch.device) -> Tensor:
+        return self.packed.drop_path(rate, device)[self.index]
+
+    def drop_path_of_experts(self, rate: float, has_vl: bool, device: torch.device) -> Tensor:
+        return self.packed.drop_path_of_experts(rate, has_vl, device)[self.index]
+
+
+def _longest(run: Run, longest_text: int) -> int:
+    """At least the length of the longest sequence of a run."""
+    if run.texts is None or run.sequences == 0:
+        return run.image
+    if torch.compiler.is_compiling():
+        return longest_text + run.image
+    return int(run.texts.max()) + run.image
+
+
+def _names(found: Sequence[tuple[str, int]]) -> tuple[str, ...]:
+    """The experts that occur, in the order in which blocks have them."""
+    used = [name for name, _ in found]
+    return tuple(name for name in ("text", "imag", "vl") if name in used)
+
+
+def _routed(found: Sequence[tuple[str, int]], ids: Tensor) -> Experts:
+    """Of (expert, tokens) pairs, and ``[T]`` the expert of each token, which counts among several.
+
+    Grouping the rows by expert is shared by all layers.
+    """
+    names = _names(found)
+    counts = tuple(sum(tokens for name, tokens in found if name == one) for one in names)
+    if len(names) == 1:
+        return Experts(names, ModalityRouting.segments([(0, 1)]), counts)
+    return Experts(names, ModalityRouting(len(names), ids=ids.int()).grouped(), counts)

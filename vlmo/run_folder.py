@@ -1,0 +1,277 @@
+"""A trained model with what it needs to be used: its vocabulary and the names of its answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+
+from vlmo.checkpoint.formats import (
+    ANSWERS_RECORD,
+    VOCABULARY_RECORD,
+    CheckpointError,
+    contents_of,
+    read_records,
+    summary,
+)
+from vlmo.checkpoint.io import config_of, load_checkpoint
+from vlmo.data.tokenizer import load_vocabulary
+from vlmo.files import read_text
+from vlmo.model.config import VLMoConfig
+from vlmo.model.vlmo import VLMo
+from vlmo.tasks.losses import unused_parameters
+
+# Files of a run folder.
+WEIGHTS, RECIPE = "model.safetensors", "recipe.json"
+VOCABULARY, ANSWERS = "vocab.txt", "answers.json"
+
+
+class Digests(NamedTuple):
+    """What the weights of a checkpoint were trained with, as :func:`digest` has it.
+
+    Attributes:
+        vocabulary: of the tokens in the order of their ids; None if nothing tells.
+        answers: of the answers in the order of their ids; None if nothing tells or there are none.
+    """
+
+    vocabulary: str | None
+    answers: str | None
+
+
+class Loaded(NamedTuple):
+    """A model to use.
+
+    Attributes:
+        model: on the CPU, in evaluation mode.
+        vocabulary: of its texts, for :class:`vlmo.data.TextTokenizer`; None if there is none.
+        answers: of visual questions in the order of their ids; None if there are none.
+        digests: of the vocabulary and of the answers that the model was trained with.
+    """
+
+    model: VLMo
+    vocabulary: Tokenizer | None
+    answers: list[str] | None
+    digests: Digests
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    *,
+    vocabulary: str | os.PathLike[str] | None = None,
+    answers: str | os.PathLike[str] | Sequence[str] | None = None,
+    **changes: Any,
+) -> Loaded:
+    """Load a checkpoint, or what a training has left in its folder.
+
+    Args:
+        source: a checkpoint of any layout that :func:`vlmo.load_checkpoint` reads; or a run folder,
+            which has a vocab.txt and, after VQA training, an answers.json beside its weights, or a
+            checkpoint in one, such as best.safetensors.
+        vocabulary: vocab.txt of the model, where the folder has none or another is wanted.
+        answers: the answers in the order of their ids, or a JSON file with a list of them.
+        changes: fields to change in the configuration found, e.g. ``image_size=480``.
+
+    Raises:
+        FileNotFoundError: ``source`` or a file it needs does not exist.
+        CheckpointError: the checkpoint is damaged or of another kind, lacks tensors that the
+            model's tasks use, or holds weights that are NaN or infinite.
+        ValueError: vocabulary or answers are not those that the model was trained with, or no valid
+            configuration.
+    """
+    path = weights_of(source)
+    folder = path.parent
+    if Path(source).is_dir() or (folder / RECIPE).is_file():
+        if vocabulary is None and (folder / VOCABULARY).is_file():
+            vocabulary = folder / VOCABULARY
+        if answers is None and (folder / ANSWERS).is_file():
+            answers = folder / ANSWERS
+    config = config_of(path, **changes)
+    digests = digests_of(path)
+    tokenizer = named = None
+    if vocabulary is not None:
+        tokenizer = load_vocabulary(vocabulary)
+        words = tokenizer.get_vocab()
+        check_words(
+            f"vocabulary: {os.fspath(vocabulary)}",
+            sorted(words, key=words.__getitem__),
+            "tokens",
+            (config.vocab_size, digests.vocabulary),
+            path,
+        )
+    if answers is not None and "vqa" in config.tasks:
+        place, named = _answers(answers)
+        check_words(place, named, "answers", (config.vqa_labels, digests.answers), path)
+    return Loaded(_model(path, config), tokenizer, named, digests)
+
+
+def weights_of(source: str | os.PathLike[str]) -> Path:
+    """The checkpoint of a run folder, or ``source`` itself if it is no folder.
+
+    Raises:
+        FileNotFoundError: a folder without model.safetensors.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        return path
+    if not (path / WEIGHTS).is_file():
+        raise FileNotFoundError(
+            f"{path}: has no {WEIGHTS}, so it is no run folder{contents_of(path)}"
+        )
+    return path / WEIGHTS
+
+
+def digest(words: Sequence[str]) -> str:
+    """16 hex digits that depend on each of the words and on their order."""
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
+
+
+def digests_of(source: str | os.PathLike[str]) -> Digests:
+    """Digests of the vocabulary and the answers that a model was trained with; reads no tensor.
+
+    They stand in the metadata of a checkpoint that training has written; those of an older one, in
+    the recipe.json beside it.
+
+    Args:
+        source: a checkpoint, or a run folder, with or without weights.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the checkpoint is damaged or of another kind.
+        ValueError: recipe.json is damaged.
+    """
+    path = Path(source)
+    folder = path if path.is_dir() else path.parent
+    records: Mapping[str, str] = {}
+    if path.is_file() or (path / WEIGHTS).is_file() or not path.exists():
+        records = read_records(weights_of(path))
+    run: Mapping[str, Any] = {}
+    if not {VOCABULARY_RECORD, ANSWERS_RECORD} <= records.keys() and (folder / RECIPE).is_file():
+        run = _recorded_run(folder / RECIPE)
+    return Digests(
+        records.get(VOCABULARY_RECORD) or _text(run.get("vocabulary")),
+        records.get(ANSWERS_RECORD) or _text(run.get("answers")),
+    )
+
+
+def check_words(
+    place: str,
+    words: Sequence[str],
+    kind: str,
+    expected: tuple[int, str | None],
+    weights: str | os.PathLike[str],
+) -> None:
+    """Raise ValueError unless ``words`` are those that a model was trained with, in their order.
+
+    Args:
+        place: where the words come from, for the error.
+        words: tokens or answers in the order of their ids.
+        kind: "tokens" or "answers".
+        expected: their number, and their digest if it is known.
+        weights: the checkpoint, for the error.
+    """
+    count, known = expected
+    if len(words) != count:
+        raise ValueError(
+            f"{place} has {len(words)} {kind}, the model has {count} ({os.fspath(weights)})"
+        )
+    if known is not None and digest(words) != known:
+        raise ValueError(
+            f"{place} has other {kind}, or the same in another order, than those that "
+            f"{os.fspath(weights)} was trained with"
+        )
+
+
+def _model(path: Path, config: VLMoConfig) -> VLMo:
+    """The model, in evaluation mode, all of whose weights that matter are known and finite."""
+    model = VLMo(config)
+    report = load_checkpoint(model, path)
+    missing = sorted(set(report.missing) - unused_parameters(config))
+    if missing:
+        raise CheckpointError(
+            f"{path}: lacks {len(missing)} tensors that a model with the heads of "
+            f"{', '.join(config.tasks)} needs: {summary(missing)}"
+        )
+    check_finite(model, os.fspath(path))
+    return model.eval()
+
+
+@torch.no_grad()
+def check_finite(model: torch.nn.Module, name: str) -> None:
+    """Raise CheckpointError, with the names of the tensors, if a weight is NaN or infinite."""
+    state = model.state_dict()
+    bad = [
+        key for key, value in state.items() if value.is_floating_point() and not _is_finite(value)
+    ]
+    if bad:
+        raise CheckpointError(
+            f"{name}: {len(bad)} of {len(state)} tensors hold NaN or infinite weights: "
+            f"{summary(bad)}"
+        )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
+def _recorded_run(path: Path) -> Mapping[str, Any]:
+    """What recipe.json says of the run; nothing if it says nothing."""
+    content = read_json(path, os.fspath(path))
+    run = content.get("run") if isinstance(content, dict) else None
+    return run if isinstance(run, dict) else {}
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _answers(given: str | os.PathLike[str] | Sequence[str]) -> tuple[str, list[str]]:
+    """What errors call the answers, and the answers."""
+    if isinstance(given, (str, os.PathLike)):
+        return f"answers: {os.fspath(given)}", read_answers(given)
+    names = list(given)
+    _check_texts("answers", names)
+    return "answers: the list", names
+
+
+def read_answers(path: str | os.PathLike[str]) -> list[str]:
+    """The answers of a JSON file, in the order of their ids.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON, or holds anything but a list of texts.
+    """
+    place = f"answers: {os.fspath(path)}"
+    names = read_json(path, place)
+    if not isinstance(names, list):
+        raise ValueError(f"{place} holds no list")
+    _check_texts(place, names)
+    return names
+
+
+def read_json(path: str | os.PathLike[str], place: str) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON, or not UTF-8; begins with ``place``.
+    """
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:  # of the syntax or of the encoding
+        raise ValueError(f"{place} is not JSON: {error}") from error
+
+
+def _check_texts(place: str, names: Iterable[Any]) -> None:
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"{place}: {name!r} is not a text")
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{place}: {name!r} holds half of a surrogate pair") from error

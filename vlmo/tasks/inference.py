@@ -1,0 +1,85 @@
+"""Distributed evaluation: sharding, evaluation mode, gathering.
+
+No result depends on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vlmo.distributed import gather, rank, world_size
+from vlmo.model.vlmo import VLMo
+
+
+def own_share(count: int) -> list[int]:
+    """This rank's contiguous share of the numbers 0 .. count - 1, as many on every rank.
+
+    What the last ranks lack is filled up with the last number, because ranks that hold different
+    numbers of rows, or call a sharded model different numbers of times, would wait for each other
+    forever. :func:`of_all` takes the repeats out again.
+    """
+    size = -(-count // world_size())
+    first = rank() * size
+    return [min(number, count - 1) for number in range(first, first + size)]
+
+
+def of_all(rows: Tensor, count: int) -> Tensor:
+    """``[count, ...]``: what the ranks have found for each number, from their :func:`own_share`."""
+    return gather(rows)[:count]
+
+
+def objects_of_all(rows: list[Any], count: int) -> list[Any]:
+    """:func:`of_all` for a list of anything that can be pickled."""
+    if world_size() == 1:
+        return rows[:count]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, rows)
+    return list(itertools.chain.from_iterable(gathered))[:count]
+
+
+def even_batches(numbers: Sequence[int], batch_size: int) -> list[list[int]]:
+    """``numbers`` in order, in as few batches as ``batch_size`` allows, none much smaller.
+
+    Raises:
+        ValueError: ``batch_size`` is not positive.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: {batch_size} is not positive")
+    count = -(-len(numbers) // batch_size)
+    edges = [len(numbers) * n // count for n in range(count + 1)] if count else [0]
+    return [list(numbers[start:end]) for start, end in itertools.pairwise(edges)]
+
+
+@contextlib.contextmanager
+def evaluating(model: VLMo) -> Iterator[Callable[..., Any]]:
+    """Put ``model`` into evaluation mode for the block, and back into the mode it was in.
+
+    Yields:
+        ``run(function, *arguments)``, which returns ``function(model, *arguments)`` by the model's
+        forward: under FSDP2, parts of a model can only be used inside it.
+    """
+    training = model.training
+    model.eval()
+    try:
+        # The arguments are bound, because FSDP2 moves those of a forward to the GPU, the lengths of
+        # texts with them.
+        yield lambda function, *arguments: model(lambda module: function(module, *arguments))
+    finally:
+        model.train(training)
+
+
+def precision(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """Products in ``dtype`` for the block; None leaves things as they are."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are."""
+    return next(model.parameters()).device

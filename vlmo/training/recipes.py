@@ -1,0 +1,484 @@
+"""Every training of the paper as a named recipe, and small ones for digit scenes.
+
+Sources, named in :attr:`Recipe.source`: "supplement" is the supplementary material of the paper
+(NeurIPS 2022), "code" the official configurations (``vlmo/config.py`` of microsoft/unilm). Where
+the two differ, the supplement's numbers have the plain name and those of the code the same name
+with ``_code``. What the supplement leaves open is as in the code. "own" marks what neither has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from vlmo.model.config import VLMoConfig
+
+STAGES = ("textmlm", "pretrain", "vqa", "nlvr2", "retrieval")
+TASKS_OF = {
+    "textmlm": ("textmlm",),
+    "pretrain": ("mlm", "itc", "itm"),
+    "vqa": ("vqa",),
+    "nlvr2": ("nlvr2",),
+    "retrieval": ("irtr",),
+}
+# Retrieval whose fusion encoder can re-rank, as in Table 2 of the supplement. The official code has
+# the re-ranking (never called) but no training for it.
+RERANK_LOSSES = ("itc", "itm")
+# Stage 2 trains what holds one of these in its name; the rest, BEiT's, is frozen (run.py:153).
+TEXT_PARTS = (
+    "text_embeddings",
+    "token_type_embeddings",
+    "mlp_text",
+    "norm2_text",
+    "mlm_score",
+    "relative_position_bias_table",
+    "transformer.norm",
+)
+PRETRAINING_DATA = ("coco", "vg", "sbu", "gcc")
+
+# 32-pixel pictures in four patches. Positions are learned beside the relative bias: [CLS] sees
+# through them where a digit lies.
+_TINY = dict(
+    dim=96,
+    depth=3,
+    heads=4,
+    mlp_ratio=2.0,
+    vl_start=2,
+    patch_size=16,
+    absolute_position=True,
+    layer_scale=1.0,
+)
+
+
+def tiny(**changes: Any) -> VLMoConfig:
+    """A VLMo for digit scenes that trains in minutes on two CPU cores."""
+    return VLMoConfig(**{**_TINY, "image_size": 32, "drop_path": 0.0, **changes})
+
+
+def small(**changes: Any) -> VLMoConfig:
+    """A VLMo between tiny and base for a user's own data: half the width of base."""
+    return VLMoConfig(**{"dim": 384, "heads": 6, **changes})
+
+
+SIZES = {
+    "base": VLMoConfig.base,
+    "base_plus": VLMoConfig.base_plus,
+    "large": VLMoConfig.large,
+    "small": small,
+    "tiny": tiny,
+}
+CONTRASTS = ("itc", "irtr")  # the losses that compare the pairs of a batch
+_FLOAT32_MAX = 3.4e38
+
+
+def _positive(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+def _not_negative(value: float) -> bool:
+    return 0 <= value < math.inf
+
+
+# What a number must be, and the words for it.
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(
+        (
+            "lr",
+            "batch_size",
+            "steps",
+            "epochs",
+            "image_size",
+            "text_capacity",
+            "head_lr_scale",
+            "clip_norm",
+        ),
+        (_positive, "positive and finite"),
+    ),
+    **dict.fromkeys(("warmup", "itc_grad_scale"), (_not_negative, "finite and at least 0")),
+    **dict.fromkeys(("warmup_share", "weight_decay"), (lambda v: 0 <= v <= 1, "within [0, 1]")),
+    "drop_path": (lambda v: 0 <= v < 1, "within [0, 1)"),
+    "mask_share": (lambda v: 0 < v <= 1, "within (0, 1]"),
+    "text_length": (lambda v: v >= 3, "at least 3: [CLS], a token, [SEP]"),
+    "max_logit_scale": (lambda v: 1 <= v < math.inf, "finite and at least 1"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model is trained in one stage.
+
+    Attributes:
+        name: of the recipe.
+        stage: one of ``STAGES``; also the task that data are opened for and evaluated by.
+        size: of the model, a key of ``SIZES``.
+        lr: highest learning rate.
+        batch_size: samples of a step, over all GPUs and parts.
+        steps: of the training, or None if ``epochs`` counts.
+        epochs: passes over the data, or None if ``steps`` counts.
+        warmup: steps until ``lr`` is reached, or None if ``warmup_share`` counts.
+        warmup_share: share of all steps until ``lr`` is reached.
+        image_size: side of the pictures in pixels.
+        text_length: tokens of a text, [CLS] and [SEP] included.
+        text_capacity: longest text of the relative position table.
+        drop_path: stochastic depth of the last block, and dropout of the text embedding.
+        weight_decay: of the parameters that have one.
+        head_lr_scale: factor of ``lr`` for the classifier of VQA or NLVR2.
+        clip_norm: largest norm of the gradient, or None, as in the official code.
+        trained: parameters whose names hold one of these are trained; None for all.
+        initial_from: what the weights come from: a recipe, "BEiT", or None for random ones.
+        datasets: of the official data, or None for the task's only one.
+        mask_share: of the words, to predict; None where none are.
+        official_masking: choose words as the official code does, which may choose none
+            (:func:`vlmo.data.mask_whole_words`).
+        itc_grad_scale: factor of the gradient of image-text contrast. The official code gathers
+            features without their gradient, so that it has 1 / GPUs, 1/64 in the published base
+            model; 1 is the gradient of the loss as the paper states it.
+        max_logit_scale: bound of the factor of the cosines in contrast (1 / temperature), 100 in
+            CLIP; None for no bound, as in the official code.
+        official_batches: draw batches at random, as the official code does, so that captions of
+            the same picture may meet in one and count as wrong; otherwise they never do
+            (:class:`vlmo.data.GlobalBatches`).
+        losses: out of :data:`vlmo.model.config.TASKS`; None for those of the stage.
+        separate_attention: text and image have attention of their own below the vision-language
+            experts (ablation, Table 1 of the supplement).
+        wide_start: start the blocks wider than the official code does, which a width of 96 needs.
+        source: see above.
+    """
+
+    name: str
+    stage: str
+    size: str
+    lr: float
+    batch_size: int
+    steps: int | None = None
+    epochs: int | None = None
+    warmup: int | None = None
+    warmup_share: float | None = None
+    image_size: int = 224
+    text_length: int = 40
+    text_capacity: int = 196
+    drop_path: float = 0.1
+    weight_decay: float = 0.01
+    head_lr_scale: float = 1.0
+    clip_norm: float | None = None
+    trained: tuple[str, ...] | None = None
+    initial_from: str | None = None
+    datasets: tuple[str, ...] | None = None
+    mask_share: float | None = None
+    official_masking: bool = False
+    itc_grad_scale: float = 1.0
+    max_logit_scale: float | None = None
+    official_batches: bool = False
+    losses: tuple[str, ...] | None = None
+    separate_attention: bool = False
+    wide_start: bool = False
+    source: str = "supplement"
+
+    def __post_init__(self):
+        for name, known in (("stage", STAGES), ("size", tuple(SIZES))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {known}")
+        for pair in (("steps", "epochs"), ("warmup", "warmup_share")):
+            given = [getattr(self, name) for name in pair]
+            if (given[0] is None) == (given[1] is None):
+                raise ValueError(f"{pair[0]}, {pair[1]}: {given[0]}, {given[1]} is not one of both")
+        self._check_numbers()
+
+        masks = bool({"mlm", "textmlm"} & set(self.tasks))
+        if (self.mask_share is not None) != masks:
+            raise ValueError(
+                f"mask_share: {self.mask_share} does not suit {', '.join(self.tasks)}, which "
+                f"{'predict masked words' if masks else 'mask nothing'}"
+            )
+        if self.official_masking and not masks:
+            raise ValueError(f"official_masking: {', '.join(self.tasks)} mask nothing")
+        contrasts = bool(set(self.tasks) & set(CONTRASTS))
+        if self.max_logit_scale is not None and not contrasts:
+            raise ValueError(
+                f"max_logit_scale: {', '.join(self.tasks)} have no logit scale, only "
+                f"{' and '.join(CONTRASTS)} have"
+            )
+        if self.itc_grad_scale != 1 and not contrasts:
+            raise ValueError(f"itc_grad_scale: {', '.join(self.tasks)} have no contrast")
+
+    def _check_numbers(self) -> None:
+        for name, (within, wanted) in _RANGES.items():
+            value = getattr(self, name)
+            # A comparison with NaN is false.
+            if value is not None and not within(value):
+                raise ValueError(f"{name}: {value} is not {wanted}")
+        # AdamW's first steps are up to ten times the learning rate, in float32.
+        if not 10 * self.lr * max(self.head_lr_scale, 1.0) < _FLOAT32_MAX:
+            raise ValueError(f"lr: {self.lr} is too large for float32")
+        if self.batch_size < 2 and set(self.tasks) & {*CONTRASTS, "itm"}:
+            raise ValueError(
+                f"batch_size: {self.batch_size} is too small for {', '.join(self.tasks)}, which "
+                "compare a pair with the others of its batch: at least 2 are needed"
+            )
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The losses, as in :attr:`VLMoConfig.tasks`."""
+        return self.losses or TASKS_OF[self.stage]
+
+    def replace(self, **changes: Any) -> Recipe:
+        """A copy with some fields changed; steps and epochs, and both warm-ups, replace another."""
+        for one, other in (("steps", "epochs"), ("warmup", "warmup_share")):
+            for name, opposite in ((one, other), (other, one)):
+                if changes.get(name) is not None:
+                    changes.setdefault(opposite, None)
+        if changes.get("text_length") is not None:  # the table has to have rows for it
+            longest = max(self.text_capacity, changes["text_length"])
+            changes.setdefault("text_capacity", longest)
+        return dataclasses.replace(self, **changes)
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Steps of the whole training."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return self.epochs * steps_per_epoch
+
+    def warmup_steps(self, total: int) -> int:
+        """Steps until ``lr`` is reached, of ``total``."""
+        if self.warmup is not None:
+            return self.warmup
+        assert self.warmup_share is not None
+        return int(self.warmup_share * total)
+
+    def config(self, **changes: Any) -> VLMoConfig:
+        """The model; ``changes`` are what the data and the run decide, as ``vocab_size``."""
+        fields = dict(
+            tasks=self.tasks,
+            image_size=self.image_size,
+            max_text_length=self.text_length,
+            text_capacity=self.text_capacity,
+            drop_path=self.drop_path,
+            itc_grad_scale=self.itc_grad_scale,
+            separate_attention=self.separate_attention,
+        )
+        return SIZES[self.size](**{**fields, **changes})
+
+    def trains(self, parameter: str) -> bool:
+        """Whether a parameter of this name is trained."""
+        return self.trained is None or any(part in parameter for part in self.trained)
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+        ValueError: there is none; names the closest.
+    """
+    if name not in RECIPES:
+        close = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.4)
+        hint = f"did you mean {', '.join(close)}?" if close else "see vlmo recipes"
+        raise ValueError(f"recipe: {name!r} is unknown; {hint}")
+    return RECIPES[name]
+
+
+def _pretraining() -> Iterator[Recipe]:
+    text = functools.partial(
+        Recipe,
+        stage="textmlm",
+        batch_size=1024,
+        warmup=2500,
+        text_length=196,
+        trained=TEXT_PARTS,
+        initial_from="BEiT",
+        datasets=("wikibk",),
+        mask_share=0.15,
+    )
+    yield text("textmlm_base", size="base", lr=2e-4, steps=500_000)
+    yield text("textmlm_base_code", size="base", lr=2e-4, steps=200_000, source="code")
+    yield text("textmlm_base_plus", size="base_plus", lr=2e-4, steps=200_000, source="code")
+    # The supplement tells the steps, and there is no official configuration: the learning rate of
+    # the next stage.
+    yield text("textmlm_large", size="large", lr=5e-5, steps=200_000)
+    for size, lr in (("base", 2e-4), ("base_plus", 1e-4), ("large", 5e-5)):
+        yield Recipe(
+            f"pretrain_{size}",
+            "pretrain",
+            size,
+            lr,
+            1024,
+            steps=200_000,
+            warmup=2500,
+            initial_from=f"textmlm_{size}",
+            datasets=PRETRAINING_DATA,
+            mask_share=0.15,
+            source="code" if size == "base_plus" else "supplement",
+        )
+
+
+def _classification() -> Iterator[Recipe]:
+    tuned = functools.partial(Recipe, batch_size=128, epochs=10, warmup_share=0.1)
+    vqa = functools.partial(tuned, stage="vqa", image_size=480, drop_path=0.15, head_lr_scale=20.0)
+    yield vqa("vqa_base", size="base", lr=3e-5, initial_from="pretrain_base")
+    yield vqa(
+        "vqa_base_plus",
+        size="base_plus",
+        lr=3e-5,
+        initial_from="pretrain_base_plus",
+        source="code",
+    )
+    yield vqa("vqa_large", size="large", lr=1.5e-5, initial_from="pretrain_large")
+    yield vqa(
+        "vqa_large_768", size="large", lr=1.5e-5, image_size=768, initial_from="pretrain_large"
+    )
+    nlvr2 = functools.partial(tuned, stage="nlvr2", image_size=384)
+    yield nlvr2("nlvr2_base", size="base", lr=5e-5, initial_from="pretrain_base")
+    yield nlvr2(
+        "nlvr2_base_plus",
+        size="base_plus",
+        lr=3e-5,
+        drop_path=0.2,
+        initial_from="pretrain_base_plus",
+        source="code",
+    )
+    yield nlvr2("nlvr2_large", size="large", lr=3e-5, drop_path=0.15, initial_from="pretrain_large")
+    for name, lr in (("nlvr2_base_ablation", 5e-5), ("nlvr2_base_ablation_1e-4", 1e-4)):
+        yield nlvr2(name, size="base", lr=lr, image_size=224, initial_from="pretrain_base")
+
+
+def _retrieval() -> Iterator[Recipe]:
+    tuned = functools.partial(Recipe, stage="retrieval", image_size=384, drop_path=0.2)
+    paper = functools.partial(tuned, batch_size=2048, warmup_share=0.1)
+    code = functools.partial(tuned, batch_size=3072, source="code")
+    rates = {"base": 3e-5, "base_plus": 3e-5, "large": 2e-5}
+
+    coco = dict(datasets=("coco",))
+    for size, lr, epochs in (("base", 2e-5, 20), ("large", 1e-5, 10)):
+        start = f"pretrain_{size}"
+        name = f"coco_retrieval_{size}"
+        found = paper(name, size=size, lr=lr, epochs=epochs, initial_from=start, **coco)
+        yield found
+        yield found.replace(name=f"coco_rerank_{size}", losses=RERANK_LOSSES, source="own")
+    for size, lr in rates.items():
+        name = f"coco_retrieval_{size}" + ("" if size == "base_plus" else "_code")
+        start = f"pretrain_{size}"
+        yield code(name, size=size, lr=lr, steps=3000, warmup=300, initial_from=start, **coco)
+
+    flickr: dict[str, Any] = dict(datasets=("f30k",))
+    for size in ("base", "large"):
+        flickr |= dict(
+            initial_from=f"coco_retrieval_{size}", drop_path=0.15 if size == "base" else 0.2
+        )
+        found = paper(f"flickr30k_retrieval_{size}", size=size, lr=1e-5, epochs=40, **flickr)
+        yield found
+        yield found.replace(
+            name=f"flickr30k_rerank_{size}",
+            losses=RERANK_LOSSES,
+            initial_from=f"coco_rerank_{size}",
+            source="own",
+        )
+    for size, lr in rates.items():
+        plus = size == "base_plus"
+        name = f"flickr30k_retrieval_{size}" + ("" if plus else "_code")
+        start = "pretrain_base_plus" if plus else f"coco_retrieval_{size}_code"
+        flickr |= dict(initial_from=start, drop_path=0.15 if size == "base" else 0.2)
+        yield code(name, size=size, lr=lr, steps=1500, warmup=150, **flickr)
+    yield paper(
+        "flickr30k_retrieval_base_ablation",
+        size="base",
+        lr=5e-5,
+        batch_size=1024,
+        epochs=10,
+        image_size=224,
+        drop_path=0.15,
+        initial_from="pretrain_base",
+        datasets=("f30k",),
+    )
+
+
+def _own() -> Iterator[Recipe]:
+    """For a user's own data, thousands to a few million pairs, on one GPU."""
+    own = functools.partial(
+        Recipe, size="small", batch_size=256, warmup_share=0.05, clip_norm=1.0, source="own"
+    )
+    masked = functools.partial(own, mask_share=0.15)
+    yield masked("textmlm_small", stage="textmlm", lr=5e-4, epochs=10)
+    yield masked("pretrain_small", stage="pretrain", lr=5e-4, epochs=30)
+    tuned = functools.partial(own, initial_from="pretrain_small", epochs=10)
+    yield tuned("vqa_small", stage="vqa", lr=1e-4, head_lr_scale=10.0)
+    yield tuned("nlvr2_small", stage="nlvr2", lr=1e-4)
+    yield tuned("retrieval_small", stage="retrieval", lr=1e-4)
+    yield tuned("rerank_small", stage="retrieval", lr=1e-4, losses=RERANK_LOSSES)
+
+
+def _digits() -> Iterator[Recipe]:
+    digits = functools.partial(
+        Recipe,
+        size="tiny",
+        lr=1e-3,
+        batch_size=64,
+        warmup_share=0.06,
+        image_size=32,
+        text_length=12,
+        text_capacity=12,
+        drop_path=0.0,
+        clip_norm=1.0,
+        wide_start=True,
+        source="own",
+    )
+    masked = functools.partial(digits, mask_share=0.25)  # captions are short
+    yield masked("digits_textmlm", stage="textmlm", steps=300)
+    yield masked("digits_pretrain", stage="pretrain", steps=1200, initial_from="digits_textmlm")
+    yield masked("digits_demo", stage="pretrain", steps=1000, text_length=8, text_capacity=8)
+    tuned = functools.partial(digits, initial_from="digits_pretrain", lr=5e-4, steps=500)
+    # At 5e-4, two of five runs of NLVR2 made all features equal and stayed at chance.
+    longer = functools.partial(tuned, lr=3e-4, steps=1500, warmup_share=0.3, head_lr_scale=3.0)
+    yield longer("digits_vqa", stage="vqa")
+    yield longer("digits_nlvr2", stage="nlvr2")
+    yield tuned("digits_retrieval", stage="retrieval")
+    yield tuned("digits_rerank", stage="retrieval", losses=RERANK_LOSSES)
+
+
+RECIPES: dict[str, Recipe] = {
+    found.name: found
+    for group in (_pretraining, _classification, _retrieval, _own, _digits)
+    for found in group()
+}
+
+
+def show_recipes(console: Console) -> None:
+    """Print the recipes as a table, as wide as it is."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    columns = (
+        "recipe",
+        "lr",
+        "batch",
+        "length",
+        "warm-up",
+        "pixels",
+        "drop path",
+        "from",
+        "source",
+    )
+    for name in columns:
+        table.add_column(name, no_wrap=True)
+    stage = None
+    for entry in RECIPES.values():
+        if stage not in (None, entry.stage) and entry.source != "own":
+            table.add_section()
+        stage = entry.stage
+        length = f"{entry.epochs} epochs" if entry.steps is None else f"{entry.steps:,} steps"
+        share = entry.warmup_share
+        warmup = f"{entry.warmup:,}" if share is None else f"{100 * share:.0f} %"
+        pixels = "-" if entry.stage == "textmlm" else str(entry.image_size)
+        numbers = (f"{entry.lr:g}", str(entry.batch_size), length, warmup, pixels)
+        origin = entry.initial_from or "-"
+        table.add_row(entry.name, *numbers, f"{entry.drop_path:g}", origin, entry.source)
+    unlimited = console.options.update(max_width=1000)
+    console.width = max(console.width, Measurement.get(console, unlimited, table).maximum)
+    console.print(table)
