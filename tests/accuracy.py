@@ -1,5 +1,7 @@
 """The error rule: at most twice as wrong as eager PyTorch of the same dtype."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -49,3 +51,8 @@ def relative_errors(*results: dict[str, Tensor]) -> dict[str, tuple[float, ...]]
             for other in others
         )
     return errors
+
+
+def labelled(name: str) -> Callable[[str], str]:
+    """For ``msg`` of ``torch.testing.assert_close``: a name before the message."""
+    return lambda message: f"{name}: {message}"

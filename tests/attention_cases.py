@@ -1,6 +1,7 @@
 """Calls of shared_attention for the tests: cases, tensors, the eager code to compare with."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ CASES = [
 ONES = Case(index="random", length=1, batch=1, heads=1, head_dim=1, mask=None)
 
 
-def make_index(case: Case, device) -> RelativePositionIndex | None:
+def make_index(case: Case, device) -> Any:  # RelativePositionIndex | None
     grid, text = case.grid, case.text
     if case.index is None:
         return None
@@ -157,9 +158,9 @@ def eager(case: Case, tensors: dict, options: dict) -> Tensor:
     outs = []
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     if case.lengths:
-        runs = [slice(int(a), int(b)) for a, b in options["offsets"].unfold(0, 2, 1)]
+        runs: list = [slice(int(a), int(b)) for a, b in options["offsets"].unfold(0, 2, 1)]
     else:
-        runs = list(range(case.batch))
+        runs = [*range(case.batch)]
     for number, run in enumerate(runs):
         length = q[run].shape[0]
         allowed = torch.ones(1, length, dtype=torch.bool, device=q.device)
@@ -198,7 +199,7 @@ def outputs_and_gradients(function, tensors: dict) -> dict[str, Tensor]:
 
 def assert_parity(
     case: Case, dtype: torch.dtype, place, change=None
-) -> dict[str, tuple[float, float]]:
+) -> dict[str, tuple[float, ...]]:
     """Output and every gradient of a case, by the error rule; the relative errors of each.
 
     Args:

@@ -73,12 +73,14 @@ def run_case(dtype, activation, norm, ids, save_pre):
         return [new(*shape) for _ in range(experts)]
 
     index = [new(tokens, of=torch.int32)] * 2 + [new(experts + 1, of=torch.int32)]
-    call = Call(
-        *(new(tokens, DIM), each(halves * HIDDEN, DIM), each(DIM, HIDDEN)),
-        *(each(halves * HIDDEN), each(DIM), each(DIM), each(DIM) if norm == "layer" else []),
-        *(new(DIM), new(tokens), new(tokens, DIM)),
-        *(index if ids else [None] * 3),
-        *([] if ids else [0, 40, 1, 197], norm, 1e-6, activation, save_pre),
+    call = Call._make(
+        [
+            *(new(tokens, DIM), each(halves * HIDDEN, DIM), each(DIM, HIDDEN)),
+            *(each(halves * HIDDEN), each(DIM), each(DIM), each(DIM) if norm == "layer" else []),
+            *(new(DIM), new(tokens), new(tokens, DIM)),
+            *(index if ids else [None] * 3),
+            *([] if ids else [0, 40, 1, 197], norm, 1e-6, activation, save_pre),
+        ]
     )
     y, pre = triton_impl.forward(call)
     needs = [True] * (2 + sum(len(tensors) for tensors in call[1:7]))
@@ -95,13 +97,15 @@ def run_options(case, x_dtype, half, save_pre, needs):
     runs = [expert for expert, _ in case.pieces]
     indexed = case.form != "segments" or len(runs) > len(set(runs))
     lists = [tensors.get(name, []) for name in LISTS]
-    call = Call(
-        *(tensors["x"].reshape(-1, case.dim).to(x_dtype), *lists, tensors.get("layer_scale")),
-        tensors["token_scale"].reshape(-1) if case.token_scale else None,
-        tensors["residual"].reshape(-1, case.dim).to(x_dtype) if case.residual else None,
-        *(index if indexed else [None] * 3),
-        [] if indexed else [number for piece in case.pieces for number in piece],
-        *(case.norm, 1e-6, case.activation, save_pre),
+    call = Call._make(
+        [
+            *(tensors["x"].reshape(-1, case.dim).to(x_dtype), *lists, tensors.get("layer_scale")),
+            tensors["token_scale"].reshape(-1) if case.token_scale else None,
+            tensors["residual"].reshape(-1, case.dim).to(x_dtype) if case.residual else None,
+            *(index if indexed else [None] * 3),
+            [] if indexed else [number for piece in case.pieces for number in piece],
+            *(case.norm, 1e-6, case.activation, save_pre),
+        ]
     )
     y, pre = triton_impl.forward(call)
     wanted = ["x" in needs, *(n in needs for n, t in zip(LISTS, lists, strict=True) for _ in t)]
@@ -227,14 +231,14 @@ def compile_for(generation: str, what: str) -> None:
             return
         for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True)):
             torch.backends.cuda.matmul.allow_tf32 = tf32
-            for case, options in LAYERS.items():
+            for layer, options in LAYERS.items():
                 saved = options["save_pre"]
-                if tf32 and case != "vlmo":
+                if tf32 and layer != "vlmo":
                     continue
-                if what == "layer" and (case, dtype) != ("vlmo", torch.bfloat16):
+                if what == "layer" and (layer, dtype) != ("vlmo", torch.bfloat16):
                     continue
                 facts["wanted"] = (lambda name: True) if saved else (lambda name: "rows" in name)
-                facts["case"], facts["dtype"] = case, str(dtype) + " tf32" * tf32
+                facts["case"], facts["dtype"] = layer, str(dtype) + " tf32" * tf32
                 run_case(dtype, **options)
 
 

@@ -44,16 +44,18 @@ def layer(head_dim, dtype, masked=False, packed=False, biased=True, causal=False
         return torch.empty(shape, dtype=of, device="meta")
 
     rows = (BATCH * 197,) if packed else (BATCH, length)
-    lookup = (None,) * 4
+    lookup: tuple = (None,) * 4
     if biased:
         table = new(index.entries, 12, HEADS, of=torch.float32)[:, 3]
         lookup = (table, index.matrix, index.affine, index.short)
-    return Call(
-        *(*new(*rows, 3, HEADS, head_dim).unbind(-3), *lookup),
-        new(BATCH, length, of=torch.bool) if masked else None,
-        None,
-        new(BATCH + 1, of=torch.int32) if packed else None,
-        *(length if packed else 0, None, causal, head_dim**-0.5),
+    return Call._make(
+        [
+            *(*new(*rows, 3, HEADS, head_dim).unbind(-3), *lookup),
+            new(BATCH, length, of=torch.bool) if masked else None,
+            None,
+            new(BATCH + 1, of=torch.int32) if packed else None,
+            *(length if packed else 0, None, causal, head_dim**-0.5),
+        ]
     )
 
 
@@ -61,13 +63,15 @@ def run_case(case: Case, dtype: torch.dtype) -> None:
     """Forward and backward of a case of the parity tests."""
     tensors = make_tensors(case, "meta", dtype)
     options, index = make_options(case, "meta"), make_index(case, "meta")
-    lookup = (None,) * 4
+    lookup: tuple = (None,) * 4
     if index is not None:
         lookup = (tensors["table"], index.matrix, index.affine, index.short)
     names = ("key_mask", "key_lengths", "offsets")
-    call = Call(
-        *(*(tensors[name] for name in "qkv"), *lookup, *map(options.get, names)),
-        *(options.get("max_length", 0), options.get("positions"), case.causal, 0.25),
+    call = Call._make(
+        [
+            *(*(tensors[name] for name in "qkv"), *lookup, *map(options.get, names)),
+            *(options.get("max_length", 0), options.get("positions"), case.causal, 0.25),
+        ]
     )
     run(call)
 

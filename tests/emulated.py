@@ -23,7 +23,7 @@ def kernel(cubin: str, name: str) -> Kernel:
 
 def memory_of(tensors) -> list[np.ndarray]:
     """The bytes of the tensors, each storage once."""
-    spans = {}
+    spans: dict[int, int] = {}
     for tensor in tensors:
         if tensor is not None and tensor.numel():
             at, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()

@@ -197,7 +197,10 @@ def skip_unless_possible(place, case: Case, dtype: torch.dtype) -> None:
 def call(case: Case, routing: ModalityRouting, tensors: dict, **options) -> Tensor:
     arguments = {k: v for k, v in tensors.items() if k not in ("x", "w1", "w2")}
     return moe_ffn(
-        *(tensors["x"], routing, tensors["w1"], tensors["w2"]),
+        tensors["x"],
+        routing,
+        tensors["w1"],
+        tensors["w2"],
         **arguments,
         norm=case.norm,
         activation=case.activation,
@@ -216,7 +219,7 @@ def outputs_and_gradients(function, tensors: dict) -> dict[str, Tensor]:
     return {"y": y.detach(), **grads}
 
 
-def assert_parity(case: Case, dtype: torch.dtype, place) -> dict[str, tuple[float, float]]:
+def assert_parity(case: Case, dtype: torch.dtype, place) -> dict[str, tuple[float, ...]]:
     """Output and every gradient of a case, by the error rule; the relative errors of each.
 
     Returns:

@@ -2,11 +2,13 @@
 
 import contextlib
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from accuracy import labelled
 from attention_cases import (
     CASES,
     Case,
@@ -66,6 +68,7 @@ def test_packed_qkv_and_strides(place):
     torch.testing.assert_close(out, expected["out"])
     generator = torch.Generator().manual_seed(7)
     out.backward(torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out))
+    assert qkv.grad is not None
     for i, name in enumerate("qkv"):
         torch.testing.assert_close(qkv.grad[:, :, i], expected[name])
 
@@ -107,6 +110,7 @@ def test_layers_of_a_model_wide_table(place):
 
     views = table.view(index.entries, layers, case.heads).unbind(1)
     sum(loss(view) for view in views[:2]).backward()
+    assert table.grad is not None
     gradient = table.grad.view(index.entries, layers, case.heads)
     for layer in range(2):
         alone = table.detach().view(index.entries, layers, case.heads)[:, layer].clone()
@@ -154,12 +158,13 @@ def test_compile_fullgraph(case, place):
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     actual = outputs_and_gradients(compiled, tensors)
     for name, value in actual.items():
-        torch.testing.assert_close(value, expected[name], msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(value, expected[name], msg=labelled(name))
 
 
 @on_every_backend
 def test_autocast(place):
-    device, backend, dtype = *place, place.autocast_dtype
+    device, backend = place
+    dtype = place.autocast_dtype
     case = Case()
     tensors, options = make_tensors(case, device, torch.float32), make_options(case, device)
     with torch.autocast(device.type, dtype=dtype):
@@ -262,7 +267,7 @@ def test_index_of_a_rectangular_grid_is_in_range():
 
 GOOD = Case()
 TABLE = torch.zeros(46, 3)
-BAD = {
+BAD: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "q: expected a tensor": (TypeError, dict(q=None)),
     r"q: shape \(2, 15, 3\) is not": (ValueError, dict(q=torch.zeros(2, 15, 3))),
     r"q: shape \(2, 15, 3, 16\) does not hold q, k and v": (ValueError, dict(k=None, v=None)),
@@ -312,7 +317,7 @@ BAD = {
         dict(**{name: torch.zeros(2, 15, 3, 129) for name in "qkv"}, backend="triton"),
     ),
 }
-BAD_PACKED = {
+BAD_PACKED: dict[str, dict[str, Any]] = {
     "key_mask: has no meaning beside offsets": dict(key_mask=torch.ones(1, 9).bool()),
     "offsets: 1 entries hold no sequence": dict(offsets=torch.tensor([0])),
     "offsets: 8 is not 0 at the start or not 9 at the end": dict(offsets=torch.tensor([0, 3, 8])),
@@ -339,7 +344,8 @@ def test_bad_input(message):
 @pytest.mark.parametrize("message", BAD_PACKED)
 def test_bad_packed_input(message):
     q = torch.zeros(9, 2, 16)
-    arguments = dict(offsets=torch.tensor([0, 3, 9]), max_length=6) | BAD_PACKED[message]
+    arguments: dict[str, Any] = dict(offsets=torch.tensor([0, 3, 9]), max_length=6)
+    arguments |= BAD_PACKED[message]
     with pytest.raises(ValueError, match=message):
         shared_attention(q, q, q, **arguments)
 

@@ -58,7 +58,8 @@ def groups_of(case: Case) -> list[tuple[int, int]]:
     tensors, options = make_tensors(case, CPU.device, torch.float32), make_options(case, "cpu")
     qkv = (tensors[name] for name in "qkv")
     facts = (options.get(name) for name in ("key_mask", "key_lengths", "offsets"))
-    batch = Call(*qkv, *[None] * 4, *facts, options.get("max_length", 0), None, case.causal, 1.0)
+    rest = (options.get("max_length", 0), None, case.causal, 1.0)
+    batch = Call._make([*qkv, *[None] * 4, *facts, *rest])
     return [(group.length, len(group.starts)) for group in cpu_impl._Batch(batch).groups]
 
 

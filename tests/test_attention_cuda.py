@@ -97,7 +97,7 @@ def assert_equal(actual, expected):
 
 # ---- results
 
-SIZES = {
+SIZES: dict[int, dict[str, Any]] = {
     1: dict(index="random"),
     17: dict(index="image", grid=(4, 4), mask="lengths"),
     40: dict(index="text", text=40),
@@ -108,7 +108,7 @@ SIZES = {
     300: dict(index="random", heads=1, batch=1),
 }
 SIZED = [
-    Case(**{"heads": 2, "mask": None, "length": length, "head_dim": head_dim, **options})
+    Case(**dict(heads=2, mask=None, length=length, head_dim=head_dim) | options)
     for head_dim in (34, 64, 128)
     for length, options in SIZES.items()
 ]
@@ -336,7 +336,8 @@ def test_places_have_32_bits(tokens, stride):
     ("index", "table"), [("joint", True), (None, False)], ids=["with a table", "without"]
 )
 def test_no_launch_without_a_number(index, table, place, launches):
-    tensors, cases = {}, [Case(index=index, batch=0)]
+    tensors: dict[str, torch.Tensor] = {}
+    cases = [Case(index=index, batch=0)]
     if index is None:
         cases.append(Case(index=None, length=0, mask=None))
     for case in cases:
@@ -347,7 +348,7 @@ def test_no_launch_without_a_number(index, table, place, launches):
     q = torch.zeros(0, 2, 16, dtype=HALF, device=place.device, requires_grad=True)
     out = shared_attention(q, q, q, offsets=offsets, max_length=0, backend="cuda")
     out.sum().backward()
-    assert out.shape == q.grad.shape == q.shape
+    assert q.grad is not None and out.shape == q.grad.shape == q.shape
     assert not launches
     if table:
         assert (tensors["table"] == 0).all()
@@ -499,6 +500,7 @@ def test_the_emulator_knows_where_tensors_end(cubin, path, monkeypatch):
 
 
 def refuses(**changes) -> str | None:
+    facts: dict[str, Any]
     facts = dict(device=torch.device("cuda", 0), dtype=HALF, head_dim=64, entries=1126)
     return backend.why_not(**(facts | changes))
 
@@ -559,7 +561,7 @@ def test_the_kernels_are_all_there():
 @pytest.fixture(scope="module")
 def base_launches() -> dict[str, Launch]:
     """One launch of each kernel, with the table of the base model."""
-    found = {}
+    found: dict[str, Launch] = {}
     for changes in ({}, {"length": 40, "index": "text"}, {"head_dim": 128}):
         case = replace(JOINT, **changes, batch=1, heads=1)
         with recorded() as launches:

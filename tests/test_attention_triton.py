@@ -1,6 +1,7 @@
 """shared_attention's Triton kernels: sizes, launches, repeatability, memory, the table's sums."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tiles, "choose", lambda *_: Tiles(SMALL, SMALL, SMALL, SMALL))
 
 
-SIZES = {
+SIZES: dict[int, dict[str, Any]] = {
     1: dict(index="random"),
     17: dict(index="image", grid=(4, 4)),
     40: dict(index="text", text=40),
@@ -62,7 +63,7 @@ SIZES = {
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIZED = [
     pytest.param(
-        Case(**{"heads": 2, "mask": None, "length": length, "head_dim": head_dim, **options}),
+        Case(**dict(heads=2, mask=None, length=length, head_dim=head_dim) | options),
         dtype,
         # Long sequences take seconds in the interpreter: both widths, and all dtypes, but not both.
         marks=[pytest.mark.slow]
@@ -158,9 +159,11 @@ def test_no_tensor_of_pairs(place, monkeypatch):
     monkeypatch.setattr(triton_launch, "launch", lambda *_: None)
     case = Case(index="random", length=150, heads=2, mask=None)
     tensors, index = make_tensors(case, place.device, place.dtype), make_index(case, place.device)
-    given = Call(
-        *(*(tensors[name] for name in "qkv"), tensors["table"]),
-        *(index.matrix, index.affine, index.short, None, None, None, 0, None, False, 0.25),
+    given = Call._make(
+        [
+            *(*(tensors[name] for name in "qkv"), tensors["table"]),
+            *(index.matrix, index.affine, index.short, None, None, None, 0, None, False, 0.25),
+        ]
     )
     with Sizes() as sizes:
         out, lse = triton_impl.forward(given)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vlmo.kernels import ModalityRouting, moe_ffn, use_backend, why_not
-from vlmo.kernels.dispatch import Absent, choose, requested
+from vlmo.kernels.dispatch import Absent, Backend, choose, requested
 from vlmo.kernels.support import OPERATIONS
 
 
@@ -18,7 +18,7 @@ class Runs:
         return None
 
 
-BACKENDS = {"cuda": Absent("no GPU."), "triton": Runs(), "reference": Runs()}
+BACKENDS: dict[str, Backend] = {"cuda": Absent("no GPU."), "triton": Runs(), "reference": Runs()}
 
 
 def test_the_first_that_can_runs():

@@ -2,12 +2,13 @@
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from accuracy import assert_as_accurate_as
+from accuracy import assert_as_accurate_as, labelled
 from attention_cases import PLACES, on_every_registered_backend
 from moe_ffn_cases import (
     CASES,
@@ -98,7 +99,7 @@ def test_compile_fullgraph(form, place):
     expected = outputs_and_gradients(function, make_tensors(case, device, place.dtype))
     actual = outputs_and_gradients(compiled, make_tensors(case, device, place.dtype))
     for name, value in actual.items():
-        torch.testing.assert_close(value, expected[name], msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(value, expected[name], msg=labelled(name))
 
 
 @pytest.mark.parametrize("norm", ["none", "layer"])
@@ -318,7 +319,7 @@ def test_experts_do_not_see_each_other(place):
 
 
 GOOD = Case()
-BAD = {
+BAD: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "x: expected a tensor": (TypeError, dict(x=[1.0])),
     "x: dtype int64": (TypeError, dict(x=torch.zeros(3, 20, 24, dtype=torch.int64))),
     r"x: shape \(24,\) has no token dimension": (ValueError, dict(x=torch.zeros(24))),

@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from accuracy import labelled
 from moe_ffn_cases import Case, Spy, call, leaves, make_routing, make_tensors, outputs_and_gradients
 from processes import in_ranks
 from vlmo.kernels import ModalityRouting, _op, moe_ffn
@@ -101,8 +103,8 @@ def test_gradients_of_some(names, way):
     case = CASES[0]
     tensors, routing = make_tensors(case, "cpu", torch.float64), make_routing(case, "cpu")
     flat = leaves(tensors)
-    every = torch.autograd.grad(call(case, routing, tensors).sin().sum(), list(flat.values()))
-    every = dict(zip(flat, every, strict=True))
+    grads = torch.autograd.grad(call(case, routing, tensors).sin().sum(), list(flat.values()))
+    every = dict(zip(flat, grads, strict=True))
     y = call(case, routing, tensors)
     some = torch.autograd.grad(y.sin().sum(), [flat[name] for name in names])
     torch.testing.assert_close(some, tuple(every[name] for name in names))
@@ -237,12 +239,14 @@ def test_modes_and_subclasses_see_the_operation(case):
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    seen: list[str] = []
+
     class Log(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             seen.append(str(function))
             return function(*args, **(kwargs or {}))
 
-    tensors, routing, seen = make_tensors(case, "cpu", torch.float64), make_routing(case, "cpu"), []
+    tensors, routing = make_tensors(case, "cpu", torch.float64), make_routing(case, "cpu")
     leaves(tensors)
     with Log():
         y = call(case, routing, tensors)
@@ -284,7 +288,7 @@ class Layers(nn.Module):
 
 
 def parallel_worker() -> None:
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FSDPModule, fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
     dist.init_process_group("gloo")
@@ -301,6 +305,7 @@ def parallel_worker() -> None:
     wrapper = DistributedDataParallel(ddp)
     wrapper(mine).square().mean().backward()
     fully_shard(fsdp)
+    assert isinstance(fsdp, FSDPModule)
     fsdp.set_force_sum_reduction_for_comms(True)  # gloo of torch 2.8 adds without dividing
     fsdp(mine).square().mean().backward()
     for (name, p), q, r in zip(
@@ -309,9 +314,10 @@ def parallel_worker() -> None:
         if p.grad is None:
             assert q.grad is None and r.grad is None, name
             continue
-        torch.testing.assert_close(q.grad, p.grad, msg=lambda m, n=name: f"ddp {n}: {m}")
+        torch.testing.assert_close(q.grad, p.grad, msg=labelled(f"ddp {name}"))
+        assert isinstance(r.grad, DTensor)
         gathered = r.grad.full_tensor()
-        torch.testing.assert_close(gathered, p.grad, msg=lambda m, n=name: f"fsdp {n}: {m}")
+        torch.testing.assert_close(gathered, p.grad, msg=labelled(f"fsdp {name}"))
     dist.destroy_process_group()
 
 

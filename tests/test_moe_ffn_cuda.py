@@ -351,7 +351,7 @@ def test_the_emulator_knows_where_tensors_end(kernel, name, monkeypatch):
 
 
 def refuses(**changes) -> str | None:
-    facts = dict(
+    facts: dict[str, Any] = dict(
         device=torch.device("cuda", 0),
         dtype=torch.float16,
         width=768,

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,12 @@ banded = st.builds(
 )
 # (tiles, steps) of each expert
 splits = st.builds(
-    lambda experts, *rest: Split(*map(tuple, zip(*experts, strict=True)), *rest),
+    lambda experts, workers, overhead: Split(
+        tuple(tiles for tiles, _ in experts),
+        tuple(steps for _, steps in experts),
+        workers,
+        overhead,
+    ),
     st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20)), min_size=1, max_size=3),
     st.integers(1, 12),
     st.integers(0, 4),
@@ -100,7 +106,9 @@ def simulate(schedule, workers, costs, ahead=False) -> float:
     """Makespan, found event by event, in which workers may hold the next ticket as they work."""
     tickets = iter(schedule)
     held = [[task] if ahead and (task := next(tickets, None)) else [] for _ in range(workers)]
-    done, parked, now = Counter(), {}, 0.0
+    done: Counter = Counter()
+    parked: dict = {}
+    now = 0.0
     events = [(0.0, worker, None) for worker in range(workers)]
     while events:
         now, worker, finished = heapq.heappop(events)
@@ -164,7 +172,8 @@ def test_split_covers_every_step_once(split):
 @settings(deadline=None)
 def test_owner_waits_for_earlier_tickets_which_have_just_its_missing_steps(split):
     ticket_of = {split.share_of(ticket): ticket for ticket in range(split.total)}
-    waited_for, partial = Counter(), Counter()
+    waited_for: Counter = Counter()
+    partial: Counter = Counter()
     for ticket in range(split.total):
         pieces = split.pieces(ticket)
         assert all(piece.first == 0 for piece in pieces[1:])  # one partial tile at most
@@ -291,7 +300,8 @@ def test_kernels_find_the_same_pieces(weights, indexed, gpu_or_interpreter):
     tiles = tuple(a + b for a, b in zip(weights.w1_tiles, weights.w2_tiles, strict=True))
     steps = tuple(max(-(-count // compiled.block_k), 1) for count in weights.tokens)
     split = Split(tiles, steps, weights.workers)
-    work = Work(**dict.fromkeys(Work._fields, ()))._replace(
+    nothing: dict[str, Any] = dict.fromkeys(Work._fields, ())
+    work = Work(**nothing)._replace(
         w1_tiles=weights.w1_tiles,
         w2_tiles=weights.w2_tiles,
         whole=split.whole,
@@ -303,7 +313,7 @@ def test_kernels_find_the_same_pieces(weights, indexed, gpu_or_interpreter):
         rows = Rows(None, None, 0, 0, offsets, offsets)  # tokens are not read here
     else:
         rows = Rows((0,) * experts, weights.tokens, 1, sum(weights.tokens), None, None)
-    rows = host.passed(rows)
+    passed = host.passed(rows)
 
     expected = [
         (share if share < weights.workers else -1, split.share, *piece)
@@ -313,7 +323,7 @@ def test_kernels_find_the_same_pieces(weights, indexed, gpu_or_interpreter):
     ]
     out = torch.full((len(expected) + 9, 6), -7, dtype=torch.int32, device=gpu_or_interpreter)
     count = torch.zeros(1, dtype=torch.int32, device=gpu_or_interpreter)
-    dump_pieces[(1,)](out, count, split.total, rows, compiled, work)
+    dump_pieces[(1,)](out, count, split.total, passed, compiled, work)
     assert [tuple(line) for line in out[: count.item()].tolist()] == expected
 
 

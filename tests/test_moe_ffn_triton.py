@@ -212,7 +212,12 @@ def test_saved_pre_activation(save, triton_place):
     tensors = make_tensors(case, device, torch.bfloat16)
     leaves(tensors)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         routing = make_routing(case, device)
         call(case, routing, tensors, backend=backend, recompute=not save)
     x = tensors["x"]

@@ -5,6 +5,7 @@ import json
 import struct
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,7 +142,7 @@ def test_why_not_names_the_obstacle(monkeypatch):
     )
 
     device = torch.device("cuda", 0)
-    ids = SimpleNamespace(device=device, dtype=torch.int32, numel=lambda: 3)
+    ids: Any = SimpleNamespace(device=device, dtype=torch.int32, numel=lambda: 3)
     monkeypatch.setattr(target, "compute_capability", lambda device: (6, 1))
     assert routing_index.why_not_cuda(ids, 2) == (
         f"cuda:0 is sm_61; the kernels are built for {', '.join(TARGETS)}."

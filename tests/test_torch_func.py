@@ -1,5 +1,7 @@
 """Transforms of torch.func, forward-mode differentiation and PyTorch's FLOP counter."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -32,7 +34,7 @@ def operations(backend: str | None = None):
     scale, table = double(D), double(5, H)
 
     def ffn(routing):
-        options = dict(norm="layer", norm_weight=[scale] * 2, residual=None, backend=backend)
+        options: dict[str, Any] = dict(norm="layer", norm_weight=[scale] * 2, backend=backend)
         return lambda x: moe_ffn(x, routing, w1, w2, layer_scale=scale, **options)
 
     def attention(x):
@@ -52,7 +54,7 @@ def test_transforms_agree_with_backward(name):
     jacobian = torch.autograd.functional.jacobian(function, x)
     tangent = double(T, D)
     expected = torch.einsum("abcd,cd->ab", jacobian, tangent)
-    y, pushed = torch.func.jvp(function, (x,), (tangent,))
+    y, pushed, *_ = torch.func.jvp(function, (x,), (tangent,))
     torch.testing.assert_close(y, function(x))
     torch.testing.assert_close(pushed, expected)
     torch.testing.assert_close(torch.func.linearize(function, x)[1](tangent), expected)

@@ -59,10 +59,14 @@ class Layer:
         for token_scale in (None, torch.ones(leading)):
             x = new(*leading, DIM)
             y = moe_ffn(
-                *(x, routing, each(HIDDEN, DIM), each(DIM, HIDDEN)),
+                x,
+                routing,
+                each(HIDDEN, DIM),
+                each(DIM, HIDDEN),
                 **dict(b1=each(HIDDEN), b2=each(DIM), norm="layer", norm_weight=each(DIM)),
                 **dict(norm_bias=each(DIM), layer_scale=new(DIM), residual=x),
-                **dict(token_scale=token_scale, backend="triton"),
+                token_scale=token_scale,
+                backend="triton",
             )
             y.sum().backward()
 
