@@ -8,7 +8,6 @@ from collections import Counter
 import pytest
 import torch
 
-from harness.nvml import State
 from harness import meter
 from harness.meter import Settings, begin, median_seconds, times
 from harness.nvml import State
