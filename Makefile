@@ -54,7 +54,8 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p vlmo
-	$(BIN)/mypy tests benchmarks csrc
+	$(BIN)/mypy tests csrc
+	$(BIN)/mypy benchmarks
 
 # The site in build/site; a warning is an error.
 docs: $(VENV)/.installed-test

@@ -137,6 +137,7 @@ def test_opcheck(case, place):
     torch.library.opcheck(ops.ATTENTION.forward, arguments)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", [CASES[0], CASES[-1], CASES[2]], ids=str)
 @on_every_backend
 def test_compile_fullgraph(case, place):

@@ -34,6 +34,8 @@ from vlmo.kernels import RelativePositionBias, RelativePositionIndex, shared_att
 from vlmo.kernels._backends import cuda as cuda_target
 from vlmo.kernels.attention.cuda import arguments, backend, backward, bias_gradient, forward
 
+pytestmark = pytest.mark.heavy
+
 HALF = torch.float16
 KERNELS = [
     *(("attention_fwd", f"attention_fwd_{name}") for name in ("64_2", "64_4", "128_4")),

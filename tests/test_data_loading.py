@@ -276,6 +276,7 @@ def test_workers_change_nothing():
         assert same(one, two)
 
 
+@pytest.mark.heavy
 def test_a_spawned_worker_changes_nothing():
     spawned = make_loader(1)
     spawned.multiprocessing_context = "spawn"

@@ -125,6 +125,7 @@ def test_a_kernel_is_interpreted_only_when_asked_for_by_name(monkeypatch):
         moe_ffn(x, routing, w, w)
 
 
+@pytest.mark.heavy
 def test_compiled_code_follows_use_backend():
     routing = ModalityRouting.segments([(0, 4)])
     x, w = torch.randn(4, 8), [torch.randn(8, 8)]

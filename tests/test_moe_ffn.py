@@ -85,6 +85,7 @@ def test_opcheck(form, save_pre, place):
     torch.library.opcheck(ops.MOE_FFN.forward, arguments)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("form", ["segments", "ids"])
 def test_compile_fullgraph(form, place):
     case, device = Case(form=form), place.device

@@ -197,6 +197,7 @@ def test_second_derivatives_of_the_reference(case):
     assert torch.autograd.gradgradcheck(function, tuple(flat.values()), fast_mode=True)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize(
     ("backend", "warm", "recompute"),

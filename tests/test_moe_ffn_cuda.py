@@ -42,6 +42,8 @@ from vlmo.kernels.moe_ffn.cuda import backward_rows as cuda_gradients
 from vlmo.kernels.moe_ffn.cuda import backward_weights as cuda_weights
 from vlmo.kernels.moe_ffn.cuda import forward as cuda_forward
 
+pytestmark = pytest.mark.heavy
+
 CUBINS = ("moe_ffn_fwd", "moe_ffn_bwd_rows", "moe_ffn_bwd_weights")
 ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu", "geglu")
 KERNELS = [
