@@ -16,8 +16,8 @@ def _digit_wordpiece() -> Tokenizer:
 
 
 def digit_tokenizer(max_length: int = 16) -> TextTokenizer:
-    """Tokenizer of everything that is said about digit scenes; the same ids on every run.
+    """Tokenizer for all texts about digit scenes, with the same ids on every run.
 
-    The longest text is 12 tokens, [CLS] and [SEP] included.
+    The longest text has 12 tokens, including [CLS] and [SEP].
     """
     return TextTokenizer(_digit_wordpiece(), max_length)
