@@ -1,4 +1,4 @@
-"""Training: what a recipe, data and a machine become."""
+"""Training: runs a recipe on some data and saves checkpoints, logs and the training state."""
 
 from vlmo.training.setup import Settings
 from vlmo.training.stopping import Interrupted
