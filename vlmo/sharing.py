@@ -1,6 +1,6 @@
-"""How a model is run to be judged: in evaluation mode, its work divided among the ranks.
+"""Distributed evaluation: sharding, evaluation mode, and gathering of results.
 
-No result depends on the number of ranks.
+Results do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from vlmo.distributed import gather, rank, world_size
 
 
 def own_share(count: int) -> list[int]:
-    """This rank's contiguous share of the numbers 0 .. count - 1, as many on every rank.
+    """This rank's contiguous share of the numbers 0 .. count - 1, of equal size on every rank.
 
-    What the last ranks lack is filled up with the last number, because ranks that hold different
-    numbers of rows, or call a sharded model different numbers of times, would wait for each other
-    forever. :func:`of_all` takes the repeats out again.
+    The last shares are padded with the last number, because ranks that have different numbers of
+    rows, or call a sharded model different numbers of times, would wait for each other forever.
+    :func:`of_all` removes the padding.
     """
     size = -(-count // world_size())
     first = rank() * size
@@ -32,12 +32,12 @@ def own_share(count: int) -> list[int]:
 
 
 def of_all(rows: Tensor, count: int) -> Tensor:
-    """``[count, ...]``: what the ranks have found for each number, from their :func:`own_share`."""
+    """Gather the results for each number, ``[count, ...]``, from the ranks' :func:`own_share`."""
     return gather(rows)[:count]
 
 
 def objects_of_all(rows: list[Any], count: int) -> list[Any]:
-    """:func:`of_all` for a list of anything that can be pickled."""
+    """As :func:`of_all`, for a list of objects that can be pickled."""
     if world_size() == 1:
         return rows[:count]
     gathered: list[Any] = [None] * world_size()
@@ -46,7 +46,7 @@ def objects_of_all(rows: list[Any], count: int) -> list[Any]:
 
 
 def even_batches(numbers: Sequence[int], batch_size: int) -> list[list[int]]:
-    """``numbers`` in order, in as few batches as ``batch_size`` allows, none much smaller.
+    """Split ``numbers`` into as few batches as ``batch_size`` allows, of nearly equal sizes.
 
     Raises:
         ValueError: ``batch_size`` is not positive.
@@ -60,11 +60,11 @@ def even_batches(numbers: Sequence[int], batch_size: int) -> list[list[int]]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[Callable[..., Any]]:
-    """Put ``model`` into evaluation mode for the block, and back into the mode it was in.
+    """Put ``model`` into evaluation mode for the block and restore its mode afterwards.
 
     Yields:
-        What calls a function (first argument) that uses parts of the model. Under FSDP2 parts can
-        only be used inside the model's forward, which such a call then counts as.
+        A function that calls its first argument, a function that uses parts of the model. Under
+        FSDP2, parts can only be used inside the model's forward; such a call counts as one.
     """
     training = model.training
     model.eval()
@@ -88,10 +88,10 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def precision(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    """Products in ``dtype`` for the block; None leaves things as they are."""
+    """Matrix products in ``dtype`` inside the block; no change for None."""
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters are."""
+    """The device of the model's parameters."""
     return next(model.parameters()).device
