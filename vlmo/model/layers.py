@@ -93,7 +93,7 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
     def is_plain(self) -> bool:
-        """Whether its weights fully determine its output, see :func:`vlmo.model.wrappers.is_plain`."""
+        """Whether its weights determine its output, see :func:`vlmo.model.wrappers.is_plain`."""
         return is_plain(self, Mlp) and all(is_plain(fc, nn.Linear) for fc in (self.fc1, self.fc2))
 
 
