@@ -20,6 +20,7 @@ CPU = torch.device("cpu")
 RIGHT, WRONG = Deviation("y", 1.0, 1.0, 2.0), Deviation("dx", 3.0, 1.0, 2.0)
 CASES = [Case("fake", "tiny", torch.float32, "forward", {"tokens": n}) for n in (1, 2)]
 FEW = Settings(seconds=0)
+COST = Cost(flops=4 * 10**9, bytes=10**9)
 
 
 def fail():
@@ -37,7 +38,7 @@ class FakeProblem:
     found: dict[str, Sequence[Deviation] | Callable[[], Sequence[Deviation]]]
     works: dict[str, Callable[[], object]] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
-    cost: Cost = field(default_factory=lambda: Cost(flops=4 * 10**9, bytes=10**9))
+    cost: Cost = COST
     samples: int = 8
 
     @property

@@ -16,8 +16,8 @@ RESULTS = BENCHMARKS / "results"
 @pytest.mark.parametrize("name", ["volta", "volta_attention"])
 def test_pages_of_the_model_are_those_of_its_figures(name):
     code = (
-        f"import json, sys; sys.path.insert(0, {str(BENCHMARKS / 'modelled')!r});"
-        f" import {name} as m; print(m.markdown(json.load(open({str(RESULTS / name)!r} + '.json'))), end='')"
+        f"import json, sys; sys.path.insert(0, {str(BENCHMARKS / 'modelled')!r}); import {name}; "
+        f"print({name}.markdown(json.load(open({str(RESULTS / name)!r} + '.json'))), end='')"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=600

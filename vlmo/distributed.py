@@ -1,6 +1,6 @@
-"""What the ranks of a process group tell each other; without a group, a world of one.
+"""Collective operations on the ranks of a process group; without a group there is one rank.
 
-Every rank calls these in the same order and holds the same number of rows.
+Every rank calls these functions in the same order and with the same number of rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vlmo.kernels.transfer import upload
 
 
 def rank() -> int:
-    """Number of this process, 0 without a group."""
+    """Rank of this process, 0 without a group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -37,12 +37,12 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """Rows ``[n, ...]`` of all ranks ``[W * n, ...]``, in the order of the ranks.
+    """Concatenate the rows ``[n, ...]`` of all ranks, in rank order, to ``[W * n, ...]``.
 
-    Differentiable: a row's gradient is the sum of what all ranks have for it. With every rank's
-    loss a mean over its own rows and gradients averaged over ranks, that is the gradient of the
-    mean over all rows. (The official code gathers without a gradient, which makes that of the
-    encoders W times as small; see ``VLMoConfig.itc_grad_scale``.)
+    Differentiable: the gradient of a row is the sum of its gradients on all ranks. If every rank's
+    loss is a mean over its own rows and gradients are averaged over ranks, this is the gradient of
+    the mean over all rows. (unilm, the reference implementation, gathers without a gradient, which
+    makes the gradient of the encoders W times as small; see ``VLMoConfig.itc_grad_scale``.)
     """
     if world_size() == 1:
         return tensor
@@ -59,7 +59,7 @@ def _all_rows(tensor: Tensor) -> Tensor:
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """The mean of a tensor that each rank has one of; without a gradient."""
+    """The mean of a tensor over all ranks, without a gradient."""
     if world_size() == 1:
         return tensor
     total = tensor.detach().clone()
@@ -71,26 +71,26 @@ def fetch_rows(
     rows: Tensor,  # [n, ...]
     wanted: Sequence[Sequence[int]],
 ) -> Tensor:
-    """Some rows of other ranks, each sent once to each rank that wants it, and to no other.
+    """Fetch rows from other ranks; a row is sent once to each rank that wants it.
 
     Args:
-        rows: this rank's; the number of a row among all is rank * n + its place. No gradient.
-        wanted: for each rank, the numbers of the rows it wants, all different; the same on all
-            ranks.
+        rows: rows of this rank, without a gradient; the global index of row i is rank * n + i.
+        wanted: for each rank, the global indices of the rows that it wants, all different; equal on
+            all ranks.
 
     Returns:
-        ``[len(wanted[rank]), ...]`` in ascending order of their numbers.
+        ``[len(wanted[rank]), ...]`` in ascending order of global indices.
     """
     count, own = len(rows), rank()
     if world_size() == 1:
         return rows[sorted(wanted[0])]
-    # For each receiver what this rank has of it, and for each sender what this rank gets.
+    # The rows that this rank sends to each receiver, and the number that it gets from each sender.
     sent = [sorted(number for number in numbers if number // count == own) for numbers in wanted]
     received = [
         sum(number // count == sender for number in wanted[own]) for sender in range(len(wanted))
     ]
     own_places = [number - own * count for numbers in sent for number in numbers]
-    places = torch.tensor(own_places, dtype=torch.long)  # also if nobody wants any
+    places = torch.tensor(own_places, dtype=torch.long)  # the dtype is needed if the list is empty
     outgoing = rows[upload(places, rows.device)]
     incoming = rows.new_empty((len(wanted[own]), *rows.shape[1:]))
     dist.all_to_all_single(incoming, outgoing, received, [len(numbers) for numbers in sent])

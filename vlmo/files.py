@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and texts in whatever Unicode encoding they are."""
+"""Atomic replacement of files, and reading of texts in any Unicode encoding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-# By their byte order marks; that of UTF-32 begins with that of UTF-16.
+# By byte order mark; that of UTF-32 starts with that of UTF-16.
 _ENCODINGS = {
     codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF32_LE: "utf-32-le",
@@ -24,17 +24,17 @@ _ENCODINGS = {
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its name when the block ends without an error.
+    """Yield a temporary path beside ``path`` that replaces it when the block ends without an error.
 
-    It is on disk before it takes the name. The suffix is kept, for writers that choose a format by
-    it. After an error an older file of that name is as it was, and the temporary one is gone; after
-    a kill, a hidden file may be left.
+    The temporary file is flushed to disk before it is renamed. It has the same suffix, for writers
+    that choose a format by suffix. After an error an existing file is unchanged and the temporary
+    one is deleted; after a kill, a hidden file may remain.
 
     Raises:
-        OSError: the folder does not exist, the disk is full, ``path`` is a directory; its text
-            names the file.
+        OSError: the folder does not exist, the disk is full, or ``path`` is a directory; the
+            message names the file.
     """
-    # A link is followed, or os.replace would put a file in its place.
+    # Follow a link: os.replace would replace the link itself.
     final = Path(os.path.realpath(path))
     if final.is_dir():
         raise IsADirectoryError(f"{final}: is a directory")
@@ -48,20 +48,20 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(temporary, final)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync(final.parent)  # the new name as well
+    _sync(final.parent)  # for the new name
 
 
 def append(path: str | os.PathLike[str], text: str) -> None:
-    """Append to a file in one call of the system, so that a kill leaves all of it or nothing.
+    """Append to a file with a single system call, so that a kill leaves all of the text or nothing.
 
     Raises:
-        OSError: the file does not exist, the disk is full; its text names the file.
+        OSError: the file does not exist, or the disk is full; the message names the file.
     """
     content = text.encode()
     with named_in_errors(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
         try:
-            while content:  # more than one call on a full disk only, whose error the next raises
+            while content:  # a second call occurs only on a full disk, and raises
                 content = content[os.write(descriptor, content) :]
         finally:
             os.close(descriptor)
@@ -75,7 +75,7 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 
 @contextlib.contextmanager
 def named_in_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Name the file in an error that does not, such as that of a full disk."""
+    """Add the file's name to errors that lack it, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -85,11 +85,11 @@ def named_in_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a file in UTF-8, or in the encoding of its byte order mark, without the mark.
+    """The text of a file in UTF-8 or in the encoding of its byte order mark, without the mark.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is in another encoding; file and line are named.
+        OSError: the file cannot be read.
+        ValueError: it has another encoding; the message names file and line.
     """
     content = Path(path).read_bytes()
     encoding, start = text_encoding(content[:4])
@@ -104,13 +104,13 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def read_lines(path: str | os.PathLike[str], *, ends: bool = False) -> Iterator[str]:
-    """The lines of a text file as of :func:`read_text`, with their ends (LF or CR LF) or without.
+    """The lines of a text file as in :func:`read_text`, optionally with line ends (LF or CR LF).
 
     A file in UTF-8 is read line by line.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is in another encoding; file and line are named.
+        OSError: the file cannot be read.
+        ValueError: it has another encoding; the message names file and line.
     """
     with open(path, "rb") as stream:
         encoding, start = text_encoding(stream.read(4))
@@ -125,7 +125,7 @@ def read_lines(path: str | os.PathLike[str], *, ends: bool = False) -> Iterator[
 
 
 def text_encoding(start: bytes) -> tuple[str, int]:
-    """Encoding of a text file by its first four bytes, and the length of its byte order mark."""
+    """Encoding of a text file from its first four bytes, and the length of its byte order mark."""
     for mark, encoding in _ENCODINGS.items():
         if start.startswith(mark):
             return encoding, len(mark)

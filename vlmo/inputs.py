@@ -1,4 +1,4 @@
-"""Images and texts in the forms in which a caller has them, checked before a model sees any."""
+"""Checks and converts a caller's images and texts, in all supported forms."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ Picture: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | n
 Pictures: TypeAlias = Picture | Iterable[Picture]
 Texts: TypeAlias = str | Iterable[str]
 
-_TEXT_KINDS = "UO"  # of NumPy's arrays: of texts, of objects
-# Pillow reads the file of an image when its pixels are first asked for; one that is given twice
-# must not be read by two threads.
+_TEXT_KINDS = "UO"  # NumPy dtype kinds: text, object
+# Pillow reads an image's file when its pixels are first accessed; two threads must not read the
+# same image at once.
 _pillow = threading.Lock()
 
 
 def pictures(name: str, given: Any) -> list[Picture]:
-    """One image or several as a list; open files are read, nothing else is.
+    """Convert one image or several to a list; reads open files, but no paths.
 
     Args:
-        name: of the argument, for errors.
+        name: name of the argument, for errors.
         given: a path, the bytes of an image file, a file opened for reading bytes, a Pillow image,
             or a uint8 array ``[H, W]``, ``[H, W, 1]`` or ``[H, W, 3]``; or any iterable of these,
             or an array ``[n, H, W, 1 or 3]``.
 
     Raises:
-        ValueError: it is something else, or an image without a pixel; names the argument, and the
-            number of the image if there are several.
+        ValueError: it is something else, or an image has no pixels; the message names the argument,
+            and the index of the image if there are several.
     """
     if isinstance(given, np.ndarray):
         if given.ndim == 4:
             given = list(given)
-        elif given.dtype.kind in _TEXT_KINDS and given.ndim < 2:  # of paths, or of images
+        elif given.dtype.kind in _TEXT_KINDS and given.ndim < 2:  # an array of paths or images
             given = given.tolist()
     if _is_picture(given):
         return [_picture(name, given)]
@@ -49,15 +49,15 @@ def pictures(name: str, given: Any) -> list[Picture]:
 
 
 def texts(name: str, given: Any) -> list[str]:
-    """One text or several as a list; warns of blank ones.
+    """Convert one text or several to a list; warns about blank texts.
 
     Args:
-        name: of the argument, for errors.
-        given: a text, or any iterable or one-dimensional array of them.
+        name: name of the argument, for errors.
+        given: a text, or any iterable or one-dimensional array of texts.
 
     Raises:
-        ValueError: it is something else, or a text that is not valid Unicode; names the argument,
-            and the number of the text if there are several.
+        ValueError: it is something else, or a text is not valid Unicode; the message names the
+            argument, and the index of the text if there are several.
     """
     if isinstance(given, np.ndarray) and given.dtype.kind in _TEXT_KINDS and given.ndim < 2:
         given = given.tolist()
@@ -67,11 +67,11 @@ def texts(name: str, given: Any) -> list[str]:
 
 
 def decoded(picture: Picture, name: str) -> Image.Image:
-    """A picture of :func:`pictures` in RGB.
+    """Decode a picture from :func:`pictures` to RGB.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the image cannot be read; names its path, or else ``name``.
+        ValueError: the image cannot be read; the message names its path, or else ``name``.
     """
     if isinstance(picture, (str, os.PathLike)):
         return read_image(picture, os.fspath(picture))
@@ -85,7 +85,7 @@ def decoded(picture: Picture, name: str) -> Image.Image:
         with _pillow:
             picture.load()
         return as_rgb(picture)
-    except Exception as error:  # Pillow's readers raise many kinds for damaged files
+    except Exception as error:  # Pillow raises exceptions of many types for damaged files
         raise ValueError(f"{name}: the image cannot be read: {error}") from error
 
 
@@ -140,7 +140,7 @@ def _text(name: str, given: Any) -> str:
 
 
 def check_text(name: str, text: str) -> str:
-    """The text; raises ValueError, which begins with ``name``, if it is not valid Unicode."""
+    """The text; raises ValueError, with ``name`` first, if it is not valid Unicode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -149,7 +149,7 @@ def check_text(name: str, text: str) -> str:
 
 
 def _described(given: Any) -> str:
-    """What something is, in a few words."""
+    """A short description of a value, for errors."""
     if given is None or isinstance(given, (bool, int, float, bytes, bytearray)):
         return reprlib.repr(given)
     if isinstance(given, np.ndarray):

@@ -1,4 +1,4 @@
-"""A trained VLMo on single images and texts.
+"""Inference with a trained VLMo on images and texts.
 
 from vlmo import Predictor
 predictor = Predictor.load("run/")
@@ -53,8 +53,9 @@ class Answer(NamedTuple):
     """An answer to a question about an image.
 
     Attributes:
-        text: as the model's list of answers has it.
-        probability: that it is right; answers are judged one by one, so these need not sum to 1.
+        text: as in the model's list of answers.
+        probability: probability that it is right; answers are scored independently, so these need
+            not sum to 1.
     """
 
     text: str
@@ -65,8 +66,8 @@ class Hit(NamedTuple):
     """An image found for a text.
 
     Attributes:
-        image: its number among the images.
-        score: cosine; after re-ranking, matching logit and cosine.
+        image: its index among the images.
+        score: cosine similarity; after re-ranking, matching logit plus cosine.
     """
 
     image: int
@@ -74,31 +75,31 @@ class Hit(NamedTuple):
 
 
 class Predictor:
-    """A model, its vocabulary and its answers, to be asked about any number of images and texts.
+    """A model with its vocabulary and answers, for inference on any number of images and texts.
 
     Images are paths, the bytes of image files, files opened for reading bytes, Pillow images, or
-    uint8 arrays ``[H, W]``, ``[H, W, 1]``, ``[H, W, 3]`` or, of several, ``[n, H, W, 3]``; they are
-    resized to the model's square. Several images or texts come in a list, a tuple, an array, a
-    pandas Series, a generator. Texts longer than the model's lose their end, with a warning; blank
-    ones are taken, with a warning. Wherever images and texts are taken one by one, a single one
-    goes with all of the others. Everything is done in batches; tensors come back in float32 on the
-    CPU. Every method raises ValueError for images and texts of other kinds, and FloatingPointError
-    if the model's outputs are NaN or infinite.
+    uint8 arrays ``[H, W]``, ``[H, W, 1]``, ``[H, W, 3]`` or, for several images, ``[n, H, W, 3]``;
+    they are resized to the model's square input. Several images or texts are passed as a list, a
+    tuple, an array, a pandas Series or a generator. Texts longer than the model's text length are
+    truncated, with a warning; blank texts are accepted, with a warning. Methods that pair images
+    with texts broadcast a single one to all of the others. All methods work in batches and return
+    tensors in float32 on the CPU. Every method raises ValueError for images and texts of other
+    kinds, and FloatingPointError if the model's outputs are NaN or infinite.
 
     Args:
         model: put into evaluation mode.
-        vocabulary: of :func:`vlmo.data.load_vocabulary`; None for a model that only sees images.
-        answers: of visual questions in the order of their ids.
-        autocast: dtype of the model's products; None for the parameters' own.
-        batch_size: images, texts or pairs at a time.
+        vocabulary: from :func:`vlmo.data.load_vocabulary`; None for a model that only sees images.
+        answers: answers to visual questions, in the order of their ids.
+        autocast: dtype of the model's matrix products; None for that of the parameters.
+        batch_size: images, texts or pairs per batch.
 
     Attributes:
         model: as given.
         answers: as given.
 
     Raises:
-        ValueError: ``batch_size`` is not positive, or vocabulary or answers are of another number
-            than the model's.
+        ValueError: ``batch_size`` is not positive, or the vocabulary or the answers differ in
+            number from those of the model.
     """
 
     def __init__(
@@ -141,23 +142,24 @@ class Predictor:
         batch_size: int = 64,
         **changes: Any,
     ) -> Predictor:
-        """The predictor of a run folder or a checkpoint, see :func:`vlmo.run_folder.load_model`.
+        """Load a run folder or a checkpoint, see :func:`vlmo.run_folder.load_model`.
 
         Args:
             source: run folder, or checkpoint of any layout.
             vocabulary: vocab.txt; a run folder has its own.
-            answers: of visual questions; a run folder of VQA has its own.
+            answers: answers to visual questions; the run folder of a VQA training has its own.
             device: "auto" for the GPU if there is one, "cpu", "cuda" or "cuda:1".
-            dtype: of the products, "float32", "bfloat16" or "float16"; "auto" is float32 on the
-                CPU and a 16-bit type on a GPU.
-            backend: of the kernels; None for the first that can run.
-            batch_size: images, texts or pairs at a time.
-            changes: fields to change in the configuration found, e.g. ``image_size=480``.
+            dtype: dtype of the matrix products: "float32", "bfloat16" or "float16"; "auto" is
+                float32 on the CPU and a 16-bit type on a GPU.
+            backend: backend of the kernels; None for the first that can run.
+            batch_size: images, texts or pairs per batch.
+            changes: fields to change in the configuration of the checkpoint, e.g.
+                ``image_size=480``.
 
         Raises:
             NotImplementedError: the backend cannot run here.
-            ValueError: no such device, dtype or backend, or as :func:`vlmo.run_folder.load_model`,
-                whose other errors come up as well.
+            ValueError: there is no such device, dtype or backend; and all errors of
+                :func:`vlmo.run_folder.load_model`.
         """
         place = chosen_device(device)
         autocast = chosen_dtype(dtype, place)
@@ -171,13 +173,13 @@ class Predictor:
         )
 
     def has(self, *heads: str) -> bool:
-        """Whether the model has one of these heads."""
+        """Whether the model has at least one of these heads."""
         return bool(set(heads) & set(self.model.config.tasks))
 
     def read_images(self, images: Pictures) -> list[np.ndarray | OSError | ValueError]:
-        """Images in the model's size, uint8 ``[S, S, 3]``, to be given to several methods.
+        """Read images and resize them, uint8 ``[S, S, 3]``, so that several methods can use them.
 
-        In place of one that cannot be read stands the error that says why.
+        For an image that cannot be read, the list holds the error that explains why.
         """
         shown = pictures_of("images", images)
         with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
@@ -191,11 +193,11 @@ class Predictor:
 
     @torch.no_grad()
     def embed_images(self, images: Pictures) -> Tensor:
-        """Unit vectors ``[n, D]`` of the dual encoder.
+        """Embed images with the dual encoder: unit vectors ``[n, D]``.
 
         Raises:
             FileNotFoundError: an image does not exist.
-            ValueError: an image cannot be read, or the model has no head of retrieval.
+            ValueError: an image cannot be read, or the model has no retrieval head.
         """
         self._require("embed_images", "itc", "irtr")
         shown = pictures_of("images", images)
@@ -208,10 +210,10 @@ class Predictor:
 
     @torch.no_grad()
     def embed_texts(self, texts: Texts) -> Tensor:
-        """Unit vectors ``[n, D]`` of the dual encoder.
+        """Embed texts with the dual encoder: unit vectors ``[n, D]``.
 
         Raises:
-            ValueError: the model has no head of retrieval, or there is no vocabulary.
+            ValueError: the model has no retrieval head, or there is no vocabulary.
         """
         self._require("embed_texts", "itc", "irtr")
         said = texts_of("texts", texts)
@@ -223,17 +225,17 @@ class Predictor:
         return self._joined(found, (self.model.config.dim,))
 
     def similarity(self, images: Pictures, texts: Texts) -> Tensor:
-        """Cosines ``[texts, images]`` of all texts and all images; errors as of the embeddings."""
+        """Cosine similarity ``[texts, images]``; raises the errors of both embedding methods."""
         return self.embed_texts(texts) @ self.embed_images(images).T
 
     @torch.no_grad()
     def match(self, images: Pictures, texts: Texts) -> Tensor:
-        """Probability ``[n]`` that an image and a text belong together, by the fusion encoder.
+        """Probability ``[n]`` that an image and a text belong together, from the fusion encoder.
 
         Raises:
             FileNotFoundError: an image does not exist.
-            ValueError: an image cannot be read, images and texts do not pair, the model has no head
-                of matching, or there is no vocabulary.
+            ValueError: an image cannot be read, the numbers of images and texts do not match, the
+                model has no matching head, or there is no vocabulary.
         """
         self._require("match", "itm")
 
@@ -244,11 +246,11 @@ class Predictor:
         return found.softmax(1)[:, 1]
 
     def answer(self, image: Picture, question: str, top: int = 1) -> list[Answer]:
-        """The likeliest answers to one question about one image, best first.
+        """The most likely answers to one question about one image, best first.
 
         Raises:
-            ValueError: several images or questions were given, for which there is
-                :meth:`answer_all`; or as of that.
+            ValueError: several images or questions were given, which :meth:`answer_all` accepts;
+                and all errors of that method.
         """
         shown, said = pictures_of("image", image), texts_of("question", question)
         if len(shown) != 1 or len(said) != 1:
@@ -260,12 +262,13 @@ class Predictor:
 
     @torch.no_grad()
     def answer_all(self, images: Pictures, questions: Texts, top: int = 1) -> list[list[Answer]]:
-        """The ``top`` likeliest answers to each question, best first.
+        """The ``top`` most likely answers to each question, best first.
 
         Raises:
             FileNotFoundError: an image does not exist.
-            ValueError: an image cannot be read, images and questions do not pair, ``top`` is not
-                positive, the model has no head of VQA, or there is no vocabulary or no answers.
+            ValueError: an image cannot be read, the numbers of images and questions do not match,
+                ``top`` is not positive, the model has no VQA head, or there is no vocabulary or no
+                answers.
         """
         self._require("answer", "vqa")
         if self.answers is None:
@@ -294,8 +297,8 @@ class Predictor:
 
         Raises:
             FileNotFoundError: an image does not exist.
-            ValueError: an image cannot be read, images and statements do not pair, the model has no
-                head of NLVR2, or there is no vocabulary.
+            ValueError: an image cannot be read, the numbers of images and statements do not match,
+                the model has no NLVR2 head, or there is no vocabulary.
         """
         self._require("judge", "nlvr2")
         first, second = pictures_of("images_0", images_0), pictures_of("images_1", images_1)
@@ -309,7 +312,7 @@ class Predictor:
             for rows, (one, other) in zip(batches, pixels, strict=True):
                 batch = self._encoded([said[row] for row in rows])
                 batch |= {"image_0": one, "image_1": other}
-                # The labels are made up; nothing looks at the loss.
+                # The labels are placeholders; the loss is not used.
                 batch["answers"] = torch.zeros(len(rows), dtype=torch.int64, device=one.device)
                 output = losses.nlvr2(self.model, batch)
                 found.append(output["nlvr2_logits"])
@@ -322,23 +325,23 @@ class Predictor:
         text: str | None = None,
         layer: int | None = None,
     ) -> AttentionMaps:
-        """What each token of a text and an image attends to, in every layer or in one.
+        """Attention weights between the tokens of a text and an image, for all layers or one.
 
-        A text and an image are one sequence, as in matching and in answering. The weights are
-        computed in plain PyTorch beside the model's own attention.
+        Text and image form one sequence, as in matching and question answering. The weights are
+        computed in plain PyTorch, separately from the model's own attention.
 
         Args:
-            image: one; None for a text alone.
-            text: one; None for an image alone.
-            layer: number of a layer; -1 is the last, None is all of them.
+            image: one image; None for a text alone.
+            text: one text; None for an image alone.
+            layer: number of a layer; -1 is the last one, None stands for all of them.
 
         Returns:
-            Weights ``[layers, heads, N, N]``, or ``[heads, N, N]`` of one layer, and what the N
-            positions are.
+            Weights ``[layers, heads, N, N]``, or ``[heads, N, N]`` for one layer, and a description
+            of the N positions.
 
         Raises:
             FileNotFoundError: the image does not exist.
-            ValueError: neither was given, or several; the image cannot be read, there is no such
+            ValueError: neither or several were given, the image cannot be read, there is no such
                 layer, or there is no vocabulary.
         """
         shown = [] if image is None else pictures_of("image", image)
@@ -362,14 +365,14 @@ class Predictor:
     def rank(
         self, texts: Texts, images: Pictures, k: int = 5, *, rerank: int = 0
     ) -> list[list[Hit]]:
-        """The ``k`` best of the images for each text, best first.
+        """Find the ``k`` best images for each text, best first.
 
         Args:
-            texts: to search for.
-            images: to search among.
-            k: images to return for each text.
-            rerank: candidates by cosine that the fusion encoder scores anew, 0 for none; the new
-                score is the matching logit plus the cosine.
+            texts: queries.
+            images: images to search among.
+            k: number of images to return for each text.
+            rerank: number of candidates by cosine similarity that the fusion encoder re-scores, 0
+                for none; the new score is the matching logit plus the cosine.
 
         Raises:
             FileNotFoundError: an image does not exist.
@@ -404,7 +407,7 @@ class Predictor:
             images=_Decoded(images, self._decoded),
             text_ids=words["text_ids"].cpu(),
             text_masks=words["text_masks"].cpu(),
-            image_of_text=torch.zeros(len(texts), dtype=torch.int64),  # not looked at
+            image_of_text=torch.zeros(len(texts), dtype=torch.int64),  # unused
         )
         device = device_of(self.model)
         nothing = Shortlist(
@@ -433,11 +436,11 @@ class Predictor:
         images: Pictures,
         texts: Texts,
     ) -> Iterator[Tensor]:
-        """``function`` of the texts, images and image numbers of each batch of pairs."""
+        """Call ``function`` with the texts, images and image numbers of each batch of pairs."""
         shown, said = pictures_of("images", images), texts_of("texts", texts)
         count = _common_length(images=shown, texts=said)
         batches = even_batches(range(count), self.batch_size)
-        alone = len(shown) == 1  # then a batch needs it once
+        alone = len(shown) == 1  # then every batch needs only this image
         pixels = self._pixels(shown, [[0] for _ in batches] if alone else batches)
         said = _spread(said, count)
         for rows, fetched in zip(batches, pixels, strict=True):
@@ -449,7 +452,7 @@ class Predictor:
     def _pixels(
         self, images: Sequence[Picture], batches: Sequence[Sequence[int]]
     ) -> Iterator[Tensor]:
-        """uint8 ``[n, 3, S, S]`` on the device, the next batch being decoded meanwhile."""
+        """Images uint8 ``[n, 3, S, S]`` on the device; the next batch is decoded meanwhile."""
         device = device_of(self.model)
         waiting: deque[list[Future[Tensor]]] = deque()
         with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
@@ -500,7 +503,7 @@ class Predictor:
         return self._finite(torch.cat([*parts]).float().cpu())
 
     def _finite(self, outputs: Tensor, first: int = 0) -> Tensor:
-        """The model's outputs ``[n, ...]`` for rows from ``first`` on; raises if not finite."""
+        """Outputs ``[n, ...]`` of the rows from ``first`` on; raises if one is not finite."""
         bad = (~outputs.flatten(1).isfinite().all(1)).nonzero()[:, 0].tolist()
         if bad:
             how = "" if self.autocast is None else f" in {self.autocast}; try dtype='float32'"
@@ -511,7 +514,7 @@ class Predictor:
 
 
 class _Decoded(Dataset):
-    """Images as a gallery asks for them."""
+    """Images as a map-style data set, decoded on access."""
 
     def __init__(
         self, images: Sequence[Picture], decoded: Callable[[Sequence[Picture], int], Tensor]
@@ -526,7 +529,7 @@ class _Decoded(Dataset):
 
 
 def _common_length(**given: Sequence[Any]) -> int:
-    """Number of rows when a single one goes with all of the others."""
+    """Number of rows when single items are broadcast."""
     counts = {name: len(values) for name, values in given.items()}
     several = {count for count in counts.values() if count != 1}
     if len(several) > 1:

@@ -1,4 +1,4 @@
-"""A trained model with what it needs to be used: its vocabulary and the names of its answers."""
+"""Loads a trained model together with its vocabulary and the names of its answers."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ VOCABULARY, ANSWERS = "vocab.txt", "answers.json"
 
 
 class Digests(NamedTuple):
-    """What the weights of a checkpoint were trained with, as :func:`digest` has it.
+    """What the weights of a checkpoint were trained with, as digests of :func:`digest`.
 
     Attributes:
-        vocabulary: of the tokens in the order of their ids; None if nothing tells.
-        answers: of the answers in the order of their ids; None if nothing tells or there are none.
+        vocabulary: digest of the tokens in the order of their ids; None if unknown.
+        answers: digest of the answers in the order of their ids; None if unknown or absent.
     """
 
     vocabulary: str | None
@@ -45,13 +45,13 @@ class Digests(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A model to use.
+    """A model that is ready for inference.
 
     Attributes:
         model: on the CPU, in evaluation mode.
-        vocabulary: of its texts, for :class:`vlmo.data.TextTokenizer`; None if there is none.
-        answers: of visual questions in the order of their ids; None if there are none.
-        digests: of the vocabulary and of the answers that the model was trained with.
+        vocabulary: for :class:`vlmo.data.TextTokenizer`; None if there is none.
+        answers: answers to visual questions in the order of their ids; None if there are none.
+        digests: digests of the vocabulary and the answers that the model was trained with.
     """
 
     model: VLMo
@@ -67,22 +67,22 @@ def load_model(
     answers: str | os.PathLike[str] | Sequence[str] | None = None,
     **changes: Any,
 ) -> Loaded:
-    """Load a checkpoint, or what a training has left in its folder.
+    """Load a checkpoint or the result of a training in its run folder.
 
     Args:
         source: a checkpoint of any layout that :func:`vlmo.load_checkpoint` reads; or a run folder,
-            which has a vocab.txt and, after VQA training, an answers.json beside its weights, or a
-            checkpoint in one, such as best.safetensors.
-        vocabulary: vocab.txt of the model, where the folder has none or another is wanted.
+            which has a vocab.txt and, after VQA training, an answers.json beside its weights; or a
+            checkpoint in such a folder, such as best.safetensors.
+        vocabulary: vocab.txt of the model, if the folder has none or another one is wanted.
         answers: the answers in the order of their ids, or a JSON file with a list of them.
-        changes: fields to change in the configuration found, e.g. ``image_size=480``.
+        changes: fields to change in the configuration of the checkpoint, e.g. ``image_size=480``.
 
     Raises:
         FileNotFoundError: ``source`` or a file it needs does not exist.
         CheckpointError: the checkpoint is damaged or of another kind, lacks tensors that the
-            model's tasks use, or holds weights that are NaN or infinite.
-        ValueError: vocabulary or answers are not those that the model was trained with, or no valid
-            configuration.
+            model's tasks use, or has weights that are NaN or infinite.
+        ValueError: vocabulary or answers are not those that the model was trained with, or the
+            configuration is invalid.
     """
     path = weights_of(source)
     folder = path.parent
@@ -111,10 +111,10 @@ def load_model(
 
 
 def weights_of(source: str | os.PathLike[str]) -> Path:
-    """The checkpoint of a run folder, or ``source`` itself if it is no folder.
+    """The checkpoint of a run folder, or ``source`` itself if it is not a folder.
 
     Raises:
-        FileNotFoundError: a folder without model.safetensors.
+        FileNotFoundError: the folder has no model.safetensors.
     """
     path = Path(source)
     if not path.is_dir():
@@ -127,18 +127,18 @@ def weights_of(source: str | os.PathLike[str]) -> Path:
 
 
 def digest(words: Sequence[str]) -> str:
-    """16 hex digits that depend on each of the words and on their order."""
+    """16 hex digits that depend on every word and on their order."""
     return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
 
 
 def digests_of(source: str | os.PathLike[str]) -> Digests:
     """Digests of the vocabulary and the answers that a model was trained with; reads no tensor.
 
-    They stand in the metadata of a checkpoint that training has written; those of an older one, in
-    the recipe.json beside it.
+    They are in the metadata of a checkpoint that training has written; for an older one, in the
+    recipe.json beside it.
 
     Args:
-        source: a checkpoint, or a run folder, with or without weights.
+        source: a checkpoint, or a run folder with or without weights.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -169,10 +169,10 @@ def check_words(
     """Raise ValueError unless ``words`` are those that a model was trained with, in their order.
 
     Args:
-        place: where the words come from, for the error.
+        place: origin of the words, for the error.
         words: tokens or answers in the order of their ids.
         kind: "tokens" or "answers".
-        expected: their number, and their digest if it is known.
+        expected: their number, and their digest if known.
         weights: the checkpoint, for the error.
     """
     count, known = expected
@@ -188,7 +188,7 @@ def check_words(
 
 
 def _model(path: Path, config: VLMoConfig) -> VLMo:
-    """The model, in evaluation mode, all of whose weights that matter are known and finite."""
+    """The model in evaluation mode; raises if a weight that it uses is missing or not finite."""
     model = VLMo(config)
     report = load_checkpoint(model, path)
     missing = sorted(set(report.missing) - unused_parameters(config))
@@ -220,7 +220,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _recorded_run(path: Path) -> Mapping[str, Any]:
-    """What recipe.json says of the run; nothing if it says nothing."""
+    """The identity of the run recorded in recipe.json; empty if there is none."""
     content = read_json(path, os.fspath(path))
     run = content.get("run") if isinstance(content, dict) else None
     return run if isinstance(run, dict) else {}
@@ -231,7 +231,7 @@ def _text(value: Any) -> str | None:
 
 
 def _answers(given: str | os.PathLike[str] | Sequence[str]) -> tuple[str, list[str]]:
-    """What errors call the answers, and the answers."""
+    """The name of the answers' source for errors, and the answers."""
     if isinstance(given, (str, os.PathLike)):
         return f"answers: {os.fspath(given)}", read_answers(given)
     names = list(given)
@@ -243,8 +243,8 @@ def read_answers(path: str | os.PathLike[str]) -> list[str]:
     """The answers of a JSON file, in the order of their ids.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not JSON, or holds anything but a list of texts.
+        OSError: the file cannot be read.
+        ValueError: it is not JSON, or is not a list of texts.
     """
     place = f"answers: {os.fspath(path)}"
     names = read_json(path, place)
@@ -255,15 +255,15 @@ def read_answers(path: str | os.PathLike[str]) -> list[str]:
 
 
 def read_json(path: str | os.PathLike[str], place: str) -> Any:
-    """What a JSON file holds.
+    """The content of a JSON file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not JSON, or not UTF-8; begins with ``place``.
+        OSError: the file cannot be read.
+        ValueError: it is not JSON or not UTF-8; the message starts with ``place``.
     """
     try:
         return json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:  # of the syntax or of the encoding
+    except (ValueError, RecursionError) as error:  # invalid syntax or encoding
         raise ValueError(f"{place} is not JSON: {error}") from error
 
 

@@ -11,7 +11,7 @@
 
 #include "common/warp.cuh"
 
-constexpr int kColumns = 32;  // of a column tile
+constexpr int kColumns = 32;  // tokens in a column tile
 constexpr int kChunk = 8;     // halves in the 16 bytes that a thread moves at a time
 constexpr float kLog2e = 1.4426950408889634f;
 
@@ -71,7 +71,7 @@ struct Sequence {
   long long first;        // first token of a packed sequence, else 0
   long long first_value;  // index of a value of its first token, such as a position
   int tokens, keys;
-  int first_row;  // of the CTA
+  int first_row;  // first row that the CTA owns
 
   __device__ Sequence(const Call& call, int number, int head, int first_row)
       : number(number), head(head), first_row(first_row) {

@@ -98,7 +98,7 @@ struct Piece {
 struct Shared {
   alignas(16) char stages[kSharedBytes];
   alignas(16) float sums[kWarps][kTile];
-  float factors[kTile];  // of the rows of a tile of dw2: the layer scale
+  float factors[kTile];  // layer scale of the rows of a tile of dw2, else 1
   Plan plan;
   Piece piece;
   int position, stop, number;  // what is left of this CTA's share, and its number

@@ -40,7 +40,7 @@ INTERLEAVINGS = (
     Interleaving(resident=2, seed=1, quantum=5, shuffle=True),
     Interleaving(resident=1, seed=2, quantum=400, late=False),
 )
-CACHE = pathlib.Path("build/ptx")  # of compiled kernels, in the folder where the tests run
+CACHE = pathlib.Path("build/ptx")  # compiled kernels, relative to the working directory
 
 
 class Launch(NamedTuple):

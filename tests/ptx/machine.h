@@ -29,7 +29,7 @@ using f64 = double;
 
 constexpr u32 ALL_LANES = 0xffffffffu;
 constexpr int LANES = 32;
-constexpr int MAX_THREADS = 1024;  // of a CTA
+constexpr int MAX_THREADS = 1024;  // per CTA
 
 struct Warp;
 struct Cta;
@@ -97,8 +97,8 @@ template <int READERS> struct Shadow {
   int read_at;
   Reader readers[READERS];
 };
-using SharedShadow = Shadow<1>;  // of a byte
-using GlobalShadow = Shadow<8>;  // of a granule of Machine::granule bytes
+using SharedShadow = Shadow<1>;  // one per byte
+using GlobalShadow = Shadow<8>;  // one per granule of Machine::granule bytes
 
 // Zeroed memory; only pages that are used are allocated.
 template <class T> struct Zeroed {

@@ -389,7 +389,7 @@ class Seen(IntEnum):
 
 
 class _State(NamedTuple):
-    seen: tuple[Seen, ...]  # of each channel
+    seen: tuple[Seen, ...]  # per channel
     # The last store of each channel that is not yet released, or -1, and whether a barrier followed
     stored: tuple[tuple[int, bool], ...]
     channel: int  # the channel whose counter value is in `holders`, or -1

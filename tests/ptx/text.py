@@ -24,7 +24,7 @@ class Statement(NamedTuple):
     operands: tuple[str, ...]
     guard: str | None  # the predicate that guards its execution
     negated: bool
-    line: int  # of the PTX
+    line: int  # its line in the PTX
     source: str  # file and line of its Python source
     text: str
 

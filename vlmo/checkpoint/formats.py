@@ -1,7 +1,8 @@
-"""What a checkpoint file holds, whatever layout it came in, as tensors under official keys.
+"""Reads a checkpoint file of any layout into tensors under the keys of unilm.
 
-Nothing in a file is ever executed: pickles go through ``torch.load(weights_only=True)``, where
-classes that it does not know are replaced by empty ones that cannot be called.
+unilm is the reference implementation. No code from a file is executed: pickles are read with
+``torch.load(weights_only=True)``, where unknown classes are replaced by empty ones that cannot be
+called.
 """
 
 from __future__ import annotations
@@ -33,20 +34,20 @@ INDEX_BUFFERS = (
     "text_imag_relative_position_index",
 )
 SAFETENSORS_SUFFIX = ".safetensors"
-# A zip file ends in this signature, 22 bytes and a comment of up to 64 KiB.
+# A zip file ends with this signature, 22 bytes and a comment of up to 64 KiB.
 ZIP_END = b"PK\x05\x06"
 ZIP_END_REACH = 22 + 2**16
 
-# What save_checkpoint records in the metadata that both formats have room for: the configuration,
-# and digests of the vocabulary and of the answers that the weights were trained with.
+# Entries that save_checkpoint records in the metadata, which both formats support: the
+# configuration, and digests of the vocabulary and the answers that the weights were trained with.
 CONFIG_RECORD = "vlmo_config"
 VOCABULARY_RECORD, ANSWERS_RECORD = "vlmo_vocabulary", "vlmo_answers"
 _RECORDS = (CONFIG_RECORD, VOCABULARY_RECORD, ANSWERS_RECORD)
 
-# Entries of a training.pt, which has its weights under "model" as BEiT has.
+# Entries of a training.pt, which has its weights under "model", as BEiT files do.
 _STATE_OF_TRAINING = {"version", "run", "step", "model", "optimizer", "schedule"}
-_CLASSES = 64  # that a file may name besides those of tensors
-# Keys of files that are often taken for one of VLMo, in the order in which they are tried.
+_CLASSES = 64  # largest number of classes, other than those of tensors, in a file
+# Keys of files that are often mistaken for those of VLMo, in the order in which they are tried.
 _FOREIGN = {
     "BEiT-3": r"(beit3|model)\.text_embed\.|beit3\.",
     "ViLT": r"vilt\.|transformer\.blocks\.\d+\.mlp\.",
@@ -58,12 +59,12 @@ _FOREIGN = {
 
 
 class CheckpointError(ValueError):
-    """A file is no checkpoint of this model; the message names it and what is wrong with it."""
+    """A file is not a checkpoint of this model; the message names the file and the fault."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """A file after unwrapping: official keys (or an image table, if ``beit``) to tensors."""
+    """A file after unwrapping: tensors by unilm's keys (with an image table, if ``beit``)."""
 
     name: str
     state: dict[str, Tensor]
@@ -74,7 +75,7 @@ class Content:
 
 
 def read_content(source: Source) -> Content:
-    """Open, unwrap and convert a checkpoint to official keys."""
+    """Open, unwrap and convert a checkpoint to unilm's keys."""
     raw: Any = source
     name = "state dict"
     records: dict[str, str] = {}
@@ -121,7 +122,7 @@ def read_content(source: Source) -> Content:
 
 
 def read_records(source: str | os.PathLike[str]) -> dict[str, str]:
-    """What :func:`vlmo.save_checkpoint` recorded in a file's metadata; reads no tensor.
+    """Records of :func:`vlmo.save_checkpoint` in the metadata of a file; reads no tensor.
 
     Raises:
         FileNotFoundError, IsADirectoryError, CheckpointError: as :func:`vlmo.load_checkpoint`.
@@ -131,7 +132,7 @@ def read_records(source: str | os.PathLike[str]) -> dict[str, str]:
     if kind == "safetensors":
         with _safetensors(path) as file:
             return _own_records(file.metadata())
-    if kind == "pickle":  # a format that we do not write, and that would have to be read whole
+    if kind == "pickle":  # we do not write this format, and it would have to be read as a whole
         return {}
     raw = _open_torch(path, kind)
     if not isinstance(raw, Mapping):
@@ -145,7 +146,7 @@ def _wrapper(raw: Mapping[str, Any]) -> str | None:
 
 
 def _kind(path: Path) -> str:
-    """How to open a file: "safetensors", "zip" or "pickle"; raises for anything else."""
+    """The format of a file: "safetensors", "zip" or "pickle"; raises for anything else."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     if path.is_dir():
@@ -179,21 +180,21 @@ def _kind(path: Path) -> str:
 
 
 def _open_torch(path: Path, kind: str, classes: tuple[str, ...] = ()) -> Any:
-    """Content of a ``torch.save`` file; its storages stay on disk until used where they can.
+    """Content of a ``torch.save`` file; its storages stay on disk until used if possible.
 
-    Lightning up to 1.4 keys the state of a callback by its class, and training scripts add the
-    arguments they were called with. Nobody asks for these: ``classes`` are those of the file that
-    :class:`_Empty` stands for.
+    Lightning up to 1.4 uses the class of a callback as the key of its state, and training scripts
+    add their arguments. These objects are not needed: ``classes`` names the classes of the file
+    that :class:`_Empty` replaces.
     """
     stand_ins: list[Any] = [(_NotCalled(name, (_Empty,), {}), name) for name in classes]
-    # Arbitrary bytes make torch raise nearly any exception; the caller gets one, with the path.
+    # For arbitrary bytes torch may raise anything; the caller gets one type, with the path.
     try:
         with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch says of a pickle in another protocol
+            warnings.simplefilter("ignore")  # torch warns about another pickle protocol
             return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
     except Exception as error:
-        # torch wraps what its unpickler found in advice to load the file unsafely, which we do not
-        # pass on.
+        # torch wraps the unpickler's error in advice to load the file unsafely; report only the
+        # inner error.
         inner = error.__context__ if isinstance(error, pickle.UnpicklingError) else None
         unknown = re.match(r"Unsupported global: GLOBAL ([A-Za-z_][\w.]*) was not", str(inner))
         if unknown is None or unknown[1] in classes or len(classes) == _CLASSES:
@@ -202,14 +203,14 @@ def _open_torch(path: Path, kind: str, classes: tuple[str, ...] = ()) -> Any:
 
 
 class _NotCalled(type):
-    """Of classes that a file may name, and make empty objects of, but not call."""
+    """Metaclass of the stand-ins for a file's classes: they can be instantiated but not called."""
 
     def __call__(cls, *arguments: Any) -> Any:
         raise pickle.UnpicklingError(f"GLOBAL {cls.__name__} is to be called")
 
 
 class _Empty:
-    """Stands for an object of any class: takes whatever it is given and keeps nothing."""
+    """Stand-in for an object of any class: accepts any state and discards it."""
 
     def __new__(cls, *arguments: Any) -> _Empty:
         return object.__new__(cls)
@@ -219,7 +220,7 @@ class _Empty:
 
 
 def _complaint(error: BaseException) -> str:
-    """Why ``torch.load`` gave up, in one sentence."""
+    """Why ``torch.load`` failed, in one sentence."""
     reason = str(error).strip()
     refused = re.search(r"(?:GLOBAL|Unsupported class) (\S+)", reason)
     if refused is not None:
@@ -232,7 +233,7 @@ def _complaint(error: BaseException) -> str:
 
 
 def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors of a safetensors file, and our records in its metadata."""
+    """Tensors of a safetensors file, and the records of ours in its metadata."""
     with _safetensors(path) as file:
         names = file.keys()
         return {name: file.get_tensor(name) for name in names}, _own_records(file.metadata())
@@ -240,7 +241,7 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 @contextlib.contextmanager
 def _safetensors(path: Path) -> Iterator[Any]:
-    """A safetensors file; whatever its reader raises is one error, with the path."""
+    """A safetensors file; errors of its reader are raised as one type, with the path."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
@@ -249,10 +250,10 @@ def _safetensors(path: Path) -> Iterator[Any]:
 
 
 def _from_beit(name: str, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """BEiT keys as official VLMo keys, and the keys of BEiT that VLMo has no use for.
+    """Convert BEiT keys to those of unilm's VLMo; also returns BEiT keys that VLMo has no use for.
 
-    The tables of the layers become one under ``TABLE``, ``[image offsets + 3, heads * depth]``:
-    image rows only, for :func:`vlmo.checkpoint.resize.fit_tensor` to lay out.
+    The tables of all layers are concatenated under ``TABLE``, ``[image offsets + 3, heads *
+    depth]``: image rows only, which :func:`vlmo.checkpoint.resize.fit_tensor` completes.
     """
     unused = ("fc_norm.", "head.", "lm_head.", "mask_token")
     shared_key = f"rel_pos_bias.{TABLE}"
@@ -283,7 +284,7 @@ def _from_beit(name: str, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], 
 
 
 def _attached_records(raw: Mapping[str, Any]) -> dict[str, str]:
-    """What :func:`vlmo.save_checkpoint` put beside the tensors of torch's format, if anything."""
+    """Records that :func:`vlmo.save_checkpoint` attached to a file in torch's format."""
     metadata = getattr(raw, "_metadata", None)
     return _own_records(metadata.get("") if isinstance(metadata, Mapping) else None)
 
@@ -296,7 +297,7 @@ def _own_records(metadata: Any) -> dict[str, str]:
 
 
 def _beside(name: str) -> str:
-    """Where the weights of a training are whose state ``name`` is."""
+    """The end of an error: where the weights of a training with the state ``name`` are."""
     weights = Path(name).with_name("model.safetensors")
     if weights.is_file():
         return f"; its weights are in {weights}"
@@ -304,7 +305,7 @@ def _beside(name: str) -> str:
 
 
 def contents_of(folder: Path) -> str:
-    """What a folder without model.safetensors holds, as the end of an error."""
+    """The end of an error: what a folder without model.safetensors contains."""
     names = sorted(path.name for path in folder.iterdir())
     indices = [name for name in names if name.endswith(".index.json")]
     if "training.pt" in names:
@@ -318,7 +319,7 @@ def contents_of(folder: Path) -> str:
 
 
 def likeness(keys: Iterable[str]) -> str:
-    """Whose file it is that has such keys, as the end of an error; "" if we cannot tell."""
+    """The end of an error: the software whose files have such keys; "" if unknown."""
     names = list(keys)
     for name, pattern in _FOREIGN.items():
         if any(re.match(pattern, key) for key in names):
@@ -327,13 +328,13 @@ def likeness(keys: Iterable[str]) -> str:
 
 
 def blocks_with(state: Mapping[str, Any], part: str) -> set[int]:
-    """Numbers of the transformer blocks that have a key starting with ``part``."""
+    """Numbers of the transformer blocks with a key that starts with ``part``."""
     found = (re.match(rf"transformer\.blocks\.(\d+)\.{re.escape(part)}", key) for key in state)
     return {int(match[1]) for match in found if match}
 
 
 def summary(keys: Sequence[Any], limit: int = 12) -> str:
-    """Keys in few words: one entry per head or kind of block tensor, with its count."""
+    """A short summary of keys: one entry per head or kind of block tensor, with its count."""
     groups: dict[str, list[str]] = {}
     for key in map(str, keys):
         parts = re.sub(r"blocks\.\d+\.", "blocks.*.", key).split(".")

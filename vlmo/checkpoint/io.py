@@ -1,16 +1,18 @@
-"""Reading, writing and recognising VLMo checkpoints.
+"""Reads, writes and identifies VLMo checkpoints.
 
-:func:`load_checkpoint` reads every published layout into a model, :func:`save_checkpoint` writes
-one that the official code reads, and :func:`config_of` tells which model a file is of. Nothing in a
-file is ever executed: pickles go through ``torch.load(weights_only=True)``.
+:func:`load_checkpoint` reads every published layout into a model, :func:`save_checkpoint` writes a
+file that unilm, the reference implementation, can read, and :func:`config_of` infers the
+configuration of a file's model. No code from a file is executed: pickles are read with
+``torch.load(weights_only=True)``.
 
-What is read, in the order in which it is taken off:
+The layers of a file, in the order in which they are removed:
 
-* ``.safetensors`` by suffix, anything else by content (zip or legacy ``torch.save`` files);
+* ``.safetensors`` is recognised by suffix, anything else by content (zip or legacy ``torch.save``
+files);
 * a wrapper ``"state_dict"`` (Lightning), ``"module"`` (DeepSpeed) or ``"model"`` (BEiT), or none;
-* prefixes ``module.`` and ``_orig_mod.`` on the keys;
+* prefixes ``module.`` and ``_orig_mod.`` of the keys;
 * the index buffers of old files, which the model computes itself;
-* BEiT keys, which become the image experts, as in the official stage 2.
+* BEiT keys, which become the image experts, as in stage 2 of unilm.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ from vlmo.model.vlmo import VLMo
 PATCHES = "transformer.patch_embed.proj.weight"
 WORDS = "text_embeddings.word_embeddings.weight"
 HIDDEN = "transformer.blocks.0.mlp_text.fc1.weight"
-# The tensors that sizes are read from, and their number of dimensions. The last two are optional.
+# The tensors from which sizes are inferred, and their number of dimensions. The last two are
+# optional.
 SIZE_RANKS = {PATCHES: 4, WORDS: 2, TEXT_POSITIONS: 2, HIDDEN: 2, TABLE: 2, POSITIONS: 3}
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
@@ -76,8 +79,8 @@ TASK_HEADS = {
     "nlvr2": {"nlvr2_classifier"},
     "irtr": {"itc_text_proj", "itc_image_proj"},
 }
-# What no tensor tells, by (dim, depth): the heads of a model without a table, and the first
-# vision-language block of a stage 2 file, which has no such expert yet.
+# Properties that no tensor shows, by (dim, depth): the number of heads of a model without a table,
+# and the first vision-language block of a stage 2 file, which has no such expert yet.
 PUBLISHED_HEADS = {(768, 12): 12, (544, 24): 16, (1024, 24): 16}
 PUBLISHED_VL_START = {(768, 12): 10, (544, 24): 21, (1024, 24): 21}
 PUBLISHED_TEXT_CAPACITY = 196
@@ -85,7 +88,7 @@ PUBLISHED_TEXT_CAPACITY = 196
 
 @dataclass(frozen=True)
 class Resized:
-    """One tensor that was loaded with another shape than the file's."""
+    """A tensor that was loaded with a shape other than that of the file."""
 
     key: str
     source: tuple[int, ...]
@@ -95,17 +98,17 @@ class Resized:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What :func:`load_checkpoint` did.
+    """The result of :func:`load_checkpoint`.
 
     Attributes:
         name: the path, or "state dict".
-        converted: the layout found, from the outside in; empty for a flat official file.
+        converted: the layout found, from the outside in; empty for a flat file of unilm.
         loaded: keys of the model that were written.
-        missing: keys of the model that the file lacks; they were left as they were.
+        missing: keys of the model that the file lacks; these tensors are unchanged.
         unexpected: keys of the file that the model lacks; they were not used.
-        resized: tensors that were made to fit, and how.
+        resized: tensors whose shape was converted, and how.
         ignored: entries of the file that are never loaded (index buffers, position ids, the
-            classification head of BEiT, entries that are no tensors, keys named by ``skip``).
+            classification head of BEiT, entries that are no tensors, keys excluded by ``skip``).
     """
 
     name: str
@@ -140,38 +143,39 @@ def load_checkpoint(
     strict: bool = False,
     skip: Sequence[str] = (),
 ) -> LoadReport:
-    """Read a checkpoint into ``model``, converting and resizing where the file differs.
+    """Read a checkpoint into ``model``, converting and resizing tensors where necessary.
 
-    Everything is checked before anything is written: after an exception the model is as it was.
+    Everything is checked before anything is written: after an exception the model is unchanged.
     Values are cast to the dtype and moved to the device of the model's own tensors.
 
-    What is made to fit: the relative position table and the learned patch positions to the model's
-    image size; text positions to its text length (first rows; a longer text keeps the model's own
-    last rows, and only where the model does not use them); token types to its 2 or 3 rows (NLVR2's
-    second image starts as a copy of the first). BEiT fills the image experts, and the image rows of
-    the table, whose text and cross rows become zero; a table that BEiT shares among its layers is
-    repeated for each.
+    These are converted: the relative position table and the learned patch positions to the model's
+    image size; text positions to its text length (the first rows; for a longer text length the
+    model keeps its own last rows, which is only allowed if it does not use them); token types to
+    its 2 or 3 rows (NLVR2's second image starts as a copy of the first). A BEiT checkpoint fills
+    the image experts and the image rows of the table, whose text and cross-modal rows become zero;
+    a table that BEiT shares among its layers is repeated for each layer.
 
     Args:
         model: a :class:`vlmo.VLMo`, possibly wrapped (DistributedDataParallel, torch.compile).
-        source: path of a file, or what such a file holds.
+        source: path of a file, or the content of such a file.
         strict: raise unless file and model have the same keys.
-        skip: prefixes of official keys to leave alone, e.g. ``["vqa_classifier."]`` to fine-tune on
-            other answers.
+        skip: prefixes of unilm's keys that are not loaded, e.g. ``["vqa_classifier."]`` to
+            fine-tune on other answers.
 
     Raises:
-        FileNotFoundError, IsADirectoryError: ``source`` is no file.
-        CheckpointError: the file is damaged, of another kind, holds code, or has no key of ours.
-        ValueError: a tensor cannot be made to fit (names the key and both shapes), ``strict`` found
-            missing or unexpected keys, a prefix of ``skip`` fits no key, or the model is on the
-            meta device.
+        FileNotFoundError, IsADirectoryError: ``source`` is not a file.
+        CheckpointError: the file is damaged, is of another kind, contains code, or has no key of
+            VLMo.
+        ValueError: a tensor cannot be converted (the message names the key and both shapes),
+            ``strict`` found missing or unexpected keys, a prefix of ``skip`` matches no key, or the
+            model is on the meta device.
     """
     content = read_content(source)
     inner = _inner(model)
     target: dict[str, Tensor] = inner.state_dict()
     if any(tensor.is_meta for tensor in target.values()):
         raise ValueError("the model is on the meta device; give it storage with to_empty() first")
-    # A lone string is a sequence of strings as well: one a letter.
+    # A single string is also a sequence of strings, one per letter.
     prefixes = (skip,) if isinstance(skip, str) else tuple(skip)
     keys = (*content.state, *target)
     if idle := [p for p in prefixes if not any(key.startswith(p) for key in keys)]:
@@ -188,7 +192,7 @@ def load_checkpoint(
 def _plan(
     content: Content, target: dict[str, Tensor], config: VLMoConfig, skip: tuple[str, ...]
 ) -> tuple[dict[str, Tensor], LoadReport]:
-    """What to write into the model, under its keys and in its shapes; nothing is written yet."""
+    """The tensors to write into the model, by its keys and in its shapes; writes nothing."""
     skipped = {key for key in content.state if key.startswith(skip)}
     ours = [key for key in content.state if key in target]
     if not _holds_a_block(ours):
@@ -225,7 +229,7 @@ def _plan(
 
 
 def _holds_a_block(keys: Sequence[str]) -> bool:
-    """Whether there is a block with its attention and one of its experts."""
+    """Whether the keys include a block with its attention and one of its experts."""
     state = dict.fromkeys(keys)
     return bool(blocks_with(state, "attn.qkv.") & blocks_with(state, "mlp_"))
 
@@ -237,24 +241,24 @@ def save_checkpoint(
     vocabulary: str | None = None,
     answers: str | None = None,
 ) -> None:
-    """Write ``model`` as a flat official state dict, ``text_embeddings.position_ids`` included.
+    """Write ``model`` as a flat state dict of unilm, including ``text_embeddings.position_ids``.
 
-    The file appears under its name only when it is complete and on disk: a failed save leaves an
-    older file of that name as it was and no other trace (a killed one, a hidden file beside
-    it). The configuration and the digests are recorded in the file's metadata, where
-    :func:`config_of` and :func:`vlmo.run_folder.digests_of` find them and others do not look.
+    The file is replaced atomically, when the new one is complete and on disk: a failed save leaves
+    an older file unchanged and no other trace (a killed one may leave a hidden file beside it). The
+    configuration and the digests are recorded in the file's metadata, where :func:`config_of` and
+    :func:`vlmo.run_folder.digests_of` read them and other programs ignore them.
 
     Args:
         model: a :class:`vlmo.VLMo`, possibly wrapped, on any device, in any dtype.
-        path: ``.pt``, ``.pth`` or ``.bin`` for torch's format, ``.safetensors`` for that one.
+        path: ``.pt``, ``.pth`` or ``.bin`` for torch's format, ``.safetensors`` for that format.
         vocabulary: :func:`vlmo.run_folder.digest` of the tokens that the model was trained with, in
-            the order of their ids. What loads the model then refuses any other vocabulary.
-        answers: the same of the answers of visual questions.
+            the order of their ids. Loading the model then rejects any other vocabulary.
+        answers: the same for the answers to visual questions.
 
     Raises:
-        ValueError: another suffix, a model on the meta device, or one whose modules were wrapped
-            or parametrized, so that its keys are not the official ones.
-        OSError: the folder does not exist, the disk is full, ``path`` is a directory.
+        ValueError: the suffix is another one, the model is on the meta device, or its modules were
+            wrapped or parametrized, so that its keys differ from those of unilm.
+        OSError: the folder does not exist, the disk is full, or ``path`` is a directory.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX):
@@ -274,11 +278,11 @@ def save_checkpoint(
             if suffix == SAFETENSORS_SUFFIX:
                 _write_safetensors(state, records, temporary)
             else:
-                # nn.Module.state_dict() carries versions in the same attribute; load_state_dict
-                # reads only the entries it knows, so the official code never sees ours.
+                # nn.Module.state_dict() stores versions in the same attribute; load_state_dict only
+                # reads the entries it knows, so unilm ignores ours.
                 vars(state)["_metadata"] = {"": {"version": 1, **records}}
                 torch.save(state, temporary)
-        except (RuntimeError, SafetensorError) as error:  # the writers' own, of a full disk
+        except (RuntimeError, SafetensorError) as error:  # raised by the writers for a full disk
             reason = str(error).splitlines()[0]
             raise OSError(f"{path}: could not be written ({reason})") from error
 
@@ -290,26 +294,26 @@ def config_of(
     text_capacity: int | None = None,
     **changes: Any,
 ) -> VLMoConfig:
-    """The configuration of the model that a checkpoint was saved from.
+    """Infer the configuration of the model that a checkpoint was saved from.
 
-    Sizes and tasks are read off keys and shapes. What these cannot tell comes from the record that
-    :func:`save_checkpoint` leaves, else from the arguments and the published models: ``vl_start``
-    of a stage 2 file (which has no vision-language experts; by size, else ``depth``), the heads of
-    a model without a relative position table, the layer-scale and drop-path values (defaults).
-    Only shapes are looked at, so a large file costs nothing.
+    Sizes and tasks are inferred from keys and shapes. The rest comes from the record of
+    :func:`save_checkpoint`, otherwise from the arguments and the published models: ``vl_start`` of
+    a stage 2 file (which has no vision-language experts; by size, else ``depth``), the number of
+    heads of a model without a relative position table, the layer-scale and drop-path values
+    (defaults). Only shapes are read, so even a large file is fast.
 
     Args:
-        source: path of a file, or what such a file holds (tensors may be on the meta device).
-        heads: attention heads, where the file has no relative position table.
-        text_capacity: longest text the table is laid out for, if not the published 196.
-        changes: fields to change in what was found, e.g. ``image_size=480, tasks=("vqa",)`` to
-            fine-tune.
+        source: path of a file, or its content (tensors may be on the meta device).
+        heads: number of attention heads, if the file has no relative position table.
+        text_capacity: longest text that the table has rows for, if not the published 196.
+        changes: fields to change in the inferred configuration, e.g. ``image_size=480,
+            tasks=("vqa",)`` for fine-tuning.
 
     Raises:
         FileNotFoundError, IsADirectoryError, CheckpointError: as :func:`load_checkpoint`; a BEiT
-            file is refused as well, because it has no text part to read sizes from.
-        ValueError: the file leaves something open that an argument must tell, or a change makes no
-            valid configuration.
+            file is rejected as well, because it has no text part to infer sizes from.
+        ValueError: the file does not determine a value that an argument must give, or a change
+            results in an invalid configuration.
     """
     content = read_content(source)
     if content.beit:
@@ -350,7 +354,7 @@ def _require_official_keys(model: Any) -> None:
 
 
 def _official_state(model: nn.Module) -> OrderedDict[str, Tensor]:
-    """The model's state dict on the CPU, no two tensors sharing or exceeding their memory."""
+    """The model's state dict on the CPU; every tensor has its own storage of exactly its size."""
     state: OrderedDict[str, Tensor] = OrderedDict()
     seen: set[int] = set()
     for key, value in model.state_dict().items():
@@ -358,7 +362,7 @@ def _official_state(model: nn.Module) -> OrderedDict[str, Tensor]:
             raise ValueError(f"{key} is on the meta device; there is nothing to save")
         tensor = value.detach().cpu().contiguous()
         storage = tensor.untyped_storage()
-        # torch.save writes a view's whole storage, and safetensors refuses shared ones.
+        # torch.save writes the whole storage of a view, and safetensors rejects shared storages.
         if storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.element_size():
             tensor = tensor.clone()
         seen.add(tensor.untyped_storage().data_ptr())
@@ -371,8 +375,8 @@ def _official_state(model: nn.Module) -> OrderedDict[str, Tensor]:
 def _write_safetensors(
     state: OrderedDict[str, Tensor], records: Mapping[str, str], path: Path
 ) -> None:
-    # safetensors makes files that only their owner may read; the mode of an ordinary new file is
-    # the user's choice.
+    # safetensors creates files that only their owner can read; give the file the mode that an
+    # ordinary new file has.
     with path.open("xb") as handle:
         mode = os.fstat(handle.fileno()).st_mode & 0o777
     save_file(state, path, metadata={"format": "pt", **records})
@@ -383,7 +387,7 @@ def _write_safetensors(
 
 
 def _require_sizes(content: Content) -> None:
-    """Raise unless the tensors that tell the sizes are there, and no block is missing."""
+    """Raise unless the tensors that determine the sizes exist and no block is missing."""
     for key, rank in SIZE_RANKS.items():
         tensor = content.state.get(key)
         if tensor is None and key not in (TABLE, POSITIONS):
@@ -402,7 +406,7 @@ def _require_sizes(content: Content) -> None:
 def _inferred(
     content: Content, recorded: dict[str, Any], heads: int | None, capacity: int | None
 ) -> VLMoConfig:
-    """The recorded configuration, or the default, with all that the tensors tell put right."""
+    """The recorded configuration, or the default, with everything the tensors show corrected."""
     state = content.state
     known = VLMoConfig(**recorded)
     dim, _, _, patch = state[PATCHES].shape
@@ -433,13 +437,13 @@ def _inferred(
 
 
 def _mlp_ratio(dim: int, hidden: int) -> float:
-    """The ratio from which ``int(dim * ratio)`` is ``hidden`` again, rounding or not."""
+    """A ratio for which ``int(dim * ratio)`` is ``hidden``, despite rounding."""
     ratio = hidden / dim
     return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _recorded(content: Content) -> dict[str, Any]:
-    """Fields of the recorded configuration; fields this version does not know are left out."""
+    """Fields of the recorded configuration; unknown fields are left out."""
     if CONFIG_RECORD not in content.records:
         return {}
     try:
@@ -455,7 +459,7 @@ def _recorded(content: Content) -> dict[str, Any]:
 
 
 def _check_kinds(fields: Mapping[str, Any]) -> None:
-    """Raise TypeError unless the fields of a configuration are of the kinds of the defaults."""
+    """Raise TypeError unless the fields of a configuration have the types of the defaults."""
     for name, value in fields.items():
         default = getattr(VLMoConfig, name)
         kinds = (int, float) if isinstance(default, float) else (type(default),)
@@ -486,8 +490,8 @@ def _heads(content: Content, dim: int, depth: int, told: int | None) -> int:
 def _geometry(content: Content, capacity: int | None, known_grid: int | None) -> tuple[int, int]:
     """Grid of patches and text capacity.
 
-    The learned positions tell the grid alone; the rows of the table hold grid and capacity in one
-    number, so one of the two must be known.
+    The learned positions determine the grid only; the number of rows of the table depends on grid
+    and capacity, so one of the two must be known.
     """
     grid = known_grid
     if POSITIONS in content.state:
@@ -507,12 +511,12 @@ def _geometry(content: Content, capacity: int | None, known_grid: int | None) ->
 
 
 def _tasks(state: Mapping[str, Any], has_experts: bool, recorded: Sequence[str]) -> tuple[str, ...]:
-    """Tasks by the heads present; ``recorded`` settles it where its heads are the same."""
+    """Tasks inferred from the heads; ``recorded`` decides between tasks with the same heads."""
     present = {key.split(".", 1)[0] for key in state} & set().union(*TASK_HEADS.values())
     if recorded and set().union(*(TASK_HEADS[task] for task in recorded)) == present:
         return tuple(recorded)
-    # The head of text pre-training is that of mlm; what tells them apart is that text pre-training
-    # has no vision-language experts and no other task. Retrieval has half the heads of itc.
+    # Text pre-training has the same head as mlm. It differs in having no vision-language experts
+    # and no other task. Retrieval has half of the heads of itc.
     text_only = not has_experts and present == TASK_HEADS["textmlm"]
     absent = {"mlm" if text_only else "textmlm"}
     absent.add("irtr" if TASK_HEADS["itc"] <= present else "itc")

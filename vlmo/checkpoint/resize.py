@@ -1,8 +1,9 @@
-"""Fitting a checkpoint's tensors to a model of another resolution, text length or task.
+"""Adapts the tensors of a checkpoint to a model of another resolution, text length or task.
 
-A published file is bound to one grid of patches: base and large by the image rows of the relative
-position table, base_plus by its learned positions. Both resizes follow the official code number for
-number, so that a fine-tuning run at another resolution starts from the same weights.
+A published checkpoint is tied to one patch grid: base and large by the image rows of the relative
+position table, base_plus by its learned positions. Both resizing functions reproduce unilm, the
+reference implementation, number for number, so that fine-tuning at another resolution starts from
+the same weights.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ POSITIONS = "transformer.pos_embed"
 TEXT_POSITIONS = "text_embeddings.position_embeddings.weight"
 TOKEN_TYPES = "token_type_embeddings.weight"
 
-# Rows of the relative position table behind the image offsets that belong to the image as well:
-# [CLS] to any patch, any patch to [CLS], [CLS] to itself.
+# Rows of the relative position table after the image offsets that also belong to the image: [CLS]
+# to any patch, any patch to [CLS], [CLS] to itself.
 IMAGE_SPECIAL_ROWS = 3
 
 
 def table_tail(text_capacity: int) -> int:
-    """Rows of the relative position table that do not depend on the grid.
+    """Number of rows of the relative position table that do not depend on the grid.
 
-    They are the three image specials, ``2 * text_capacity`` text rows and the two rows that stand
+    They are the three special rows of the image, ``2 * text_capacity`` text rows, and the two rows
     for text to image and image to text.
     """
     return IMAGE_SPECIAL_ROWS + 2 * text_capacity + 2
@@ -51,16 +52,16 @@ def grid_of_patches(patches: int) -> int | None:
 
 
 def geometric_offsets(source: int, target: int) -> list[float]:
-    """Where BEiT places ``source`` known offsets on an axis of ``target`` integer offsets.
+    """Positions of ``source`` known offsets on an axis of ``target`` integer offsets, as in BEiT.
 
-    The distances from zero grow as a geometric series whose ratio makes the last one reach the rim
-    of the new axis, so near offsets keep their meaning in patches and far ones are stretched. The
-    ratio is searched within [1.01, 1.5], as in the official code: beyond either end the source
-    covers more or less than the new axis and the spline is cropped or held constant.
+    The distances from zero grow as a geometric series whose ratio makes the last one reach the end
+    of the new axis, so near offsets keep their distance in patches and far ones are stretched. The
+    ratio is searched within [1.01, 1.5], as in unilm: beyond either end the source covers more or
+    less than the new axis, and the spline is cropped or extended by a constant.
 
     Args:
-        source: offsets on one axis of the file's table, odd.
-        target: offsets on one axis of the model's table, odd.
+        source: number of offsets on one axis of the file's table, odd.
+        target: number of offsets on one axis of the model's table, odd.
 
     Returns:
         ``source`` increasing positions, symmetric about 0.
@@ -89,22 +90,23 @@ def resize_relative_table(
 ) -> Tensor:
     """Resample the image offsets of a relative position table to a ``grid`` x ``grid`` image.
 
-    Source: BEiT's fine-tuning code, as used by the official ``vlmo_module.py``. SciPy removed the
-    ``interp2d`` it calls; ``RectBivariateSpline`` without smoothing gives the same bits.
+    Source: BEiT's fine-tuning code, which unilm's ``vlmo_module.py`` uses. It calls SciPy's
+    ``interp2d``, which has been removed; ``RectBivariateSpline`` without smoothing gives bitwise
+    equal results.
 
     Args:
         table: relative position bias, any floating dtype; ``C`` is heads times blocks.
         grid: patches along one side of the new image.
-        tail: last rows, copied verbatim.
+        tail: number of last rows, which are copied unchanged.
 
     Returns:
         ``[(2 * grid - 1) ** 2 + tail, C]``, float32 (the table itself if the grid is the same).
 
     Raises:
-        ValueError: the rows before ``tail`` are no square of an odd number, or are a single offset,
-            through which no spline can be laid.
+        ValueError: the number of rows before ``tail`` is not the square of an odd number, or is 1,
+            which is too few for a spline.
     """
-    # scipy.interpolate takes longer to import than the rest of vlmo, for a rare need.
+    # scipy.interpolate takes longer to import than the rest of vlmo, and is rarely needed.
     from scipy.interpolate import RectBivariateSpline
 
     rows, columns = table.shape
@@ -144,10 +146,10 @@ def resize_absolute_positions(
 
     Returns:
         ``[1, 1 + grid * grid, D]``, float32 (``positions`` itself if the grid is the same), bicubic
-        with ``align_corners=False`` as in the official code.
+            with ``align_corners=False`` as in unilm.
 
-    Raises:
-        ValueError: the rows behind the first are no square number.
+        Raises:
+            ValueError: the number of rows after the first is not a square.
     """
     side = grid_of_patches(positions.shape[1] - 1)
     if side is None:
@@ -169,18 +171,18 @@ def fit_tensor(
     *,
     beit: bool = False,
 ) -> tuple[Tensor, str | None] | None:
-    """A checkpoint's tensor in the shape the model wants.
+    """Convert a checkpoint's tensor to the shape that the model needs.
 
     Args:
-        key: official key of both.
+        key: key in unilm's state dict.
         value: the file's tensor.
         target: the model's tensor; read only for text positions that the file lacks.
-        config: of the model.
+        config: configuration of the model.
         beit: ``value`` comes from BEiT, whose table has image rows only.
 
     Returns:
-        The tensor in the shape of ``target`` and how it got there (None if it had that shape), or
-        None if it cannot be made to fit or has no values to fit.
+        The tensor in the shape of ``target`` and a description of the conversion (None if the shape
+        was equal), or None if it cannot be converted or has no values.
     """
     if value.is_meta or value.is_floating_point() != target.is_floating_point():
         return None
@@ -202,7 +204,7 @@ def fit_tensor(
 
 
 def _fit_table(value: Tensor, config: VLMoConfig, beit: bool) -> tuple[Tensor, str] | None:
-    """Relative position table for the model's grid; None if its rows fit no grid."""
+    """The relative position table for the model's grid; None if its rows fit no grid."""
     full = table_tail(config.text_capacity)
     tail = IMAGE_SPECIAL_ROWS if beit else full
     grid = grid_of_offsets(value.shape[0] - tail)
@@ -221,7 +223,7 @@ def _fit_table(value: Tensor, config: VLMoConfig, beit: bool) -> tuple[Tensor, s
 def _fit_text_positions(
     value: Tensor, target: Tensor, config: VLMoConfig
 ) -> tuple[Tensor, str] | None:
-    """First rows of the text positions; None if the model would use rows the file lacks."""
+    """The first rows of the text positions; None if the model would use rows the file lacks."""
     rows, wanted = value.shape[0], target.shape[0]
     if rows > wanted:
         return value[:wanted], f"first {wanted} rows"

@@ -1,4 +1,4 @@
-"""Answers of visual questions: the vocabulary, and soft scores by the official rule."""
+"""Answers to visual questions: the vocabulary, and soft scores by the rule of VQA."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-_SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)  # by the number of people who gave an answer
+_SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)  # indexed by the number of people who gave an answer
 
 
 def normal_answer(answer: str) -> str:
-    """Lower case, with single spaces: the form in which answers are compared."""
+    """Lower-case an answer and collapse its spaces: the form in which answers are compared."""
     return " ".join(answer.lower().split())
 
 
 def soft_scores(given: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
-    """Right answers and their scores, in normal form.
+    """The right answers, in normal form, and their scores.
 
     Args:
         given: one right answer; or the answers of several people, which score 0.3, 0.6, 0.9 and 1
-            if one, two, three and more gave them, as in VQAv2; or scores within 0 and 1. A list of
-            one answer is that right answer.
+            if one, two, three and more people gave them, as in VQAv2; or scores between 0 and 1. A
+            list with a single answer gives that answer the score 1.
 
     Raises:
-        ValueError: a score outside 0 and 1, two for answers of one normal form, or no answer.
+        ValueError: a score is not between 0 and 1, two answers have the same normal form, or there
+            is no answer.
     """
     if isinstance(given, str):
         return {normal_answer(given): 1.0}
@@ -46,12 +47,12 @@ def soft_scores(given: str | Sequence[str] | Mapping[str, float]) -> dict[str, f
 
 
 def vocabulary(scored: Iterable[Mapping[str, float]], minimum: int = 1) -> list[str]:
-    """The answers to tell apart, in the order in which they are first seen.
+    """The answers that a model distinguishes, in the order in which they first occur.
 
     Args:
-        scored: of each question, as of :func:`soft_scores`. Its major answer counts, which is the
-            first of those with the highest score.
-        minimum: number of questions that an answer must be the major answer of; 9 for VQAv2.
+        scored: the scores of each question, see :func:`soft_scores`. Only the question's major
+            answer counts: the first of those with the highest score.
+        minimum: number of questions that an answer must be the major answer of; VQAv2 uses 9.
 
     Raises:
         ValueError: no answer is frequent enough.
@@ -64,7 +65,7 @@ def vocabulary(scored: Iterable[Mapping[str, float]], minimum: int = 1) -> list[
 
 
 def answer_ids(answers: Sequence[str]) -> dict[str, int]:
-    """Ids by normal form.
+    """Map each answer in normal form to its id.
 
     Raises:
         ValueError: two answers have the same normal form.

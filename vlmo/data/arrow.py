@@ -1,7 +1,7 @@
-"""The Arrow files of the official code: one row per image, its texts in a list.
+"""The Arrow files of unilm (the reference implementation): a row per image, its texts in a list.
 
-The files are mapped into memory and never read as a whole. What a data set needs, by file, is
-``DATASETS``; docs/data.md lists the columns.
+The files are memory-mapped and never read as a whole. ``DATASETS`` names the files of each data
+set; docs/data.md lists the columns.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from vlmo.data.transforms import SquareTransform, read_image
 
 _COCO, _F30K = "coco_caption_karpathy", "f30k_caption_karpathy"
 
-_MOST_ANSWERS = 2**20  # far more than there are words to answer with
-# Files, without ".arrow", of each split of each data set.
+_MOST_ANSWERS = 2**20  # far more than any answer vocabulary has
+# Files of each split of each data set, without the suffix ".arrow".
 DATASETS: dict[str, dict[str, tuple[str, ...]]] = {
     "coco": {
         "train": (f"{_COCO}_train", f"{_COCO}_restval"),
@@ -85,20 +85,20 @@ def open_arrow(
     answers: Sequence[str] | None = None,
     datasets: Sequence[str] | None = None,
 ) -> ArrowSamples:
-    """Data set of the official Arrow files.
+    """Open a data set in the Arrow files of unilm.
 
     Args:
-        folder: with the files.
-        task: as of :func:`~vlmo.data.open_data`.
-        split: as of :func:`~vlmo.data.open_data`.
-        transform: of the pictures.
-        answers: of vqa; None for those that the files name.
-        datasets: names of ``DATASETS``; None for the official ones of the task, which of retrieval
-            are coco or f30k, whichever is there. Those without files of the split are passed over.
+        folder: the folder that holds the files.
+        task: see :func:`~vlmo.data.open_data`.
+        split: see :func:`~vlmo.data.open_data`.
+        transform: applied to the pictures.
+        answers: the answers of vqa; None for those that the files name.
+        datasets: names of ``DATASETS``; None for those that unilm uses for the task (for retrieval,
+            whichever of coco and f30k is there). Data sets without files of the split are skipped.
 
     Raises:
         FileNotFoundError: files are missing; all of them are named.
-        ValueError: an argument that does not fit, or files that are damaged or of another layout.
+        ValueError: an argument is invalid, or files are damaged or have other columns.
     """
     _require_official(folder)
     chosen = chosen_datasets(folder, task, datasets)
@@ -114,20 +114,20 @@ def open_arrow(
 class ArrowSamples(Samples):
     """One sample per image and text of some Arrow files; blank and missing texts are left out.
 
-    The files are opened again in every process, so that forked and spawned workers work alike.
+    Every process opens the files itself, so that forked and spawned workers behave alike.
 
     Args:
         paths: files of the same task, in order.
-        task: as of :func:`~vlmo.data.open_data`.
-        transform: of the pictures.
-        answers: of vqa.
+        task: see :func:`~vlmo.data.open_data`.
+        transform: applied to the pictures.
+        answers: the answers of vqa.
 
     Warns:
         UserWarning: texts are left out.
 
     Raises:
-        ValueError: a file is no Arrow file, is damaged, or lacks a column or values in it; or no
-            text is left.
+        ValueError: a file is not an Arrow file, is damaged, or lacks a column or values; or no text
+            remains.
     """
 
     def __init__(
@@ -145,10 +145,11 @@ class ArrowSamples(Samples):
             check_table(table, path, task)
         found = [kept(table[self._text]) for table in self._open()]
         self._warn_of([mask.size - int(mask.sum()) for mask, _ in found])
-        # Numbers of the first row of each file and of the first sample of each row, and the ends.
+        # The number of the first row of each file and of the first sample of each row; the last
+        # entry is the total.
         self._first_row = np.cumsum([0, *(len(counts) for _, counts in found)])
         self._first_sample = np.cumsum(np.concatenate([[0], *(counts for _, counts in found)]))
-        # Of each sample, the number of its text in the row; None if no text is left out.
+        # The number of each sample's text within its row; None if no text is left out.
         self._numbers = None
         if not all(mask.all() for mask, _ in found):
             numbers = [members(table[self._text]) for table in self._open()]
@@ -174,7 +175,7 @@ class ArrowSamples(Samples):
         elif self._task == "vqa":
             sample["image_id"] = table["image_id"][row].as_py()
             sample["question_id"] = _member(table, "question_id", row, number)
-            # Test questions have empty lists, or one list that is empty for all of them.
+            # The answer lists of test questions are empty, or the column is one empty list per row.
             for name in ("answer_labels", "answer_scores"):
                 given = table[name][row].as_py() or []
                 sample[name] = (given[number] or []) if number < len(given) else []
@@ -205,7 +206,7 @@ class ArrowSamples(Samples):
         by_row: list[Any] = []
         for dataset, table in zip(datasets, self._open(), strict=True):
             identities = table["image_id"].to_pylist()
-            if len(set(datasets)) > 1:  # which may call different pictures alike
+            if len(set(datasets)) > 1:  # which may use the same id for different pictures
                 identities = [f"{dataset}/{identity}" for identity in identities]
             by_row += identities
         return [by_row[row] for row in np.repeat(range(len(by_row)), np.diff(self._first_sample))]
@@ -228,7 +229,7 @@ class ArrowSamples(Samples):
         return identity.fingerprint(table[name] for table in self._open() for name in self._told())
 
     def _locate(self, index: int) -> tuple[int, int, int]:
-        """File, row in it, and text in the row of a sample."""
+        """The file, the row in the file, and the text in the row that make up a sample."""
         row = int(np.searchsorted(self._first_sample, index, side="right")) - 1
         file = int(np.searchsorted(self._first_row, row, side="right")) - 1
         number = index - int(self._first_sample[row])
@@ -237,13 +238,13 @@ class ArrowSamples(Samples):
         return file, row - int(self._first_row[file]), number
 
     def _open(self) -> list[pa.Table]:
-        """The files' tables, mapped by this very process."""
+        """The tables of the files, memory-mapped by the calling process."""
         if self._tables is None or self._tables[0] != os.getpid():
             self._tables = os.getpid(), [open_arrow_file(path) for path in self._paths]
         return self._tables[1]
 
     def _told(self) -> tuple[str, ...]:
-        """Columns that are read, but for the pictures."""
+        """Columns to read, without the pictures."""
         extra = {
             "pretrain": ("image_id",),
             "retrieval": ("image_id",),
@@ -281,7 +282,7 @@ def chosen_datasets(folder: Path, task: str, datasets: Sequence[str] | None) -> 
 
 
 def datasets_there(folder: Path, split: str | None = None) -> dict[str, tuple[str, ...]]:
-    """Names of the data sets with files (of a split) in a folder, by a task that opens them."""
+    """Data sets that have files (of a split) in a folder, by a task that can open them."""
     found = {
         task: tuple(name for name in _ALLOWED[task] if _present(folder, name, split))
         for task in ("pretrain", "vqa", "nlvr2")
@@ -328,10 +329,10 @@ def _member(table: pa.Table, column: str, row: int, number: int) -> Any:
 
 
 def _vqa_answers(folder: Path, given: Sequence[str] | None) -> list[str]:
-    """Answers by id, as the labelled files name them.
+    """The answers in the order of their ids, as the labelled files name them.
 
     Raises:
-        ValueError: ids without a name, or names that differ from the given ones.
+        ValueError: an id has no name, or the names differ from the given ones.
     """
     names: dict[int, str] = {}
     for stem in sorted({*_present(folder, "vqa")} - {"vqav2_test"}):

@@ -1,4 +1,4 @@
-"""What the official Arrow files must hold, so that no sample of theirs fails or misleads."""
+"""Checks of unilm's Arrow files, so that no sample fails later or is read wrongly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlmo.data.tokenizer import VISIBLE, is_blank
 
 
 class _Kind(NamedTuple):
-    """What a column holds: values in lists of lists of ``depth``."""
+    """The kind of values in a column, which are nested in ``depth`` levels of lists."""
 
     depth: int
     fits: Callable[[pa.DataType], bool]
@@ -58,10 +58,10 @@ _NAMES_OF_ANSWERS = {
 
 
 def check_table(table: pa.Table, path: Path, task: str) -> None:
-    """Raise ValueError unless a file holds what the samples of a task are made of."""
+    """Raise ValueError unless a file has the columns and values that a task's samples need."""
     text = "questions" if task in ("vqa", "nlvr2") else "caption"
     _check_columns(table, path, _COLUMNS[task])
-    # Pre-training takes a picture without an id for one of its own.
+    # In pre-training, a picture without an id counts as a picture of its own.
     identity = {"retrieval": "image_id", "nlvr2": "identifier"}.get(task)
     if identity is not None:
         _refuse(path, pc.is_null(table[identity]).to_numpy(), f"has no {identity!r}")
@@ -88,13 +88,13 @@ def check_table(table: pa.Table, path: Path, task: str) -> None:
 
 
 def check_names_of_answers(table: pa.Table, path: Path) -> None:
-    """Raise ValueError unless a file of questions has a name for each answer."""
+    """Raise ValueError unless a file of questions names every answer."""
     _check_columns(table, path, _NAMES_OF_ANSWERS)
     _check_pairs(table, path, "answer_labels", "answers")
 
 
 def _check_columns(table: pa.Table, path: Path, columns: Mapping[str, _Kind]) -> None:
-    """Raise ValueError if columns are missing, of another type, or damaged."""
+    """Raise ValueError if a column is missing, has another type, or is damaged."""
     if lacking := [name for name in columns if name not in table.column_names]:
         raise ValueError(f"{path}: lacks the columns {', '.join(lacking)}")
     for name, kind in columns.items():
@@ -106,13 +106,13 @@ def _check_columns(table: pa.Table, path: Path, columns: Mapping[str, _Kind]) ->
 def _fits(found: pa.DataType, kind: _Kind) -> bool:
     for level in range(kind.depth):
         if not is_list(found):
-            return level > 0 and pa.types.is_null(found)  # of lists that are all empty
+            return level > 0 and pa.types.is_null(found)  # if every list is empty
         found = found.value_type
     return kind.fits(found) or (kind.depth > 0 and pa.types.is_null(found))
 
 
 def _check_pairs(table: pa.Table, path: Path, *names: str) -> None:
-    """Raise ValueError unless two columns of lists of lists are of the same form, without gaps."""
+    """Raise ValueError unless two columns of nested lists have the same shape and no nulls."""
     columns = [table[name] for name in names]
     message = f"{' and '.join(names)} are of unequal length"
     _refuse(path, np.not_equal(*map(_lengths, columns)), message)
@@ -125,31 +125,31 @@ def _check_pairs(table: pa.Table, path: Path, *names: str) -> None:
 
 
 def _refuse(path: Path, wrong: np.ndarray, message: str, rows: np.ndarray | None = None) -> None:
-    """Raise ValueError for the first of what is ``wrong``, which lies in ``rows``."""
+    """Raise ValueError for the first entry that is ``wrong``; ``rows`` gives the entries' rows."""
     if wrong.any():
         first = int(wrong.argmax())
         raise ValueError(f"{path}, row {first if rows is None else rows[first]}: {message}")
 
 
 def flat(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The members of all lists."""
+    """The members of all lists, concatenated."""
     return column if pa.types.is_null(column.type) else pc.list_flatten(column)
 
 
 def _lengths(column: pa.ChunkedArray) -> np.ndarray:
-    """Int64 [rows]: of the lists, 0 for a missing one."""
+    """Lengths of the lists, int64 [rows]; a missing list has length 0."""
     if pa.types.is_null(column.type):
         return np.zeros(len(column), np.int64)
     return pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
 
 
 def _parents(column: pa.ChunkedArray) -> np.ndarray:
-    """Int64: for each member of a list, the row of the list."""
+    """The row of the list that each member belongs to, int64."""
     return np.repeat(np.arange(len(column)), _lengths(column))
 
 
 def kept(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Of all texts, whether one is neither blank nor missing; and how many such each row has."""
+    """A mask of the texts that are neither blank nor missing, and their number in each row."""
     texts = flat(column)
     if pa.types.is_null(texts.type):
         mask = np.zeros(len(texts), bool)
@@ -157,7 +157,7 @@ def kept(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
         texts = texts.cast(pa.binary() if pa.types.is_string(texts.type) else pa.large_binary())
         found = pc.match_substring_regex(texts, VISIBLE)
         mask = pc.fill_null(found, False).to_numpy().copy()
-        for number in np.flatnonzero(~mask):  # few: those without any letter of English
+        for number in np.flatnonzero(~mask):  # few: texts without visible ASCII characters
             content = texts[int(number)].as_py()
             mask[number] = content is not None and not is_blank(content.decode(errors="replace"))
     ends = np.cumsum(_lengths(column))
@@ -166,7 +166,7 @@ def kept(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def members(column: pa.ChunkedArray) -> np.ndarray:
-    """Int32: number of each text in its row."""
+    """The position of each text within its row, int32."""
     lengths = _lengths(column)
     first = np.cumsum(lengths) - lengths
     return (np.arange(lengths.sum()) - np.repeat(first, lengths)).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Reads whole data sets once, to find what cannot be read before a training does."""
+"""Reads whole data sets once, to find faults that training would otherwise meet only later."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vlmo.data.sources import has_splits, holds_arrow
 if TYPE_CHECKING:
     from vlmo.data.layout import Layout
 
-# What a record holds, and the task that it is of then; the first that fits counts.
+# Fields of a record, and the task that they indicate; the first match counts.
 _TASK_OF = {
     "question": "vqa",
     "statement": "nlvr2",
@@ -26,18 +26,19 @@ _TASK_OF = {
     "file_name": "pretrain",
     "text": "textmlm",
 }
-_AT_ONCE = 32  # samples that a worker reads before it reports
+_AT_ONCE = 32  # samples that a worker reads before it reports back
 
 
 def check_samples(dataset: Dataset, *, workers: int = 0) -> Iterator[tuple[int, str]]:
-    """Read every sample, and each picture once, however many samples show it.
+    """Read every sample once, and each picture once, even if several samples show it.
 
     Args:
-        dataset: of :func:`vlmo.data.open_data`, or of samples that may raise :class:`BadSample`.
-        workers: processes that read.
+        dataset: from :func:`vlmo.data.open_data`, or one whose samples may raise
+            :class:`BadSample`.
+        workers: number of processes that read.
 
     Yields:
-        Number of a sample that cannot be read, and the reason, which names file and row.
+        The number of a sample that cannot be read, and the reason, which names file and row.
     """
     for _, faults in faults_of(dataset, workers=workers):
         for fault in faults:
@@ -45,7 +46,7 @@ def check_samples(dataset: Dataset, *, workers: int = 0) -> Iterator[tuple[int, 
 
 
 def faults_of(dataset: Dataset, *, workers: int = 0) -> Iterator[tuple[int, list[BadSample]]]:
-    """As :func:`check_samples`: numbers of samples that have been read, and what was found."""
+    """As :func:`check_samples`, but yields how many samples have been read, and their faults."""
     size = len(cast(Sized, dataset))
     parts = [range(size)[start : start + _AT_ONCE] for start in range(0, size, _AT_ONCE)]
     loaded = guarded_loader(
@@ -56,12 +57,12 @@ def faults_of(dataset: Dataset, *, workers: int = 0) -> Iterator[tuple[int, list
 
 
 def count_pictures(dataset: Dataset) -> int | None:
-    """Number of different pictures; None for data that are not in files."""
+    """Number of different pictures; None for data that are not stored in files."""
     return int(_first_shown(dataset).sum()) if isinstance(dataset, Samples) else None
 
 
 def splits_there(source: str, task: str, datasets: Sequence[str] | None = None) -> list[str]:
-    """Splits that a source of :func:`vlmo.data.open_data` has; ``["train"]`` if it has none.
+    """Splits that a source of :func:`vlmo.data.open_data` has; ``["train"]`` if it has no splits.
 
     Raises:
         OSError, ValueError: the source cannot be opened.
@@ -84,12 +85,12 @@ def splits_there(source: str, task: str, datasets: Sequence[str] | None = None) 
 
 
 def tasks_of(source: str) -> list[str]:
-    """Tasks that a source of :func:`vlmo.data.open_data` serves, by what it holds.
+    """Tasks that a source of :func:`vlmo.data.open_data` can serve, judged by its contents.
 
-    Official Arrow files may serve several; of own data the first record decides.
+    unilm's Arrow files may serve several tasks; for a user's own data the first record decides.
 
     Raises:
-        OSError, ValueError: the source cannot be opened, or its records are of no task.
+        OSError, ValueError: the source cannot be opened, or its records fit no task.
     """
     if source == "digits":
         return ["pretrain"]
@@ -117,7 +118,7 @@ def tasks_of(source: str) -> list[str]:
 
 
 def official_datasets(source: str, task: str, split: str) -> tuple[str, ...] | None:
-    """Official data sets with Arrow files of a split in a source; None for other sources."""
+    """Data sets of unilm with Arrow files of a split in a source; None for other sources."""
     if source == "digits" or not holds_arrow(source):
         return None
     from vlmo.data.arrow import datasets_there
@@ -126,14 +127,14 @@ def official_datasets(source: str, task: str, split: str) -> tuple[str, ...] | N
 
 
 def _any_files(source: Path) -> Sequence[Path]:
-    """Files of records or texts of some split; none for pictures beside their captions."""
+    """Files of records or texts of some split; empty for pictures with caption files."""
     for task, split in itertools.product(("pretrain", "textmlm"), SPLITS):
         layout = _layout(source, task, split)
         if layout is not None:
             return layout.files
     from vlmo.data.layout import find
 
-    return find(source, "pretrain", "train").files  # raises its reason
+    return find(source, "pretrain", "train").files  # raises with its reason
 
 
 def _layout(source: Path, task: str, split: str) -> Layout | None:
@@ -162,7 +163,7 @@ def _is_there(source: Path, task: str, split: str) -> bool:
 
 
 class _Reader(Dataset):
-    """What is wrong with each sample, without transforming its pictures."""
+    """The faults of each sample, found without transforming its pictures."""
 
     def __init__(self, dataset: Dataset):
         self._dataset = dataset
@@ -191,7 +192,7 @@ class _Reader(Dataset):
 
 
 def _first_shown(dataset: Samples) -> np.ndarray:
-    """Bool [N, P]: whether a sample is the first one to show each of its P pictures."""
+    """Whether a sample is the first to show each of its P pictures, bool [N, P]."""
     shown = [dataset.picture_numbers(name) for name in dataset.picture_names]
     table = np.stack(shown, axis=1) if shown else np.empty((len(dataset), 0), np.int64)
     first = np.zeros(table.size, dtype=bool)

@@ -1,4 +1,4 @@
-"""The samples of records in arrays: their columns, and which pictures they show."""
+"""The samples of records as arrays: their columns, and the pictures that they show."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ import pyarrow as pa
 from vlmo.data.records import IDENTITIES
 from vlmo.data.rows import Stored
 
-_CHUNK = 2**16  # rows of a column at a time
+_CHUNK = 2**16  # rows of a column that are converted at a time
 
 
 class Pictures:
-    """Numbers for pictures: one for each, however its path is spelled.
+    """Numbers the pictures: each picture gets one number, however its path is spelled.
 
     Args:
-        root: folder; pictures are called by their path from it.
+        root: folder; the names of pictures are their paths relative to it.
 
     Attributes:
-        paths, names: of each picture, as first seen; a table's path for one that lies in a table.
-        rows: of each picture in its table; -1 for one in a file of its own.
-        missing: paths of files that are not there.
+        paths, names: of each picture, as first seen; for a picture stored in a table, the table's
+            path.
+        rows: the row of each picture in its table; -1 for a picture in a file of its own.
+        missing: paths of files that do not exist.
     """
 
     def __init__(self, root: Path):
@@ -37,7 +38,7 @@ class Pictures:
         self._folders: dict[str, tuple[str, dict[str, bool]]] = {}
 
     def number(self, picture: str | Stored) -> int:
-        """Of a path or of a picture in a table, from 0."""
+        """The number, from 0, of a path or of a picture in a table."""
         number = self._numbers.get(picture)
         if number is None:
             real = picture
@@ -57,9 +58,9 @@ class Pictures:
         return number
 
     def _resolved(self, path: str) -> str:
-        """Without symbolic links."""
+        """The path with symbolic links resolved."""
         folder, name = os.path.split(path)
-        # One look into each folder, not one at each file: there may be millions.
+        # List each folder once instead of querying each file: there may be millions of files.
         if folder not in self._folders:
             self._folders[folder] = os.path.realpath(folder), _files(folder)
         real, names = self._folders[folder]
@@ -70,7 +71,7 @@ class Pictures:
 
 
 def _files(folder: str) -> dict[str, bool]:
-    """Names of the files in a folder, and whether they are symbolic links."""
+    """Names of the files in a folder, each with whether it is a symbolic link."""
     if not os.path.isdir(folder):
         return {}
     with os.scandir(folder) as entries:
@@ -78,20 +79,20 @@ def _files(folder: str) -> dict[str, bool]:
 
 
 class Columns:
-    """Columns of samples, each in one array of Arrow."""
+    """Columns of samples, each collected in one Arrow array."""
 
     def __init__(self) -> None:
         self._items: list[dict[str, Any]] = []
         self._chunks: dict[str, list[pa.Array]] = {}
 
     def append(self, item: dict[str, Any]) -> None:
-        """Add a sample; all of them have the same names."""
+        """Add a sample; all samples must have the same keys."""
         self._items.append(item)
         if len(self._items) == _CHUNK:
             self._flush()
 
     def arrays(self) -> dict[str, pa.ChunkedArray | pa.Array]:
-        """By name; identities are texts if not all of them are numbers of 64 bits."""
+        """The columns by name; identities become texts unless all of them are 64-bit integers."""
         self._flush()
         columns = {}
         for name, chunks in self._chunks.items():

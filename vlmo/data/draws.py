@@ -1,4 +1,4 @@
-"""Random numbers that belong to a sample, not to the process that happens to make it."""
+"""Random numbers that depend on the sample only, not on the process that prepares it."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Draw(NamedTuple):
-    """One sample to make, and the seed of everything that is random about it.
+    """A sample to prepare, and the seed of everything random about it.
 
-    Augmentation takes its random numbers from ``seed``, and so does the masking of the sample's
-    words, whatever the worker, the rank and the batch it comes to.
+    Augmentation and the masking of the sample's words both take their random numbers from ``seed``,
+    so they do not depend on the worker, the rank or the batch.
 
     Attributes:
-        index: of the sample in its data set.
+        index: number of the sample in its data set.
         seed: 0 .. 2**63 - 1.
-        spares: samples to take in its place, in order, if it cannot be read.
+        spares: samples to use instead, in this order, if this one cannot be read.
     """
 
-    index: int  # type: ignore[assignment]  # tuple.index finds members, which nobody asks for
+    index: int  # type: ignore[assignment]  # shadows tuple.index, which is not used
     seed: int
     spares: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, item: Draw | int) -> Draw:
-        """``item`` itself, or the draw of a plain index, with seed 0."""
+        """``item`` itself, or a draw with seed 0 for a plain index."""
         return item if isinstance(item, Draw) else cls(int(item), 0)
 
 
 def hashed(*parts: ArrayLike) -> np.ndarray:
-    """Seeds int64 0 .. 2**63 - 1 that tell apart all combinations of some whole numbers.
+    """Hash tuples of integers to seeds, int64 0 .. 2**63 - 1; different tuples get different seeds.
 
     Args:
-        parts: whole numbers or arrays of them, which broadcast; their order counts.
+        parts: integers or arrays of integers, which broadcast; their order matters.
     """
     return (_mixed(*parts) >> np.uint64(1)).astype(np.int64)
 
@@ -48,7 +48,7 @@ def uniform(
 ) -> np.ndarray:
     """Uniform numbers in [0, 1), float64 [streams, B, length].
 
-    A row depends on its own seed alone, and is the beginning of a longer row of the same seed.
+    A row depends on its own seed only, and is a prefix of a longer row of the same seed.
     """
     rows = np.asarray(seeds, dtype=np.int64)[:, None]
     stream = np.arange(streams)[:, None, None]
@@ -57,7 +57,7 @@ def uniform(
 
 
 def _mixed(*parts: ArrayLike) -> np.ndarray:
-    """SplitMix64 (Steele, Lea and Flood 2014) over the parts, one after the other."""
+    """SplitMix64 (Steele, Lea and Flood 2014) applied to the parts in sequence."""
     state = np.zeros(1, dtype=np.uint64)
     for part in parts:
         state = _finalised(state + _STEP + np.asarray(part).astype(np.uint64))

@@ -1,4 +1,4 @@
-"""What data are and which samples show one picture, told without decoding any."""
+"""Fingerprints of data, and which samples show the same picture, without decoding pictures."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from scipy.sparse.csgraph import connected_components
 
 
 def fingerprint(parts: Iterable[pa.Array | pa.ChunkedArray | np.ndarray | bytes]) -> str:
-    """16 hex digits of some values, whatever the chunks and the widths they are stored in.
+    """16 hex digits that identify some values, independent of Arrow's chunks and integer widths.
 
     Args:
-        parts: in this order; numbers, texts, bytes, and lists of them. None is a value of its own.
+        parts: numbers, texts, bytes, and lists of them; their order matters. None is a distinct
+            value.
     """
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
@@ -31,7 +32,7 @@ def fingerprint(parts: Iterable[pa.Array | pa.ChunkedArray | np.ndarray | bytes]
 
 
 def _feed(digest: hashlib.blake2b, chunks: Sequence[pa.Array]) -> None:
-    """One after the other: lengths of all values, then what is in them."""
+    """Hash the chunks in sequence: first the lengths of all values, then their contents."""
     kinds = {chunk.type for chunk in chunks}
     if not kinds:
         return
@@ -65,7 +66,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def numbered(values: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """Numbers int64 [N] from 0, equal where values are; every null has a number of its own."""
+    """Numbers int64 [N] from 0, equal for equal values; every null gets a number of its own."""
     if isinstance(values, pa.ChunkedArray):
         values = pa.concat_arrays(values.chunks) if values.chunks else pa.array([], values.type)
     found = pc.fill_null(values.dictionary_encode().indices, -1).to_numpy().astype(np.int64)
@@ -75,10 +76,13 @@ def numbered(values: pa.Array | pa.ChunkedArray) -> np.ndarray:
 
 
 def same_pictures(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Numbers int64 [N] of samples, equal where one of two numberings from 0 is, or a chain.
+    """Merge two numberings of samples: connected components of equal numbers, int64 [N].
+
+    Two samples get the same number if they agree in either numbering, directly or through a chain
+    of other samples.
 
     Args:
-        first, second: int64 [N], such as files and image_ids.
+        first, second: int64 [N], numbered from 0, such as the numbers of files and of image_ids.
     """
     offset = int(first.max(initial=-1)) + 1
     size = offset + int(second.max(initial=-1)) + 1
@@ -92,7 +96,7 @@ def none_if_different(keys: np.ndarray) -> np.ndarray | None:
 
 
 def relative(paths: Iterable[str], folder: str) -> list[str]:
-    """Paths as they are found from a folder."""
+    """Paths relative to a folder."""
     folders: dict[str, str] = {}
     found = []
     for path in paths:

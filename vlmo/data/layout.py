@@ -1,4 +1,4 @@
-"""Which files and folders of a user's own data serve a split, and what is said if none do."""
+"""The files and folders of a user's own data that form a split, and errors if none do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPLIT_NAMES = {
     "val": ("val", "validation", "valid", "dev"),
     "test": ("test",),
 }
-# Of each record; docs/data.md explains them.
+# Fields that a record of each task needs; docs/data.md explains them.
 _WANTED = {
     "textmlm": "'text'",
     "pretrain": "'image' and 'caption'",
@@ -27,20 +27,20 @@ _WANTED = {
     "vqa": "'image', 'question' and 'answer'",
     "nlvr2": "'image_0', 'image_1', 'statement' and 'label'",
 }
-_SHARD = re.compile(r"-(\d{5})-of-(\d{5})(-[0-9a-f]+)?")  # as Hugging Face names parts of a split
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})(-[0-9a-f]+)?")  # shards as Hugging Face names them
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-_SHOWN = 10  # files in an error
+_SHOWN = 10  # files listed in an error
 
 
 class Layout(NamedTuple):
-    """What serves a split.
+    """The files that form a split.
 
     Attributes:
-        files: of records or of texts, in order; none for pictures that lie beside their captions.
-        pictures: these, in order.
+        files: files of records or of texts, in order; empty for pictures with caption files.
+        pictures: pictures that have a caption file beside them, in order.
         root: folder that errors and picture names refer to.
-        mixed: the files hold other splits as well, if their records say so.
-        within: of the records, only those whose picture lies in this folder; None for all.
+        mixed: the files hold records of other splits as well, if the records name their split.
+        within: only records whose picture is in this folder count; None for all records.
     """
 
     files: Sequence[Path]
@@ -51,23 +51,23 @@ class Layout(NamedTuple):
 
 
 def split_of(name: str) -> str | None:
-    """The split that a name means; None if it means none."""
+    """The split that a name stands for; None if it is not the name of a split."""
     name = name.strip().lower()
     return next((split for split, names in SPLIT_NAMES.items() if name in names), None)
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is none of a user's, but of a system or a program."""
+    """Whether a file or folder was created by a system or a program, not by the user."""
     return name.startswith(".") or name.lower() in ("__macosx", "@eadir", "thumbs.db")
 
 
 def is_saved_by_hugging_face(folder: Path) -> bool:
-    """Whether a folder is one of ``save_to_disk``: of a data set or of a dictionary of them."""
+    """Whether ``save_to_disk`` wrote a folder, for a data set or for a dictionary of data sets."""
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def holds_data(source: Path, file: Path) -> bool:
-    """Whether a file in a folder of data, or below, is or would be read as data of some kind."""
+    """Whether a file in a folder of data, or below it, is or could be read as data of any kind."""
     suffix = file.suffix.lower()
     if suffix == ".arrow" or suffix in IMAGE_SUFFIXES or file.name in _METADATA:
         return True
@@ -78,11 +78,11 @@ def holds_data(source: Path, file: Path) -> bool:
 
 
 def find(source: Path, task: str, split: str) -> Layout:
-    """What serves a split of a source.
+    """Find the files that form a split of a source.
 
     Raises:
-        FileNotFoundError: there is nothing for the split.
-        ValueError: there are two things for it, or the source is of another kind.
+        FileNotFoundError: the source has no data for the split.
+        ValueError: it has two candidates for the split, or the source is of another kind.
     """
     suffixes = (*RECORD_SUFFIXES, ".txt") if task == "textmlm" else RECORD_SUFFIXES
     if source.is_file():
@@ -110,7 +110,7 @@ def find(source: Path, task: str, split: str) -> Layout:
 
 
 def tells_splits(source: Path) -> bool:
-    """Whether a source tells its splits apart; else all of it serves any split.
+    """Whether a source distinguishes splits; otherwise all of it serves as any split.
 
     Raises:
         ValueError: its records cannot be read.
@@ -125,7 +125,7 @@ def tells_splits(source: Path) -> bool:
 
 
 def listed(paths: Sequence[str], what: str) -> str:
-    """Number and names of some paths, of which the first ten are shown."""
+    """The number of some paths and the names of the first ten."""
     more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
     return f"{len(paths)} {what}: {', '.join(paths[:_SHOWN])}{more}"
 
@@ -135,7 +135,7 @@ def _name_splits(files: Iterable[Path]) -> bool:
 
 
 def _named_files(folder: Path, suffixes: Sequence[str]) -> dict[tuple[str, str], list[Path]]:
-    """Files with the name of a split, by that name and suffix; parts of a split are together."""
+    """Files named after a split, by that name and suffix; the parts of a split are grouped."""
     found: dict[tuple[str, str], list[Path]] = {}
     for path in sorted(folder.iterdir()):
         name = _SHARD.sub("", path.stem)
@@ -145,7 +145,7 @@ def _named_files(folder: Path, suffixes: Sequence[str]) -> dict[tuple[str, str],
 
 
 def _whole(files: Sequence[Path]) -> Sequence[Path]:
-    """The parts of a split, if none of them is missing."""
+    """The parts of a split; raises if parts are missing or the names are ambiguous."""
     shards = [_SHARD.search(path.stem) for path in files]
     if len(files) == 1 and shards[0] is None:
         return files
@@ -170,7 +170,7 @@ def _any_of(split: str, suffixes: Sequence[str]) -> str:
 
 
 def _split_folders(source: Path) -> dict[str, list[Path]]:
-    """Folders with the name of a split, by split."""
+    """Folders named after a split, by split."""
     found: dict[str, list[Path]] = {}
     for path in sorted(source.iterdir()):
         split = split_of(path.name)
@@ -191,7 +191,7 @@ def _find_saved(source: Path, split: str) -> Layout:
 
 
 def _saved_files(folder: Path) -> list[Path]:
-    """The Arrow files of a data set that Hugging Face saved."""
+    """The Arrow files of a data set that Hugging Face's ``save_to_disk`` wrote."""
     path = folder / "state.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: does not exist, so no data set is saved in its folder")
@@ -209,7 +209,7 @@ def _saved_files(folder: Path) -> list[Path]:
 
 
 class _Found(NamedTuple):
-    """Pictures in a folder and below, texts, and files that tell of the pictures beside them."""
+    """Pictures in a folder and below it, text files, and metadata files that describe pictures."""
 
     pictures: list[Path]
     texts: list[Path]
@@ -217,13 +217,13 @@ class _Found(NamedTuple):
 
 
 def _walk(folder: Path) -> _Found:
-    """What lies in a folder and below; links to folders are followed, each folder once."""
+    """Find the files in a folder and below it; links are followed, but each folder is read once."""
     found = _Found([], [], [])
     seen = {os.path.realpath(folder)}
     for place, folders, names in os.walk(folder, followlinks=True):
         path = Path(place)
         below = [name for name in sorted(folders) if not is_hidden(name)]
-        # A folder itself comes before a link to it.
+        # Visit a folder itself before links to it.
         below.sort(key=lambda name: (path / name).is_symlink())
         folders.clear()
         for name in below:
@@ -266,7 +266,7 @@ def _find_pictures(source: Path, task: str, split: str, suffixes: Sequence[str])
         raise FileNotFoundError(f"{folder}: {listed(bare, 'pictures have no .txt of captions')}")
     stems = {os.path.splitext(path)[0] for path in pictures}
     alone = [os.fspath(path) for path in texts if os.path.splitext(path)[0] not in stems]
-    if alone:  # of pictures that are gone, or of a format that is not looked for
+    if alone:  # their pictures are missing or of an unsupported format
         kinds = ", ".join(IMAGE_SUFFIXES)
         what = listed(alone, f".txt lie beside no picture ({kinds}) and are left out")
         warnings.warn(f"{folder}: {what}", stacklevel=2)
@@ -276,7 +276,7 @@ def _find_pictures(source: Path, task: str, split: str, suffixes: Sequence[str])
 def _nothing(
     source: Path, folder: Path, task: str, split: str, bare: Sequence[str], pictures: int
 ) -> str:
-    """What was found in the folder of a split that does not serve a task, and what is wanted."""
+    """Error text: what the folder of a split contains, and what the task needs."""
     visible = [path for path in sorted(folder.iterdir()) if not is_hidden(path.name)]
     for path in (*visible, *sorted(source.glob("*.json"))):
         for kind in RAW_KINDS:

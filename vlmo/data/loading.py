@@ -1,12 +1,12 @@
 """Batches for the model: tokenised, masked, stacked, loaded by workers, moved to the device.
 
-A data set gives one dictionary per sample; which keys it holds depends on the task:
+A data set returns one dictionary per sample; its keys depend on the task:
 
 - image, or image_0 and image_1: uint8 [3, S, S]
 - text: str
 - answers: int, 1 for a true statement and 0 for a false one (nlvr2)
 - answer_labels, answer_scores: ids and soft scores of the right answers (vqa)
-- image_id, question_id, identifier, table_name: what the source calls the sample
+- image_id, question_id, identifier, table_name: identities of the sample in its source
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from vlmo.data.masking import IGNORE, mask_whole_words
 from vlmo.data.samples import BadSample
 from vlmo.data.tokenizer import TextTokenizer
 
-HOST_KEYS = ("text_lengths", "mlm_tokens")  # read on the CPU, to lay out a packed batch
-ON_BAD = ("error", "replace", "leave_out")  # what becomes of a sample that cannot be read
+HOST_KEYS = ("text_lengths", "mlm_tokens")  # stay on the CPU to lay out packed batches
+ON_BAD = ("error", "replace", "leave_out")  # what to do with a sample that cannot be read
 
 
 def collate(
@@ -41,24 +41,24 @@ def collate(
     seeds: Sequence[int] | None = None,
     answers: int | None = None,
 ) -> dict[str, Any]:
-    """A batch of B samples.
+    """Make a batch of B samples.
 
     Args:
-        samples: as listed in this module's description; all of them hold the same keys.
-        tokenizer: sets the length T.
+        samples: as listed in this module's description; all of them have the same keys.
+        tokenizer: its ``max_length`` is the length T.
         mask_share: share of the words to mask; None for no masked copy.
         official_masking: see :func:`mask_whole_words`.
-        seeds: of each sample, for masking; None for 0.
-        answers: number A of the answers of vqa.
+        seeds: one per sample, for masking; None for 0.
+        answers: number A of answers in the vocabulary of vqa.
 
     Returns:
-        On the CPU, text_ids and text_masks int64 [B, T]; text_lengths int64 [B]; image, image_0,
-        image_1 uint8 [B, 3, S, S]; vqa_targets float32 [B, A]; answers int64 [B]; the other keys
-        as lists of B. With masking text_ids_mlm and text_labels_mlm int64 [B, T], and mlm_tokens
-        int64 [M]: the flat places row * T + column of the labels that are not -100.
+        On the CPU: text_ids and text_masks int64 [B, T]; text_lengths int64 [B]; image, image_0,
+        image_1 uint8 [B, 3, S, S]; vqa_targets float32 [B, A]; answers int64 [B]; the other keys as
+        lists of B. With masking also text_ids_mlm and text_labels_mlm int64 [B, T], and mlm_tokens
+        int64 [M]: the flat positions row * T + column of the labels that are not -100.
 
     Raises:
-        ValueError: no samples, an answer's id is not below A, or A is missing.
+        ValueError: there are no samples, an answer id is not below A, or A is missing.
     """
     if not samples:
         raise ValueError("samples: none were given")
@@ -88,7 +88,7 @@ def collate(
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
-    """The batch with its tensors on the device, but ``HOST_KEYS``; nothing waits for the copies."""
+    """Copy the batch's tensors to the device, except ``HOST_KEYS``; the copies are asynchronous."""
     return {
         name: value.to(device, non_blocking=True)
         if isinstance(value, Tensor) and name not in HOST_KEYS
@@ -98,7 +98,7 @@ def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str,
 
 
 class Batches(Protocol):
-    """Which samples make up this rank's batches, as :class:`vlmo.data.GlobalBatches` tells."""
+    """The samples of this rank's batches, see :class:`vlmo.data.GlobalBatches`."""
 
     size: int  # of the data set
 
@@ -115,35 +115,36 @@ def loader(
     official_masking: bool = False,
     on_bad: str = "error",
 ) -> DataLoader:
-    """Batches of :func:`collate`, in the order of ``batches``.
+    """Load batches of :func:`collate`, in the order of ``batches``.
 
-    They are the same for any number of workers. With a CUDA device they lie in pinned memory.
+    The batches do not depend on the number of workers. With a CUDA device they are in pinned
+    memory.
 
-    With "replace" and "leave_out" every batch has ``bad_samples`` as well, a list of pairs (index,
-    reason) of the samples that could not be read, most often empty.
+    With "replace" and "leave_out" every batch also has the key ``bad_samples``: a list of pairs
+    (index, reason) of the samples that could not be read, which is usually empty.
 
     Args:
-        dataset: takes a :class:`Draw` as index, and raises :class:`BadSample` for what it cannot
-            read.
+        dataset: takes a :class:`Draw` as index, and raises :class:`BadSample` for a sample that it
+            cannot read.
         batches: this rank's shares of the global batches.
-        tokenizer: sets the length T.
+        tokenizer: its ``max_length`` is the length T.
         mask_share: share of the words to mask; None for no masked copy.
-        workers: processes that make samples; 0 for none.
+        workers: number of processes that prepare samples; 0 for the calling process.
         official_masking: see :func:`mask_whole_words`.
-        on_bad: what becomes of a sample that cannot be read. "error": the error is raised.
-            "replace": the first of the draw's ``spares`` that can be read takes its place, with
-            the same seed. "leave_out": the batch lacks it, and a batch of nothing but such samples
-            has no key but ``bad_samples``.
+        on_bad: what to do with a sample that cannot be read. "error": raise the error. "replace":
+            use the first of the draw's ``spares`` that can be read, with the same seed.
+            "leave_out": omit it from the batch; if no sample of a batch can be read, its only key
+            is ``bad_samples``.
 
     Raises:
-        ValueError: negative ``workers``, ``batches`` of another number of samples, or an unknown
-            ``on_bad``.
+        ValueError: ``workers`` is negative, ``batches`` is for another number of samples, or
+            ``on_bad`` is unknown.
 
-    While it is read, errors of the data set come up as they are, also from workers:
+    Iterating raises the errors of the data set unchanged, also those from workers:
 
-        BadSample: with "error" a sample that cannot be read, with "replace" one whose spares are
-            all bad.
-        ChildProcessError: a worker was killed, or there is no memory left that is shared with it.
+        BadSample: with "error", a sample cannot be read; with "replace", none of its spares can be
+            read either.
+        ChildProcessError: a worker was killed, or no shared memory is left.
     """
     size = len(cast(Sized, dataset))
     if batches.size != size:
@@ -163,7 +164,7 @@ def loader(
     return guarded_loader(
         _Made(dataset, function, on_bad),
         collate=None,
-        batch_sampler=cast(Any, batches),  # yields lists; needs nothing else
+        batch_sampler=cast(Any, batches),  # yields lists, which is all that DataLoader needs
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
     )
@@ -175,31 +176,31 @@ def guarded_loader(
     collate: Callable[[Any], Any] | None = default_collate,
     **options: Any,
 ) -> DataLoader:
-    """A DataLoader through which errors of the data set come up as they are, also from workers.
+    """A DataLoader whose iteration raises the data set's errors unchanged, also those from workers.
 
     Args:
         dataset: map-style.
-        collate: makes a batch of a list of samples; None for none.
-        options: of :class:`torch.utils.data.DataLoader`.
+        collate: makes a batch of a list of samples; None for single samples.
+        options: arguments of :class:`torch.utils.data.DataLoader`.
 
     Raises:
-        ChildProcessError: while it is read: a worker was killed, or there is no memory left that
-            is shared with it.
+        ChildProcessError: while iterating: a worker was killed, or no shared memory is left.
     """
     return _Loader(
         _Guarded(dataset, collate or _as_it_is),
         collate_fn=_as_it_is,
         worker_init_fn=_start_worker,
-        # Of nothing that is used here; without one, every epoch would advance torch's own.
+        # Its numbers are not used; without a generator, every epoch would advance torch's default
+        # one.
         generator=torch.Generator(),
         **options,
     )
 
 
 def worker_failure(error: RuntimeError) -> ChildProcessError | None:
-    """What torch says about a worker that was killed, in a sentence; None for other errors.
+    """Translate torch's error about a killed worker; None for other errors.
 
-    torch raises it in the main process, wherever that happens to be.
+    torch raises this error in the main process, wherever that happens to be executing.
     """
     message = str(error)
     if "Too many open files" in message:
@@ -218,7 +219,7 @@ def worker_failure(error: RuntimeError) -> ChildProcessError | None:
 
 
 class _Failure:
-    """An error of a worker, on its way to the main process."""
+    """Carries an error from a worker to the main process."""
 
     def __init__(self, error: Exception):
         self.error, self.trace = _portable(error), traceback.format_exc()
@@ -230,24 +231,24 @@ class _Failure:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error itself if it survives pickling, else one with its text."""
+    """The error itself if it can be pickled, otherwise one with the same text."""
     try:
         if str(pickle.loads(pickle.dumps(error))) == str(error):
             return error
-    except Exception:  # whatever the constructor of a foreign class does
+    except Exception:  # the constructor of a third-party class may raise anything
         pass
     return (OSError if isinstance(error, OSError) else ValueError)(str(error))
 
 
 class _Loader(DataLoader):
-    """Raises the errors of workers as they were, without torch's own words around them."""
+    """A DataLoader that raises the errors of workers unchanged, without torch's wrapper text."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return _checked(super().__iter__())
 
 
 class _Guarded(Dataset):
-    """Samples and batches of a data set, or a :class:`_Failure` of the worker that reads them."""
+    """Returns samples and batches of a data set, or a :class:`_Failure` where reading raises."""
 
     def __init__(self, dataset: Dataset, collate: Callable[[Any], Any]):
         self.dataset, self._collate = dataset, collate
@@ -285,31 +286,32 @@ def _checked(batches: Iterator[Any]) -> Iterator[Any]:
                 batch["bad_samples"] = [(index, reason) for index, reason in batch["bad_samples"]]
             yield batch
     finally:
-        # Ends the workers now. An error would keep it alive, and fork it into the next workers.
+        # End the workers now. The error would keep the iterator alive and fork it into the next
+        # workers.
         del batches
     if batch is not None:
         batch.reraise()
 
 
 def _next(batches: Iterator[Any]) -> Any:
-    """A batch, an error of a worker, or None at the end."""
+    """The next batch, the error of a worker, or None at the end."""
     try:
         return next(batches, None)
     except RuntimeError as error:
         failure = worker_failure(error)
         if failure is None:
             raise
-        # Without its traceback, which keeps the workers.
+        # Drop the traceback, which keeps the workers alive.
         return _Failure(failure)
 
 
 class _Made(Dataset):
-    """Whole batches, made where the samples are read.
+    """Returns whole batches, collated in the process that reads the samples.
 
     Args:
-        dataset: of samples.
-        function: from samples and their seeds to a batch.
-        on_bad: of :func:`loader`.
+        dataset: map-style data set of samples.
+        function: makes a batch from samples and their seeds.
+        on_bad: see :func:`loader`.
     """
 
     def __init__(self, dataset: Dataset, function: Callable[..., dict[str, Any]], on_bad: str):
@@ -327,7 +329,7 @@ class _Made(Dataset):
     def _samples(
         self, draws: Sequence[Draw], bad: list[tuple[int, str]]
     ) -> tuple[list[dict[str, Any]], list[int]]:
-        """Samples with their seeds; what cannot be read is added to ``bad``."""
+        """The samples and their seeds; those that cannot be read are appended to ``bad``."""
         if hasattr(self.dataset, "__getitems__"):
             try:
                 return list(self.dataset.__getitems__(draws)), [draw.seed for draw in draws]
@@ -339,7 +341,7 @@ class _Made(Dataset):
         return [sample for sample, _ in kept], [seed for _, seed in kept]
 
     def _sample(self, draw: Draw, bad: list[tuple[int, str]]) -> dict[str, Any] | None:
-        """The sample of a draw, or what takes its place; None if it is left out."""
+        """The sample of a draw or its replacement; None if it is left out."""
         faults = []
         for index in (draw.index, *(draw.spares if self._on_bad == "replace" else ())):
             found = self._attempt(Draw(index, draw.seed))
@@ -368,9 +370,9 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _shared(batch: Any) -> Any:
-    """Tensors in the memory that the processes share: here, where its end can be told.
+    """Move a batch's tensors to shared memory here, where running out of it can be reported.
 
-    torch would do it while the batch is sent, in a thread whose errors nobody sees.
+    torch would do this while it sends the batch, in a thread whose errors are not raised.
     """
     try:
         for value in batch.values() if isinstance(batch, dict) else (batch,):
@@ -389,14 +391,14 @@ def _no_shared_memory() -> ChildProcessError:
 
 
 def _start_worker(worker: int) -> None:
-    # The tokenizer would warn of the threads that a forked process does not have.
+    # Otherwise the tokenizer warns that its threads do not exist in a forked process.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _soft_targets(
     labels: Sequence[Sequence[int]], scores: Sequence[Sequence[float]], answers: int | None
 ) -> Tensor:
-    """Scores float32 [B, answers] of the answers that are right, 0 for the others."""
+    """Soft targets float32 [B, answers]: the scores of the right answers, 0 for all others."""
     if answers is None:
         raise ValueError("answers: their number is needed for samples with answer_labels")
     targets = torch.zeros(len(labels), answers)

@@ -13,8 +13,8 @@ from vlmo.data.draws import uniform
 if TYPE_CHECKING:
     from vlmo.data.tokenizer import TextTokenizer
 
-IGNORE = -100  # label of tokens that are not to be predicted
-MASK_SHARE, RANDOM_SHARE = 0.8, 0.1  # of the chosen tokens; the rest stay as they are
+IGNORE = -100  # label of tokens that are excluded from the loss
+MASK_SHARE, RANDOM_SHARE = 0.8, 0.1  # of the chosen tokens; the rest are unchanged
 
 
 def mask_whole_words(
@@ -26,34 +26,34 @@ def mask_whole_words(
     seeds: ArrayLike | None = None,
     official: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Choose words, hide their tokens and label them.
+    """Choose words, mask their tokens and label them.
 
-    A word is a token and the "##" pieces after it; special tokens are never chosen. Words are
-    taken in random order until ``round(probability * n)`` of a text's n ordinary tokens, and at
-    least one, are chosen. A word that would exceed that number is passed over, except the first:
-    otherwise long words of short texts would never be learned. Of the chosen tokens 80 % become
-    [MASK], 10 % a random ordinary token, and 10 % stay.
+    A word is a token and the "##" pieces after it; special tokens are never chosen. Words are taken
+    in random order until ``round(probability * n)`` of a text's n ordinary tokens, and at least
+    one, are chosen. A word that would exceed that number is skipped, except for the first:
+    otherwise long words of short texts would never be learned. Of the chosen tokens, 80 % become
+    [MASK], 10 % become a random ordinary token, and 10 % are unchanged.
 
-    With ``official`` the choice is that of the published code (``DataCollatorForWholeWordMask``):
-    n is the padded length T, [PAD] and [UNK] can be drawn and are then left alone, no exception is
-    made for the first word, and random tokens come from the whole vocabulary. A short text may
-    then have nothing to predict.
+    With ``official`` the choice is that of unilm, the reference implementation
+    (``DataCollatorForWholeWordMask``): n is the padded length T, [PAD] and [UNK] can be drawn and
+    are then left unchanged, there is no exception for the first word, and random tokens come from
+    the whole vocabulary. A short text may then have nothing to predict.
 
     Args:
-        ids: int64 on the CPU; not changed.
-        tokenizer: tells special tokens and "##" pieces apart.
+        ids: int64 on the CPU; not modified.
+        tokenizer: identifies special tokens and "##" pieces.
         probability: share of the tokens to predict, in (0, 1].
-        generator: of random numbers; None for torch's own.
-        seeds: B whole numbers instead of a generator: a row is then masked by its own seed, the
-            same in whatever batch it stands.
+        generator: random number generator; None for torch's default one.
+        seeds: B integers instead of a generator: each row is masked according to its own seed,
+            independent of the batch.
         official: see above.
 
     Returns:
-        masked ids int64 [B, T], labels int64 [B, T] with -100 where nothing is to be predicted.
+        Masked ids int64 [B, T], and labels int64 [B, T] with -100 where nothing is to be predicted.
 
     Raises:
-        ValueError: ``ids`` is not an int64 matrix, ``probability`` is outside (0, 1], or there are
-            not as many seeds as rows.
+        ValueError: ``ids`` is not an int64 matrix, ``probability`` is outside (0, 1], or the number
+            of seeds is not the number of rows.
     """
     if ids.dim() != 2 or ids.dtype != torch.int64:
         raise ValueError(f"ids: {ids.dtype} {tuple(ids.shape)} is not an int64 [B, T]")
@@ -83,7 +83,7 @@ def mask_whole_words(
 
 
 def _draws(ids: Tensor, generator: torch.Generator | None, seeds: ArrayLike | None) -> Tensor:
-    """Three uniform numbers for each token, float64 [3, B, T]."""
+    """Three uniform random numbers per token, float64 [3, B, T]."""
     batch, length = ids.shape
     if seeds is None:
         return torch.rand(3, batch, length, generator=generator, dtype=torch.float64)
@@ -94,7 +94,7 @@ def _draws(ids: Tensor, generator: torch.Generator | None, seeds: ArrayLike | No
 
 
 def _word_numbers(candidates: Tensor, continuation: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of each token's word within its text, and which tokens begin one, both [B, T]."""
+    """Number of each token's word within its text, and whether it starts a word, both [B, T]."""
     earlier = candidates.cumsum(1) - candidates.long()
     is_start = candidates & (~continuation | (earlier == 0))
     return (is_start.cumsum(1) - 1).clamp(min=0), is_start
@@ -108,7 +108,7 @@ def _draw_words(
     order: Tensor,  # [B, T] random
     first_always: bool,
 ) -> Tensor:
-    """Which words are chosen, bool [B, T]; columns beyond a text's words are False."""
+    """The chosen words, bool [B, T] by word number; False beyond the last word of a text."""
     batch, length = word.shape
     sizes = torch.zeros(batch, length, dtype=torch.long)
     sizes.scatter_add_(1, word, candidates.long())

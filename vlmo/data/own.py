@@ -1,4 +1,4 @@
-"""A user's own data: records in files, folders of pictures with captions, texts."""
+"""A user's own data: files of records, folders of pictures with captions, text files."""
 
 from __future__ import annotations
 
@@ -42,20 +42,21 @@ def open_own(
     answer_minimum: int = 1,
     allow_missing: bool = False,
 ) -> Samples:
-    """Data set of a file or folder, see docs/data.md.
+    """Open a data set from a file or folder; docs/data.md describes the formats.
 
     Args:
-        source: a file of records or texts, or a folder with one for each split or with pictures.
-        task: as of :func:`~vlmo.data.open_data`.
-        split: as of :func:`~vlmo.data.open_data`.
-        transform: of the pictures.
-        answers: of vqa; None for the answers of the train split.
+        source: a file of records or texts, or a folder with such a file for each split or with
+            pictures.
+        task: see :func:`~vlmo.data.open_data`.
+        split: see :func:`~vlmo.data.open_data`.
+        transform: applied to the pictures.
+        answers: the answers of vqa; None for the answers of the train split.
         answer_minimum: see :func:`~vlmo.data.answers.vocabulary`.
-        allow_missing: as of :func:`~vlmo.data.open_data`.
+        allow_missing: see :func:`~vlmo.data.open_data`.
 
     Raises:
-        FileNotFoundError: the split, or pictures that it names, are missing.
-        ValueError: a record lacks what the task needs, or is of another form.
+        FileNotFoundError: the split is missing, or pictures that its records name are.
+        ValueError: a record lacks a field that the task needs, or has another form.
     """
     layout = find(source, task, split)
     place = layout.files[0] if len(layout.files) == 1 else layout.root
@@ -85,17 +86,18 @@ def open_own(
 
 
 class RecordSamples(Samples):
-    """Samples of records, their pictures in files of their own or in tables.
+    """Samples from records; their pictures are in files of their own or in tables.
 
     Args:
-        source: what errors call the data.
-        items: samples, with paths or :class:`~vlmo.data.tables.Stored` in place of pictures; an
-            ``image_id`` of None becomes the picture's name below ``root``.
+        source: name of the data in errors.
+        items: samples, with paths or :class:`~vlmo.data.tables.Stored` instead of pictures; an
+            ``image_id`` of None is replaced by the picture's path relative to ``root``.
         pictures: keys of the pictures.
-        transform: of the pictures.
-        answers: of vqa.
-        root: folder.
-        allow_missing: a picture that is not there is a bad sample, and no error now.
+        transform: applied to the pictures.
+        answers: the answers of vqa.
+        root: folder that picture names are relative to.
+        allow_missing: a missing picture makes a bad sample when it is read, instead of an error in
+            the constructor.
 
     Raises:
         FileNotFoundError: pictures are missing; the first ten are named.
@@ -114,7 +116,7 @@ class RecordSamples(Samples):
     ):
         super().__init__(pictures, transform, answers)
         self._source = os.fspath(source)
-        # Arrow's and NumPy's arrays, and no lists of objects, which every worker would copy.
+        # Use Arrow and NumPy arrays: every worker would copy lists of objects.
         known, columns = Pictures(root), Columns()
         places = {name: array("q") for name in pictures}
         for item in items:
@@ -126,7 +128,7 @@ class RecordSamples(Samples):
         if known.missing and not allow_missing:
             raise FileNotFoundError(f"{source}: {listed(known.missing, 'image files are missing')}")
         self._places = {name: np.array(numbers, np.int64) for name, numbers in places.items()}
-        # Of each picture: its file, or the table and the row that hold it, else -1.
+        # The file or table that holds each picture, and its row in the table, or -1.
         self._paths, self._rows = pa.array(known.paths, pa.large_string()), np.array(known.rows)
         self._columns = columns.arrays()
         self._stored = StoredPictures()
@@ -167,12 +169,12 @@ class RecordSamples(Samples):
         return identity.none_if_different(identity.same_pictures(self._places["image"], ids))
 
     def without(self, rows: Sequence[int]) -> RecordSamples:
-        """A copy as if the records of some samples had not been there."""
+        """A copy that omits the records of some samples."""
         found = copy.copy(self)
         kept = np.delete(np.arange(len(self)), rows)
         used = np.concatenate([places[kept] for places in self._places.values()] or [kept[:0]])
         old, first = np.unique(used, return_index=True)
-        order = old[np.argsort(first)]  # pictures are numbered as they come
+        order = old[np.argsort(first)]  # pictures are numbered in the order of their first use
         number = np.empty(len(self._paths), dtype=np.int64)
         number[order] = np.arange(len(order))
         found._places = {name: number[places[kept]] for name, places in self._places.items()}
@@ -188,14 +190,14 @@ class RecordSamples(Samples):
 
 
 class TextLines(Samples):
-    """Each line of a text file that is not blank, read when it is asked for.
+    """The lines of a text file that are not blank, each read on access.
 
     Args:
-        path: in UTF-8, or with a byte order mark.
-        transform: of pictures, which there are none of.
+        path: encoded in UTF-8, or with a byte order mark.
+        transform: unused, as there are no pictures.
 
     Raises:
-        ValueError: no line holds any text, or one is in another encoding.
+        ValueError: no line holds any text, or a line has another encoding.
     """
 
     def __init__(self, path: Path, transform: SquareTransform):
@@ -247,7 +249,7 @@ class TextLines(Samples):
         return os.fspath(self.path), index + 1
 
     def without(self, rows: Sequence[int]) -> TextLines:
-        """A copy as if the lines of some texts had not been there."""
+        """A copy that omits the lines of some texts."""
         found = copy.copy(self)
         found._starts, found._lengths = (np.delete(a, rows) for a in (self._starts, self._lengths))
         return found
@@ -297,13 +299,13 @@ def _records(layout: Layout, names: Sequence[str], split: str) -> Iterator[Recor
 def _is_utf8(name: str) -> bool:
     try:
         name.encode()
-    except UnicodeEncodeError:  # of the bytes that Python makes half surrogate pairs of
+    except UnicodeEncodeError:  # raised for bytes that Python decoded to lone surrogates
         return False
     return True
 
 
 def _belongs(record: Record, split: str) -> bool:
-    """Whether a record is of a split; one that tells none is of every split."""
+    """Whether a record belongs to a split; a record that names no split belongs to every split."""
     given = record.values.get("split")
     if given is None:
         return True
@@ -315,7 +317,7 @@ def _belongs(record: Record, split: str) -> bool:
 
 
 def _check_split(record: Record, split: str) -> None:
-    """Raise if a record says that it is of another split than the file or folder it is in."""
+    """Raise if a record names another split than that of its file or folder."""
     given = record.values.get("split")
     if isinstance(given, str) and split_of(given) not in (split, None):
         raise record.error("split", f"{given!r}, but the record is where those of {split!r} are")
@@ -385,7 +387,7 @@ def _texts(record: Record) -> Iterator[Item]:
 
 _IMAGE = ("image", "file_name")
 _CAPTIONS = _captions, (*_IMAGE, "image_id", "caption", "text")
-# How a task reads a record, and what of it.
+# The function with which a task reads a record, and the fields that it needs.
 _READERS = {
     "pretrain": _CAPTIONS,
     "retrieval": _CAPTIONS,
@@ -404,7 +406,7 @@ _READERS = {
 def _label_answers(
     items: Iterable[Item], answers: Sequence[str], source: Path, split: str
 ) -> Iterator[Item]:
-    """Scores by id; for training without the questions that have no answer among ``answers``."""
+    """Convert answers to ids and scores; training omits questions with no answer in ``answers``."""
     ids = answer_ids(answers)
     seen = kept = 0
     for item in items:
@@ -429,7 +431,7 @@ def _labelled(item: Item) -> Item:
 
 
 def _some(items: Iterable[Item], message: str) -> Iterator[Item]:
-    """The items; raises ValueError if there are none."""
+    """The items; raises ValueError with ``message`` if there are none."""
     empty = True
     for item in items:
         empty = False

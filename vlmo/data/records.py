@@ -1,4 +1,4 @@
-"""Records of a user's own files: JSON Lines, JSON, CSV, TSV, Parquet, and Hugging Face's Arrow."""
+"""Readers of records: JSON Lines, JSON, CSV, TSV, Parquet, and Hugging Face's Arrow files."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from vlmo.files import read_lines, read_text
 RECORD_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 PICTURES = ("image", "image_0", "image_1")
 IDENTITIES = ("image_id", "question_id", "identifier")
-_LONGEST_PATH = 4095  # of Linux
+_LONGEST_PATH = 4095  # the limit of Linux
 _INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")
 _URL = re.compile(r"[a-z][a-z0-9+]+://", re.IGNORECASE)
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class RawKind(NamedTuple):
-    """Files as they are published, which are no records yet.
+    """Annotation files in the form in which they are published, which must be converted to records.
 
     Attributes:
-        lists: names in the object that such a file is.
+        lists: keys of the lists in the JSON object of such a file.
         name: pattern of such a file's name.
-        advice: what it is and what to do.
+        advice: what the file is and how to convert it.
     """
 
     lists: tuple[str, ...]
@@ -70,14 +70,14 @@ _RAW_NAMES = {name for kind in RAW_KINDS for name in kind.lists}
 
 
 class Record(NamedTuple):
-    """One record, and what errors call it.
+    """One record, with what error messages need.
 
     Attributes:
-        place: file and line or row.
-        values: by name, none of them None.
-        names: of all that the file has, also of what was not read.
-        number: among the records of a split, from 0.
-        folder: that paths are relative to.
+        place: file and line or row, for error messages.
+        values: values by name, none of them None.
+        names: names of all fields in the file, including those that were not read.
+        number: number of the record within its split, from 0.
+        folder: folder that paths are relative to.
     """
 
     place: str
@@ -99,7 +99,7 @@ class Record(NamedTuple):
         return [self._checked(name, text) for text in texts]
 
     def picture(self, name: str) -> str | Stored:
-        """A path, or a picture in the table; Hugging Face's ``file_name`` will do for a path."""
+        """A path, or a picture in the table; Hugging Face's ``file_name`` is accepted as a path."""
         other = "file_name" if name == "image" else f"{name}_file_name"
         if name not in self.values and other in self.values:
             name = other
@@ -122,10 +122,10 @@ class Record(NamedTuple):
         return self._checked(name, value) if isinstance(value, str) else value
 
     def answers(self) -> str | list[str] | dict[str, Any] | None:
-        """``answers`` or ``answer``: a text, texts, or scores of texts; None if there is none."""
+        """Field ``answers`` or ``answer``: a text, texts, or scores by text; None if missing."""
         name = "answers" if "answers" in self.values else "answer"
         given = self.values.get(name)
-        if isinstance(given, dict):  # a struct of Parquet has all names in every row
+        if isinstance(given, dict):  # a Parquet struct has all its field names in every row
             given = {text: score for text, score in given.items() if score is not None}
         if given is not None:
             texts = given if isinstance(given, (list, dict)) else [given]
@@ -136,7 +136,7 @@ class Record(NamedTuple):
         return given
 
     def error(self, name: str, message: str) -> ValueError:
-        """What to raise for a value."""
+        """The error to raise for a value."""
         return ValueError(f"{self.place}: {name}: {message}")
 
     def value(self, name: str) -> Any:
@@ -167,15 +167,15 @@ class Record(NamedTuple):
 
 
 def file_rows(path: Path, names: Collection[str]) -> Iterator[Row]:
-    """The records of a file, by its suffix.
+    """Read the records of a file in the format that its suffix indicates.
 
     Args:
-        path: of ``RECORD_SUFFIXES``, or .arrow.
-        names: of the values that are needed; the columns of tables that are read.
+        path: with a suffix of ``RECORD_SUFFIXES``, or .arrow.
+        names: fields that are needed; only these columns of a table are read.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is damaged or of another form; file and line or row are named.
+        ValueError: it is damaged or has another form; the message names file and line or row.
     """
     suffix = path.suffix.lower()
     if suffix == ".jsonl":
@@ -185,7 +185,7 @@ def file_rows(path: Path, names: Collection[str]) -> Iterator[Row]:
     elif suffix in (".csv", ".tsv"):
         rows = _separated(path, "," if suffix == ".csv" else "\t")
     else:
-        from vlmo.data.tables import table_rows  # which needs pyarrow
+        from vlmo.data.tables import table_rows  # imported here because it needs pyarrow
 
         rows = table_rows(path, names, PICTURES)
     for row in rows:
@@ -200,7 +200,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 
 def _json_values(path: Path) -> Iterator[Row]:
-    """Records in a list, or one after another."""
+    """Records of a JSON list, or of JSON objects in sequence."""
     text = read_text(path)
     place, line, counted = _after_space(text, 0), 1, 0
     in_list = text.startswith("[", place)
@@ -229,7 +229,7 @@ def _after_space(text: str, place: int) -> int:
 
 
 def repeated_key(pairs: Sequence[tuple[str, Any]]) -> str | None:
-    """The first key that the pairs of a JSON object hold twice; None if there is none."""
+    """The first key that occurs twice among the pairs of a JSON object; None if there is none."""
     if len(dict(pairs)) == len(pairs):
         return None
     names = [name for name, _ in pairs]
@@ -256,7 +256,7 @@ def _parsed(path: Path, line: int, parse: Callable[..., Any], *text: Any) -> Any
         raise ValueError(f"{place}: is not JSON: {error.msg} at column {error.colno}") from error
     except RecursionError as error:
         raise ValueError(f"{path}, line {line}: is not JSON: it is nested too deeply") from error
-    except ValueError as error:  # of _object, or of an integer of thousands of digits
+    except ValueError as error:  # from _object, or for an integer with thousands of digits
         raise ValueError(f"{path}, line {line}: {error}") from error
 
 
@@ -276,7 +276,7 @@ def _is_table(value: Any) -> bool:
 
 
 def _separated(path: Path, separator: str) -> Iterator[Row]:
-    """Rows of CSV or TSV under a line of names; empty cells are missing values."""
+    """Rows of CSV or TSV below a header line; empty cells are missing values."""
     lines = (line + "\n" for line in read_lines(path))
     reader = csv.reader(lines, delimiter=separator, strict=True)
     names: list[str] | None = None

@@ -1,4 +1,4 @@
-"""One row of a file of records, whatever the file."""
+"""One row of a file of records, independent of the file's format."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 
 class Stored(NamedTuple):
-    """A picture whose bytes lie in a table.
+    """A picture whose bytes are stored in a table.
 
     Attributes:
-        path: of the table.
-        row: from 0.
-        column: binary, or a struct with a field ``bytes`` as Hugging Face writes it.
+        path: path of the table.
+        row: row of the picture, from 0.
+        column: a binary column, or a struct column with a field ``bytes`` as Hugging Face writes
+            it.
     """
 
     path: str
@@ -24,9 +25,9 @@ class Row(NamedTuple):
     """One row of a file of records.
 
     Attributes:
-        place: of the row, for errors.
-        values: by name.
-        names: of all that the file has, also of what was not read.
+        place: file and row, for error messages.
+        values: values by name.
+        names: names of all fields in the file, including those that were not read.
     """
 
     place: str

@@ -1,4 +1,4 @@
-"""What data sets of files have in common: samples of texts and decoded pictures."""
+"""Base of the data sets that read files: samples with texts and decoded pictures."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ SPLITS = ("train", "val", "test")
 
 
 class BadSample(ValueError):
-    """One sample that cannot be read: a damaged or missing picture, a text that is none.
+    """A sample that cannot be read: a picture is damaged or missing, or a text is invalid.
 
     Args:
-        message: names the file, and the row if it has rows.
+        message: names the file, and the row if the file has rows.
         index: number of the sample in its data set.
-        file: that holds what cannot be read; None if it is not known.
-        row: in the file, as the message counts; None for a file without rows.
+        file: the file that cannot be read; None if unknown.
+        row: row in the file, counted as in the message; None for a file without rows.
 
     Attributes:
         index, file, row: as given.
@@ -39,12 +39,12 @@ class BadSample(ValueError):
 
 
 class Samples(Dataset, ABC):
-    """Map-style data set; a sample is a dictionary as :mod:`vlmo.data.loading` lists its keys.
+    """Map-style data set; :mod:`vlmo.data.loading` lists the keys of its samples.
 
     Args:
         pictures: keys of the pictures: "image", or "image_0" and "image_1", or none.
-        transform: from a decoded picture to its tensor.
-        answers: of vqa, in the order of their ids.
+        transform: converts a decoded picture to a tensor.
+        answers: the answers of vqa, in the order of their ids.
 
     Attributes:
         answers: as given; None for tasks other than vqa.
@@ -69,7 +69,7 @@ class Samples(Dataset, ABC):
 
     @abstractmethod
     def fields(self, index: int) -> dict[str, Any]:
-        """A sample without its pictures."""
+        """The fields of a sample without its pictures."""
 
     @abstractmethod
     def picture(self, index: int, name: str) -> Image.Image:
@@ -78,37 +78,37 @@ class Samples(Dataset, ABC):
     @property
     @abstractmethod
     def image_ids(self) -> list[int] | list[str]:
-        """The image_id of every sample of pretrain, retrieval or vqa; no picture is decoded."""
+        """The image_id of every sample of pretrain, retrieval or vqa, without decoding pictures."""
 
     @abstractmethod
     def place(self, index: int, name: str | None = None) -> tuple[str, int | None]:
-        """File and row of a sample's picture, or of its text; None for a file without rows."""
+        """File and row of a sample's picture or text; the row is None for a file without rows."""
 
     @property
     def keys(self) -> np.ndarray | None:
-        """For :class:`~vlmo.data.GlobalBatches`: int64 [N], equal for captions of one picture.
+        """Keys for :class:`~vlmo.data.GlobalBatches`, int64 [N], equal for captions of one picture.
 
-        None where every sample has a picture of its own, and for tasks without captions.
+        None if every sample has a picture of its own, and for tasks without captions.
         """
         return None
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """16 hex digits of the texts, labels, ids and names of pictures.
+        """16 hex digits that identify the texts, labels, ids and picture names.
 
-        Names are relative to the data, so that a copy elsewhere has the same digits. Pictures are
-        not read.
+        Names are relative to the data, so a copy in another place has the same fingerprint.
+        Pictures are not read.
         """
 
     @abstractmethod
     def picture_numbers(self, name: str) -> np.ndarray:
-        """A number for each sample's picture, int64 [N], equal where it is the same one."""
+        """The number of each sample's picture, int64 [N], equal for the same picture."""
 
     def text(self, index: int) -> str:
         """The caption, question, statement or text of a sample.
 
         Raises:
-            BadSample: it cannot be read.
+            BadSample: the text cannot be read.
         """
         return self.read(index)["text"]
 
@@ -116,17 +116,17 @@ class Samples(Dataset, ABC):
         """A sample without its pictures, or one of its pictures, decoded to RGB.
 
         Raises:
-            BadSample: it cannot be read.
+            BadSample: the sample or picture cannot be read.
         """
         with self._reading(index, name):
             return self.fields(index) if name is None else self.picture(index, name)
 
     def __getitem__(self, item: Draw | int) -> dict[str, Any]:
-        """A sample; its picture is transformed with the seed of the draw.
+        """A sample; the draw's seed determines how its pictures are transformed.
 
         Raises:
-            BadSample: it cannot be read.
-            IndexError: there is no such sample.
+            BadSample: the sample cannot be read.
+            IndexError: ``index`` is out of range.
         """
         index, seed, _ = Draw.of(item)
         if not 0 <= index < len(self):
@@ -139,7 +139,7 @@ class Samples(Dataset, ABC):
 
     @contextmanager
     def _reading(self, index: int, name: str | None = None) -> Iterator[None]:
-        """What goes wrong inside is the fault of this sample; its message names file and row."""
+        """Raise errors inside as BadSample of this sample; the message names file and row."""
         try:
             yield
         except BadSample:

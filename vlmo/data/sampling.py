@@ -1,4 +1,4 @@
-"""Which samples make up which global batch: the same for any number of ranks, from any step on."""
+"""The samples of every global batch, independent of the number of ranks and of the first step."""
 
 from __future__ import annotations
 
@@ -12,50 +12,51 @@ from torch.utils.data import Sampler
 
 from vlmo.data.draws import Draw, hashed
 
-_TRIES = 4  # to find a row's partner
-_CHUNK = 4096  # rows that are Python's own numbers at a time
-_SPARES = 0x5BA2E  # tells the hashes of spares from those of rows
+_TRIES = 4  # attempts to find a partner for a row
+_CHUNK = 4096  # rows that are converted to Python integers at a time
+_SPARES = 0x5BA2E  # separates the hashes of spares from those of rows
 
 
 class GlobalBatches(Sampler[list[Draw]]):
-    """Shuffled batches without end, for ``DataLoader(batch_sampler=...)`` on every rank.
+    """Endless shuffled batches, for ``DataLoader(batch_sampler=...)`` on every rank.
 
-    The global batch of step n depends on the data, ``batch_size``, ``seed`` and n alone. Each rank
-    gets its contiguous share of it, so ranks together see what one process would see, and a
-    training that goes on at ``first_step`` sees what an uninterrupted one would have seen.
+    The global batch of step n depends only on the data, ``batch_size``, ``seed`` and n. Each rank
+    gets a contiguous share of it, so all ranks together see what a single process would see, and a
+    training that is resumed at ``first_step`` sees what an uninterrupted one would have seen.
 
-    An epoch is ``steps_per_epoch`` batches of a new permutation; the samples at its end that fill
-    no batch are left out.
+    An epoch consists of ``steps_per_epoch`` batches of a new permutation; the samples at its end
+    that do not fill a batch are dropped.
 
-    With ``keys`` no two samples of a global batch have equal keys. In a random batch of 128 digit
-    scenes a quarter share their meaning with another one: contrast would call a true caption false,
-    and matching would seek out exactly these pairs as its hard negatives. A sample that does not
-    fit waits for the next batch; an epoch then repeats a few samples where the last ones do not fit
-    together. With ``groups`` as well, half of a batch are partners that an equal group brought
-    along: pictures of the same digits in another arrangement, which random batches seldom hold.
+    With ``keys``, no two samples of a global batch have equal keys. In a random batch of 128 digit
+    scenes, a quarter of the scenes share their meaning with another one: the contrastive loss would
+    treat a true caption as false, and image-text matching would select exactly these pairs as hard
+    negatives. A sample that does not fit waits for the next batch; an epoch then repeats a few
+    samples if the last ones do not fit together. With ``groups`` as well, half of a batch are
+    partners, each added by a row of its group: pictures of the same digits in another arrangement,
+    which random batches rarely contain.
 
-    With ``spares`` every draw names samples to take in its place if it cannot be read. They depend
-    on the data, ``seed`` and the step alone, too, and have other keys than the whole global batch.
-    No two draws have the same ones, unless the data are too few.
+    With ``spares``, every draw names samples to use instead if its own sample cannot be read. They
+    also depend only on the data, ``seed`` and the step, and their keys do not occur in the global
+    batch. Different draws have different spares unless the data are too few.
 
     Args:
         size: number of samples.
-        batch_size: of the global batch, a multiple of ``world_size``.
+        batch_size: size of the global batch, a multiple of ``world_size``.
         rank: 0 .. ``world_size`` - 1.
         world_size: number of ranks.
-        seed: of the order and of the samples' own seeds, not negative.
+        seed: determines the order and the seeds of the samples, not negative.
         first_step: number of the first batch, from 0.
         steps: number of batches to yield; None for no end.
-        keys: one per sample; an integer array is the fastest.
+        keys: one per sample; an integer array is fastest.
         groups: one per sample; needs ``keys``.
-        spares: of each draw.
+        spares: number of spares per draw.
 
     Attributes:
         steps_per_epoch: ``size // batch_size``.
 
     Raises:
-        ValueError: an argument outside what is listed, fewer samples or different keys than
-            ``batch_size``.
+        ValueError: an argument is outside the ranges above, or there are fewer samples or different
+            keys than ``batch_size``.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class GlobalBatches(Sampler[list[Draw]]):
                 step += 1
 
     def _epoch(self, epoch: int, first: int) -> Iterator[np.ndarray]:
-        """Rows ``[batch_size]`` of an epoch's global batches from batch ``first`` on."""
+        """Rows ``[batch_size]`` of an epoch's global batches, starting with batch ``first``."""
         generator = torch.Generator().manual_seed(int(hashed(self.seed, epoch)))
         if self._codes is not None:
             if self._groups is None:
@@ -131,7 +132,7 @@ class GlobalBatches(Sampler[list[Draw]]):
             yield order[number * self.batch_size : (number + 1) * self.batch_size]
 
     def _spares(self, step: int, rows: np.ndarray) -> list[tuple[int, ...]]:
-        """Rows that may stand in for each row ``[batch_size]`` of a step's global batch."""
+        """Rows that may replace each row ``[batch_size]`` of the global batch of a step."""
         count = len(rows)
         wanted = self.spares * count
         if not wanted:
@@ -146,7 +147,7 @@ class GlobalBatches(Sampler[list[Draw]]):
             codes, taken = self._codes[drawn], self._codes[rows]
         first = np.sort(np.unique(codes, return_index=True)[1])  # of each code, in drawn order
         fit = drawn[first[~np.isin(codes[first], taken)]][:wanted]
-        # Where they are too few, rows share them; the first ones of neighbours still differ.
+        # If they are too few, rows share them; neighbouring rows still have different first spares.
         table = np.resize(fit, (self.spares, count)) if len(fit) else np.empty((0, count), int)
         return [tuple(dict.fromkeys(column)) for column in table.T.tolist()]
 
@@ -156,9 +157,9 @@ def _distinct(
     batch_size: int,
     generator: torch.Generator,
 ) -> Iterator[np.ndarray]:
-    """Rows ``[batch_size]`` of different codes, without end; every row before any comes again."""
-    # Rows that did not fit, by code. They come first in the next batch, which has room for all
-    # their codes, as these are among those of the batch before.
+    """Endless rows ``[batch_size]`` of different codes; no row repeats before all were used."""
+    # Rows that did not fit, by code. They come first in the next batch, which always has room for
+    # them: their codes are a subset of those of the previous batch.
     held: dict[int, deque[int]] = {}
     fresh: Iterator[tuple[int, int]] = iter(())
     while True:
@@ -183,7 +184,7 @@ def _distinct(
 def _shuffled(
     codes: np.ndarray, without: Sequence[int], generator: torch.Generator
 ) -> Iterator[tuple[int, int]]:
-    """All rows but some in random order, with their codes."""
+    """All rows except ``without`` in random order, with their codes."""
     order = torch.randperm(len(codes), generator=generator).numpy()
     if without:
         wanted = np.ones(len(codes), dtype=bool)
@@ -200,7 +201,7 @@ def _partnered(
     batch_size: int,
     generator: torch.Generator,
 ) -> Iterator[np.ndarray]:
-    """As :func:`_distinct`, half of them brought along by a row of their group."""
+    """As :func:`_distinct`, but half of the rows are partners from the group of another row."""
     keys: list[int] = codes.tolist()
     waiting: deque[int] = deque()
     members: dict[Hashable, deque[int]] = {}
@@ -212,7 +213,7 @@ def _partnered(
         while len(rows) < batch_size:
             if not waiting:
                 order = torch.randperm(len(keys), generator=generator).tolist()
-                # Rows held back come first in the next batch; they are not needed twice.
+                # Rows held back come first in the next batch; do not add them a second time.
                 waiting.extend(row for row in order if row not in unused)
                 unused.update(order)
                 members = _by_group(groups, [*held, *waiting])
@@ -246,7 +247,7 @@ def _by_group(groups: Sequence[Hashable], rows: Sequence[int]) -> dict[Hashable,
 def _partner(
     candidates: deque[int], keys: Sequence[int], seen: set[int], unused: set[int]
 ) -> int | None:
-    """An unused row of a new key, taken out of the candidates; None if the first few do not fit."""
+    """Remove an unused row with a new key from the candidates; None if the first few do not fit."""
     for _ in range(_TRIES):
         while candidates and candidates[-1] not in unused:
             candidates.pop()
@@ -259,7 +260,7 @@ def _partner(
 
 
 def _codes(keys: Sequence[Hashable] | np.ndarray) -> np.ndarray:
-    """Numbers int64 [N] that are equal where keys are."""
+    """Numbers int64 [N], equal for equal keys."""
     if isinstance(keys, np.ndarray) and keys.dtype.kind == "i":
         return keys.astype(np.int64, copy=False)
     numbers: dict[Hashable, int] = {}

@@ -1,4 +1,4 @@
-"""Any source of data by one call."""
+"""Opens any source of data with one function."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 TASKS = ("textmlm", "pretrain", "retrieval", "vqa", "nlvr2")
 _DIGIT_SIZES = {"train": 16384, "val": 512, "test": 1024}
-_DIGIT_GALLERY = 256  # pairs of different meanings, to search among
+_DIGIT_GALLERY = 256  # pairs with different meanings, to search among
 
 
 def open_data(
@@ -32,39 +32,39 @@ def open_data(
     flip: bool = True,
     allow_missing: bool = False,
 ) -> Samples | DigitScenes:
-    """A data set of one split, whose samples :func:`~vlmo.data.collate` puts together.
+    """Open a data set of one split; :func:`~vlmo.data.collate` makes batches of its samples.
 
     docs/data.md shows an example of every kind of source.
 
     Args:
-        source: "digits" for :class:`~vlmo.data.DigitScenes`; a folder of the official Arrow files;
-            a .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a folder with one for each split;
-            a folder of pictures with a metadata file, or each beside a .txt file with a caption on
-            every line; a folder that Hugging Face's ``save_to_disk`` wrote.
+        source: "digits" for :class:`~vlmo.data.DigitScenes`; a folder of unilm's Arrow files; a
+            .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a folder with one for each split; a
+            folder of pictures with a metadata file, or with a .txt file beside each picture that
+            has a caption on every line; a folder that Hugging Face's ``save_to_disk`` wrote.
         task: "textmlm", "pretrain", "retrieval", "vqa" or "nlvr2".
         split: "train", "val" or "test".
         image_size: S, side of the pictures in pixels.
         train: augment pictures (:class:`~vlmo.data.transforms.SquareTransform`); digit scenes are
             never augmented.
-        answers: of vqa, in the order of their ids; None for the source's own: what the Arrow files
-            name, or the answers of the records of the train split.
-        datasets: which of the official data sets to open, see :mod:`vlmo.data.arrow`; None for the
-            official choice.
-        answer_minimum: in a user's own data, number of questions that an answer must be the major
-            answer of, see :func:`~vlmo.data.answers.vocabulary`; VQAv2 has 9.
-        flip: mirror half of the augmented pictures, as the official code does for every task.
-        allow_missing: pictures of records that are not there are bad samples when they are read
+        answers: the answers of vqa, in the order of their ids; None for those of the source: the
+            answers that the Arrow files name, or those of the train split's records.
+        datasets: which of unilm's data sets to open, see :mod:`vlmo.data.arrow`; None for those
+            that unilm uses for the task.
+        answer_minimum: for a user's own data, number of questions that an answer must be the major
+            answer of, see :func:`~vlmo.data.answers.vocabulary`; VQAv2 uses 9.
+        flip: mirror half of the augmented pictures, as unilm does for every task.
+        allow_missing: missing pictures of records make bad samples when they are read
             (:class:`~vlmo.data.BadSample`), instead of an error now.
 
     Returns:
-        A map-style data set with ``.answers`` for vqa, a list of str in the order of their ids;
-        ``.text(index)`` and ``.image_ids`` tell about samples without decoding pictures, and
-        ``.keys`` and ``.groups`` are for :class:`~vlmo.data.GlobalBatches`.
+        A map-style data set. ``.answers`` is the list of answers of vqa, in the order of their ids;
+        ``.text(index)`` and ``.image_ids`` describe samples without decoding pictures; ``.keys``
+        and ``.groups`` are for :class:`~vlmo.data.GlobalBatches`.
 
     Raises:
         FileNotFoundError: the source, or files that it needs or names, are missing.
         ImportError: an extra of ``vlmo[train]`` is missing.
-        ValueError: an argument outside what is listed, or data of another form.
+        ValueError: an argument is invalid, or the data have another form.
     """
     if task not in TASKS:
         raise ValueError(f"task: {task!r} is not one of {TASKS}")
@@ -74,7 +74,7 @@ def open_data(
         raise ValueError(f"answer_minimum: {answer_minimum} is not positive")
     if source == "digits":
         return _open_digits(task, split, image_size, answers, datasets)
-    path = Path(source).absolute()  # for workers, and after a change of folder
+    path = Path(source).absolute()  # for workers, and in case the working directory changes
     if not path.exists():
         raise FileNotFoundError(f"source: {path} does not exist")
     try:
@@ -100,7 +100,7 @@ def open_data(
 
 
 def has_splits(source: str | os.PathLike[str]) -> bool:
-    """Whether a source of :func:`open_data` tells splits apart; else all of it serves any split."""
+    """Whether a source of :func:`open_data` distinguishes splits; else it serves as any split."""
     if source == "digits" or holds_arrow(source):
         return True
     from vlmo.data import own
@@ -109,7 +109,7 @@ def has_splits(source: str | os.PathLike[str]) -> bool:
 
 
 def texts_of(dataset: Samples | DigitScenes) -> Iterator[str]:
-    """The caption, question, statement or text of each sample of :func:`open_data`, one by one.
+    """The caption, question, statement or text of each sample of a data set, one after another.
 
     Raises:
         BadSample: a text cannot be read.
@@ -118,7 +118,7 @@ def texts_of(dataset: Samples | DigitScenes) -> Iterator[str]:
 
 
 def holds_arrow(source: str | os.PathLike[str]) -> bool:
-    """Whether a source is a folder of Arrow files of the official code."""
+    """Whether a source is a folder with Arrow files of unilm."""
     from vlmo.data.layout import is_hidden, is_saved_by_hugging_face
 
     folder = Path(source)

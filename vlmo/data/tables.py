@@ -1,7 +1,7 @@
-"""Arrow and Parquet files: their rows without the pictures, and one picture at a time.
+"""Arrow and Parquet files: reads their rows without the pictures, and single pictures.
 
-Arrow files are mapped into memory. Of a Parquet file, which is compressed, the row group of a
-picture is read when the picture is asked for.
+Arrow files are memory-mapped. A Parquet file is compressed, so reading a picture reads its whole
+row group.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ import pyarrow.parquet as pq
 
 from vlmo.data.rows import Row, Stored
 
-_GROUP_BYTES = 2**30  # of the pictures of one row group, at most
-_CACHED_BYTES = 2**28  # of row groups that a process keeps
-_BATCH = 2**14  # rows at a time
+_GROUP_BYTES = 2**30  # largest size of the pictures of one row group
+_CACHED_BYTES = 2**28  # row groups that a process caches
+_BATCH = 2**14  # rows that are read at a time
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
 def open_arrow_file(path: str | os.PathLike[str]) -> pa.Table:
-    """Table of an Arrow file, in the file format or as a stream, mapped into memory.
+    """The table of an Arrow file, in the file or the stream format, memory-mapped.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is damaged or no Arrow file.
+        OSError: the file cannot be read.
+        ValueError: it is damaged or not an Arrow file.
     """
     path = os.fspath(path)
     with open(path, "rb") as stream:
@@ -46,19 +46,19 @@ def open_arrow_file(path: str | os.PathLike[str]) -> pa.Table:
         source = pa.memory_map(path)
         reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
         table = reader.read_all()
-        _ = table.column_names  # which are decoded
+        _ = table.column_names  # decodes the names
     if not is_file and not ends:
         warnings.warn(f"{path}: has no end mark, so it may be incomplete", stacklevel=2)
     return table
 
 
 def check_offsets(column: pa.ChunkedArray, path: str | os.PathLike[str], name: str) -> None:
-    """Raise ValueError if an Arrow column is damaged so that reading it may crash the process."""
+    """Raise ValueError if an Arrow column is damaged so that reading it might crash the process."""
     first = 0
     for chunk in column.chunks:
         try:
             chunk.validate()
-            # Bytes in place of texts: whether these are UTF-8 is seen when they are read.
+            # Validate texts as bytes: their UTF-8 is checked when they are read.
             chunk.cast(_bytes_type(chunk.type)).validate(full=True)
         except pa.ArrowException as error:
             rows = f"rows {first} to {first + len(chunk) - 1}"
@@ -67,16 +67,16 @@ def check_offsets(column: pa.ChunkedArray, path: str | os.PathLike[str], name: s
 
 
 def table_rows(path: Path, names: Collection[str], pictures: Collection[str] = ()) -> Iterator[Row]:
-    """The rows of a Parquet or Arrow file, counted from 1.
+    """The rows of a Parquet or Arrow file; errors count them from 1.
 
     Args:
         path: .parquet or .arrow.
-        names: of the columns to read, if they are there.
-        pictures: those of ``names`` that may hold pictures, which become :class:`Stored`.
+        names: columns to read, if the file has them.
+        pictures: those of ``names`` that may hold pictures, which are returned as :class:`Stored`.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is damaged or no such file, or holds what is neither text nor number.
+        ValueError: it is damaged, has another format, or holds values other than texts and numbers.
     """
     table = _Parquet(path) if _is_parquet(path) else _Arrow(path)
     schema = table.schema
@@ -112,7 +112,7 @@ def table_rows(path: Path, names: Collection[str], pictures: Collection[str] = (
 
 
 class StoredPictures:
-    """Reads the bytes of pictures; tables and row groups stay open in the process that reads."""
+    """Reads the bytes of pictures; a process keeps the tables and row groups that it reads open."""
 
     def __init__(self) -> None:
         self._columns: dict[tuple[str, str], pa.ChunkedArray] = {}
@@ -123,11 +123,11 @@ class StoredPictures:
         return StoredPictures, ()
 
     def read(self, picture: Stored) -> bytes:
-        """Content of a picture's file.
+        """The content of a picture's file.
 
         Raises:
             OSError: the table cannot be read.
-            ValueError: it is damaged; file and row are named.
+            ValueError: it is damaged; the message names file and row.
         """
         path, row, column = picture
         if _is_parquet(path):
@@ -142,7 +142,7 @@ class StoredPictures:
         return content
 
     def _place(self, path: str, row: int) -> tuple[int, int]:
-        """Row group of a row, and the group's first row."""
+        """The row group of a row, and the first row of the group."""
         if path not in self._first_rows:
             meta = _parquet_file(path).metadata
             counts = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
@@ -176,14 +176,14 @@ class _Arrow:
         self.schema = self._table.schema
 
     def stored(self, name: str) -> np.ndarray:
-        """Bool [rows]: whether a row holds the bytes of a picture."""
+        """Whether a row holds the bytes of a picture, bool [rows]."""
         check_offsets(self._table[name], self._path, name)
         return pc.is_valid(_contents(self._table[name])).to_numpy()
 
     def batches(
         self, plain: Sequence[str], paths: Sequence[str]
     ) -> Iterator[tuple[int, dict[str, pa.Array]]]:
-        """Number of rows, and columns; of the pictures in ``paths``, their paths."""
+        """Batches: number of rows, and columns; those in ``paths`` hold the paths of pictures."""
         for name in plain:
             check_offsets(self._table[name], self._path, name)
         for batch in self._table.to_batches(max_chunksize=_BATCH):
@@ -202,7 +202,7 @@ class _Parquet:
             self._leaves = [column.path for column in self._file.schema]
 
     def stored(self, name: str) -> np.ndarray:
-        """Bool [rows]: whether a row holds the bytes of a picture."""
+        """Whether a row holds the bytes of a picture, bool [rows]."""
         leaf, meta = _leaf(self.schema, name), self._file.metadata
         there = np.zeros(meta.num_rows, bool)
         row = 0
@@ -234,7 +234,7 @@ class _Parquet:
     def batches(
         self, plain: Sequence[str], paths: Sequence[str]
     ) -> Iterator[tuple[int, dict[str, pa.Array]]]:
-        """Number of rows, and columns; of the pictures in ``paths``, their paths."""
+        """Batches: number of rows, and columns; those in ``paths`` hold the paths of pictures."""
         leaves = [*plain, *(f"{name}.path" for name in paths)]
         for group in range(self._file.num_row_groups):
             with _group_errors(self._path, group):
@@ -247,7 +247,7 @@ class _Parquet:
 
 @contextlib.contextmanager
 def _errors(message: str) -> Iterator[None]:
-    """Arrow's errors of damaged files as ValueError; those of the system stay what they are."""
+    """Raise Arrow's errors about damaged files as ValueError; system errors pass unchanged."""
     try:
         yield
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
@@ -261,7 +261,7 @@ def _group_errors(path: str | os.PathLike[str], group: int) -> contextlib.Abstra
 
 
 def _parquet_file(path: str) -> pq.ParquetFile:
-    # Without threads, which processes that are forked later would miss.
+    # Without threads: they would not exist in processes that are forked later.
     return pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
 
 
@@ -270,12 +270,12 @@ def _is_parquet(path: str | os.PathLike[str]) -> bool:
 
 
 def _leaf(schema: pa.Schema, name: str) -> str:
-    """Parquet's name of the bytes of a column of pictures."""
+    """The Parquet path of the bytes in a column of pictures."""
     return f"{name}.bytes" if pa.types.is_struct(schema.field(name).type) else name
 
 
 def _contents(column: Any) -> Any:
-    """The bytes of a column of pictures."""
+    """The bytes in a column of pictures."""
     return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
 
 
@@ -287,28 +287,28 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 
 def is_binary(kind: pa.DataType) -> bool:
-    """Whether a column of Arrow holds bytes."""
+    """Whether an Arrow column holds bytes."""
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a column of Arrow holds texts."""
+    """Whether an Arrow column holds texts."""
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def is_number(kind: pa.DataType) -> bool:
-    """Whether a column of Arrow holds integers, floats or truth values."""
+    """Whether an Arrow column holds integers, floats or booleans."""
     types = pa.types
     return types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """Whether a column of Arrow holds lists."""
+    """Whether an Arrow column holds lists."""
     return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 def _is_plain(kind: pa.DataType) -> bool:
-    """Whether values become texts, numbers, or lists and dictionaries of them."""
+    """Whether the values convert to texts, numbers, or lists and dictionaries of them."""
     if pa.types.is_dictionary(kind) or is_list(kind):
         return _is_plain(kind.value_type)
     if pa.types.is_map(kind):
@@ -321,7 +321,7 @@ def _is_plain(kind: pa.DataType) -> bool:
 def _values(
     column: pa.Array, place: str, first: int, name: str, classes: Sequence[str] | None
 ) -> list[Any]:
-    """Python's values of a column; ``place`` and the number of the ``first`` row are for errors."""
+    """The Python values of a column; ``place`` and the ``first`` row's number are for errors."""
     try:
         values = column.to_pylist()
     except UnicodeDecodeError as error:
@@ -350,7 +350,7 @@ def _decodes(value: pa.Scalar) -> bool:
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
-    """Names of the numbers of columns that Hugging Face calls ClassLabel."""
+    """The class names of the columns that have Hugging Face's type ClassLabel."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {

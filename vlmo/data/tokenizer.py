@@ -1,4 +1,4 @@
-"""WordPiece tokenizer: BERT's rules, trained here or read from a vocab.txt."""
+"""WordPiece tokenizer with BERT's rules, trained here or read from a vocab.txt."""
 
 from __future__ import annotations
 
@@ -19,31 +19,33 @@ from vlmo.files import read_lines, replacing
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONTINUATION = "##"
 _NORMALIZER = normalizers.BertNormalizer(lowercase=True)
-VISIBLE = "[!-~]"  # a pattern: what no normaliser takes away
-_BLOCK = 2**16  # texts at a time to learn from
+VISIBLE = "[!-~]"  # regular expression for characters that no normaliser removes
+_BLOCK = 2**16  # number of texts that are counted at a time
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn a WordPiece vocabulary; the same texts give the same ids on every run.
+    """Train a WordPiece vocabulary; the same texts give the same ids on every run.
 
-    Pieces are merged by frequency as in ``tokenizers.trainers.WordPieceTrainer``, which is not used
-    because its ids, and with ties its pieces, change from process to process. The special tokens
-    are 0 to 4, [PAD] first, then come all characters in order, then merged pieces.
+    Pieces are merged by frequency as in ``tokenizers.trainers.WordPieceTrainer``. That class is not
+    used because its ids, and the pieces in case of ties, differ between processes. The special
+    tokens have the ids 0 to 4, starting with [PAD]; all characters follow in order, then merged
+    pieces.
 
     Args:
-        texts: to learn from.
-        vocab_size: upper bound; fewer when every word has become one piece.
+        texts: training texts.
+        vocab_size: upper bound; the vocabulary is smaller if every word has become one piece
+            before.
 
     Returns:
         A lower-casing tokenizer without padding or truncation, for :class:`TextTokenizer`.
 
     Raises:
-        ValueError: ``vocab_size`` does not hold the special tokens and single characters.
+        ValueError: ``vocab_size`` is too small for the special tokens and single characters.
     """
     bare = _assemble({token: n for n, token in enumerate(SPECIAL_TOKENS)})
     counts: Counter[str] = Counter()
     remaining = iter(texts)
-    # Equal texts are split once; all of them together need not fit into memory.
+    # Split equal texts only once; the set of all texts need not fit in memory.
     while block := Counter(itertools.islice(remaining, _BLOCK)):
         for text, repeats in block.items():
             normalised = bare.normalizer.normalize_str(text)
@@ -54,16 +56,16 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_vocabulary(path: str | os.PathLike) -> Tokenizer:
-    """Tokenizer of a BERT vocabulary file.
+    """Load a tokenizer from a BERT vocabulary file.
 
     Args:
-        path: vocab.txt, one token a line; the id is the line's number from 0.
+        path: vocab.txt with one token per line; a token's id is its line number from 0.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: special tokens are missing, a token stands on two lines, or it is no text.
+        ValueError: special tokens are missing, a token is on two lines, or the file is not text.
     """
-    # Not splitlines(): published vocabularies hold characters that it takes for line ends.
+    # Not splitlines(): published vocabularies contain characters that it treats as line ends.
     tokens = [*read_lines(path)]
     vocabulary = {token: n for n, token in enumerate(tokens)}
     missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
@@ -79,7 +81,7 @@ def load_vocabulary(path: str | os.PathLike) -> Tokenizer:
 
 
 def is_blank(text: str) -> bool:
-    """Whether no token is made of a text: it is empty, or holds only spaces, controls and marks."""
+    """Whether a text has no tokens: it is empty or only spaces, control characters and marks."""
     if re.search(VISIBLE, text):
         return False
     return not _NORMALIZER.normalize_str(text).strip()
@@ -89,18 +91,18 @@ class TextTokenizer:
     """Texts to tensors of one length: [CLS] words [SEP] [PAD] ...
 
     Args:
-        tokenizer: of :func:`train_wordpiece` or :func:`load_vocabulary`; it is copied.
-        max_length: T, [CLS] and [SEP] included; longer texts lose their end.
+        tokenizer: from :func:`train_wordpiece` or :func:`load_vocabulary`; it is copied.
+        max_length: T, including [CLS] and [SEP]; longer texts are truncated at the end.
 
     Attributes:
         max_length: T.
-        vocab_size: number of ids V.
+        vocab_size: V, the number of ids.
         pad_id, unk_id, cls_id, sep_id, mask_id: ids of the special tokens.
-        is_special: bool [V], the special tokens.
-        is_continuation: bool [V], pieces "##x" that belong to the word before.
+        is_special: bool [V], True for special tokens.
+        is_continuation: bool [V], True for pieces "##x", which continue the preceding word.
 
     Raises:
-        ValueError: ``max_length`` below 3.
+        ValueError: ``max_length`` is below 3.
     """
 
     def __init__(self, tokenizer: Tokenizer, max_length: int):
@@ -138,22 +140,22 @@ class TextTokenizer:
         return {"text_ids": torch.from_numpy(ids), "text_masks": torch.from_numpy(masks)}
 
     def decode(self, ids: Tensor) -> list[str]:
-        """Texts of ids [B, T], lower case and without special tokens."""
+        """The texts of ids [B, T], in lower case and without special tokens."""
         return self._tokenizer.decode_batch(ids.tolist(), skip_special_tokens=True)
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
-        """The pieces behind some ids."""
+        """The vocabulary entries of some ids."""
         return [self._tokens[n] for n in ids]
 
     def save_vocabulary(self, path: str | os.PathLike) -> None:
-        """Write a vocab.txt that :func:`load_vocabulary` reads; it appears whole or not at all."""
+        """Write a vocab.txt for :func:`load_vocabulary`, atomically."""
         lines = "".join(f"{token}\n" for token in self._tokens)
         with replacing(path) as temporary:
             temporary.write_text(lines, encoding="utf-8", newline="\n")
 
 
 def _assemble(vocabulary: dict[str, int]) -> Tokenizer:
-    """BERT's normaliser, splitter and [CLS] ... [SEP] around a vocabulary."""
+    """Add BERT's normaliser, splitter and [CLS] ... [SEP] template to a vocabulary."""
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=UNK))
     tokenizer.normalizer = _NORMALIZER
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -166,7 +168,7 @@ def _assemble(vocabulary: dict[str, int]) -> Tokenizer:
 
 
 def _learn_pieces(word_counts: Sequence[tuple[str, int]], capacity: int) -> list[str]:
-    """Characters in order, then the most frequent pairs merged, ties by spelling."""
+    """Characters in order, then the most frequent pairs merged, ties broken by spelling."""
     words = [[word[0], *(CONTINUATION + letter for letter in word[1:])] for word, _ in word_counts]
     pieces = dict.fromkeys(sorted({piece for word in words for piece in word}))
     if len(pieces) > capacity:
@@ -185,7 +187,7 @@ def _learn_pieces(word_counts: Sequence[tuple[str, int]], capacity: int) -> list
     while heap and len(pieces) < capacity:
         count, pair = heapq.heappop(heap)
         if -count != frequency[pair]:
-            continue  # outdated: the pair's present count is in the heap as well
+            continue  # outdated entry: the heap also holds the pair's current count
         merged = pair[0] + pair[1].removeprefix(CONTINUATION)
         pieces[merged] = None
         changed = set()

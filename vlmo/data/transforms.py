@@ -1,7 +1,7 @@
-"""Pictures: decoding, the official augmentation for training, the official resize for evaluation.
+"""Pictures: decoding, unilm's augmentation for training, and its resize for evaluation.
 
-Everything works on Pillow images, without torchvision or OpenCV. What is random comes from a seed
-alone, so that a sample is the same in whatever process it is made.
+Everything uses Pillow, without torchvision or OpenCV. All randomness comes from a seed, so a sample
+is the same in whichever process it is prepared.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from PIL import ExifTags, Image, ImageEnhance, ImageFile, ImageOps, Unidentified
 from PIL.Image import Resampling, Transpose
 from torch import Tensor
 
-AREA = 0.5, 1.0  # of a random crop, as a share of the picture's
-ASPECT = 3 / 4, 4 / 3  # of a random crop, width to height
+AREA = 0.5, 1.0  # area of a random crop, as a share of the picture's area
+ASPECT = 3 / 4, 4 / 3  # width to height of a random crop
 OPERATIONS = 2  # drawn for each picture
-OPERATION_CHANCE = 0.5  # to be applied, for each drawn operation
-MAGNITUDE = 0.7  # of the strongest operations: level 7 of 10
-FILL = (128, 128, 128)  # where an operation uncovers what is beside the picture
-_TRIES = 10  # to find a crop that fits
+OPERATION_CHANCE = 0.5  # probability that a drawn operation is applied
+MAGNITUDE = 0.7  # relative to the strongest operations: level 7 of 10
+FILL = (128, 128, 128)  # for pixels that an operation takes from outside the picture
+_TRIES = 10  # attempts to find a crop that fits
 _PNG = b"\x89PNG\r\n\x1a\n"
-# What undoes each orientation of EXIF.
+# The transposition that undoes each EXIF orientation.
 _TURNS: dict[int | None, Transpose] = {
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
@@ -48,23 +48,23 @@ _TURNS: dict[int | None, Transpose] = {
 def read_image(source: str | os.PathLike[str] | bytes, name: str) -> Image.Image:
     """Decode a picture to RGB as a viewer would show it, see :func:`as_rgb`.
 
-    What is told beside the pixels, but for the orientation, may be damaged. Of several frames or
-    pages the first is read. Pillow's warnings are not shown, and a truncated picture is an error
-    even if ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` is set.
+    Metadata other than the orientation may be damaged. Of several frames or pages the first is
+    read. Pillow's warnings are suppressed, and a truncated picture is an error even if
+    ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` is set.
 
     Args:
-        source: a path, or a file's content.
-        name: what an error calls the picture.
+        source: a path, or the content of a file.
+        name: name of the picture in error messages.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the picture is damaged, of a format that Pillow cannot read, larger than
-            Pillow's limit (``PIL.Image.MAX_IMAGE_PIXELS``), or none that :func:`as_rgb` takes.
+        ValueError: the picture is damaged, has a format that Pillow cannot read, is larger than
+            Pillow's limit (``PIL.Image.MAX_IMAGE_PIXELS``), or is rejected by :func:`as_rgb`.
     """
     try:
         if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
             kind = "a folder" if os.path.isdir(source) else "no regular file"
-            raise ValueError(f"it is {kind}")  # a named pipe would have to be waited for
+            raise ValueError(f"it is {kind}")  # opening a named pipe would block
         with _strictly():
             return _decoded(source)
     except FileNotFoundError:
@@ -73,27 +73,27 @@ def read_image(source: str | os.PathLike[str] | bytes, name: str) -> Image.Image
         raise ValueError(f"{name}: is not an image of a known format") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: the image has too many pixels: {error}") from error
-    except Exception as error:  # Pillow's readers raise many kinds for damaged files
+    except Exception as error:  # Pillow raises exceptions of many types for damaged files
         reason = str(error) or type(error).__name__
         raise ValueError(f"{name}: the image cannot be read: {reason}") from error
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """The picture in RGB, a copy; one that is still in its file is read.
+    """Convert a picture to RGB, as a copy; a picture that is not loaded yet is read.
 
-    The orientation that EXIF or XMP tell is applied; one that is nonsense is none. Transparent
-    pixels are laid over white. Grey levels of more than 8 bits become 0 .. 255 by their type and
-    range: 16 bits lose their lower byte, and so do wider integers if one of them exceeds 255;
-    floats are multiplied by 255 if none exceeds 1, and rounded.
+    The orientation given in EXIF or XMP is applied; an invalid one is ignored. Transparent pixels
+    are composited over white. Grey levels of more than 8 bits are mapped to 0 .. 255 according to
+    their type and range: 16-bit levels lose their lower byte, and so do wider integers if one of
+    them exceeds 255; floats are multiplied by 255 if none exceeds 1, and rounded.
 
     Raises:
-        ValueError: there are no pixels, a float is not finite, integers are not all within
-            0 .. 65535, or floats not within 0 .. 255; or the largest float lies between 1 and 2,
-            which is too much for the one range and nothing but black in the other.
+        ValueError: there are no pixels, a float is not finite, integers are outside 0 .. 65535,
+            floats are outside 0 .. 255, or the largest float is between 1 and 2, where the range is
+            ambiguous: too large for 0 .. 1, and almost black in 0 .. 255.
     """
     if 0 in image.size:
         raise ValueError(f"{image.width} x {image.height} pixels are no image")
-    image.load()  # which Pillow's TIFFs turn
+    image.load()  # also applies the orientation of TIFF files
     turn = _TURNS.get(_orientation(image))
     if image.mode.startswith(("I", "F")):
         rgb = Image.fromarray(_grey(np.asarray(image))).convert("RGB")
@@ -109,7 +109,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey(levels: np.ndarray) -> np.ndarray:
-    """Levels uint8 of integers or floats, see :func:`as_rgb`."""
+    """Convert integers or floats to grey levels uint8, see :func:`as_rgb`."""
     if levels.dtype.itemsize == 2:
         return (levels >> 8).astype(np.uint8)
     if not np.isfinite(levels).all():
@@ -126,7 +126,7 @@ def _grey(levels: np.ndarray) -> np.ndarray:
 def _orientation(image: Image.Image) -> int | None:
     try:
         value = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # many kinds, for as many ways in which EXIF is damaged
+    except Exception:  # damaged EXIF data raise exceptions of many types
         return None
     return value if isinstance(value, int) else None
 
@@ -146,9 +146,9 @@ def _decoded(source: str | os.PathLike[str] | bytes) -> Image.Image:
 
 
 def _png_pixels(source: str | os.PathLike[str] | bytes) -> bytes | None:
-    """A PNG without its texts and profiles, of which Pillow refuses large ones; None if it is none.
+    """A PNG without texts and profiles, which Pillow rejects if large; None if it is no PNG.
 
-    Whatever else is wrong with it stays wrong.
+    Other faults of the file are kept.
     """
     with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as stream:
         if stream.read(len(_PNG)) != _PNG:
@@ -180,19 +180,21 @@ def _strictly() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SquareTransform:
-    """From a picture to the uint8 tensor [3, S, S] that the model reads.
+    """Converts a picture to the uint8 tensor [3, S, S] that the model reads.
 
-    For training, as the official ``square_transform_randaug``: a random crop resized to the square,
-    a flip in half of the cases, and two random operations (:func:`random_augment`), each applied in
-    half of the cases. For evaluation the whole picture is resized to the square. Both are bicubic.
+    For training, as unilm's ``square_transform_randaug``: a random crop resized to the square, a
+    horizontal flip with probability one half, and two random operations (:func:`random_augment`),
+    each applied with probability one half. For evaluation the whole picture is resized to the
+    square. Both use bicubic interpolation.
 
     Args:
         size: S, in pixels.
         train: augment.
-        flip: mirror half of the pictures in training, as the official code does, even where a text
-            speaks of left and right.
+        flip: mirror half of the pictures in training, as unilm does even where a text mentions left
+            and right.
 
     Raises:
+        ValueError: ``size`` is not positive.
         ValueError: ``size`` is not positive.
     """
 
@@ -205,7 +207,7 @@ class SquareTransform:
             raise ValueError(f"image_size: {self.size} is not positive")
 
     def __call__(self, image: Image.Image, seed: int = 0) -> Tensor:
-        """Transform an RGB picture; without ``train`` the seed means nothing."""
+        """Transform an RGB picture; without ``train`` the seed has no effect."""
         square = (self.size, self.size)
         if not self.train:
             return _tensor(image.resize(square, Resampling.BICUBIC))
@@ -220,8 +222,9 @@ class SquareTransform:
 def random_crop(width: int, height: int, draws: random.Random) -> tuple[int, int, int, int]:
     """Box (left, top, right, bottom) of a random part of a picture.
 
-    Its share of the area is uniform in ``AREA`` and the logarithm of its aspect in ``ASPECT``. If
-    ten draws do not fit, it is the largest middle part whose aspect lies in ``ASPECT``.
+    Its share of the area is uniform in ``AREA`` and the logarithm of its aspect ratio is uniform in
+    ``ASPECT``. If none of ten draws fits, the result is the largest central box whose aspect ratio
+    is in ``ASPECT``.
     """
     for _ in range(_TRIES):
         area = width * height * draws.uniform(*AREA)
@@ -241,9 +244,9 @@ def random_crop(width: int, height: int, draws: random.Random) -> tuple[int, int
 def random_augment(image: Image.Image, draws: random.Random) -> Image.Image:
     """The RandomAugment of ALBEF (Li et al. 2021) with the settings of VLMo: N = 2, M = 7 of 10.
 
-    Two operations are drawn of identity, autocontrast, equalize, brightness, sharpness, shear and
+    Two operations are drawn from identity, autocontrast, equalize, brightness, sharpness, shear and
     translation along each axis, and rotation. Brightness and sharpness are multiplied by 1.36;
-    shears are 0.21, translations 7 pixels and rotations 21 degrees, either way.
+    shears are 0.21, translations 7 pixels and rotations 21 degrees, in either direction.
     """
     for name in draws.choices(list(_OPERATIONS), k=OPERATIONS):
         if draws.random() < OPERATION_CHANCE:
@@ -257,13 +260,13 @@ def _enhance(kind: Callable, image: Image.Image, magnitude: float) -> Image.Imag
 
 
 def _affine(image: Image.Image, *rows: float) -> Image.Image:
-    """The picture at a x + b y + c, d x + e y + f, in pixels of the original."""
+    """Sample the picture at (a x + b y + c, d x + e y + f), in pixels of the original."""
     return image.transform(
         image.size, Image.Transform.AFFINE, rows, Resampling.BILINEAR, fillcolor=FILL
     )
 
 
-# From a picture and a magnitude within -1 and 1, of which some take the size alone.
+# Functions of a picture and a magnitude between -1 and 1; some use only its absolute value.
 _OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "identity": lambda image, m: image,
     "autocontrast": lambda image, m: ImageOps.autocontrast(image),

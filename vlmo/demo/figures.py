@@ -1,4 +1,4 @@
-"""The demo's pictures."""
+"""The figures of the demo."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def draw_retrieval(
     path: str | os.PathLike[str],
     captions: Sequence[str],  # J texts
     images: Tensor,  # [I, S, S] uint8, text j belongs to image j
-    before: Shortlist,  # images for each text, by the dual encoder
+    before: Shortlist,  # images for each text, from the dual encoder
     after: Shortlist,  # re-ranked
     *,
     queries: Sequence[int],
     top: int = 5,
 ) -> None:
-    """Draw each query's best images before and after re-ranking, the true one framed."""
+    """Draw each query's best images before and after re-ranking; the true image is framed."""
     plt = pyplot()
-    # Columns: the caption, the first list, a gap, the second list.
+    # Columns: caption, first list, gap, second list.
     widths = [2.5, *[1] * top, 0.35, *[1] * top]
     figure, axes = plt.subplots(
         len(queries),
@@ -68,7 +68,7 @@ def draw_losses(
     path: str | os.PathLike[str],
     rows: Sequence[Mapping[str, float]],
 ) -> None:
-    """Draw the loss log: each task's loss over the steps, as it was and smoothed."""
+    """Plot each task's loss over the steps, raw and smoothed."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 4))
     for name, (label, colour) in _LOSSES.items():
@@ -95,7 +95,7 @@ def _tile(axis, picture: np.ndarray, *, right: bool) -> None:
 
 
 def _wrap(caption: str) -> str:
-    """The caption on two lines, broken near its middle."""
+    """Break the caption into two lines near its middle."""
     words = caption.split()
     fits = min(
         range(1, len(words)),
@@ -106,7 +106,7 @@ def _wrap(caption: str) -> str:
 
 
 def _smooth(values: np.ndarray, share: float = 0.03) -> np.ndarray:
-    """Mean over a window of neighbours, narrower at both ends."""
+    """Moving average whose window is narrower at both ends."""
     reach = max(1, round(share * len(values)))
     total = np.concatenate([[0.0], np.cumsum(values)])
     middle = np.arange(len(values))

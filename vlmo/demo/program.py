@@ -1,6 +1,6 @@
 """``vlmo demo``: check the kernels, train a small VLMo on digit scenes, search pictures with it.
 
-The demo is a check as well: :func:`run` returns what was not as it must be.
+The demo is also a test: :func:`run` returns what failed.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ from vlmo.training.recipes import recipe
 RECIPE = recipe("digits_demo")
 GALLERY = 256
 CANDIDATES = 16
-SCALES = (1.0, 2.0, 4.0)  # times the temperature: candidates for the weight of the cosine
-FARTHER_THAN_CHANCE = 5  # times chance, or the demo has failed
-SHOWN, SHOWN_WRONG = 2, 4  # first queries in the picture, and first wrong ones of the dual encoder
+SCALES = (1.0, 2.0, 4.0)  # candidates for the cosine's weight, times the temperature
+FARTHER_THAN_CHANCE = 5  # multiple of chance level that recall must reach
+SHOWN, SHOWN_WRONG = 2, 4  # first queries in the figure, and first errors of the dual encoder
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line decides.
+    """The options of the command line.
 
     Attributes:
-        output: folder for the results; made if missing.
-        seed: of data, weights and training.
+        output: folder for the results; created if missing.
+        seed: determines data, weights and training.
         device: "auto", "cpu" or "cuda".
-        backend: of every operation; None for the first that can run.
-        steps: train so many steps instead of the recipe's, and do not judge the model.
+        backend: backend of every operation; None for the first that can run.
+        steps: number of training steps instead of the recipe's; the model is then not checked.
     """
 
     output: Path
@@ -70,12 +70,12 @@ class Settings:
 
 
 def run(settings: Settings, console: Console) -> list[str]:
-    """The whole demo; returns one sentence for each thing that was not as it must be.
+    """Run the whole demo; returns one sentence for each check that failed.
 
     Raises:
         ValueError: the device or the backend does not exist.
-        NotImplementedError: the backend asked for cannot run here.
-        OSError: the output folder cannot be made or written.
+        NotImplementedError: the requested backend cannot run here.
+        OSError: the output folder cannot be created or written.
         ImportError: an extra of ``vlmo[demo]`` is missing.
     """
     device = chosen_device(settings.device)
@@ -99,12 +99,12 @@ def run(settings: Settings, console: Console) -> list[str]:
 
 
 def _check_kernels(settings: Settings, device: torch.device, console: Console) -> list[str]:
-    # Everything this machine can run, unless the user has narrowed it.
+    # Everything that this machine can run, unless the user has restricted it.
     where = devices() if settings.device == "auto" else [device]
     rows = list(check_backends(where, backend=settings.backend, seed=settings.seed))
     table = Table(
         box=box.SIMPLE_HEAD,
-        # All columns on a terminal of 80.
+        # Show all columns on a terminal of 80 characters.
         padding=0,
         show_edge=False,
         caption="Largest errors against float64; for gradients, of the one nearest to its limit.",
@@ -141,7 +141,7 @@ def _inexact(row: Parity) -> str:
 
 
 def _train(settings: Settings, console: Console) -> tuple[VLMo, TextTokenizer]:
-    """A model trained by the recipe; a training that was stopped goes on."""
+    """Train a model with the recipe; an interrupted training is resumed."""
     steps = settings.steps or RECIPE.total_steps(0)
     chosen = RECIPE.replace(steps=steps)
     folder = settings.output / f"run-{steps}-steps-seed-{settings.seed}"
@@ -207,8 +207,8 @@ def _gallery(split: str, tokenizer: TextTokenizer, seed: int) -> tuple[DigitScen
 def _ranked(
     model: VLMo, gallery: Gallery, scale: float
 ) -> tuple[Embeddings, Shortlists, Shortlists]:
-    """Embeddings, the dual encoder's candidates, and these re-ranked."""
-    # As in training, so that a backend asked for by name meets the dtype it was asked about.
+    """Embeddings, the candidates of the dual encoder, and the re-ranked candidates."""
+    # As in training, so that a backend requested by name gets the dtype that it was checked for.
     dtype = autocast_dtype(next(model.parameters()).device)
     embeddings = encode(model, gallery, autocast=dtype)
     candidates = shortlist(embeddings, CANDIDATES)
@@ -217,10 +217,10 @@ def _ranked(
 
 
 def _choose_scale(model: VLMo, gallery: Gallery) -> float:
-    """How much the dual encoder's cosine counts beside a matching logit: what serves ``gallery``.
+    """Choose the weight of the cosine relative to the matching logit that is best on ``gallery``.
 
-    At the temperature of contrast both are log-odds, but how sure matching is of itself differs
-    from training to training.
+    At the temperature of the contrastive loss both are log-odds, but the calibration of the
+    matching head differs between trainings.
     """
     _, candidates, matched = _ranked(model, gallery, scale=0.0)
     temperature = float(model.logit_scale.detach().exp())
@@ -239,7 +239,7 @@ _RESULTS = ("retrieval.png", "retrieval.json", "loss.png")
 
 
 def judge(guess: Recall, dual: Recall, fused: Recall) -> list[str]:
-    """What is not as it must be, one sentence each; empty if all is well."""
+    """One sentence for each result that is below its threshold; empty if all are good."""
     failures = []
     for name, recall in (("dual encoder", dual), ("fusion encoder", fused)):
         for direction, found, by_chance in (
@@ -314,7 +314,7 @@ def _write_results(
 
 
 def _shown(candidates: Shortlist) -> list[int]:
-    """The first queries, and the first of the others whose best image is not theirs."""
+    """The first queries, and the first of the others whose top-ranked image is wrong."""
     best = candidates.best(1)[:, 0].cpu()
     wrong = (best != torch.arange(len(best))).nonzero()[:, 0].tolist()
     return [*range(SHOWN), *[query for query in wrong if query >= SHOWN][:SHOWN_WRONG]]

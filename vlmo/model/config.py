@@ -1,4 +1,4 @@
-"""The sizes of VLMo and what else decides the shape of a model."""
+"""Configuration of VLMo: its sizes and everything else that determines its parameters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 TASKS = ("mlm", "textmlm", "itc", "itm", "vqa", "nlvr2", "irtr")
-# Fields of VLMoConfig that are choices of a run, not of the weights; no checkpoint records them.
+# Fields of VLMoConfig that belong to a run, not to the weights; checkpoints do not record them.
 RUN_FIELDS = ("kernels", "checkpointing", "itc_grad_scale")
 _COUNTS = (
     *("dim", "depth", "heads", "image_size", "patch_size", "max_text_length", "text_capacity"),
@@ -17,40 +17,42 @@ _COUNTS = (
 
 @dataclass(frozen=True)
 class VLMoConfig:
-    """Everything that decides which parameters a :class:`vlmo.VLMo` has and how it runs them.
+    """Determines which parameters a :class:`vlmo.VLMo` has and how it runs.
 
-    The defaults are those of the published base model at 224 pixels.
+    The defaults are those of the published base model at 224 pixels. "unilm" is the reference
+    implementation.
 
     Attributes:
         dim: width D of the model.
         depth: number of blocks.
-        heads: attention heads H; the head dim is ``dim // heads`` (34 for base_plus).
-        mlp_ratio: hidden width of an expert over ``dim``.
+        heads: number of attention heads H; the head dimension is ``dim // heads`` (34 for
+            base_plus).
+        mlp_ratio: hidden width of an expert divided by ``dim``.
         vl_start: first block that has a vision-language expert. A model whose tasks include
-            ``textmlm`` has none, as in the official code (see :attr:`first_vl_block`).
+            ``textmlm`` has none, as in unilm (see :attr:`first_vl_block`).
         image_size: side of the square images, in pixels; a multiple of ``patch_size``.
         patch_size: side of a patch, in pixels.
-        max_text_length: tokens per text, [CLS], [SEP] and padding included.
-        text_capacity: longest text the rows of the relative position table are laid out for
-            (``max_text_len_of_initckpt`` of the official code: 196 in every published file).
-        vocab_size: WordPiece entries.
-        relative_position_bias: one model-wide table (base, large) or none (base_plus).
+        max_text_length: tokens per text, including [CLS], [SEP] and padding.
+        text_capacity: longest text that the relative position table has rows for
+            (``max_text_len_of_initckpt`` of unilm: 196 in every published file).
+        vocab_size: number of WordPiece entries.
+        relative_position_bias: one table for all layers (base, large) or none (base_plus).
         absolute_position: learned positions for patches and text (base_plus).
         layer_scale: initial value of ``gamma_1`` and ``gamma_2``, or None for no such parameters.
-        drop_path: stochastic depth rate of the last block, growing linearly from 0. It is the text
-            embedding's dropout rate as well, as in the official code.
-        tasks: the heads the model has, out of ``TASKS``.
+        drop_path: stochastic depth rate of the last block; it increases linearly from 0. It is also
+            the dropout rate of the text embedding, as in unilm.
+        tasks: tasks whose heads the model has, out of ``TASKS``.
         vqa_labels: number of VQA answers.
         separate_attention: give text and image their own attention projections in the blocks below
-            ``first_vl_block`` (the ablation of the supplement's Table 1); the published models
+            ``first_vl_block`` (the ablation in Table 1 of the supplement); the published models
             share them.
-        kernels: backend of :mod:`vlmo.kernels` that this model asks for, or None for the first
-            that can run.
-        checkpointing: keep only the input of each block for the backward pass and compute the rest
-            again: a third more time, a fraction of the memory.
-        itc_grad_scale: factor of the gradient that image-text contrast sends into the encoders. The
-            official code has 1 / GPUs, unintended (see :func:`vlmo.distributed.gather`); 1 is the
-            true gradient.
+        kernels: backend of :mod:`vlmo.kernels` that this model requires, or None for the first that
+            can run.
+        checkpointing: store only the input of each block for the backward pass and recompute the
+            rest: a third more time, a fraction of the memory.
+        itc_grad_scale: factor of the gradient from image-text contrast to the encoders. In unilm it
+            is, unintentionally, 1 / GPUs (see :func:`vlmo.distributed.gather`); 1 is the true
+            gradient.
     """
 
     dim: int = 768
@@ -102,7 +104,7 @@ class VLMoConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along one side of an image."""
+        """Number of patches along one side of an image."""
         return self.image_size // self.patch_size
 
     @property

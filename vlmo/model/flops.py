@@ -1,18 +1,18 @@
 r"""Floating-point operations of a training step, from the model's sizes and the texts' lengths.
 
-Only matrix products count, two operations for each multiplication with its addition. With D the
-width, F the hidden width of an expert, L blocks, t tokens of a pass and n_i of its sequence i:
+Only matrix products count, with two operations per multiplication and addition. With D the width, F
+the hidden width of an expert, L blocks, t tokens of a pass and n_i of its sequence i:
 
 .. math:: block = 2 t D (3 D + D) + 4 t D F + 4 D \sum_i n_i^2
 
-the projections of attention, the expert, and scores and weighted values. The last block projects
-and feeds forward only the tokens that a head reads: CLS, or the masked words. The backward has two
-products for each of these: for the gradients of the input and, if it is trained, of the weight. To
-these come the patches (2 * 3 * 16^2 * D each), the heads on the tokens that they see, and the
-cosines of contrast.
+These are the projections of attention, the expert, and attention scores and weighted values. The
+last block applies its output projection and expert only to the tokens that a head reads: CLS, or
+the masked words. The backward has two products for each of these: for the gradient of the input
+and, if it is trained, of the weight. The total also includes the patch embedding (2 * 3 * 16^2 * D
+per patch), the heads on the tokens that they read, and the cosines of the contrastive loss.
 
-What a run computes twice to save memory (activation checkpointing, parts of a batch) and padding do
-not count, so that the figure over time and peak rate is a model utilisation.
+Recomputation to save memory (activation checkpointing, micro-batches) and padding do not count, so
+the operations divided by time and peak rate are the model FLOPs utilisation (MFU).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Trains = Callable[[str], bool]
 
 @dataclass
 class Flops:
-    """Operations of the two passes of a step."""
+    """Operations of the forward and the backward pass of a step."""
 
     forward: int = 0
     backward: int = 0
 
     @property
     def total(self) -> int:
-        """Of both."""
+        """Operations of both passes."""
         return self.forward + self.backward
 
 
@@ -48,26 +48,26 @@ def step_flops(
 ) -> Flops:
     """Operations of one step of one process.
 
-    Texts that matching pairs with a wrong image or picks as wrong ones count with the lengths of
-    the batch's own, which they have on average.
+    Hard negative texts of matching are counted with the lengths of the batch's own texts, which
+    they have on average.
 
     Args:
-        config: of the model.
+        config: configuration of the model.
         text_lengths: tokens of each text of the batch.
-        words: masked tokens of the batch.
-        others: images or texts of other processes that contrast compares with.
-        trains: whether the parameter of a name is trained.
+        words: number of masked tokens in the batch.
+        others: images or texts of other processes that the contrastive loss compares with.
+        trains: whether the parameter with a given name is trained.
     """
     return _Step(config, list(text_lengths), words, others, trains).count()
 
 
 def matching_flops(config: VLMoConfig, text_lengths: Sequence[int], images: int) -> int:
-    """Operations of matching each text with an image, without a backward.
+    """Operations of the forward pass that matches each text with an image.
 
     Args:
-        config: of the model.
+        config: configuration of the model.
         text_lengths: tokens of the text of each pair.
-        images: different images among the pairs.
+        images: number of different images among the pairs.
     """
     step = _Step(config, list(text_lengths), 0, 0, lambda name: False)
     step.patches(images)
@@ -135,9 +135,9 @@ class _Step:
         stop: int | None = None,
         read: tuple[int, int] | None = None,
     ) -> None:
-        """Sequences of ``text`` and ``image`` tokens in all, through some blocks.
+        """Add blocks ``start`` to ``stop``, for ``text`` and ``image`` tokens in all sequences.
 
-        Heads read so many of either of the last of all blocks.
+        ``read`` is the number of tokens of each modality that heads read from the last block.
         """
         dim, hidden = self.config.dim, int(self.config.dim * self.config.mlp_ratio)
         squares = sum(length**2 for length in sequences)
@@ -165,12 +165,12 @@ class _Step:
             self.linear(tokens, self.config.dim, outputs, f"{name}{attention}.{layer}.weight")
 
     def fusion(self, pairs: list[int], *, read: int) -> None:
-        """Pairs of so many tokens each; heads read so many tokens of texts in all."""
+        """Add a pass over pairs with these lengths; heads read ``read`` text tokens in all."""
         images = len(pairs) * self.image
         self._blocks(pairs, sum(pairs) - images, images, vl=True, read=(read, 0))
 
     def _contrast(self) -> None:
-        """Texts and images alone, the top blocks twice with ITC, and their cosines."""
+        """Add texts alone and images alone, the top blocks twice with ITC, and their cosines."""
         rows, start = len(self.texts), self.config.first_vl_block
         streams = [*self.texts, *[self.image] * rows]
         tokens = sum(self.texts), rows * self.image

@@ -1,4 +1,4 @@
-"""The parts of VLMo: embeddings, the multiway block, heads. Parameter names are official."""
+"""The modules of VLMo: embeddings, multiway block, heads. Parameter names are those of unilm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlmo.model.wrappers import is_plain, rows_of
 
 
 class PatchEmbedding(nn.Module):
-    """``[B, 3, S, S]`` pixels to ``[B, (S / patch)^2, D]`` patches, row by row."""
+    """Pixels ``[B, 3, S, S]`` to patches ``[B, (S / patch)^2, D]``, row by row."""
 
     def __init__(self, config: VLMoConfig):
         super().__init__()
@@ -29,9 +29,9 @@ class PatchEmbedding(nn.Module):
 class TextEmbeddings(Constants):
     """Token ids ``[...]`` to ``[..., D]``: BERT's embeddings, without the outer token type.
 
-    The position embedding is added in models with absolute positions only; elsewhere it is there
-    for the checkpoints' sake and gets no gradient. The dropout rate is the drop-path rate, as in
-    the official code.
+    Only models with absolute positions add the position embedding; in other models it exists for
+    compatibility with checkpoints and gets no gradient. The dropout rate is the drop-path rate, as
+    in unilm, the reference implementation.
     """
 
     position_ids: Tensor
@@ -50,7 +50,7 @@ class TextEmbeddings(Constants):
         )
 
     def forward(self, text_ids: Tensor, places: Tensor | None = None) -> Tensor:
-        """``places``: of each token in its text; by default the last dimension is one text."""
+        """``places``: each token's position in its text; by default the last dimension is one."""
         x = self.word_embeddings(text_ids) + rows_of(self.token_type_embeddings, 0)
         if self.absolute:
             wanted = slice(text_ids.shape[-1]) if places is None else places
@@ -81,7 +81,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """One expert. :func:`vlmo.kernels.moe_ffn` reads its weights where they are all there is."""
+    """One expert. :func:`vlmo.kernels.moe_ffn` reads its weights directly if ``is_plain``."""
 
     def __init__(self, config: VLMoConfig):
         super().__init__()
@@ -93,7 +93,7 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
     def is_plain(self) -> bool:
-        """Whether it does what its weights say, see :func:`vlmo.model.wrappers.is_plain`."""
+        """Whether its weights determine its output, see :func:`vlmo.model.wrappers.is_plain`."""
         return is_plain(self, Mlp) and all(is_plain(fc, nn.Linear) for fc in (self.fc1, self.fc2))
 
 
@@ -126,7 +126,7 @@ class Block(nn.Module):
         experts: Experts,
         chosen: Chosen | None = None,
     ) -> Tensor:
-        """All tokens, or those of ``chosen`` only; ``experts`` are theirs."""
+        """The block's output for all tokens, or for ``chosen`` with their ``experts``."""
         attended = self._attend(self.norm1(x), layout, table)
         tokens: Tokens = layout
         if chosen is not None:
@@ -175,7 +175,7 @@ class Block(nn.Module):
         if self.attn_text is None:
             qkv = self.attn.project(x)
         else:
-            # Each modality through its own projections; every token still attends to every other.
+            # Each modality has its own projections; every token still attends to all others.
             qkv = layout.by_modality(x, self.attn_text.project, self.attn.project)
         return layout.attend(qkv, table, self.kernels).flatten(-2)
 
@@ -191,7 +191,7 @@ def _through_modules(
     norms: Sequence[nn.Module],
     mlps: Sequence[nn.Module],
 ) -> Tensor:  # [..., D]
-    """``mlp(norm(x))`` of each token's expert, by calling the modules."""
+    """Apply each token's expert, ``mlp(norm(x))``, by calling the modules."""
     flat = x.flatten(0, -2)
     if len(mlps) == 1:
         return mlps[0](norms[0](flat)).view(*x.shape[:-1], -1)
@@ -202,7 +202,7 @@ def _through_modules(
 
 
 class MultiwayTransformer(nn.Module):
-    """Patch embedding, blocks and the final norm, which all streams share."""
+    """Patch embedding, blocks and the final norm, which all passes share."""
 
     def __init__(self, config: VLMoConfig):
         super().__init__()
@@ -215,7 +215,7 @@ class MultiwayTransformer(nn.Module):
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
 
     def embed(self, image: Tensor) -> Tensor:
-        """``[B, 3, S, S]`` to ``[B, patches + 1, D]``, CLS first."""
+        """Images ``[B, 3, S, S]`` to ``[B, patches + 1, D]``, CLS first."""
         patches = self.patch_embed(image)
         x = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1).to(patches), patches], dim=1)
         return x if self.pos_embed is None else x + self.pos_embed
@@ -233,7 +233,7 @@ class Pooler(nn.Module):
 
 
 class MLMTransform(nn.Module):
-    """Dense, GELU, LayerNorm in front of the vocabulary."""
+    """Dense layer, GELU and LayerNorm before the decoder."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -245,7 +245,7 @@ class MLMTransform(nn.Module):
 
 
 class MLMHead(nn.Module):
-    """``[..., D]`` to ``[..., vocabulary]`` logits; the decoder is not tied to the embedding."""
+    """``[..., D]`` to logits ``[..., vocabulary]``; the decoder is not tied to the embedding."""
 
     def __init__(self, dim: int, vocab_size: int):
         super().__init__()
@@ -258,7 +258,7 @@ class MLMHead(nn.Module):
 
 
 class Projection(nn.Module):
-    """One linear layer under the name ``fc``: the ITC projections and the ITM head."""
+    """One linear layer with the name ``fc``: the ITC projections and the ITM head."""
 
     def __init__(self, dim: int, out: int, bias: bool):
         super().__init__()
@@ -269,7 +269,7 @@ class Projection(nn.Module):
 
 
 def classifier(dim: int, hidden: int, out: int) -> nn.Sequential:
-    """The heads of VQA and NLVR2."""
+    """The head of VQA or NLVR2."""
     return nn.Sequential(
         nn.Linear(dim, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, out)
     )

@@ -1,11 +1,11 @@
-"""Where the tokens of a batch lie: sequences padded to one length, or packed end to end.
+"""Layouts of a batch's tokens: sequences padded to one length, or packed without padding.
 
-A sequence is a run of text tokens, then a run of image tokens; either may be empty. Blocks see a
-batch through its layout alone: which expert each token goes to, how attention is kept within a
-sequence, and which tokens stochastic depth drops together.
+A sequence is a run of text tokens followed by a run of image tokens; either may be empty. Blocks
+access a batch only through its layout: it determines the expert of each token, restricts attention
+to each sequence, and determines which tokens stochastic depth drops together.
 
-All of a layout is made before the first block, from tensors: nothing of it depends on values that
-``torch.compile`` cannot see, so that one graph serves texts of all lengths.
+A layout is computed from tensors before the first block. It does not depend on values that
+``torch.compile`` cannot see, so one graph serves texts of all lengths.
 """
 
 from __future__ import annotations
@@ -30,50 +30,50 @@ Project = Callable[[Tensor], Tensor]
 
 
 class Experts(NamedTuple):
-    """The experts that a block runs on a batch, and which of them each token goes to."""
+    """The experts that a block runs on a batch, and the routing of tokens to them."""
 
     names: tuple[str, ...]  # out of "text", "imag", "vl"
     routing: ModalityRouting
-    counts: tuple[int, ...]  # tokens of each
+    counts: tuple[int, ...]  # number of tokens for each expert
 
 
 class Tokens(Protocol):
-    """What a block asks of tokens ``[B, N, D]`` or ``[T, D]`` that it takes one by one."""
+    """What a block needs for token-wise operations on tokens ``[B, N, D]`` or ``[T, D]``."""
 
     def experts(self, has_vl: bool) -> Experts:
-        """For all blocks with (``has_vl``) or without a vision-language expert, which share it."""
+        """The experts of all blocks with (``has_vl``) or without a vision-language expert."""
 
     def by_modality(self, x: Tensor, text: Project, image: Project) -> Tensor:
-        """``text`` of the text tokens and ``image`` of the image tokens, in their places."""
+        """Apply ``text`` to text tokens and ``image`` to image tokens; the order is unchanged."""
 
     def drop_path(self, rate: float, device: torch.device) -> Tensor:
-        """Factor of the attention branch of each token: one draw a sequence."""
+        """Factor of the attention branch for each token: one random draw per sequence."""
 
     def drop_path_of_experts(self, rate: float, has_vl: bool, device: torch.device) -> Tensor:
-        """Factor of the expert's branch of each token: one draw for each run of one expert."""
+        """Factor of the expert branch for each token: one random draw per run of one expert."""
 
 
 class Layout(Tokens, Protocol):
-    """What a block asks of whole sequences."""
+    """What a block needs for operations on whole sequences."""
 
     def attend(self, qkv: Tensor, table: Tensor | None, backend: str | None) -> Tensor:
         """Attention within each sequence: ``[..., 3, H, K]`` to ``[..., H, K]``."""
 
 
 def survival(count: int, rate: float, device: torch.device) -> Tensor:
-    """``[count]`` factors: 0 with probability ``rate``, else 1 / (1 - rate), as in timm."""
+    """Factors ``[count]``: 0 with probability ``rate``, else 1 / (1 - rate), as in timm."""
     keep = 1 - rate
     return torch.rand(count, device=device).add_(keep).floor_().div_(keep)
 
 
 def numbered(lengths: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """Of runs laid end to end: the number of each token's run, and the token's place in it.
+    """For concatenated runs: the index of each token's run, and the token's position in its run.
 
-    Nothing waits for the device.
+    Does not synchronise with the device.
 
     Args:
-        lengths: ``[n]`` int64, tokens of each run.
-        total: their sum.
+        lengths: ``[n]`` int64, number of tokens of each run.
+        total: sum of ``lengths``.
 
     Returns:
         Two ``[total]`` int64 tensors.
@@ -145,15 +145,15 @@ def _bias(table: Tensor | None, index: RelativePositionIndex | None) -> Relative
 
 @dataclass(frozen=True)
 class Padded:
-    """Sequences of one length, ``[B, N, D]``: what compiles as one graph for every batch.
+    """Sequences of one length, ``[B, N, D]``; compiles to one graph for every batch.
 
     Attributes:
         batch: B.
-        text: leading tokens that are text.
-        image: tokens of the image after them; N is their sum.
+        text: number of text tokens at the start of each sequence.
+        image: number of image tokens after them; N is the sum of both.
         vl: whether blocks that have a vision-language expert use it.
-        index: of the relative position bias, None for a model without one.
-        key_mask: ``[B, N]`` bool, False for padding; None if there is none.
+        index: relative position index of the bias, None for a model without relative positions.
+        key_mask: ``[B, N]`` bool, False for padding; None if there is no padding.
     """
 
     batch: int
@@ -193,13 +193,13 @@ class Padded:
 
 
 class Run(NamedTuple):
-    """Neighbouring sequences of a packed batch that are alike but for the lengths of their texts.
+    """Consecutive sequences of a packed batch that differ only in the lengths of their texts.
 
     Attributes:
-        sequences: how many.
+        sequences: number of sequences.
         texts: ``[sequences]`` int64 on the CPU, text tokens of each; None for images alone.
-        words: the sum of ``texts``.
-        image: image tokens of each; 0 for texts alone.
+        words: sum of ``texts``.
+        image: image tokens of each sequence; 0 for texts alone.
         vl: whether blocks that have a vision-language expert use it.
     """
 
@@ -210,7 +210,7 @@ class Run(NamedTuple):
     vl: bool
 
     def experts_of(self, has_vl: bool) -> list[tuple[str, int]]:
-        """(expert, tokens) of each modality."""
+        """Pairs (expert, number of tokens) for each modality."""
         text = [] if self.texts is None else [("text", self.words)]
         image = [("imag", self.sequences * self.image)] if self.image else []
         if self.vl and has_vl:
@@ -219,11 +219,11 @@ class Run(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Some tokens of the texts of a run, in any order.
+    """Positions of some tokens in the texts of a run, in any order.
 
     Attributes:
-        texts: ``[n]`` int64, the number of each token's text in the run.
-        places: ``[n]`` int64, its place in it.
+        texts: ``[n]`` int64, index of each token's text in the run.
+        places: ``[n]`` int64, position of the token in its text.
     """
 
     texts: Tensor
@@ -232,22 +232,23 @@ class Places(NamedTuple):
 
 @dataclass(frozen=True)
 class Packed:
-    """Sequences of different lengths end to end, ``[T, D]``: nothing is spent on padding.
+    """Sequences of different lengths, concatenated to ``[T, D]`` without padding.
 
-    Made by :meth:`of`. Its tensors are on the device of the tokens.
+    Use :meth:`of` to create one. Its tensors are on the device of the tokens.
 
     Attributes:
         runs: all sequences, in order.
-        offsets: ``[S + 1]`` int32, first row of each sequence and T at the end.
-        max_length: at least the length of the longest sequence.
-        sequence: ``[T]`` int64, number of each token's sequence.
+        offsets: ``[S + 1]`` int32, first row of each sequence, and T at the end.
+        max_length: upper bound of the sequence lengths.
+        sequence: ``[T]`` int64, index of each token's sequence.
         is_image: ``[T]`` bool.
-        joined: ``[T]`` bool, tokens of sequences that use the vision-language expert; None if no
-            sequence does.
-        index: of the relative position bias of joint sequences, None for a model without one.
-        positions: ``[T]`` int32, row of ``index`` of each token; None without an index.
-        text_first: ``[T]`` int64, rows of the text tokens and then those of the image tokens; None
-            unless the attention of the modalities is separate.
+        joined: ``[T]`` bool, True for tokens of sequences that use the vision-language expert; None
+            if no sequence does.
+        index: relative position index of joint sequences, None for a model without relative
+            positions.
+        positions: ``[T]`` int32, row of ``index`` for each token; None without an index.
+        text_first: ``[T]`` int64, rows of the text tokens followed by those of the image tokens;
+            None unless the modalities have separate attention.
     """
 
     runs: tuple[Run, ...]
@@ -271,19 +272,20 @@ class Packed:
         image_position: int = 0,
         separate: bool = False,
     ) -> Packed:
-        """The layout of some runs; the host waits for nothing.
+        """The layout of some runs; does not synchronise with the device.
 
         Args:
             runs: all sequences, in order.
-            device: of the tokens.
-            longest_text: that there can be, which counts where lengths have no values (a graph).
+            device: device of the tokens.
+            longest_text: upper bound of the text lengths, used where lengths have no values (in a
+                graph).
             index: see :class:`Packed`.
-            image_position: row of ``index`` of an image's first token.
-            separate: whether the attention of the modalities is separate.
+            image_position: row of ``index`` for the first token of an image.
+            separate: whether the modalities have separate attention.
         """
 
         def of_each(values: Sequence[Tensor | int | bool]) -> Tensor:
-            """``[S]`` out of a tensor or number for each run."""
+            """Concatenate one tensor or number per run to ``[S]``."""
             parts = [
                 upload(value, device)
                 if isinstance(value, Tensor)
@@ -335,7 +337,7 @@ class Packed:
             offsets=self.offsets,
             max_length=self.max_length,
             positions=None if bias is None else self.positions,
-            validate=False,  # right by construction, and the same for all layers
+            validate=False,  # valid by construction, and equal for all layers
             backend=backend,
         )
 
@@ -362,7 +364,7 @@ class Packed:
         return draws[2 * self.sequence + second]
 
     def choose(self, wanted: Sequence[tuple[int, Places | None]]) -> Chosen:
-        """Some tokens of each of some runs, given by number; None for first tokens."""
+        """Some tokens of some runs; each run is given by index, and None selects first tokens."""
         first, rows, parts = self.offsets[:-1].long(), [], []
         for number, tokens in wanted:
             run, start = self.runs[number], sum(run.sequences for run in self.runs[:number])
@@ -373,12 +375,12 @@ class Packed:
 
 
 class Part(NamedTuple):
-    """Neighbours among chosen tokens that are of one modality.
+    """Consecutive chosen tokens of one modality.
 
     Attributes:
         image: whether they are image tokens.
         vl: whether blocks that have a vision-language expert use it.
-        tokens: how many.
+        tokens: number of tokens.
     """
 
     image: bool
@@ -390,12 +392,12 @@ class Part(NamedTuple):
 class Chosen:
     """Some tokens of packed sequences, ``[n, D]``: those that a head reads.
 
-    All of the last block but its attention is spent on them alone.
+    The last block computes everything except attention for these tokens only.
 
     Attributes:
-        packed: all tokens.
-        index: ``[n]`` int64 on the device, the chosen ones of them; n is not 0.
-        parts: what they are, in order.
+        packed: layout of all tokens.
+        index: ``[n]`` int64 on the device, rows of the chosen tokens; n is not 0.
+        parts: runs of chosen tokens of one modality, in order.
     """
 
     packed: Packed
@@ -425,7 +427,7 @@ class Chosen:
 
 
 def _longest(run: Run, longest_text: int) -> int:
-    """At least the length of the longest sequence of a run."""
+    """Upper bound of the sequence lengths of a run."""
     if run.texts is None or run.sequences == 0:
         return run.image
     if torch.compiler.is_compiling():
@@ -434,15 +436,16 @@ def _longest(run: Run, longest_text: int) -> int:
 
 
 def _names(found: Sequence[tuple[str, int]]) -> tuple[str, ...]:
-    """The experts that occur, in the order in which blocks have them."""
+    """The experts that occur, in the order of the blocks."""
     used = [name for name, _ in found]
     return tuple(name for name in ("text", "imag", "vl") if name in used)
 
 
 def _routed(found: Sequence[tuple[str, int]], ids: Tensor) -> Experts:
-    """Of (expert, tokens) pairs, and ``[T]`` the expert of each token, which counts among several.
+    """Experts from (expert, number of tokens) pairs and the expert of each token, ``ids`` ``[T]``.
 
-    Grouping the rows by expert is shared by all layers.
+    ``ids`` is not used if there is a single expert. All layers share the grouping of rows by
+    expert.
     """
     names = _names(found)
     counts = tuple(sum(tokens for name, tokens in found if name == one) for one in names)

@@ -1,8 +1,8 @@
-"""The passes of the training objectives through the model, on packed sequences.
+"""Forward passes of the training objectives, on packed sequences.
 
-Texts keep their own lengths: no padding reaches attention or an expert. Both unimodal streams are
-one pass, which the pairs of masked language modelling may join, and so are all pairs of a fusion.
-Of the last block, only tokens that a head reads are projected and fed forward.
+Texts keep their own lengths: attention and experts process no padding. Both unimodal streams form
+one pass, which the pairs of masked language modelling may join; all pairs of a fusion form another.
+The last block applies its output projection and experts only to tokens that a head reads.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Streams(NamedTuple):
 
 
 class Words(NamedTuple):
-    """Pairs of text b and image b that masked language modelling reads.
+    """Pairs of text b and image b for masked language modelling.
 
     Attributes:
         texts: as many as there are images.
-        tokens: the masked ones.
+        tokens: positions of the masked tokens.
     """
 
     texts: Texts
@@ -43,23 +43,24 @@ class Words(NamedTuple):
 def encode_streams(
     model: VLMo, texts: Texts, patches: Tensor, *, vl_tail: bool, words: Words | None = None
 ) -> tuple[Streams, Tensor | None]:
-    """Texts alone and images alone, in one pass; with ``vl_tail`` also through the VL experts.
+    """Encode texts alone and images alone in one pass; with ``vl_tail`` also with the VL experts.
 
-    The blocks below the first VL block run once for both. One pass rather than two lets every block
-    read its weights, and add to their gradients, once.
+    The blocks below the first VL block run once for both streams. With one pass instead of two,
+    every block reads its weights, and accumulates their gradients, once.
 
     Args:
         model: with the projections of ITC.
         texts: B texts.
-        patches: ``[I, N, D]`` of :meth:`vlmo.VLMo.embed_image`.
+        patches: ``[I, N, D]`` from :meth:`vlmo.VLMo.embed_image`.
         vl_tail: see above.
         words: pairs that are fused in the same pass.
 
     Returns:
-        The streams, and ``[n, D]`` of the tokens of ``words``, if given, after the final norm.
+        The streams, and the features ``[n, D]`` of the tokens of ``words``, if given, after the
+        final norm.
     """
     count, images = texts.lengths.shape[0], patches.shape[0]
-    # One embedding, whose gradient has the size of the vocabulary.
+    # A single embedding call, because its gradient has the size of the vocabulary.
     given = [texts] if words is None else [texts, words.texts]
     ids, places = torch.cat([t.ids for t in given]), torch.cat([t.places for t in given])
     embedded = model.embed_text(ids, places).split([t.ids.shape[0] for t in given])
@@ -91,26 +92,26 @@ def encode_streams(
 
 
 def encode_text(model: VLMo, texts: Texts, tokens: Places | None = None) -> Tensor:
-    """Texts alone with their own experts.
+    """Encode texts alone with their own experts.
 
     Args:
-        model: any.
+        model: any model.
         texts: B texts.
-        tokens: that are wanted; None for the first one of each text.
+        tokens: the tokens to return; None for the first token of each text.
 
     Returns:
-        ``[n, D]`` of the wanted tokens, after the final norm.
+        Features ``[n, D]`` of these tokens, after the final norm.
     """
     x = model.embed_text(texts.ids, texts.places)
     return _end(model, x, model.pack([_texts(texts)], x.device), [(0, tokens)])
 
 
 def encode_images(model: VLMo, patches: Tensor) -> Tensor:
-    """``[I, D]`` of the first tokens of images alone, after the final norm.
+    """Features ``[I, D]`` of the first tokens of images alone, after the final norm.
 
     Args:
-        model: any.
-        patches: ``[I, N, D]`` of :meth:`vlmo.VLMo.embed_image`.
+        model: any model.
+        patches: ``[I, N, D]`` from :meth:`vlmo.VLMo.embed_image`.
     """
     layout = model.pack([_images(patches)], patches.device)
     return _end(model, patches.flatten(0, 1), layout, [(0, None)])
@@ -119,17 +120,17 @@ def encode_images(model: VLMo, patches: Tensor) -> Tensor:
 def fuse(
     model: VLMo, texts: Texts, patches: Tensor, images: Tensor, tokens: Places | None = None
 ) -> Tensor:
-    """Pairs of text b and image ``images[b]``.
+    """Encode pairs of text b and image ``images[b]`` jointly.
 
     Args:
-        model: any.
+        model: any model.
         texts: B texts.
-        patches: ``[I, N, D]`` of :meth:`vlmo.VLMo.embed_image`.
-        images: ``[B]`` int64, the row of ``patches`` of each text.
-        tokens: of the texts, that are wanted; None for the first one of each pair.
+        patches: ``[I, N, D]`` from :meth:`vlmo.VLMo.embed_image`.
+        images: ``[B]`` int64, row of ``patches`` for each text.
+        tokens: the text tokens to return; None for the first token of each pair.
 
     Returns:
-        ``[n, D]`` of the wanted tokens, after the final norm.
+        Features ``[n, D]`` of these tokens, after the final norm.
     """
     words = model.embed_text(texts.ids, texts.places)
     x = _pairs(words, texts, patches, upload(images, words.device))
@@ -138,7 +139,7 @@ def fuse(
 
 
 def _texts(texts: Texts, image: int = 0, *, vl: bool = False) -> Run:
-    """Texts, each before an image of so many tokens."""
+    """A run of texts, each followed by ``image`` image tokens."""
     return Run(texts.lengths.shape[0], texts.lengths, texts.ids.shape[0], image, vl)
 
 
@@ -147,16 +148,16 @@ def _images(patches: Tensor, *, vl: bool = False) -> Run:
 
 
 def _pairs(words: Tensor, texts: Texts, patches: Tensor, images: Tensor) -> Tensor:
-    """``[T, D]``: the embedded words of each text, then the patches of its image."""
+    """Embeddings ``[T, D]`` of each text's words followed by its image's patches."""
     length = patches.shape[1]
     own = upload(texts.lengths, words.device)
     count = texts.lengths.shape[0]
     pair, place = numbered(own + length, words.shape[0] + count * length)
-    # Row of each token among all words, then all patches.
+    # Row of each token in the concatenation of all words and all patches.
     of_word = (own.cumsum(0) - own)[pair] + place
     of_patch = words.shape[0] + images[pair] * length + place - own[pair]
     rows = torch.where(place < own[pair], of_word, of_patch)
-    # An embedding's gradient is the same on every run; that of an index adds in any order.
+    # The gradient of embedding() is deterministic; that of indexing adds in arbitrary order.
     return F.embedding(rows, torch.cat([words, patches.flatten(0, 1).to(words.dtype)]))
 
 
@@ -168,10 +169,10 @@ def _end(
     *,
     start: int = 0,
 ) -> Tensor:
-    """Run the blocks from ``start`` on; ``[n, D]`` of the wanted tokens after the final norm."""
+    """Run the blocks from ``start`` and the final norm; ``[n, D]`` of the wanted tokens."""
     chosen = layout.choose(wanted)
     count = chosen.index.shape[0]
-    # Without any, as of a batch without masked words, one keeps the graph the same on every rank.
+    # Without masked words there may be no tokens; a spare one keeps the graph equal on all ranks.
     spare = all(tokens is not None for _, tokens in wanted)
     if spare and (torch.compiler.is_compiling() or count == 0):
         first = torch.zeros(1, dtype=torch.int64, device=x.device)

@@ -35,8 +35,8 @@ from vlmo.model.wrappers import rows_of
 P = ParamSpec("P")
 T = TypeVar("T")
 
-LOGIT_SCALE = math.log(1 / 0.07)  # the temperature of contrast to start from, as in CLIP
-_LARGEST_PIXEL = 16.0  # more than any usual normalisation gives, less than 0..255 holds
+LOGIT_SCALE = math.log(1 / 0.07)  # initial value, the temperature of CLIP
+_LARGEST_PIXEL = 16.0  # larger than usual normalisations give, smaller than values of 0..255
 
 
 class FusionOutput(NamedTuple):
@@ -53,12 +53,12 @@ class StreamOutput(NamedTuple):
 
     tokens: Tensor  # [B, N, D], after the final norm
     embedding: Tensor  # [B, D], unit length: the dual encoder's output
-    vl_embedding: Tensor | None  # [B, D], unit length, through the vision-language tail
+    vl_embedding: Tensor | None  # [B, D], unit length, after the vision-language blocks
     cls: Tensor  # [B, D], first token, before the final norm
 
 
 def _materialise_constants(model: nn.Module, _: Any) -> None:
-    """After a load with ``assign=True`` into a model on the meta device."""
+    """Recreate constants after a load with ``assign=True`` into a model on the meta device."""
     device = next(model.parameters()).device
     for module in model.modules():
         if isinstance(module, Constants):
@@ -103,10 +103,10 @@ class VLMo(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, **changes: Any) -> VLMo:
-        """The model a checkpoint file holds; ``changes`` replace fields of the configuration found.
+        """Load the model of a checkpoint file; ``changes`` replace fields of its configuration.
 
-        See :func:`vlmo.load_checkpoint` for the layouts and errors, and call it yourself for its
-        report.
+        Use :func:`vlmo.load_checkpoint` to get its report; it also documents the layouts and
+        errors.
         """
         from vlmo.checkpoint.io import config_of, load_checkpoint
 
@@ -135,7 +135,7 @@ class VLMo(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Give every parameter its initial value, as after ``to_empty`` on a model from meta."""
+        """Set every parameter to its initial value, for example after ``to_empty``."""
         for module in self.modules():
             reset = getattr(module, "reset_parameters", None)
             if module is not self and reset is not None:
@@ -158,7 +158,7 @@ class VLMo(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """The official initialisation: truncated normal in the transformer, normal elsewhere."""
+        """unilm's initialisation: truncated normal in the transformer, normal elsewhere."""
         for name, module in self.named_modules():
             inside = name.startswith("transformer.")
             if isinstance(module, nn.Linear):
@@ -204,17 +204,17 @@ class VLMo(nn.Module):
     def encode_text(
         self, text_ids: Tensor, text_mask: Tensor, *, vl_tail: bool = False
     ) -> StreamOutput:
-        """Encode texts alone; with ``vl_tail``, also through the vision-language experts."""
+        """Encode texts alone; with ``vl_tail`` also with the vision-language experts on top."""
         x = self._embed_padded(text_ids, text_mask)
         return self._encode(x, self.config.max_text_length, 0, text_mask.bool(), vl_tail)
 
     def encode_image(self, image: Tensor, *, vl_tail: bool = False) -> StreamOutput:
-        """Encode images alone; with ``vl_tail``, also through the vision-language experts."""
+        """Encode images alone; with ``vl_tail`` also with the vision-language experts on top."""
         x = self.embed_image(image)
         return self._encode(x, 0, self._patches, None, vl_tail)
 
     def text_features(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
-        """``[B, T, D]`` features of texts alone, after the final norm (text-only MLM)."""
+        """Features ``[B, T, D]`` of texts alone, after the final norm (text-only MLM)."""
         x = self._embed_padded(text_ids, text_mask)
         layout = self._padded(x, self.config.max_text_length, 0, text_mask.bool(), vl=False)
         return self.transformer.norm(self.run(x, layout))
@@ -222,7 +222,7 @@ class VLMo(nn.Module):
     def _encode(
         self, x: Tensor, text: int, image: int, mask: Tensor | None, vl_tail: bool
     ) -> StreamOutput:
-        """All layers with the stream's own expert; from the first VL block on, again with VL."""
+        """All layers with the stream's own expert; with ``vl_tail``, the top ones again with VL."""
         start = self.config.first_vl_block
         own = self._padded(x, text, image, mask, vl=False)
         middle = self.run(x, own, stop=start)
@@ -239,11 +239,11 @@ class VLMo(nn.Module):
 
     @property
     def _patches(self) -> int:
-        """Tokens of an image; a number also in a graph that ``torch.jit.trace`` records."""
+        """Number of tokens of an image; a constant in graphs that ``torch.jit.trace`` records."""
         return self.config.grid**2 + 1
 
     def project(self, head: str, cls: Tensor) -> Tensor:
-        """Unit vectors ``[B, D]`` of first tokens ``[B, D]`` by one of the projections of ITC."""
+        """Project first tokens ``[B, D]`` to unit vectors ``[B, D]`` with an ITC projection."""
         return F.normalize(getattr(self, head)(cls), dim=-1)
 
     def run(
@@ -255,12 +255,12 @@ class VLMo(nn.Module):
         stop: int | None = None,
         chosen: Chosen | None = None,
     ) -> Tensor:
-        """Blocks ``start`` to ``stop``, without the final norm; of ``chosen`` tokens if given."""
+        """Blocks ``start`` to ``stop`` without the final norm; for ``chosen`` tokens if given."""
         tables = self._tables()
         saves = self.config.checkpointing and torch.is_grad_enabled()
         stop = self.config.depth if stop is None else stop
         first_vl = self.config.first_vl_block
-        # Every layer of a kind shares these.
+        # All layers with or without a vision-language expert share these.
         below = layout.experts(False) if start < min(stop, first_vl) else None
         above = layout.experts(True) if stop > max(start, first_vl) else None
         for number in range(start, stop):
@@ -273,14 +273,14 @@ class VLMo(nn.Module):
         return x.index_select(0, chosen.index) if chosen is not None and start >= stop else x
 
     def _tables(self) -> list[Tensor | None]:
-        """The bias table of each layer: strided views of the model-wide one."""
+        """The bias table of each layer: strided views of the table of all layers."""
         table, depth = self.relative_position_bias_table, self.config.depth
         if table is None:
             return [None] * depth
         return list(table.view(-1, depth, self.config.heads).unbind(1))
 
     def pack(self, runs: Sequence[Run], device: torch.device) -> Packed:
-        """Layout of sequences without padding, for :meth:`run`."""
+        """Lay out sequences without padding, for :meth:`run`."""
         return Packed.of(
             runs,
             device,
@@ -300,15 +300,16 @@ class VLMo(nn.Module):
         return cast(RelativePositionIndex, self.relative_position_indices[stream])
 
     def embed_text(self, text_ids: Tensor, places: Tensor | None = None) -> Tensor:
-        """Ids ``[B, T]``, or ``[tokens]`` with their places in their texts, to ``[..., D]``."""
+        """Ids ``[B, T]``, or ``[tokens]`` with their positions in the texts, to ``[..., D]``."""
         return self.text_embeddings(text_ids, places) + rows_of(self.token_type_embeddings, 0)
 
     def embed_image(self, image: Tensor, image_type: int = 1) -> Tensor:
         """Pixels ``[B, 3, S, S]``, uint8 or scaled to [-1, 1], to ``[B, patches + 1, D]``.
 
         Raises:
-            ValueError: another shape, an ``image_type`` that the model has not, or floats far
-                outside [-1, 1], as of 0 to 255; on a GPU the device asserts the latter.
+            ValueError: the shape is wrong, the model has no such ``image_type``, or floats are far
+                outside [-1, 1], such as 0 to 255; on a GPU the last case is a device-side
+                assertion.
         """
         size = self.config.image_size
         if image.dim() != 4 or image.shape[1:] != (3, size, size):
@@ -317,7 +318,7 @@ class VLMo(nn.Module):
             raise ValueError(
                 f"image_type: {image_type} is not within 1..{self.config.token_types - 1}"
             )
-        if image.dtype == torch.uint8:  # mean and deviation 0.5, as in the official transforms
+        if image.dtype == torch.uint8:  # mean and standard deviation 0.5, as in unilm's transforms
             image = image.to(self.transformer.cls_token.dtype).div(127.5).sub(1)
         else:
             check_values("image", image, image.abs() > _LARGEST_PIXEL, "not scaled to -1..1")

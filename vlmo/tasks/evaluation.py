@@ -1,6 +1,6 @@
-"""Evaluation of every task: metrics of a whole data set, and the files its benchmarks ask for.
+"""Evaluation of all tasks: metrics on a whole data set, and prediction files for benchmarks.
 
-With a process group the ranks divide the work; no sample counts twice, and the numbers are the same
+With a process group the ranks share the work; no sample is counted twice, and the metrics are equal
 on every rank and for any number of ranks.
 """
 
@@ -55,19 +55,19 @@ _NEEDED = {  # at least one of these heads
     "pretrain": ("itc", "irtr", "mlm"),
     "textmlm": ("mlm", "textmlm"),
 }
-_TOLD = 10  # reasons why samples are left out
+_TOLD = 10  # number of reasons that are shown for samples left out
 _LABELLED = "labelled"  # share of the questions that have an answer
-_NAME_OF = {"vqa": "question_id", "nlvr2": "identifier"}  # of a sample, in prediction files
+_NAME_OF = {"vqa": "question_id", "nlvr2": "identifier"}  # a sample's name in prediction files
 
-Sums = dict[str, tuple[Tensor, float]]  # of a metric over a batch, and the rows it is of
+Sums = dict[str, tuple[Tensor, float]]  # sum of each metric over a batch, and the number of rows
 
 
 class Measured(NamedTuple):
-    """What is found for a batch of B rows.
+    """Results for a batch of B rows.
 
     Attributes:
-        sums: of every metric, with the number of rows that divides the total.
-        chosen: ``[B]`` int64, the answer given to each row.
+        sums: sum of each metric, with the number of rows to divide it by.
+        chosen: ``[B]`` int64, the answer predicted for each row.
     """
 
     sums: Sums
@@ -87,7 +87,7 @@ def evaluate(
     predictions: str | os.PathLike[str] | None = None,
     on_bad_sample: str = "error",
 ) -> dict[str, float]:
-    """Metrics of a model on a data set, as shares of 1.
+    """Compute the metrics of a model on a data set; shares are between 0 and 1.
 
     ==========  ==================================================================================
     retrieval   ``tr@k`` (texts of an image) and ``ir@k`` (images of a text), k = 1, 5, 10, by the
@@ -104,32 +104,33 @@ def evaluate(
     textmlm     ``mlm_loss``, ``mlm_accuracy``
     ==========  ==================================================================================
 
-    The names are the official ones (``set_metrics``) where that code has them; losses have the
-    weights of training. Contrast and its hard negatives see one batch at a time, so their numbers
-    depend on ``batch_size``; masks and negatives are the same on every run.
+    The names are those of unilm, the reference implementation (``set_metrics``), where it has such
+    a metric; losses have the weights of training. The contrastive loss and its hard negatives are
+    computed within one batch, so their values depend on ``batch_size``; masks and negatives are the
+    same on every run.
 
     Args:
-        model: a :class:`vlmo.VLMo`, or DistributedDataParallel or FSDP2 around one; left in the
-            mode it was in.
-        dataset: of :func:`vlmo.data.open_data`, opened for this task and not for training.
-        tokenizer: of the model's text length.
+        model: a :class:`vlmo.VLMo`, or one wrapped in DistributedDataParallel or FSDP2; its mode
+            (training or evaluation) is restored.
+        dataset: from :func:`vlmo.data.open_data`, opened for this task and without augmentation.
+        tokenizer: with the model's text length.
         task: one of ``TASKS``.
-        batch_size: samples at a time on one rank.
-        rerank: candidates of each query that the fusion encoder scores anew (retrieval), 0 for
-            none; 32 in Table 2 of the supplement.
-        workers: processes that make samples, on each rank.
-        autocast: dtype of the model's products; None for the parameters' own.
-        predictions: file for the answers, for the servers that judge them. vqa: JSON, a list of
-            ``{"question_id": ..., "answer": ...}``; nlvr2: lines of ``identifier,True``.
-        on_bad_sample: what becomes of a sample that cannot be read. "error": the error is raised.
-            "skip": metrics and predictions are those of the others, ``skipped`` is the number of
-            samples that are left out, and standard error tells which they are. In retrieval an
-            image that cannot be read leaves out its texts as well.
+        batch_size: samples per batch on one rank.
+        rerank: candidates of each query that the fusion encoder re-scores (retrieval), 0 for none;
+            32 in Table 2 of the supplement.
+        workers: processes that load samples, on each rank.
+        autocast: dtype of the model's matrix products; None for that of the parameters.
+        predictions: file for the answers, in the format of the benchmark's server. vqa: JSON, a
+            list of ``{"question_id": ..., "answer": ...}``; nlvr2: lines of ``identifier,True``.
+        on_bad_sample: what to do with a sample that cannot be read. "error": raise the error.
+            "skip": leave it out of metrics and predictions; ``skipped`` is the number of samples
+            left out, and standard error lists them. In retrieval, an image that cannot be read
+            excludes its texts as well.
 
     Raises:
-        ValueError: an unknown task, an empty data set, a head that the model lacks, answers or a
-            vocabulary of another number than the model's, samples without the names that
-            ``predictions`` needs, no sample that can be read.
+        ValueError: the task is unknown, the data set is empty, the model lacks a head, answers or
+            vocabulary differ in number from those of the model, samples lack the names that
+            ``predictions`` needs, or no sample can be read.
         vlmo.data.BadSample: a sample cannot be read, with "error".
         FloatingPointError: the model's outputs are NaN or infinite.
         OSError: ``predictions`` cannot be written.
@@ -180,13 +181,13 @@ def evaluate(
 
 
 class _Found(NamedTuple):
-    """What is found in a batch; plain numbers, which ranks can exchange.
+    """Results of a batch as plain numbers, which ranks can exchange.
 
     Attributes:
-        metrics: their names.
-        table: total and rows of each metric; empty if no sample of the batch can be read.
+        metrics: names of the metrics.
+        table: sum and rows of each metric; empty if no sample of the batch can be read.
         given: names and answers of the samples, if they are to be written.
-        bad: number of each sample that is left out, and why.
+        bad: number of each sample that is left out, and the reason.
     """
 
     metrics: list[str]
@@ -203,7 +204,7 @@ def _found(
     autocast: torch.dtype | None,
     names_them: bool,
 ) -> list[_Found]:
-    """What all ranks have found, batch by batch."""
+    """The results of all ranks, batch by batch."""
     device, measure = device_of(model), _MEASURES[task]
     fewest = 2 if task == "pretrain" and "itm" in model.config.tasks else 1
     measured: list[tuple[Measured, list[Any]] | None] = []
@@ -221,7 +222,7 @@ def _found(
             kept = to_device(batch, device)
             result = run(measure, kept, number)
             measured.append((result, _names(batch, task) if names_them else []))
-        if isinstance(model, FSDPModule):  # other ranks wait for as many calls
+        if isinstance(model, FSDPModule):  # its forward is a collective call
             if kept is None:
                 raise ValueError(f"dataset: no sample of rank {rank()} can be read: {bad[0][0][1]}")
             for number in range(measured.count(None)):
@@ -239,10 +240,10 @@ def _found(
 
 
 def _left_out(bad: Sequence[tuple[int, str]], what: str) -> dict[str, int]:
-    """The metric ``skipped`` if there is any; told on the first rank's standard error."""
+    """The metric ``skipped`` if any samples are left out; the first rank reports them on stderr."""
     if bad and rank() == 0:
         print(f"vlmo: {len(bad)} {what} cannot be read and are left out:", file=sys.stderr)
-        reasons = list(dict.fromkeys(reason for _, reason in bad))  # captions may share a picture
+        reasons = list(dict.fromkeys(reason for _, reason in bad))  # once per picture
         for reason in reasons[:_TOLD]:
             print(f"  {reason}", file=sys.stderr)
         if len(reasons) > _TOLD:
@@ -259,7 +260,7 @@ def _require_finite(*outputs: Tensor) -> None:
 
 
 def _name_of(dataset: Any, index: int, task: str) -> Any:
-    """What the file of answers calls a sample whose picture cannot be read."""
+    """The name, in the file of answers, of a sample whose picture cannot be read."""
     try:
         return dataset.fields(index)[_NAME_OF[task]]
     except (AttributeError, KeyError, ValueError, OSError):
@@ -267,7 +268,7 @@ def _name_of(dataset: Any, index: int, task: str) -> Any:
 
 
 class _Batches:
-    """Every sample once, in batches of which this rank yields its share.
+    """Every sample once, in batches, of which this rank yields its share.
 
     Attributes:
         every: the rows of all batches.
@@ -277,7 +278,7 @@ class _Batches:
     def __init__(self, size: int, batch_size: int, *, shuffled: bool):
         self.size = size
         order = torch.arange(size)
-        if shuffled:  # captions of one image are neighbours, and would contradict each other
+        if shuffled:  # captions of one image are adjacent, and would be false negatives
             order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
         self.every = even_batches(order.tolist(), batch_size)
         self.own = own_share(len(self.every))
@@ -372,7 +373,7 @@ def _pretrain(model: VLMo, batch: Batch, number: int) -> Measured:
 
 
 def _contrast(logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of ``[B, B]`` image-to-text logits, and how often each direction is right."""
+    """Loss of image-to-text logits ``[B, B]``, and the accuracy of both directions."""
     logits = logits.float()
     label = torch.arange(len(logits), device=logits.device)
     loss = (F.cross_entropy(logits, label) + F.cross_entropy(logits.T, label)) / 2
@@ -383,7 +384,7 @@ def _contrast(logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def _negatives(logits: Tensor, batch: Batch, number: int) -> Negatives:
-    """Hard negatives among the rows of this batch alone, the same whenever it is drawn."""
+    """Hard negatives within this batch, drawn reproducibly."""
     generator = torch.Generator(logits.device).manual_seed(number)
     images, texts = draw_negatives(logits.T, generator), draw_negatives(logits, generator)
     lengths = text_lengths(batch)[texts.cpu()]
@@ -411,14 +412,14 @@ _MEASURES: dict[str, Callable[[VLMo, Batch, int], Measured]] = {
 
 
 def _table(sums: Sums) -> Tensor:
-    """``[M, 2]`` float64: total and rows of each metric."""
+    """Sum and rows of each metric, ``[M, 2]`` float64."""
     totals = torch.stack([total.double() for total, _ in sums.values()])
     rows = torch.tensor([rows for _, rows in sums.values()], dtype=torch.float64)
     return torch.stack([totals, rows.to(totals.device)], dim=1)
 
 
 def _finished(result: dict[str, float]) -> dict[str, float]:
-    """Without what says nothing, and with the total of the losses."""
+    """The result without uninformative metrics, and with the sum of the losses."""
     if result.pop(_LABELLED, 1.0) == 0:
         return {}
     of_splits = [f"{split}_accuracy" for split in SPLITS if f"{split}_accuracy" in result]
@@ -435,7 +436,7 @@ def check_task(
     rerank: int = 0,
     predictions: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Raise ValueError for what :func:`evaluate` cannot do with a model, whatever the data."""
+    """Raise ValueError if :func:`evaluate` cannot run a task with a model, whatever the data."""
     if task not in TASKS:
         raise ValueError(f"task: {task!r} is not one of {TASKS}")
     if rerank < 0 or (rerank and task != "retrieval"):

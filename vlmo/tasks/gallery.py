@@ -1,4 +1,4 @@
-"""The gallery of a retrieval data set: every image once, with all of its texts."""
+"""The gallery of a retrieval data set: each image once, with all of its texts."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from vlmo.tasks.retrieval import Gallery
 
 
 def gallery_of(dataset: Dataset, tokenizer: TextTokenizer, *, workers: int = 0) -> Gallery:
-    """The images and texts of a retrieval data set, an image of several texts once.
+    """The images and texts of a retrieval data set; an image with several texts is listed once.
 
-    Images are fetched from the data set whenever they are asked for.
+    Images are loaded from the data set on access.
 
     Args:
-        dataset: of samples with ``image``, ``text`` and ``image_id``. If it has ``image_ids`` (one
-            for each sample) and ``text(index)``, no image is decoded here.
-        tokenizer: of the model's text length.
-        workers: processes that read the samples of a data set that has not.
+        dataset: its samples have ``image``, ``text`` and ``image_id``. If it has ``image_ids`` (one
+            per sample) and ``text(index)``, this function decodes no image.
+        tokenizer: with the model's text length.
+        workers: processes that read the samples if the data set has neither.
 
     Raises:
         ValueError: samples have no ``image_id``.
@@ -35,12 +35,12 @@ def gallery_of(dataset: Dataset, tokenizer: TextTokenizer, *, workers: int = 0) 
 def readable_gallery(
     dataset: Dataset, tokenizer: TextTokenizer, *, workers: int, skips: bool
 ) -> tuple[Gallery, list[tuple[int, str]]]:
-    """As :func:`gallery_of`; with ``skips`` without samples that cannot be read.
+    """As :func:`gallery_of`; with ``skips``, samples that cannot be read are left out.
 
-    Every image is decoded once to find these.
+    To find them, every image is decoded once.
 
     Returns:
-        The gallery, and number and reason of each sample that is left out.
+        The gallery, and the number and reason of each sample that is left out.
 
     Raises:
         ValueError: samples have no ``image_id``, or none of them can be read.
@@ -71,9 +71,9 @@ def readable_gallery(
 def _pairs(
     dataset: Dataset, workers: int, skips: bool
 ) -> tuple[dict[int, tuple[Hashable, str]], list[tuple[int, str]]]:
-    """Image id and text of every sample by its number; number and reason of what is left out.
+    """Image id and text of every sample by its number; number and reason of those left out.
 
-    With a process group each rank reads its share of a data set that cannot tell without reading.
+    With a process group, each rank reads its share of a data set without ``image_ids``.
     """
     size = len(cast(Sized, dataset))
     if hasattr(dataset, "image_ids"):
@@ -95,7 +95,7 @@ def _pairs(
 
 
 def _faults(dataset: Dataset, rows: list[int], workers: int) -> list[tuple[int, str]]:
-    """Which of some rows have an image that cannot be read, and why; ranks share the work."""
+    """The rows whose image cannot be read, with the reason; the ranks share the work."""
     share = [rows[number] for number in own_share(len(rows))]
     found = objects_of_all([*_each(_Read(dataset, True), share, workers)], len(rows))
     return [(row, entry) for row, entry in zip(rows, found, strict=True) if isinstance(entry, str)]
@@ -115,7 +115,7 @@ def _told(dataset: Any, row: int, image: Hashable, skips: bool) -> tuple[Hashabl
 
 
 class _Read(Dataset):
-    """Image id and text of samples; with ``skips`` the reason of one that cannot be read."""
+    """Image id and text of samples; with ``skips``, the reason for one that cannot be read."""
 
     def __init__(self, dataset: Dataset, skips: bool):
         self.dataset, self.skips = dataset, skips
@@ -136,7 +136,7 @@ class _Read(Dataset):
 
 
 class _Pictures(Dataset):
-    """The images of some samples."""
+    """The images of some samples, as a map-style data set."""
 
     def __init__(self, dataset: Dataset, rows: list[int]):
         self.dataset, self.rows = dataset, rows

@@ -1,6 +1,6 @@
 """Distributed evaluation: sharding, evaluation mode, gathering.
 
-No result depends on the number of ranks.
+Results do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from vlmo.model.vlmo import VLMo
 
 
 def own_share(count: int) -> list[int]:
-    """This rank's contiguous share of the numbers 0 .. count - 1, as many on every rank.
+    """This rank's contiguous share of the numbers 0 .. count - 1, of equal size on every rank.
 
-    What the last ranks lack is filled up with the last number, because ranks that hold different
-    numbers of rows, or call a sharded model different numbers of times, would wait for each other
-    forever. :func:`of_all` takes the repeats out again.
+    The last shares are padded with the last number, because ranks that have different numbers of
+    rows, or call a sharded model different numbers of times, would wait for each other forever.
+    :func:`of_all` removes the padding.
     """
     size = -(-count // world_size())
     first = rank() * size
@@ -31,12 +31,12 @@ def own_share(count: int) -> list[int]:
 
 
 def of_all(rows: Tensor, count: int) -> Tensor:
-    """``[count, ...]``: what the ranks have found for each number, from their :func:`own_share`."""
+    """Gather the results for each number, ``[count, ...]``, from the ranks' :func:`own_share`."""
     return gather(rows)[:count]
 
 
 def objects_of_all(rows: list[Any], count: int) -> list[Any]:
-    """:func:`of_all` for a list of anything that can be pickled."""
+    """As :func:`of_all`, for a list of objects that can be pickled."""
     if world_size() == 1:
         return rows[:count]
     gathered: list[Any] = [None] * world_size()
@@ -45,7 +45,7 @@ def objects_of_all(rows: list[Any], count: int) -> list[Any]:
 
 
 def even_batches(numbers: Sequence[int], batch_size: int) -> list[list[int]]:
-    """``numbers`` in order, in as few batches as ``batch_size`` allows, none much smaller.
+    """Split ``numbers`` into as few batches as ``batch_size`` allows, of nearly equal sizes.
 
     Raises:
         ValueError: ``batch_size`` is not positive.
@@ -76,10 +76,10 @@ def evaluating(model: VLMo) -> Iterator[Callable[..., Any]]:
 
 
 def precision(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    """Products in ``dtype`` for the block; None leaves things as they are."""
+    """Matrix products in ``dtype`` inside the block; no change for None."""
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters are."""
+    """The device of the model's parameters."""
     return next(model.parameters()).device

@@ -1,6 +1,6 @@
-"""The losses of VLMo's tasks, as the official code defines them (``objectives.py``).
+"""Losses of VLMo's tasks, as defined by unilm, the reference implementation (``objectives.py``).
 
-A batch is a mapping. What each task reads:
+A batch is a mapping. Each task reads:
 
 =========  ==============================================================================
 all        ``text_ids``, ``text_masks`` [B, T]
@@ -13,12 +13,12 @@ nlvr2      ``image_0``, ``image_1``, ``answers`` [B] (1 for true)
 =========  ==============================================================================
 
 Images are uint8, or floats in [-1, 1]. Labels of -100 are ignored. With ``text_lengths`` [B] and
-``mlm_tokens`` (the places of the labels in the flat ``text_labels_mlm``), both on the CPU, nothing
-waits for the device but the hard negatives: once, while masked language modelling runs.
+``mlm_tokens`` (the flat positions of the labels in ``text_labels_mlm``), both on the CPU, only the
+hard negatives synchronise with the device: once, while masked language modelling runs.
 
-Every loss is a key that ends in ``_loss``; ``loss`` is their sum. In a process group every rank
-brings as many rows; contrast and hard negatives span all of them, and the mean of a loss over the
-ranks is that of the global batch. Each image's patches are embedded once a step.
+The key of every loss ends with ``_loss``; ``loss`` is their sum. In a process group every rank has
+the same number of rows; contrast and hard negatives span all ranks, and the mean of a loss over the
+ranks is the loss of the global batch. The patches of each image are embedded once per step.
 """
 
 from __future__ import annotations
@@ -43,18 +43,19 @@ from vlmo.tasks.negatives import Negatives, PendingNegatives
 Batch = Mapping[str, Any]
 Output = dict[str, Tensor]
 
-MLM_WEIGHT = 0.25  # of the official code, beside image-text contrast and matching
+MLM_WEIGHT = 0.25  # as in unilm, relative to image-text contrast and matching
 
 
 @dataclass(frozen=True)
 class Whole:
-    """What a part of a rank's batch has to know of the global batch (:mod:`vlmo.training.step`).
+    """What a micro-batch needs to know about the global batch (:mod:`vlmo.training.step`).
 
     Attributes:
-        words: masked tokens of the global batch, divided by the number of its parts.
-        losses: of contrast, ``itc_loss`` and ``irtr_loss``, over the global batch.
-        surrogate: from this part's streams to a number with the gradient of those losses.
-        negatives: of this part's rows.
+        words: number of masked tokens of the global batch, divided by the number of micro-batches.
+        losses: contrastive losses ``itc_loss`` and ``irtr_loss`` of the global batch.
+        surrogate: maps the streams of this micro-batch to a scalar that has the gradient of those
+            losses.
+        negatives: hard negatives of the rows of this micro-batch.
     """
 
     words: Tensor
@@ -86,14 +87,14 @@ def compute_losses(
 
     Raises:
         KeyError: the batch lacks a tensor that a task reads.
-        ValueError: ITM without ITC, a text without tokens, a label on padding, or contrast of a
-            single pair, whose loss is 0 whatever the model does.
+        ValueError: ITM is used without ITC, a text has no tokens, a label is on padding, or
+            contrast has a single pair, whose loss is always 0.
     """
     tasks = model.config.tasks
     if "itm" in tasks and "itc" not in tasks:
         raise ValueError(f"tasks: {tasks} have itm without itc, which weighs its negatives")
     if {"mlm", "textmlm"} & set(tasks):
-        batch = {**batch, "mlm_tokens": masked_tokens(batch)}  # found once
+        batch = {**batch, "mlm_tokens": masked_tokens(batch)}  # computed once
     patches = torch.empty(0)
     if set(tasks) - {"textmlm", "nlvr2"}:
         patches = model.embed_image(batch["image"])
@@ -101,7 +102,7 @@ def compute_losses(
     negatives = None if whole is None else whole.negatives
     pending = None
     contrasts = bool({"itc", "irtr"} & set(tasks))
-    # Parts of a batch see their streams twice, and must draw the same dropout: streams are alone.
+    # Micro-batches encode their streams twice with the same dropout, so the streams must be alone.
     joined = "mlm" in tasks and contrasts and whole is None and not streams_only
     joined = joined and _joins(patches.device)
     if contrasts:
@@ -139,20 +140,21 @@ def compute_losses(
 def _joins(device: torch.device) -> bool:
     """Whether masked language modelling joins the pass of the streams.
 
-    Blocks then read their weights, and add to their gradients, once less, which tells on a CPU. A
-    GPU needs it later: its queue is not empty while the host waits for the hard negatives.
+    The blocks then read their weights, and accumulate their gradients, one time less, which matters
+    on a CPU. On a GPU it is better to run it later: it keeps the GPU busy while the host waits for
+    the hard negatives.
     """
     return device.type == "cpu"
 
 
 def with_total(output: Output) -> Output:
-    """``output`` and, as ``"loss"``, the sum of its losses."""
+    """``output`` with the sum of its losses as ``"loss"``."""
     losses = [value for key, value in output.items() if key.endswith("_loss")]
     return output | {"loss": torch.stack(losses).sum()}
 
 
 def mlm(model: VLMo, batch: Batch, patches: Tensor, whole: Whole | None = None) -> Output:
-    """Masked language modelling on fused features, weighed by 0.25.
+    """Masked language modelling on fused features, with weight 0.25.
 
     Returns:
         ``mlm_loss``; ``mlm_logits`` [M, V] and ``mlm_labels`` [M] of the M masked tokens.
@@ -169,7 +171,7 @@ def text_mlm(model: VLMo, batch: Batch, whole: Whole | None = None) -> Output:
 
 
 def masked_tokens(batch: Batch) -> Tensor:
-    """Places of the labels in the flat ``text_labels_mlm``, ``[M]`` int64 on the CPU."""
+    """Flat positions of the labels in ``text_labels_mlm``, ``[M]`` int64 on the CPU."""
     if "mlm_tokens" in batch:
         return batch["mlm_tokens"]
     return (batch["text_labels_mlm"].flatten() >= 0).nonzero()[:, 0].cpu()
@@ -191,7 +193,7 @@ def _mlm_output(
     whole: Whole | None,
     weight: float,
 ) -> Output:
-    """The loss is the mean over the masked tokens of the global batch."""
+    """Logits, labels and loss; the loss is the mean over the global batch's masked tokens."""
     tokens = masked_tokens(batch)
     logits = model.mlm_score(x)
     labels = batch["text_labels_mlm"].flatten()[upload(tokens, x.device)]
@@ -208,7 +210,7 @@ def _mlm_output(
 def encode_streams(
     model: VLMo, batch: Batch, patches: Tensor, words: packed.Words | None = None
 ) -> tuple[Streams, Tensor | None]:
-    """What contrast compares, with the gradient scale of the configuration, and masked tokens.
+    """Inputs of the contrastive loss, with the configured gradient scale, and masked tokens.
 
     See :func:`vlmo.model.packed.encode_streams`.
     """
@@ -224,11 +226,11 @@ def encode_streams(
 
 
 def contrast(model: VLMo, streams: Streams) -> Output:
-    """Image-text contrast of itc (streams and their VL tails, halved) or irtr (streams alone).
+    """Image-text contrast of itc (streams and VL streams, averaged) or irtr (streams only).
 
     Returns:
-        ``itc_loss`` and, of this rank's rows against all, ``itc_i2t_logits`` and ``itc_t2i_logits``
-        [B, W * B]; the same with ``irtr_``.
+        ``itc_loss`` and, for this rank's rows against all rows, ``itc_i2t_logits`` and
+        ``itc_t2i_logits`` [B, W * B]; for irtr the same with the prefix ``irtr_``.
     """
     if streams.image.shape[0] * distributed.world_size() < 2:
         raise ValueError(
@@ -314,9 +316,9 @@ def nlvr2(model: VLMo, batch: Batch) -> Output:
 
 
 def unused_parameters(config: VLMoConfig) -> set[str]:
-    """Names of the parameters that no loss of ``config.tasks`` reaches.
+    """Names of the parameters that do not affect any loss of ``config.tasks``.
 
-    They get no gradient and are to be frozen before DistributedDataParallel sees the model.
+    They get no gradient and must be frozen before the model is wrapped in DistributedDataParallel.
     """
     tasks = set(config.tasks)
     alone, fused = bool(tasks & {"itc", "irtr"}), bool(tasks & {"mlm", "itm", "vqa", "nlvr2"})
@@ -330,7 +332,7 @@ def unused_parameters(config: VLMoConfig) -> set[str]:
         parts.append("pooler.")
     for number in range(config.depth):
         block, top = f"transformer.blocks.{number}.", number >= config.first_vl_block
-        # Texts alone, and pairs below the top, go through the expert of text; images likewise.
+        # Texts alone and pairs below the top blocks use the expert of text; likewise for images.
         used = {"text"} if "textmlm" in tasks or alone or not top else set()
         used |= {"imag"} if alone or (fused and not top) else set()
         used |= {"vl"} if fused or "itc" in tasks else set()

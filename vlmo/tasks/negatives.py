@@ -1,8 +1,9 @@
-"""Hard negatives of image-text matching, drawn over the batches of all ranks.
+"""Hard negatives of image-text matching, sampled from the batches of all ranks.
 
-Nothing but numbers, token ids and the drawn images themselves travels: an image goes once to each
-rank that drew it and lacks it, as it is stored. (The official code gathers all images on every rank
-in float32, 616 MB a step for 1024 images at 224 pixels, and waits for the device 2 B times.)
+Ranks exchange only indices, token ids and the sampled images: an image is sent once, as stored, to
+each rank that sampled it and lacks it. (unilm, the reference implementation, gathers all images on
+every rank in float32, 616 MB a step for 1024 images at 224 pixels, and synchronises with the device
+2 B times.)
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from vlmo.model.layout import text_lengths
 
 
 class Negatives(NamedTuple):
-    """A wrong text and a wrong image for each of B rows.
+    """A negative text and a negative image for each of B rows.
 
     Attributes:
-        text_ids: ``[B, T]`` of the wrong texts.
-        text_lengths: ``[B]`` int64 on the CPU, their tokens.
-        images: ``[B]`` int64 on the CPU, of each row the place of its wrong image among the B
-            images and then ``pixels``.
-        pixels: ``[n, 3, S, S]`` images that are not among the B.
+        text_ids: ``[B, T]``, ids of the negative texts.
+        text_lengths: ``[B]`` int64 on the CPU, number of tokens of these texts.
+        images: ``[B]`` int64 on the CPU, for each row the index of its negative image in the
+            concatenation of the B images and ``pixels``.
+        pixels: ``[n, 3, S, S]``, negative images that are not among the B.
     """
 
     text_ids: Tensor
@@ -39,22 +40,22 @@ class Negatives(NamedTuple):
 def draw_negatives(
     logits: Tensor, generator: torch.Generator | None = None, *, rank: int = 0
 ) -> Tensor:
-    """For each row of ``[B, G]`` logits, a column other than its own, drawn by softmax weight.
+    """For each row of ``[B, G]`` logits, sample another column with its softmax probability.
 
-    Nothing waits for the device. The noise of all G rows is drawn, so that a row's draw does not
-    depend on how many ranks share the batch. On the CPU the draws are those of the official code's
-    call of ``torch.multinomial`` per row, from the same seed.
+    Does not synchronise with the device. The noise of all G rows is drawn, so the sample of a row
+    does not depend on the number of ranks that share the batch. On the CPU the samples equal those
+    of unilm, which calls ``torch.multinomial`` for each row, with the same seed.
 
     Args:
-        logits: rows ``rank * B`` and on of a square matrix.
-        generator: of the noise, on the device; None for torch's own.
-        rank: see above.
+        logits: rows ``rank * B`` to ``rank * B + B - 1`` of a square matrix.
+        generator: random number generator on the device; None for torch's own.
+        rank: see ``logits``.
 
     Returns:
         ``[B]`` int64.
 
     Raises:
-        ValueError: a single column, beside which there is no other.
+        ValueError: there is a single column, so there is no other one.
     """
     rows, columns = logits.shape
     if columns < 2:
@@ -63,7 +64,7 @@ def draw_negatives(
     place = torch.arange(rows, device=logits.device)
     own = (rank * rows + place)[:, None] == torch.arange(columns, device=logits.device)
     weights = weights.masked_fill(own, 0)
-    # A row whose softmax left nothing beside its own column still needs a valid distribution.
+    # If softmax underflows to 0 outside the row's own column, the row still needs a distribution.
     empty = weights.sum(1, keepdim=True) == 0
     weights = torch.where(empty, (~own).float(), weights)
     noise = weights.new_empty(columns, columns).exponential_(generator=generator)
@@ -71,18 +72,18 @@ def draw_negatives(
 
 
 class PendingNegatives:
-    """Negatives of this rank's rows, on their way to the host; :meth:`all` waits for them.
+    """Negatives of this rank's rows, being copied to the host; :meth:`all` waits for the copy.
 
-    The image negatives are drawn before the text negatives, as in the official code.
+    The image negatives are sampled before the text negatives, as in unilm.
 
     Args:
         i2t: ``[B, W * B]`` logits of this rank's images against all texts.
         t2i: ``[B, W * B]`` logits of this rank's texts against all images.
-        batch: of this rank, with ``image``, ``text_ids`` and their lengths.
+        batch: batch of this rank, with ``image``, ``text_ids`` and their lengths.
         generator: see :func:`draw_negatives`.
 
     Raises:
-        ValueError: the batches of all ranks together hold a single pair, which has no negative.
+        ValueError: the global batch is a single pair, which has no negative.
     """
 
     def __init__(
@@ -103,14 +104,14 @@ class PendingNegatives:
         self._text_ids = distributed.gather(batch["text_ids"])[self._wrong_text]
 
     def all(self) -> Negatives:
-        """Of all rows of this rank."""
+        """The negatives of all rows of this rank."""
         if distributed.world_size() > 1:
             return self.parts(1)[0]
         wrong_image, wrong_text, lengths = self._numbers.get().unbind(1)
         return Negatives(self._text_ids, lengths[wrong_text], wrong_image, self._image[:0])
 
     def parts(self, count: int) -> list[Negatives]:
-        """Of ``count`` parts of as many rows each; every rank asks for as many."""
+        """The negatives of each of ``count`` equal micro-batches; a collective call."""
         rows, rank = self._rows, distributed.rank()
         wrong_image, wrong_text, lengths = self._numbers.get().T.tolist()
         first = rank * rows
@@ -137,7 +138,7 @@ class PendingNegatives:
     def _part(
         self, rows: slice, images: list[int], text_lengths: list[int], foreign: Tensor
     ) -> Negatives:
-        """Of some rows, with wrong images numbered among this rank's and then ``foreign``."""
+        """Negatives of ``rows``; ``images`` index this rank's images and then ``foreign``."""
         outside = sorted({n for n in images if not rows.start <= n < rows.stop})
         size = rows.stop - rows.start
         place = {number: size + i for i, number in enumerate(outside)}

@@ -1,9 +1,10 @@
-"""Image-text retrieval: encode, recall, and re-ranking with the fusion encoder.
+"""Image-text retrieval: encoding, recall, and re-ranking with the fusion encoder.
 
-A text belongs to one image; an image may have several texts, as in COCO. No matrix of all texts
-against all images exists: recall and shortlists are found a few rows at a time.
+A text belongs to one image; an image may have several texts, as in COCO. The full matrix of all
+texts against all images is never stored: recall and shortlists are computed for a few rows at a
+time.
 
-With a process group the ranks divide the work, and every rank gets the whole result.
+With a process group the ranks share the work, and every rank gets the whole result.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from vlmo.model.vlmo import VLMo
 from vlmo.tasks.inference import device_of, evaluating, even_batches, of_all, own_share, precision
 
 RECALL_AT = (1, 5, 10)
-_CELLS = 2**24  # scores at a time, 64 MB
+_CELLS = 2**24  # scores that are computed at a time, 64 MB
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,14 @@ class Gallery:
     """The images and texts of one retrieval test.
 
     Attributes:
-        images: I images of the model's input ``[3, S, S]``, uint8 or scaled to [-1, 1]: a tensor
-            ``[I, 3, S, S]``, or a map-style data set that decodes an image when asked for it.
+        images: I images ``[3, S, S]`` as the model reads them, uint8 or scaled to [-1, 1]: a tensor
+            ``[I, 3, S, S]``, or a map-style data set that decodes an image on access.
         text_ids: ``[J, T]`` int64.
         text_masks: ``[J, T]``.
-        image_of_text: ``[J]`` int64, the image each text belongs to.
+        image_of_text: ``[J]`` int64, the index of the image that each text belongs to.
 
     Raises:
-        ValueError: there is no image or no text, or the tensors do not fit each other.
+        ValueError: there is no image or no text, or the shapes of the tensors do not match.
     """
 
     images: Any
@@ -59,7 +60,7 @@ class Gallery:
 
 
 class Embeddings(NamedTuple):
-    """Unit vectors of the dual encoder.
+    """Unit vectors from the dual encoder.
 
     Attributes:
         image: ``[I, D]`` float32.
@@ -71,10 +72,10 @@ class Embeddings(NamedTuple):
 
 
 class Shortlist(NamedTuple):
-    """The best candidates of each query of one direction.
+    """The best candidates for each query of one direction.
 
     Attributes:
-        rows: ``[Q, k]`` int64, numbers of the candidates.
+        rows: ``[Q, k]`` int64, indices of the candidates.
         scores: ``[Q, k]`` float32.
     """
 
@@ -82,7 +83,7 @@ class Shortlist(NamedTuple):
     scores: Tensor
 
     def best(self, count: int) -> Tensor:
-        """``[Q, count]`` candidates of the highest scores, best first."""
+        """The ``count`` candidates with the highest scores, best first, ``[Q, count]``."""
         order = self.scores.sort(dim=1, descending=True, stable=True).indices
         return self.rows.gather(1, order[:, :count])
 
@@ -91,8 +92,8 @@ class Shortlists(NamedTuple):
     """The candidates of both directions.
 
     Attributes:
-        image: images for each text (IR of the papers).
-        text: texts for each image (TR of the papers).
+        image: images for each text (called IR in the papers).
+        text: texts for each image (called TR in the papers).
     """
 
     image: Shortlist
@@ -100,14 +101,14 @@ class Shortlists(NamedTuple):
 
 
 class Recall(NamedTuple):
-    """Share of the queries whose match is among the first k: ``{k: share}`` per direction."""
+    """Recall at k: share of queries with a match in the first k, ``{k: share}`` by direction."""
 
     image: dict[int, float]
     text: dict[int, float]
 
     @property
     def mean(self) -> float:
-        """Mean of all recalls of both directions."""
+        """Mean of all values of both directions."""
         values = [*self.image.values(), *self.text.values()]
         return sum(values) / len(values)
 
@@ -124,18 +125,18 @@ def encode(
     """Encode all images and texts with the dual encoder.
 
     Args:
-        model: with the heads of retrieval.
-        gallery: of I images and J texts.
-        batch_size: images or texts at a time on one rank.
-        workers: processes that fetch images.
-        autocast: dtype of the model's products.
+            model: with the retrieval heads.
+            gallery: I images and J texts.
+            batch_size: images or texts per batch on one rank.
+            workers: processes that load images.
+            autocast: dtype of the model's matrix products.
 
-    Returns:
-        Embeddings on the model's device, the same on all ranks.
+        Returns:
+            Embeddings on the model's device, equal on all ranks.
     """
     device = device_of(model)
     images, texts = own_share(len(gallery.images)), torch.tensor(own_share(len(gallery.text_ids)))
-    # Texts of like length together: a batch is as long as its longest.
+    # Sort texts by length: the longest text of a batch determines its cost.
     order = gallery.text_masks[texts].sum(1).argsort(stable=True)
     with evaluating(model) as run, precision(device, autocast):
         of_images = [
@@ -171,7 +172,7 @@ def matching_logits(model: VLMo, texts: Texts, pixels: Tensor, images: Sequence[
 
 @torch.no_grad()
 def shortlist(embeddings: Embeddings, k: int) -> Shortlists:
-    """The k candidates of the highest cosine for each query, or all if there are fewer.
+    """The k candidates with the highest cosine for each query, or all if there are fewer.
 
     Raises:
         ValueError: ``k`` is not positive.
@@ -201,30 +202,30 @@ def rerank(
     workers: int = 0,
     autocast: torch.dtype | None = None,
 ) -> Shortlists:
-    """Score the candidates of each query anew with the fusion encoder.
+    """Re-score the candidates of each query with the fusion encoder.
 
     The new score is the raw matching logit plus ``scale`` times the old score. A pair that is a
-    candidate in both directions is fused once.
+    candidate in both directions is encoded once.
 
-    The official code (``compute_irtr_rerank``, never called there) adds the plain cosine: scale 1,
-    with k = 32 for Table 2 of the supplement. A logit says far more than a cosine then, so the dual
-    encoder's opinion is nearly lost. With the temperature that contrast was trained with,
-    ``model.logit_scale.exp()``, both terms are log-odds.
+    unilm, the reference implementation, adds the plain cosine (``compute_irtr_rerank``, which it
+    never calls): scale 1, with k = 32 for Table 2 of the supplement. The range of a logit is then
+    much larger than that of a cosine, so the dual encoder hardly affects the result. With the
+    temperature of the contrastive training, ``model.logit_scale.exp()``, both terms are log-odds.
 
     Args:
-        model: with the head of ITM.
-        gallery: of I images and J texts.
-        shortlists: of :func:`shortlist`, on the model's device.
+        model: with the ITM head.
+        gallery: I images and J texts.
+        shortlists: from :func:`shortlist`, on the model's device.
         scale: factor of the old scores.
-        batch_size: pairs fused at a time on one rank.
-        workers: processes that fetch images.
-        autocast: dtype of the model's products.
+        batch_size: pairs per batch of the fusion encoder on one rank.
+        workers: processes that load images.
+        autocast: dtype of the model's matrix products.
 
     Returns:
-        The same candidates in the same order with their new scores, the same on all ranks.
+        The same candidates in the same order with their new scores, equal on all ranks.
 
     Raises:
-        ValueError: ``shortlists`` are not of this gallery.
+        ValueError: ``shortlists`` do not belong to this gallery.
     """
     texts, images = len(gallery.text_ids), len(gallery.images)
     for name, found, queries in (
@@ -233,7 +234,7 @@ def rerank(
     ):
         if len(found.rows) != queries:
             raise ValueError(f"shortlists: {len(found.rows)} queries of {name} are not {queries}")
-    # A pair's number is image * J + text: pairs of one image are neighbours, and fetch it once.
+    # The number of a pair is image * J + text: pairs of one image are adjacent and load it once.
     every = torch.arange(max(texts, images), device=shortlists.image.rows.device)[:, None]
     numbers = (
         shortlists.image.rows * texts + every[:texts],
@@ -257,11 +258,11 @@ def _match(
     workers: int,
     autocast: torch.dtype | None,
 ) -> Tensor:
-    """Matching logits ``[P]`` of pairs, on the model's device."""
+    """Matching logits ``[P]`` of the pairs, on the model's device."""
     device, count = device_of(model), len(gallery.text_ids)
     own = pairs[own_share(len(pairs))]
     batches = [own[rows] for rows in even_batches(range(len(own)), batch_size)]
-    # In each batch, the images it has and which of them each pair takes.
+    # For each batch, the images in it and the index of each pair's image among them.
     images = [(batch // count).unique(return_inverse=True) for batch in batches]
     pixels = _pixels(gallery.images, [numbers.tolist() for numbers, _ in images], device, workers)
     logits = []
@@ -277,15 +278,15 @@ def recall_at(
     image_of_text: Tensor,  # [J]
     ks: Sequence[int] = RECALL_AT,
 ) -> Recall:
-    """Recall at each k in both directions, of embeddings by their cosines or of shortlists.
+    """Recall at each k in both directions, from the cosines of embeddings or from shortlists.
 
-    An image's texts are found when any of its own is among the first k; images without a text are
-    no queries, but can be found in error. Among equal scores the match comes last, so that scores
-    without information recall nothing; NaN counts as such. A match that is not on its shortlist is
-    not found.
+    A query by image is a hit if any of its texts is among the first k. Images without a text are no
+    queries, but are candidates. Among equal scores the match is ranked last, so that uninformative
+    scores have no recall; NaN is ranked as the worst case. A match that is not on its shortlist is
+    a miss.
 
     Raises:
-        ValueError: ``image_of_text`` does not fit.
+        ValueError: ``image_of_text`` does not fit the embeddings or shortlists.
     """
     if isinstance(found, Embeddings):
         texts, images, device = len(found.text), len(found.image), found.image.device
@@ -307,7 +308,7 @@ def recall_at(
 
 
 def chance(image_of_text: Tensor, images: int, ks: Sequence[int] = RECALL_AT) -> Recall:
-    """The recall of a random order, for texts that belong to ``images`` images."""
+    """Expected recall of a random ranking, for texts that belong to ``images`` images."""
     texts = len(image_of_text)
     counts = torch.bincount(image_of_text, minlength=images)
     own = [int(count) for count in counts if count]
@@ -341,15 +342,15 @@ def _ranks(
     scores: Tensor,  # [Q, C] queries against candidates
     own: Tensor,  # [Q, C] bool, which candidates match
 ) -> Tensor:
-    """How many wrong candidates stand before each query's best match, ``[Q]``."""
-    # NaN is the worst case: as a match it is last, as a rival it is first.
+    """Number of wrong candidates ranked before each query's best match, ``[Q]``."""
+    # NaN is the worst case: a match with NaN is ranked last, another candidate with NaN first.
     best = scores.masked_fill(~own | scores.isnan(), float("-inf")).amax(1, keepdim=True)
     before = (~own & ~(scores < best)).sum(1)
     return before.masked_fill(~own.any(1), torch.iinfo(torch.int64).max)
 
 
 def _cosines(queries: Tensor, candidates: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Scores ``[q, C]`` of a few queries at a time, with their rows, in full precision."""
+    """Cosines ``[q, C]`` for a few queries at a time, with their rows, in full precision."""
     size = max(1, _CELLS // len(candidates))
     for start in range(0, len(queries), size):
         rows = slice(start, start + size)
@@ -368,7 +369,7 @@ def _check_relation(image_of_text: Tensor, texts: int, images: int) -> None:
 def _pixels(
     images: Any, batches: Iterable[list[int]], device: torch.device, workers: int
 ) -> Iterator[Tensor]:
-    """Images ``[n, 3, S, S]`` of each batch, fetched ahead by ``workers`` processes."""
+    """Images ``[n, 3, S, S]`` of each batch, loaded ahead by ``workers`` processes."""
     loader = guarded_loader(
         images, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda"
     )

@@ -1,4 +1,4 @@
-"""Samples that cannot be read: how many a training bears, and the list of them."""
+"""Samples that cannot be read: how many of them a training tolerates, and their list."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from vlmo.files import append, replacing
 from vlmo.training.parallel import objects_of_ranks
 
 FILE = "bad_samples.jsonl"
-SPARES = 8  # of each row of a batch: samples to take in its place
-_SHARE, _FEWEST = 0.01, 10  # that "skip" alone bears
+SPARES = 8  # replacement samples for each row of a batch
+_SHARE, _FEWEST = 0.01, 10  # the limit of "skip" without a number
 
 
 def bearable(policy: str, samples: int) -> int | None:
     """Number of bad samples that a training may leave out; None if the first one ends it.
 
     Args:
-        policy: "error"; "skip" for 1 % of the samples, and 10 at the least; "skip:N" for N.
-        samples: of the data.
+        policy: "error"; "skip" for 1 % of the samples, but at least 10; "skip:N" for N.
+        samples: number of samples in the data.
 
     Raises:
-        ValueError: another policy.
+        ValueError: ``policy`` has another form.
     """
     if policy == "error":
         return None
@@ -38,11 +38,11 @@ def bearable(policy: str, samples: int) -> int | None:
 
 
 class BadSamples:
-    """The samples that could not be read so far, each once, on all ranks the same.
+    """The samples that could not be read so far, each listed once; equal on all ranks.
 
     Args:
-        known: of the steps done, by number of the sample.
-        limit: most that may be left out; None if none may, and the first one ends the training.
+        known: the bad samples of the steps done, by number of the sample.
+        limit: largest number that may be left out; None if the first one ends the training.
     """
 
     def __init__(self, known: dict[int, dict[str, Any]], limit: int | None):
@@ -53,11 +53,11 @@ class BadSamples:
         return len(self._known)
 
     def note(self, step: int, found: Iterable[tuple[int, str]]) -> None:
-        """Number and reason of samples that this rank could not read for a step."""
+        """Record the numbers and reasons of samples that this rank could not read for a step."""
         self._seen += [(step, number, reason) for number, reason in found]
 
     def gather(self) -> list[dict[str, Any]]:
-        """The new ones of all ranks since the last call, which all ranks make, as the file has."""
+        """New entries of all ranks since the last call, as in the file; a collective call."""
         everyone, self._seen = objects_of_ranks(self._seen), []
         new = []
         for step, number, reason in sorted(entry for seen in everyone for entry in seen):
@@ -67,7 +67,7 @@ class BadSamples:
         return new
 
     def until(self, step: int) -> int:
-        """Number of those that were met in steps up to this one."""
+        """Number of bad samples found in steps up to and including ``step``."""
         return sum(entry["step"] <= step for entry in self._known.values())
 
     def check(self) -> None:
@@ -81,7 +81,7 @@ class BadSamples:
 
 
 def write_list(folder: Path, known: Mapping[int, Mapping[str, Any]]) -> None:
-    """Write the file of bad samples anew, or take it away if there are none."""
+    """Rewrite the file of bad samples, or delete it if there are none."""
     path = folder / FILE
     if not known:
         path.unlink(missing_ok=True)

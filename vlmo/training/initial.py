@@ -1,4 +1,4 @@
-"""The model that a training starts from."""
+"""Initialisation of a model that is trained from scratch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from vlmo.model.vlmo import VLMo
 
 @torch.no_grad()
 def start_wide(model: VLMo) -> None:
-    """Draw blocks, patch positions and classifiers anew, wider than the official ones.
+    """Initialise blocks, patch positions and classifiers with a wider distribution than unilm.
 
-    The official deviation of 0.02 suits width 768. At an eighth of the width it makes all branches
-    next to nothing, and positions next to nothing beside the patches: a short training would be
-    spent on growing them. A classifier that begins next to nothing sees little but what all samples
-    have in common, and its gradient makes the features of NLVR2 equal before it finds out what
-    tells them apart; a wide one with a last layer of zeros finds out.
+    unilm's standard deviation of 0.02 suits width 768. At an eighth of the width it makes the
+    outputs of all branches negligible, and positions negligible beside the patches: a short
+    training would be spent on growing them. A classifier whose output starts near zero mainly sees
+    what all samples have in common, and its gradient makes the features of NLVR2 equal before it
+    learns to distinguish them. A wide classifier with a last layer of zeros does learn this.
     """
     for parameter in model.transformer.blocks.parameters():
         if parameter.dim() == 2:

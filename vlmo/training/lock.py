@@ -1,4 +1,4 @@
-"""One training at a time in a folder: a lock that ends with the process that holds it."""
+"""One training per folder at a time: a lock that ends with the process that holds it."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from vlmo.training.parallel import on_first
 
 LOCK = "training.lock"
 
-# Paths and processes: the locks of POSIX do not keep a process from locking its own file again. A
-# forked process has a copy of this, and no lock.
+# Paths and process ids: POSIX locks do not stop a process from locking its own file again. A forked
+# process inherits a copy of this set, but not the lock.
 _held: set[tuple[str, int]] = set()
 
 
 class FolderLock:
-    """Keeps other trainings out of a folder; of several ranks the first one holds it.
+    """Keeps other trainings out of a folder; of several ranks, the first one holds the lock.
 
-    The lock is that of the kernel on an open file. It ends with the process, however that ends, and
-    the loader's workers do not inherit it. The file names host and process, for the message. Where
-    a file system has no locks, host and process alone count: one that is gone does not hold it.
+    It is the kernel's lock on an open file. It ends with the process, however that ends, and the
+    workers of the loader do not inherit it. The file names host and process, for the error message.
+    On a file system without locks only host and process count: a process that no longer exists does
+    not hold the lock.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
     """
 
     def __init__(self, folder: Path):
@@ -36,18 +37,19 @@ class FolderLock:
         self._descriptor: int | None = None
 
     def take(self) -> None:
-        """Make the folder if it is missing and lock it, unless it is locked; all ranks call this.
+        """Create the folder if it is missing and lock it; a collective call.
 
         Raises:
-            OSError: on all ranks; another training holds the lock, or the folder cannot be written.
+            OSError: on all ranks; another training holds the lock, or the folder is not writable.
         """
         on_first(self._take)
 
     def release(self) -> None:
-        """Let others in. Not a collective."""
+        """Release the lock. Not a collective call."""
         if self._descriptor is None:
             return
-        # Before others can have the lock, or they would lock a file that is gone.
+        # Delete the file before another process can lock it; otherwise that lock would be on a
+        # deleted file.
         with contextlib.suppress(OSError):
             self._path.unlink()
         os.close(self._descriptor)
@@ -64,7 +66,8 @@ class FolderLock:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 self._lock(descriptor)
-                # Between opening and locking, the one before may have taken the file away.
+                # The previous holder may have deleted the file between the calls that open and lock
+                # it.
                 if _is_file(descriptor, self._path):
                     self._sign(descriptor)
                     break
@@ -96,7 +99,7 @@ class FolderLock:
             holder = _Holder.read(descriptor)
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise self._refusal(holder) from error
-            # No locks here.
+            # The file system has no locks.
             if holder is not None and holder.may_live():
                 raise self._refusal(holder) from error
 
@@ -109,7 +112,7 @@ class FolderLock:
 
 
 class _Holder:
-    """Who holds a lock."""
+    """The process that holds a lock."""
 
     def __init__(self, host: str, process: int):
         self.host, self.process = host, process
@@ -119,7 +122,7 @@ class _Holder:
 
     @classmethod
     def read(cls, descriptor: int) -> _Holder | None:
-        """As the file tells; None if it does not."""
+        """Read the holder from the lock file; None if the file does not name one."""
         try:
             content = json.loads(os.pread(descriptor, 4096, 0))
             return cls(str(content["host"]), int(content["process"]))
@@ -127,22 +130,22 @@ class _Holder:
             return None
 
     def may_live(self) -> bool:
-        """Whether the process is, or may be, still there."""
+        """Whether the process exists or may exist."""
         if self.host != socket.gethostname():
             return True
-        if self.process == os.getpid():  # of an earlier process of this number
+        if self.process == os.getpid():  # an earlier process had the same id
             return False
         try:
             os.kill(self.process, 0)
         except ProcessLookupError:
             return False
-        except OSError:  # of another user
+        except OSError:  # the process belongs to another user
             return True
         return True
 
 
 def _is_file(descriptor: int, path: Path) -> bool:
-    """Whether an open file is the one of that name."""
+    """Whether an open file is still the one with that path."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

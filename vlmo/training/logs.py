@@ -1,7 +1,7 @@
-"""The logs of a training: log.csv, log.jsonl and TensorBoard's.
+"""The logs of a training: log.csv, log.jsonl and those of TensorBoard.
 
-log.csv holds what the training computes and nothing that depends on the clock or the machine, so
-that the same training writes the same file; log.jsonl holds both.
+log.csv holds results of the training but nothing that depends on the clock or the machine, so a
+repeated training writes the same file; log.jsonl holds both.
 """
 
 from __future__ import annotations
@@ -22,20 +22,19 @@ TABLE, LINES, BOARD = "log.csv", "log.jsonl", "tensorboard"
 
 
 class RunLog:
-    """Appends one row a logged step to the logs in a folder.
+    """Appends one row per logged step to the logs in a folder.
 
-    What the logs hold of steps after ``step`` is taken out first: a training that goes on from
-    there writes it again.
+    Rows of steps after ``step`` are removed first: a training that resumes there writes them again.
 
     Args:
-        folder: of the run; exists.
-        step: steps done.
-        board: write TensorBoard's log as well.
+        folder: folder of the run, which exists.
+        step: number of steps done.
+        board: also write TensorBoard's log.
 
     Raises:
         ImportError: ``board`` without TensorBoard.
         OSError: a log cannot be written.
-        ValueError: what a log holds is not that of a training; no log has been changed.
+        ValueError: a log has invalid content; no log has been changed.
     """
 
     def __init__(self, folder: Path, step: int = 0, *, board: bool = True):
@@ -59,8 +58,8 @@ class RunLog:
         """Append a row.
 
         Args:
-            row: ``step`` and what the training computes.
-            machine: what this machine has to do with it: times, rates, memory.
+            row: ``step`` and the results of the training.
+            machine: measurements that depend on the machine: times, rates, memory.
         """
         new = [name for name in row if name not in self._columns]
         if new:
@@ -76,7 +75,7 @@ class RunLog:
                         self._board.add_scalar(_tag(name), value, row["step"])
 
     def sync(self) -> None:
-        """Return when everything written is on disk."""
+        """Flush everything written to disk."""
         for path in (self._table, self._lines):
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
@@ -87,12 +86,12 @@ class RunLog:
     def close(self) -> None:
         """Close TensorBoard's log."""
         if self._board is not None:
-            with contextlib.suppress(OSError):  # a full disk, which the other logs have told of
+            with contextlib.suppress(OSError):  # a full disk, which the other logs have reported
                 self._board.close()
             threading.excepthook = threading.__excepthook__
 
     def _replace(self, rows: Sequence[Mapping[str, str]]) -> None:
-        """Write the whole table anew."""
+        """Rewrite the whole table."""
         lines = [self._columns] if self._columns else []
         lines += [[row.get(name, "") for name in self._columns] for row in rows]
         with replacing(self._table) as temporary:
@@ -100,25 +99,25 @@ class RunLog:
 
 
 def _told_of_thread(told: threading.ExceptHookArgs) -> None:
-    """Say nothing of a full disk in TensorBoard's thread, whose next call raises the same."""
+    """Ignore a full disk in TensorBoard's thread: its next call raises the same error."""
     if type(told.thread).__name__ != "_AsyncWriterThread" or told.exc_type is not OSError:
         threading.__excepthook__(told)
 
 
 def why_no_board() -> str | None:
-    """Why TensorBoard's log cannot be written, None if it can."""
+    """The reason why TensorBoard's log cannot be written; None if it can."""
     try:
         from torch.utils.tensorboard import SummaryWriter  # noqa: F401
-    except Exception as error:  # a part of it that does not fit raises nearly anything
+    except Exception as error:  # an incompatible dependency of it may raise anything
         return " ".join(str(error).split()) or type(error).__name__
     return None
 
 
 def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Columns and rows of a log.csv; none if it does not exist. A last half line is left out.
+    """Columns and rows of a log.csv, without an incomplete last line; empty if it does not exist.
 
     Raises:
-        ValueError: it is damaged, or no such log; names the line.
+        ValueError: it is damaged or not such a log; the message names the line.
     """
     lines = _whole_lines(path)
     try:
@@ -140,7 +139,7 @@ def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, int]]:
-    """The whole lines of a log.jsonl and their steps."""
+    """The complete lines of a log.jsonl and their steps."""
     for number, line in enumerate(_whole_lines(path), 1):
         try:
             step = json.loads(line)["step"]
@@ -176,7 +175,7 @@ def _csv(lines: Sequence[Sequence[Any]]) -> str:
 
 
 def _tag(name: str) -> str:
-    """TensorBoard's name of a value; those with the same beginning are shown together."""
+    """TensorBoard's tag of a value; values with the same prefix are shown together."""
     if name.startswith("val_"):
         return f"validation/{name.removeprefix('val_')}"
     computed = name.endswith(("loss", "scale")) or name in ("lr", "bad_samples")

@@ -1,4 +1,4 @@
-"""The official optimizer and schedule: groups of parameters, AdamW, linear warm-up and decay."""
+"""Optimizer and learning rate schedule of unilm, the reference implementation."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-# Names that hold one of these are not decayed: every bias (the relative position table is one of
-# them) and these norms, but not the norms of the experts.
+# Parameters whose names contain one of these have no weight decay: every bias (including the
+# relative position table) and these norms, but not the norms of the experts.
 _NOT_DECAYED = ("bias", "LayerNorm.weight", "norm.weight", "norm1.weight")
 _FINE_TUNING_HEADS = ("vqa_classifier.", "nlvr2_classifier.")
 
@@ -20,15 +20,15 @@ _FINE_TUNING_HEADS = ("vqa_classifier.", "nlvr2_classifier.")
 def parameter_groups(
     model: nn.Module, *, lr: float, weight_decay: float = 0.01, head_lr_scale: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer, with the official rule for weight decay.
+    """Parameter groups for an optimizer, with unilm's rule for weight decay.
 
-    Scalars (the logit scales) have a group of their own: FSDP2 does not shard them, and an
-    optimizer's fused loops cannot mix them with what it does.
+    Scalars (the logit scales) form their own group: FSDP2 does not shard them, and an optimizer's
+    fused loops cannot mix them with sharded parameters.
 
     Args:
-        model: parameters without ``requires_grad`` are left out.
+        model: parameters without ``requires_grad`` are omitted.
         lr: learning rate.
-        weight_decay: of the parameters that have one.
+        weight_decay: for the parameters that have weight decay.
         head_lr_scale: factor of ``lr`` for the VQA and NLVR2 classifiers.
     """
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
@@ -45,10 +45,10 @@ def parameter_groups(
 
 
 def adamw(model: nn.Module, *, lr: float, weight_decay: float = 0.01, **options) -> Optimizer:
-    """AdamW with the official betas; ``options`` are those of :func:`parameter_groups`.
+    """AdamW with unilm's betas; ``options`` are those of :func:`parameter_groups`.
 
-    The official code has that of transformers 4.8, which decays after the update, by the same
-    factor.
+    unilm uses the AdamW of transformers 4.8, which applies weight decay after the update, by the
+    same factor.
     """
     groups = parameter_groups(model, lr=lr, weight_decay=weight_decay, **options)
     # One launch for all parameters, and no copies of them.
@@ -57,23 +57,23 @@ def adamw(model: nn.Module, *, lr: float, weight_decay: float = 0.01, **options)
 
 
 def warmup_then_decay(step: int, *, warmup: int, total: int, power: float = 1.0) -> float:
-    """Factor of the learning rate: linear from 0 over ``warmup`` steps, then to 0 at ``total``."""
+    """Factor of the learning rate: linear warm-up from 0, then decay to 0 at step ``total``."""
     if step < warmup:
         return step / warmup
     return max(0.0, (total - step) / max(total - warmup, 1)) ** power
 
 
 def linear_schedule(optimizer: Optimizer, *, warmup: int, total: int) -> LambdaLR:
-    """:func:`warmup_then_decay` for every group; the first step already has a rate above 0."""
+    """Apply :func:`warmup_then_decay` to every group; the rate of the first step is above 0."""
     return LambdaLR(
         optimizer, lambda step: warmup_then_decay(step + 1, warmup=warmup, total=total + 1)
     )
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
-    """Scale all gradients so that their norm together is at most ``largest``; returns the norm.
+    """Scale all gradients so that their joint norm is at most ``largest``; returns the norm.
 
-    Sharded parameters (FSDP2) and whole ones may be mixed.
+    Sharded (FSDP2) and unsharded parameters may be mixed.
     """
     sharded: list[nn.Parameter] = []
     whole: list[nn.Parameter] = []

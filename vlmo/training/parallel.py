@@ -1,4 +1,4 @@
-"""One process or many: the process group, and the model wrapped for it."""
+"""Single-process and distributed training: the process group, and the wrapped model."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def joined_group(device: str) -> Iterator[torch.device]:
-    """The process group that torchrun has set up for this process, if it has, for the block.
+    """Join the process group of torchrun, if there is one, for the duration of the block.
 
-    NCCL between GPUs, and gloo between CPUs and for what stays on the host.
+    It uses NCCL between GPUs, and gloo between CPUs and for host data.
 
     Args:
-        device: a name for :func:`vlmo.device.chosen_device`; "auto" and "cuda" are the GPU of
-            this process's LOCAL_RANK.
+        device: a name for :func:`vlmo.device.chosen_device`; "auto" and "cuda" stand for the GPU
+            with this process's LOCAL_RANK.
 
     Yields:
-        This process's device.
+        The device of this process.
 
     Raises:
-        ValueError: no such device, or fewer GPUs than processes.
+        ValueError: there is no such device, or there are fewer GPUs than processes.
     """
     chosen = chosen_device(device)
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
@@ -59,7 +59,7 @@ def joined_group(device: str) -> Iterator[torch.device]:
 
 
 def check_way(way: str) -> None:
-    """Raise ValueError if ``way`` is none of ``WAYS``, or fsdp without a process group."""
+    """Raise ValueError if ``way`` is not in ``WAYS``, or is fsdp without a process group."""
     if way not in WAYS:
         raise ValueError(f"parallel: {way!r} is not one of {WAYS}")
     if way == "fsdp" and not dist.is_initialized():
@@ -67,12 +67,12 @@ def check_way(way: str) -> None:
 
 
 def wrapped(model: VLMo, way: str) -> nn.Module:
-    """The model ready for :func:`vlmo.training.step.backward` on all ranks.
+    """Wrap the model for :func:`vlmo.training.step.backward` on all ranks.
 
     Args:
-        model: on its device, with what is not trained frozen.
-        way: "ddp" keeps the whole model on each rank, "fsdp" (FSDP2) a part of every parameter; the
-            logit scales, which it cannot divide, are whole on each.
+        model: on its device, with the parameters that are not trained frozen.
+        way: "ddp" keeps the whole model on each rank; "fsdp" (FSDP2) shards every parameter except
+            the logit scales, which are scalars and stay whole.
     """
     if way == "fsdp":
         mesh = init_device_mesh(next(model.parameters()).device.type, (world_size(),))
@@ -80,13 +80,13 @@ def wrapped(model: VLMo, way: str) -> nn.Module:
             fully_shard(block, mesh=mesh)
         scalars = {parameter for parameter in model.parameters() if parameter.dim() == 0}
         fully_shard(model, mesh=mesh, ignored_params=scalars)
-        if mesh.device_type == "cpu":  # where gloo of torch 2.8 adds without dividing, silently
+        if mesh.device_type == "cpu":  # gloo of torch 2.8 silently sums instead of averaging
             for part in (*model.transformer.blocks, model):
                 part.set_force_sum_reduction_for_comms(True)
         return model
     if world_size() == 1:
         return model
-    # Buffers are constants. PyTorch 2.13 has another name for the option.
+    # Buffers are constant. PyTorch 2.13 renames the option that synchronises them.
     known = inspect.signature(DistributedDataParallel).parameters
     still = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {still: False}
@@ -94,16 +94,16 @@ def wrapped(model: VLMo, way: str) -> nn.Module:
 
 
 class Agreement:
-    """A number that any rank may raise, and on which all agree a step later.
+    """Maximum of a number over all ranks, available one step later.
 
-    Nothing waits for a device; between hosts it travels while the step runs.
+    It does not wait for a device; the reduction between hosts overlaps with the step.
     """
 
     def __init__(self) -> None:
         self._pending: tuple[torch.Tensor, Any] | None = None
 
     def highest(self, own: int) -> int:
-        """The highest number of all ranks' last calls; in a world of one, ``own``."""
+        """The maximum of the previous calls of all ranks; with a single process, ``own``."""
         if world_size() == 1:
             return own
         before = 0
@@ -116,17 +116,19 @@ class Agreement:
         return before
 
     def close(self) -> None:
-        """Wait for what is on its way."""
+        """Wait for the pending reduction."""
         if self._pending is not None:
             self._pending[1].wait()
             self._pending = None
 
 
 def on_first(function: Callable[[], T]) -> T:
-    """What a function returns, or raises, on the first rank; all ranks call this and get it.
+    """Call a function on the first rank and return its result, or raise its error, on all ranks.
+
+    This is a collective call.
 
     Raises:
-        OSError, ValueError: of the function.
+        OSError, ValueError: raised by the function.
     """
     told: list[Any] = [None, None]
     if is_first():
@@ -145,7 +147,7 @@ def on_first(function: Callable[[], T]) -> T:
 
 
 def objects_of_ranks(own: T) -> list[T]:
-    """What each rank gives, in their order, on all of them."""
+    """Gather the objects of all ranks, in rank order, on every rank."""
     if world_size() == 1:
         return [own]
     found: list[Any] = [None] * world_size()
@@ -154,7 +156,7 @@ def objects_of_ranks(own: T) -> list[T]:
 
 
 def highest(number: int) -> int:
-    """The highest number of all ranks, which wait for each other."""
+    """The maximum of a number over all ranks; waits for all of them."""
     if world_size() == 1:
         return number
     value = torch.tensor(number)
@@ -163,5 +165,5 @@ def highest(number: int) -> int:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and speaks."""
+    """Whether this process is the one that writes files and prints."""
     return rank() == 0

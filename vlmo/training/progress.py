@@ -1,4 +1,4 @@
-"""What a training shows while it runs: a bar on a terminal, lines elsewhere."""
+"""Progress display of a training: a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from rich.progress import (
 
 
 class Display:
-    """Shows the rows of the logs; a context.
+    """Shows the rows of the logs; a context manager.
 
     Args:
-        console: to show them on.
-        step: steps done.
-        total: steps in all.
+        console: where to show them.
+        step: number of steps done.
+        total: number of steps of the whole training.
     """
 
     def __init__(self, console: Console, step: int, total: int):
@@ -47,7 +47,7 @@ class Display:
         self._bar.stop()
 
     def show(self, row: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
-        """A row and what the machine has to do with it, as for the logs."""
+        """Show a row and the measurements that depend on the machine, as in the logs."""
         step = row["step"]
         rate = machine["samples_per_second"]
         facts = [f"loss {row['loss']:.3f}", f"lr {row['lr']:.2g}", f"{rate:.0f} samples/s"]
@@ -65,7 +65,7 @@ class Display:
 
 
 def clock(seconds: float) -> str:
-    """``1:02:03``."""
+    """Format a duration as ``1:02:03``."""
     minutes, second = divmod(math.ceil(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
 

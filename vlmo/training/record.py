@@ -1,6 +1,6 @@
-"""What decides the result of a training, and recipe.json, which keeps a record of it.
+"""The identity of a training, on which its result depends, and recipe.json, which records it.
 
-The record of the beginning is never changed; each later start that goes on is added to it.
+The first record is never changed; every time the training is resumed, an entry is added.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ _DEFAULTS = {
 
 
 def identity(recipe: Recipe, **facts: Any) -> dict[str, Any]:
-    """What must be the same for a training to go on.
+    """What must be equal for a training to be resumed.
 
     Args:
         recipe: with the user's changes.
-        facts: ``seed``; ``samples``, their number; ``data``, a fingerprint of them;
-            ``vocabulary`` and ``answers``, digests; ``initial``, see :func:`initial_weights`. None
-            where there is none.
+        facts: ``seed``; ``samples``, their number; ``data``, a fingerprint of them; ``vocabulary``
+            and ``answers``, digests; ``initial``, see :func:`initial_weights`. None for those that
+            do not apply.
     """
     return {"recipe": _as_json(dataclasses.asdict(recipe)), **facts}
 
 
 def initial_weights(path: Path, weights: Path, skip: tuple[str, ...]) -> dict[str, Any]:
-    """Which weights a training starts from: their name, a digest, and what is left out of them.
+    """Identify the weights that a training starts from: name, digest, and the keys left out.
 
     Args:
-        path: as the user gives it, a file or a run folder.
+        path: as given by the user, a file or a run folder.
         weights: the file.
         skip: prefixes of keys that are not loaded.
     """
@@ -53,11 +53,10 @@ def initial_weights(path: Path, weights: Path, skip: tuple[str, ...]) -> dict[st
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Where two identities differ, one phrase each: ``lr: 0.001 instead of 0.002``.
+    """The differences of two identities, one phrase each: ``lr: 0.001 instead of 0.002``.
 
-    What ``old`` lacks because it was made before there was such a field is not compared, and of a
-    recipe it has the default. The length of a training, and the weights it starts from, are not
-    compared here.
+    A field that ``old`` lacks because it was added later is not compared; a missing recipe field
+    has its default. The length of the training and its initial weights are not compared here.
     """
     found = []
     recipes = {**_as_json(_DEFAULTS), **old["recipe"]}, new["recipe"]
@@ -74,7 +73,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def length(run: Mapping[str, Any]) -> int:
-    """Steps of the whole training of an identity."""
+    """Total number of steps of a training, from its identity."""
     recipe = run["recipe"]
     if recipe["steps"] is not None:
         return recipe["steps"]
@@ -82,17 +81,17 @@ def length(run: Mapping[str, Any]) -> int:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The content of a folder's recipe.json; None without one.
+    """The content of a folder's recipe.json; None if there is none.
 
     Raises:
-        ValueError: it is damaged, or no record of a training.
+        ValueError: it is damaged, or not the record of a training.
     """
     path = folder / RECIPE
     if not path.exists():
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # of the syntax or of the encoding
+    except (ValueError, RecursionError) as error:  # invalid syntax or encoding
         raise _damaged(path, f"it is not JSON: {error}") from error
     run = content.get("run") if isinstance(content, dict) else None
     if not isinstance(run, dict):
@@ -104,7 +103,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def check_identity(run: Mapping[str, Any], path: Path) -> None:
-    """Raise ValueError unless a file's ``run`` is one of :func:`identity`."""
+    """Raise ValueError unless the ``run`` in a file has the form of :func:`identity`."""
     recipe = run.get("recipe")
     if not isinstance(recipe, dict) or not isinstance(run.get("samples"), int):
         raise _damaged(path, "its 'run' has no recipe or no samples")
@@ -120,17 +119,17 @@ def write_record(
     *,
     step: int,
 ) -> None:
-    """Record a training in recipe.json, or add that it goes on.
+    """Record a training in recipe.json, or add an entry that it is resumed.
 
     Args:
-        folder: of the run; exists.
-        run: its identity.
-        facts: what else is to be kept.
-        step: steps done.
+        folder: folder of the run, which exists.
+        run: identity of the training.
+        facts: further information to record.
+        step: number of steps done.
 
     Raises:
         OSError: it cannot be written.
-        ValueError: the file that is there is damaged; it stays as it was.
+        ValueError: the existing file is damaged; it is not changed.
     """
     content = read_record(folder)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,4 +1,4 @@
-"""What a training is made of, checked before anything is written."""
+"""Prepares a training and checks everything before any file is written."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ from vlmo.training.record import (
 from vlmo.training.state import STATE, load_state
 
 METRICS, BEST = "metrics.json", "best.safetensors"
-_RESULTS = (WEIGHTS, BEST, METRICS, TABLE, LINES, FILE)  # what only a training writes
+_RESULTS = (WEIGHTS, BEST, METRICS, TABLE, LINES, FILE)  # files that only a training writes
 RUN_FILES = (*_RESULTS, STATE, RECIPE, VOCABULARY, ANSWERS)
-# Temporary names of vlmo.files.replacing.
+# Names of the temporary files of vlmo.files.replacing.
 _UNFINISHED = re.compile(
     r"\.(training|model|best|log|recipe|vocab|answers|metrics|bad_samples)\.\d+-[0-9a-f]{8}\.\w+"
 )
@@ -67,35 +67,35 @@ _LARGEST_SEED = 2**63 - 1
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line decides.
+    """The options of the command line.
 
     Attributes:
         recipe: with the user's changes.
         data: source for :func:`vlmo.data.open_data`.
-        output: folder of the run; made if missing.
-        datasets: of the official data; None for the recipe's.
+        output: folder of the run; created if missing.
+        datasets: which of unilm's data sets to use; None for those of the recipe.
         vocabulary: vocab.txt; None for that of ``initial`` or of the run, or of digit scenes.
         initial: checkpoint or run folder to start from.
         skip: prefixes of keys of ``initial`` that are not loaded.
         answers: JSON file with a list of VQA's answers; None for those of the data.
-        answer_minimum: of :func:`vlmo.data.open_data`.
-        seed: of weights, order, augmentation, masks, negatives and stochastic depth.
-        micro_batch: rows at a time on each process; None for all.
+        answer_minimum: see :func:`vlmo.data.open_data`.
+        seed: determines weights, order, augmentation, masks, negatives and stochastic depth.
+        micro_batch: rows per forward and backward pass on each process; None for all rows.
         device: name for :func:`vlmo.device.chosen_device`.
         dtype: name for :func:`vlmo.device.chosen_dtype`.
-        backend: of every operation; None for the first that can run.
+        backend: backend of every operation; None for the first that can run.
         parallel: "ddp" or "fsdp", see :func:`vlmo.training.parallel.wrapped`.
         checkpointing: see :class:`vlmo.VLMoConfig`.
-        workers: processes that make samples, for each process that trains.
+        workers: number of data loading workers for each training process.
         log_every: steps between two rows of the logs.
         save_every: steps between two saved states.
-        evaluate_every: steps between two validations; 0 for none at all, None for one at the end
+        evaluate_every: steps between two validations; 0 for no validation, None for one at the end
             if the data have a val split.
-        evaluation_batch: samples at a time of a validation.
+        evaluation_batch: batch size of the validation.
         board: write TensorBoard's log.
-        on_bad_sample: what a sample that cannot be read means: "error", "skip" or "skip:N", see
-            :func:`vlmo.training.bad_samples.bearable`; of a validation as well.
-        dry_run: check everything, make one step and write nothing.
+        on_bad_sample: what to do with a sample that cannot be read, in training and validation:
+            "error", "skip" or "skip:N", see :func:`vlmo.training.bad_samples.bearable`.
+        dry_run: check everything, execute one step and write nothing.
     """
 
     recipe: Recipe
@@ -125,20 +125,20 @@ class Settings:
 
 
 class Materials(NamedTuple):
-    """What a training is made of.
+    """Everything that a training needs, checked.
 
     Attributes:
-        tokenizer: of the recipe's text length.
-        data: to train on.
-        keys: one for each sample, of which a batch holds no two equal ones; None for random
-            batches.
-        validation: None if there is to be none.
-        config: of the model.
-        total: steps of the whole training.
-        run: what must be the same for a training to go on, see
+        tokenizer: with the recipe's text length.
+        data: training data.
+        keys: one per sample; the samples of a batch have different keys. None for random batches.
+        validation: validation data; None for no validation.
+        config: configuration of the model.
+        total: number of steps of the whole training.
+        run: what must be equal for a training to be resumed, see
             :func:`vlmo.training.record.identity`.
-        state: of the run that goes on, None for a new one.
-        bearable: number of bad samples that may be left out; None for no such thing.
+        state: state of the run that is resumed; None for a new run.
+        bearable: number of bad samples that may be left out; None if the first one ends the
+            training.
     """
 
     tokenizer: TextTokenizer
@@ -153,22 +153,22 @@ class Materials(NamedTuple):
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """Number of steps done."""
         return 0 if self.state is None else self.state["step"]
 
     @property
     def removed(self) -> list[dict[str, Any]]:
-        """The bad samples of the run that goes on, if the data no longer hold them."""
+        """Bad samples of the resumed run, if they have since been removed from the data."""
         if self.state is None or self.state["run"]["samples"] == self.run["samples"]:
             return []
         return list(self.state["bad"].values())
 
 
 def prepare(settings: Settings, console: Console) -> Materials:
-    """Open and check everything; nothing is written.
+    """Open and check everything; writes nothing.
 
     Raises:
-        ValueError: what does not fit together, or a folder with another training.
+        ValueError: options or data are incompatible, or the folder holds another training.
         OSError: a file is missing.
     """
     recipe = settings.recipe
@@ -220,7 +220,7 @@ def prepare(settings: Settings, console: Console) -> Materials:
 
 
 def fingerprint(data: Dataset, *, without: Sequence[int] = ()) -> str | None:
-    """Of the samples of a data set, or of those that are left; None if it tells none."""
+    """Fingerprint of a data set, optionally without some samples; None if it cannot provide one."""
     if without:
         left = getattr(data, "without", None)
         return None if left is None else left(without).fingerprint()
@@ -229,7 +229,7 @@ def fingerprint(data: Dataset, *, without: Sequence[int] = ()) -> str | None:
 
 
 def check_batch(batch_size: int, processes: int, micro_batch: int | None) -> None:
-    """Raise ValueError unless processes and parts divide a batch evenly; names all numbers."""
+    """Raise ValueError unless processes and micro-batches divide a batch evenly."""
     share, rest = divmod(batch_size, processes)
     if rest:
         raise ValueError(f"batch_size: {batch_size} is not a multiple of {processes} processes")
@@ -252,7 +252,7 @@ def _check_numbers(settings: Settings) -> None:
 
 
 def _check_effects(settings: Settings) -> None:
-    """Raise ValueError for options that would change nothing."""
+    """Raise ValueError for options that would have no effect."""
     if settings.skip and settings.initial is None:
         raise ValueError(f"skip: {list(settings.skip)} only goes with --init")
     stage = settings.recipe.stage
@@ -268,20 +268,20 @@ def _check_effects(settings: Settings) -> None:
 def _check_folder(
     settings: Settings, tokenizer: TextTokenizer, answers: Sequence[str] | None, *, known: bool
 ) -> None:
-    """Keep a training that begins from taking the place of what is in its folder.
+    """Prevent a new training from overwriting the content of its folder.
 
     Args:
-        settings: of the command line.
-        tokenizer: of the training.
-        answers: of the training.
-        known: whether the folder has the record of this training, begun before.
+        settings: options of the command line.
+        tokenizer: tokenizer of the training.
+        answers: answers of the training.
+        known: whether the folder already has the record of this training.
 
     Raises:
-        ValueError: the folder holds weights without their state, or what is no training's.
+        ValueError: the folder holds weights without a training state, or files of something else.
     """
     folder = settings.output
     for name in (WEIGHTS, BEST) if known else _RESULTS:
-        # A training that was killed as it began leaves empty logs.
+        # A training that was killed at its start leaves empty logs.
         if (folder / name).exists() and (folder / name).stat().st_size:
             raise ValueError(
                 f"output: {folder} holds {name} but no {STATE} to go on from, and a training that "
@@ -328,11 +328,11 @@ def new_model(settings: Settings, config: VLMoConfig, console: Console) -> VLMo:
 
 
 class FirstSamples(Dataset):
-    """The first samples of a data set, to try something on.
+    """The first samples of a data set, for a trial run.
 
     Args:
-        dataset: of :func:`vlmo.data.open_data`.
-        count: at most so many.
+        dataset: from :func:`vlmo.data.open_data`.
+        count: largest number of samples.
     """
 
     def __init__(self, dataset: Dataset, count: int):
@@ -347,29 +347,29 @@ class FirstSamples(Dataset):
         return self._dataset[item]
 
     def text(self, index: int) -> str:
-        """Of a sample."""
+        """The text of a sample."""
         return self._dataset.text(index)
 
     @property
     def image_ids(self) -> Sequence[Hashable]:
-        """Asked for only where the task has them: not every data set does."""
+        """Image ids of the first samples, for tasks that have them: not every data set does."""
         return self._dataset.image_ids[: self._count]
 
 
 def freeze(model: VLMo, recipe: Recipe) -> None:
-    """Leave a gradient to what the recipe trains and the losses reach."""
+    """Require gradients only for parameters that the recipe trains and that affect its losses."""
     unused = unused_parameters(model.config)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(recipe.trains(name) and name not in unused)
 
 
 def write_folder(settings: Settings, materials: Materials) -> None:
-    """Write into the run's folder what does not change: recipe, vocabulary, answers.
+    """Write the files of the run's folder that do not change: recipe, vocabulary, answers.
 
-    What a killed process has left half written is removed.
+    Incomplete files of a killed process are removed.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: a file cannot be written.
     """
     for path in settings.output.iterdir():
         if _UNFINISHED.fullmatch(path.name):
@@ -436,9 +436,9 @@ def _validation(settings: Settings, answers: list[str] | None, console: Console)
 
 
 def _check_initial(settings: Settings, vocabulary: str, answers: str | None) -> None:
-    """Ids that mean other words, and a head for other answers, must not be taken over.
+    """Reject initial weights whose token ids or answers have other meanings.
 
-    What the checkpoint tells counts, and what the files of a run's folder tell.
+    Both the metadata of the checkpoint and the files of a run's folder are checked.
     """
     given, path = settings.initial, _weights(settings.initial)
     if given is None or path is None:
@@ -457,7 +457,7 @@ def _check_initial(settings: Settings, vocabulary: str, answers: str | None) -> 
 
 
 def _digest_of_file(path: Path) -> str | None:
-    """Of a vocab.txt or answers.json; None without one."""
+    """Digest of a vocab.txt or answers.json; None if there is no such file."""
     if not path.is_file():
         return None
     if path.name == ANSWERS:
@@ -475,7 +475,7 @@ def _weights(initial: Path | None) -> Path | None:
 
 
 def _earlier(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """State and identity of the training of a folder; None for what there is not."""
+    """State and identity of the training in a folder; None for what is missing."""
     record = read_record(folder)
     if (folder / STATE).exists():
         state = load_state(folder / STATE)
@@ -487,16 +487,15 @@ def _earlier(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None
 def _initial(
     settings: Settings, before: Mapping[str, Any] | None, *, anew: bool
 ) -> dict[str, Any] | None:
-    """The weights that the training starts from, see :func:`vlmo.training.record.initial_weights`.
+    """The initial weights of the training, see :func:`vlmo.training.record.initial_weights`.
 
     Args:
-        settings: of the command line.
-        before: identity of the folder's training.
+        settings: options of the command line.
+        before: identity of the training in the folder.
         anew: whether the weights are going to be loaded.
 
     Raises:
-        ValueError: others than those that the folder's training started from.
-        FileNotFoundError: they are missing.
+        ValueError: they are not those that the folder's training started from.
     """
     given = settings.initial
     if before is None or "initial" not in before:
@@ -536,20 +535,20 @@ def _going_on(
     repeats: bool,
     console: Console,
 ) -> dict[str, Any]:
-    """The identity of a training that goes on, which keeps what it was begun with.
+    """The identity of a resumed training, which keeps what it was started with.
 
     Args:
-        settings: of the command line.
-        before: identity of the folder's training.
+        settings: options of the command line.
+        before: identity of the training in the folder.
         run: identity that the command line asks for.
-        state: of the folder's training, None if none is saved.
-        repeats: whether the data have several captions of a picture, and are no digit scenes.
-        console: to speak on.
+        state: state of the training in the folder, None if none is saved.
+        repeats: whether the data have several captions per picture and are not digit scenes.
+        console: for messages.
 
     Raises:
-        ValueError: it is another training, or is to end before the step it has come to.
+        ValueError: it is another training, or its new length is below the number of steps done.
     """
-    # Before there was the choice, the batches of all but digit scenes were random.
+    # Runs from before this option existed drew random batches for all data but digit scenes.
     drew = before["recipe"].get("official_batches", repeats)
     before = {**before, "recipe": {**before["recipe"], "official_batches": drew}}
     found = differences(before, run)
@@ -584,6 +583,6 @@ def _going_on(
 
 
 def _lacks_bad_samples(state: Mapping[str, Any], run: Mapping[str, Any]) -> bool:
-    """Whether the data are the former ones without the samples that could not be read."""
+    """Whether the data are those of the run without the samples that could not be read."""
     fewer = state.get("fewer")
     return fewer is not None and fewer == run["data"] and run["data"] != state["run"].get("data")

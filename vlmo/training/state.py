@@ -1,8 +1,9 @@
-"""training.pt: all that a training needs to go on as if it had never stopped.
+"""training.pt: the state from which a training resumes as if it had never stopped.
 
-One file for any number of ranks, and for DDP, FSDP2 and a single process alike: weights and
-optimizer are whole and named. Nothing random is in it, because everything random in a step follows
-from the seed and the step's number (:mod:`vlmo.data`, :mod:`vlmo.training.step`).
+The file has the same form for any number of ranks and for DDP, FSDP2 and a single process: weights
+and optimizer state are unsharded and stored by name. It holds no random number generator, because
+all randomness of a step follows from the seed and the step's number (:mod:`vlmo.data`,
+:mod:`vlmo.training.step`).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _ENTRIES = {
     "schedule": dict,
     "scaler": dict,
 }
-# Of what may be missing in states from before it was kept, and of what is in the others.
+# Checks of the fields that older states may lack, and of those that all states have.
 _FORMS: dict[str, Callable[[Any], bool]] = {
     "step": lambda v: v >= 0,
     "run": lambda v: {"vocabulary", "answers", "seed"} <= v.keys(),
@@ -54,20 +55,20 @@ _FORMS: dict[str, Callable[[Any], bool]] = {
 
 @dataclass
 class Training:
-    """What changes while a model is trained.
+    """The state that changes during a training.
 
     Attributes:
-        model: maybe wrapped.
-        optimizer: of its parameters.
-        schedule: of the optimizer.
-        scaler: of the loss; not enabled unless float16 is used.
-        step: steps done, which is the position in the data as well.
+        model: possibly wrapped.
+        optimizer: optimizer of the model's parameters.
+        schedule: learning rate schedule of the optimizer.
+        scaler: gradient scaler; enabled only with float16.
+        step: number of steps done, which is also the position in the data.
         best: the best validation so far, ``{"step", "metric", "value"}``; empty before the first.
-        metrics: of the last validation; None before the first.
-        pending: ``{"row", "machine"}`` for the logs, of a step that is still to be validated; None
+        metrics: metrics of the last validation; None before the first.
+        pending: ``{"row", "machine"}`` for the logs, for a step whose validation is still due; None
             if there is none.
-        bad: number of each sample that could not be read, and what to say of it.
-        fewer: fingerprint of the data without these samples; None if nothing tells it.
+        bad: number of each sample that could not be read, and its description.
+        fewer: fingerprint of the data without these samples; None if unknown.
     """
 
     model: nn.Module
@@ -83,17 +84,17 @@ class Training:
 
 
 def save_state(path: str | os.PathLike[str], training: Training, run: Mapping[str, Any]) -> None:
-    """Write training.pt; every rank calls this, the first one writes.
+    """Write training.pt; a collective call in which the first rank writes.
 
-    The file appears whole or not at all: what was there before stays until the new one is on disk.
+    The file is replaced atomically: the previous one stays until the new one is on disk.
 
     Args:
-        path: of the file.
-        training: what changes.
-        run: what does not, see :func:`vlmo.training.record.identity`.
+        path: path of the file.
+        training: the state that changes.
+        run: the identity, which does not change, see :func:`vlmo.training.record.identity`.
 
     Raises:
-        OSError: on all ranks, if it cannot be written.
+        OSError: on all ranks, if the file cannot be written.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model, optimizer = get_state_dict(training.model, training.optimizer, options=options)
@@ -116,7 +117,7 @@ def save_state(path: str | os.PathLike[str], training: Training, run: Mapping[st
         try:
             with replacing(path) as temporary:
                 torch.save(state, temporary)
-        except (OSError, RuntimeError) as caught:  # torch.save's own of a full disk
+        except (OSError, RuntimeError) as caught:  # RuntimeError from torch.save: the disk is full
             older = "; the older file is as it was" if Path(path).exists() else ""
             reason = str(caught).splitlines()[0]
             raise OSError(
@@ -127,21 +128,22 @@ def save_state(path: str | os.PathLike[str], training: Training, run: Mapping[st
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read training.pt, which executes nothing in it.
+    """Read training.pt without executing code from it.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, no state of a training, or of another version.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is damaged, not a training state, or of another version.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch says of a pickle in another protocol
-            # The ranks of a machine share the pages of a mapped file.
+            warnings.simplefilter("ignore")  # torch warns about another pickle protocol
+            # The ranks on one machine share the pages of a memory-mapped file.
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=world_size() > 1)
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
-    except Exception as error:  # arbitrary bytes make torch raise nearly any
-        # torch wraps what its unpickler found in advice to load the file unsafely.
+    except Exception as error:  # for arbitrary bytes torch may raise anything
+        # torch wraps the unpickler's error in advice to load the file unsafely; report the inner
+        # one.
         inner = error.__context__ if isinstance(error, pickle.UnpicklingError) else error
         reason = " ".join(str(inner or "").split()[:30]) or type(error).__name__
         raise ValueError(
@@ -172,12 +174,12 @@ def _is_bad_sample(item: tuple[Any, Any]) -> bool:
 
 
 def restore(state: Mapping[str, Any], training: Training) -> None:
-    """Put a state into the model, the optimizer and the rest; every rank calls this.
+    """Load a state into the model, the optimizer and the rest; a collective call.
 
-    The learning rate is that of the training's own schedule, which may be longer than before.
+    The learning rate follows the current schedule, which may be longer than that of the state.
 
     Raises:
-        ValueError: the state does not fit.
+        ValueError: the state does not fit the model.
     """
     rates = training.schedule.base_lrs
     try:
@@ -198,6 +200,6 @@ def restore(state: Mapping[str, Any], training: Training) -> None:
     for group, rate, factor in zip(training.optimizer.param_groups, rates, factors, strict=True):
         group["lr"] = rate * factor
     training.step, training.best = state["step"], dict(state["best"])
-    # Runs from before these were kept have none.
+    # Older runs did not save these.
     training.metrics, training.pending = state.get("metrics"), state.get("pending")
     training.bad, training.fewer = dict(state.get("bad") or {}), state.get("fewer")

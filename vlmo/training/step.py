@@ -1,9 +1,10 @@
-"""The forward and backward pass of one training step, on any number of ranks and parts.
+"""Forward and backward pass of one training step, on any number of ranks and micro-batches.
 
-A global batch that does not fit is computed in parts, and yet contrast and hard negatives span all
-of it: the unimodal streams of every part are computed first without a gradient, the loss of all of
-them gives each its gradient, and the parts then run again one by one with it (GradCache, Gao et
-al. 2021). The official code instead shrinks the contrastive pool to one part.
+A global batch that does not fit in memory is computed in micro-batches, but contrast and hard
+negatives span all of it: the unimodal streams of every micro-batch are computed first without a
+gradient, the loss of all streams gives the gradient of each, and the micro-batches then run again
+one after another with these gradients (GradCache, Gao et al. 2021). unilm, the reference
+implementation, instead reduces the contrastive batch to one micro-batch.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from vlmo.tasks.negatives import PendingNegatives
 
 Batch = Mapping[str, Any]
 
-SCALES = ("logit_scale", "logit_vl_scale")  # parameters of contrast beside the streams
+SCALES = ("logit_scale", "logit_vl_scale")  # parameters of the contrastive loss outside the streams
 
 
 def backward(
@@ -40,24 +41,25 @@ def backward(
     autocast: torch.dtype | None = None,
     seed: tuple[int, int] = (0, 0),
 ) -> dict[str, Tensor]:
-    """Add the gradient of the global batch's loss to ``.grad``.
+    """Accumulate the gradient of the global batch's loss in ``.grad``.
 
     Args:
         wrapped: a :class:`vlmo.VLMo`, or a wrapper around one: DistributedDataParallel, FSDP2,
             torch.compile, PEFT.
-        batch: this rank's rows of the global batch, on the device; every rank brings as many.
-        micro_batch: rows of a part; None for all at once.
-        scaler: of the loss, for float16.
-        autocast: dtype of the forward pass, None for the parameters' own.
-        seed: of the run, and number of the step. All that is random in the step (hard negatives,
-            stochastic depth, dropout) follows from it, the rank and the part; torch's own
-            generators are set by it.
+        batch: this rank's rows of the global batch, on the device; every rank has the same number
+            of rows.
+        micro_batch: rows of a micro-batch; None for all rows at once.
+        scaler: loss scaler, for float16.
+        autocast: dtype of the forward pass, None for that of the parameters.
+        seed: seed of the run, and number of the step. All randomness of the step (hard negatives,
+            stochastic depth, dropout) follows from it, the rank and the micro-batch; torch's own
+            generators are seeded from it.
 
     Returns:
-        Every loss of the global batch, detached, the same on all ranks, not scaled.
+        Every loss of the global batch, detached, equal on all ranks, not scaled.
 
     Raises:
-        ValueError: ``micro_batch`` does not divide the rows.
+        ValueError: ``micro_batch`` does not divide the number of rows.
     """
     rows = len(batch["text_ids"])
     size = rows if micro_batch is None else micro_batch
@@ -96,7 +98,7 @@ def backward(
 
 
 def split(batch: Batch, size: int) -> list[dict[str, Any]]:
-    """Parts of ``size`` rows."""
+    """Split a batch into micro-batches of ``size`` rows."""
     rows = len(batch["text_ids"])
     if size == rows:
         return [dict(batch)]
@@ -114,7 +116,7 @@ def split(batch: Batch, size: int) -> list[dict[str, Any]]:
 def _wholes(
     model: VLMo, batch: Batch, streams: list[Streams], count: int, generator: torch.Generator
 ) -> Iterator[Whole]:
-    """What each of ``count`` parts has to know; ``streams`` are those of all parts."""
+    """The :class:`Whole` of each of ``count`` micro-batches; ``streams`` are those of all."""
     device = batch["text_ids"].device
     words = torch.zeros((), device=device)
     if "text_labels_mlm" in batch:
@@ -155,7 +157,7 @@ def _wholes(
 
 @contextlib.contextmanager
 def _sync_if(wrapped: nn.Module, last: bool) -> Iterator[None]:
-    """Average gradients over ranks in the last part only."""
+    """Average gradients over ranks only in the last micro-batch."""
     if isinstance(wrapped, FSDPModule):
         wrapped.set_requires_gradient_sync(last)
         yield
@@ -167,7 +169,7 @@ def _sync_if(wrapped: nn.Module, last: bool) -> Iterator[None]:
 
 
 def _average_what_is_whole(wrapped: nn.Module) -> None:
-    """FSDP2 leaves scalars (the logit scales) alone; their gradients are averaged here."""
+    """Average the gradients of scalars (the logit scales), which FSDP2 does not handle."""
     if isinstance(wrapped, FSDPModule):
         for parameter in wrapped.parameters():
             if parameter.grad is not None and not isinstance(parameter, DTensor):
@@ -176,5 +178,5 @@ def _average_what_is_whole(wrapped: nn.Module) -> None:
 
 
 def _mix(*numbers: int) -> int:
-    """One seed of several numbers."""
+    """Combine several numbers to one seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -1,4 +1,4 @@
-"""Stopping a training from outside: a signal lets the running step end and the state be saved."""
+"""Stops a training on a signal: the current step is completed and the state is saved."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """The number of the signal that came, 0 before one does."""
+    """The number of the signal that was received; 0 before."""
 
     number = 0
 
 
 class Interrupted(Exception):
-    """A training was told to stop, and has saved its state.
+    """A training was stopped by a signal and has saved its state.
 
     Attributes:
-        number: of the signal.
+        number: number of the signal.
     """
 
     def __init__(self, message: str, number: int):
@@ -32,9 +32,9 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Note SIGTERM and SIGINT for the block instead of ending at once; a second one ends at once.
+    """Record SIGTERM and SIGINT inside the block instead of exiting; a second signal exits at once.
 
-    Outside the main thread, which alone can say so, nothing changes.
+    Only the main thread can install signal handlers; in other threads this has no effect.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""A training from the first step, or from where it was stopped, to its last."""
+"""Runs a training from its first step, or from a saved state, to its last step."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ from vlmo.training.state import STATE, Training, restore, save_state
 from vlmo.training.step import SCALES, backward
 from vlmo.training.stopping import Interrupted, StopRequest, stop_requests
 
-# Batches that are made before they are used, where ranks agree a step later: all of them can then
-# end together when one of them cannot make its batch.
+# Batches that are prepared ahead when ranks agree one step later: all ranks can then end together
+# if one of them cannot prepare its batch.
 _AHEAD = 2
-_BAD = 1000  # a reason to stop above the number of any signal
+_BAD = 1000  # reason to stop: a bad sample; larger than any signal's number
 _SKIP_HINT = "repair the file, remove its record, or give --on-bad-sample skip"
-# What a validation is judged by, and whether more is better.
+# The metric that selects the best validation, and whether larger is better.
 JUDGED_BY = {
     "retrieval": ("mean_recall", True),
     "vqa": ("vqa_score", True),
@@ -77,19 +77,19 @@ JUDGED_BY = {
 
 
 def train(settings: Settings, console: Console) -> dict[str, float]:
-    """The whole training; on every rank if torchrun has started several.
+    """Run the whole training; on every rank if torchrun has started several.
 
-    A folder that holds a training.pt of the same training goes on from there.
+    If the folder holds a training.pt of the same training, the training resumes from it.
 
     Returns:
-        The last validation's metrics, the same on all ranks; empty without one.
+        The metrics of the last validation, equal on all ranks; empty without validation.
 
     Raises:
-        ValueError, NotImplementedError, ImportError: what was asked for does not fit or cannot run.
-        OSError: a file is missing or cannot be written, or another training has the folder; a
-            saved state stays as it was.
-        FloatingPointError: a loss or the weights are not finite; a saved state stays as it was.
-        Interrupted: a signal came; the state is saved.
+        ValueError, NotImplementedError, ImportError: the options are incompatible or cannot run.
+        OSError: a file is missing or cannot be written, or another training uses the folder; a
+            saved state stays unchanged.
+        FloatingPointError: a loss or weight is not finite; a saved state stays unchanged.
+        Interrupted: a signal was received; the state is saved.
     """
     lock = FolderLock(settings.output)
     try:
@@ -108,7 +108,7 @@ def _train(
     if not is_first():
         console = Console(quiet=True)
     exists = on_first(settings.output.is_dir)
-    if exists and not settings.dry_run:  # what it holds must not change after it is read
+    if exists and not settings.dry_run:  # its content must not change after it is read
         lock.take()
     materials = prepare(settings, console)
     if materials.state is None:
@@ -131,14 +131,14 @@ def _train(
 
 
 class Run:
-    """One process's part in a training.
+    """The part of one process in a training.
 
     Args:
-        settings: of the command line.
-        materials: of the training.
-        model: on the device, with the weights to start from.
-        autocast: dtype of the products, None for the weights' own.
-        console: to speak on.
+        settings: options of the command line.
+        materials: data, tokenizer, configuration and state of the training.
+        model: on the device, with the initial weights.
+        autocast: dtype of the matrix products; None for that of the weights.
+        console: for messages.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class Run:
         self.training = Training(module, optimizer, schedule, scaler)
         if materials.state is not None:
             restore(materials.state, self.training)
-        if materials.removed:  # the numbers of the others are new
+        if materials.removed:  # the remaining samples have new numbers
             self.training.bad, self.training.fewer = {}, None
         self._bad = BadSamples(self.training.bad, materials.bearable)
         self._bad.check()
@@ -182,14 +182,15 @@ class Run:
         self._describe(count)
 
     def begin(self, *, new: bool) -> None:
-        """Write what a run's folder holds from the beginning.
+        """Write the files that a run's folder holds from the start.
 
         Args:
-            new: the folder was made just now.
+            new: the folder was just created.
 
         Raises:
-            OSError: it cannot be written, or another training has begun in it in the meantime.
-            ValueError: a log in it is damaged.
+            OSError: a file cannot be written, or another training has started in the folder
+                meanwhile.
+            ValueError: a log in the folder is damaged.
         """
         on_first(lambda: self._begin(new))
 
@@ -202,14 +203,14 @@ class Run:
             told = f"No TensorBoard log: {reason}"
             self.console.print(told, style="yellow", markup=False)
         board = self.settings.board and reason is None
-        # The row of a validation that is still to be made comes after it.
+        # The row of a pending validation is not in the logs yet.
         step = self.training.step - (self.training.pending is not None)
         self._log = RunLog(folder, step, board=board)
         write_list(folder, self.training.bad)
         write_folder(self.settings, self.materials)
 
     def to_the_end(self, request: StopRequest) -> dict[str, float]:
-        """All steps that are left, then the weights and the last metrics."""
+        """Execute all remaining steps, then write the weights and the last metrics."""
         training, total = self.training, self.materials.total
         with Display(self.console, training.step, total) as display:
             if training.pending is not None:
@@ -238,7 +239,7 @@ class Run:
         return training.metrics or {}
 
     def try_out(self) -> dict[str, float]:
-        """One step, if one is left, of which nothing is kept; returns nothing.
+        """Dry run: execute one step, if any remain, and discard it; returns an empty dictionary.
 
         Raises:
             FloatingPointError: the loss is not finite.
@@ -294,7 +295,7 @@ class Run:
         )
 
     def _fetch(self) -> None:
-        """Make one more batch, if the training has one, or note why it cannot be made."""
+        """Load one more batch if any remain, or hold the error that prevents it."""
         try:
             self._held.append(next(self._source))
         except BadSample as error:
@@ -310,12 +311,12 @@ class Run:
         return to_device(batch, self.device)
 
     def _own_stop(self, request: StopRequest) -> int:
-        """Why this rank wants to stop: a signal, a batch that cannot be made, or 0."""
+        """This rank's reason to stop: a signal, a batch that cannot be read, or 0."""
         bad = any(isinstance(batch, BadSample) for batch in self._held)
         return max(request.number, _BAD if bad else 0)
 
     def _ended_by_bad_samples(self) -> ValueError:
-        """What ends the training on all ranks, whose state is saved."""
+        """Save the state and return the error that ends the training on all ranks."""
         faults = []
         for number, batch in enumerate(self._held, self.training.step + 1):
             if isinstance(batch, BadSample):
@@ -331,7 +332,7 @@ class Run:
         )
 
     def _step(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """One step; its losses stay on the device."""
+        """Execute one step; the returned losses stay on the device."""
         training = self.training
         training.optimizer.zero_grad(set_to_none=True)
         losses = backward(
@@ -367,7 +368,7 @@ class Run:
                     scale.clamp_(max=math.log(self.recipe.max_logit_scale))
 
     def _scales(self) -> dict[str, nn.Parameter]:
-        """Logarithms of the factors of the cosines in contrast, by name."""
+        """The learned logarithms of the contrastive logit scales, by name."""
         if not set(self.recipe.tasks) & set(CONTRASTS):
             return {}
         return {
@@ -375,7 +376,7 @@ class Run:
         }
 
     def _after(self, losses: dict[str, torch.Tensor], display: Display, stop: int) -> None:
-        """Logs, validation and state, where they are due."""
+        """Write logs, validate and save the state if they are due after a step."""
         training, settings = self.training, self.settings
         step = training.step
         last = step == self.materials.total
@@ -399,7 +400,7 @@ class Run:
             if self.materials.bearable is not None:
                 row["bad_samples"] = self._bad.until(step)
             machine = self._machine()
-            if evaluates:  # whatever becomes of the validation, the training is saved
+            if evaluates:  # save first, so that a failing validation loses nothing
                 training.pending = {"row": row, "machine": machine}
                 self._save()
                 if not stop:
@@ -408,13 +409,13 @@ class Run:
                 self._write(row, machine, display)
         if saves and not (evaluates and stop):
             self._save()
-        if evaluates or saves:  # which are not the training's own time
+        if evaluates or saves:  # whose time is not part of the step time
             self._start_clock()
         if self.materials.bearable is not None:
             self._check_bad_samples(saved=saves or evaluates)
 
     def _write(self, row: dict[str, Any], machine: dict[str, float], display: Display) -> None:
-        """A row of the logs."""
+        """Write a row of the logs and show it."""
         if self._log is not None:
             self._log.write(row, machine)
         display.show(row, machine)
@@ -425,7 +426,7 @@ class Run:
         save_state(self.settings.output / STATE, self.training, self.materials.run)
 
     def _list_bad_samples(self) -> list[dict[str, Any]]:
-        """What could not be read since the last time, on any rank; added to the file of them."""
+        """Add all ranks' bad samples since the last call to the file; returns them."""
         new, data = self._bad.gather(), self.materials.data
         if new:
             on_first(lambda: add_to_list(self.settings.output, new))
@@ -434,7 +435,7 @@ class Run:
         return new
 
     def _check_bad_samples(self, saved: bool) -> None:
-        """End a training with too many, which can go on with a higher limit."""
+        """End a training with too many bad samples; it can be resumed with a higher limit."""
         try:
             self._bad.check()
         except ValueError:
@@ -452,7 +453,7 @@ class Run:
             )
 
     def _try_validation(self) -> None:
-        """Validate on a few samples: what is wrong with it is told now, not after the training."""
+        """Validate on a few samples, so that faults appear before the training, not after it."""
         data = self.materials.validation
         if data is not None:
             try:
@@ -473,10 +474,10 @@ class Run:
         )
 
     def _validate_pending(self, display: Display) -> None:
-        """The validation that is due, and its row of the logs; the state is saved before.
+        """Run the pending validation and write its row of the logs; the state was saved before.
 
         Raises:
-            ValueError, OSError: what the validation raises, and that it can be tried again.
+            ValueError, OSError: the validation's error, with a hint that it can be repeated.
         """
         training = self.training
         assert training.pending is not None
@@ -493,9 +494,9 @@ class Run:
         self._write(row, machine, display)
 
     def _validate(self) -> dict[str, float]:
-        """Metrics of the val split for a row; keeps the weights if they are the best so far."""
+        """Metrics of the val split for a row; saves the weights if they are the best so far."""
         data, training = self.materials.validation, self.training
-        if data is None:  # the option has changed
+        if data is None:  # the option was changed when the run was resumed
             return {}
         training.metrics = self._evaluate(data)
         name, more = JUDGED_BY[self.recipe.stage]
@@ -510,10 +511,10 @@ class Run:
         return row | {"val_best": training.best["value"]}
 
     def _finish(self) -> None:
-        """The weights, and the metrics of the last validation and of the best one."""
+        """Write the weights, and the metrics of the last and of the best validation."""
         training = self.training
         if self.materials.validation is not None and training.metrics is None:
-            self._validate()  # of a run from before the state kept them
+            self._validate()  # an older run whose state lacks the metrics
         self._save_weights(WEIGHTS)
         if is_first():
             facts = {"recipe": self.recipe.name, "step": training.step}
@@ -553,7 +554,7 @@ class Run:
 
     @property
     def _parts(self) -> tuple[int, int]:
-        """Parts of a process's share of a batch, and rows of each."""
+        """Number of micro-batches in a process's share of a batch, and the rows of each."""
         share = self.recipe.batch_size // world_size()
         rows = self.settings.micro_batch or share
         return share // rows, rows
@@ -572,7 +573,7 @@ class Run:
 
 
 def _whole(model: nn.Module, config: Any) -> nn.Module:
-    """What :func:`save_checkpoint` can write on the first rank; every rank calls this."""
+    """The unsharded model for :func:`save_checkpoint`; a collective call."""
     if not isinstance(model, FSDPModule):
         return model
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -586,7 +587,7 @@ def _whole(model: nn.Module, config: Any) -> nn.Module:
 
 
 def _all_finite(model: nn.Module) -> bool:
-    """Whether every weight on every rank is finite."""
+    """Whether all weights are finite on all ranks."""
     parts = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
     with torch.no_grad():
         finite = torch.stack([part.isfinite().all() for part in parts]).all().float()

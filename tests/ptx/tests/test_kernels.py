@@ -1,6 +1,6 @@
 """The parity cases as PTX of three GPU generations: accurate, in any program order, without races.
 
-Each launch runs in several interleavings of few CTAs, which must leave the same memory behind.
+Each launch runs in several interleavings of few CTAs, which must leave bitwise identical memory.
 """
 
 import itertools

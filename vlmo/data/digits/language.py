@@ -1,8 +1,8 @@
-"""What is said about digit scenes: captions, questions with answers, statements about two scenes.
+"""Texts about digit scenes: captions, questions with answers, statements about two scenes.
 
-A :class:`Meaning` is what a scene shows, without its pixels. Captions are exhaustive: they list
-every digit of the picture, so "a five left of a one" is false of a picture of two fives and a one.
-"Contains a five" and "is there a five?" ask for at least one.
+A :class:`Meaning` is the content of a scene without its pixels. Captions are exhaustive: they list
+every digit of the picture, so "a five left of a one" is false for a picture of two fives and a one.
+"Contains a five" and "is there a five?" only ask for at least one.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _OTHER_AXIS = {"horizontal": "vertical", "vertical": "horizontal"}
 
 
 class Meaning(NamedTuple):
-    """What a scene shows; equal meanings have equal captions.
+    """The content of a scene; equal meanings have equal captions.
 
     Attributes:
         axis: "horizontal", "vertical", or "single" for one digit alone.
-        groups: (count, digit) of the left or upper group, then of the right or lower one; a single
-            digit is one group.
+        groups: (count, digit) of the left or upper group, then of the right or lower group; a
+            single digit is one group.
     """
 
     axis: str
@@ -36,12 +36,12 @@ class Meaning(NamedTuple):
         return tuple(digit for _, digit in self.groups)
 
     def count(self, digit: int) -> int:
-        """How many digits of one class there are."""
+        """The number of digits of one class."""
         return sum(count for count, member in self.groups if member == digit)
 
 
 class Question(NamedTuple):
-    """A question, its answer out of ``ANSWERS``, and its kind."""
+    """A question, its answer (one of ``ANSWERS``), and its kind."""
 
     text: str
     answer: str
@@ -49,7 +49,7 @@ class Question(NamedTuple):
 
 
 def all_meanings() -> list[Meaning]:
-    """Every meaning in a fixed order: 10 single digits, 180 pairs, 360 of two digits and one."""
+    """All meanings in a fixed order: 10 single digits, 180 pairs, 360 with a double digit."""
     meanings = [Meaning("single", ((1, digit),)) for digit in range(10)]
     for counts in ((1, 1), (2, 1), (1, 2)):
         for axis in _BY_AXIS:
@@ -62,7 +62,7 @@ def all_meanings() -> list[Meaning]:
 
 
 def captions(meaning: Meaning) -> tuple[str, ...]:
-    """All captions that are true of a scene, the canonical one first."""
+    """All captions that are true for a scene, the canonical one first."""
     if meaning.axis == "single":
         phrase = _indefinite(meaning.groups[0])
         return f"only {phrase}", f"{phrase} and nothing else"
@@ -72,7 +72,7 @@ def captions(meaning: Meaning) -> tuple[str, ...]:
 
 
 def questions(meaning: Meaning) -> list[Question]:
-    """Every question that can be asked about a scene; far more "no" than "yes" among them."""
+    """Every question that can be asked about a scene; far more answers are "no" than "yes"."""
     if meaning.axis == "single":
         asked = [_which(meaning)]
     else:
@@ -86,13 +86,13 @@ def questions(meaning: Meaning) -> list[Question]:
 
 
 def draw_question(meaning: Meaning, draws: Sequence[float]) -> Question:
-    """One question such that no answer is likely from the words of the question alone.
+    """Draw a question whose wording alone does not make any answer likely.
 
-    "yes" and "no" are equally likely, and so are "zero", "one" and "two" to "how many" as long as
-    half of the scenes hold two equal digits.
+    "yes" and "no" are equally likely, and so are "zero", "one" and "two" as answers to "how many"
+    as long as half of the scenes hold two equal digits.
 
     Args:
-        meaning: of the scene.
+        meaning: content of the scene.
         draws: three numbers in [0, 1): for the kind, the answer, and the digits named.
     """
     kind, side, choice = draws
@@ -115,14 +115,14 @@ def draw_question(meaning: Meaning, draws: Sequence[float]) -> Question:
 def draw_statement(
     images: tuple[Meaning, Meaning], label: bool, draws: Sequence[float], *, paraphrase: bool
 ) -> str:
-    """One statement about two scenes that is true or false as asked.
+    """Draw a statement about two scenes that is true or false as requested.
 
     Args:
-        images: of the left and the right image. Each shows two classes, and one of them is shared:
-            then every kind of statement can be true as well as false.
-        label: whether the statement is to be true.
+        images: content of the left and the right image. Each shows two classes, and exactly one
+            class is shared: then every kind of statement can be true as well as false.
+        label: whether the statement shall be true.
         draws: three numbers in [0, 1): for the kind, the content, and the paraphrase.
-        paraphrase: use any true caption, not the canonical one only.
+        paraphrase: choose among all true captions instead of the canonical one.
     """
     kind, choice, wording = draws
     left, right = images
@@ -186,7 +186,7 @@ def _which(meaning: Meaning) -> Question:
 
 
 def _what(meaning: Meaning, subject: int) -> Question:
-    """Asks for the group ``subject`` by its relation to the other one."""
+    """Ask for the group ``subject`` by its relation to the other group."""
     relation = _BY_AXIS[meaning.axis][subject]
     other = _definite(meaning.groups[1 - subject])
     return Question(f"what is {relation} {other}?", DIGITS[meaning.digits[subject]], "what")
@@ -210,10 +210,10 @@ def _verify(meaning: Meaning, subject: int, relation: str) -> Question:
 
 
 def _digit_to_count(meaning: Meaning, side: float, choice: float, absent: Sequence[int]) -> int:
-    """A digit to ask "how many" about.
+    """Choose the digit of a "how many" question.
 
-    Scenes without a double digit cannot answer "two", so those with one answer it in 2 of 3 cases:
-    half of all scenes times 2/3 makes a third of the answers.
+    A scene without two equal digits cannot give the answer "two". A scene with two equal digits
+    gives it in 2 of 3 cases: half of all scenes times 2/3 makes a third of the answers.
     """
     doubles = [digit for count, digit in meaning.groups if count == 2]
     singles = [digit for count, digit in meaning.groups if count == 1]
@@ -225,7 +225,7 @@ def _digit_to_count(meaning: Meaning, side: float, choice: float, absent: Sequen
 
 
 def _confusions(shown: Meaning, other: Meaning) -> list[Meaning]:
-    """Meanings near that of an image, none of them its own: mirrored, turned, one digit changed."""
+    """Meanings close to that of an image: mirrored, turned, or with one digit changed."""
     first, second = shown.groups
     stranger = next(digit for digit in other.digits if digit not in shown.digits)
     nearby = [

@@ -1,7 +1,7 @@
-"""The handwritten digits that scikit-learn ships, split by scan and enlarged.
+"""The handwritten digits that scikit-learn includes, split by scan and enlarged.
 
 1,797 real 8x8 scans with values 0..16 (UCI "Optical Recognition of Handwritten Digits"). A scan
-belongs to one split only, so a model is never tested on a picture of a digit it was trained on.
+belongs to one split only, so a model is never tested on a scan that it was trained on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from vlmo.data.samples import SPLITS
 
-HELD_OUT_SHARE = 0.15  # of each class, for val and again for test
+HELD_OUT_SHARE = 0.15  # of each class, for val, and the same share for test
 
 
 @functools.cache
@@ -25,7 +25,7 @@ def load_scans() -> tuple[np.ndarray, np.ndarray]:
         scans uint8 [1797, 8, 8] with values 0..255, classes int64 [1797]; both read-only.
 
     Raises:
-        ImportError: scikit-learn, which holds the scans, is not installed.
+        ImportError: scikit-learn, which provides the scans, is not installed.
     """
     try:
         from sklearn.datasets import load_digits
@@ -41,16 +41,16 @@ def load_scans() -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def split_scans(split: str) -> tuple[np.ndarray, ...]:
-    """Scans of one split.
+    """Scan numbers of one split.
 
-    The order within a class is that of a hash of the scan's number, and not a random generator's,
-    so the splits do not depend on any library's version.
+    Within a class the scans are ordered by a hash of their number, not by a random generator, so
+    the splits do not depend on the version of any library.
 
     Args:
         split: one of ``SPLITS``.
 
     Returns:
-        Ten int64 arrays, the scan numbers of each class.
+        Ten int64 arrays: the scan numbers of each class.
 
     Raises:
         ValueError: unknown split.

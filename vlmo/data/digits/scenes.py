@@ -1,8 +1,9 @@
 """Digit scenes: image-text data with real pixels that needs no download.
 
-A scene shows one to three handwritten digits of scikit-learn's scans ("a three above a seven", "two
-fives left of a one"). A digit lies in one of the picture's four quadrants, so digits never overlap.
-All scenes of a data set are drawn at once as arrays, and pictures are made when they are asked for.
+A scene shows one to three handwritten digits from scikit-learn's scans ("a three above a seven",
+"two fives left of a one"). Each digit is placed in one of the picture's four quadrants, so digits
+never overlap. The constructor draws all scenes of a data set as arrays; pictures are rendered on
+access.
 """
 
 from __future__ import annotations
@@ -27,24 +28,24 @@ TASKS = ("pretrain", "retrieval", "vqa", "nlvr2", "textmlm")
 AXES = ("single", "horizontal", "vertical")
 MAX_DIGITS = 3
 SINGLE_SHARE, PAIR_SHARE = 0.1, 0.4  # of the scenes; the rest hold two equal digits and a third
-BRIGHTEST_BACKGROUND = 48  # of 255
+BRIGHTEST_BACKGROUND = 48  # grey level, at most 255
 
-_SCENE_DRAWS = 17  # uniform numbers that decide one scene
-_TEXT_DRAWS = 3  # and its text
+_SCENE_DRAWS = 17  # uniform random numbers that determine one scene
+_TEXT_DRAWS = 3  # and those that determine its text
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture: what it shows and where.
+    """One picture: its content and the position of every digit.
 
     Attributes:
         key: the meaning; scenes with equal keys have the same true captions.
-        digits: class of each digit; the left or upper group comes first.
+        digits: class of each digit; those of the left or upper group come first.
         scans: number of each digit's scan.
         positions: (top, left) of each digit, in pixels.
         digit_size: side of a digit, in pixels.
         image_size: side of the picture, in pixels.
-        background: grey level 0..255 below the digits.
+        background: grey level 0..255 behind the digits.
     """
 
     key: Meaning
@@ -65,15 +66,15 @@ class Scene:
 
 
 class _Meanings(NamedTuple):
-    """Many meanings as arrays."""
+    """N meanings as arrays."""
 
     axis: np.ndarray  # [N] index into AXES
-    counts: np.ndarray  # [N, 2] digits of each group, 0 for the second one of a single digit
+    counts: np.ndarray  # [N, 2] digits in each group; the second is 0 for a single digit
     digits: np.ndarray  # [N, 2] class of each group
 
 
 class _Layout(NamedTuple):
-    """Sizes in pixels, as of :class:`DigitScenes`."""
+    """Sizes in pixels, see :class:`DigitScenes`."""
 
     image_size: int
     digit_size: int
@@ -82,7 +83,7 @@ class _Layout(NamedTuple):
 
 @dataclass(frozen=True)
 class _SceneTable:
-    """Many scenes as arrays; N scenes, up to 3 digits each, absent ones with scan -1."""
+    """N scenes of up to 3 digits as arrays; an absent digit has scan -1."""
 
     meanings: _Meanings
     scans: np.ndarray  # [N, 3]
@@ -112,7 +113,7 @@ class _SceneTable:
         )
 
     def render(self, rows: np.ndarray) -> np.ndarray:
-        """Pictures uint8 [n, S, S] of the given rows [n]."""
+        """Render the pictures of the given rows [n]: uint8 [n, S, S]."""
         shape = (len(rows), self.image_size, self.image_size)
         pictures = np.empty(shape, dtype=np.uint8)
         pictures[:] = self.background[rows, None, None]
@@ -123,7 +124,8 @@ class _SceneTable:
             row = rows[picture]
             y = self.tops[row, slot, None, None] + offset[:, None]  # [n, d, 1]
             x = self.lefts[row, slot, None, None] + offset  # [n, 1, d]
-            # The maximum, or a scan's black frame would cut a box into the background.
+            # Take the maximum: otherwise the black frame of a scan would cut a box out of the
+            # background.
             ink = np.maximum(glyphs[self.scans[row, slot]], self.background[row, None, None])
             pictures[picture[:, None, None], y, x] = ink
         return pictures
@@ -132,8 +134,8 @@ class _SceneTable:
 class DigitScenes(Dataset):
     """Map-style data set of digit scenes.
 
-    Sample ``i`` depends on ``split``, ``seed``, ``task`` and the sizes of picture and digits only,
-    not on ``size``, nor on the seed of a :class:`~vlmo.data.Draw`. Samples are dictionaries:
+    Sample ``i`` depends only on ``split``, ``seed``, ``task`` and the sizes of picture and digits,
+    not on ``size`` or on the seed of a :class:`~vlmo.data.Draw`. Samples are dictionaries:
 
     - pretrain, retrieval: image uint8 [3, S, S], text (a caption), image_id (the index)
     - vqa: image, text (a question), answer_labels (one index into ``ANSWERS``), answer_scores
@@ -142,32 +144,35 @@ class DigitScenes(Dataset):
       identifier ("train-0")
     - textmlm: text (a caption)
 
-    The train split uses all true captions of a scene (see ``paraphrase``), the others the canonical
-    one.
+    The train split uses all true captions of a scene (see ``paraphrase``), the other splits only
+    the canonical one.
 
     Args:
-        split: "train", "val" or "test"; no scan of a digit is in two of them.
+        split: "train", "val" or "test"; no scan of a digit occurs in two of them.
         size: number of samples.
-        image_size: S, a multiple of 8 from 32 up.
+        image_size: S, a multiple of 8, at least 32.
         task: one of ``TASKS``.
-        seed: other scenes of the same kind, 0 .. 2**32 - 1.
-        digit_size: side of a digit in pixels, more than S / 4 so that digits side by side are not
-            also one above the other, and at most S / 2; default 7 S / 16.
-        jitter: pixels by which a digit may lie off the centre of its quadrant in each direction,
-            at most half of what the digit leaves free. One pixel makes scenes harder for a small
-            model, so the default is 0.
-        distinct: give every sample another meaning; not for nlvr2.
-        paraphrase: say the same in all true ways in the train split. Without it every split uses
-            the canonical way only ("a one below a two" is always "a two above a one"), which is
-            easier: with paraphrases the demo's model does not learn the arrangement in its steps.
+        seed: selects other scenes of the same distribution, 0 .. 2**32 - 1.
+        digit_size: side of a digit in pixels: more than S / 4, so that two digits side by side are
+            not also one above the other, and at most S / 2; default 7 S / 16.
+        jitter: largest offset of a digit from the centre of its quadrant in each direction, in
+            pixels; at most half of the space that the digit leaves free. An offset of one pixel
+            makes scenes harder for a small model, so the default is 0.
+        distinct: give every sample a different meaning; not for nlvr2.
+        paraphrase: draw among all true phrasings in the train split. Without it every split uses
+            only the canonical phrasing ("a one below a two" is always "a two above a one"), which
+            is easier: with paraphrases the demo's model does not learn the arrangement within its
+            number of steps.
 
     Attributes:
         answers: all answers in the order of their ids, for vqa; None for other tasks.
-        keys, groups: for :class:`~vlmo.data.GlobalBatches`; equal keys mean the same, and a group
-            shows the same digits. None where no two samples can contradict each other.
+        keys, groups: for :class:`~vlmo.data.GlobalBatches`; samples with equal keys have the same
+            meaning, samples of one group show the same digits. None if no two samples can
+            contradict each other.
 
     Raises:
-        ValueError: an argument outside what is listed, or more distinct samples than meanings.
+        ValueError: an argument is outside the ranges above, or there are fewer meanings than
+            distinct samples.
     """
 
     def __init__(
@@ -193,7 +198,8 @@ class DigitScenes(Dataset):
         self._paraphrase = paraphrase and split == "train"
         pair = task == "nlvr2"
         random = np.random.RandomState([seed, SPLITS.index(split), int(pair)])
-        # One row of draws per sample, so that a longer data set begins with a shorter one.
+        # One row of random numbers per sample, so that a larger data set starts with the samples of
+        # a smaller one.
         draws = random.random_sample((size, (2 if pair else 1) * _SCENE_DRAWS + _TEXT_DRAWS))
         self._text_draws = draws[:, -_TEXT_DRAWS:]
         first = draws[:, :_SCENE_DRAWS]
@@ -219,11 +225,11 @@ class DigitScenes(Dataset):
 
     @property
     def image_ids(self) -> list[int]:
-        """The image_id of every sample: each has a picture of its own."""
+        """The image_id of every sample: each sample has a picture of its own."""
         return list(range(len(self)))
 
     def fingerprint(self) -> str:
-        """16 hex digits of all scenes and texts; of equal ones the same."""
+        """16 hex digits that identify all scenes and texts."""
         words = (self.task, self.split, self.image_size, self.digit_size, self._paraphrase)
         digest = hashlib.blake2b(repr(words).encode(), digest_size=8)
         for table in self._tables:
@@ -233,7 +239,7 @@ class DigitScenes(Dataset):
         return digest.hexdigest()
 
     def scene(self, index: int, image: int = 0) -> Scene:
-        """Description of a picture; ``image`` 1 is the second one of nlvr2."""
+        """Description of a picture; ``image`` 1 selects the second picture of nlvr2."""
         return self._tables[image].scene(index)
 
     def text(self, index: int) -> str:
@@ -241,10 +247,10 @@ class DigitScenes(Dataset):
         return self._text_and_target(index)[0]
 
     def target(self, index: int) -> int:
-        """The answer of vqa or the label of nlvr2.
+        """The answer id of vqa or the label of nlvr2.
 
         Raises:
-            ValueError: the task has no targets.
+            ValueError: the task has neither.
         """
         target = self._text_and_target(index)[1]
         if target is None:
@@ -252,20 +258,20 @@ class DigitScenes(Dataset):
         return target
 
     def meaning_ids(self) -> np.ndarray:
-        """One number per sample, int64 [N], equal where the first pictures mean the same."""
+        """One number per sample, int64 [N], equal if their first pictures have the same meaning."""
         axis, counts, digits = self._tables[0].meanings
-        # The absent group of a single digit has a class too, which means nothing.
+        # The absent second group of a single digit has an arbitrary class, which must not count.
         fields = np.column_stack([axis, counts, digits[:, 0], digits[:, 1] * (counts[:, 1] > 0)])
         return fields @ np.array([900, 300, 100, 10, 1])
 
     def _digit_sets(self) -> np.ndarray:
-        """One number per sample, int64 [N], equal where pictures show the same classes."""
+        """One number per sample, int64 [N], equal if their pictures show the same classes."""
         _, counts, digits = self._tables[0].meanings
         second = np.where(counts[:, 1] > 0, digits[:, 1], digits[:, 0])
         return 10 * np.minimum(digits[:, 0], second) + np.maximum(digits[:, 0], second)
 
     def images(self, indices: Sequence[int] | np.ndarray, image: int = 0) -> Tensor:
-        """Pictures uint8 [n, 3, S, S]; ``image`` 1 is the second one of nlvr2."""
+        """Pictures uint8 [n, 3, S, S]; ``image`` 1 selects the second picture of nlvr2."""
         grey = self._tables[image].render(np.asarray(indices, dtype=np.int64))
         return torch.from_numpy(grey).unsqueeze(1).expand(-1, 3, -1, -1).contiguous()
 
@@ -309,11 +315,11 @@ class DigitScenes(Dataset):
 
 
 def retrieval_gallery(split: str = "test", size: int = 256, **options: Any) -> DigitScenes:
-    """Pairs of which each picture has exactly one true caption and each caption one picture.
+    """Pairs for retrieval: each picture has exactly one true caption and each caption one picture.
 
     Args:
-        split: as of :class:`DigitScenes`.
-        size: number of pairs, at most the 550 meanings; guessing recalls 1 / size.
+        split: see :class:`DigitScenes`.
+        size: number of pairs, at most the 550 meanings; recall at chance level is 1 / size.
         options: ``image_size``, ``seed``, ``digit_size``, ``jitter`` of :class:`DigitScenes`.
     """
     return DigitScenes(split, size, task="retrieval", distinct=True, **options)
@@ -340,7 +346,7 @@ def _check_layout(image_size: int, digit_size: int, jitter: int) -> None:
 
 
 def _whole(draws: np.ndarray, count) -> np.ndarray:
-    """Uniform integers 0 .. count - 1 from uniform numbers in [0, 1)."""
+    """Uniform integers 0 .. count - 1 from uniform real numbers in [0, 1)."""
     return (draws * count).astype(np.int64)
 
 
@@ -348,7 +354,7 @@ def _draw_meanings(
     draws: np.ndarray,  # [N, 17]
     singles: bool = True,
 ) -> _Meanings:
-    """Meanings of N scenes; without ``singles`` all have two groups."""
+    """Meanings of N scenes; without ``singles`` all scenes have two groups."""
     kind = draws[:, 0] if singles else SINGLE_SHARE + draws[:, 0] * (1 - SINGLE_SHARE)
     single, double = kind < SINGLE_SHARE, kind >= SINGLE_SHARE + PAIR_SHARE
     axis = np.where(single, 0, 1 + _whole(draws[:, 1], 2))
@@ -365,12 +371,12 @@ def _share_a_digit(
     partners: _Meanings,
     draws: np.ndarray,  # [N, 17]
 ) -> _Meanings:
-    """Give ``meanings`` exactly one digit of ``partners``, as statements need it."""
+    """Make ``meanings`` share exactly one digit with ``partners``, as statements require."""
     rows, theirs = np.arange(len(draws)), np.sort(partners.digits, axis=1)
     place = _whole(draws[:, 3], 2)
     digits = meanings.digits.copy()
     digits[rows, place] = partners.digits[rows, _whole(draws[:, 4], 2)]
-    other = _whole(draws[:, 16], 8)  # among the digits that are not theirs
+    other = _whole(draws[:, 16], 8)  # among the digits that the partners do not show
     other += other >= theirs[:, 0]
     other += other >= theirs[:, 1]
     digits[rows, 1 - place] = other
@@ -378,7 +384,7 @@ def _share_a_digit(
 
 
 def _distinct_meanings(random: np.random.RandomState, size: int) -> _Meanings:
-    """Different meanings, each kind about as often as in a data set."""
+    """Different meanings, with each kind about as frequent as in a data set."""
     every = language.all_meanings()
     if size > len(every):
         raise ValueError(f"size: {size} exceeds the {len(every)} different meanings")
@@ -387,7 +393,7 @@ def _distinct_meanings(random: np.random.RandomState, size: int) -> _Meanings:
     kind = groups[:, :, 0].sum(axis=1) - 1  # 0 single, 1 pair, 2 with a double digit
     shares = np.array([SINGLE_SHARE, PAIR_SHARE, 1 - SINGLE_SHARE - PAIR_SHARE])
     weight = (shares / np.bincount(kind))[kind]
-    # The smallest of exponential variables: a weighted draw without replacement.
+    # Weighted sampling without replacement: take the smallest of exponential variables.
     chosen = np.argsort(-np.log1p(-random.random_sample(len(every))) / weight)[:size]
     return _Meanings(axis[chosen], groups[chosen, :, 0], groups[chosen, :, 1])
 
@@ -398,7 +404,7 @@ def _place(
     split: str,
     layout: _Layout,
 ) -> _SceneTable:
-    """Choose scans and positions."""
+    """Choose the scans and positions of the digits."""
     axis, counts, digits = meanings
     slot = np.arange(MAX_DIGITS)
     group = (slot >= counts[:, :1]).astype(np.int64)  # [N, 3]
@@ -406,8 +412,8 @@ def _place(
     in_double = np.take_along_axis(counts, group, axis=1) == 2
     scans = _choose_scans(np.take_along_axis(digits, group, axis=1), split, draws[:, 6:9])
 
-    # A group has a side along the axis. The two of a double digit fill that side, a lone digit
-    # takes either half of it, the same for both digits of a pair, which so lie side by side.
+    # Each group occupies one side of the axis. Two equal digits fill both halves of their side; a
+    # lone digit takes one half, the same half for both digits of a pair, which are thus aligned.
     half = _whole(draws[:, 5:6], 2)
     second_of_double = slot - group * counts[:, :1]
     across = np.where(in_double, second_of_double, half)
@@ -432,7 +438,7 @@ def _choose_scans(
     split: str,
     draws: np.ndarray,  # [N, 3]
 ) -> np.ndarray:
-    """Scan numbers [N, 3]; equal digits of neighbouring slots get different scans."""
+    """Scan numbers [N, 3]; equal digits in neighbouring slots get different scans."""
     by_class = split_scans(split)
     sizes = np.array([len(members) for members in by_class])
     starts = np.cumsum(sizes) - sizes
