@@ -7,6 +7,8 @@ CONSTRAINTS := $(if $(TORCH),build/torch-$(TORCH).txt,constraints.txt)
 # What an editable install depends on; Python files are used where they lie.
 BUILD_FILES := pyproject.toml constraints.txt setup.py CMakeLists.txt tests/sm70/compile.py \
 	$(shell find csrc -type f)
+# Modules of benchmarks/ that mypy checks, besides the package harness.
+BENCHMARKS := bench_moe_ffn bench_attention bench_model report pictures tables tune
 PYTEST_ARGS ?= -n auto --dist loadfile
 # Kernels that are compiled and kernels that are interpreted do not go together in one process.
 PTX := TRITON_INTERPRET=0 $(BIN)/python -m pytest -n auto --dist worksteal tests/ptx
@@ -48,7 +50,7 @@ tritons: $(TRITONS)
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p vlmo
+	$(BIN)/mypy -p vlmo -p harness $(addprefix -m ,$(BENCHMARKS))
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
