@@ -203,11 +203,13 @@ TABLES: dict[str, Callable[[str], str]] = {
 
 
 def _numbers() -> Iterator[tuple[str, Callable[[str], str]]]:
+    def always(text: str) -> Callable[[str], str]:
+        return lambda up: text
+
     for size, products in _modelled("volta")["products"].items():
         fc1, _, fc2, *_ = products
         for name, product in (("fc1", fc1), ("fc2", fc2)):
-            text = f"{product['busy']:.2f}"
-            yield f"volta.busy.{size}.{name}", lambda up, text=text: text
+            yield f"volta.busy.{size}.{name}", always(f"{product['busy']:.2f}")
 
 
 NUMBERS = dict(_numbers())

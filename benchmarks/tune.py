@@ -15,7 +15,7 @@ import functools
 import itertools
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -101,7 +101,7 @@ def search(trial: Trial, kernel: str, base: Tiles, candidates: Sequence[Tile]) -
         work = trial.work(kernel)
     _compile([functools.partial(_with, row, work) for row in rows.values()])
     for tile, row in rows.items():
-        why = _why_failed(lambda row=row: _with(row, lambda: trial.why_wrong(kernel)), tile)
+        why = _why_dropped(trial, kernel, row)
         if why is None:
             works[tile] = functools.partial(_with, row, work)
         else:
@@ -122,7 +122,7 @@ def search(trial: Trial, kernel: str, base: Tiles, candidates: Sequence[Tile]) -
     return found
 
 
-def _with(row: Tiles, work: Callable[[], object]) -> object:
+def _with(row: Tiles, work: Work) -> object:
     with use_tiles(row):
         return work()
 
@@ -138,14 +138,16 @@ def _compile(works: Iterable[Work]) -> None:
                 work()
 
 
-def _why_failed(check: Callable[[], str | None], tile: Tile) -> str | None:
+def _why_dropped(trial: Trial, kernel: str, row: Tiles) -> str | None:
     try:
-        return check()
+        with use_tiles(row):
+            return trial.why_wrong(kernel)
     except Exception as error:  # a compiler's refusal has no common type; it is reported
         if torch.cuda.is_available():
             try:
                 torch.cuda.synchronize()
             except RuntimeError as dead:  # nothing can run in this process any more
+                tile = getattr(row, kernel)
                 raise RuntimeError(f"{tile} ended the search: {error}") from dead
         return describe_error(error)
 

@@ -40,7 +40,7 @@ def test_a_trial_runs_every_kernel_with_the_tiles_in_force(monkeypatch):
         for _ in range(2):  # the graph of the backward is kept
             tune._with(row, work)
         assert asked == [row, row]
-        assert tune._with(row, lambda kernel=kernel: trial.why_wrong(kernel)) is None
+        assert tune._why_dropped(trial, kernel, row) is None
 
 
 FEW = dict(tokens=7, split="3:4")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -149,7 +150,7 @@ class Session:
             self._free()
 
     def _rates(self, problem: Problem, case: Case, seconds: Sequence[float]) -> Numbers:
-        median, cost = sorted(seconds)[len(seconds) // 2], problem.cost
+        median, cost = statistics.median(seconds), problem.cost
         tflops = cost.flops / median / 1e12
         return dict(
             tflops=tflops,
