@@ -1,7 +1,7 @@
 """The suite of the whole model: what a training or a search waits for, beside the official way.
 
 Texts have 12 tokens on average, as captions of COCO do, of the 40 that fit. The official way pads
-them to 40, fuses in separate packed, and embeds an image in each of them; this library packs. A
+them to 40, fuses in separate passes, and embeds an image in each of them; this library packs. A
 step is forward and backward of the losses, without an optimizer and without stochastic depth.
 """
 
@@ -29,7 +29,7 @@ from harness.contenders import (
 from harness.cost import Cost
 from harness.official import SwitchedVLMo
 from vlmo.kernels import BACKEND_NAMES, use_backend
-from vlmo.model import packed
+from vlmo.model import layout
 from vlmo.model.config import VLMoConfig
 from vlmo.model.flops import matching_flops, step_flops
 from vlmo.tasks import losses, retrieval
@@ -212,7 +212,7 @@ def _packed(phase: str, model: SwitchedVLMo, batch: Batch) -> Named:
     """As :class:`vlmo.Predictor`, ``vlmo evaluate`` and ``vlmo train`` compute it."""
     if phase in STEPS:
         return losses.compute_losses(model, batch)
-    texts = packed.end_to_end(batch["text_ids"], packed.text_lengths(batch))
+    texts = layout.end_to_end(batch["text_ids"], layout.text_lengths(batch))
     if phase == ENCODING:
         images = retrieval.embed_images(model, batch["image"])
         return {"image": images, "text": retrieval.embed_texts(model, texts)}

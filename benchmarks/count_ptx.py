@@ -88,8 +88,8 @@ def main_loops(kernel: Kernel) -> set[int]:
                         stack += before[block]
                 loops.append(inside)
     found: set[int] = set()
-    for number, block in enumerate(blocks):
-        if any(class_of(s) == "products" for s in kernel.statements[block.first : block.end]):
+    for number, part in enumerate(blocks):
+        if any(class_of(s) == "products" for s in kernel.statements[part.first : part.end]):
             inner = min((loop for loop in loops if number in loop), key=len, default={number})
             # The loop over tickets has everything in it.
             found |= inner if len(inner) < len(blocks) / 2 else {number}

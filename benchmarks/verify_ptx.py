@@ -31,7 +31,7 @@ from ptx.tests.test_kernels import ATTENTION, DTYPES, MOE_FFN, PLACE  # noqa: E4
 from vlmo.files import replacing  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
-CASES = {
+CASES: dict[str, tuple[Any, list]] = {
     "moe_ffn": (moe_ffn_cases, MOE_FFN),
     "shared_attention": (attention_cases, ATTENTION),
 }
@@ -60,7 +60,7 @@ def run(operation: str, number: int, target: str, dtype: torch.dtype) -> Row:
     errors, failed = {}, ""
     with emulated(target) as gpu:
         try:
-            errors = module.assert_parity(cases[number], dtype, PLACE)  # type: ignore[attr-defined]
+            errors = module.assert_parity(cases[number], dtype, PLACE)
         except Exception as error:  # whatever it is, it belongs in the table
             failed = f"{type(error).__name__}: {error}"
     row = Row(

@@ -4,7 +4,7 @@ import itertools
 import sys
 import types
 from importlib import metadata
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ import bench_moe_ffn as moe_ffn
 from bench_attention import Attention
 from bench_moe_ffn import Sublayer, feed_forward, slices
 from harness import contenders, peers
-from harness.contenders import Case, Contender, Contest, Scale
+from harness.contenders import Case, Contender, Scale
 from harness.session import is_ours
 from report import NOTES
 from vlmo.kernels import BACKEND_NAMES
@@ -30,7 +30,7 @@ def sublayer(phase="forward+backward", *, dtype=torch.float32, size="tiny", spli
     return Sublayer(Case("moe_ffn", size, dtype, phase, dict(tokens=tokens, split=split)), CPU)
 
 
-def enter(problem: Contest, form, eager) -> str:
+def enter(problem: Any, form, eager) -> str:
     """One more contender, on the parameters of the eager ones."""
     entry = Contender(lambda chosen: form, lambda chosen: eager, lambda: problem.parameters)
     name = f"another {len(problem.entered)}"
@@ -230,7 +230,8 @@ def test_reasons_of_grouped_mm(monkeypatch):
     assert reason((9, 0)) is None and reason((10, 0)) is None
     for capability, dtype in (((8, 0), torch.bfloat16), ((9, 0), torch.float16)):
         assert "loop" in reason(capability, dtype)
-    assert peers.why_not_traced_grouped_mm(gpu, torch.float16).startswith("torch.compile")
+    traced = peers.why_not_traced_grouped_mm(gpu, torch.float16)
+    assert traced is not None and traced.startswith("torch.compile")
     monkeypatch.delattr(F, "grouped_mm")
     monkeypatch.delattr(torch, "_grouped_mm", raising=False)
     assert reason((9, 0)).endswith("has no grouped_mm.")
@@ -467,7 +468,7 @@ def test_cost_and_cases_of_attention():
     full = attention.SUITE.cases(CPU, Scale.full)
     assert str(full[0]) == "attention-base-bfloat16-forward-237-138-table-none"
     assert {case.shape["length"] for case in full} == {40, 197, 237, 617, 941}
-    tokens = [case.shape["length"] * case.shape["sequences"] for case in full]
+    tokens = [int(case.shape["length"]) * int(case.shape["sequences"]) for case in full]
     assert max(abs(count / 32768 - 1) for count in tokens) < 0.02
     assert set(NOTES) <= {*both.contenders, *sublayer().contenders}
 
@@ -479,6 +480,7 @@ def test_sequences_of_attention(length):
     assert problem.inputs.index.matrix.shape == (length, length)
     _, text = attention.LENGTHS[length]
     mask = problem.inputs.key_mask
+    assert mask is not None
     assert mask[:, text:].all() and mask.any(dim=1).all()
     assert bool(mask.all()) == (text == 0)
     assert_exact(problem, "sdpa")

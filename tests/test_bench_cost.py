@@ -28,7 +28,8 @@ def counted(case: Case, function) -> tuple[int, int]:
 
 def test_flops_are_those_of_eager_pytorch():
     case = Case(token_scale=False)
-    shape, facts = (60, case.dim, case.hidden[0]), dict(experts=2, itemsize=4)
+    shape = (60, case.dim, case.hidden[0])
+    facts: dict[str, Any] = dict(experts=2, itemsize=4)
     ids = expert_ids(case)
     forward, backward = counted(case, lambda tensors: eager(case, ids, tensors))
     assert moe_ffn_forward(*shape, **facts).flops == forward
@@ -44,7 +45,7 @@ def test_bytes_are_those_of_the_tensors():
     parameters = sum(t.nbytes for tensors in lists for t in tensors)
     pre = 60 * tensors["w1"][0].shape[0] * 2
 
-    facts = dict(experts=2, itemsize=2)
+    facts: dict[str, Any] = dict(experts=2, itemsize=2)
     shape = (60, case.dim, case.hidden[0])
     assert moe_ffn_forward(*shape, **facts).bytes == 2 * x.nbytes + parameters
     kept = moe_ffn_forward(*shape, **facts, keeps_pre=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -72,7 +73,12 @@ def test_three_calls_at_least_and_a_hundred_at_most(passes):
 
 def test_two_long_calls_after_one_that_warms_up(monkeypatch):
     called = []
-    monkeypatch.setattr(meter, "wall_seconds", lambda work: called.append(work()) or 5.5)
+
+    def long(work):
+        called.append(work())
+        return 5.5
+
+    monkeypatch.setattr(meter, "wall_seconds", long)
     begin(lambda: None, CPU)
     assert len(called) == 1
     assert meter.duration(dict(wall_ms=5500.0), CPU, Settings(seconds=0)) == 11.0
@@ -123,7 +129,7 @@ class FakeGpu:
 
 @pytest.mark.parametrize("counter", [True, False])
 def test_numbers_on_a_gpu(monkeypatch, counter):
-    gpu = FakeGpu(monkeypatch, counter=counter)
+    gpu: Any = FakeGpu(monkeypatch, counter=counter)
     [found] = measure({"a": gpu.work}, CUDA, Settings(seconds=0.5, sensors=gpu)).values()
     assert found["seconds"] == 50 * [0.008]
     assert found["wall_ms"] == pytest.approx(10.0)  # with what the host adds
@@ -135,7 +141,7 @@ def test_numbers_on_a_gpu(monkeypatch, counter):
 
 
 def test_energy_is_measured_for_as_long_as_asked(monkeypatch):
-    gpu = FakeGpu(monkeypatch)
+    gpu: Any = FakeGpu(monkeypatch)
     measure({"a": gpu.work}, CUDA, Settings(seconds=0.03, energy_seconds=0, sensors=gpu))
     few = gpu.calls
     measure({"a": gpu.work}, CUDA, Settings(seconds=0.03, energy_seconds=0.5, sensors=gpu))
@@ -143,13 +149,13 @@ def test_energy_is_measured_for_as_long_as_asked(monkeypatch):
 
 
 def test_a_gpu_that_tells_neither_energy_nor_power(monkeypatch):
-    gpu = FakeGpu(monkeypatch, counter=False, power=None)
+    gpu: Any = FakeGpu(monkeypatch, counter=False, power=None)
     [found] = measure({"a": gpu.work}, CUDA, Settings(seconds=0, sensors=gpu)).values()
     assert found["millijoules"] is None and found["clock_mhz"] == 1400
 
 
 def test_calls_of_a_turn_fit_the_queue_of_a_gpu(monkeypatch):
-    gpu = FakeGpu(monkeypatch, kernels=400)
+    gpu: Any = FakeGpu(monkeypatch, kernels=400)
     measure({"a": gpu.work}, CUDA, Settings(seconds=10))
     assert gpu.timed == [20]  # ten turns of 2 * 400 kernels
     gpu = FakeGpu(monkeypatch, kernels=0)

@@ -67,6 +67,12 @@ def torch_gpu(monkeypatch):
     return properties
 
 
+def opened(device: torch.device) -> Sensors:
+    sensors = open_sensors(device)
+    assert isinstance(sensors, Sensors)
+    return sensors
+
+
 def test_torch_s_gpu_is_found_by_its_uuid(monkeypatch, torch_gpu):
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml())
     sensors = open_sensors(CUDA)
@@ -87,7 +93,7 @@ def test_what_a_gpu_does_not_tell_is_none(monkeypatch, torch_gpu):
         ]
     )
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(**nothing))
-    sensors = open_sensors(CUDA)
+    sensors = opened(CUDA)
     assert sensors.state() == State(None, None, None, None, None)
     assert sensors.millijoules() is None
 
@@ -98,7 +104,7 @@ def test_an_older_driver_is_asked_by_the_older_name(monkeypatch, torch_gpu):
         nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: 0x8,
     )
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(**older))
-    assert open_sensors(CUDA).state().throttled == ["hardware slowdown"]
+    assert opened(CUDA).state().throttled == ["hardware slowdown"]
 
 
 def test_an_idle_gpu_is_not_throttled():
@@ -107,9 +113,9 @@ def test_an_idle_gpu_is_not_throttled():
 
 
 def test_why_there_are_no_sensors(monkeypatch, torch_gpu):
-    assert "NVIDIA GPUs only" in open_sensors(torch.device("cpu"))
+    assert "NVIDIA GPUs only" in str(open_sensors(torch.device("cpu")))
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert "nvidia-ml-py" in open_sensors(CUDA)
+    assert "nvidia-ml-py" in str(open_sensors(CUDA))
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml())
     torch_gpu.uuid = "of-a-mig-slice"
     assert open_sensors(CUDA) == "NVML does not open this GPU: Not Found"

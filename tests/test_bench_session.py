@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -99,8 +100,9 @@ def test_who_cannot_run_or_is_wrong_has_a_reason_and_the_others_go_on():
         "vlmo:good": None,
         "good": None,
     }
+    right: dict[str, Any] = {name: [RIGHT] for name in expected}
     problem = FakeProblem(
-        {name: [RIGHT] for name in expected}
+        right
         | {"rounded": [RIGHT, WRONG], "vlmo:wrong": [WRONG]}
         | {"vlmo:nan": [Deviation("y", float("nan"), 1.0, 2.0)]}
         | {"raises": out_of_memory, "vlmo:checked": fail, "vlmo:large": out_of_memory},

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,12 @@ def test_a_trial_runs_every_kernel_with_the_tiles_in_force(monkeypatch):
     trial = tune.Trial(case, CPU)
     asked = []
     real = tiles.choose
-    monkeypatch.setattr(tiles, "choose", lambda *key: asked.append(real(*key)) or asked[-1])
+
+    def noted(*key):
+        asked.append(real(*key))
+        return asked[-1]
+
+    monkeypatch.setattr(tiles, "choose", noted)
     other = Tile(16, 32, 16, 4, 1)
     for kernel in tune.KERNELS:
         work, row = trial.work(kernel), replace(INTERPRETED, **{kernel: other})
@@ -43,7 +49,7 @@ def test_a_trial_runs_every_kernel_with_the_tiles_in_force(monkeypatch):
         assert tune._why_dropped(trial, kernel, row) is None
 
 
-FEW = dict(tokens=7, split="3:4")
+FEW: dict[str, int | str] = dict(tokens=7, split="3:4")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU")
@@ -100,7 +106,7 @@ class FakeTrial:
 
 
 def test_search_drops_and_reports_what_is_wrong_or_fails(capsys):
-    trial = FakeTrial()
+    trial: Any = FakeTrial()
     shapes = [Tile(32, 32, 32, 4, stages) for stages in (2, 3, 4)]
     found = search(trial, "rows", INTERPRETED, shapes)
     assert trial.runs[:4] == [INTERPRETED.rows, *shapes]  # all are compiled before one is checked

@@ -111,7 +111,8 @@ def compare(
         loop = loop_makespan(products, (COLUMNS,), overhead)
         best = loop_makespan(products, LOOP_COLUMNS, overhead)
         used.append(Used(*(steps / (MULTIPROCESSORS * time) for time in (ours, loop, best))))
-    return band, *used, used[1].ours / used[1].best_loop
+    best_case, usual_case = used
+    return band, best_case, usual_case, usual_case.ours / usual_case.best_loop
 
 
 def loop_makespan(products: list[Product], choices: Sequence[int], overhead: int) -> float:

@@ -187,8 +187,13 @@ def part(phase: str, length: int, bias: bool, launch: tuple[Any, ...]) -> Part:
 
     share = min(1.0, once * len(ctas) / (run(1.0)["l1_miss_sectors"] * SECTOR))
     found = run(share)
-    shares = [found[f"{name}_utilisation"] for name in ("tensor", "issue", "lsu")]
-    return Part(phase, length, bias, name, found["cycles"] / len(ctas) * per_pair, *shares, share)
+    return Part(
+        *(phase, length, bias, name, found["cycles"] / len(ctas) * per_pair),
+        tensor=found["tensor_utilisation"],
+        issue=found["issue_utilisation"],
+        load_store=found["lsu_utilisation"],
+        dram=share,
+    )
 
 
 def launches(length: int, bias: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
