@@ -1,6 +1,6 @@
-"""Devices: those of this machine, the one a program runs on, and copies that it does not wait for.
+"""Devices: selection by name, capabilities of this machine, and asynchronous copies to the host.
 
-What a user names is checked before anything starts.
+Names given by a user are checked before anything starts.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from vlmo.kernels.dispatch import requested
 from vlmo.kernels.support import OPERATIONS
 from vlmo.kernels.target import compute_capability, describe, devices
 
-_CALLED = ("moe_ffn", "shared_attention")  # operations that the model calls
+_CALLED = ("moe_ffn", "shared_attention")  # operations that the model uses
 _VERSIONS_OF = ("torch", "triton", "numpy")
 
 
 def chosen_device(name: str) -> torch.device:
-    """The device of a name: "auto" for the GPU if there is one, "cpu", "cuda" or "cuda:1".
+    """The device with a name: "auto" for the GPU if there is one, "cpu", "cuda" or "cuda:1".
 
     Raises:
         ValueError: this machine has no such device.
@@ -42,7 +42,7 @@ def chosen_device(name: str) -> torch.device:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The 16-bit type to compute in: bfloat16 where the GPU has it, float16 on older ones."""
+    """The 16-bit type for matrix products: bfloat16 if the GPU supports it, else float16."""
     capability = compute_capability(device)
     if capability is None:
         return None
@@ -50,10 +50,10 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def chosen_dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """The autocast dtype of a name: "auto", "float32" (none), "bfloat16" or "float16".
+    """The autocast dtype with a name: "auto", "float32" (none), "bfloat16" or "float16".
 
     Raises:
-        ValueError: another name.
+        ValueError: ``name`` is another one.
     """
     if name == "auto":
         return autocast_dtype(device)
@@ -66,16 +66,17 @@ def chosen_dtype(name: str, device: torch.device) -> torch.dtype | None:
 def require_backend(
     backend: str | None, device: torch.device, autocast: torch.dtype | None
 ) -> None:
-    """Raise now what would otherwise come up in the middle of the program.
+    """Raise now the error that would otherwise occur in the middle of the program.
 
     Args:
-        backend: asked for by name; None for that of ``use_backend`` or ``VLMO_KERNELS``, if any.
-        device: to run on.
-        autocast: dtype of the products; None for float32.
+        backend: backend requested by name; None for that of ``use_backend`` or ``VLMO_KERNELS``, if
+            any.
+        device: device to run on.
+        autocast: dtype of the matrix products; None for float32.
 
     Raises:
         ValueError: there is no such backend.
-        NotImplementedError: it cannot run on this device in this dtype.
+        NotImplementedError: it cannot run on this device with this dtype.
     """
     name = requested(backend)
     if name is None:
@@ -90,21 +91,21 @@ def require_backend(
 
 
 class HostCopy:
-    """A tensor on its way to the host; nothing waits until :meth:`get`."""
+    """An asynchronous copy of a tensor to the host; only :meth:`get` waits for it."""
 
     def __init__(self, tensor: Tensor):
         self._event = None
-        if torch.compiler.is_compiling():  # a graph has no events
+        if torch.compiler.is_compiling():  # compiled graphs have no events
             self._copy = tensor.to("cpu")
             return
-        # A copy that does not block goes to pinned memory.
+        # A non-blocking copy allocates pinned memory.
         self._copy = tensor.to("cpu", non_blocking=True)
         if tensor.is_cuda:
             self._event = torch.cuda.Event()
             self._event.record()
 
     def get(self) -> Tensor:
-        """The tensor on the CPU, once it is there."""
+        """Wait for the copy and return the tensor on the CPU."""
         if self._event is not None:
             self._event.synchronize()
         return self._copy
@@ -121,7 +122,7 @@ class Answer(NamedTuple):
 
 
 def answers() -> Iterator[Answer]:
-    """Every operation, device and backend, in the dtype that is usual on the device."""
+    """All combinations of operation, device and backend, in the usual dtype of the device."""
     for operation in OPERATIONS:
         for device in devices():
             dtype = torch.float32 if device.type == "cpu" else torch.float16
@@ -131,14 +132,14 @@ def answers() -> Iterator[Answer]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result can depend on."""
+    """Versions of the software that a result can depend on."""
     installed = {name: _version(name) for name in _VERSIONS_OF}
     return {"vlmo": vlmo.__version__, "python": platform.python_version()} | installed
 
 
 def cubins() -> dict[str, list[str]]:
-    """The CUDA kernels in this installation: targets by kernel file."""
-    # Imported here because a missing extension must not keep the other facts from being shown.
+    """The CUDA kernels in this installation: target architectures by kernel file."""
+    # Imported here so that the other information is shown even if the extension is missing.
     from vlmo import _C
 
     found: dict[str, list[str]] = {}
@@ -148,7 +149,7 @@ def cubins() -> dict[str, list[str]]:
 
 
 def show_machine(console: Console) -> None:
-    """Print versions, devices, built kernels, and the answers."""
+    """Print versions, devices, built kernels, and which backends can run."""
     facts = Table.grid(padding=(0, 2))
     for name, version in versions().items():
         facts.add_row(name, version)

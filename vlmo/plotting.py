@@ -1,4 +1,4 @@
-"""What all pictures share: matplotlib without a window, and files that appear whole."""
+"""Figures with matplotlib, without a display, and written atomically."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vlmo.files import replacing
 
 
 def pyplot() -> Any:
-    """pyplot without a window.
+    """Import pyplot with a backend that needs no display.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -25,7 +25,7 @@ def pyplot() -> Any:
 
 
 def save_figure(figure: Any, path: str | os.PathLike[str], **options: Any) -> None:
-    """Write a figure in the format of the suffix, and close it; ``options`` as of savefig."""
+    """Write a figure in the format of the suffix and close it; ``options`` are those of savefig."""
     with replacing(path) as temporary:
         figure.savefig(temporary, **({"dpi": 150} | options))
     pyplot().close(figure)

@@ -1,8 +1,8 @@
-"""Checks every backend of this machine against float64, beside plain eager PyTorch.
+"""Compares every backend of this machine with float64 and with plain eager PyTorch.
 
-The rule (:func:`allowed_error`): against float64, a backend may be at most twice as wrong as eager
-PyTorch in the same dtype, plus one rounding unit of the largest value; for outputs and for every
-gradient.
+The error bound (:func:`allowed_error`): the error of a backend against float64 may be at most twice
+that of eager PyTorch in the same dtype, plus one rounding unit of the largest value; for outputs
+and for every gradient.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vlmo.kernels import (
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Small, with lengths off every tile size.
+# Small sizes that are not multiples of any tile size.
 _BATCH, _TEXT, _GRID = 3, 13, 4
 _WIDTH, _HIDDEN, _HEADS = 128, 512, 2
 _IMAGE = _GRID**2 + 1
@@ -37,7 +37,7 @@ Function = Callable[[Inputs], Tensor]
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far one tensor is from float64: the largest absolute errors, and what is allowed."""
+    """The error of one tensor against float64: largest absolute errors, and the error bound."""
 
     name: str
     actual: float
@@ -50,13 +50,13 @@ class Deviation:
 
     @property
     def share(self) -> float:
-        """Part of the allowed error that is used up."""
+        """The error as a share of the error bound."""
         return self.actual / self.allowed if self.allowed else float(not self.ok)
 
 
 @dataclass(frozen=True)
 class Parity:
-    """One backend's deviations in one operation and dtype: the output first, then gradients."""
+    """Deviations of one backend for an operation and dtype: first the output, then gradients."""
 
     operation: str
     backend: str
@@ -74,7 +74,7 @@ class Parity:
 
     @property
     def worst_gradient(self) -> Deviation:
-        """The gradient nearest to, or furthest beyond, what is allowed."""
+        """The gradient whose error is closest to its bound, or furthest beyond it."""
         gradients = self.deviations[1:]
         wrong = [deviation for deviation in gradients if not deviation.ok]
         return max(wrong or gradients, key=lambda deviation: deviation.share)
@@ -83,10 +83,10 @@ class Parity:
 def check_backends(
     devices: Sequence[torch.device], *, backend: str | None = None, seed: int = 0
 ) -> Iterator[Parity]:
-    """Compare every backend that can run on ``devices``, or only the one named.
+    """Compare every backend that can run on ``devices``, or only ``backend``.
 
     Raises:
-        ValueError: ``backend`` is none.
+        ValueError: there is no such backend.
     """
     backends = BACKEND_NAMES if backend is None else (backend,)
     for device in devices:
@@ -98,12 +98,13 @@ def check_backends(
 
 
 def allowed_error(eager: float, largest: float, dtype: torch.dtype, factor: float = 2.0) -> float:
-    """The rule: ``factor`` times the error of eager PyTorch, and one rounding unit of ``largest``.
+    """The error bound: ``factor`` times the eager error, plus one rounding unit of ``largest``.
 
     Args:
-        eager: largest error of eager PyTorch in ``dtype`` against float64; or the L2 norm of it.
-        largest: largest absolute value in float64; or the L2 norm of all.
-        dtype: of the compared tensors.
+        eager: largest error of eager PyTorch in ``dtype`` against float64; or the L2 norm of its
+            errors.
+        largest: largest absolute value in float64; or the L2 norm of all values.
+        dtype: dtype of the compared tensors.
         factor: see above.
     """
     return factor * eager + torch.finfo(dtype).eps * largest
@@ -112,7 +113,7 @@ def allowed_error(eager: float, largest: float, dtype: torch.dtype, factor: floa
 def deviations(
     actual: Mapping[str, Tensor], eager: Mapping[str, Tensor], exact: Mapping[str, Tensor]
 ) -> list[Deviation]:
-    """The rule, tensor by tensor: ``exact`` in float64, the other two in one dtype."""
+    """Errors and bounds per tensor; ``exact`` is in float64, the other two in one dtype."""
     found = []
     for name, target in exact.items():
         errors = [float((t[name].double() - target).abs().max()) for t in (actual, eager)]
@@ -123,7 +124,7 @@ def deviations(
 
 @dataclass(frozen=True)
 class _Case:
-    """An operation's inputs (float64, on the CPU), its eager form, and the operation itself."""
+    """The inputs of an operation (float64, on the CPU), its eager form, and the operation."""
 
     inputs: Callable[[torch.Generator], Inputs]
     eager: Function
@@ -139,7 +140,7 @@ def _compare(
     seed: int,
 ) -> Parity:
     generator = torch.Generator().manual_seed(seed)
-    # All three begin with the same rounded numbers.
+    # All three start from the same rounded numbers.
     inputs = {k: v.to(device, dtype) for k, v in case.inputs(generator).items()}
     exact_inputs = {k: v.double() for k, v in inputs.items()}
     weight = torch.randn(inputs["x"].shape, generator=generator).to(device, dtype)
@@ -150,7 +151,7 @@ def _compare(
 
 
 def _run(function: Function, inputs: Mapping[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
-    """The output and the gradient of every input, for the output's gradient ``weight``."""
+    """The output, and the gradients of all inputs for the output gradient ``weight``."""
     leaves = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
     output = function(leaves).reshape(weight.shape)
     gradients = torch.autograd.grad(output, list(leaves.values()), weight)
@@ -175,7 +176,7 @@ def _ffn_inputs(generator: torch.Generator) -> Inputs:
 
 
 def _ffn_eager(given: Inputs) -> Tensor:
-    """How every multiway transformer is written today: slice, feed forward, concatenate."""
+    """The usual form in multiway transformers: slice, apply each expert, concatenate."""
     parts = []
     runs = {"text": slice(0, _TEXT), "image": slice(_TEXT, None)}
     for expert, run in runs.items():
@@ -213,7 +214,7 @@ def _index() -> RelativePositionIndex:
 
 
 def _key_mask(device: torch.device) -> Tensor:
-    """Captions of three lengths, then the image: ``[B, N]``."""
+    """Captions of three lengths, followed by the image: ``[B, N]``."""
     lengths = torch.tensor([[_TEXT], [_TEXT // 2], [1]])
     text = torch.arange(_TEXT) < lengths
     image = torch.ones(_BATCH, _IMAGE, dtype=torch.bool)
@@ -225,7 +226,7 @@ def _attention_inputs(generator: torch.Generator) -> Inputs:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     shape = (_BATCH, _TEXT + _IMAGE, _HEADS, _WIDTH // _HEADS)
-    # "x" are the queries: the comparison needs one input in the shape of the output.
+    # The queries are named "x": the comparison needs one input with the shape of the output.
     tensors = {"x": draw(*shape), "k": draw(*shape), "v": draw(*shape)}
     return tensors | {"table": draw(_index().entries, _HEADS)}
 

@@ -1,1 +1,1 @@
-"""Checkpoint files: the published layouts, recognised, read, resized and written."""
+"""Checkpoint files: identifies, reads, resizes and writes the published layouts."""

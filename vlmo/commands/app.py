@@ -63,14 +63,14 @@ def _lack_of_memory(error: BaseException) -> str | None:
 
 def main() -> None:
     """Console entry point: errors that a user can correct are one line and exit code 2."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be in its encoding
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it may not encode all file names
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except _USER_ERRORS as error:
         _fail(error)
     except (RuntimeError, MemoryError) as error:
-        # torch raises it wherever the main process is when a worker dies.
+        # torch raises it wherever the main process is executing when a worker dies.
         from vlmo.data import worker_failure
 
         worker = worker_failure(error) if isinstance(error, RuntimeError) else None

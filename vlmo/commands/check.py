@@ -22,7 +22,7 @@ from vlmo.commands.options import (
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
-_IMAGE_SIZE = 32  # which nothing is resized to
+_IMAGE_SIZE = 32  # no picture is resized to it
 
 
 def check(
@@ -77,7 +77,7 @@ def check(
         faults = _check(of_split, dataset, workers, console)
         found += [{"task": of_task, **fault} for fault in faults]
         summary = _summary(of_split, dataset, len(faults))
-        if task is None:  # say which were found
+        if task is None:  # the task is then not known from the command
             summary = f"{of_task}, {summary}"
         console.print(summary, highlight=False, soft_wrap=True)
     if output is not None:

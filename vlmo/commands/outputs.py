@@ -1,4 +1,4 @@
-"""Where a command is to write, looked at before it begins."""
+"""Checks the output paths of a command before it starts."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from vlmo.training.state import STATE
 
 
 def check_outputs(paths: Mapping[str, Path | None], *, given: Mapping[str, Path | None]) -> None:
-    """Raise for files that could not be written at the end, or that would take another's place.
+    """Raise for files that could not be written at the end, or that would overwrite others.
 
     Args:
-        paths: by the names of their options; None for what is not written.
-        given: what is read, by the names of its options; files and folders.
+        paths: output paths by the names of their options; None for options that are not given.
+        given: input files and folders by the names of their options.
 
     Raises:
-        OSError: a folder does not exist or is not to be written to, or a path is a folder.
+        OSError: a folder does not exist or is not writable, or a path is a folder.
         ValueError: two options name the same file, or one names data, a picture, or a file of a
             training.
     """

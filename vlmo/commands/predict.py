@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vlmo.commands.records import Record
     from vlmo.predictor import Predictor
 
-_CHUNK = 256  # records at a time, whose pictures are in memory
+_CHUNK = 256  # records processed at a time, whose pictures are in memory
 
 
 def predict(
@@ -111,7 +111,7 @@ def predict(
         if predicts:
             _check_heads(predictor, kinds)
         found = _Failures()
-        warnings.filterwarnings("ignore", message=r".*: the text is blank")  # told already
+        warnings.filterwarnings("ignore", message=r".*: the text is blank")  # was already shown
         if embeddings is not None:
             seen = _seen(predictor, records(), found, tolerant=input is not None)
             _write_embeddings(predictor, seen, embeddings)
@@ -129,7 +129,7 @@ class _Failures:
     """Records whose images are unreadable."""
 
     records: int = 0
-    places: dict[str, str] = field(default_factory=dict)  # of the bad ones, with the reasons
+    places: dict[str, str] = field(default_factory=dict)  # reasons by place of the record
 
     def say(self) -> None:
         """Print the number of unreadable images on standard error."""
@@ -139,7 +139,7 @@ class _Failures:
 
 
 class _Seen(NamedTuple):
-    """A record and its images ``[S, S, 3]`` uint8; or why one of them cannot be read."""
+    """A record and its images ``[S, S, 3]`` uint8, or the reason why one cannot be read."""
 
     record: Record
     images: list[np.ndarray]
@@ -147,7 +147,7 @@ class _Seen(NamedTuple):
 
 
 def _checked(records: Iterator[Record]) -> dict[tuple[int, bool], str]:
-    """The kinds of records there are, with the place of the first of each; all have been read."""
+    """Read all records; returns their kinds, with the place of the first record of each kind."""
     kinds: dict[tuple[int, bool], str] = {}
     blank: list[str] = []
     for record in records:
@@ -165,7 +165,7 @@ def _seen(
 ) -> Iterator[list[_Seen]]:
     """Records with their images, decoded once for all heads, a few at a time.
 
-    An image that cannot be read is noted if ``tolerant``, and ends the command otherwise.
+    An image that cannot be read is recorded if ``tolerant``, and otherwise ends the command.
     """
     while chunk := list(itertools.islice(records, _CHUNK)):
         paths = [path for record in chunk for path in record.images]
@@ -196,8 +196,8 @@ def _write_predictions(
 ) -> None:
     """Write one JSON object for each record: the record with a ``prediction`` or an ``error``.
 
-    A prediction has what the model has a head for: ``similarity`` (cosine), ``match``
-    (probability), ``answers`` (with probabilities), and of two images ``true`` (probability).
+    A prediction contains a value for each head of the model: ``similarity`` (cosine), ``match``
+    (probability), ``answers`` (with probabilities), and for two images ``true`` (probability).
     """
     with _opened(path) as stream:
         for chunk in chunks:
@@ -271,10 +271,10 @@ def _check_alike(kinds: dict[tuple[int, bool], str]) -> None:
 
 
 def _write_embeddings(predictor: Predictor, chunks: Iterator[list[_Seen]], path: Path) -> None:
-    """Write arrays ``image`` and ``text``, of which row n belongs to record n.
+    """Write arrays ``image`` and ``text``, in which row n belongs to record n.
 
-    A row of zeros stands for an image that cannot be read; an array ``error`` of texts then tells
-    which these are.
+    An image that cannot be read has a row of zeros; an array ``error`` of texts then identifies
+    these images.
     """
     import numpy as np
 
@@ -305,7 +305,7 @@ def _opened(path: Path | None) -> Iterator[TextIO]:
     from vlmo.files import replacing
 
     if path is None:
-        if isinstance(sys.stdout, io.TextIOWrapper):  # JSON is UTF-8, whatever the locale
+        if isinstance(sys.stdout, io.TextIOWrapper):  # JSON is UTF-8 in any locale
             sys.stdout.reconfigure(encoding="utf-8", newline="\n")
         yield sys.stdout
         return

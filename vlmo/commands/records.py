@@ -1,4 +1,4 @@
-"""The records that ``vlmo predict`` is given: images and a text each, in several formats."""
+"""Reads the records of ``vlmo predict``, images with a text, in several formats."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from vlmo.data.records import PICTURES, repeated_key
 from vlmo.files import read_lines, read_text
 from vlmo.inputs import check_text
 
-TEXTS = ("text", "question", "statement", "caption")  # names of a record's text
-ADDED = ("prediction", "error")  # keys that a record gets
-# As Hugging Face names pictures.
+TEXTS = ("text", "question", "statement", "caption")  # keys that a record's text may have
+ADDED = ("prediction", "error")  # keys that the output adds to a record
+# Keys that Hugging Face uses for pictures.
 _FILES = {"image": "file_name", **{name: f"{name}_file_name" for name in PICTURES[1:]}}
 _TABLES = (".parquet", ".arrow", ".npz", ".gz", ".zip")
 
 
 @dataclass(frozen=True)
 class Record:
-    """Images and a text to look at.
+    """Images and a text to predict.
 
     Attributes:
-        given: the record as it was given, which its prediction repeats.
-        place: where it was given, for errors.
+        given: the record as given, which is repeated in the output.
+        place: file and line of the record, for errors.
         images: none, one, or the two of NLVR2.
         text: None if there is none.
     """
@@ -48,15 +48,15 @@ class Record:
 
 
 def to_json(value: Any) -> str:
-    """JSON on one line that can be written in UTF-8.
+    """Convert a value to JSON on one line that can be encoded in UTF-8.
 
     Raises:
-        ValueError: a number is NaN or infinite, which JSON does not have.
+        ValueError: a number is NaN or infinite, which JSON cannot represent.
     """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     try:
         text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON can say as an escape
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can contain as an escape
         return json.dumps(value, allow_nan=False)
     return text
 
@@ -71,15 +71,15 @@ def given_records(images: tuple[Path, ...], texts: tuple[str, ...]) -> Iterator[
 
 
 def reader(path: Path) -> Callable[[], Iterator[Record]]:
-    """What reads the records of a file from its start, as often as it is called.
+    """A function that reads the records of a file from its start; it can be called repeatedly.
 
-    A ``.json`` file is an array of objects, a ``.csv`` or ``.tsv`` file has a header, and any other
-    file has a JSON object on every line, as a ``.json`` file may have as well. ``-`` is standard
-    input, which has lines of JSON and is read now. Paths of images are relative to the file's
-    folder, those of standard input to the working folder.
+    A ``.json`` file is an array of objects, or has a JSON object on every line; a ``.csv`` or
+    ``.tsv`` file has a header; any other file has a JSON object on every line. ``-`` is standard
+    input, which has lines of JSON and is read immediately. Paths of images are relative to the
+    file's folder, those of standard input to the working directory.
 
-    The reader raises OSError if the file cannot be read, and ValueError with its place for the
-    first record that is none.
+    The function raises OSError if the file cannot be read, and ValueError with the place of the
+    first invalid record.
     """
     if path == STANDARD:
         lines = [_standard_line(*line) for line in enumerate(sys.stdin.buffer, 1)]
@@ -142,7 +142,7 @@ def _of_csv(path: Path, separator: str) -> Iterator[Record]:
 
 
 def _parsed(text: str, place: str) -> Any:
-    """A JSON value without what JSON does not have or leaves open."""
+    """Parse JSON strictly: rejects NaN, infinity and repeated keys."""
     try:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
     except RecursionError as error:

@@ -18,7 +18,7 @@ from vlmo.commands.options import (
     stopping_exits,
 )
 
-_OF_RECIPE = "the recipe's"  # shown as the default of what changes the recipe
+_OF_RECIPE = "the recipe's"  # shown as the default of options that change the recipe
 # The options that change the recipe; the others are fields of vlmo.training.Settings.
 _CHANGES = (
     *("size", "steps", "epochs", "warmup", "lr", "weight_decay", "batch_size", "image_size"),

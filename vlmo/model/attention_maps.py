@@ -1,4 +1,4 @@
-"""What each token of a text and an image attends to, layer by layer."""
+"""Attention weights between the tokens of a text and an image, layer by layer."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from vlmo.model.vlmo import VLMo
 
 
 class AttentionMaps(NamedTuple):
-    """Attention weights of one sequence of N tokens: those of the text, then those of the image.
+    """Attention weights of one sequence of N tokens: text tokens followed by image tokens.
 
     Attributes:
-        weights: float32 ``[layers, heads, N, N]``, or ``[heads, N, N]`` of one layer. Row q, column
-            k is the share of token k in what token q takes; each row sums to 1.
-        words: the text's tokens, ``[CLS]`` and ``[SEP]`` included; the first N of the N positions.
-        grid: side of the image in patches. After the words come the image's own ``[CLS]`` and then
-            ``grid * grid`` patches row by row; 0 if there is no image.
+        weights: float32 ``[layers, heads, N, N]``, or ``[heads, N, N]`` for one layer. Row q,
+            column k is the weight of key token k for query token q; each row sums to 1.
+        words: the text's tokens, including ``[CLS]`` and ``[SEP]``; they are the first of the N
+            positions.
+        grid: side of the image in patches; 0 if there is no image. After the words come the image's
+            own ``[CLS]`` and then ``grid * grid`` patches row by row.
     """
 
     weights: Tensor
@@ -30,7 +31,7 @@ class AttentionMaps(NamedTuple):
 
 @dataclass(frozen=True)
 class _Watched(Packed):
-    """A layout that keeps the weights of every layer it is asked for."""
+    """A layout that records the attention weights of every layer."""
 
     weights: list[Tensor] = field(default_factory=list)
 
@@ -39,7 +40,7 @@ class _Watched(Packed):
         return super().attend(qkv, table, backend)
 
     def _softmax(self, qkv: Tensor, table: Tensor | None) -> Tensor:
-        """``[H, N, N]`` float32 of packed queries, keys and values ``[N, 3, H, K]``."""
+        """Attention weights ``[H, N, N]`` float32 from packed ``qkv`` ``[N, 3, H, K]``."""
         q, k, _ = qkv.float().unbind(1)
         scores = torch.einsum("qhk,nhk->hqn", q * q.shape[-1] ** -0.5, k)
         if table is not None and self.index is not None:
@@ -52,15 +53,15 @@ class _Watched(Packed):
 def attention_weights(
     model: VLMo, texts: Texts | None, pixels: Tensor | None, layer: int | None
 ) -> Tensor:
-    """Weights ``[layers, heads, N, N]``, or ``[heads, N, N]`` of one layer, float32 on the CPU.
+    """Weights ``[layers, heads, N, N]``, or ``[heads, N, N]`` for one layer, float32 on the CPU.
 
-    Computed beside the model's own attention, in plain PyTorch, whatever backend the model uses.
+    They are computed in plain PyTorch, separately from the model's own attention, with any backend.
 
     Args:
         model: in evaluation mode.
         texts: one text; None for an image alone.
         pixels: ``[1, 3, S, S]``; None for a text alone.
-        layer: None for all of them; -1 for the last.
+        layer: number of the layer, -1 for the last one; None for all layers.
     """
     parts, run = [], Run(1, None, 0, 0, vl=texts is not None and pixels is not None)
     if texts is not None:

@@ -84,12 +84,12 @@ def numbered(lengths: Tensor, total: int) -> tuple[Tensor, Tensor]:
 
 
 class Texts(NamedTuple):
-    """Texts end to end.
+    """Texts, concatenated without padding.
 
     Attributes:
-        ids: ``[n]`` of all tokens.
-        places: ``[n]``, of each token in its text.
-        lengths: ``[B]`` int64 on the CPU, tokens of each text.
+        ids: ``[n]``, ids of all tokens.
+        places: ``[n]``, position of each token in its text.
+        lengths: ``[B]`` int64 on the CPU, number of tokens of each text.
     """
 
     ids: Tensor
@@ -98,11 +98,11 @@ class Texts(NamedTuple):
 
 
 def text_lengths(batch: Mapping[str, Any]) -> Tensor:
-    """Tokens of each text, ``[B]`` int64 on the CPU: ``text_lengths``, or what the masks say.
+    """Number of tokens of each text, ``[B]`` int64 on the CPU: ``text_lengths``, or from the masks.
 
     Raises:
-        ValueError: there is not one length for each text, a text has no token or more of them than
-            ``text_ids`` has, or its mask has a gap.
+        ValueError: the number of lengths is not the number of texts, a text has no token or more
+            tokens than ``text_ids``, or its mask has a gap.
     """
     rows, capacity = batch["text_ids"].shape
     if "text_lengths" in batch:
@@ -121,9 +121,9 @@ def text_lengths(batch: Mapping[str, Any]) -> Tensor:
 
 
 def refuse(wrong: Tensor, complaint: str) -> None:
-    """Raise ValueError if a text is ``wrong`` ``[B]``; a compiled graph asserts that none is.
+    """Raise ValueError if any text is ``wrong`` ``[B]``; a compiled graph asserts instead.
 
-    ``{}`` in the complaint stands for the text.
+    ``{}`` in the complaint is replaced by the text's index.
     """
     if torch.compiler.is_compiling():
         torch._assert_async(~wrong.any(), complaint.format("a text"))
@@ -132,9 +132,9 @@ def refuse(wrong: Tensor, complaint: str) -> None:
 
 
 def end_to_end(text_ids: Tensor, lengths: Tensor) -> Texts:
-    """Ids ``[B, T]`` without their padding, from ``lengths`` ``[B]`` on the CPU."""
-    total = cast(int, lengths.sum().item())  # int() would end a graph
-    torch._check(total >= 0)  # what a graph cannot know of a number
+    """Remove the padding of ids ``[B, T]``; ``lengths`` ``[B]`` are on the CPU."""
+    total = cast(int, lengths.sum().item())  # int() would break the graph
+    torch._check(total >= 0)  # gives a compiled graph a bound
     text, places = numbered(upload(lengths, text_ids.device), total)
     return Texts(text_ids[text, places], places, lengths)
 

@@ -179,11 +179,11 @@ class VLMo(nn.Module):
     def forward(
         self, function: Callable[Concatenate[VLMo, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """``function(self, *args, **kwargs)``: any use of the parts of the model as one forward.
+        """Return ``function(self, *args, **kwargs)``: any use of the model's parts as one forward.
 
-        Wrappers act on the forward of a module. DistributedDataParallel and FSDP2 gather and
-        average there, so ``wrapped(compute_losses, batch)`` is how a step reaches the model.
-        :func:`vlmo.tasks.losses.compute_losses` gives the losses of ``config.tasks``.
+        Wrappers act on the forward of a module: DistributedDataParallel and FSDP2 gather parameters
+        and average gradients there. A training step therefore calls ``wrapped(compute_losses,
+        batch)``; :func:`vlmo.tasks.losses.compute_losses` computes the losses of ``config.tasks``.
         """
         return function(self, *args, **kwargs)
 

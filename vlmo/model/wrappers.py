@@ -1,7 +1,7 @@
-"""Modules that others have wrapped, replaced or hooked: adapters, quantisation, calibration.
+"""Detects modules that were wrapped, replaced or hooked: adapters, quantisation, calibration.
 
 The fused operations read the parameters of plain modules. A module that does more than its
-parameters say has to be called, or what was added to it would have no effect.
+parameters imply must be called instead; otherwise the addition would have no effect.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether reading the parameters of ``module`` is the same as calling it.
+    """Whether reading the parameters of ``module`` is equivalent to calling it.
 
-    False for another class (PEFT, ``quantize_dynamic``, ``parametrize``, FSDP2 on this very
-    module), hooks (calibration, offloading, ``register_module_forward_hook``) and a ``forward`` of
-    the instance's own (accelerate).
+    False for another class (PEFT, ``quantize_dynamic``, ``parametrize``, FSDP2 on this module
+    itself), for hooks (calibration, offloading, ``register_module_forward_hook``), and for a
+    ``forward`` that is set on the instance (accelerate).
     """
     return (
         type(module) is kind
@@ -29,11 +29,11 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def rows_of(embedding: nn.Embedding, rows: int | slice | Tensor) -> Tensor:
-    """Rows of an embedding's weight; through the module if there is more to it."""
+    """Rows of an embedding's weight; calls the module if it is not plain."""
     if is_plain(embedding, nn.Embedding):
         return embedding.weight[rows]
     if not isinstance(rows, Tensor):
-        # Wrappers have a weight, but not always what else an embedding has.
+        # Wrappers have a weight, but not always the other attributes of an embedding.
         weight = embedding.weight
         rows = torch.arange(weight.shape[0], device=weight.device)[rows]
     return embedding(rows)

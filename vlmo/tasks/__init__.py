@@ -1,1 +1,1 @@
-"""What a model is trained for and judged by: losses, retrieval and evaluation."""
+"""Training objectives, retrieval and evaluation."""

@@ -59,17 +59,17 @@ def even_batches(numbers: Sequence[int], batch_size: int) -> list[list[int]]:
 
 @contextlib.contextmanager
 def evaluating(model: VLMo) -> Iterator[Callable[..., Any]]:
-    """Put ``model`` into evaluation mode for the block, and back into the mode it was in.
+    """Put ``model`` into evaluation mode for the block and restore its mode afterwards.
 
     Yields:
-        ``run(function, *arguments)``, which returns ``function(model, *arguments)`` by the model's
-        forward: under FSDP2, parts of a model can only be used inside it.
+        ``run(function, *arguments)``, which returns ``function(model, *arguments)`` from inside the
+        model's forward: under FSDP2, the parts of a model can only be used there.
     """
     training = model.training
     model.eval()
     try:
-        # The arguments are bound, because FSDP2 moves those of a forward to the GPU, the lengths of
-        # texts with them.
+        # Bind the arguments: FSDP2 moves the arguments of a forward to the GPU, including text
+        # lengths.
         yield lambda function, *arguments: model(lambda module: function(module, *arguments))
     finally:
         model.train(training)

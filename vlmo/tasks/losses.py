@@ -7,8 +7,8 @@ all        ``text_ids``, ``text_masks`` [B, T]
 mlm        ``image`` [B, 3, S, S], ``text_ids_mlm``, ``text_labels_mlm`` [B, T]
 textmlm    ``text_ids_mlm``, ``text_labels_mlm`` [B, T]
 itc, irtr  ``image``
-itm        ``image``; needs itc in the same step, which weighs the hard negatives
-vqa        ``image``, ``vqa_targets`` [B, answers] in [0, 1], or ``answers`` [B], one right each
+itm        ``image``; needs itc in the same step, which weights the hard negatives
+vqa        ``image``, ``vqa_targets`` [B, answers] in [0, 1], or ``answers`` [B], one id each
 nlvr2      ``image_0``, ``image_1``, ``answers`` [B] (1 for true)
 =========  ==============================================================================
 
@@ -78,12 +78,14 @@ def compute_losses(
     (DistributedDataParallel, FSDP2, ``torch.compile``, PEFT) take part.
 
     Args:
-        model: any.
-        batch: see above.
-        whole: of a global batch of which ``batch`` is a part; None if ``batch`` is this rank's all.
-        streams_only: return only what contrast compares, under the names of
+        model: any model.
+        batch: see the description of this module.
+        whole: information about the global batch if ``batch`` is a micro-batch; None if ``batch``
+            has all rows of this rank.
+        streams_only: return only the inputs of the contrastive loss, under the names of
             :class:`vlmo.model.packed.Streams`.
-        generator: of the draws of hard negatives; equal on all ranks, or each draws its own.
+        generator: random number generator for hard negatives, in the same state on all ranks; None
+            for torch's own on each rank.
 
     Raises:
         KeyError: the batch lacks a tensor that a task reads.
@@ -303,7 +305,7 @@ def vqa(model: VLMo, batch: Batch, patches: Tensor) -> Output:
 
 
 def nlvr2(model: VLMo, batch: Batch) -> Output:
-    """NLVR2: each text with either image, 2 B rows in one fused pass, and a classifier of both."""
+    """NLVR2: each text with each of its images, 2 B rows in one pass, and a joint classifier."""
     lengths = text_lengths(batch)
     texts = end_to_end(torch.cat([batch["text_ids"]] * 2), lengths.repeat(2))
     patches = torch.cat([model.embed_image(batch[f"image_{i}"], i + 1) for i in range(2)])

@@ -1,6 +1,6 @@
-"""Training: what a recipe, data and a machine become.
+"""Training: runs a recipe on some data and saves checkpoints, logs and the training state.
 
-Names are imported on first use: a recipe is looked up without torch.
+Names are imported on first use, so that recipes are available without torch.
 """
 
 from __future__ import annotations

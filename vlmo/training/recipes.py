@@ -1,9 +1,10 @@
-"""Every training of the paper as a named recipe, and small ones for digit scenes.
+"""Every training of the paper as a named recipe, and small recipes for digit scenes.
 
-Sources, named in :attr:`Recipe.source`: "supplement" is the supplementary material of the paper
-(NeurIPS 2022), "code" the official configurations (``vlmo/config.py`` of microsoft/unilm). Where
-the two differ, the supplement's numbers have the plain name and those of the code the same name
-with ``_code``. What the supplement leaves open is as in the code. "own" marks what neither has.
+Sources, given in :attr:`Recipe.source`: "supplement" is the supplementary material of the paper
+(NeurIPS 2022); "code" are the configurations of the reference implementation (``vlmo/config.py`` of
+microsoft/unilm). If the two differ, the supplement's values have the plain name and those of the
+code the same name with ``_code``. Values that the supplement does not give are those of the code.
+"own" marks values that neither has.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ TASKS_OF = {
     "nlvr2": ("nlvr2",),
     "retrieval": ("irtr",),
 }
-# Retrieval whose fusion encoder can re-rank, as in Table 2 of the supplement. The official code has
-# the re-ranking (never called) but no training for it.
+# Retrieval whose fusion encoder can re-rank, as in Table 2 of the supplement. unilm has a function
+# for re-ranking (never called) but no training for it.
 RERANK_LOSSES = ("itc", "itm")
-# Stage 2 trains what holds one of these in its name; the rest, BEiT's, is frozen (run.py:153).
+# Stage 2 trains parameters whose names contain one of these; the rest, from BEiT, is frozen
+# (run.py:153).
 TEXT_PARTS = (
     "text_embeddings",
     "token_type_embeddings",
@@ -46,8 +48,8 @@ TEXT_PARTS = (
 )
 PRETRAINING_DATA = ("coco", "vg", "sbu", "gcc")
 
-# 32-pixel pictures in four patches. Positions are learned beside the relative bias: [CLS] sees
-# through them where a digit lies.
+# 32-pixel pictures in four patches. There are learned positions besides the relative bias: they
+# show [CLS] where a digit is.
 _TINY = dict(
     dim=96,
     depth=3,
@@ -77,7 +79,7 @@ SIZES = {
     "small": small,
     "tiny": tiny,
 }
-CONTRASTS = ("itc", "irtr")  # the losses that compare the pairs of a batch
+CONTRASTS = ("itc", "irtr")  # losses that compare the pairs of a batch
 _FLOAT32_MAX = 3.4e38
 
 
@@ -89,7 +91,7 @@ def _not_negative(value: float) -> bool:
     return 0 <= value < math.inf
 
 
-# What a number must be, and the words for it.
+# The condition on a number, and its description.
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(
         (
@@ -115,44 +117,45 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model is trained in one stage.
+    """The hyperparameters of training one model in one stage.
 
     Attributes:
-        name: of the recipe.
-        stage: one of ``STAGES``; also the task that data are opened for and evaluated by.
-        size: of the model, a key of ``SIZES``.
-        lr: highest learning rate.
-        batch_size: samples of a step, over all GPUs and parts.
-        steps: of the training, or None if ``epochs`` counts.
-        epochs: passes over the data, or None if ``steps`` counts.
-        warmup: steps until ``lr`` is reached, or None if ``warmup_share`` counts.
-        warmup_share: share of all steps until ``lr`` is reached.
+        name: name of the recipe.
+        stage: one of ``STAGES``; also the task for which data are opened and evaluated.
+        size: size of the model, a key of ``SIZES``.
+        lr: peak learning rate.
+        batch_size: samples per step, in total over all GPUs and micro-batches.
+        steps: length of the training in steps, or None if ``epochs`` is given.
+        epochs: length in passes over the data, or None if ``steps`` is given.
+        warmup: number of warm-up steps, or None if ``warmup_share`` is given.
+        warmup_share: warm-up steps as a share of all steps.
         image_size: side of the pictures in pixels.
-        text_length: tokens of a text, [CLS] and [SEP] included.
-        text_capacity: longest text of the relative position table.
-        drop_path: stochastic depth of the last block, and dropout of the text embedding.
-        weight_decay: of the parameters that have one.
+        text_length: tokens per text, including [CLS] and [SEP].
+        text_capacity: longest text that the relative position table has rows for.
+        drop_path: stochastic depth rate of the last block, and dropout rate of the text embedding.
+        weight_decay: for the parameters that have weight decay.
         head_lr_scale: factor of ``lr`` for the classifier of VQA or NLVR2.
-        clip_norm: largest norm of the gradient, or None, as in the official code.
-        trained: parameters whose names hold one of these are trained; None for all.
-        initial_from: what the weights come from: a recipe, "BEiT", or None for random ones.
-        datasets: of the official data, or None for the task's only one.
-        mask_share: of the words, to predict; None where none are.
-        official_masking: choose words as the official code does, which may choose none
+        clip_norm: largest norm of the gradient, or None for no clipping, as in unilm.
+        trained: parameters whose names contain one of these are trained; None for all.
+        initial_from: origin of the initial weights: a recipe, "BEiT", or None for random weights.
+        datasets: which of unilm's data sets to use, or None for the task's only one.
+        mask_share: share of the words to predict; None without masking.
+        official_masking: choose words as unilm does, which may choose none
             (:func:`vlmo.data.mask_whole_words`).
-        itc_grad_scale: factor of the gradient of image-text contrast. The official code gathers
-            features without their gradient, so that it has 1 / GPUs, 1/64 in the published base
-            model; 1 is the gradient of the loss as the paper states it.
-        max_logit_scale: bound of the factor of the cosines in contrast (1 / temperature), 100 in
-            CLIP; None for no bound, as in the official code.
-        official_batches: draw batches at random, as the official code does, so that captions of
-            the same picture may meet in one and count as wrong; otherwise they never do
+        itc_grad_scale: factor of the gradient of image-text contrast. unilm gathers features
+            without their gradient, so its factor is 1 / GPUs, 1/64 for the published base model; 1
+            gives the gradient of the loss that the paper states.
+        max_logit_scale: upper bound of the contrastive logit scale (1 / temperature), 100 in CLIP;
+            None for no bound, as in unilm.
+        official_batches: draw batches at random, as unilm does, so that a batch may contain several
+            captions of the same picture, which then count as negatives; otherwise it never does
             (:class:`vlmo.data.GlobalBatches`).
         losses: out of :data:`vlmo.model.config.TASKS`; None for those of the stage.
-        separate_attention: text and image have attention of their own below the vision-language
+        separate_attention: text and image have their own attention below the vision-language
             experts (ablation, Table 1 of the supplement).
-        wide_start: start the blocks wider than the official code does, which a width of 96 needs.
-        source: see above.
+        wide_start: initialise the blocks with a wider distribution than unilm, as width 96
+            requires.
+        source: see the description of this module.
     """
 
     name: str
@@ -214,10 +217,10 @@ class Recipe:
     def _check_numbers(self) -> None:
         for name, (within, wanted) in _RANGES.items():
             value = getattr(self, name)
-            # A comparison with NaN is false.
+            # Comparisons with NaN are false.
             if value is not None and not within(value):
                 raise ValueError(f"{name}: {value} is not {wanted}")
-        # AdamW's first steps are up to ten times the learning rate, in float32.
+        # The first steps of AdamW are up to ten times the learning rate, in float32.
         if not 10 * self.lr * max(self.head_lr_scale, 1.0) < _FLOAT32_MAX:
             raise ValueError(f"lr: {self.lr} is too large for float32")
         if self.batch_size < 2 and set(self.tasks) & {*CONTRASTS, "itm"}:
@@ -232,32 +235,32 @@ class Recipe:
         return self.losses or TASKS_OF[self.stage]
 
     def replace(self, **changes: Any) -> Recipe:
-        """A copy with some fields changed; steps and epochs, and both warm-ups, replace another."""
+        """A copy with some fields changed; steps and epochs are exclusive, as are both warm-ups."""
         for one, other in (("steps", "epochs"), ("warmup", "warmup_share")):
             for name, opposite in ((one, other), (other, one)):
                 if changes.get(name) is not None:
                     changes.setdefault(opposite, None)
-        if changes.get("text_length") is not None:  # the table has to have rows for it
+        if changes.get("text_length") is not None:  # the table must have rows for it
             longest = max(self.text_capacity, changes["text_length"])
             changes.setdefault("text_capacity", longest)
         return dataclasses.replace(self, **changes)
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Steps of the whole training."""
+        """Number of steps of the whole training."""
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
         return self.epochs * steps_per_epoch
 
     def warmup_steps(self, total: int) -> int:
-        """Steps until ``lr`` is reached, of ``total``."""
+        """Number of warm-up steps, for ``total`` steps."""
         if self.warmup is not None:
             return self.warmup
         assert self.warmup_share is not None
         return int(self.warmup_share * total)
 
     def config(self, **changes: Any) -> VLMoConfig:
-        """The model; ``changes`` are what the data and the run decide, as ``vocab_size``."""
+        """Configuration of the model; ``changes`` come from data and run, as ``vocab_size``."""
         fields = dict(
             tasks=self.tasks,
             image_size=self.image_size,
@@ -270,15 +273,15 @@ class Recipe:
         return SIZES[self.size](**{**fields, **changes})
 
     def trains(self, parameter: str) -> bool:
-        """Whether a parameter of this name is trained."""
+        """Whether the parameter with this name is trained."""
         return self.trained is None or any(part in parameter for part in self.trained)
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of that name.
+    """The recipe with a name.
 
     Raises:
-        ValueError: there is none; names the closest.
+        ValueError: there is no such recipe; the message suggests the closest names.
     """
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.4)
@@ -302,8 +305,8 @@ def _pretraining() -> Iterator[Recipe]:
     yield text("textmlm_base", size="base", lr=2e-4, steps=500_000)
     yield text("textmlm_base_code", size="base", lr=2e-4, steps=200_000, source="code")
     yield text("textmlm_base_plus", size="base_plus", lr=2e-4, steps=200_000, source="code")
-    # The supplement tells the steps, and there is no official configuration: the learning rate of
-    # the next stage.
+    # The supplement gives the steps, and unilm has no configuration: use the learning rate of the
+    # next stage.
     yield text("textmlm_large", size="large", lr=5e-5, steps=200_000)
     for size, lr in (("base", 2e-4), ("base_plus", 1e-4), ("large", 5e-5)):
         yield Recipe(
@@ -402,7 +405,7 @@ def _retrieval() -> Iterator[Recipe]:
 
 
 def _own() -> Iterator[Recipe]:
-    """For a user's own data, thousands to a few million pairs, on one GPU."""
+    """Recipes for a user's own data, thousands to a few million pairs, on one GPU."""
     own = functools.partial(
         Recipe, size="small", batch_size=256, warmup_share=0.05, clip_norm=1.0, source="own"
     )
@@ -436,7 +439,7 @@ def _digits() -> Iterator[Recipe]:
     yield masked("digits_pretrain", stage="pretrain", steps=1200, initial_from="digits_textmlm")
     yield masked("digits_demo", stage="pretrain", steps=1000, text_length=8, text_capacity=8)
     tuned = functools.partial(digits, initial_from="digits_pretrain", lr=5e-4, steps=500)
-    # At 5e-4, two of five runs of NLVR2 made all features equal and stayed at chance.
+    # At 5e-4, two of five runs of NLVR2 made all features equal and stayed at chance level.
     longer = functools.partial(tuned, lr=3e-4, steps=1500, warmup_share=0.3, head_lr_scale=3.0)
     yield longer("digits_vqa", stage="vqa")
     yield longer("digits_nlvr2", stage="nlvr2")
@@ -452,7 +455,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def show_recipes(console: Console) -> None:
-    """Print the recipes as a table, as wide as it is."""
+    """Print the recipes as a table, without wrapping its lines."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     columns = (
         "recipe",

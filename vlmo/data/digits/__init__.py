@@ -1,1 +1,1 @@
-"""Digit scenes: a small data set made from the handwritten digits of scikit-learn."""
+"""Digit scenes: a small data set generated from the handwritten digits of scikit-learn."""

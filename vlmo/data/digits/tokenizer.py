@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 
 from vlmo.data.tokenizer import TextTokenizer, load_vocabulary
 
-# What train_wordpiece learns from all_texts() of digits/language.py, as tests/test_digit_scenes.py
-# checks. It is a file because runs record a digest of it.
+# The vocabulary that train_wordpiece learns from all_texts() of digits/language.py, which
+# tests/test_digit_scenes.py checks. It is stored as a file because runs record a digest of it.
 _VOCABULARY = Path(__file__).with_name("vocab.txt")
 
 
@@ -20,8 +20,8 @@ def _digit_wordpiece() -> Tokenizer:
 
 
 def digit_tokenizer(max_length: int = 16) -> TextTokenizer:
-    """Tokenizer of everything that is said about digit scenes.
+    """Tokenizer for all texts about digit scenes.
 
-    The longest text is 12 tokens, [CLS] and [SEP] included.
+    The longest text has 12 tokens, including [CLS] and [SEP].
     """
     return TextTokenizer(_digit_wordpiece(), max_length)
