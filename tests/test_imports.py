@@ -29,7 +29,6 @@ UPWARD = {("vlmo.model.vlmo", "vlmo.checkpoint.io")}
 BLOCK = 10  # lines that are not blank
 # Files that share a block of them, and what it is.
 REPEATED = {
-    ("kernels/attention/op.py", "kernels/moe_ffn/op.py"): "imports, and the table of backends",
     ("kernels/attention/triton/backward.py", "kernels/attention/triton/forward.py"): (
         "what begins a kernel, which Triton cannot return from a function"
     ),

@@ -8,18 +8,13 @@ import torch
 from torch import Tensor
 
 from .._op import Operation
-from . import cpu as cpu_impl
-from . import reference
+from . import cpu, reference
 from .call import Call
-from .cuda import backend as cuda_impl
-from .triton import backend as triton_impl
+from .cuda import backend as cuda
+from .triton import backend as triton
 
-BACKENDS: dict[str, Any] = {
-    "cuda": cuda_impl,
-    "triton": triton_impl,
-    "cpu": cpu_impl,
-    "reference": reference,
-}
+# In the order of preference.
+BACKENDS: dict[str, Any] = dict(cuda=cuda, triton=triton, cpu=cpu, reference=reference)
 
 
 def _empty_outputs(call: Call, backend: str) -> tuple[Tensor, Tensor]:
