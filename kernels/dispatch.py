@@ -7,7 +7,6 @@ import os
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -39,16 +38,6 @@ class Backend(Protocol):
 
     def why_not(self, *facts: Any) -> str | None:
         """None if the call described by ``facts`` can run, else one sentence with the reason."""
-
-
-@dataclass(frozen=True)
-class Absent:
-    """A backend that an operation does not have; its reason is all there is of it."""
-
-    reason: str
-
-    def why_not(self, *facts: Any) -> str | None:
-        return self.reason
 
 
 def check_name(name: str | None, source: str) -> None:
@@ -126,11 +115,6 @@ def choose(
                 f"{operation}: backend {name!r} cannot run this call: {reason}"
             )
         return name
-    return first_that_can(operation, backends, *facts)
-
-
-def first_that_can(operation: str, backends: Mapping[str, Backend], *facts: Any) -> str:
-    """Name the first backend that can run, whatever was asked for; arguments as for choose()."""
     reasons = []
     for candidate, implementation in backends.items():
         reason = implementation.why_not(*facts)

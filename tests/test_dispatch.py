@@ -9,13 +9,21 @@ import pytest
 import torch
 
 from vlmo.kernels import ModalityRouting, moe_ffn, use_backend, why_not
-from vlmo.kernels.dispatch import Absent, Backend, choose, requested
+from vlmo.kernels.dispatch import Backend, choose, requested
 from vlmo.kernels.support import OPERATIONS
 
 
 class Runs:
     def why_not(self, *facts):
         return None
+
+
+class Absent:
+    def __init__(self, reason):
+        self.reason = reason
+
+    def why_not(self, *facts):
+        return self.reason
 
 
 BACKENDS: dict[str, Backend] = {"cuda": Absent("no GPU."), "triton": Runs(), "reference": Runs()}

@@ -259,6 +259,7 @@ def test_modes_and_subclasses_see_the_operation(case):
                 for k, v in tensors.items()
             }
             assert call(case, routing, fake).shape == y.shape
+            assert call(case, routing, fake, backend="reference").shape == y.shape
 
 
 class Layers(nn.Module):

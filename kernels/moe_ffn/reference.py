@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils.checkpoint import checkpoint
 
 from ..arguments import without_autocast
@@ -78,8 +79,8 @@ def _rows_of_experts(call: Call) -> Iterator[tuple[int, Any]]:
     A mask is for ids on a GPU and in a compiled graph, where the count is unknown to the host: the
     expert then computes every row, rows of others as zeros, and nothing waits for the device.
     """
-    compiled = torch.compiler.is_compiling() and not exporting()
-    counts_rows = call.x.device.type == "cpu" and not compiled
+    traced = not exporting() and (torch.compiler.is_compiling() or is_fake(call.x))
+    counts_rows = call.x.device.type == "cpu" and not traced
     for e in range(len(call.w1)):
         if call.ids is not None:
             mask = call.ids == e

@@ -65,14 +65,10 @@ class Backward:
         device, workers = self.x.device, host.workers_on(self.x.device, tile)
         costs = dict(step=config.block_k, rows_cost=host.ROWS_COST)
         band = band_of(plan.bound, plan.tasks, workers, plan.depths, **costs)
+        programs = min(workers, plan.bound * sum(plan.tasks))
         with take_counters(device, 2 + 3 * plan.bound) as counters:
             triton_launch.launch(
-                *(
-                    moe_ffn_bwd_rows_kernel,
-                    device,
-                    min(workers, plan.bound * sum(plan.tasks)),
-                    tile,
-                ),
+                *(moe_ffn_bwd_rows_kernel, device, programs, tile),
                 *(self.dy, self.x, self.pre, *plan.tensors.values()),
                 gradients.x if wanted(gradients.x) else None,
                 *(host.pointers(t) for t in (call.w1, call.w2, call.b1)),
