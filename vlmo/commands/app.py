@@ -25,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# What a user can cause and mend; anything else is a defect and keeps its traceback.
+# Errors that a user can cause and correct; any other is a defect and keeps its traceback.
 _USER_ERRORS = (ValueError, NotImplementedError, OSError, ImportError)
 
 
@@ -52,7 +52,7 @@ for _command in (info, demo, recipes, train, vocab, check, evaluate, predict):
 
 
 def _lack_of_memory(error: BaseException) -> str | None:
-    """What to say of an error if memory was lacking; None for another error."""
+    """The message for an out-of-memory error; None for any other error."""
     reason = next(iter(str(error).splitlines()), "")
     # NumPy and Python, torch on the CPU, torch on a GPU.
     torch_s = "can't allocate memory" in reason or type(error).__name__ == "OutOfMemoryError"
@@ -62,7 +62,7 @@ def _lack_of_memory(error: BaseException) -> str | None:
 
 
 def main() -> None:
-    """Console entry point: errors a user can mend are one line and exit code 2."""
+    """Console entry point: errors that a user can correct are one line and exit code 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be in its encoding
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

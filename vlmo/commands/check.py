@@ -1,4 +1,4 @@
-"""``vlmo check``: reads all samples of some data once, and lists those that cannot be read."""
+"""``vlmo check``: read every sample of a data source once and list the unreadable ones."""
 
 from __future__ import annotations
 
@@ -30,20 +30,21 @@ def check(
     task: Annotated[
         Task | None,
         typer.Option(
-            help="Task that the data are for.", show_default="every task that the data serve"
+            help="Task to open the data for.", show_default="every task that the data support"
         ),
     ] = None,
-    split: Annotated[
-        Split | None, typer.Option(help="Check only this split.", show_default="all that there are")
-    ] = None,
+    split: Annotated[Split | None, typer.Option(help="Split to check.", show_default="all")] = None,
     datasets: DatasetsOption = None,
     answers: DataAnswersOption = None,
-    workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Data loader processes.")] = 0,
     output: Annotated[
-        Path | None, typer.Option(help=".jsonl file for the file, row and reason of each.")
+        Path | None,
+        typer.Option(
+            help=".jsonl file that receives file, row and reason of each unreadable sample."
+        ),
     ] = None,
 ) -> None:
-    """Read every text and every picture of some data once, and list those that cannot be read.
+    """Read every text and image of a data source once and list the unreadable ones.
 
     Exits with status 1 if there are any.
     """
@@ -90,7 +91,7 @@ def check(
 def _parts(
     data: str, task: str | None, split: str | None, datasets: tuple[str, ...] | None
 ) -> Iterator[tuple[str, str, tuple[str, ...] | None]]:
-    """Task, split and official data sets of everything that is to be opened."""
+    """Task, split and official data sets of each data set to open."""
     from vlmo.data.check import official_datasets, splits_there, tasks_of
     from vlmo.data.digit_scans import SPLITS
 

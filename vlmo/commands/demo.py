@@ -1,4 +1,4 @@
-"""``vlmo demo``."""
+"""``vlmo demo``: verify the kernels and run a small training and retrieval."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from vlmo.commands.options import BackendOption, DeviceOption, limit_spinning, s
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("vlmo-demo"),
+    output: Annotated[Path, typer.Option(help="Output folder.")] = Path("vlmo-demo"),
     steps: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Train for this many steps; the results are then not judged.",
+            help="Number of training steps; if given, the recall is reported but not checked.",
             show_default="those of the recipe digits_demo",
         ),
     ] = None,
@@ -27,7 +27,7 @@ def demo(
     device: DeviceOption = "auto",
     backend: BackendOption = None,
 ) -> None:
-    """Check the kernels, train a small VLMo, and search pictures with it.
+    """Verify the kernels, train a small VLMo, and retrieve images with it.
 
     Exits with status 1 if a kernel exceeds its error bound, if retrieval is not far above chance,
     or if re-ranking lowers the recall. After Ctrl-C the training is saved, the status is 130, and

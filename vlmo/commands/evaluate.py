@@ -1,4 +1,4 @@
-"""``vlmo evaluate``: the metrics of a trained model on a data set."""
+"""``vlmo evaluate``: compute the metrics of a trained model on a data set."""
 
 from __future__ import annotations
 
@@ -32,44 +32,47 @@ from vlmo.commands.options import (
 
 def evaluate(
     model: ModelArgument,
-    task: Annotated[Task, typer.Argument(help="What to measure.")],
+    task: Annotated[Task, typer.Argument(help="Task to evaluate.")],
     data: DataOption,
-    split: Annotated[Split, typer.Option(help="Split of the data.")] = "test",
+    split: Annotated[Split, typer.Option(help="Split to evaluate on.")] = "test",
     datasets: DatasetsOption = None,
     rerank: Annotated[
         int,
         typer.Option(
-            min=0, help="Candidates that the fusion encoder re-ranks (32 in the paper); 0 for none."
+            min=0,
+            help="Candidates that the fusion encoder re-ranks (32 in the paper); 0 disables it.",
         ),
     ] = 0,
     image_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Side of the images in pixels.", show_default="the model's"),
+        typer.Option(
+            min=1, help="Height and width of the images in pixels.", show_default="the model's"
+        ),
     ] = None,
     vocabulary: VocabularyOption = None,
     answers: AnswersOption = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time on each process.")] = 64,
-    workers: Annotated[int, typer.Option(min=0, help="Loader processes of each process.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Batch size of each process.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Data loader processes of each process.")] = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     backend: BackendOption = None,
     output: Annotated[
-        Path | None, typer.Option(help="JSON file for the metrics.", show_default="none")
+        Path | None, typer.Option(help="JSON file to write the metrics to.", show_default="none")
     ] = None,
     predictions: Annotated[
         Path | None,
         typer.Option(
-            help="File of answers to submit (JSON of vqa, CSV of nlvr2).", show_default="none"
+            help="Submission file to write (JSON for vqa, CSV for nlvr2).", show_default="none"
         ),
     ] = None,
     on_bad_sample: Annotated[
         Literal["error", "skip"],
-        typer.Option(help="Stop at a sample that cannot be read, or skip it."),
+        typer.Option(help="Stop at an unreadable sample, or skip it."),
     ] = "error",
 ) -> None:
-    """Measure a model on a data set, alone or under torchrun (docs/prediction.md).
+    """Evaluate a model on a data set, in one process or under torchrun (docs/prediction.md).
 
-    Exits with 1 if the model's outputs are NaN or infinite.
+    Exits with status 1 if outputs of the model are NaN or infinite.
     """
     options = locals() | {"dtype": dtype or "auto", "datasets": datasets or None}
     limit_spinning()
@@ -129,7 +132,7 @@ def evaluate(
 
 
 def _report(metrics: Mapping[str, float], options: Mapping[str, Any], console: Console) -> None:
-    """Print the metrics, and write them with what the command was given."""
+    """Print the metrics, and write them to a file together with the arguments of the command."""
     from vlmo.files import write_json
     from vlmo.machine import versions
 

@@ -1,4 +1,4 @@
-"""Options and exits that several commands share. Nothing here loads torch: --help stays fast."""
+"""Options and exit codes that several commands share; imports no torch, so --help stays fast."""
 
 from __future__ import annotations
 
@@ -17,16 +17,23 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 Split = Literal["train", "val", "test"]
 Task = Literal["retrieval", "vqa", "nlvr2", "pretrain", "textmlm"]
 
-_DATA = "digits, a folder of Arrow files, or your own data (docs/data.md)."
+_DATA = "Data source: digits, a folder of Arrow files, or your own data (docs/data.md)."
 DataArgument = Annotated[str, typer.Argument(help=_DATA)]
 DataOption = Annotated[str, typer.Option(help=_DATA)]
 DatasetsOption = Annotated[
-    list[str] | None, typer.Option(help="Official data sets.", show_default="those of the task")
+    list[str] | None,
+    typer.Option(
+        help="Official data set to read; may be repeated.", show_default="those of the task"
+    ),
 ]
-ModelArgument = Annotated[Path, typer.Argument(help="Checkpoint, or folder of a run.")]
+ModelArgument = Annotated[Path, typer.Argument(help="Checkpoint file or run folder.")]
 VocabularyOption = Annotated[
     Path | None,
-    typer.Option("--vocab", help="vocab.txt of the model.", show_default="that of the run folder"),
+    typer.Option(
+        "--vocab",
+        help="WordPiece vocabulary of the model (vocab.txt).",
+        show_default="that of the run folder",
+    ),
 ]
 AnswersOption = Annotated[
     Path | None,
@@ -36,39 +43,41 @@ DataAnswersOption = Annotated[
     Path | None,
     typer.Option(help="JSON list of the VQA answers.", show_default="those of the data"),
 ]
-DeviceOption = Annotated[Device, typer.Option(help="Where to run.")]
+DeviceOption = Annotated[Device, typer.Option(help="Device to run on.")]
 DtypeOption = Annotated[
     Dtype | None,
     typer.Option(
-        help="Dtype of the matrix products.", show_default="float32 on a CPU, 16 bits on a GPU"
+        help="Dtype of matrix products.", show_default="float32 on a CPU, 16 bits on a GPU"
     ),
 ]
 BackendOption = Annotated[
     str | None,
     typer.Option(
-        help="Kernels: cuda, triton, cpu or reference.", show_default="the first that can run"
+        help="Kernel backend: cuda, triton, cpu or reference.",
+        show_default="the first that can run",
     ),
 ]
 
 
 def plain_console() -> Console:
-    """A console that prints file names and error texts as they are, without markup."""
+    """A console that prints file names and error messages verbatim, without markup."""
     return Console(markup=False, emoji=False)
 
 
 def limit_spinning() -> None:
-    """Keep idle OpenMP threads from spinning for long; call this before torch is imported.
+    """Limit how long idle OpenMP threads spin; call this before torch is imported.
 
-    GNU OpenMP reads the variable when torch is loaded: how long its threads spin for work before
-    they sleep. With the default, a step takes forty times as long when another program has one of
-    two cores; put to sleep at once (OMP_WAIT_POLICY=passive), three times as long when none has.
+    GNU OpenMP reads GOMP_SPINCOUNT, the number of spins before a thread sleeps, when torch is
+    loaded. With the default, a step takes forty times as long when another program occupies one of
+    two cores. Threads that sleep at once (OMP_WAIT_POLICY=passive) make a step take three times as
+    long on an idle machine.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 
 @contextlib.contextmanager
 def not_finite_exits() -> Iterator[None]:
-    """Report numbers that are NaN or infinite in one line, and exit with status 1."""
+    """Report NaN or infinite outputs in one line and exit with status 1."""
     try:
         yield
     except FloatingPointError as error:
@@ -78,10 +87,9 @@ def not_finite_exits() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stopping_exits() -> Iterator[None]:
-    """Report a training that ended early in one line, and exit.
+    """Report in one line why a training ended early, and exit.
 
-    The status is 128 plus the number of the signal that stopped it, or 1 if a loss or a weight was
-    not finite.
+    The exit status is 128 plus the number of the signal, or 1 if a loss or a weight was not finite.
     """
     try:
         from vlmo.training import Interrupted

@@ -1,4 +1,4 @@
-"""``vlmo predict``: what a trained model says about images and texts."""
+"""``vlmo predict``: predictions of a trained model for images and texts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _CHUNK = 256  # records at a time, whose pictures are in memory
 def predict(
     model: ModelArgument,
     image: Annotated[
-        list[Path] | None, typer.Option(help="An image; give two for a statement about a pair.")
+        list[Path] | None, typer.Option(help="Image file; repeat it for a statement about a pair.")
     ] = None,
     text: Annotated[
         list[str] | None, typer.Option(help="Caption, question or statement; may be repeated.")
@@ -46,28 +46,30 @@ def predict(
     input: Annotated[
         Path | None,
         typer.Option(
-            help="Records of images and texts, .jsonl, .json, .csv or .tsv; - is standard input."
+            help="Records of images and texts (.jsonl, .json, .csv, .tsv); - is standard input."
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help=".jsonl file.", show_default="standard output")
+        Path | None, typer.Option(help=".jsonl file to write.", show_default="standard output")
     ] = None,
     embeddings: Annotated[
         Path | None,
-        typer.Option(help=".npz file for unit vectors of images and texts.", show_default="none"),
+        typer.Option(
+            help=".npz file to write the embeddings of images and texts to.", show_default="none"
+        ),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="Number of answers to a question.")] = 1,
+    top: Annotated[int, typer.Option(min=1, help="Number of answers per question.")] = 1,
     vocabulary: VocabularyOption = None,
     answers: AnswersOption = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Batch size.")] = 64,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     backend: BackendOption = None,
 ) -> None:
-    """Predict similarity, match, answers or truth of images and texts, by the model's heads.
+    """Predict similarity, match, answers or truth, depending on the heads of the model.
 
-    See docs/prediction.md. Exits with 1 if an image of a record cannot be read, or if outputs are
-    NaN or infinite.
+    See docs/prediction.md. Exits with status 1 if an image of a record is unreadable, or if
+    outputs are NaN or infinite.
     """
     limit_spinning()
     from vlmo.commands.outputs import check_outputs
@@ -124,13 +126,13 @@ def predict(
 
 @dataclass
 class _Failures:
-    """Records whose images cannot be read."""
+    """Records whose images are unreadable."""
 
     records: int = 0
     places: dict[str, str] = field(default_factory=dict)  # of the bad ones, with the reasons
 
     def say(self) -> None:
-        """On standard error, in one line."""
+        """Print the number of unreadable images on standard error."""
         place, reason = next(iter(self.places.items()))
         count = f"{len(self.places)} of {self.records} records"
         print(f"vlmo: {count} have an error, the first is {place}: {reason}", file=sys.stderr)
@@ -214,7 +216,7 @@ def _lines(predictor: Predictor, chunk: list[_Seen], top: int) -> Iterator[str]:
 
 
 def _predict(predictor: Predictor, chunk: list[_Seen], top: int) -> list[dict[str, Any]]:
-    """What the heads of the model say about each record."""
+    """The predictions of the model's heads for each record."""
     said: list[dict[str, Any]] = [{} for _ in chunk]
     for count, say in ((1, _say_of_one), (2, _say_of_two)):
         rows = [n for n, seen in enumerate(chunk) if len(seen.images) == count]
@@ -226,7 +228,7 @@ def _predict(predictor: Predictor, chunk: list[_Seen], top: int) -> list[dict[st
 
 
 def _say_of_one(predictor: Predictor, chunk: list[_Seen], top: int) -> dict[str, list[Any]]:
-    """What is said of one image and a text, one value for each record."""
+    """The predictions for pairs of an image and a text, one value per record."""
     images, texts = [seen.images[0] for seen in chunk], _texts(chunk)
     columns: dict[str, list[Any]] = {}
     if predictor.has("itc", "irtr"):

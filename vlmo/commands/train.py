@@ -1,4 +1,4 @@
-"""``vlmo train``: a recipe, with the user's changes, and where and how to train by it."""
+"""``vlmo train``: run a recipe, with overrides of its settings."""
 
 from __future__ import annotations
 
@@ -28,39 +28,42 @@ _CHANGES = (
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="One of the names that vlmo recipes lists.")],
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe; `vlmo recipes` lists them.")],
     data: DataOption,
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the run; a training in it is resumed.", show_default="runs/RECIPE"
+            help="Output folder; a run that it already holds is resumed.",
+            show_default="runs/RECIPE",
         ),
     ] = None,
     initial: Annotated[
         Path | None,
         typer.Option(
             "--init",
-            help="Checkpoint, or folder of a run, to start from.",
+            help="Checkpoint file or run folder with the initial weights.",
             show_default="random weights",
         ),
     ] = None,
     skip: Annotated[
         list[str] | None,
         typer.Option(
-            help="Prefix of keys that are not loaded from --init; may be repeated.",
+            help="Checkpoint key prefix to skip when loading --init; may be repeated.",
             show_default="none",
         ),
     ] = None,
     vocabulary: Annotated[
         Path | None,
         typer.Option(
-            "--vocab", help="Vocabulary, a vocab.txt.", show_default="that of the run or of --init"
+            "--vocab",
+            help="WordPiece vocabulary (vocab.txt).",
+            show_default="that of the run or of --init",
         ),
     ] = None,
     datasets: Annotated[
         list[str] | None,
         typer.Option(
-            help="Official data sets to train on; may be repeated.",
+            help="Official data set to train on (coco, vg, ...); may be repeated.",
             show_default="the recipe's",
         ),
     ] = None,
@@ -68,126 +71,159 @@ def train(
     answer_minimum: Annotated[
         int,
         typer.Option(
-            min=1, help="Your own VQA data: keep what is the major answer of this many questions."
+            min=1,
+            help="Minimum count for an answer to enter the vocabulary (your own VQA data).",
         ),
     ] = 1,
     on_bad_sample: Annotated[
         str,
         typer.Option(
-            help="What to do about a damaged picture or text: error; skip (up to 1 % of the "
-            "samples, or 10 if that is more); skip:N (up to N)."
+            help="What to do with an unreadable image or text: error; skip (at most 1 % of the "
+            "samples, or 10 if that is more); skip:N (at most N)."
         ),
     ] = "error",
     size: Annotated[
         str | None,
         typer.Option(
-            help="Size of the model: tiny, small, base, base_plus or large.",
+            help="Model size: tiny, small, base, base_plus or large.",
             show_default=_OF_RECIPE,
         ),
     ] = None,
     steps: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Steps in all; may be raised when resuming.", show_default=_OF_RECIPE
+            min=1,
+            help="Total number of steps; may be raised when resuming.",
+            show_default=_OF_RECIPE,
         ),
     ] = None,
     epochs: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Epochs in all; may be raised when resuming.", show_default=_OF_RECIPE
+            min=1,
+            help="Total number of epochs; may be raised when resuming.",
+            show_default=_OF_RECIPE,
         ),
     ] = None,
     warmup: Annotated[
         int | None,
-        typer.Option(min=0, help="Warm-up steps, until --lr is reached.", show_default=_OF_RECIPE),
+        typer.Option(
+            min=0, help="Linear warm-up steps of the learning rate.", show_default=_OF_RECIPE
+        ),
     ] = None,
     lr: Annotated[
         float | None, typer.Option(help="Peak learning rate.", show_default=_OF_RECIPE)
     ] = None,
     weight_decay: Annotated[
         float | None,
-        typer.Option(help="0 to 1; not applied to biases and most norms.", show_default=_OF_RECIPE),
+        typer.Option(
+            help="Weight decay, 0 to 1; biases and most norms are exempt.", show_default=_OF_RECIPE
+        ),
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Samples per step, over all processes.", show_default=_OF_RECIPE),
+        typer.Option(
+            min=1,
+            help="Global batch size: samples per step over all processes.",
+            show_default=_OF_RECIPE,
+        ),
     ] = None,
     image_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Side of the images in pixels.", show_default=_OF_RECIPE),
+        typer.Option(
+            min=1, help="Height and width of the images in pixels.", show_default=_OF_RECIPE
+        ),
     ] = None,
     text_length: Annotated[
         int | None,
         typer.Option(
-            min=3, help="Most tokens of a text, with [CLS] and [SEP].", show_default=_OF_RECIPE
+            min=3,
+            help="Maximum number of tokens of a text, including [CLS] and [SEP].",
+            show_default=_OF_RECIPE,
         ),
     ] = None,
     mask_share: Annotated[
         float | None,
-        typer.Option(help="Share of the tokens that MLM masks.", show_default=_OF_RECIPE),
+        typer.Option(help="Fraction of the tokens that MLM masks.", show_default=_OF_RECIPE),
     ] = None,
     drop_path: Annotated[
         float | None,
-        typer.Option(help="Stochastic depth rate of the last block.", show_default=_OF_RECIPE),
+        typer.Option(
+            help="Stochastic depth rate of the last block; it rises linearly from 0.",
+            show_default=_OF_RECIPE,
+        ),
     ] = None,
     clip_norm: Annotated[
         float | None,
-        typer.Option(help="Clip the gradient to this norm.", show_default=_OF_RECIPE),
+        typer.Option(help="Maximum gradient norm (clipping).", show_default=_OF_RECIPE),
     ] = None,
     itc_grad_scale: Annotated[
         float | None,
         typer.Option(
-            help="Factor of the gradient of the contrastive loss; in the official code it is "
-            "1 / GPUs (docs/training.md).",
+            help="Factor on the gradient of the contrastive loss; 1 / GPUs reproduces unilm, the "
+            "reference implementation (docs/training.md).",
             show_default=_OF_RECIPE,
         ),
     ] = None,
     max_logit_scale: Annotated[
         float | None,
         typer.Option(
-            help="Upper bound of 1 / temperature in the contrastive loss (100 in CLIP).",
+            help="Upper bound of the logit scale (1 / temperature) of the contrastive loss; CLIP "
+            "uses 100.",
             show_default="no bound",
         ),
     ] = None,
     separate_attention: Annotated[
         bool,
-        typer.Option("--separate-attention", help="Separate attention weights for text and image."),
+        typer.Option(
+            "--separate-attention", help="Use separate attention weights for text and image."
+        ),
     ] = False,
     official_masking: Annotated[
         bool,
-        typer.Option("--official-masking", help="Choose masked tokens as the official code does."),
+        typer.Option("--official-masking", help="Choose masked tokens as unilm does."),
     ] = False,
     official_batches: Annotated[
         bool,
         typer.Option(
             "--official-batches",
-            help="Random batches: captions of the same picture may be each other's negatives.",
+            help="Draw batches at random, as unilm does: captions of one image may then be "
+            "negatives of each other.",
         ),
     ] = False,
     seed: Annotated[
-        int, typer.Option(min=0, help="Random seed of weights, order, augmentation and masks.")
+        int, typer.Option(min=0, help="Random seed of weights, data order, augmentation and masks.")
     ] = 1,
     micro_batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Rows at a time on each process.", show_default="all"),
+        typer.Option(
+            min=1,
+            help="Samples per process that are computed at a time; the gradient stays that of the "
+            "whole batch.",
+            show_default="all",
+        ),
     ] = None,
     checkpointing: Annotated[
         bool,
         typer.Option(
-            "--checkpointing", help="Recompute activations in the backward to save memory."
+            "--checkpointing",
+            help="Activation checkpointing: recompute activations in the backward pass.",
         ),
     ] = False,
     parallel: Annotated[
-        Literal["ddp", "fsdp"], typer.Option(help="DistributedDataParallel, or FSDP2 (shards).")
+        Literal["ddp", "fsdp"],
+        typer.Option(help="DistributedDataParallel, or FSDP2 (sharded weights)."),
     ] = "ddp",
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     backend: BackendOption = None,
     workers: Annotated[
-        int, typer.Option(min=0, help="Loader processes of each training process.")
+        int, typer.Option(min=0, help="Data loader processes of each training process.")
     ] = 0,
-    log_every: Annotated[int, typer.Option(min=1, help="Steps between rows of the logs.")] = 10,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between saved states.")] = 1000,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between log entries.")] = 10,
+    save_every: Annotated[
+        int, typer.Option(min=1, help="Steps between saved training states.")
+    ] = 1000,
     evaluate_every: Annotated[
         int | None,
         typer.Option(
@@ -195,21 +231,21 @@ def train(
         ),
     ] = None,
     evaluation_batch: Annotated[
-        int, typer.Option(min=1, help="Samples at a time in validations.")
+        int, typer.Option(min=1, help="Batch size of the validation.")
     ] = 64,
     board: Annotated[
         bool,
-        typer.Option("--tensorboard/--no-tensorboard", help="Write a TensorBoard log as well."),
+        typer.Option("--tensorboard/--no-tensorboard", help="Also write a TensorBoard log."),
     ] = True,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Check everything, run one step, and write nothing."),
     ] = False,
 ) -> None:
-    """Train a model by a recipe, alone or under torchrun (docs/training.md).
+    """Train a model with a recipe, in one process or under torchrun (docs/training.md).
 
-    Exits with 1 if the loss or a weight is no longer finite. After SIGTERM or SIGINT the state is
-    saved and the status is 143 or 130; the same command then resumes the training.
+    Exits with status 1 if the loss or a weight is not finite. On SIGTERM or SIGINT the training
+    state is saved and the exit status is 143 or 130; the same command then resumes the run.
     """
     options: dict[str, Any] = dict(locals())
     limit_spinning()

@@ -1,4 +1,4 @@
-"""``vlmo vocab``: a vocabulary learned from the texts of any data."""
+"""``vlmo vocab``: train a WordPiece vocabulary on the texts of a data source."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from vlmo.commands.options import DataArgument, DatasetsOption, Split, Task, pla
 def vocab(
     data: DataArgument,
     output: Annotated[Path, typer.Option(help="File to write.")] = Path("vocab.txt"),
-    task: Annotated[Task, typer.Option(help="Task of the data, whose texts are read.")] = (
-        "pretrain"
-    ),
-    split: Annotated[Split, typer.Option(help="Split whose texts are read.")] = "train",
+    task: Annotated[Task, typer.Option(help="Task to open the data for.")] = ("pretrain"),
+    split: Annotated[Split, typer.Option(help="Split whose texts are used.")] = "train",
     datasets: DatasetsOption = None,
-    size: Annotated[int, typer.Option(min=6, help="Most tokens of the vocabulary.")] = 8000,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+    size: Annotated[
+        int, typer.Option(min=6, help="Maximum number of tokens in the vocabulary.")
+    ] = 8000,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Learn a WordPiece vocabulary from the texts of your own data."""
+    """Train a WordPiece vocabulary on the texts of your own data."""
     from vlmo.commands.outputs import check_outputs, path_of_data
     from vlmo.data import TextTokenizer, open_data, texts_of, train_wordpiece
 
