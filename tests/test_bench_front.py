@@ -95,13 +95,5 @@ def test_suites_take_turns(tmp_path):
     status, told = run(tmp_path, "benchmarks", "-k", "vlmo:cpu", "--collect-only", "-q")
     assert status == 0
     order = [line.split("[")[1].split("-")[0] for line in told.splitlines() if "[" in line]
-    # Of the first case of each suite, then of the second.
-    assert order[:7] == [
-        "attention",
-        "model",
-        "moe_ffn",
-        "moe_ffn",
-        "attention",
-        "model",
-        "moe_ffn",
-    ]
+    # The first case of each suite, then the second.
+    assert order[:6] == 2 * ["attention", "model", "moe_ffn"]
