@@ -5,7 +5,7 @@
 from packed ``[B, N, 3, H, K]``. The table is float32, as a model keeps it, with values that the
 dtype of the operands can hold. Forward and backward has the gradient of q, k, v and the table; with
 contenders that take the bias as a tensor, that of the table comes from autograd through the lookup,
-which they do once in every call, as the official code does once for a layer.
+which they do once in every call, as unilm does once for a layer.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Inputs(NamedTuple):
 
 
 def eager(inputs: Inputs, *, wide_scores: bool = True) -> Make:
-    """The official code's way: scores of all heads in float32, with the bias as a tensor.
+    """As in unilm: scores of all heads in float32, with the bias as a tensor.
 
     The code multiplies queries and keys in float32 (``wide_scores``), which autocast takes back.
     """

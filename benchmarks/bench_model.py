@@ -1,6 +1,6 @@
-"""The suite of the whole model: what a training or a search waits for, beside the official way.
+"""The whole model in training, encoding and re-ranking, beside unilm, the reference implementation.
 
-Texts have 12 tokens on average, as captions of COCO do, of the 40 that fit. The official way pads
+Texts have 12 tokens on average, as captions of COCO do, of the 40 that fit. unilm pads
 them to 40, fuses in separate passes, and embeds an image in each of them; this library packs. A
 step is forward and backward of the losses, without an optimizer and without stochastic depth.
 """
@@ -111,7 +111,7 @@ class ModelProblem:
 
     @functools.cached_property
     def model(self) -> SwitchedVLMo:
-        """Made when it is first needed: an official one may take gigabytes."""
+        """Made when it is first needed: a large one takes gigabytes."""
         return _model(self.config, self.device, self.dtype)
 
     def work(self, contender: str) -> Work:
@@ -160,7 +160,7 @@ class ModelProblem:
         words = min(_CHECKED_WORDS, self.config.vocab_size)
         config = self.config.replace(depth=2, vl_start=1, vocab_size=words)
         batch = _batch(config, _CHECKED[self.phase], self.device, self.dtype)
-        model, right = _model(config, self.device, self.dtype), _in_the_official_way(wide=True)
+        model, right = _model(config, self.device, self.dtype), _as_unilm(wide=True)
         eager = self._results(right, model, batch)
         wide = _model(config, self.device, torch.float64)
         wide.load_state_dict(model.state_dict())
@@ -188,7 +188,7 @@ class ModelProblem:
         if contender in _OFFICIAL:
             compiles = contender == "official-compiled"
             compiler = compiler_of(self.case, self.device) if compiles else None
-            return _in_the_official_way(compiler=compiler)
+            return _as_unilm(compiler=compiler)
 
         def packed(phase: str, model: SwitchedVLMo, batch: Batch) -> Named:
             with use_backend(contender.removeprefix("vlmo:")):
@@ -200,9 +200,9 @@ class ModelProblem:
 SUITE = Suite("model", cases, ModelProblem)
 
 
-def _in_the_official_way(*, compiler: str | None = None, wide: bool = False) -> Form:
+def _as_unilm(*, compiler: str | None = None, wide: bool = False) -> Form:
     def form(phase: str, model: SwitchedVLMo, batch: Batch) -> Named:
-        with model.the_official_way(compiler=compiler, wide_scores=wide):
+        with model.as_unilm(compiler=compiler, wide_scores=wide):
             return _official(phase, model, batch)
 
     return form
@@ -250,7 +250,7 @@ def _model(config: VLMoConfig, device: torch.device, dtype: torch.dtype) -> Swit
 
 @functools.lru_cache(maxsize=2)
 def _random_model(config: VLMoConfig) -> SwitchedVLMo:
-    """Random weights, the bias included, which an official model starts with at zero."""
+    """Random weights, the bias included, which a new model has at zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = SwitchedVLMo(config)

@@ -1,11 +1,11 @@
-"""VLMo as the official code computes it: what the model is measured against.
+"""VLMo as unilm, the reference implementation, computes it.
 
 The same parameters and the same mathematics. What differs from :class:`vlmo.VLMo`: batches are
 padded to the longest text that is allowed, tokens are sliced by modality, fed through their experts
 and concatenated, the bias of all layers is looked up at once into ``[N, N, H * layers]``, and the
 scores of all heads exist in float32 (``multiway_transformer.py``, ``vlmo_module.py``,
 ``objectives.py``). Their product has operands and a result of 16 bits where the model has: the
-official code writes it in float32, and autocast, under which it is trained, takes that back.
+source says float32, and autocast, under which it is trained, casts it back.
 """
 
 from __future__ import annotations
@@ -29,15 +29,13 @@ _GRAPHS = 64
 
 
 class SwitchedVLMo(VLMo):
-    """A VLMo that can also run its padded passes in the official way; the parameters are shared."""
+    """A VLMo that can also run its padded passes as unilm does, with the same parameters."""
 
     _block: Any = None
     _biases: list[Tensor | None]  # of every layer in the pass that is under way
 
     @contextlib.contextmanager
-    def the_official_way(
-        self, *, compiler: str | None = None, wide_scores: bool = False
-    ) -> Iterator[None]:
+    def as_unilm(self, *, compiler: str | None = None, wide_scores: bool = False) -> Iterator[None]:
         """Inside, :meth:`fuse`, :meth:`encode_text` and :meth:`encode_image` run so.
 
         Args:
@@ -121,7 +119,7 @@ def _compiled_block(compiler: str) -> Callable[..., Tensor]:
 
 
 def pretraining(model: VLMo, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Losses of MLM, ITC and ITM in one process, composed as the official code does.
+    """Losses of MLM, ITC and ITM in one process, composed as in unilm.
 
     Six passes on padded batches: fusion for MLM, images and texts alone with their tails, matching
     in three calls, and a draw that waits for the device for every row (``compute_itm_hardneg``).
