@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 
 from vlmo.data.tokenizer import TextTokenizer, load_vocabulary
 
-# What train_wordpiece learns from all_texts() of digits/language.py, as tests/test_digit_scenes.py
-# checks. It is a file because runs record a digest of it.
+# What train_wordpiece learns from all_texts() of digits/language.py, which a test checks
+# (tests/test_digit_scenes.py). It is a file because runs record a digest of it.
 _VOCABULARY = Path(__file__).with_name("vocab.txt")
 
 
