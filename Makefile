@@ -11,7 +11,7 @@ PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
 # Kernels that are compiled and kernels that are interpreted do not go together in one process.
 PTX := TRITON_INTERPRET=0 $(BIN)/python -m pytest -n auto --dist worksteal tests/ptx
 
-# The kernels are also compiled with these releases of Triton; tests/triton_releases has versions.
+# Releases of Triton that kernels are compiled with, too; their versions: tests/triton_releases.
 TAG := $(shell $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -c \
 	'import sys; print(sys.implementation.cache_tag)')
 TRITONS := $(patsubst %,build/triton/$(TAG)/%/.unpacked,oldest newest)

@@ -1,8 +1,8 @@
 """Compiles the Triton kernels of moe_ffn for a GPU that is not there, and says what came out.
 
-``python tests/compiled.py table:sm_90`` prints one JSON line per kernel: what the launcher of the
-library would launch on that GPU, with the tensor-core instructions in the PTX, the bytes of local
-memory and the registers in the machine code, and the shared memory. ``layer`` in the place of
+``python tests/compiled.py table:sm_90`` prints one JSON line per kernel: what the launcher
+of the library would launch on that GPU, with the tensor-core instructions in the PTX, the bytes of
+local memory and the registers in the machine code, and the shared memory. ``layer`` in the place of
 ``table`` does that for VLMo's layer in bfloat16 only. ``options`` compiles the cases of the parity
 tests instead, in small tiles: the interpreter that runs them does not check types. ``types`` does
 no more than that check. ``lanes`` compiles two cases in tiles so small that every sum goes over

@@ -1,8 +1,8 @@
 """Compiles the Triton kernels of shared_attention for a GPU that is not there.
 
-``python tests/compiled_attention.py table:sm_90`` prints one JSON line per kernel, as compiled.py
-does, which tells what may stand in the place of ``table``. Run without TRITON_INTERPRET; nothing is
-launched.
+``python tests/compiled_attention.py table:sm_90`` prints one JSON line per kernel, as
+compiled.py does, which tells what may stand in the place of ``table``. Run without
+TRITON_INTERPRET; nothing is launched.
 """
 
 import itertools

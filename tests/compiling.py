@@ -1,8 +1,8 @@
 """Runs compiled.py and compiled_attention.py, with the installed Triton or with another one.
 
 ``make tritons`` unpacks the oldest and the newest release that are supported under build/triton;
-tests/triton_releases has their versions. One of them is put before the installed one for as long
-as a script runs.
+tests/triton_releases has their versions. One of them is put before the installed one for
+as long as a script runs.
 """
 
 import json

@@ -20,7 +20,8 @@ def named(release: str) -> list[Version]:
 
 
 def test_the_bound_is_the_oldest_that_is_compiled_with():
-    (bound,) = re.findall(r'"triton>=(\d+)\.(\d+)"', (TESTS.parent / "pyproject.toml").read_text())
+    project = (TESTS.parent / "pyproject.toml").read_text()
+    (bound,) = re.findall(r'"triton>=(\d+)\.(\d+)"', project)
     assert min(named("oldest")).release[:2] == tuple(map(int, bound))
     assert tuple(map(int, bound)) == triton_target._OLDEST_TRITON
 

@@ -1,7 +1,7 @@
 """Which variants of the Triton kernels training compiles, found without a GPU.
 
-``python tests/variants.py`` prints a JSON object: how many variants of each kernel steps of many
-lengths need, for each kind of batch. Run without TRITON_INTERPRET; nothing is compiled.
+``python tests/variants.py`` prints a JSON object: how many variants of each kernel steps of
+many lengths need, for each kind of batch. Run without TRITON_INTERPRET; nothing is compiled.
 """
 
 import contextlib

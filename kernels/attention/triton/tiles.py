@@ -34,11 +34,11 @@ class Tiles:
 WIDTHS = (64, 128)  # a head dim belongs to the first that is not below it
 
 # No row has been timed yet: no GPU has been at hand. They were chosen from what ptxas says of head
-# dims 64, 34 and 128, and tests/test_attention_compiled.py holds them to it: tensor cores in every
-# product, no spill, shared memory within the limit. Of those without a spill each row has the tile
-# that keeps most queries (of the kernel of k and v: keys), as fewer tiles read k and v less often.
-# The bias costs the registers: a float32 and an address for every pair, one block ahead. Bytes that
-# a thread spills in some that were rejected, in bfloat16, for VLMo's joint layer:
+# dims 64, 34 and 128, and tests/test_attention_compiled.py holds them to it: tensor cores in
+# every product, no spill, shared memory within the limit. Of those without a spill each row has the
+# tile that keeps most queries (of the kernel of k and v: keys), as fewer tiles read k and v less
+# often. The bias costs the registers: a float32 and an address for every pair, one block ahead.
+# Bytes that a thread spills in some that were rejected, in bfloat16, for VLMo's joint layer:
 #
 #   sm_80    forward  128 x 64, 4 warps   152
 #   sm_80    q         64 x 64, 4 warps    24  (head dim 34: 64)

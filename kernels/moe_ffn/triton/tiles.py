@@ -40,10 +40,10 @@ class Tiles:
 
 
 # No row has been timed yet: no GPU has been at hand. They were chosen from what ptxas says, and
-# tests/test_moe_ffn_compiled.py holds them to it: tensor cores in every product, no spill, shared
-# memory within the limit. Wider tiles read less from L2 for each product (128 x 256: 11.7 bytes for
-# 1000 FLOP; 128 x 128: 15.6), so each row has the widest that do not spill. Bytes spilt a thread by
-# some that were rejected, for D 768, F 3072, bfloat16:
+# tests/test_moe_ffn_compiled.py holds them to it: tensor cores in every product, no spill,
+# shared memory within the limit. Wider tiles read less from L2 for each product (128 x 256: 11.7
+# bytes for 1000 FLOP; 128 x 128: 15.6), so each row has the widest that do not spill. Bytes spilt a
+# thread by some that were rejected, for D 768, F 3072, bfloat16:
 #
 #   sm_90    recompute  128 x 256 x 64, 8 warps    1848
 #   sm_100   recompute  128 x 256 x 64, 8 warps      32  (swiglu)
