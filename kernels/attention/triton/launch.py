@@ -107,7 +107,7 @@ class Work:
         return -(-self.sequences.length // block) * self.sequences.batch * self.sequences.heads
 
     def table_shares(self, tile: Tile) -> tuple[int, int]:
-        """Sequences that a tile is summed over, and programs per head: in all two per multiprocessor.
+        """Sequences that a tile is summed over, and programs per head (two per multiprocessor).
 
         Their scratch does not grow with N or B. If there are enough tiles, each program gets at
         least about four, so that the load is balanced.
