@@ -1,11 +1,11 @@
-"""Self-attention over both modalities with VLMo's relative position bias, in every form compared.
+"""Benchmark suite of self-attention over both modalities with VLMo's relative position bias.
 
     y = softmax(K ** -0.5 * q k^T + table[index]) v,  masked keys left out
 
-from packed ``[B, N, 3, H, K]``. The table is float32, as a model keeps it, with values that the
-dtype of the operands can hold. Forward and backward has the gradient of q, k, v and the table; with
-contenders that take the bias as a tensor, that of the table comes from autograd through the lookup,
-which they do once in every call, as unilm does once for a layer.
+from packed ``[B, N, 3, H, K]``. The table is float32, as in a model, with values that the dtype of
+the operands can represent. Forward plus backward includes the gradients of q, k, v and the table.
+Contenders that take the bias as a tensor look it up once per call, as unilm does once per layer,
+and autograd differentiates the lookup.
 """
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ from vlmo.kernels.target import compute_capability
 NAME = "attention"
 PHASES = ("forward", "forward+backward")
 SIZES = {"base": (12, 64), "large": (16, 64), "tiny": (2, 64)}  # H, K
-# Grid of patches and text tokens of a sequence: a text; an image of 224 pixels; a text with an
+# Patch grid and text tokens by sequence length: a text; an image of 224 pixels; a text with an
 # image of 224, 384 and 480 pixels; a small one for tests.
 LENGTHS = {40: (14, 40), 197: (14, 0), 237: (14, 40), 617: (24, 40), 941: (30, 40), 30: (4, 13)}
-TOKENS = 32768  # about so many in every case on a GPU
+TOKENS = 32768  # approximate number in every case on a GPU
 
 
 class Parameters(NamedTuple):
-    """What is learned."""
+    """Learned parameters."""
 
     table: list[Tensor]  # one, [entries, H] float32; none without a bias
 
 
 class Inputs(NamedTuple):
-    """What is not, and forms hold on to."""
+    """Inputs without gradients."""
 
     index: RelativePositionIndex
     key_mask: Tensor | None  # [B, N] bool
 
     def mask(self, chosen: Sequence[int] | None) -> Tensor | None:
-        """``[B, 1, 1, N]`` of the chosen sequences."""
+        """``[B, 1, 1, N]``, the mask of the chosen sequences."""
         if self.key_mask is None:
             return None
         mask = self.key_mask if chosen is None else self.key_mask[list(chosen)]
@@ -67,9 +67,9 @@ class Inputs(NamedTuple):
 
 
 def eager(inputs: Inputs, *, wide_scores: bool = True) -> Make:
-    """As in unilm: scores of all heads in float32, with the bias as a tensor.
+    """The form of unilm: float32 scores of all heads, with the bias as a tensor.
 
-    The code multiplies queries and keys in float32 (``wide_scores``), which autocast takes back.
+    unilm multiplies queries and keys in float32 (``wide_scores``), which autocast overrides.
     """
 
     def make(chosen: Sequence[int] | None) -> Form:
@@ -116,7 +116,7 @@ def sdpa(inputs: Inputs, backends: list[SDPBackend] | None) -> Make:
 
 
 def _bias(matrix: Tensor, mask: Tensor | None, p: Parameters, dtype: torch.dtype) -> Tensor | None:
-    """``[1 or B, H, N, N]``; ``[B, 1, 1, N]`` bool without a table; None without both."""
+    """``[1 or B, H, N, N]``; ``[B, 1, 1, N]`` bool without a table; None without table and mask."""
     if not p.table:
         return mask
     bias = F.embedding(matrix, p.table[0]).permute(2, 0, 1)[None].to(dtype)
@@ -124,7 +124,7 @@ def _bias(matrix: Tensor, mask: Tensor | None, p: Parameters, dtype: torch.dtype
 
 
 def flex(inputs: Inputs) -> Make:
-    """FlexAttention whose score_mod looks the table up; it must be compiled."""
+    """FlexAttention whose score_mod reads the table; it must be compiled."""
     from torch.nn.attention.flex_attention import flex_attention
 
     matrix, key_mask = inputs.index.matrix, inputs.key_mask
@@ -217,7 +217,7 @@ class Attention(Contest):
         }
 
     def _why_not_sdpa(self, backend: SDPBackend) -> str | None:
-        """What PyTorch says of this very call."""
+        """PyTorch's reason why the backend cannot run this call, or None."""
         is_cudnn = backend == SDPBackend.CUDNN_ATTENTION
         name = "cuDNN" if is_cudnn else "memory-efficient"
         if compute_capability(self.device) is None:
@@ -235,7 +235,7 @@ class Attention(Contest):
 
 
 def why_not_flex(device: torch.device) -> str | None:
-    """One sentence if FlexAttention cannot be compiled with gradients for the device, else None."""
+    """The reason if FlexAttention cannot be compiled with gradients for the device, else None."""
     capability = compute_capability(device)
     if capability is None:
         return "FlexAttention has a backward on GPUs only."
@@ -246,7 +246,7 @@ def why_not_flex(device: torch.device) -> str | None:
 
 
 def cases(device: torch.device, scale: Scale) -> list[Case]:
-    """Joint sequences of 224 pixels come first: most of pre-training is attention over them."""
+    """All cases. Joint sequences at 224 pixels come first, as most attention in pre-training."""
 
     def listed(
         dtypes: Sequence[torch.dtype],
@@ -293,7 +293,7 @@ def _index(grid: int, text: int, length: int) -> RelativePositionIndex:
 
 
 def _padding(sequences: int, text: int, length: int, device: torch.device) -> Tensor:
-    """``[B, N]``: texts of 1 to ``text`` tokens, evenly, then the whole image."""
+    """Key mask ``[B, N]``: text lengths evenly from 1 to ``text``, then the whole image."""
     lengths = 1 + torch.arange(sequences) * text // sequences
     mask = torch.arange(length) < lengths[:, None]
     mask[:, text:] = True

@@ -1,8 +1,9 @@
-"""The whole model in training, encoding and re-ranking, beside unilm, the reference implementation.
+"""Benchmark suite of the whole model: training steps, matching and encoding, compared with unilm.
 
-Texts have 12 tokens on average, as captions of COCO do, of the 40 that fit. unilm pads
-them to 40, fuses in separate passes, and embeds an image in each of them; this library packs. A
-step is forward and backward of the losses, without an optimizer and without stochastic depth.
+Texts have 12 tokens on average, like captions of COCO, out of at most 40. unilm, the reference
+implementation, pads them to 40, fuses in separate passes, and embeds an image in each of them; this
+library packs sequences. A step is forward and backward of the losses, without an optimizer and
+without stochastic depth.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ PHASES = (PRETRAINING, MATCHING, RERANKING, ENCODING, VQA)
 
 _OFFICIAL = ("official", "official-compiled")
 _CANDIDATES = 4  # images that re-ranking matches each text with
-# Pairs of the check. Two leave no choice to the draw of wrong ones; six share images.
+# Pairs in the accuracy check. With two pairs, hard negatives are deterministic; six share images.
 _CHECKED = {PRETRAINING: 2, VQA: 3, MATCHING: 3, RERANKING: 6, ENCODING: 3}
-_CHECKED_WORDS = 4000  # their product is the same layer for everyone, and slow in float64
+_CHECKED_WORDS = 4000  # all contenders use the same decoder layer, which is slow in float64
 _MASKED = 2  # tokens of each text that masked language modelling predicts: 15 % of 12
 
 
 def cases(device: torch.device, scale: Scale) -> list[Case]:
-    """Every phase; a pair is an image and a text."""
+    """The cases of every phase; a pair is an image and a text."""
     if scale is Scale.smoke:
         return [_case("tiny", torch.float32, phase, 2) for phase in PHASES]
     if scale is Scale.cpu:
@@ -74,7 +75,7 @@ def _case(size: str, dtype: torch.dtype, phase: str, pairs: int) -> Case:
 
 
 def config_of(size: str, phase: str) -> VLMoConfig:
-    """The published sizes at 224 pixels; "tiny" is for tests."""
+    """A published size at 224 pixels; "tiny" is for tests."""
     tasks = ("vqa",) if phase == VQA else ("mlm", "itc", "itm")
     changes: dict[str, Any] = dict(tasks=tasks, drop_path=0.0)
     if size == "tiny":
@@ -83,13 +84,13 @@ def config_of(size: str, phase: str) -> VLMoConfig:
 
 
 class ModelProblem:
-    """Pairs of images and texts, and a model that takes them in one phase.
+    """Pairs of images and texts, and a model that processes them in one phase.
 
     See :class:`harness.contenders.Problem`.
     """
 
     def __init__(self, case: Case, device: torch.device) -> None:
-        # Else the shapes of earlier cases count towards Dynamo's limit of recompilations.
+        # Otherwise the shapes of earlier cases count towards Dynamo's recompilation limit.
         torch._dynamo.reset()
         self.case, self.phase, self.dtype, self.device = case, case.phase, case.dtype, device
         self.config = config_of(case.size, case.phase)
@@ -99,7 +100,7 @@ class ModelProblem:
         self.cost = _cost(self.config, self.batch, case)
 
     def why_not(self, contender: str) -> str | None:
-        """One sentence if it cannot run here, else None."""
+        """The reason if it cannot run on this machine, else None."""
         if contender == "official-compiled":
             return why_not_compiled(self.case, self.device)
         if contender == "official":
@@ -111,17 +112,17 @@ class ModelProblem:
 
     @functools.cached_property
     def model(self) -> SwitchedVLMo:
-        """Made when it is first needed: a large one takes gigabytes."""
+        """The model, created when first needed because it may take gigabytes."""
         return _model(self.config, self.device, self.dtype)
 
     def work(self, contender: str) -> Work:
-        """A call of it: forward without recording gradients, or forward and backward."""
+        """A call of the contender: forward without gradients, or forward and backward."""
         model, batch, phase = self.model, self.batch, self.phase
         form = self._form(contender)
 
         def step() -> None:
             form(phase, model, batch)["loss"].backward()
-            # Not kept from call to call: the next one would add to them, and memory counts them.
+            # Otherwise the next call would accumulate, and peak memory would include them.
             model.zero_grad(set_to_none=True)
 
         def forward() -> Named:
@@ -131,11 +132,11 @@ class ModelProblem:
         return step if phase in STEPS else forward
 
     def check(self, contender: str) -> Sequence[Deviation]:
-        """Hold a model of this width, with two blocks and fewer words, against float64.
+        """Compare a model of this width, with two blocks and a smaller vocabulary, with float64.
 
-        A few pairs tell. Errors are L2 norms over the parameters of a layer, for the gradient of a
-        bias alone may be what is left of terms that cancel; and over all numbers that come alone,
-        such as losses, for a single one may be right by luck.
+        A few pairs suffice. Errors are L2 norms over the parameters of a layer, because the
+        gradient of a bias alone may be dominated by cancellation; and over all scalars, such as
+        losses, because the error of a single one may be small by chance.
         """
         model, batch, eager, exact = self._small
         actual = self._results(self._form(contender), model, batch)
@@ -156,7 +157,7 @@ class ModelProblem:
 
     @functools.cached_property
     def _small(self) -> tuple[SwitchedVLMo, Batch, Named, Named]:
-        """Model and batch of the check, and what comes of them in its dtype and in float64."""
+        """Model and batch of the check, and their results in its dtype and in float64."""
         words = min(_CHECKED_WORDS, self.config.vocab_size)
         config = self.config.replace(depth=2, vl_start=1, vocab_size=words)
         batch = _batch(config, _CHECKED[self.phase], self.device, self.dtype)
@@ -184,7 +185,7 @@ class ModelProblem:
         return {"numbers": numbers} | {n: t for n, t in found.items() if t.dim()}
 
     def _form(self, contender: str) -> Form:
-        """How a contender computes a phase."""
+        """The function by which a contender computes the phase."""
         if contender in _OFFICIAL:
             compiles = contender == "official-compiled"
             compiler = compiler_of(self.case, self.device) if compiles else None
@@ -209,7 +210,7 @@ def _as_unilm(*, compiler: str | None = None, wide: bool = False) -> Form:
 
 
 def _packed(phase: str, model: SwitchedVLMo, batch: Batch) -> Named:
-    """As :class:`vlmo.Predictor`, ``vlmo evaluate`` and ``vlmo train`` compute it."""
+    """The computation of :class:`vlmo.Predictor`, ``vlmo evaluate`` and ``vlmo train``."""
     if phase in STEPS:
         return losses.compute_losses(model, batch)
     texts = layout.end_to_end(batch["text_ids"], layout.text_lengths(batch))
@@ -234,7 +235,7 @@ def _official(phase: str, model: SwitchedVLMo, batch: Batch) -> Named:
 
 
 def _candidates(phase: str, batch: Batch) -> tuple[Tensor, list[int]]:
-    """Images and, for each text, which of them it is matched with.
+    """The images and, for each text, the index of the image that it is matched with.
 
     Re-ranking matches a query with several candidates; here a text with the same few images, which
     ``vlmo.tasks.retrieval.rerank`` embeds once.
@@ -250,7 +251,7 @@ def _model(config: VLMoConfig, device: torch.device, dtype: torch.dtype) -> Swit
 
 @functools.lru_cache(maxsize=2)
 def _random_model(config: VLMoConfig) -> SwitchedVLMo:
-    """Random weights, the bias included, which a new model has at zero."""
+    """A model with random weights, including the bias, which unilm initialises with zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = SwitchedVLMo(config)
@@ -282,9 +283,9 @@ def _batch(config: VLMoConfig, rows: int, device: torch.device, dtype: torch.dty
 
 
 def _cost(config: VLMoConfig, batch: Batch, case: Case) -> Cost:
-    """FLOPs without padding; as bytes the parameters: read, and in a step read and written again.
+    """FLOPs without padding; bytes of the parameters, which a step reads twice and writes once.
 
-    Activations are not counted: how often they leave a cache is each implementation's own.
+    Activations are not counted, because their memory traffic depends on the implementation.
     """
     lengths = batch["text_lengths"].tolist()
     if case.phase in STEPS:

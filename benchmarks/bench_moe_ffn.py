@@ -1,17 +1,18 @@
-"""The feed-forward sublayer of a multiway transformer, in every form that is compared.
+"""Benchmark suite of the feed-forward sublayer of a multiway transformer.
 
     y = x + layer_scale * (W2_e GELU(W1_e LayerNorm_e(x) + b1_e) + b2_e)
 
-for the tokens of each expert e. All contenders compute it but these:
+for the tokens of each expert e. All contenders compute this function, with these exceptions:
 
-* ``dense``: all tokens go to the first expert, as in a model without experts of modalities.
-* ``liger``: Liger-Kernel's fused MoE is SwiGLU without biases. Its hidden width is 2 F / 3, to the
-  next multiple of 16, so that it multiplies as much (base: exactly; large: 0.2 % more), and it is
-  held against that function.
-* ``quack``: QuACK's GELU is the tanh approximation; so is that of what it is held against.
+* ``dense``: all tokens go to the first expert, as in a model without modality experts.
+* ``liger``: Liger-Kernel's fused MoE is SwiGLU without biases. Its hidden width is 2 F / 3, rounded
+  up to a multiple of 16, so that its products have as many operations (base: exactly; large: 0.2 %
+  more). Its accuracy is checked against that function.
+* ``quack``: QuACK's GELU is the tanh approximation, and is checked against this.
 
 ``grouped_mm``, ``liger``, ``quack`` and ``scattermoe`` take the weights of all experts stacked in
-one tensor. Their users keep them so: stacking is not timed, and their gradients are of the stack.
+one tensor. Their users store them that way, so stacking is not timed, and gradients are of the
+stack.
 """
 
 from __future__ import annotations
@@ -48,14 +49,14 @@ PHASES = ("forward", "forward+backward")
 SIZES = {"base": (768, 3072), "large": (1024, 4096), "tiny": (32, 48)}  # D, F
 EPS = 1e-6
 
-# What "stacked" parameters have in one tensor.
+# Fields that are one tensor for all experts in the layout "stacked".
 _STACKED = ("w1", "b1", "w2", "b2")
 
 PerExpert = Any  # a list of E tensors, or one tensor with E in front
 
 
 class Parameters(NamedTuple):
-    """Of all experts."""
+    """The parameters of all experts."""
 
     norm_weight: PerExpert  # E x [D]
     norm_bias: PerExpert
@@ -82,12 +83,12 @@ def _norm(x: Tensor, p: Parameters, e: int) -> Tensor:
 
 
 def dense(x: Tensor, p: Parameters) -> Tensor:
-    """All tokens to the first expert."""
+    """Route all tokens to the first expert."""
     return feed_forward(x, p, 0)
 
 
 def slices(split: Sequence[int], activation: str = "gelu") -> Form:
-    """How VLMo and BEiT-3 are written: slice, feed forward, concatenate."""
+    """The form of VLMo and BEiT-3: slice, feed forward, concatenate."""
 
     def form(x: Tensor, p: Parameters) -> Tensor:
         parts = x.split(list(split), dim=1)
@@ -98,9 +99,9 @@ def slices(split: Sequence[int], activation: str = "gelu") -> Form:
 
 
 def masks(rows: Rows, experts: int) -> Form:
-    """How Mixture-of-Transformers and CogVLM are written: a boolean mask of each expert's tokens.
+    """The form of Mixture-of-Transformers and CogVLM: a boolean mask of each expert's tokens.
 
-    The masks of a batch are made once. To read by one, PyTorch waits for the GPU.
+    The masks of a batch are computed once. Indexing with a mask synchronises with the GPU.
     """
     chosen = [rows.ids == e for e in range(experts)]
 
@@ -137,7 +138,7 @@ def routed(split: Sequence[int], backend: str, *, recompute: bool = False) -> Fo
 
 
 def grouped_mm(split: Sequence[int], rows: Rows) -> Form:
-    """PyTorch's grouped product on tokens sorted by expert; everything else eager."""
+    """PyTorch's grouped product on tokens sorted by expert; everything else is eager."""
     product = peers.grouped_mm()
     ends = rows.ends.to(torch.int32)
 
@@ -155,7 +156,7 @@ def grouped_mm(split: Sequence[int], rows: Rows) -> Form:
 def by_expert(
     split: Sequence[int], rows: Rows, sorted_feed_forward: Callable[[Tensor, Parameters], Tensor]
 ) -> Form:
-    """The sublayer around a feed-forward of normed tokens that are sorted by expert."""
+    """The sublayer around a feed-forward layer for normed tokens that are sorted by expert."""
 
     def form(x: Tensor, p: Parameters) -> Tensor:
         parts = x.split(list(split), dim=1)
@@ -172,7 +173,7 @@ def by_expert(
 def in_order(
     split: Sequence[int], feed_forward_of_all: Callable[[Tensor, Parameters], Tensor]
 ) -> Form:
-    """The sublayer around a feed-forward of normed tokens in their own order."""
+    """The sublayer around a feed-forward layer for normed tokens in their original order."""
 
     def form(x: Tensor, p: Parameters) -> Tensor:
         parts = x.split(list(split), dim=1)
@@ -235,7 +236,7 @@ class Sublayer(Contest):
         def operands(p: Parameters) -> tuple[PerExpert, ...]:
             return p.w1, p.b1, p.w2, p.b2
 
-        # Called when the contender is: only then must the package be there.
+        # Called with the contender, because the package need not be installed before.
         def make_scattermoe(_: object) -> Form:
             feed = peers.scattermoe(rows)
             return in_order(split, lambda h, p: feed(h, *operands(p)))
@@ -272,7 +273,7 @@ class Sublayer(Contest):
         }
 
     def _parameters(self, layout: str) -> Parameters:
-        """The same numbers in another layout, made when asked for; those of "gated" are others."""
+        """The same parameters in another layout, created on demand; "gated" has its own."""
         if layout not in self._layouts:
             self._layouts[layout] = self._laid_out(layout)
         return self._layouts[layout]
@@ -305,7 +306,7 @@ class Sublayer(Contest):
 
 
 def cases(device: torch.device, scale: Scale) -> list[Case]:
-    """What differs least from bfloat16, base, 32768 tokens, 40:197 comes first."""
+    """All cases; those closest to bfloat16, base, 32768 tokens, 40:197 come first."""
     lists: tuple[list[Any], ...]
     if scale is Scale.smoke:
         lists = [smoke_dtype(device)], ["tiny"], [30], ["3:4", "2:1:4"]
@@ -325,7 +326,7 @@ def cases(device: torch.device, scale: Scale) -> list[Case]:
 
 
 def _always(form: Form) -> Make:
-    """A form that does not depend on which sequences it gets."""
+    """A form that is the same for all subsets of the sequences."""
     return lambda chosen: form
 
 

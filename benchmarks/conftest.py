@@ -1,12 +1,12 @@
-"""The front of the benchmarks: pytest-benchmark, with what the harness adds to it.
+"""Runs the benchmark suites with pytest-benchmark and the additions of the harness.
 
     pytest benchmarks                                           # a smoke test at tiny sizes
     pytest benchmarks --benchmark-enable --benchmark-autosave   # measures
 
-There is a benchmark for each case and contender, and ``-k`` selects from them. The contenders of a
-case that are selected are measured in turn when the first of them runs (:mod:`harness.session`);
-each benchmark then hands its own times to pytest-benchmark. Device times are thus in the ``stats``
-of its JSON files, everything else in ``extra_info`` and under the key ``vlmo``.
+There is a benchmark for each case and contender, and ``-k`` selects from them. The selected
+contenders of a case are measured in turn when the first of them runs (:mod:`harness.session`);
+each benchmark then passes its own times to pytest-benchmark. Thus the ``stats`` of its JSON files
+are device times; everything else is in ``extra_info`` and under the key ``vlmo``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if _measures(config):
-        # pytest-benchmark saves what has been measured when it is interrupted.
+        # When interrupted, pytest-benchmark saves what it has measured.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         seconds = 60 * config.getoption("minutes")
         smoke = _scale(config) is Scale.smoke
@@ -59,16 +59,16 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    """Of a module whose ``SUITE`` is a suite: every contender of every case."""
+    """Parametrise a module that has a ``SUITE`` with every contender of every case."""
     suite: Suite = metafunc.module.SUITE
     tiny = suite.cases(DEVICE, Scale.smoke)
-    # Not asked of the cases themselves, whose inputs are large.
+    # Taken from a tiny case, because the inputs of the others are large.
     names = suite.make(tiny[0], DEVICE).contenders
     scale = _scale(metafunc.config)
     cases = tiny if scale is Scale.smoke else suite.cases(DEVICE, scale)
 
     def marks(case: Case, name: str) -> list[pytest.MarkDecorator]:
-        # Triton's interpreter takes longest for this phase, whose layers the others have as well.
+        # This phase is the slowest in Triton's interpreter, and others cover its layers.
         slow = name == "vlmo:triton" and case.phase == "pre-training step" and interpreted()
         group = ", ".join(map(str, case.labels.values()))
         marks = [pytest.mark.benchmark(group=group, timer=CLOCK.time)]
@@ -86,7 +86,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """Suites take turns, the most important case of each first, because time may run out."""
+    """Alternate between suites, the most important case of each first, as time may run out."""
     if not _measures(config):
         return
     by_suite: dict[str, dict[str, list[pytest.Item]]] = {}
@@ -100,7 +100,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def _threads(request):
-    """One in a smoke test: those of tiny operations wait longer for each other than they work."""
+    """Use one thread in a smoke test: for tiny operations more threads only add waiting."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if _scale(request.config) is Scale.smoke else threads)
     yield
@@ -109,7 +109,7 @@ def _threads(request):
 
 @pytest.fixture
 def compete(request, benchmark) -> Callable[[Suite, Case, str], None]:
-    """Compares a contender with float64, and measures it, or calls it once in a smoke test."""
+    """Check a contender against float64, and measure it, or call it once in a smoke test."""
     session = request.config.stash[SESSION]
 
     def measured(suite: Suite, case: Case, contender: str) -> None:
@@ -129,7 +129,7 @@ def compete(request, benchmark) -> Callable[[Suite, Case, str], None]:
 
 
 class _Clock:
-    """Hands times of calls that have been made to pytest-benchmark, as its timer."""
+    """A timer for pytest-benchmark that replays times that have already been measured."""
 
     now = 0.0
 
@@ -192,7 +192,7 @@ def _scale(config: pytest.Config) -> Scale:
 
 
 def _measures(config: pytest.Config) -> bool:
-    """Whether pytest-benchmark does."""
+    """Whether pytest-benchmark measures."""
     if config.getoption("benchmark_disable") and not config.getoption("benchmark_enable"):
         return False
-    return not hasattr(config, "workerinput")  # of pytest-xdist
+    return not hasattr(config, "workerinput")  # a worker of pytest-xdist

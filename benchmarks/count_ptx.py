@@ -1,11 +1,11 @@
-"""What the Triton kernels execute, counted in PTX: where instructions go that are not products.
+"""Counts the PTX instructions that the Triton kernels execute besides matrix products.
 
     TRITON_INTERPRET=0 python benchmarks/count_ptx.py
 
 writes ``results/ptx_counts.json`` and ``.md`` beside this file. The emulator of tests/ptx runs
 VLMo's layer as compiled for each target and counts; no GPU is needed, and nothing is timed. PTX is
-not machine code: ptxas removes most moves, and makes several instructions of a division or of a
-function that is approximated.
+not machine code: ptxas removes most moves, and expands a division or an approximated function to
+several instructions.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from vlmo.files import replacing  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 DTYPE = torch.bfloat16
-# Whole tiles of 128 tokens, and of 64 queries and keys.
+# Full tiles of 128 tokens, and of 64 queries and keys.
 SIZES = {"base": (768, 3072), "large": (1024, 4096)}
-TOKENS = (128, 256)  # of the experts
+TOKENS = (128, 256)  # per expert
 LENGTH, HEADS, HEAD_DIM = 256, 2, 64
 AT_ONCE = Interleaving(resident=4, races=False, skew=False, quantum=1000)
 
-# The first pattern that matches an opcode names its class.
+# The class of an opcode is that of the first pattern that matches.
 CLASSES = {
     "products": r"mma|wgmma\.mma_async",
     "waits, branches": r"bra|bar|ret|fence|wgmma|cp\.async\.(commit|wait)",
@@ -63,7 +63,7 @@ def class_of(statement: Statement) -> str:
 
 
 def main_loops(kernel: Kernel) -> set[int]:
-    """Statements of the innermost loops that have products, and of other blocks that have."""
+    """Statements of the innermost loops with products, and of other blocks with products."""
     blocks = blocks_of(kernel)
     edges = [[n for n in block.next if n != END] for block in blocks]
     above = dominators(edges, 0)
@@ -91,13 +91,13 @@ def main_loops(kernel: Kernel) -> set[int]:
     for number, part in enumerate(blocks):
         if any(class_of(s) == "products" for s in kernel.statements[part.first : part.end]):
             inner = min((loop for loop in loops if number in loop), key=len, default={number})
-            # The loop over tickets has everything in it.
+            # The loop over tickets contains everything.
             found |= inner if len(inner) < len(blocks) / 2 else {number}
     return {s for n in found for s in range(blocks[n].first, blocks[n].end)}
 
 
 def multiplications(statement: Statement) -> int:
-    """Products of numbers that one warp makes with one instruction."""
+    """Number of multiplications of one warp in one instruction."""
     shape = re.search(r"\.m(\d+)n(\d+)k(\d+)", statement.opcode)
     if class_of(statement) != "products" or shape is None:
         return 0
@@ -106,7 +106,7 @@ def multiplications(statement: Statement) -> int:
 
 
 def lane_bytes(statement: Statement) -> tuple[str, float]:
-    """What a lane moves with an instruction: "read", "written" (global) or "shared", and bytes."""
+    """Memory access of a lane: "read" or "written" (global memory), or "shared"; and bytes."""
     parts, operands = statement.parts, statement.operands
     if parts[:2] == ["cp", "async"] and len(operands) >= 3:
         return "read", int(operands[2], 0)
@@ -121,7 +121,7 @@ def lane_bytes(statement: Statement) -> tuple[str, float]:
         m, n, k = map(int, re.search(r"m(\d+)n(\d+)k(\d+)", statement.opcode).groups())  # type: ignore[union-attr]
         size = 4 if "tf32" in parts else 2
         left = 0 if operands[1].startswith("{") else m * k
-        return "shared", (left + n * k) * size / 128  # a group of four warps reads them once
+        return "shared", (left + n * k) * size / 128  # shared by a group of four warps
     return "", 0
 
 
@@ -138,7 +138,7 @@ def functions_of(folder: str, file: str) -> list[tuple[int, int, str]]:
 
 
 def function_of(folder: str, source: str) -> str:
-    """The function of the library that a statement comes from."""
+    """The function of this library that a statement was compiled from."""
     if ":" not in source:
         return "no line"
     file, line = source.split(":")
@@ -147,7 +147,7 @@ def function_of(folder: str, source: str) -> str:
 
 
 def count(launch: Launch, folder: str, elements: int, needed: int) -> dict[str, Any]:
-    """The counts of one launch; ``elements`` is what they are divided by."""
+    """The counts of a launch, per element: divided by ``elements``."""
     kernel, result = launch.machine.kernel, launch.results[0]
     inside = main_loops(kernel)
     classes: dict[str, Counter[str]] = {"main loops": Counter(), "elsewhere": Counter()}
@@ -178,7 +178,7 @@ def count(launch: Launch, folder: str, elements: int, needed: int) -> dict[str, 
 
 
 def moe_ffn(target: str, size: str) -> Iterator[dict[str, Any]]:
-    """VLMo's layer on whole tiles. Elements: hidden ones, T x F, or the weights' gradients."""
+    """VLMo's layer on full tiles. Elements: hidden units, T x F, or gradients of weights."""
     dim, hidden = SIZES[size]
     case = moe_ffn_cases.Case(
         pieces=tuple(enumerate(TOKENS)), batch=1, dim=dim, hidden=(hidden, hidden)
@@ -196,7 +196,7 @@ def moe_ffn(target: str, size: str) -> Iterator[dict[str, Any]]:
 
 
 def attention(target: str, size: str) -> Iterator[dict[str, Any]]:
-    """VLMo's joint layer: a relative position bias. Elements: pairs of query and key."""
+    """VLMo's joint layer with its relative position bias. Elements: (query, key) pairs."""
     case = attention_cases.Case(
         *("joint", LENGTH, 1, HEADS, HEAD_DIM), mask=None, grid=(14, 14), text=LENGTH - 197
     )
@@ -226,7 +226,7 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 def table(found: list[dict[str, Any]]) -> list[str]:
-    """Lines of Markdown: each kernel on each target."""
+    """Markdown table with a line for each kernel and target."""
     lines = [
         "| kernel | size | target | multiplied / needed | instructions a product, main loop "
         "| instructions an element elsewhere "
@@ -248,7 +248,7 @@ def table(found: list[dict[str, Any]]) -> list[str]:
 
 
 def details(found: list[dict[str, Any]]) -> list[str]:
-    """Lines of Markdown: what the instructions outside the main loops are, and whose."""
+    """Markdown table of the instructions outside the main loops, by class and function."""
     lines = [
         "| kernel | target | outside the main loops, instructions an element |",
         "|---|---|---|",

@@ -5,8 +5,8 @@
 Pre-trains and fine-tunes a model of half a million parameters by the digit recipes of
 vlmo.training.recipes, with three seeds, and writes benchmarks/results/digits.{json,md,png}: shared
 against separate attention (Table 1 of the supplement), the dual encoder against re-ranking (its
-Table 2), and image-text contrast alone against all three losses. Runs stay in WORK_FOLDER: stopped,
-the same command goes on.
+Table 2), and image-text contrast alone against all three losses. Runs are kept in WORK_FOLDER, and
+the same command continues after an interruption.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ COMMAND = "python benchmarks/digit_tasks.py"
 
 
 class Run(NamedTuple):
-    """One training.
+    """A training run.
 
     Attributes:
-        variant: of the pre-training: "all", "separate" or "itc".
-        recipe: of vlmo.training.recipes.
-        seed: of everything random.
+        variant: variant of the pre-training: "all", "separate" or "itc".
+        recipe: name of a recipe in vlmo.training.recipes.
+        seed: seed of all random numbers.
     """
 
     variant: str
@@ -57,7 +57,7 @@ TUNED = {
     "itc": ("digits_nlvr2",),
 }
 Row = tuple[str, str, str, tuple[str, ...]]  # label, variant, recipe, metrics
-# Title, what the paper has, rows.
+# Title, corresponding result of the paper, rows.
 TABLES: list[tuple[str, str, list[Row]]] = [
     (
         "All tasks from one pre-training",
@@ -111,15 +111,15 @@ TITLES = {
 
 
 def origin(run: Run) -> Run:
-    """The run whose weights another one starts from."""
+    """The run whose weights another run starts from."""
     if run.recipe != "digits_pretrain":
         return run._replace(recipe="digits_pretrain")
-    # The losses of pre-training make no difference before it.
+    # The losses of pre-training do not affect earlier stages.
     return Run("separate" if run.variant == "separate" else "all", "digits_textmlm", run.seed)
 
 
 def train(run: Run, work: Path) -> dict[str, Any]:
-    """One training and its metrics on the test split; what is done already is read."""
+    """Train and evaluate on the test split; results that already exist are read."""
     import torch
     from rich.console import Console
 
@@ -167,7 +167,7 @@ def train(run: Run, work: Path) -> dict[str, Any]:
 
 
 def stages() -> Iterator[list[Run]]:
-    """Runs that can go side by side, in the order in which each needs the one before."""
+    """Groups of independent runs; each group depends on the one before."""
     yield [
         Run(variant, "digits_textmlm", seed) for variant in ("all", "separate") for seed in SEEDS
     ]

@@ -1,8 +1,9 @@
 """Pictures of a report, each as PNG for light and for dark pages.
 
-``roofline`` has the rate of each case's fastest contenders over its intensity, below the measured
-roof. ``speed`` has bars of speedups over unilm, in the most important case of each suite and phase.
-``speed-SUITE`` has lines, where the suite's first number (tokens, length) takes several values.
+``roofline`` shows the rate of the fastest contenders of each case over its intensity, below the
+measured roof. ``speed`` shows bars of speedups over unilm for the most important case of each suite
+and phase. ``speed-SUITE`` shows lines if the suite's first number (tokens, length) has several
+values.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from harness.session import is_ours
 from report import LABELS, Group, Record, Report, firsts, groups, is_dense, number, speedup
 from vlmo.plotting import pyplot, save_figure
 
-_WIDTH, _DPI = 8.0, 200  # inches; a README shows half of the pixels
+_WIDTH, _DPI = 8.0, 200  # inches; a README shows them at half the resolution
 _PANELS = 4
 _MARKERS = "osD^v"
 
 
 class _Theme(NamedTuple):
-    """Colours that stay apart for the colour-blind (of Okabe and Ito), on one background."""
+    """Colours distinguishable by the colour-blind (Okabe and Ito), for a background."""
 
     name: str
     page: str
@@ -50,9 +51,9 @@ _THEMES = (
 
 
 def draw(report: Report, stem: Path) -> list[Path]:
-    """Write the pictures that the records allow, named ``{stem}-{picture}-{theme}.png``.
+    """Write the pictures that the records suffice for, named ``{stem}-{picture}-{theme}.png``.
 
-    Each says in its metadata what it was drawn from: see :func:`missing`.
+    Their metadata contains a digest of the report; see :func:`missing`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -71,7 +72,7 @@ def draw(report: Report, stem: Path) -> list[Path]:
 
 
 def missing(report: Report, stem: Path) -> list[Path]:
-    """The pictures of a report that do not exist, or were drawn from something else."""
+    """The pictures of a report that do not exist, or were drawn from another report."""
     paths = [_path(stem, name, theme) for theme in _THEMES for name in _figures(report)]
     digest = report.digest.encode()
     return [path for path in paths if not path.is_file() or digest not in path.read_bytes()]
@@ -82,7 +83,7 @@ def _path(stem: Path, name: str, theme: _Theme) -> Path:
 
 
 def _figures(report: Report) -> dict[str, Callable[[_Theme], Any]]:
-    """What the records allow to draw, by name."""
+    """Functions that draw the pictures for which there are records, by name."""
     found = groups(report.records)
     figures: dict[str, Callable[[_Theme], Any]] = {}
     if report.roof and found:
@@ -117,7 +118,7 @@ def _style(theme: _Theme) -> dict[str, Any]:
 
 
 def _roofline(report: Report, found: Sequence[Group], theme: _Theme) -> Any:
-    """Points of the fastest of ours and of the peers, lines of the roof for each dtype."""
+    """Points of our fastest contender and the fastest peer; lines of the roof for each dtype."""
     figure, axis = pyplot().subplots(figsize=(_WIDTH, 4.8))
     suites = list(dict.fromkeys(str(group.labels["suite"]) for group in found))
     points = [
@@ -140,7 +141,7 @@ def _roofline(report: Report, found: Sequence[Group], theme: _Theme) -> Any:
     for x, y, suite, ours in points:
         axis.plot(
             *(x, y, _MARKERS[suite % len(_MARKERS)]),
-            # A ring on top of the point, so that neither hides the other.
+            # Peers are rings around the point, so that neither hides the other.
             color=theme.ours if ours else "none",
             mec=theme.page if ours else theme.others[0],
             mew=0.8 if ours else 1.8,
@@ -168,7 +169,7 @@ def _roofline(report: Report, found: Sequence[Group], theme: _Theme) -> Any:
 
 
 def _slanted(axis: Any, text: str, low: float, copy: float) -> None:
-    """A label along the line of the copies, near its lower end."""
+    """Write a label along the line of the copy rate, near its lower end."""
     axis.figure.canvas.draw()
     x = low * 1.3
     places = axis.transData.transform([(x, copy * x / 1e3), (2 * x, copy * 2 * x / 1e3)])
@@ -188,10 +189,10 @@ def _intensity(record: Record) -> float:
 
 
 def _panels(of_suite: Sequence[Group]) -> list[list[Group]]:
-    """Groups that differ in numbers of the shape only, if its first has several values.
+    """Groups that differ only in numbers of the shape, if the first number has several values.
 
-    The most important come first, so of every size and phase it is the first dtype, and the
-    first of what else the shape tells in words.
+    The most important groups come first, so for every size and phase these have the first dtype and
+    the first of the other labels.
     """
     key = next((name for name in of_suite[0].labels if name not in LABELS), None)
     if key is None or not all(isinstance(g.labels.get(key), int) for g in of_suite):
@@ -207,7 +208,7 @@ def _panels(of_suite: Sequence[Group]) -> list[list[Group]]:
 
 
 def _words(group: Group) -> list[str]:
-    """What the labels tell in words, but for size and phase."""
+    """The labels that are not numbers, except size and phase."""
     return [
         str(value) if name in LABELS else f"{name} {value}"
         for name, value in group.labels.items()
@@ -229,7 +230,7 @@ def _lines(report: Report, panels: Sequence[Sequence[Group]], theme: _Theme) -> 
     looks = _looks(names, theme)
     key = next(name for name in panels[0][0].labels if name not in LABELS)
     for panel, axis in zip(panels, axes.flat, strict=False):
-        for name in reversed(names):  # ours on top
+        for name in reversed(names):  # ours drawn on top
             points = [
                 (group.labels[key], record["tflops"])
                 for group in panel
@@ -316,7 +317,7 @@ def _bars(report: Report, found: Sequence[Group], theme: _Theme) -> Any:
 
 
 def _headline(axis: Any, place: float, group: Group) -> None:
-    """Suite and phase, and in small what else tells the case."""
+    """Write suite and phase, and the other labels of the case in a small font."""
     labels = group.labels
     told = f"{labels['suite']}, {labels['phase']}"
     head = axis.text(0, place, told, weight="bold", va="center", fontsize=11)
@@ -327,7 +328,7 @@ def _headline(axis: Any, place: float, group: Group) -> None:
 
 
 def _machine(report: Report) -> str:
-    """What was measured, for a title."""
+    """Machine and commit of the report, for a title."""
     facts = report.machine
     name = facts.get("cpu", "cpu") if facts["name"] == "cpu" else facts["name"]
     cores = f", {facts['cores']} cores" if facts["name"] == "cpu" and "cores" in facts else ""

@@ -1,8 +1,8 @@
-"""What one forward and one backward of moe_ffn launch, and whether either waits for the GPU.
+"""Profiles the launches of a forward and a backward of moe_ffn, and their synchronisations.
 
     python benchmarks/profile_moe_ffn.py [BACKEND]
 
-Exits with 1 if a call of the CUDA runtime synchronises or copies.
+Exits with status 1 if a call of the CUDA runtime synchronises or copies.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vlmo.kernels.target import describe
 
 
 def show(name: str, work: Callable[[], object]) -> list[str]:
-    """Print the kernels and the calls of the runtime; those that wait are returned."""
+    """Print the kernels and the runtime calls, and return the calls that wait."""
     kernels, calls = count_launches(work)
     print(f"\n{name}: {kernels.total()} on the GPU")
     for kernel, times in kernels.most_common():
@@ -43,7 +43,7 @@ def main() -> int:
     def output() -> torch.Tensor:
         return form(sublayer.x, sublayer.parameters)
 
-    for _ in range(2):  # compiles, and makes what later calls reuse
+    for _ in range(2):  # compiles, and fills caches for later calls
         torch.autograd.grad(output(), inputs, sublayer.dy)
     print(f"{describe(device)}, torch {torch.__version__}, backend {backend}")
     print(f"base, {sublayer.tokens} tokens, 40:197, bfloat16, every gradient")

@@ -2,8 +2,9 @@
 
     python benchmarks/report.py [PATH]
 
-PATH is a JSON file of pytest-benchmark, or a folder whose newest one is taken (``.benchmarks/``).
-The page goes beside it, as Markdown, and so do the pictures if matplotlib is installed.
+PATH is a JSON file of pytest-benchmark, or a folder from which the newest one is read (default
+``.benchmarks/``). The Markdown page is written beside it, and so are the pictures if matplotlib is
+installed.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from harness.session import LEFT_OUT, PEER_NOT_EXACT, is_defect, is_ours
 from vlmo.files import replacing
 
 STORAGE = Path(__file__).parent.parent / ".benchmarks"
-# One case and contender, flat: Case.labels, "contender", and "reason" or what was MEASURED.
+# A case and contender as a flat dict: Case.labels, "contender", and "reason" or MEASURED values.
 Record = dict[str, Any]
-LABELS = ("suite", "size", "dtype", "phase")  # of every case; its shape adds more
+LABELS = ("suite", "size", "dtype", "phase")  # of every case; the shape adds more
 MEASURED = (
     *("device_ms", "device_ms_low", "device_ms_high", "wall_ms", "calls", "tflops", "gb_per_s"),
     *("share_of_roof", "samples_per_s", "peak_mib", "launches", "millijoules", "clock_mhz"),
     *("temperature_c", "throttled", "error"),
 )
-# How unilm, the reference implementation, computes each suite.
+# The contenders that compute as unilm, the reference implementation, does.
 OFFICIAL = ("slices", "eager", "official")
-# What a reader of the numbers must know of a contender.
+# Notes about contenders that affect the interpretation of their numbers.
 NOTES = {
     "dense": "all tokens through one expert",
     "dense-compiled": "all tokens through one expert",
@@ -47,15 +48,15 @@ NOTES = {
 
 @dataclass
 class Report:
-    """The records of a run, and what they depend on.
+    """The records of a run, and its environment.
 
     Attributes:
-        machine: ``name`` ("cpu", or the GPU's name), and more for people.
-        commit: of what was measured.
-        command: that was run.
-        versions: of what a time can depend on.
+        machine: ``name`` ("cpu", or the GPU's name), and further descriptions.
+        commit: commit that was measured.
+        command: command that was run.
+        versions: versions of the software that times can depend on.
         roof: ``copy_gb_per_s``, and ``matrix_tflops`` by dtype.
-        unmeasured: sentences: what could not be measured on this machine, and why.
+        unmeasured: sentences about what could not be measured on this machine, and why.
         records: one for each case and contender.
     """
 
@@ -72,12 +73,12 @@ class Report:
         """Read a JSON file of pytest-benchmark, or one of format 1 (until 2026).
 
         Raises:
-            ValueError: it is something else; the message names the file and what is wrong.
+            ValueError: it has another format; the message names the file and the fault.
             OSError: it cannot be read.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:  # of JSON, or of the encoding
+        except ValueError as error:  # invalid JSON or encoding
             raise ValueError(f"{path}: is not JSON: {error}") from error
         if not isinstance(content, dict):
             raise ValueError(f"{path}: is not a JSON object")
@@ -111,11 +112,11 @@ class Report:
 
     @property
     def digest(self) -> str:
-        """Of everything in it."""
+        """Digest of the whole report."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     def markdown(self) -> str:
-        """Everything as a page, headed by machine, commit, command and versions."""
+        """The report as a page that starts with machine, commit, command and versions."""
         machine = "; ".join(f"{key} {value}" for key, value in self.machine.items())
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         lines = [
@@ -147,7 +148,7 @@ class Report:
         return "\n".join(lines)
 
     def not_run(self) -> list[str]:
-        """Each reason once, with its contenders and how many cases of each; defects first."""
+        """Each reason once, with its contenders and their numbers of cases; defects first."""
         found: dict[str, dict[str, int]] = {}
         defects = set()
         for record in self.records:
@@ -164,7 +165,7 @@ class Report:
         return told
 
     def left_out(self) -> list[str]:
-        """The cases and contenders for which there was no time."""
+        """The cases and contenders that were left out because of the time limit."""
         return [
             f"{title_of(labels_of(record))}: {record['contender']}: {record['reason']}"
             for record in self.records
@@ -181,12 +182,12 @@ class Report:
 
 @dataclass(frozen=True)
 class Group:
-    """What was measured of one case: ours first, then peers, then dense layers; fast ones first.
+    """The results of a case: ours first, then peers, then dense layers, each by speed.
 
     Attributes:
-        labels: of the case.
-        records: those with numbers.
-        inexact: of peers that are out of their error bound, and have no numbers.
+        labels: labels of the case.
+        records: records with numbers.
+        inexact: records of peers that exceed the error bound and have no numbers.
     """
 
     labels: dict[str, int | str]
@@ -195,32 +196,32 @@ class Group:
 
     @property
     def title(self) -> str:
-        """The case in words."""
+        """Description of the case."""
         return title_of(self.labels)
 
     @property
     def best(self) -> Record | None:
-        """The fastest of ours."""
+        """Our fastest contender."""
         return self._fastest(is_ours)
 
     @property
     def best_peer(self) -> Record | None:
-        """The fastest of the others; notes tell of those that compute something else."""
+        """The fastest peer; notes describe peers that compute another function."""
         return self._fastest(lambda name: not is_ours(name) and not is_dense(name))
 
     @property
     def official(self) -> Record | None:
-        """The computation of unilm."""
+        """The contender that computes as unilm does."""
         return self._fastest(lambda name: name in OFFICIAL)
 
     @property
     def dense(self) -> Record | None:
-        """The fastest layer without experts, which computes something else."""
+        """The fastest layer without experts, which computes another function."""
         return self._fastest(is_dense)
 
     @property
     def notes(self) -> list[str]:
-        """What has to be said below the table."""
+        """Notes below the table."""
         names = [record["contender"] for record in self.records]
         found = [f"{name}: {NOTES[name]}." for name in names if name in NOTES]
         for record in self.records:
@@ -235,7 +236,7 @@ class Group:
 
 
 def groups(records: Sequence[Record]) -> list[Group]:
-    """The cases of which something was measured, in their order."""
+    """The cases with results, in order."""
     found: dict[str, Group] = {}
     for record in records:
         labels = labels_of(record)
@@ -258,31 +259,31 @@ def firsts(found: Sequence[Group]) -> list[Group]:
 
 
 def title_of(labels: Mapping[str, int | str]) -> str:
-    """A case in words."""
+    """Description of a case."""
     shape = [f"{k} {v}" for k, v in labels.items() if k not in LABELS]
     return ", ".join([*(str(labels[name]) for name in LABELS), *shape])
 
 
 def labels_of(record: Record) -> dict[str, int | str]:
-    """What tells the case of a record from other cases."""
+    """The labels of a record that identify its case."""
     others = ("contender", "reason", *MEASURED)
     return {name: value for name, value in record.items() if name not in others}
 
 
 def is_dense(contender: str) -> bool:
-    """Whether it is a layer without experts."""
+    """Whether a contender is a layer without experts."""
     return contender.startswith("dense")
 
 
 def speedup(record: Record | None, other: Record | None) -> float | None:
-    """The other's time over this one's; None if one of them is missing."""
+    """Time of ``other`` divided by that of ``record``; None if either is missing."""
     if record is None or other is None:
         return None
     return other["device_ms"] / record["device_ms"]
 
 
 def number(value: float) -> str:
-    """Three significant digits, never an exponent."""
+    """Format with three significant digits and without an exponent."""
     if value == 0 or not math.isfinite(value):
         return str(value)
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
@@ -290,18 +291,18 @@ def number(value: float) -> str:
 
 
 def times(value: float | None) -> str:
-    """A speedup."""
+    """Format a speedup."""
     return "-" if value is None else f"{value:.2f} x"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table, the first column left, the others right."""
+    """Lines of a Markdown table; the first column is left-aligned, the others right-aligned."""
     ruler = ["---", *["---:"] * (len(header) - 1)]
     return [f"| {' | '.join(cells)} |" for cells in (header, ruler, *rows)]
 
 
 class _Column(NamedTuple):
-    """One column of a case's table."""
+    """A column of a case's table."""
 
     title: str
     cell: Callable[[Group, Record], str]
@@ -309,7 +310,7 @@ class _Column(NamedTuple):
 
 
 def _measured(title: str, name: str, shown: Callable[[float], str] = number) -> _Column:
-    """A column that is there if a record has a value."""
+    """A column that appears if any record has a value."""
     return _Column(
         title,
         lambda group, record: "-" if record.get(name) is None else shown(record[name]),

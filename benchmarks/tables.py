@@ -3,10 +3,10 @@
     python benchmarks/tables.py [--check]
 
 A block between ``<!-- table: NAME -->`` and ``<!-- end -->`` is a table, one between
-``<!-- number: NAME -->`` and ``<!-- end -->`` a number within a sentence; both are made from
-``results/*.json`` alone. Results of the benchmarks there get their Markdown page and pictures, if
-these are missing or old. With ``--check`` nothing is written, and the exit code is 1 if something
-would be.
+``<!-- number: NAME -->`` and ``<!-- end -->`` a number within a sentence; both are generated only
+from ``results/*.json``. The Markdown pages and pictures of benchmark results are written if they
+are missing or outdated. With ``--check`` nothing is written, and the exit status is 1 if anything
+is outdated.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ REPORTS = "benchmarks/results"
 
 
 def files() -> list[Path]:
-    """Where blocks may stand."""
+    """The files that may contain blocks."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def render(path: Path, text: str) -> str:
-    """The text of a file with all of its blocks made anew.
+    """The text of a file with all of its blocks regenerated.
 
     Raises:
-        ValueError: a block has a name that nothing has, or no end.
+        ValueError: a block has an unknown name or no end.
     """
     up = "" if path.parent == ROOT else "../"
 
@@ -70,7 +70,7 @@ def reports(*, gpu: bool) -> dict[Path, Report]:
     found = {}
     for path in sorted(RESULTS.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
-        # Other results, modelled ones among them, are of scripts of their own.
+        # Other results, such as modelled ones, come from other scripts.
         if "format" in content or "vlmo" in content:
             report = Report.load(path)
             if (report.machine["name"] != "cpu") == gpu:
@@ -82,7 +82,7 @@ def cpu_report() -> tuple[Path, Report] | None:
     """The committed result of a CPU.
 
     Raises:
-        ValueError: there are several.
+        ValueError: there are several results.
     """
     found = reports(gpu=False)
     if len(found) > 1:
@@ -126,7 +126,7 @@ def gpu_summary(up: str) -> str:
 
 
 def _compact(found: list[Group]) -> list[str]:
-    """A line for each case: the best of ours, the best peer and unilm."""
+    """A line for each case: our best contender, the best peer and unilm."""
     rows = []
     for group in found:
         best, peer, official = group.best, group.best_peer, group.official
@@ -145,7 +145,7 @@ def _origin(report: Report) -> str:
     name = machine["name"]
     if name == "cpu":
         name = f"{machine.get('cpu', 'a CPU')}, {machine.get('cores', '?')} cores"
-    of_old = report.command.startswith("vlmo bench")  # a command of that commit
+    of_old = report.command.startswith("vlmo bench")  # a command that existed at that commit
     told = f"that commit's {report.command}" if of_old else f"`{report.command}`"
     return f"Measured on {name}, commit {report.commit}, by {told}"
 
@@ -155,7 +155,7 @@ def _modelled(stem: str) -> dict[str, Any]:
 
 
 def volta_forward(up: str) -> str:
-    """moe_ffn's forward on a V100, modelled."""
+    """Modelled forward of moe_ffn on a V100."""
     rows = [
         [launch["size"], launch["tokens"], f"{launch['fill']:.2f}", f"{launch['speedup']:.2f} x"]
         for launch in _modelled("volta")["launches"]
@@ -165,7 +165,7 @@ def volta_forward(up: str) -> str:
 
 
 def volta_attention(up: str) -> str:
-    """shared_attention on a V100, modelled."""
+    """Modelled shared_attention on a V100."""
     rows = []
     for figure in _modelled("volta_attention")["figures"]:
         faster = " to ".join(f"{x:.2f}" for x in dict.fromkeys(figure["faster"]))
@@ -217,7 +217,7 @@ KINDS = {"table": TABLES, "number": NUMBERS}
 
 
 def stale(*, write: bool) -> list[str]:
-    """What is not up to date, by name; written if ``write``."""
+    """Names of the outdated files, which are rewritten if ``write``."""
     found = []
     for path in files():
         text = path.read_text(encoding="utf-8")

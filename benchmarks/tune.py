@@ -2,9 +2,9 @@
 
     python benchmarks/tune.py [--size SIZE] [--tokens N] [--split A:B] [--dtype DTYPE] [--quick]
 
-The kernels are searched one after the other. All candidates of one are compiled, several at a time;
-then each is run, compared with float64 by the rule of :mod:`vlmo.testing`, and timed in turn with
-all others. The row goes into :mod:`vlmo.kernels.moe_ffn.triton.tiles`.
+The kernels are tuned one after the other. All candidates of a kernel are compiled in parallel; then
+each is run, checked against float64 with the error bound of :mod:`vlmo.testing`, and timed in turn
+with all others. The row is for the table in :mod:`vlmo.kernels.moe_ffn.triton.tiles`.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from vlmo.kernels.target import GENERATIONS, describe, interpreted
 
 KERNELS = tuple(kernel.name for kernel in fields(Tiles))
 OURS = "vlmo:triton"
-_REGISTERS = 65536  # of 32 bits, on a multiprocessor of every generation
+_REGISTERS = 65536  # 32-bit registers of a multiprocessor, in every generation
 
 
 class Trial:
-    """One call of the layer with every gradient, to try tiles on.
+    """A call of the layer with every gradient, on which tiles are tried.
 
-    A kernel of the backward is timed in a whole backward, of which only its own tile changes.
+    A kernel of the backward is timed as part of a whole backward in which only its tile changes.
 
     Args:
-        case: of :mod:`bench_moe_ffn`, forward and backward.
+        case: case of :mod:`bench_moe_ffn`, forward and backward.
         device: a GPU, or the CPU for Triton's interpreter.
 
     Raises:
-        NotImplementedError: the kernels cannot run there.
+        NotImplementedError: the kernels cannot run on this device.
     """
 
     def __init__(self, case: Case, device: torch.device) -> None:
@@ -58,11 +58,11 @@ class Trial:
         self.problem.entered["recompute"] = ours._replace(make=lambda chosen: again)
 
     def why_wrong(self, kernel: str) -> str | None:
-        """Run the call with the tiles in force; one sentence if a result is not exact enough."""
+        """Run the call with the current tiles; the reason if a result exceeds its error bound."""
         return why_inexact(OURS, self.problem.check(self._name(kernel)))
 
     def work(self, kernel: str) -> Work:
-        """What launches the kernel, with the tiles that are in force then."""
+        """A function that launches the kernel with the tiles current at the time of its call."""
         form, problem = self._forms[self._name(kernel)], self.problem
         if kernel == "forward":
             return functools.partial(torch.no_grad()(form), problem.x.detach(), problem.parameters)
@@ -76,7 +76,7 @@ class Trial:
 
 @dataclass
 class Search:
-    """What became of the candidates of one kernel."""
+    """The results for the candidates of a kernel."""
 
     seconds: dict[Tile, float] = field(default_factory=dict)
     dropped: dict[Tile, str] = field(default_factory=dict)
@@ -87,10 +87,10 @@ class Search:
 
 
 def search(trial: Trial, kernel: str, base: Tiles, candidates: Sequence[Tile]) -> Search:
-    """Time every candidate that runs and is right; the other kernels stay as in ``base``.
+    """Time every candidate that passes the accuracy check; other kernels use the tiles of ``base``.
 
     Raises:
-        RuntimeError: no candidate is left, or one has left the GPU in error.
+        RuntimeError: no candidate passes, or one has left the GPU in an error state.
     """
     found, works = Search(), {}
     rows = {
@@ -128,7 +128,7 @@ def _with(row: Tiles, work: Work) -> object:
 
 
 def _compile(works: Iterable[Work]) -> None:
-    """Several at a time; what does not compile is reported when it is run."""
+    """Compile in parallel; a candidate that does not compile is reported when it is run."""
     # Imported here because it imports Triton.
     from vlmo.kernels._backends.triton_launch import compile_only
 
@@ -142,18 +142,18 @@ def _why_dropped(trial: Trial, kernel: str, row: Tiles) -> str | None:
     try:
         with use_tiles(row):
             return trial.why_wrong(kernel)
-    except Exception as error:  # a compiler's refusal has no common type; it is reported
+    except Exception as error:  # compiler errors have no common type; they are reported
         if torch.cuda.is_available():
             try:
                 torch.cuda.synchronize()
-            except RuntimeError as dead:  # nothing can run in this process any more
+            except RuntimeError as dead:  # no kernel can run in this process any more
                 tile = getattr(row, kernel)
                 raise RuntimeError(f"{tile} ended the search: {error}") from dead
         return describe_error(error)
 
 
 def candidates(shared_bytes: int, itemsize: int, quick: bool = False) -> list[Tile]:
-    """The tiles that a multiprocessor has room for."""
+    """The tiles that fit on a multiprocessor."""
     if quick:
         axes: tuple[Sequence[int], ...] = (
             (128,),
@@ -170,8 +170,8 @@ def candidates(shared_bytes: int, itemsize: int, quick: bool = False) -> list[Ti
 
 
 def _fits(tile: Tile, shared_bytes: int, itemsize: int) -> bool:
-    # The operands of every stage, and the accumulators in half of the registers, so that a thread
-    # has as many left for all else.
+    # The operands of every stage must fit in shared memory, and the accumulators in half of the
+    # registers, which leaves the other half for everything else.
     stage = (tile.block_t + tile.block_n) * tile.block_k * itemsize
     accumulators = tile.block_t * tile.block_n
     return (
@@ -182,7 +182,7 @@ def _fits(tile: Tile, shared_bytes: int, itemsize: int) -> bool:
 
 
 def row_of(key: tuple[str, str], found: Tiles) -> str:
-    """A row of the table, as it stands in the code."""
+    """A row of the table as source code."""
     lines = [f"    {key!r}: Tiles(".replace("'", '"')]
     for kernel in KERNELS:
         tile = getattr(found, kernel)
@@ -221,7 +221,7 @@ def main() -> int:
     try:
         for kernel in KERNELS:
             best = replace(best, **{kernel: search(trial, kernel, best, shapes).winner})
-    finally:  # what has been found before an error or an interruption
+    finally:  # also after an error or an interruption
         command = shlex.join(["benchmarks/tune.py", *sys.argv[1:]])
         print(f"\n    # {describe(device)}, {versions()}, {command}")
         print(row_of(tiles.key_of(device, dtype), best))

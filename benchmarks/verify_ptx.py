@@ -1,9 +1,9 @@
-"""Every parity case of the Triton kernels as PTX of each target and dtype, and what came out.
+"""Runs every parity case of the Triton kernels as PTX for each target and dtype.
 
     TRITON_INTERPRET=0 python benchmarks/verify_ptx.py
 
 writes ``results/ptx.json`` and ``.md`` beside this file, and takes some 20 minutes on two cores.
-These are the tests of tests/ptx/tests/test_kernels.py, the slow ones too, with what they found.
+These are the tests of tests/ptx/tests/test_kernels.py, including the slow ones, with their results.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ CASES: dict[str, tuple[Any, list]] = {
 
 @dataclasses.dataclass
 class Row:
-    """One case on one target in one dtype."""
+    """A case on a target in a dtype."""
 
     operation: str
     target: str
     dtype: str
     case: str
-    kernels: list[str]  # that ran to their end, in every interleaving with the same result
+    kernels: list[str]  # kernels that finished with the same result in every interleaving
     reports: list[str]
-    failed: str  # why the call or its error is not as it must be, or ""
-    # Of the result or gradient that is worst beside eager PyTorch in the same dtype.
+    failed: str  # the reason why the call failed or exceeded its error bound, or ""
+    # For the output or gradient that is worst relative to eager PyTorch in the same dtype.
     worst: str = ""
     error: float = 0.0
     eager: float = 0.0
@@ -61,7 +61,7 @@ def run(operation: str, number: int, target: str, dtype: torch.dtype) -> Row:
     with emulated(target) as gpu:
         try:
             errors = module.assert_parity(cases[number], dtype, PLACE)
-        except Exception as error:  # whatever it is, it belongs in the table
+        except Exception as error:  # any error is reported in the table
             failed = f"{type(error).__name__}: {error}"
     row = Row(
         *(operation, target, str(dtype).removeprefix("torch."), str(cases[number])),
@@ -86,7 +86,7 @@ def rows() -> list[Row]:
 
 
 def table(found: list[dict[str, Any]]) -> list[str]:
-    """Lines of Markdown: a line for each kernel, target and dtype."""
+    """Markdown table with a line for each kernel, target and dtype."""
     groups = collections.defaultdict(list)
     for row in found:
         for kernel in row["kernels"]:

@@ -1,8 +1,8 @@
-"""Prints the wheel of vlmo in a folder that fits the running Python: the newest one.
+"""Prints the newest wheel of vlmo in a folder that is compatible with the running Python.
 
     python benchmarks/wheel.py FOLDER
 
-Exits with 2 and one sentence if none fits.
+Exits with status 2 and a message if there is none.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
 
 def choose(folder: Path, supported: Sequence[Tag]) -> Path:
-    """The newest wheel of vlmo with one of the tags ``supported``, of which the first is the best.
+    """The newest wheel of vlmo that has one of the ``supported`` tags, in order of preference.
 
     Raises:
-        LookupError: there is none; it says what is there and what is wanted.
+        LookupError: there is none; the message lists the existing and the supported tags.
     """
     fitting, others = [], []
     rank = {tag: -place for place, tag in enumerate(supported)}

@@ -7,7 +7,7 @@ Shape letters, used in every file of this package:
 
 Every operation takes ``backend="cuda" | "triton" | "cpu" | "reference"``; without one,
 :func:`use_backend`, then the environment variable ``VLMO_KERNELS``, then the first backend that can
-run decides. A backend asked for by name never falls back: it runs or raises its reason.
+run decides. A backend requested by name never falls back: it runs or raises its reason.
 """
 
 if __name__ == "vlmo.kernels":
@@ -20,8 +20,8 @@ if __name__ == "vlmo.kernels":
     from .routing import ModalityRouting
     from .support import why_not
 else:
-    # In a clone this folder is found as `kernels`, the name of a package that other libraries look
-    # for (transformers does). They may find it, but nothing in it.
+    # In a clone this folder can be imported as `kernels`, the name of a package that other
+    # libraries (such as transformers) try to import. The import succeeds, but provides nothing.
     __path__ = []
 
     def _refuse(name: str) -> None:

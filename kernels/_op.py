@@ -1,10 +1,11 @@
-"""Registration of an operation: its forward and backward in torch.library, and a direct path.
+"""Registers the forward and backward of an operation in torch.library, and adds a direct path.
 
 One schema, one fake and one autograd formula serve all backends: the backend is an argument. The
-backend ``"reference"`` takes no part, as autograd differentiates its PyTorch operations.
+backend ``"reference"`` is not registered, because autograd differentiates its PyTorch operations.
 
-torch.library costs more time on the host than a kernel takes on a GPU. It is for those who need to
-see an operation: torch.compile, modes, subclasses of tensors. Every other call goes past it.
+The dispatch through torch.library takes longer on the host than a kernel takes on a GPU. Only
+callers that intercept operations need it: torch.compile, dispatch modes, tensor subclasses. Every
+other call bypasses it.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ _Flags = Sequence[bool]
 
 
 class Operation:
-    """``vlmo::<registered>_fwd`` and ``vlmo::<registered>_bwd``, as torch.library knows them.
+    """The operations ``vlmo::<registered>_fwd`` and ``vlmo::<registered>_bwd`` of torch.library.
 
     A backend is a module with two functions::
 
         forward(call) -> (output, saved)
         backward(grad, *saved, call, needs) -> gradients of the leaves
 
-    The leaves are the tensors of ``call`` that may get a gradient, lists flattened and those that
-    are None left out. ``needs`` says which gradients are wanted; the others may be anything.
+    The leaves are the tensors of ``call`` that may get a gradient, with lists flattened and None
+    left out. ``needs`` flags the gradients to compute; the others are ignored.
     """
 
     def __init__(
@@ -60,14 +61,14 @@ class Operation:
         """Register both operations.
 
         Args:
-            name: for messages.
+            name: name used in error messages.
             registered: name in torch.library, without suffix.
-            call: the NamedTuple of the arguments; its fields make the schema.
+            call: the NamedTuple of the arguments; its fields define the schema.
             backends: implementations by name.
-            empty_outputs: output and saved tensor of a call on a backend, not yet written.
-            leaves: fields with gradients from the backward.
-            added: a field whose gradient is that of the output, if there is one.
-            keeps_output: whether ``saved`` of a backward starts with the output.
+            empty_outputs: allocates the output and the saved tensor of a call on a backend.
+            leaves: fields whose gradients the backward computes.
+            added: field whose gradient equals that of the output (the residual), if any.
+            keeps_output: whether the first tensor in ``saved`` of a backward is the output.
         """
         self._name, self._call, self._backends = name, call, backends
         self._empty_outputs, self._keeps_output = empty_outputs, keeps_output
@@ -97,7 +98,7 @@ class Operation:
         self.backward.register_autograd(self._refuse)
 
     def run(self, call: Any, backend: str) -> Tensor:
-        """The output of a call on a backend that can run it; differentiable."""
+        """Run a call on a backend that supports it; the output is differentiable."""
         if not runs_eagerly(self._tensors(call, self._tensor_places)):
             register_formulas()
             return self.forward(*call, backend)[0]
@@ -108,7 +109,7 @@ class Operation:
         return self._outputs(call, backend)[0]
 
     def decompose(self, reference: Callable[[Any], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-        """The registered forward by the reference; what it saves for a backward is not written."""
+        """The registered forward in terms of the reference; its saved tensor is uninitialised."""
 
         def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
             call = self._call(*inputs[:-1])
@@ -117,7 +118,7 @@ class Operation:
         return forward
 
     def _tensors(self, call: Any, places: Iterable[int]) -> list[Tensor | None]:
-        """The tensors in some fields of a call, lists flattened."""
+        """The tensors in the given fields of a call, with lists flattened."""
         found: list[Tensor | None] = []
         for place in places:
             if self._kinds[place] == "Tensor[]":
@@ -140,7 +141,7 @@ class Operation:
             return self._backends[backend].backward(grad, *saved, call, needs)
 
     def _backward(self, grad: Tensor, saved: Sequence[Tensor], *inputs: Any) -> list[Tensor]:
-        """Gradients of all leaves; those that are not wanted are empty, of shape (0,)."""
+        """Gradients of all leaves; those that are not needed are empty, of shape (0,)."""
         *fields, needs, backend = inputs
         call = self._call(*fields)
         found = self._differentiate(grad, saved, call, needs, backend)
@@ -161,9 +162,9 @@ class Operation:
         return [leaf for leaf in self._tensors(call, self._leaf_places) if leaf is not None]
 
     def _save(self, ctx: Any, call: Any, outputs: Sequence[Tensor], backend: str) -> None:
-        """Leave in ``ctx`` what :meth:`_gradients` needs."""
+        """Store in ``ctx`` what :meth:`_gradients` needs."""
         tensors: list[Tensor | None] = []
-        rest: list[Any] = []  # of each field: the length of a list of tensors, or a constant
+        rest: list[Any] = []  # per field: the length of a list of tensors, or a constant
         for place, (kind, value) in enumerate(zip(self._kinds, call, strict=True)):
             if kind == "Tensor[]":
                 tensors.extend(value)
@@ -175,10 +176,10 @@ class Operation:
                 rest.append(value)
         ctx.operation, ctx.rest, ctx.backend = self, rest, backend
         ctx.save_for_backward(*(outputs if self._keeps_output else outputs[1:]), *tensors)
-        ctx.set_materialize_grads(False)  # or what is saved would get zeros of its size
+        ctx.set_materialize_grads(False)  # else autograd allocates zeros for the saved output
 
     def _gradients(self, ctx: Any, grad: Tensor | None, wanted: _Flags) -> list[Tensor | None]:
-        """Gradients of the leaves, None for those that are not ``wanted`` or not there."""
+        """Gradients of the leaves; None for those that are absent or not ``wanted``."""
         if grad is None or not any(wanted):  # grad is None if the output was not used
             return [None] * len(wanted)
         tensors = ctx.saved_tensors
@@ -210,7 +211,7 @@ class Operation:
         ctx.mark_non_differentiable(output[1])
 
     def _registered_gradients(self, ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
-        """One gradient for each argument of the schema, lists of them for lists."""
+        """One gradient per argument of the schema; a list of gradients for a list."""
         flags: list[bool] = []
         for place in self._leaf_places:
             wanted = ctx.needs_input_grad[place]
@@ -219,7 +220,7 @@ class Operation:
             else:
                 flags.append(wanted)
         found = iter(self._gradients(ctx, grad, flags))
-        # torch.library takes an empty list of integers for an empty list of tensors.
+        # torch.library mistakes an empty list of integers for an empty list of tensors.
         result: list[Any] = [[] if value == [] else None for value in ctx.rest]
         for place in self._leaf_places:
             if self._kinds[place] == "Tensor[]":
@@ -227,7 +228,7 @@ class Operation:
             else:
                 result[place] = next(found)
         if self._added is not None and ctx.needs_input_grad[self._added]:
-            result[self._added] = grad  # the output has the dtype of what is added
+            result[self._added] = grad  # the output has the dtype of this field
         return *result, None
 
     def _refuse(self, *_: Any) -> None:
@@ -235,7 +236,7 @@ class Operation:
 
 
 class _Direct(torch.autograd.Function):
-    """An operation without torch.library. Autograd sees ``leaves``, but not inside ``call``."""
+    """An operation that bypasses torch.library. Autograd tracks ``leaves``, but not ``call``."""
 
     @staticmethod
     def forward(ctx, operation: Operation, call: Any, backend: str, added, *leaves):

@@ -1,7 +1,7 @@
-"""Checks of arguments, so that every operation refuses bad input in the same words.
+"""Argument checks with uniform error messages for all operations.
 
 A message names the argument and the offending value. A wrong type or dtype raises TypeError; a
-wrong shape, device or value raises ValueError. All of it happens before anything is launched.
+wrong shape, device or value raises ValueError. All checks run before any kernel is launched.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def check_tensor(
     """Check one tensor argument.
 
     Args:
-        name: the argument's name, as the caller wrote it.
-        value: what was passed.
-        shape: the shape it must have; -1 stands for any size.
-        dtypes: the dtypes it may have.
-        device: the device it must be on.
-        item: its number in the list ``name``, if it is in one.
+        name: the argument's name in the public signature.
+        value: the value that was passed.
+        shape: the required shape; -1 accepts any size.
+        dtypes: the accepted dtypes.
+        device: the required device.
+        item: index of the tensor if ``name`` is a list.
     """
-    # A call has some twenty tensors and nearly all of them are right: words are made last.
+    # A call has some twenty tensors, nearly all valid, so messages are formatted only on failure.
     if not isinstance(value, Tensor):
         raise TypeError(f"{_item(name, item)}: expected a tensor, got {type(value).__name__}")
     if shape is not None and value.shape != shape and not _fits(value.shape, shape):
@@ -73,17 +73,17 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype autocast runs matrix products in on this device, or None outside autocast."""
+    """The dtype in which autocast runs matrix products on this device; None outside autocast."""
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """A context for the body of an operation: dtypes were settled by the caller.
+    """A context that disables autocast in the body of an operation, whose dtypes are already final.
 
-    Autocast stays active inside a torch.library operation, and would round the operands of products
-    that are meant to be float32.
+    Autocast stays active inside a torch.library operation and would round the operands of products
+    that must be computed in float32.
     """
     if autocast_dtype(device.type) is None:
         return nullcontext()
@@ -91,15 +91,15 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 
 
 def _traced(tensor: Tensor) -> bool:
-    """Whether the tensor is one of make_fx or torch.export, which have no values to look at."""
+    """Whether the tensor comes from make_fx or torch.export and has no values."""
     return is_fake(tensor) or get_proxy_mode() is not None
 
 
 def check_values(name: str, values: Tensor, wrong: Tensor, complaint: str) -> None:
-    """Refuse values marked ``wrong``.
+    """Reject values marked ``wrong``.
 
-    On the CPU this raises ValueError at once. On a GPU, and in a compiled graph, where looking
-    would wait for the device, the same words become an assertion that the device itself checks.
+    On the CPU this raises ValueError at once. On a GPU and in a compiled graph, where reading the
+    values would synchronise with the device, the same message becomes a device-side assertion.
     A graph of ``torch.export`` or ``torch.jit.trace`` checks nothing.
     """
     if exporting():

@@ -1,4 +1,4 @@
-"""Buffers whose values follow from a module's arguments, kept right on every device."""
+"""Buffers whose values are computed from a module's arguments, on any device."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class Constants(nn.Module):
-    """A module with buffers that can be computed, and so need not be in a state dict.
+    """A module with computed buffers, which therefore need not be in a state dict.
 
-    They have their values again after :meth:`torch.nn.Module.to_empty`. A module that holds such
-    modules calls :meth:`materialise` after ``load_state_dict(..., assign=True)``.
+    :meth:`torch.nn.Module.to_empty` restores their values. A module that contains such modules must
+    call :meth:`materialise` after ``load_state_dict(..., assign=True)``.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class Constants(nn.Module):
     def register_constant(
         self, name: str, value: Tensor, device: torch.device, *, persistent: bool = False
     ) -> None:
-        """A buffer on ``device`` with the value of a CPU tensor, which must not change later."""
+        """Add a buffer on ``device`` with the value of a CPU tensor, which must not be modified."""
         self._values[name] = value
         self.register_buffer(name, value.to(device), persistent=persistent)
 
@@ -37,7 +37,7 @@ class Constants(nn.Module):
         return self
 
     def materialise(self, device: torch.device) -> None:
-        """Put those buffers that are on the meta device on ``device``."""
+        """Recreate the buffers that are on the meta device on ``device``."""
         for name, value in self._values.items():
             buffer = self._buffers[name]
             assert buffer is not None

@@ -1,4 +1,4 @@
-"""The operations as plain ATen operations, for exported graphs that run without this library."""
+"""Decompositions to plain ATen operations, for exported graphs that run without this library."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from .moe_ffn.reference import moe_ffn_reference
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """What ``ExportedProgram.run_decompositions`` takes, for the forward of all operations.
+    """Decompositions of the forward of all operations, for ``ExportedProgram.run_decompositions``.
 
-    Only programs need it that were exported with a kernel backend asked for by name: without one,
-    or with ``"reference"``, a program holds plain ATen operations from the start::
+    Only a program that was exported with a kernel backend requested by name needs them: without
+    one, or with ``"reference"``, a program contains only plain ATen operations::
 
         table = torch.export.default_decompositions()
         table.update(vlmo.kernels.decompositions())
         program = torch.export.export(model, inputs).run_decompositions(table)
 
-    The results are those of the backend ``"reference"``, whatever backend was named. A backward has
-    no decomposition: for a graph of plain operations with gradients, choose ``"reference"``.
+    The decompositions compute what the backend ``"reference"`` computes, whatever backend was
+    requested. The backward has no decomposition: for a graph of plain operations with gradients,
+    request ``"reference"``.
     """
     operations = torch.ops.vlmo
     return {

@@ -1,4 +1,4 @@
-"""Which backend runs a call: argument > use_backend() > VLMO_KERNELS > first that can."""
+"""Selects the backend of a call: argument > use_backend() > VLMO_KERNELS > first that can run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.autograd import forward_ad
 
 BACKEND_NAMES = ("cuda", "triton", "cpu", "reference")
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
-# The backends of devices on which a GPU's kernel would run in an interpreter, for tests: such a
-# kernel has to be asked for by name.
+# The backends of devices on which Triton kernels can only run in its interpreter, which is for
+# tests: such a kernel must be requested by name.
 _USUAL = {"cpu": "cpu", "meta": "reference"}
 
 # A plain module global: Dynamo guards on it, so a compiled model recompiles when it changes.
@@ -24,24 +24,24 @@ _forced: str | None = None
 
 
 class _Block:
-    """One open ``use_backend``."""
+    """A ``use_backend`` block that is active."""
 
     def __init__(self, name: str | None):
         self.name, self.thread = name, threading.get_ident()
 
 
-_open: list[_Block] = []  # in the order in which they were opened
+_open: list[_Block] = []  # in the order in which they were entered
 
 
 class Backend(Protocol):
-    """What an implementation module offers to the dispatch, besides forward and backward."""
+    """The interface of an implementation module to the dispatch, besides forward and backward."""
 
     def why_not(self, *facts: Any) -> str | None:
-        """None if the call described by ``facts`` can run, else one sentence with the reason."""
+        """None if the call described by ``facts`` can run, else the reason in one sentence."""
 
 
 def check_name(name: str | None, source: str) -> None:
-    """Raise ValueError if ``name`` is no backend; ``source`` says who gave it."""
+    """Raise ValueError if ``name`` is not a backend; ``source`` is the origin of the name."""
     if name is not None and name not in BACKEND_NAMES:
         raise ValueError(f"{source}: {name!r} is not a backend; choose from {BACKEND_NAMES}")
 
@@ -50,15 +50,15 @@ def check_name(name: str | None, source: str) -> None:
 def use_backend(name: str | None) -> Iterator[None]:
     """Run every operation inside the ``with`` block on the backend ``name``.
 
-    None gives the choice back to ``VLMO_KERNELS`` and the order of preference.
+    None restores the choice by ``VLMO_KERNELS`` and the order of preference.
 
-    The choice holds for the whole process, not for one thread: autograd recomputes checkpointed
-    blocks in threads of its own, which must use the backend of the forward pass. Of several open
-    blocks the one opened last decides; a block that differs from one that another thread holds open
-    gives a warning. Threads that need different backends pass ``backend=`` to each call.
+    The choice applies to the whole process, not to one thread: autograd recomputes checkpointed
+    blocks in its own threads, which must use the backend of the forward pass. The block entered
+    last takes precedence; a warning is given if it differs from an active block of another thread.
+    Threads that need different backends pass ``backend=`` to each call.
 
     Raises:
-        ValueError: ``name`` is no backend.
+        ValueError: ``name`` is not a backend.
     """
     global _forced
     check_name(name, "use_backend")
@@ -75,12 +75,12 @@ def use_backend(name: str | None) -> Iterator[None]:
     try:
         yield
     finally:
-        _open.remove(block)  # which may not be the last one: blocks of threads can overlap
+        _open.remove(block)  # not always the last one: blocks of different threads can overlap
         _forced = _open[-1].name if _open else None
 
 
 def requested(argument: str | None) -> str | None:
-    """The backend asked for by name, or None: the first of the three sources that speaks."""
+    """The backend requested by name, or None: the first of the three sources that has one."""
     check_name(argument, "backend")
     if argument is not None:
         return argument
@@ -94,18 +94,18 @@ def requested(argument: str | None) -> str | None:
 def choose(
     operation: str, backends: Mapping[str, Backend], argument: str | None, *facts: Any
 ) -> str:
-    """Name the backend for one call.
+    """Return the name of the backend for a call.
 
     Args:
-        operation: name of the operation, for messages.
+        operation: name of the operation, for error messages.
         backends: implementations in order of preference.
         argument: the call's own ``backend=`` argument.
-        facts: what ``why_not`` of the implementations judges by.
+        facts: arguments of ``why_not`` of the implementations.
 
     Raises:
-        ValueError: the name asked for is no backend.
-        NotImplementedError: the backend asked for cannot run this call (with its reason), or none
-            can (with every backend's reason).
+        ValueError: the requested name is not a backend.
+        NotImplementedError: the requested backend cannot run this call (with its reason), or no
+            backend can (with the reason of each).
     """
     name = requested(argument)
     if name is not None:
@@ -132,20 +132,20 @@ def resolve(
     device: torch.device,
     *facts: Any,
 ) -> str:
-    """The backend of one call.
+    """The backend of a call.
 
-    Transforms of torch.func and forward-mode differentiation look inside an operation, and graphs
-    of ``torch.export``, ``torch.jit.trace`` and what builds on them (ONNX) are to run without this
-    library: both get the reference, which is plain ATen operations. If a kernel backend was asked
-    for by name, its operation is in an exported graph, and whoever runs that must have imported
-    :mod:`vlmo.kernels`, or lower it by :func:`vlmo.kernels.decompositions`.
+    Transforms of torch.func and forward-mode differentiation must see the inside of an operation,
+    and graphs of ``torch.export`` and ``torch.jit.trace`` (also for ONNX) should run without this
+    library: both use the reference, which consists of plain ATen operations. If a kernel backend
+    was requested by name, an exported graph contains its operation. To run such a graph, import
+    :mod:`vlmo.kernels` first, or lower it with :func:`vlmo.kernels.decompositions`.
 
     Args:
         operation, backends, argument: as for :func:`choose`.
-        tensors: those of the call that may have a derivative.
-        device: of the call; the first of the facts that ``why_not`` judges by. On the CPU the
-            first backend that can is not what is wanted: see :data:`_USUAL`.
-        facts: the others.
+        tensors: tensors of the call that may have a derivative.
+        device: device of the call, which is the first argument of ``why_not``. On some devices the
+            first backend that can run is not the default: see :data:`_USUAL`.
+        facts: the other arguments of ``why_not``.
 
     Raises:
         ValueError, NotImplementedError: as :func:`choose`; also a named backend other than the
@@ -166,10 +166,9 @@ def resolve(
 
 
 def transformed(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation sees this call.
+    """Whether a transform of torch.func or forward-mode differentiation is applied to this call.
 
-    Both look inside an operation. The kernels, which only have a backward formula, would give them
-    zeros.
+    Both need more rules than the backward formula that kernels have, and would get zeros from them.
     """
     if torch.compiler.is_compiling():
         return False
@@ -181,16 +180,16 @@ def transformed(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def exporting() -> bool:
-    """Whether ``torch.export`` or ``torch.jit.trace`` records what runs now."""
-    # Not is_exporting(), which Dynamo of torch 2.8 takes to be true in every graph.
+    """Whether ``torch.export`` or ``torch.jit.trace`` is recording."""
+    # Not is_exporting(), which Dynamo of torch 2.8 treats as true in every graph.
     return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
 
 def runs_eagerly(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether a call runs at once on these plain tensors, traced and replaced by nothing."""
+    """Whether a call runs eagerly on these tensors: nothing traces, transforms or intercepts it."""
     return not (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack()  # a mode: fake tensors, a FLOP counter
+        or torch._C._len_torch_dispatch_stack()  # a mode, such as fake tensors or a FLOP counter
         or torch._C._are_functorch_transforms_active()
     ) and _PLAIN.issuperset(map(type, tensors))

@@ -1,4 +1,4 @@
-"""What the operations cost, for :class:`torch.utils.flop_counter.FlopCounterMode`."""
+"""FLOP formulas of the operations for :class:`torch.utils.flop_counter.FlopCounterMode`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .moe_ffn.call import Call as MoeFfnCall
 
 
 def register_formulas() -> None:
-    """Tell PyTorch's counter, if this process has loaded it, what our operations cost."""
-    # Loading it here would load Triton, which reads its environment then.
+    """Register FLOP formulas with PyTorch's counter if this process has imported it."""
+    # Importing it here would import Triton, which reads its environment variables at import.
     if torch.compiler.is_compiling() or "torch.utils.flop_counter" not in sys.modules:
         return
     _register()
     for mode in _get_current_dispatch_mode_stack():
-        # A counter copies the formulas that are known when it is made.
+        # A counter copies the formulas that are registered when it is created.
         known = getattr(getattr(mode, "counter", mode), "flop_registry", None)
         if known is not None and torch.ops.vlmo.moe_ffn_fwd not in known:
             known.update(_register())
@@ -51,7 +51,10 @@ def _moe_ffn_forward(*inputs, out_val=None) -> int:
 
 
 def _moe_ffn_backward(grad, saved, *inputs, out_val=None) -> int:
-    """Each product of the forward twice, less what is not wanted; the first again if not kept."""
+    """Two products per product of the forward, less those for gradients that are not needed.
+
+    The first product of the forward is added if its pre-activation is recomputed.
+    """
     *fields, needs, _ = inputs
     call, (pre,) = MoeFfnCall(*fields), saved
     experts = len(call.w1)
@@ -63,7 +66,7 @@ def _moe_ffn_backward(grad, saved, *inputs, out_val=None) -> int:
 
 
 def _products(call: MoeFfnCall) -> list[tuple[int, int]]:
-    """Operations of both products of each expert."""
+    """Operations of the two products of each expert."""
     width = call.x.shape[1]
     return [
         (2 * tokens * width * w1.shape[0], 2 * tokens * width * w2.shape[1])
@@ -72,7 +75,7 @@ def _products(call: MoeFfnCall) -> list[tuple[int, int]]:
 
 
 def _tokens(call: MoeFfnCall) -> Sequence[int]:
-    """Tokens of each expert; of ids without values (FakeTensor, meta), equal shares."""
+    """Tokens of each expert; equal shares if ids have no values (FakeTensor, meta)."""
     total, experts = call.x.shape[0], len(call.w1)
     if call.pieces:
         counts = [0] * experts
@@ -86,19 +89,19 @@ def _tokens(call: MoeFfnCall) -> Sequence[int]:
 
 
 def _attention_forward(*inputs, out_val=None) -> int:
-    """Scores and weighted values: 4 K operations for each pair of a query and a key."""
+    """Scores and weighted values: 4 K operations per pair of a query and a key."""
     call = AttentionCall(*inputs[:-1])
     return 4 * _pairs(call) * call.q.shape[-2] * call.q.shape[-1]
 
 
 def _attention_backward(grad, saved, *inputs, out_val=None) -> int:
-    """Five products, as PyTorch counts its own attention: the scores are computed again."""
+    """Five products, as PyTorch counts its own attention: the scores are recomputed."""
     call = AttentionCall(*inputs[:-2])
     return 10 * _pairs(call) * call.q.shape[-2] * call.q.shape[-1]
 
 
 def _pairs(call: AttentionCall) -> int:
-    """Pairs of a query and a key; masked ones count, as in PyTorch's own formulas."""
+    """Number of (query, key) pairs; masked pairs count, as in PyTorch's own formulas."""
     offsets = call.offsets
     if offsets is None:
         return call.q.shape[0] * call.q.shape[1] ** 2

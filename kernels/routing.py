@@ -1,4 +1,4 @@
-"""ModalityRouting: which expert each token goes to, built once per batch."""
+"""ModalityRouting: the expert of each token, built once per batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Piece = tuple[int, int]
 
 
 class Grouping(NamedTuple):
-    """Token rows grouped by expert, for kernels that cannot find them by arithmetic.
+    """Token rows grouped by expert, for kernels that cannot compute them.
 
     Five tokens with ``ids = [1, 0, 1, 3, 1]`` and four experts give::
 
@@ -35,21 +35,21 @@ class Grouping(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ModalityRouting:
-    """Which of ``num_experts`` experts each token goes to.
+    """The assignment of tokens to ``num_experts`` experts.
 
-    Built once per batch by one of three constructors, then shared by every layer and operation:
+    It is built once per batch by one of three constructors and shared by all layers and operations:
 
-    * :meth:`segments`: every sequence is the same run of pieces. Rows are found by arithmetic,
-      unless an expert has two pieces that do not touch.
-    * :meth:`packed`: sequences of different lengths laid end to end, each a run of pieces.
+    * :meth:`segments`: every sequence consists of the same pieces. Kernels compute the rows of an
+      expert, unless it has two pieces that are not adjacent.
+    * :meth:`packed`: concatenated sequences of different lengths, each with its own pieces.
     * :meth:`from_ids`: one expert id per token, in any order.
 
-    Experts may be empty. Token order is never changed: operations read and write rows in place.
+    Experts may be empty. Tokens are never reordered: operations gather and scatter their rows.
 
     Attributes:
         num_experts: number of experts E.
-        pieces: ``(expert, length)`` runs of every sequence, none of them empty, neighbours of
-            different experts; only for :meth:`segments`, else there are none.
+        pieces: ``(expert, length)`` runs of every sequence, none of them empty, adjacent ones of
+            different experts; empty unless created by :meth:`segments`.
         ids: ``[T]`` int32, the expert of each token; None for :meth:`segments`.
         offsets: ``[B + 1]`` int32, first token of each sequence and T at the end (``cu_seqlens``);
             only for :meth:`packed`. :func:`vlmo.kernels.shared_attention` takes the same tensor.
@@ -68,7 +68,7 @@ class ModalityRouting:
     def segments(
         cls, pieces: Sequence[Piece], *, num_experts: int | None = None
     ) -> ModalityRouting:
-        """Every sequence is the same run of ``(expert, length)`` pieces.
+        """Route sequences that all consist of the same ``(expert, length)`` pieces.
 
         VLMo's joint forward at 224 pixels is ``ModalityRouting.segments([(0, 40), (1, 197)])``:
         40 text tokens to expert 0, then 197 image tokens to expert 1.
@@ -92,9 +92,9 @@ class ModalityRouting:
         num_experts: int | None = None,
         device: torch.device | str = "cpu",
     ) -> ModalityRouting:
-        """Sequences of different lengths laid end to end without padding.
+        """Route sequences of different lengths that are concatenated without padding.
 
-        A caption of 7 tokens with its image and a caption of 12 alone:
+        A caption of 7 tokens with its image, followed by a caption of 12 tokens alone:
         ``ModalityRouting.packed([[(0, 7), (1, 197)], [(0, 12)]])``.
 
         Raises:
@@ -117,10 +117,10 @@ class ModalityRouting:
 
     @classmethod
     def from_ids(cls, ids: Tensor, num_experts: int) -> ModalityRouting:
-        """One expert id per token, in any order; ``ids`` of any shape is read row by row.
+        """Route by one expert id per token, in any order; ``ids`` is flattened in row-major order.
 
-        Ids on the CPU are checked here. Ids on a GPU are checked there without waiting for it: an
-        id out of range stops the device with an assertion that names the argument.
+        Ids on the CPU are checked here. Ids on a GPU are checked asynchronously: an id out of range
+        raises a device-side assertion that names the argument.
 
         Raises:
             TypeError: ``ids`` is not an integer tensor.
@@ -131,16 +131,16 @@ class ModalityRouting:
             raise TypeError(f"ids: dtype {ids.dtype} is not an integer type")
         num_experts = _check_experts(num_experts, ())
         flat = ids.reshape(-1)
-        # Unsigned types have no comparisons; a uint64 of 2**63 and more becomes negative.
+        # Unsigned types have no comparisons; a uint64 from 2**63 on becomes negative.
         wide = flat if flat.dtype.is_signed or flat.dtype == torch.uint8 else flat.to(torch.int64)
         wrong = (wide < 0) | (wide >= num_experts)
         check_values("ids", flat, wrong, f"outside the experts 0..{num_experts - 1}")
-        # A copy: the caller may reuse the tensor, and nothing would check what it writes there.
+        # A copy, because the caller may overwrite its tensor with values that are not checked.
         return cls(num_experts, ids=wide.to(torch.int32, copy=True))
 
     @property
     def sequence_length(self) -> int | None:
-        """Tokens of each sequence in the segment form, None in the others."""
+        """Number of tokens of each sequence for :meth:`segments`, else None."""
         return self.max_length if self.pieces else None
 
     def to(self, device: torch.device | str) -> ModalityRouting:
@@ -152,7 +152,7 @@ class ModalityRouting:
         return ModalityRouting(self.num_experts, (), ids, offsets, self.max_length)
 
     def expert_ids(self, num_tokens: int, device: torch.device | str) -> Tensor:
-        """``[num_tokens]`` int32 expert of each token, in any form."""
+        """``[num_tokens]`` int32, the expert of each token."""
         if self.ids is not None:
             return self.ids
         runs = [torch.full((n,), e, dtype=torch.int32, device=device) for e, n in self.pieces]
@@ -177,13 +177,13 @@ class ModalityRouting:
 
     @property
     def by_arithmetic(self) -> bool:
-        """Whether each expert has at most one run of tokens, the same one in every sequence."""
+        """Whether each expert has at most one run of tokens, the same in every sequence."""
         return self.ids is None and len({e for e, _ in self.pieces}) == len(self.pieces)
 
     def grouping(self, num_tokens: int, device: torch.device) -> Grouping:
-        """Rows grouped by expert on ``device``, kept for reuse.
+        """Rows grouped by expert on ``device``, cached for reuse.
 
-        Whatever backend was asked for: that choice was for the operation whose kernel reads them.
+        A requested backend has no effect here; it concerns the operation that reads the rows.
         """
         if self._grouped is not None:
             return self._grouped
@@ -191,14 +191,14 @@ class ModalityRouting:
         grouping = self._grouping.get(key)
         if grouping is None:
             grouping = self._group(num_tokens, device)
-            # Not while tracing: a compiled graph that writes here cannot be checkpointed, and its
-            # buffers are not its own once it is a CUDA graph.
+            # Not while tracing: activation checkpointing does not support a graph with this side
+            # effect, and a CUDA graph reuses its buffers.
             if runs_eagerly(grouping):
                 self._grouping[key] = grouping
         return grouping
 
     def _group(self, num_tokens: int, device: torch.device) -> Grouping:
-        # What an evaluation makes, a training step must be able to save for its backward.
+        # A grouping cached during inference must be usable by autograd in a later training step.
         with torch.inference_mode(False):
             ids = self.expert_ids(num_tokens, device)
             group = group_rows if exporting() else routing_index
@@ -206,11 +206,11 @@ class ModalityRouting:
         return Grouping(ids, rows, offsets)
 
     def grouped(self) -> ModalityRouting:
-        """The same routing with its rows grouped by expert now; not for :meth:`segments`.
+        """The same routing with its rows already grouped by expert; not for :meth:`segments`.
 
-        An eager call groups them when first needed and keeps the result. In a graph that builds its
-        routing, of :func:`torch.compile` or ``torch.export``, nothing can be kept that way: group
-        before the layers, or each of them does it again.
+        Eager calls group the rows when first needed and cache the result. A graph of
+        :func:`torch.compile` or ``torch.export`` that builds its routing cannot use this cache:
+        call this method before the layers, or each of them groups the rows again.
         """
         assert self.ids is not None
         return replace(self, _grouped=self._group(self.ids.shape[0], self.ids.device))
@@ -231,12 +231,12 @@ def _check_pieces(name: str, pieces: Iterable[Piece]) -> tuple[Piece, ...]:
 
 
 def _is_integer(value: object) -> bool:
-    """Whether ``value`` is an integer of Python or NumPy."""
+    """Whether ``value`` is a Python or NumPy integer."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _merge(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
-    """The same runs without empty ones, and with neighbours of one expert made one."""
+    """Remove empty runs and merge adjacent runs of the same expert."""
     merged: list[Piece] = []
     for expert, length in pieces:
         if merged and merged[-1][0] == expert:
@@ -247,7 +247,7 @@ def _merge(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
 
 
 def _check_experts(num_experts: int | None, pieces: Iterable[Piece]) -> int:
-    """The number of experts, given or one more than the largest that occurs."""
+    """The number of experts: as given, or else the largest expert that occurs plus one."""
     experts = [expert for expert, _ in pieces]
     count = max([0, *experts]) + 1 if num_experts is None else num_experts
     if not _is_integer(count) or count < 1:

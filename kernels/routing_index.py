@@ -18,7 +18,7 @@ MAX_EXPERTS = 32  # lanes of the warp that scans the experts; kMaxExperts of the
 _MAX_INT32 = 2**31 - 1
 _CUBIN = "routing_index"
 _KERNEL = "routing_index_kernel"
-_WARPS = 32  # of the only CTA, at most
+_WARPS = 32  # upper bound of the warps of the single CTA
 
 
 class _Argument(ctypes.Structure):
@@ -32,7 +32,7 @@ class _Argument(ctypes.Structure):
 def routing_index(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """rows ``[T]`` and offsets ``[E + 1]`` of a :class:`vlmo.kernels.routing.Grouping`; int32.
 
-    Ids outside ``0..num_experts-1`` come behind all experts and belong to none.
+    Rows with ids outside ``0..num_experts-1`` come after those of all experts.
     """
     group = launch if why_not_cuda(ids, num_experts) is None else group_rows
     return group(ids, num_experts)
@@ -45,7 +45,7 @@ def _(ids: Tensor, num_experts: int):
 
 
 def group_rows(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """:func:`routing_index` in plain PyTorch: any device, no synchronisation with the host."""
+    """:func:`routing_index` in plain PyTorch, for any device; never synchronises with the host."""
     experts = torch.arange(num_experts, device=ids.device)
     valid = (ids >= 0) & (ids < num_experts)
     rows = torch.where(valid, ids, num_experts).argsort(stable=True)
@@ -55,7 +55,7 @@ def group_rows(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 
 def why_not(backend: str, ids: Tensor, num_experts: int) -> str | None:
-    """One sentence that says why ``backend`` cannot group these rows, or None."""
+    """The reason why ``backend`` cannot group these rows, or None."""
     if backend == "reference":
         return None
     if backend == "cuda":
@@ -67,7 +67,7 @@ def why_not(backend: str, ids: Tensor, num_experts: int) -> str | None:
 
 
 def why_not_cuda(ids: Tensor, num_experts: int) -> str | None:
-    """One sentence that says why :func:`launch` cannot run, or None."""
+    """The reason why :func:`launch` cannot run, or None."""
     if reason := cuda_target.why_not_built(_CUBIN, ids.device):
         return reason
     if ids.dtype != torch.int32:
@@ -80,7 +80,7 @@ def why_not_cuda(ids: Tensor, num_experts: int) -> str | None:
 
 
 def launch(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """:func:`routing_index` as one CUDA kernel."""
+    """:func:`routing_index` by the CUDA kernel."""
     ids = ids.contiguous()
     num_tokens = ids.numel()
     rows, offsets = ids.new_empty(num_tokens), ids.new_empty(num_experts + 1)
@@ -93,5 +93,5 @@ def launch(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 
 def block_threads(num_tokens: int) -> int:
-    """Threads of the CTA: a warp for each 32 tokens, as far as they go."""
+    """Threads of the CTA: one warp per 32 tokens, up to a limit."""
     return 32 * min(_WARPS, max(1, -(-num_tokens // 32)))

@@ -1,4 +1,4 @@
-"""What this machine can run, asked without running it."""
+"""Queries which backends this machine supports, without running anything."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def why_not(
 ) -> str | None:
     """Why ``backend`` cannot run ``operation`` on ``device`` in ``dtype``; None if it can.
 
-    The question is put for the published base model: D 768, F 3072, 12 heads of 64, 1126 rows of
-    the bias table.
+    The answer is for the sizes of the published base model: D 768, F 3072, 12 heads of 64, and a
+    bias table of 1126 rows.
 
     Raises:
         ValueError: the operation or the backend does not exist.

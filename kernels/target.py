@@ -1,4 +1,4 @@
-"""The only file that asks which GPU this is."""
+"""Properties of the GPU; no other file queries them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class Generation(NamedTuple):
-    """GPUs that share a row of tiles, by the least compute capability, and a program's limit."""
+    """GPUs that share a row of tiles: lowest compute capability, and shared memory per program."""
 
     since: tuple[int, int]
     shared_bytes: int
@@ -39,7 +39,7 @@ def compute_capability(device: torch.device | str) -> tuple[int, int] | None:
 
 
 def generation_of(capability: tuple[int, int]) -> str:
-    """The newest generation that is not newer than ``capability``."""
+    """Name of the newest generation that is not newer than ``capability``."""
     return [name for name, since in GENERATIONS.items() if since.since <= capability][-1]
 
 
@@ -49,12 +49,12 @@ def _multiprocessors(index: int) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of an NVIDIA GPU."""
+    """Number of multiprocessors of an NVIDIA GPU."""
     return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def interpreted() -> bool:
-    """Whether Triton runs its kernels on the CPU in this process; it decides so when imported."""
+    """Whether Triton interprets its kernels on the CPU; Triton decides this when it is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -69,6 +69,6 @@ def describe(device: torch.device | str) -> str:
 
 
 def devices() -> list[torch.device]:
-    """The devices this machine can run operations on: the CPU, then every visible GPU."""
+    """The devices of this machine that can run operations: the CPU, then every visible GPU."""
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     return [torch.device("cpu"), *(torch.device("cuda", index) for index in gpus)]

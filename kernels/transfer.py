@@ -1,4 +1,4 @@
-"""Copies from the host to a device that the host does not wait for."""
+"""Asynchronous copies from the host to a device."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A CPU tensor on ``device``.
+    """Copy a CPU tensor to ``device``, asynchronously through pinned memory.
 
-    Through pinned memory: from any other, CUDA copies more than 64 KiB in the order of the stream
-    while the host waits, which is a wait for all work before it.
+    From pageable memory, CUDA copies more than 64 KiB synchronously in stream order, so the host
+    would wait for all previous work on the stream.
     """
     if torch.device(device).type == "cuda" and not torch.compiler.is_compiling():
         tensor = tensor.pin_memory()

@@ -1,1 +1,1 @@
-"""What the suites share: contenders, the accuracy gate, timing, rooflines, peers."""
+"""Shared code of the benchmark suites: contenders, the accuracy gate, timing, rooflines, peers."""

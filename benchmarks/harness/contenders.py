@@ -1,4 +1,4 @@
-"""Suites, their cases, and the contenders of a case: how each computes it and how it is checked.
+"""Suites, their cases, and the contenders of a case: their computation and accuracy check.
 
 No implementation is timed before its results have been compared with float64 by the rule of
 :mod:`vlmo.testing`.
@@ -23,21 +23,21 @@ from vlmo.testing import Deviation, deviations
 
 Work = Callable[[], object]
 
-# Asks for contenders that torch.compile makes for the CPU, which takes minutes of a C++ compiler.
+# Enables contenders that torch.compile compiles for the CPU, which takes minutes in a C++ compiler.
 COMPILE_VARIABLE = "VLMO_BENCH_COMPILE"
 
 # A named tuple whose fields are tensors or lists of tensors.
 Parameters = Any
 Form = Callable[[Tensor, Parameters], Tensor]
-# Of a form: for all sequences, or for those of the given numbers only.
+# Returns a form for all sequences, or for those with the given indices only.
 Make = Callable[[Sequence[int] | None], Form]
 
 
 class Scale(str, enum.Enum):
-    """How much of a suite."""
+    """The sizes at which a suite runs."""
 
-    smoke = "smoke"  # tiny sizes that show that everything runs; their times mean nothing
-    cpu = "cpu"  # base size, as much as two cores manage in minutes
+    smoke = "smoke"  # tiny sizes, to check that everything runs; their times mean nothing
+    cpu = "cpu"  # base size, as much as two cores can compute in minutes
     full = "full"  # base and large, for a GPU
 
 
@@ -48,10 +48,10 @@ class Case:
     Attributes:
         suite: name of the suite.
         size: "base", "large", or "tiny".
-        dtype: of the operands.
-        phase: "forward", "forward+backward"; in the suite of the model, what it does.
-        shape: what else distinguishes the cases of the suite; the first entry is the number that
-            plots have on their x-axis.
+        dtype: dtype of the operands.
+        phase: "forward" or "forward+backward"; in the suite of the model, its task.
+        shape: other properties that distinguish the cases of the suite; the first entry is the
+            number on the x-axis of plots.
     """
 
     suite: str
@@ -62,7 +62,7 @@ class Case:
 
     @property
     def labels(self) -> dict[str, int | str]:
-        """Everything, for a record."""
+        """All fields, for a record."""
         dtype = str(self.dtype).removeprefix("torch.")
         found = dict(suite=self.suite, size=self.size, dtype=dtype, phase=self.phase)
         return {**found, **self.shape}
@@ -72,11 +72,11 @@ class Case:
 
 
 class Problem(Protocol):
-    """Inputs of one case on one device, and the ways to compute it."""
+    """Inputs of a case on a device, and its contenders."""
 
     @property
     def contenders(self) -> Sequence[str]:
-        """Names, this library's own first (they begin with ``vlmo``)."""
+        """Names, those of this library first (they begin with ``vlmo``)."""
 
     @property
     def cost(self) -> Cost:
@@ -84,25 +84,25 @@ class Problem(Protocol):
 
     @property
     def samples(self) -> int:
-        """Pairs or sequences that one call takes."""
+        """Number of pairs or sequences in a call."""
 
     def why_not(self, contender: str) -> str | None:
-        """One sentence if it cannot run here, else None."""
+        """The reason if it cannot run on this machine, else None."""
 
     def work(self, contender: str) -> Work:
-        """A call of it, compiled if its name says so; forward without recording gradients."""
+        """A call of the contender, compiled if its name says so; a forward records no gradients."""
 
     def check(self, contender: str) -> Sequence[Deviation]:
-        """Run it and compare the results with float64."""
+        """Run the contender and compare the results with float64."""
 
 
 class Suite(NamedTuple):
-    """Cases of one kind.
+    """The cases of an operation or of the model.
 
     Attributes:
         name: as in :attr:`Case.suite`.
-        cases: the most important first, because time may run out.
-        make: the problem of a case.
+        cases: returns the cases, the most important first, because time may run out.
+        make: returns the problem of a case.
     """
 
     name: str
@@ -111,13 +111,13 @@ class Suite(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """One way to compute a case.
+    """An implementation of a case.
 
     Attributes:
-        make: its form.
-        eager: the same function of the same parameters in plain PyTorch, right in float64.
-        parameters: of that function, in the layout that the form takes.
-        why_not: one sentence if it cannot run here, else None.
+        make: returns its form.
+        eager: the same function of the same parameters in plain PyTorch, exact in float64.
+        parameters: parameters of that function, in the layout that the form takes.
+        why_not: returns the reason if it cannot run on this machine, else None.
     """
 
     make: Make
@@ -127,13 +127,13 @@ class Contender(NamedTuple):
 
 
 class Contest:
-    """A :class:`Problem` of sequences that do not depend on each other.
+    """A :class:`Problem` of sequences that are independent of each other.
 
     Args:
         entered: the contenders by name.
         x: ``[B, ...]``, the input; it requires a gradient.
-        dy: the gradient of the output.
-        backward: whether a call is forward and backward.
+        dy: gradient of the output.
+        backward: whether a call includes the backward.
     """
 
     contenders: Sequence[str]
@@ -143,7 +143,7 @@ class Contest:
     def __init__(
         self, entered: dict[str, Contender], x: Tensor, dy: Tensor, *, backward: bool
     ) -> None:
-        # Else the shapes of earlier cases count towards Dynamo's limit of recompilations.
+        # Otherwise the shapes of earlier cases count towards Dynamo's recompilation limit.
         torch._dynamo.reset()
         self.entered, self.x, self.dy, self.backward = entered, x, dy, backward
         self.contenders = tuple(entered)
@@ -152,11 +152,11 @@ class Contest:
         self._expected: dict[tuple[int, int], list[dict[str, Tensor]]] = {}
 
     def why_not(self, contender: str) -> str | None:
-        """One sentence if it cannot run here, else None."""
+        """The reason if it cannot run on this machine, else None."""
         return self._entry(contender).why_not()
 
     def work(self, contender: str) -> Work:
-        """A call of it: forward without recording gradients, or forward and every gradient."""
+        """A call of the contender: forward without gradients, or forward and every gradient."""
         form, parameters = self._form(contender), self._entry(contender).parameters()
         if not self.backward:
             return functools.partial(torch.no_grad()(form), self.x.detach(), parameters)
@@ -168,12 +168,12 @@ class Contest:
         return both
 
     def check(self, contender: str) -> Sequence[Deviation]:
-        """Run at full size and hold against float64 what depends on three sequences only.
+        """Run at full size and compare with float64 what depends on three sequences only.
 
-        Those are the first, the middle and the last. The outputs and gradients of sequences are
-        independent of each other, and with a dy that is zero elsewhere, the other sequences add
-        nothing to the gradient of a parameter. So a large problem is checked at the cost of one
-        call of the contender and a few of a small one.
+        These are the first, the middle and the last. The outputs and gradients of sequences are
+        independent of each other. As dy is zero for all other sequences, these do not contribute to
+        the gradient of a parameter. A large problem is thus checked at the cost of one call of the
+        contender and a few small calls.
         """
         entry = self._entry(contender)
         chosen = self._chosen
@@ -181,8 +181,8 @@ class Contest:
         dy[chosen] = self.dy[chosen]
         actual = self._run(self._form(contender), self.x, entry.parameters(), dy)
         actual |= {name: actual[name][chosen] for name in actual if name in ("y", "dx")}
-        # The gradient of a float32 parameter counts as one in the dtype of the operands, too: some
-        # contenders take what is made of the parameter in that dtype.
+        # Gradients of float32 parameters are compared in the dtype of the operands as well, because
+        # some contenders take these parameters in that dtype.
         actual = {name: tensor.to(self.x.dtype) for name, tensor in actual.items()}
         return deviations(actual, *self._expectation(entry))
 
@@ -191,7 +191,7 @@ class Contest:
         return sorted({0, self.samples // 2, self.samples - 1})
 
     def _expectation(self, entry: Contender) -> list[dict[str, Tensor]]:
-        """The chosen sequences in plain PyTorch: in the dtype of the case, and in float64."""
+        """Results for the chosen sequences in plain PyTorch, in the case's dtype and in float64."""
         parameters, chosen = entry.parameters(), self._chosen
         key = (id(entry.eager), id(parameters))
         if key not in self._expected:
@@ -212,7 +212,7 @@ class Contest:
         return {"y": y.detach(), "dx": dx} | dict(zip(_names(p), gradients, strict=True))
 
     def _form(self, contender: str) -> Form:
-        """Of all sequences; what is checked is what is timed, compiled once."""
+        """The form for all sequences; the check and the timing use the same one, compiled once."""
         if contender not in self._forms:
             self._forms[contender] = self._entry(contender).make(None)
         return self._forms[contender]
@@ -224,7 +224,7 @@ class Contest:
 
 
 def leaves(parameters: Parameters) -> list[Tensor]:
-    """Every tensor in them."""
+    """All tensors in the parameters."""
     return [tensor for field in parameters for tensor in _tensors(field)]
 
 
@@ -237,7 +237,7 @@ def ours(
     eager: Make,
     parameters: Callable[[], Parameters],
 ) -> dict[str, Contender]:
-    """``vlmo:BACKEND`` for every backend."""
+    """The contenders ``vlmo:BACKEND`` for every backend."""
 
     reason = functools.partial(why_not_ours, operation, case, device)
     return {
@@ -247,7 +247,7 @@ def ours(
 
 
 def why_not_ours(operation: str, case: Case, device: torch.device, backend: str) -> str | None:
-    """One sentence if a backend cannot run an operation of this library here, else None."""
+    """The reason if a backend cannot run an operation on this machine, else None."""
     if backend == "triton" and device.type == "cpu" and case.size != "tiny" and interpreted():
         return "Triton's interpreter is for tests: at this size a call takes hours."
     return why_not(operation, backend, device=device, dtype=case.dtype)
@@ -262,7 +262,7 @@ def compiled(entry: Contender, case: Case, device: torch.device, *, whole: bool)
         return torch.compile(form, fullgraph=whole, dynamic=False, backend=backend)
 
     def reason() -> str | None:
-        # What is not installed comes first: it would not run compiled either.
+        # The contender's own reason comes first, such as a missing package.
         return entry.why_not() or why_not_compiled(case, device)
 
     return entry._replace(make=make, why_not=reason)
@@ -271,13 +271,13 @@ def compiled(entry: Contender, case: Case, device: torch.device, *, whole: bool)
 def compiler_of(case: Case, device: torch.device) -> str:
     """The backend of ``torch.compile``.
 
-    A tiny case on a CPU is only to see that it can be traced: building C++ code takes too long.
+    A tiny case on a CPU only checks that it can be traced, because compiling C++ takes too long.
     """
     return "eager" if device.type == "cpu" and case.size == "tiny" else "inductor"
 
 
 def why_not_compiled(case: Case, device: torch.device) -> str | None:
-    """One sentence if ``torch.compile`` is not worth its wait here, else None."""
+    """The reason if ``torch.compile`` would take too long, else None."""
     builds = device.type == "cpu" and compiler_of(case, device) == "inductor"
     if not builds or os.environ.get(COMPILE_VARIABLE) == "1":
         return None
@@ -288,7 +288,7 @@ def why_not_compiled(case: Case, device: torch.device) -> str | None:
 
 
 def half_dtypes(device: torch.device) -> list[torch.dtype]:
-    """Those of 16 bits that the device multiplies: below sm_80 there is no bfloat16."""
+    """The 16-bit dtypes that the device supports: below sm_80 there is no bfloat16."""
     capability = compute_capability(device)
     if capability is not None and capability < (8, 0):
         return [torch.float16]
@@ -309,6 +309,6 @@ def _wide(field: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
 
 
 def _names(parameters: Parameters) -> list[str]:
-    """Of the gradients, in the order of the leaves."""
+    """Names of the gradients, in the order of the leaves."""
     named = zip(parameters._fields, parameters, strict=True)
     return [f"d{name}[{i}]" for name, field in named for i, _ in enumerate(_tensors(field))]

@@ -1,12 +1,12 @@
 """Device times of several contenders, measured in turn; memory, launches and energy of a call.
 
-Every round calls each contender in its turn, so that a change of clocks affects all of them. On a
-GPU a call lies between two events, after a flush of the L2 cache, and the queue is kept full: the
+Every round calls each contender in turn, so that a change of clocks affects all of them. On a GPU
+each call is timed with two events, after a flush of the L2 cache, and the queue is kept full: the
 device first spins for as long as the host needs to enqueue the calls, so that no event waits for
-the host. CUDA graphs would do that too, but they cannot hold contenders that synchronise or build
-their launches from values. What remains: a contender that synchronises is timed with its waiting,
-and so are calls of more than about a thousand kernels, which fill the queue, if the host is slower
-than the GPU. There ``wall_ms`` is near ``device_ms``.
+the host. CUDA graphs would achieve this too, but cannot capture contenders that synchronise or
+whose launches depend on values. Two limitations remain: the time of a contender that synchronises
+includes the wait, and so does the time of calls with more than about a thousand kernels, which fill
+the queue, if the host is slower than the GPU. In both cases ``wall_ms`` is near ``device_ms``.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ Numbers = dict[str, Any]
 _LEAST_CALLS, _MOST_CALLS = 3, 100
 _LEAST_LONG_CALLS, _LONG_CALL_SECONDS = 2, 5.0
 _ROUNDS = 10
-# Calls on a GPU of which the wall time is measured.
+# Number of calls on a GPU whose wall time is measured.
 _MOST_WALLS = 20
-# Kernels that wait in a GPU's queue before the host has to.
+# Number of kernels that fit in a GPU's queue before the host must wait.
 _QUEUE = 900
-# A call on a CPU that takes so long needs no second one to warm up.
+# A call on a CPU that takes this long needs no second warm-up call.
 _ONCE_SECONDS = 1.0
-# Between two readings of the sensors.
+# Interval between two readings of the sensors.
 _GLANCE_SECONDS = 0.05
-# More than the L2 cache of any GPU so far, and cycles a second that none reaches.
+# More bytes than the L2 cache of any current GPU, and more cycles per second than any reaches.
 _FLUSHED_BYTES = 256 * 2**20
 _CLOCK = 3e9
-# What the host needs around a call: two events, and the flush.
+# Host time for a call's two events and its flush, in seconds.
 _PER_CALL = 3e-5
 # CUDA runtime and driver calls that make the host wait, or that copy.
 _CALLS = ("StreamSynchronize", "EventSynchronize", "Memcpy")
@@ -47,14 +47,14 @@ _WAITING = tuple(f"{interface}{call}" for interface in ("cuda", "cu") for call i
 
 
 class Settings(NamedTuple):
-    """How thoroughly to measure.
+    """Effort of a measurement.
 
     Attributes:
-        seconds: about what the timed calls of one contender may take; at least three are made, or
-            two if each takes more than five seconds.
-        energy_seconds: of the calls without a pause that energy is measured over. NVML's counter
-            moves every 0.02 to 0.1 s, so that it is right to a tenth or better.
-        sensors: of the GPU, if it has some.
+        seconds: approximate duration of the timed calls of a contender; there are at least three,
+            or two if each takes more than five seconds.
+        energy_seconds: duration of the consecutive calls over which energy is measured. NVML's
+            counter advances every 0.02 to 0.1 s, so the result is accurate to a tenth or better.
+        sensors: sensors of the GPU, if available.
     """
 
     seconds: float = 0.8
@@ -68,13 +68,13 @@ def measure(
     device: torch.device,
     settings: Settings,
 ) -> dict[str, Numbers]:
-    """Numbers of each contender, and its times under ``seconds``.
+    """Measure each contender; its list of times has the key ``seconds``.
 
     Args:
-        works: contenders.
-        begun: what :func:`begin` returned for each of them.
-        device: where they run.
-        settings: how thoroughly to measure.
+        works: the calls to measure.
+        begun: results of :func:`begin` for each of them.
+        device: device on which they run.
+        settings: effort of the measurement.
     """
     calls = [_calls(begun[name], settings) for name in works]
     timed = times(list(works.values()), device, calls=calls, rounds=_ROUNDS, flush=True)
@@ -92,7 +92,7 @@ def measure(
 def median_seconds(
     works: Sequence[Work], device: torch.device, *, calls: int, rounds: int
 ) -> list[float]:
-    """Device time of one call of each function after a flush: the median over ``calls`` calls."""
+    """Device time of a call of each function after a flush: the median of ``calls`` calls."""
     found = times(works, device, calls=[calls] * len(works), rounds=rounds, flush=True)
     return [statistics.median(seconds) for seconds in found]
 
@@ -108,10 +108,10 @@ def times(
     """Seconds of every call of each function, which must have been called before.
 
     Args:
-        works: what to time.
-        device: where it runs; on the CPU, wall time.
-        calls: of each function, spread over the rounds.
-        rounds: how often a function has its turn, if it has as many calls.
+        works: the functions to time.
+        device: device on which they run; on the CPU the result is wall time.
+        calls: number of calls of each function, distributed over the rounds.
+        rounds: number of rounds, in each of which every function has its turn.
         flush: overwrite the L2 cache before each call, outside the measured time.
     """
     on_gpu = device.type == "cuda"
@@ -146,14 +146,14 @@ def _burst(function: Work, launches: int, scratch: torch.Tensor) -> list[float]:
 
 
 def wall_seconds(function: Work) -> float:
-    """Time for which one call keeps the host busy."""
+    """Host time of a call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def count_launches(work: Work) -> tuple[Counter[str], Counter[str]]:
-    """Kernels (with copies and fills) by name, and calls of the CUDA runtime by name."""
+    """Number of kernels, copies and fills by name, and of CUDA runtime calls by name."""
     kernels: Counter[str] = Counter()
     calls: Counter[str] = Counter()
     torch.cuda.synchronize()
@@ -161,7 +161,7 @@ def count_launches(work: Work) -> tuple[Counter[str], Counter[str]]:
         work()
     for event in profiler.events() or ():
         if event.device_type == torch.autograd.DeviceType.CUDA:
-            # The GPU's side of a record_function is not a launch.
+            # The GPU event of a record_function is not a launch.
             if not getattr(event, "is_user_annotation", False):
                 kernels[event.name] += 1
         elif event.name.startswith("cu"):
@@ -175,7 +175,7 @@ def waiting(calls: Counter[str]) -> list[str]:
 
 
 def _wall(work: Work, device: torch.device) -> float:
-    """Seconds of one call with launch and synchronisation."""
+    """Seconds of a call including launch and synchronisation."""
     if device.type != "cuda":
         return wall_seconds(work)
     torch.cuda.synchronize()
@@ -186,7 +186,7 @@ def _wall(work: Work, device: torch.device) -> float:
 
 
 def duration(begun: Numbers, device: torch.device, settings: Settings) -> float:
-    """About how long :func:`measure` takes for a contender after it has begun."""
+    """Approximate duration of :func:`measure` for a contender, from the results of `begin`."""
     calls = _calls(begun, settings) + (_ROUNDS + _MOST_WALLS if device.type == "cuda" else 0)
     energy = 0.0 if settings.sensors is None else settings.energy_seconds
     return calls * begun["wall_ms"] / 1e3 + energy
@@ -199,13 +199,13 @@ def begin(work: Work, device: torch.device) -> Numbers:
     begun: Numbers = dict(wall_ms=1e3 * (first if warm else _wall(work, device)))
     if device.type == "cuda":
         begun["peak_mib"] = _peak_bytes(work) / 2**20
-        # The profiler sees no kernel where it has no right to look.
+        # Without permission the profiler sees no kernels.
         begun["launches"] = count_launches(work)[0].total() or None
     return begun
 
 
 def _peak_bytes(work: Work) -> int:
-    """Memory that a call takes beyond what is held before it."""
+    """Memory that a call allocates beyond what is allocated before it."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -215,7 +215,7 @@ def _peak_bytes(work: Work) -> int:
 
 
 def _calls(begun: Numbers, settings: Settings) -> int:
-    """How often to call it."""
+    """Number of timed calls."""
     wanted = min(_MOST_CALLS, int(1e3 * settings.seconds / begun["wall_ms"]))
     if begun.get("launches") is not None:
         wanted = min(wanted, _ROUNDS * max(1, _QUEUE // begun["launches"]))
@@ -226,8 +226,8 @@ def _calls(begun: Numbers, settings: Settings) -> int:
 def _sensed(work: Work, begun: Numbers, settings: Settings) -> Numbers:
     """Energy of a call, and clocks, temperature and throttling while it runs.
 
-    Calls follow each other without a pause, and the sensors are read while the GPU is at work, for
-    its clocks fall as soon as it is not. Without an energy counter, it is the mean power over time.
+    Calls run without a pause, and the sensors are read during them, because clocks drop as soon as
+    the GPU is idle. Without an energy counter, the energy is computed from the mean power.
     """
     if settings.sensors is None:
         return {}

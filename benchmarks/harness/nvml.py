@@ -1,6 +1,6 @@
-"""What a GPU says of itself through NVML: clocks, temperature, throttling, power and energy.
+"""Reads a GPU's clocks, temperature, throttling, power and energy through NVML.
 
-NVML comes with the driver; its Python module is ``pynvml``, of the package nvidia-ml-py.
+NVML is part of the driver; its Python module is ``pynvml`` from the package nvidia-ml-py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-# NVML_CLOCKS_EVENT_REASON_*; an idle GPU, bit 1, is none that keeps clocks down under load.
+# NVML_CLOCKS_EVENT_REASON_*, without bit 1 (idle GPU), which does not limit clocks under load.
 _REASONS = {
     0x2: "clocks set by the user",
     0x4: "power cap",
@@ -25,23 +25,23 @@ _REASONS = {
 
 
 class State(NamedTuple):
-    """At one moment; None for what this GPU does not tell."""
+    """A reading of the sensors; None for values that this GPU does not report."""
 
-    clock_mhz: int | None  # of the multiprocessors
+    clock_mhz: int | None  # clock of the multiprocessors
     memory_clock_mhz: int | None
     temperature_c: int | None
     watts: float | None
-    throttled: list[str] | None  # what keeps the clocks down
+    throttled: list[str] | None  # reasons that limit the clocks
 
 
 class Sensors:
-    """Those of one GPU. :func:`open_sensors` makes it."""
+    """The sensors of a GPU; created by :func:`open_sensors`."""
 
     def __init__(self, nvml: Any, handle: Any) -> None:
         self._nvml, self._handle = nvml, handle
 
     def state(self) -> State:
-        """Everything now."""
+        """Read all sensors."""
         power = self._ask("nvmlDeviceGetPowerUsage")
         bits = self._ask("nvmlDeviceGetCurrentClocksEventReasons")
         if bits is None:  # drivers before 535
@@ -55,25 +55,25 @@ class Sensors:
         )
 
     def millijoules(self) -> int | None:
-        """Energy since the driver was loaded; None before Volta and where it is kept secret."""
+        """Energy since the driver was loaded; None before Volta or if it is not reported."""
         return self._ask("nvmlDeviceGetTotalEnergyConsumption")
 
     def _ask(self, name: str, *arguments: Any) -> Any:
         try:
             return getattr(self._nvml, name)(self._handle, *arguments)
-        except (AttributeError, self._nvml.NVMLError):  # not in this pynvml; not on this GPU
+        except (AttributeError, self._nvml.NVMLError):  # too old a pynvml; unsupported GPU
             return None
 
 
 def throttling(bits: int) -> list[str]:
-    """The reasons in NVML's bits, by name."""
+    """Names of the reasons that are set in NVML's bits."""
     return [name for bit, name in _REASONS.items() if bits & bit]
 
 
 def open_sensors(device: torch.device) -> Sensors | str:
-    """Sensors of torch's device, or one sentence why there are none.
+    """Sensors of torch's device, or the reason why there are none.
 
-    The GPU is found by its UUID: numbers mean something else to torch under CUDA_VISIBLE_DEVICES.
+    The GPU is identified by its UUID, because CUDA_VISIBLE_DEVICES changes torch's device numbers.
     """
     if device.type != "cuda" or torch.version.hip is not None:
         return "NVML knows NVIDIA GPUs only"

@@ -1,11 +1,11 @@
-"""VLMo as unilm, the reference implementation, computes it.
+"""VLMo as unilm, the reference implementation, computes it: the baseline of the model suite.
 
-The same parameters and the same mathematics. What differs from :class:`vlmo.VLMo`: batches are
-padded to the longest text that is allowed, tokens are sliced by modality, fed through their experts
-and concatenated, the bias of all layers is looked up at once into ``[N, N, H * layers]``, and the
-scores of all heads exist in float32 (``multiway_transformer.py``, ``vlmo_module.py``,
-``objectives.py``). Their product has operands and a result of 16 bits where the model has: the
-source says float32, and autocast, under which it is trained, casts it back.
+Parameters and mathematics are those of :class:`vlmo.VLMo`. The differences: batches are padded to
+the maximum text length; tokens are sliced by modality, fed through their experts and concatenated;
+the bias of all layers is looked up at once into ``[N, N, H * layers]``; and the scores of all heads
+are materialised in float32 (``multiway_transformer.py``, ``vlmo_module.py``, ``objectives.py``). In
+a 16-bit model, the product for the scores has 16-bit operands and a 16-bit result: unilm specifies
+float32, but is trained under autocast, which overrides this.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vlmo.model.layout import Chosen, Layout, Padded
 from vlmo.model.vlmo import VLMo
 from vlmo.tasks.losses import MLM_WEIGHT, with_total
 
-# Of one block: there is one for every pass, below and above the first VL block, and batch size.
+# Graphs per block: one for each pass, position relative to the first VL block, and batch size.
 _GRAPHS = 64
 
 
@@ -32,19 +32,19 @@ class SwitchedVLMo(VLMo):
     """A VLMo that can also run its padded passes as unilm does, with the same parameters."""
 
     _block: Any = None
-    _biases: list[Tensor | None]  # of every layer in the pass that is under way
+    _biases: list[Tensor | None]  # of every layer in the current pass
 
     @contextlib.contextmanager
     def as_unilm(self, *, compiler: str | None = None, wide_scores: bool = False) -> Iterator[None]:
-        """Inside, :meth:`fuse`, :meth:`encode_text` and :meth:`encode_image` run so.
+        """Run :meth:`fuse`, :meth:`encode_text` and :meth:`encode_image` as unilm does, in a block.
 
         Args:
-            compiler: backend of ``torch.compile`` for each block; None for none.
-            wide_scores: multiply queries and keys in float32, as the code is written.
+            compiler: backend of ``torch.compile`` for each block; None for eager execution.
+            wide_scores: multiply queries and keys in float32, as unilm specifies.
 
         Raises:
-            torch._dynamo.exc.FailOnRecompileLimitHit: more graphs are needed than are compiled, so
-                that some blocks would not be.
+            torch._dynamo.exc.FailOnRecompileLimitHit: more graphs are needed than the limit allows,
+                so some blocks would run uncompiled.
         """
         self._block = functools.partial(block, wide_scores=wide_scores)
         limits: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
@@ -79,7 +79,7 @@ class SwitchedVLMo(VLMo):
         return x
 
     def _spread(self, layout: Padded) -> list[Tensor | None]:
-        """``[H, N, N]`` of every layer, as ``get_rel_pos_bias`` makes them once in a pass."""
+        """``[H, N, N]`` of every layer, which ``get_rel_pos_bias`` computes once per pass."""
         table, depth = self.relative_position_bias_table, self.config.depth
         if table is None or layout.index is None:
             return [None] * depth
@@ -119,15 +119,15 @@ def _compiled_block(compiler: str) -> Callable[..., Tensor]:
 
 
 def pretraining(model: VLMo, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Losses of MLM, ITC and ITM in one process, composed as in unilm.
+    """Losses of MLM, ITC and ITM in a single process, composed as in unilm.
 
-    Six passes on padded batches: fusion for MLM, images and texts alone with their tails, matching
-    in three calls, and a draw that waits for the device for every row (``compute_itm_hardneg``).
-    The passes are ``model``'s own.
+    There are six passes on padded batches: fusion for MLM, images and texts alone with their tails,
+    and matching in three calls. Sampling hard negatives synchronises with the device for every row
+    (``compute_itm_hardneg``). The passes are methods of ``model``.
 
     Args:
-        model: with the tasks mlm, itc and itm.
-        batch: as :mod:`vlmo.tasks.losses` reads it, images as floats.
+        model: a model with the tasks mlm, itc and itm.
+        batch: as documented in :mod:`vlmo.tasks.losses`, with images as floats.
     """
     ids, masks, image = batch["text_ids"], batch["text_masks"], batch["image"]
     words = model.mlm_score(model.fuse(batch["text_ids_mlm"], masks, image).text)
@@ -155,7 +155,7 @@ def pretraining(model: VLMo, batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def vqa(model: VLMo, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The loss of VQA on a padded batch; arguments as of :func:`pretraining`."""
+    """The loss of VQA on a padded batch; arguments as for :func:`pretraining`."""
     fused = model.fuse(batch["text_ids"], batch["text_masks"], batch["image"])
     logits, targets = model.vqa_classifier(fused.pooled), batch["vqa_targets"]
     loss = F.binary_cross_entropy_with_logits(_wide(logits), _wide(targets))
@@ -172,7 +172,7 @@ def _scaled(branch: Tensor, gamma: Tensor | None) -> Tensor:
 
 
 def _wide(t: Tensor) -> Tensor:
-    """In float32 or better."""
+    """Convert to float32 or better."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 

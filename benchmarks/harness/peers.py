@@ -1,8 +1,8 @@
-"""Other libraries' products for routed layers: whether they can run here, and how they are called.
+"""Peers: other libraries' products for routed layers, with their requirements.
 
-The parts that those products lack, norm, scale and residual, are eager PyTorch around them. What
-their users prepare once is not in a call: stacked weights, and the order of the tokens by expert,
-which all layers share.
+The parts that these products lack (norm, scale and residual) are eager PyTorch around them. What
+users prepare once is not timed: stacked weights, and the order of the tokens by expert, which all
+layers share.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 class Rows(NamedTuple):
-    """Tokens of all sequences by expert, as the products of a routed layer need them."""
+    """The tokens of all sequences by expert, in the forms that routed layers need."""
 
     ids: Tensor  # [T] int64, the expert of each token
     experts: Tensor  # [T] int64, sorted
-    order: Tensor  # [T] int64, the token at each place of the sorted order
-    ends: Tensor  # [E] int64, first place after each expert
-    counts: list[int]  # tokens of each expert
+    order: Tensor  # [T] int64, the token at each position of the sorted order
+    ends: Tensor  # [E] int64, first position after each expert
+    counts: list[int]  # number of tokens per expert
 
     @classmethod
     def of(cls, sequences: int, split: Sequence[int], device: torch.device) -> Rows:
@@ -49,14 +49,14 @@ def why_not(
     *,
     capability: tuple[int, int],
 ) -> str | None:
-    """One sentence if an optional peer of 16-bit products cannot run here, else None.
+    """The reason if an optional peer with 16-bit products cannot run here, else None.
 
     Args:
         package: its name in pip.
-        module: what is imported of it.
-        device: where it would run.
-        dtype: of its operands.
-        capability: the least compute capability that it has kernels for.
+        module: the module to import.
+        device: device on which it would run.
+        dtype: dtype of its operands.
+        capability: lowest compute capability that it has kernels for.
     """
     try:
         metadata.version(package)
@@ -73,13 +73,13 @@ def why_not(
         return f"{package} computes in float16 and bfloat16; it may round {name} to TF32."
     try:
         importlib.import_module(module)
-    except Exception as error:  # whatever a broken or older installation does
+    except Exception as error:  # any error of a broken or older installation
         return f"{package} cannot be imported: {type(error).__name__}: {error}"
     return None
 
 
 def why_not_grouped_mm(device: torch.device, dtype: torch.dtype) -> str | None:
-    """One sentence if PyTorch has no grouped product for this, else None."""
+    """The reason if PyTorch has no grouped product for this device and dtype, else None."""
     version = torch.__version__.split("+")[0]
     if grouped_mm() is None:
         return f"torch {version} has no grouped_mm."
@@ -95,7 +95,7 @@ def why_not_grouped_mm(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def why_not_traced_grouped_mm(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The same for ``torch.compile``, which knows the shapes of bfloat16 products only."""
+    """The same for ``torch.compile``, which only supports bfloat16 grouped products."""
     if dtype != torch.bfloat16:
         return "torch.compile takes grouped_mm in bfloat16 only."
     return why_not_grouped_mm(device, dtype)
@@ -124,7 +124,8 @@ def scattermoe(rows: Rows) -> Callable[..., Tensor]:
 def liger(rows: Rows, dtype: torch.dtype) -> Callable[..., Tensor]:
     """``(x [T, D], w1 [E, 2 I, D], w2 [E, D, I]) -> [T, D]``: SwiGLU by Liger's fused MoE.
 
-    It sorts the tokens itself, in every call, and waits for the GPU to know the number of tiles.
+    It sorts the tokens itself in every call, and synchronises with the GPU to get the number of
+    tiles.
     """
     function = importlib.import_module("liger_kernel.ops.fused_moe").LigerFusedMoEFunction
     index = rows.ids[:, None].to(torch.int32)
@@ -139,14 +140,14 @@ def liger(rows: Rows, dtype: torch.dtype) -> Callable[..., Tensor]:
 def quack(rows: Rows) -> Callable[..., Tensor]:
     """``(x [T, D], w1 [E, F, D], b1 [E, F], w2 [E, D, F], b2 [E, D]) -> [T, D]`` by QuACK.
 
-    Tokens are sorted. GELU, by tanh, is in the epilogue of the first product, and its gradient in
-    that of the product with w2.
+    Tokens are sorted. GELU (tanh) is fused into the epilogue of the first product, and its gradient
+    into the epilogue of the product with w2.
     """
     products = importlib.import_module("quack.gemm_interface")
     starts = F.pad(rows.ends, (1, 0)).to(torch.int32)
 
     def feed_forward(*operands: Tensor) -> Tensor:
-        # Inside a Function no gradient is recorded, whether or not one is wanted.
+        # Read here, because gradients are never recorded inside a Function.
         keeps = torch.is_grad_enabled()
         return _Quack.apply(products, starts, rows.counts, keeps, *operands)
 

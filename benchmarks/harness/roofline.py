@@ -1,4 +1,4 @@
-"""The roof of this device, measured: how fast memory is copied and matrices are multiplied."""
+"""Measures the roofline of this device: memory copy rate and matrix multiplication rate."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from harness.contenders import Work
 from harness.cost import Cost
 from harness.meter import times, wall_seconds
 
-# Far more than every cache, even of a server's CPU.
+# Far more than any cache, even of a server CPU.
 _COPIED_BYTES = 2**29
 _GPU_SIZE = 8192
-# A CPU's matrices are as large as lets a product take so long, which is enough for any thread.
+# Target duration of a CPU's matrix product, long enough to use all threads.
 _CPU_SECONDS = 0.02
 
 
 class Roof:
-    """Rates that a computation on a device can at best come near, each measured when first needed.
+    """Upper bounds of the rates on a device, each measured when first needed.
 
     Args:
-        device: to measure.
+        device: device to measure.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -31,14 +31,14 @@ class Roof:
 
     @functools.cached_property
     def copy_gb_per_s(self) -> float:
-        """Bytes read and written by a copy of a large tensor, 1e9 a second."""
+        """Rate of copying a large tensor, reads plus writes, in 1e9 bytes per second."""
         return copy_gb_per_s(self._device)
 
     def attainable_tflops(self, cost: Cost, dtype: torch.dtype) -> float:
-        """The lower of the matrix rate and what memory can feed at the intensity of ``cost``.
+        """The lower of the matrix rate and the memory-bound rate at the intensity of ``cost``.
 
-        Data that lie in a cache come faster than a copy, so small problems may exceed it. float32
-        is measured with or without TF32, as ``torch.backends.cuda.matmul`` says.
+        Small problems may exceed it, because data in a cache are read faster than a copy. float32
+        is measured with or without TF32, according to ``torch.backends.cuda.matmul``.
         """
         name = str(dtype).removeprefix("torch.")
         if name not in self.matrix_tflops:
@@ -46,23 +46,23 @@ class Roof:
         return min(self.matrix_tflops[name], self.copy_gb_per_s * cost.flops / cost.bytes / 1e3)
 
     def rates(self) -> dict[str, Any]:
-        """What has been measured, for a report."""
+        """The rates measured so far, for a report."""
         if not self.matrix_tflops:
             return {}
         return dict(copy_gb_per_s=self.copy_gb_per_s, matrix_tflops=self.matrix_tflops)
 
 
 def copy_gb_per_s(device: torch.device, size: int = _COPIED_BYTES) -> float:
-    """Of ``size`` bytes, read and written."""
+    """Rate of copying ``size`` bytes, reads plus writes."""
     source, target = (torch.ones(size // 4, device=device) for _ in range(2))
     return 2 * size / _seconds(functools.partial(target.copy_, source), device) / 1e9
 
 
 def matrix_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """Of a square product of random numbers: zeros would draw less power and clock higher."""
+    """Rate of a square product of random numbers: zeros would draw less power and clock higher."""
     size = _GPU_SIZE
     if device.type != "cuda":
-        size = 192  # not a power of two, whose rows meet in few sets of a cache
+        size = 192  # not a power of two, whose rows map to few sets of a cache
         while size < _GPU_SIZE and _fastest(_product(size, dtype, device)) < _CPU_SECONDS:
             size *= 2
     return 2 * size**3 / _seconds(_product(size, dtype, device), device) / 1e12
@@ -76,12 +76,12 @@ def _product(size: int, dtype: torch.dtype, device: torch.device) -> Work:
 
 
 def _fastest(work: Work) -> float:
-    """Of a few calls: one that is disturbed would have a far too small product measured."""
+    """Seconds of the fastest of a few calls: a disturbed one would make the product too small."""
     return min(wall_seconds(work) for _ in range(3))
 
 
 def _seconds(work: Work, device: torch.device) -> float:
-    """Of the fastest call: what the device can do at best."""
+    """Seconds of the fastest call, the best that the device can do."""
     work()
     calls = 50 if device.type == "cuda" else 7
     [seconds] = times([work], device, calls=[calls])

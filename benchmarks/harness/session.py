@@ -1,4 +1,4 @@
-"""One run of the benchmarks: the accuracy gate, the time limit, and contenders timed in turn."""
+"""A run of the benchmarks: the accuracy gate, the time limit, and contenders timed in turn."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from harness.roofline import Roof
 from vlmo.kernels.target import describe
 from vlmo.testing import Deviation
 
-# What reasons begin with. Of this library's own contenders the first two are defects. Peers may
-# exceed the error bound where a CPU rounds differently; they are reported without a timing.
+# Prefixes of reasons. For this library's own contenders both are defects. Peers may exceed the
+# error bound where a CPU rounds differently; they are reported without a timing.
 NOT_EXACT, FAILED = "not exact", "failed"
 PEER_NOT_EXACT, LEFT_OUT = "out of its error bound", "left out"
 
 
 class Session:
-    """State that all cases of a run share.
+    """State of a run that all cases share.
 
     Args:
-        device: where to run.
-        seconds: time limit. It is checked before each case, before each contender, and with the
-            duration of the timed calls after a contender's first call. What does not fit is left
-            out and has that as its reason.
-        settings: how thoroughly to measure; the sensors are added.
+        device: device to run on.
+        seconds: time limit. It is checked before each case, before each contender, and, including
+            the expected duration of the timed calls, after a contender's first call. Contenders
+            that do not fit are left out, with that as their reason.
+        settings: effort of the measurements; the sensors are added.
 
     Attributes:
         not_run: a record with a ``reason`` for each contender without numbers.
@@ -49,12 +49,12 @@ class Session:
         self.settings = (settings or Settings())._replace(sensors=sensors)
         self.not_run: list[dict[str, Any]] = []
         self._deadline = time.monotonic() + seconds
-        self._broken: str | None = None  # why nothing can run on this GPU any more
+        self._broken: str | None = None  # the reason why nothing can run on this GPU any more
         self._problem: tuple[str, Problem] | None = None
         self._results: tuple[str, dict[str, Numbers]] | None = None
 
     def problem(self, suite: Suite, case: Case) -> Problem:
-        """The inputs of a case; those of the case before are freed."""
+        """The inputs of a case; those of the previous case are freed."""
         if self._problem is None or self._problem[0] != str(case):
             self._problem = self._results = None
             gc.collect()
@@ -64,7 +64,7 @@ class Session:
     def results(self, suite: Suite, case: Case, contenders: Sequence[str]) -> dict[str, Numbers]:
         """Numbers of each contender of a case, or the ``reason`` why there are none.
 
-        All are measured at the first call for a case, in turn.
+        The first call for a case measures all of them in turn.
         """
         if self._results is None or self._results[0] != str(case):
             self._results = str(case), self._measure(suite, case, contenders)
@@ -76,7 +76,7 @@ class Session:
         return self._results[1]
 
     def check(self, problem: Problem, contender: str) -> Numbers:
-        """The share of the allowed error that a contender uses up, or the ``reason`` against it."""
+        """The error of a contender as a share of its bound, or the ``reason`` why it failed."""
         reason = problem.why_not(contender)
         if reason is None:
             deviations = problem.check(contender)
@@ -86,7 +86,7 @@ class Session:
         return {"error": max(deviation.share for deviation in deviations)}
 
     def unmeasured(self) -> list[str]:
-        """What a reader may look for in the numbers, and why it is not there."""
+        """Sentences about quantities that were not measured, with reasons."""
         if self.device.type != "cuda":
             return [
                 "Peak memory, launches, energy and clocks are measured on a GPU only.",
@@ -114,7 +114,7 @@ class Session:
             found[name] = self._begin(problem, name, begun, works)
         try:
             timed = measure(works, found, self.device, self.settings)
-        except Exception as error:  # one that ran alone, but not beside the others
+        except Exception as error:  # a contender that ran alone, but not with the others
             beside = " (while it was timed beside the others)"
             timed = {n: {"reason": describe_failure(n, error) + beside} for n in works}
         for name, numbers in timed.items():
@@ -126,7 +126,7 @@ class Session:
     def _begin(
         self, problem: Problem, name: str, begun: dict[str, Numbers], works: dict[str, Work]
     ) -> Numbers:
-        """The gate and the first calls of a contender, which joins ``works`` if it passes."""
+        """Check a contender and make its first calls; add it to ``works`` if it passes."""
         try:
             reason = problem.why_not(name) or self._broken or self._why_left_out()
             if reason is not None:
@@ -160,7 +160,7 @@ class Session:
         )
 
     def _why_left_out(self, seconds: float = 0.0) -> str | None:
-        """One sentence if what takes so long would exceed the time limit, else None."""
+        """The reason if ``seconds`` more would exceed the time limit, else None."""
         left = self._deadline - time.monotonic()
         if 0 < left >= seconds:
             return None
@@ -170,7 +170,7 @@ class Session:
         )
 
     def _free(self) -> None:
-        """Free memory of the GPU, and find out whether it still answers."""
+        """Free memory of the GPU, and check whether it still responds."""
         if self.device.type != "cuda" or self._broken is not None:
             return
         gc.collect()
@@ -182,17 +182,17 @@ class Session:
 
 
 def is_ours(contender: str) -> bool:
-    """Whether it is of this library."""
+    """Whether a contender belongs to this library."""
     return contender.startswith("vlmo")
 
 
 def is_defect(contender: str, reason: str) -> bool:
-    """Whether one of this library's contenders has no numbers because something is wrong."""
+    """Whether a reason why one of this library's contenders has no numbers is a defect."""
     return is_ours(contender) and reason.startswith((NOT_EXACT, FAILED))
 
 
 def why_inexact(contender: str, deviations: Sequence[Deviation]) -> str | None:
-    """One sentence if a tensor breaks the rule of :mod:`vlmo.testing`, else None."""
+    """The reason if a tensor exceeds the error bound of :mod:`vlmo.testing`, else None."""
     wrong = [deviation for deviation in deviations if not deviation.ok]
     if not wrong:
         return None
@@ -202,20 +202,20 @@ def why_inexact(contender: str, deviations: Sequence[Deviation]) -> str | None:
 
 
 def describe_failure(contender: str, error: Exception) -> str:
-    """A reason; a defect if it is ours, except for a lack of memory."""
+    """The reason for an error; a defect if the contender is ours, unless memory ran out."""
     fits = not isinstance(error, torch.OutOfMemoryError)
     told = describe_error(error)
     return f"{FAILED}: {told}" if fits and is_ours(contender) else told
 
 
 def describe_error(error: Exception) -> str:
-    """Its type and the first line of its message."""
+    """Type of an error and first line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return ": ".join([type(error).__name__, *lines[:1]])
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Facts about the device that pytest-benchmark does not collect."""
+    """Properties of the device that pytest-benchmark does not record."""
     on_gpu = device.type == "cuda"
     facts: dict[str, Any] = {"name": torch.cuda.get_device_name(device) if on_gpu else "cpu"}
     if on_gpu:

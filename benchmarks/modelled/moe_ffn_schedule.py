@@ -1,4 +1,4 @@
-"""How well moe_ffn's launches fill a GPU, beside a loop over the experts: a model, no measurement.
+"""Model, not a measurement: how well moe_ffn's launches fill a GPU, compared with a loop of GEMMs.
 
     python benchmarks/modelled/moe_ffn_schedule.py
 
@@ -17,13 +17,13 @@ from modelled.schedule import Banded, Split, in_waves, replay_split
 from vlmo.files import replacing
 from vlmo.kernels.moe_ffn.schedule import TILE_OVERHEAD, choose_band, replay
 
-MULTIPROCESSORS = 132  # H100 SXM; one program on each
+MULTIPROCESSORS = 132  # H100 SXM, with one program on each
 SIZES = {"base": (768, 3072), "large": (1024, 4096)}  # D, F
 TOKENS = {"8k": 8192, "32k": 32768, "128k": 131072}
 SPLITS = {"40:197": (40, 197), "50:50": (50, 50), "5:55:40": (5, 55, 40)}
 
 ROWS, COLUMNS, DEPTH = 128, 256, 64  # of a tile, and of one step of its main loop
-LOOP_COLUMNS = (256, 192, 128)  # what the loop may choose from for each product
+LOOP_COLUMNS = (256, 192, 128)  # tile widths from which the loop chooses for each product
 OVERHEAD = TILE_OVERHEAD
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -32,28 +32,28 @@ Product = tuple[int, int, int]  # rows, columns, depth of a matrix product
 
 
 class Used(NamedTuple):
-    """Fraction of the multiprocessors' time that goes into main loops over real rows."""
+    """Fraction of the multiprocessors' time spent in main loops on actual rows."""
 
     ours: float
     loop: float  # all launches with our tile
-    best_loop: float  # each launch with the tile that suits it best
+    best_loop: float  # each launch with its best tile
 
 
 class Row(NamedTuple):
-    """One line of the table."""
+    """A line of the table."""
 
     kernel: str
     size: str
     tokens: str
     split: str
-    band: int | None  # row tiles; None where there are no bands
-    ideal: Used  # tiles start and end in no time
+    band: int | None  # row tiles per band; None without bands
+    ideal: Used  # without overhead per tile
     usual: Used  # with OVERHEAD
     speedup: float  # over the best loop, with OVERHEAD
 
 
 class Contest(NamedTuple):
-    """Makespans of our launch, without and with overhead, and the products that the loop makes."""
+    """Makespans of our launch, without and with overhead, and the products of the loop."""
 
     band: int | None
     ideal: float
@@ -74,7 +74,7 @@ def model() -> list[Row]:
 
 
 def divide(tokens: int, split: Sequence[int]) -> list[int]:
-    """Tokens of each expert."""
+    """Number of tokens of each expert."""
     ends = [round(tokens * sum(split[:i]) / sum(split)) for i in range(len(split) + 1)]
     return [end - begin for begin, end in itertools.pairwise(ends)]
 
@@ -104,7 +104,7 @@ def weight_gradients(dim: int, hidden: int, counts: Sequence[int]) -> Contest:
 def compare(
     band: int | None, ideal: float, usual: float, products: list[Product]
 ) -> tuple[int | None, Used, Used, float]:
-    """The rest of a row, from a contest."""
+    """The figures of a row, from a contest."""
     steps = sum(m * n * k for m, n, k in products) / (ROWS * COLUMNS * DEPTH)
     used = []
     for ours, overhead in ((ideal, 0), (usual, OVERHEAD)):
@@ -116,9 +116,9 @@ def compare(
 
 
 def loop_makespan(products: list[Product], choices: Sequence[int], overhead: int) -> float:
-    """One launch after the other, each with the best of some tile widths.
+    """Makespan of consecutive launches, each with the best of some tile widths.
 
-    A narrower tile is granted the full rate, and an overhead that shrinks with it.
+    In favour of the loop, a narrower tile has the full rate and a proportionally smaller overhead.
     """
     return sum(
         min(

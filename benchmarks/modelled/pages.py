@@ -1,4 +1,4 @@
-"""What the models of the V100 write: figures, and the constants that they rest on."""
+"""Output of the models of the V100: figures, and the constants that they depend on."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def main(
     """The command line of a model: compute, and write ``results/STEM.json`` and ``.md``.
 
     Args:
-        stem: of both files.
-        description: for ``--help``.
-        compute: the figures, as they are written; takes minutes.
-        page: Markdown of the figures.
+        stem: file name of both files, without suffix.
+        description: description for ``--help``.
+        compute: computes the figures that are written; takes minutes.
+        page: renders the figures as Markdown.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
@@ -40,14 +40,14 @@ def main(
 
 
 def assumed(**parameters: float) -> list[list[str]]:
-    """Name, value and meaning of the timing model's constants, some of them changed."""
+    """Name, value and meaning of the timing model's constants; ``parameters`` replace values."""
     from sm70.timing import assumptions
 
     return [list(row) for row in assumptions(**parameters)]
 
 
 def assumptions_section(table: Mapping[str, Any]) -> list[str]:
-    """Lines of Markdown."""
+    """The section about the constants, as lines of Markdown."""
     return [
         "\n## Assumptions\n",
         "Constants of the timing model (`tests/sm70/timing.py`). None has been calibrated against "

@@ -1,7 +1,7 @@
-"""What moe_ffn's kernels do with each ticket of a launch, in plain Python, and what that costs.
+"""The work of each ticket of moe_ffn's launches in plain Python, and a simulation of its cost.
 
-The kernels hold the same formulas (``locate`` in kernels/moe_ffn/triton/device.py, ``find_work`` in
-backward_weights.py beside it), and the tests compare the two ticket by ticket.
+The kernels contain the same formulas (``locate`` in kernels/moe_ffn/triton/device.py, ``find_work``
+in backward_weights.py beside it), and the tests compare both ticket by ticket.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vlmo.kernels.moe_ffn.schedule import TILE_OVERHEAD, Replay, shares_of, whol
 
 
 class Task(NamedTuple):
-    """What one ticket stands for: one part of one row tile in one phase."""
+    """The work of a ticket: one part of one row tile in one phase."""
 
     phase: int
     tile: int
@@ -25,14 +25,14 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class Banded(schedule.Banded):
-    """The tickets of :class:`vlmo.kernels.moe_ffn.schedule.Banded`, one by one."""
+    """:class:`vlmo.kernels.moe_ffn.schedule.Banded` with access to single tickets."""
 
     @property
     def total(self) -> int:
         return self.tiles * sum(self.tasks)
 
     def first_ticket(self, step: int) -> int:
-        """Tickets before ``step``."""
+        """Number of tickets before ``step``."""
         return sum(self._begin(step - p) * count for p, count in enumerate(self.tasks))
 
     def locate(self, ticket: int) -> Task:
@@ -68,18 +68,19 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """Tickets of a launch whose tiles are sums over tokens, long and few.
+    """Tickets of a launch whose tiles are long sums over tokens, and few (stream-K).
 
-    As many whole tiles of each expert as fill all workers evenly come first: they run side by side
-    through the same tokens, which are read from DRAM once. What is left is laid end to end, each
-    tile behind some empty positions, and cut into one share per worker, the last share first.
+    As many whole tiles of each expert as fill all workers evenly come first: they process the same
+    tokens at the same time, so these are read from DRAM once. The other tiles are concatenated,
+    each after some empty positions, and divided into one share per worker; tickets start with the
+    last share.
 
     Attributes:
-        tiles: tiles of each expert.
-        steps: steps of one tile of each expert.
-        workers: programs that are resident together.
-        overhead: empty positions before each tile that is divided, or a share of many short tiles
-            would be the last to end.
+        tiles: number of tiles of each expert.
+        steps: steps of a tile of each expert.
+        workers: number of resident programs.
+        overhead: empty positions before each divided tile, without which a share of many short
+            tiles would take longest.
     """
 
     tiles: tuple[int, ...]
@@ -89,12 +90,12 @@ class Split:
 
     @property
     def whole(self) -> tuple[int, ...]:
-        """Tiles of each expert that are not divided."""
+        """Number of tiles of each expert that are not divided."""
         return whole_tiles(self.tiles, self.workers)
 
     @property
     def share(self) -> int:
-        """Positions of each share of the rest; the last ones may be shorter."""
+        """Positions per share of the divided tiles; the last shares may be shorter."""
         rest = zip(self.tiles, self.whole, self.steps, strict=True)
         positions = sum((tiles - whole) * (steps + self.overhead) for tiles, whole, steps in rest)
         return -(-positions // self.workers)
@@ -104,11 +105,11 @@ class Split:
         return sum(self.whole) + self.workers
 
     def share_of(self, ticket: int) -> int:
-        """Number of a ticket's share; a ticket for a whole tile gets one that no share has."""
+        """Number of a ticket's share; for a whole tile, a number that no share has."""
         return self.total - 1 - ticket
 
     def pieces(self, ticket: int) -> list[Piece]:
-        """What the program with this ticket works on, in order."""
+        """The pieces that the program with this ticket processes, in order."""
         number = self.share_of(ticket)
         for expert, whole in enumerate(self.whole):
             if ticket < whole:
@@ -126,23 +127,23 @@ class Split:
         return found
 
     def peers(self, number: int, piece: Piece) -> range:
-        """The shares that go on where an owner's ``piece``, the last of its share, breaks off."""
+        """The shares that continue the tile of an owner's ``piece``, the last of its share."""
         missing = self.steps[piece.expert] - piece.last
         return range(number + 1, number + 1 + (-(-missing // self.share) if missing else 0))
 
 
 def replay_split(split: Split, overhead: float, addition: float) -> Replay:
-    """Play the tickets in order; a step costs 1.
+    """Simulate the tickets in order; a step costs 1.
 
     Args:
-        overhead: what each piece costs beside its steps.
-        addition: what it costs an owner to add one partial tile to its own.
+        overhead: cost of a piece in addition to its steps.
+        addition: cost for an owner to add a partial tile to its own.
 
     Raises:
         AssertionError: an owner waits for a share with a later ticket, which could hang.
     """
     free = [0.0] * split.workers
-    ready: dict[int, float] = {}  # when the partial tile of a share is there
+    ready: dict[int, float] = {}  # time at which the partial tile of a share is ready
     busy = waiting = 0.0
     for ticket in range(split.total):
         time = free[0]
@@ -162,5 +163,5 @@ def replay_split(split: Split, overhead: float, addition: float) -> Replay:
 
 
 def in_waves(launches: Iterable[tuple[int, float]], workers: int) -> float:
-    """Makespan of separate launches of (tiles, cost of one): what a loop over experts gives."""
+    """Makespan of consecutive launches (tiles, cost of a tile), as of a loop over experts."""
     return sum(-(-tiles // workers) * cost for tiles, cost in launches)

@@ -5,7 +5,7 @@
 runs the shipped sm_70 machine code in the emulator (tests/sm70), gives its trace to the timing
 model of one multiprocessor, replays the tickets of whole launches with the cycles found there, and
 writes ``benchmarks/results/volta.md`` and ``.json``. No GPU is needed; it takes minutes.
-``--page`` makes the former from the latter.
+``--page`` only rewrites the page from the JSON file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sm70 import estimate  # noqa: E402
 COMMAND = "python benchmarks/modelled/volta.py"
 MULTIPROCESSORS = 80
 PROGRAMS = cuda_launch.PROGRAMS
-DRAM_FRACTION = 0.125  # of L2 traffic: good rasterisation
+DRAM_FRACTION = 0.125  # of L2 traffic, with good rasterisation
 SIZES = {"base": (768, 3072), "large": (1024, 4096)}  # D, F
 TOKENS = {"8k": 8192, "15k": 64 * 237}
 SPLIT = (40, 197)  # text and image tokens of a sequence
@@ -43,9 +43,9 @@ TILE = cuda_launch.TILE
 
 
 class Incumbent(NamedTuple):
-    """A CUTLASS 2.x Sm70 product, 128 x 128 tiles, two CTAs on a multiprocessor, in the same model.
+    """A CUTLASS 2.x Sm70 product, 128 x 128 tiles, two CTAs per multiprocessor, in the same model.
 
-    Cycles a tile with bias were found for three depths, and for GELU at one: what is not there is
+    Cycles per tile with bias were computed for three depths, and with GELU for one; others are
     interpolated.
     """
 
@@ -67,12 +67,12 @@ INCUMBENT = Incumbent({768: 34_181, 3072: 120_653, 4096: 159_636}, 36_535 - 34_1
 
 
 class Product(NamedTuple):
-    """Tiles of one kind in the model."""
+    """One kind of tile in the model."""
 
     name: str
     depth: int
-    cycles: float  # of a multiprocessor for one tile
-    incumbent: float  # the same of CUTLASS
+    cycles: float  # of a multiprocessor per tile
+    incumbent: float  # the same for CUTLASS
 
     @property
     def busy(self) -> float:
@@ -98,7 +98,7 @@ Captured = dict[str, tuple[Any, list[torch.Tensor | None]]]
 
 
 def capture(tokens: int, dim: int, hidden: int, norm: str = "none", train: bool = True) -> Captured:
-    """Arguments and tensors of the launches of one call, by kernel; nothing is launched."""
+    """Arguments and tensors of the launches of a call, by kernel; nothing is launched."""
     found: Captured = {}
 
     def launch(cubin, name, device, programs, threads, shared_bytes, argument, tensors):
@@ -127,21 +127,21 @@ def capture(tokens: int, dim: int, hidden: int, norm: str = "none", train: bool 
 
 
 def cycles_of(found: Captured, cubin: str, phase: int | None, tasks: int) -> float:
-    """Cycles of one multiprocessor for each of its ``tasks``, its CTAs side by side.
+    """Cycles of one multiprocessor per task, for ``tasks`` tasks of its concurrent CTAs.
 
     Args:
-        phase: the only one that the launch is left with; None: all it has.
+        phase: the only phase that remains in the launch; None for all phases.
     """
     argument, tensors = found[cubin]
     all_tasks = list(argument.call.tasks)
-    argument.call.stagger = cuda_launch.STAGGER  # as in a launch of many tiles
+    argument.call.stagger = cuda_launch.STAGGER  # as in a launch with many tiles
     name = cubin if cubin == "moe_ffn_bwd_weights" else f"{cubin}_gelu"
     if phase is not None:
         for p, count in enumerate(all_tasks):
             argument.call.tasks[p] = count if p == phase else 0
     result = estimate(
         *(kernel(cubin, name), PROGRAMS, cuda_launch.THREADS, [bytes(argument)]),
-        # Short slices, so that the CTAs of the emulator share the tickets as those of a GPU do.
+        # Short slices, so that the emulated CTAs share the tickets as on a GPU.
         launch_options={"buffers": memory_of(tensors), "slice": 300},
         dram_fraction=DRAM_FRACTION,
     )
@@ -161,9 +161,9 @@ def product(name: str, found: Captured, cubin: str, phase: int, depth: int) -> P
 
 
 def products(size: str) -> list[Product]:
-    """Every product of a training step of one size; two rows of tiles or more stand for all."""
+    """Every product of a training step of one size, computed from two or more rows of tiles."""
     dim, hidden = SIZES[size]
-    wide, narrow = 1024, 768  # columns that are computed: enough tiles, and no more
+    wide, narrow = 1024, 768  # columns to compute, just enough tiles
     first, rows = "moe_ffn_fwd", "moe_ffn_bwd_rows"
     inference, training = capture(512, dim, wide, train=False), capture(512, dim, wide)
     second, backward = capture(512, narrow, hidden, train=False), capture(512, narrow, hidden)
@@ -178,7 +178,7 @@ def products(size: str) -> list[Product]:
 
 
 def weights(tokens: int) -> Product:
-    """dW1 and dW2 over some tokens, in whole tiles."""
+    """dW1 and dW2 for a number of tokens, in whole tiles."""
     width = 2 * TILE
     found = capture(tokens, width, width)
     argument, _ = found["moe_ffn_bwd_weights"]
@@ -190,7 +190,7 @@ def weights(tokens: int) -> Product:
 
 
 def norm_cycles(dim: int) -> float:
-    """Cycles of one multiprocessor for a task of the norm's phase."""
+    """Cycles of one multiprocessor for a task of the norm phase."""
     found = capture(512, dim, TILE, norm="layer", train=False)
     argument, _ = found["moe_ffn_fwd"]
     tasks = argument.call.tasks[0] * argument.call.bound
@@ -198,7 +198,7 @@ def norm_cycles(dim: int) -> float:
 
 
 def launches(size: str, found: Sequence[Product]) -> Iterator[Launch]:
-    """Whole forwards without norm, which CUTLASS would need another launch for."""
+    """Complete forwards without the norm, for which CUTLASS would need another launch."""
     dim, hidden = SIZES[size]
     fc1, _, fc2, *_ = found
     costs = (0.0, PROGRAMS * fc1.cycles, PROGRAMS * fc2.cycles)
@@ -240,7 +240,7 @@ pre-activation and makes no sums.
 
 
 def markdown(table: Mapping[str, Any]) -> str:
-    """The page of what :func:`compute` gives."""
+    """The page with the results of :func:`compute`."""
     results = {
         size: [Product(*(p[name] for name in Product._fields)) for p in found]
         for size, found in table["products"].items()

@@ -4,7 +4,7 @@
 
 runs the shipped sm_70 machine code in the emulator (tests/sm70), gives its trace to the timing
 model of one multiprocessor, and writes ``benchmarks/results/volta_attention.md`` and ``.json``. No
-GPU is needed; it takes minutes. ``--page`` makes the former from the latter.
+GPU is needed; it takes minutes. ``--page`` only rewrites the page from the JSON file.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ CLOCK = 1.53e9
 BATCH, HEADS, DIM = 64, 12, 64
 PAIRS = BATCH * HEADS
 ROW_BYTES, SECTOR = 2 * DIM, 32
-BAND = 4  # query tiles of the table's gradient
-# The multiprocessor's CTAs are 0, 81, 162, ...: they go through all tiles of a sequence.
+BAND = 4  # query tiles per band in the kernel of the table's gradient
+# The CTAs 0, 81, 162, ... of the multiprocessor cover all tiles of a sequence.
 STEP, SAMPLE = 81, 16
 FLOPS = {"forward": 4 * DIM, "backward": 10 * DIM}  # times N * N
 
@@ -54,7 +54,7 @@ INDEXES: dict[int, Callable[[], RelativePositionIndex]] = {
 }
 
 # TFLOP/s of PyTorch's memory-efficient attention (CUTLASS, Sm70) in the same model, by bias and N.
-# The backward's second figure is for a cache in which rows do not survive from tile to tile.
+# The second figure of the backward is for a cache that does not retain rows between tiles.
 INCUMBENT: dict[bool, dict[str, dict[int, tuple[float, ...]]]] = {
     True: {
         "forward": {40: (8.0,), 128: (22.6,), 237: (22.7,), 617: (26.5,), 941: (27.9,)},
@@ -80,13 +80,13 @@ INCUMBENT: dict[bool, dict[str, dict[int, tuple[float, ...]]]] = {
 
 
 class Part(NamedTuple):
-    """One kernel in the model."""
+    """A kernel in the model."""
 
     phase: str
     length: int
     bias: bool
     kernel: str
-    cycles: float  # of a multiprocessor for one sequence and head
+    cycles: float  # of a multiprocessor per sequence and head
     tensor: float  # busy shares
     issue: float
     load_store: float
@@ -94,7 +94,7 @@ class Part(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A phase: its kernels one after the other."""
+    """A phase, whose kernels run one after the other."""
 
     phase: str
     length: int
@@ -109,7 +109,7 @@ class Figure(NamedTuple):
 
 
 def aligned(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-    """Zeros where CUDA's allocator would put them: at a multiple of 512 bytes."""
+    """Zeros at an address that CUDA's allocator could return: a multiple of 512 bytes."""
     count = math.prod(shape)
     whole = torch.zeros(count + 512, dtype=dtype)
     skipped = -whole.data_ptr() % 512 // whole.element_size()
@@ -117,7 +117,7 @@ def aligned(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
 
 
 def make_call(length: int, bias: bool) -> Call:
-    """Packed q, k, v as a projection leaves them."""
+    """A call with packed q, k and v, as a projection returns them."""
     q, k, v = aligned(BATCH, length, 3, HEADS, DIM).unbind(2)
     call = Call(q, k, v, *(None,) * 7, 0, None, False, DIM**-0.5)
     if not bias:
@@ -128,10 +128,10 @@ def make_call(length: int, bias: bool) -> Call:
 
 
 def bytes_once(cubin: str, length: int, entries: int) -> float:
-    """What a sequence and head have to move, from DRAM or to it.
+    """DRAM traffic of a sequence and head in bytes.
 
-    The CTAs of a sequence run at a time and find in L2 what another has read. The forward leaves
-    log-sum-exps of a token's heads as neighbours, but the heads are not at work at a time.
+    The CTAs of a sequence run concurrently and share data in L2. The forward stores the
+    log-sum-exps of a token's heads adjacently, but different heads do not run concurrently.
     """
     rows, values = {
         "attention_fwd": (4, SECTOR),
@@ -142,9 +142,9 @@ def bytes_once(cubin: str, length: int, entries: int) -> float:
 
 
 def bytes_once_of_items(length: int, parts: int, sequences: int) -> float:
-    """The same for an item of the table's gradient: CTAs have neighbouring tiles at a time.
+    """The same for an item of the table's gradient, where concurrent CTAs have adjacent tiles.
 
-    They take them in bands of query tiles, kBand of csrc/attention/attention_bwd_table.cu.
+    CTAs take tiles in bands of query tiles, kBand of csrc/attention/attention_bwd_table.cu.
     """
     side = -(-length // cuda_table.SIDE)
     tiles_read = 0
@@ -156,7 +156,7 @@ def bytes_once_of_items(length: int, parts: int, sequences: int) -> float:
             queries.add(band + (tile - band * side) % height)
             keys.add((tile - band * side) // height)
         tiles_read += len(queries) + len(keys)
-    # q and dout of a query tile, k and v of a key tile.
+    # q and dout per query tile, k and v per key tile.
     return 2 * tiles_read * cuda_table.SIDE * ROW_BYTES * sequences / side**2
 
 
@@ -164,14 +164,14 @@ def part(phase: str, length: int, bias: bool, launch: tuple[Any, ...]) -> Part:
     cubin, name, _, programs, threads, shared_bytes, argument, tensors = launch
     per_pair, step = programs / PAIRS, STEP
     if cubin == cuda_table.CUBIN:
-        # A CTA of its own for each item; those of the launch have one after the other.
+        # One CTA per item; in an actual launch a CTA processes several items.
         parts, tiles = argument.parts, (-(-length // cuda_table.SIDE)) ** 2
         items = tiles * -(-BATCH // argument.range)
         tensors = [*tensors[:-1], torch.zeros(HEADS, items, argument.call.bias.entries)]
         argument.partial, argument.parts = tensors[-1].data_ptr(), items
         programs, once = HEADS * items, bytes_once_of_items(length, parts, argument.range)
         step = next(s for s in range(programs // SAMPLE, 0, -1) if math.gcd(s, items) == 1)
-        # All CTAs wait for those with one item more.
+        # The CTAs with one more item determine the duration.
         per_pair = PROGRAMS * MULTIPROCESSORS * -(-items // parts) / PAIRS
     else:
         once = bytes_once(cubin, length, argument.call.bias.entries) / per_pair
@@ -197,7 +197,7 @@ def part(phase: str, length: int, bias: bool, launch: tuple[Any, ...]) -> Part:
 
 
 def launches(length: int, bias: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """What a training step launches, with its phase; nothing is run."""
+    """The launches of a training step with their phase; nothing is run."""
     seen: list[tuple[Any, ...]] = []
     with (
         emulated(workers=PROGRAMS * MULTIPROCESSORS),
@@ -248,7 +248,7 @@ likelier one from N = 237 on, has a cache in which rows do not survive from tile
 
 
 def markdown(table: Mapping[str, Any]) -> str:
-    """The page of what :func:`compute` gives."""
+    """The page with the results of :func:`compute`."""
     found = [Figure(*(f[name] for name in Figure._fields)) for f in table["figures"]]
     parts = [Part(**part) for part in table["kernels"]]
     lines = [INTRODUCTION]

@@ -1,1 +1,1 @@
-"""What an implementation in each technology asks of the machine, and how it launches."""
+"""Hardware requirements and launch code of each technology: CPU, Triton and CUDA."""

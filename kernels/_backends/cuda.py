@@ -1,4 +1,4 @@
-"""What the CUDA kernels of every operation ask of the machine, and the one place that launches."""
+"""Hardware checks and the launch function that the CUDA kernels of all operations share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .. import target
 
 
 def why_not(cubin: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """One sentence that says why no V100 kernel of ``cubin`` can run on ``device`` in ``dtype``."""
+    """The reason why V100 kernels of ``cubin`` cannot run on ``device`` in ``dtype``, or None."""
     if reason := why_not_built(cubin, device):
         return reason
     capability = target.compute_capability(device)
@@ -31,7 +31,7 @@ def why_not(cubin: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def why_not_built(cubin: str, device: torch.device) -> str | None:
-    """One sentence that says why ``cubin`` has no machine code for ``device``, or None."""
+    """The reason why ``cubin`` has no machine code for ``device``, or None."""
     if device.type != "cuda":
         return f"{device.type} tensors: its kernels run on NVIDIA GPUs."
     capability = target.compute_capability(device)
@@ -57,11 +57,11 @@ def launch(
     """Run a kernel on the current stream.
 
     Args:
-        programs: CTAs of the grid.
-        threads: of each CTA.
-        shared_bytes: dynamic shared memory of each CTA.
+        programs: number of CTAs in the grid.
+        threads: number of threads per CTA.
+        shared_bytes: dynamic shared memory per CTA.
         argument: the kernel's only parameter.
-        tensors: all that ``argument`` points into.
+        tensors: all tensors that ``argument`` points into.
     """
     del tensors
     _C.launch(

@@ -1,4 +1,4 @@
-"""What the Triton kernels of every operation ask of the machine and of PyTorch's settings."""
+"""Hardware checks and PyTorch settings that the Triton kernels of all operations share."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 from .. import target
 
-OPERANDS = ("16-bit", "32-bit")  # kinds of operand that tile tables tell apart
+OPERANDS = ("16-bit", "32-bit")  # kinds of operand that have their own rows in tile tables
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_OLDEST_TRITON = (3, 4)  # the first that takes a NamedTuple of constants
+_OLDEST_TRITON = (3, 4)  # the first version that accepts a NamedTuple of constants
 
 
 def _installed_triton() -> str | None:
@@ -21,12 +21,12 @@ def _installed_triton() -> str | None:
         return None
 
 
-# Read once: Dynamo of torch 2.11 refuses to trace how it is found.
+# Read once at import: Dynamo of torch 2.11 cannot trace the call.
 _TRITON = _installed_triton()
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """One sentence that says why no Triton kernel can run on ``device`` in ``dtype``, or None."""
+    """The reason why no Triton kernel can run on ``device`` in ``dtype``, or None."""
     if _TRITON is None:
         return "Triton is not installed."
     if tuple(map(int, _TRITON.split(".")[:2])) < _OLDEST_TRITON:
@@ -54,7 +54,7 @@ def operands_of(dtype: torch.dtype) -> str:
 
 
 class Options(Protocol):
-    """What a tile says of how its kernel is compiled."""
+    """The compile options that a tile specifies."""
 
     @property
     def num_warps(self) -> int: ...
@@ -64,16 +64,16 @@ class Options(Protocol):
 
 
 def compile_options(tile: Options) -> dict[str, Any]:
-    """How a kernel is compiled for ``tile``: its warps and stages, and with fused multiply-adds.
+    """Compile options for ``tile``: its warps and stages, and fused multiply-adds.
 
-    Triton 3.9 warns where the last is not said, as they will not be the default in Triton 3.10.
+    Triton 3.9 warns unless the last is explicit, because Triton 3.10 changes its default to off.
     """
     return dict(num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True)
 
 
 def tf32_allowed() -> bool:
-    """Whether PyTorch's own products of float32 may be rounded to TF32."""
+    """Whether PyTorch's settings allow float32 matrix products in TF32."""
     matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # since torch 2.9, where reading the other may raise
+    if hasattr(matmul, "fp32_precision"):  # since torch 2.9, where reading allow_tf32 may raise
         return matmul.fp32_precision == "tf32"
     return matmul.allow_tf32

@@ -9,13 +9,13 @@ import triton.language as tl
 
 from .. import target
 
-# The interpreter multiplies 16-bit operands wrongly (bfloat16) or as float16 (both up to 3.9).
+# Up to Triton 3.9 the interpreter multiplies bfloat16 operands wrongly and float16 ones in float16.
 INTERPRETED = tl.constexpr(target.interpreted())
 
 
 @triton.jit
 def dot(a, b, acc, C: tl.constexpr):
-    """``a @ b + acc``, or without ``acc`` if that is None; ``C.precision`` is that of float32."""
+    """``a @ b + acc``, or ``a @ b`` if ``acc`` is None; ``C.precision`` applies to float32."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -24,20 +24,20 @@ def dot(a, b, acc, C: tl.constexpr):
 
 @triton.jit
 def term(a, b):
-    """``a * b`` as a term of a sum over lanes: rounded before anything is added to it.
+    """``a * b`` as a term of a sum over lanes, rounded before it is added.
 
-    Of a product and a sum compilers make one fused multiply-add. Two lanes that add each other's
-    product would both round the other one's but not their own, so that lanes which should hold the
-    same sum differ in its last bit, and which of them is stored is left to chance.
+    Compilers contract a product and a sum to one fused multiply-add. In a butterfly reduction, each
+    of two lanes would then round the other lane's product but not its own. Lanes that should hold
+    the same sum would differ in the last bit, and it is undefined which of them is stored.
     """
     return tl.fma(a, b, 0.0)
 
 
 @triton.jit
 def reciprocal(x):
-    """1 / x by one instruction, wrong by one unit in the last place at most; 0 above 2^126.
+    """1 / x in one instruction, with an error of at most 1 ulp; 0 above 2^126.
 
-    A division takes nine, as it also serves numbers whose reciprocals are not normal.
+    A division takes nine instructions, because it also handles subnormal reciprocals.
     """
     if INTERPRETED:
         return 1.0 / x
@@ -47,18 +47,18 @@ def reciprocal(x):
         )
 
 
-# Triton compiles a kernel anew where an integer that was not 1, or not divisible by 16, now is, or
-# the other way round. `do_not_specialize` keeps it from that, but not for an integer inside a tuple
-# (Triton 3.4 to 3.9). Those that differ from one batch to the next are passed as odd numbers above
-# 1.
+# Triton specialises a kernel on whether an integer argument is 1 and on whether it is divisible by
+# 16, and recompiles it when either changes. `do_not_specialize` prevents this, but not for an
+# integer inside a tuple (Triton 3.4 to 3.9). Integers that vary between batches are therefore
+# passed as odd numbers above 1.
 
 
 def odd(number: Any) -> int:
-    """How a number from 0 to 2^30 - 3 is passed to a kernel inside a tuple."""
+    """Encode a number from 0 to 2^30 - 3 that is passed to a kernel inside a tuple."""
     return 2 * number + 3
 
 
 @triton.jit
 def from_odd(number):
-    """The number that was given to :func:`odd`."""
+    """Decode a number that :func:`odd` encoded."""
     return (number - 3) >> 1

@@ -1,4 +1,4 @@
-"""The one place that launches Triton kernels, or compiles several of them at a time."""
+"""Launches Triton kernels, or compiles several of them in parallel."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def launch(kernel: Any, device: torch.device, programs: int, tile: Options, *arg
     """Run ``kernel`` on the current stream of ``device``; inside :func:`compile_only`, compile it.
 
     Args:
-        kernel: what ``triton.jit`` returned.
-        device: of the tensors.
+        kernel: a function decorated with ``triton.jit``.
+        device: device of the tensors.
         programs: size of the grid.
-        tile: the number of warps and of stages.
-        args: of the kernel.
+        tile: its numbers of warps and stages are used.
+        args: arguments of the kernel.
     """
     options = compile_options(tile)
     if _ahead is not None:
@@ -37,15 +37,15 @@ def launch(kernel: Any, device: torch.device, programs: int, tile: Options, *arg
 
 @contextlib.contextmanager
 def compile_only(threads: int | None = None) -> Iterator[None]:
-    """Calls inside the block compile their Triton kernels and launch none of them.
+    """Compile the Triton kernels of all calls inside the block without launching them.
 
-    Each variant is compiled once, in one of several threads, and kept for later calls; the block
-    ends when all are compiled. Results of the calls inside are memory that nobody has written. A
-    kernel that does not compile is no error here, but one of the call that needs it. The block is
-    for the whole process: no other thread should call the library meanwhile.
+    Each variant is compiled once, in a pool of threads, and cached for later calls; the block ends
+    when all are compiled. Results of the calls inside are uninitialised memory. A kernel that fails
+    to compile raises no error here; the later call that launches it raises it. The block affects
+    the whole process: no other thread should call the library meanwhile.
 
     Args:
-        threads: that compile at a time; as many as there are CPU cores for this process if None.
+        threads: number of compiling threads; None for the number of CPU cores of this process.
     """
     global _ahead
     assert _ahead is None, "compile_only inside compile_only"
@@ -63,7 +63,7 @@ def compile_only(threads: int | None = None) -> Iterator[None]:
 
 
 class _Ahead:
-    """Kernels that are compiled in a pool of threads."""
+    """Compiles kernels in a pool of threads."""
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         self._pool = pool
@@ -80,7 +80,7 @@ class _Ahead:
             self._pool.submit(self._compile, kernel, device, args, options)
 
     def asked(self, *, key: Any, fn: Any, **facts: Any) -> bool:
-        """Triton calls this before it compiles, and does not if the result is true."""
+        """Called by Triton before it compiles; returning True cancels the compilation."""
         if not hasattr(self._asking, "new"):
             return False  # a thread of the pool
         with self._lock:

@@ -1,4 +1,4 @@
-"""shared_attention: contract, checks and dispatch."""
+"""The public function shared_attention: contract, argument checks and dispatch."""
 
 from __future__ import annotations
 
@@ -33,45 +33,47 @@ def shared_attention(
 ) -> Tensor:  # [B, N, H, K] or [T, H, K]
     r"""Self-attention over the tokens of all modalities: softmax(scale * q k^T + bias) v.
 
-    Two layouts: dense ``[B, N, H, K]``, and packed sequences ``[T, H, K]`` laid end to end without
-    padding, where sequence b owns rows ``offsets[b]`` to ``offsets[b + 1]``. q, k and v may have
-    any strides, and may come as one tensor q with a dimension of 3 before H, without k and v.
+    There are two layouts: dense ``[B, N, H, K]``, and packed ``[T, H, K]``, in which the sequences
+    are concatenated without padding and sequence b owns rows ``offsets[b]`` to ``offsets[b + 1]``.
+    q, k and v may have any strides. They may also be passed as one tensor q that has an additional
+    dimension of size 3 before H; k and v are then None.
 
     Args:
         q, k, v: queries, keys and values, of one shape and dtype.
-        bias: relative position bias: a table and the index that (query, key) pairs read it by.
+        bias: relative position bias: a table, and the index of the row for each (query, key) pair.
         key_mask: True where a key may be attended to.
         key_lengths: number of leading keys that may be attended to; int32 or int64.
         offsets: first row of each sequence and T at the end, int32 or int64 (``cu_seqlens``;
             :attr:`vlmo.kernels.ModalityRouting.offsets`).
-        max_length: at least the length of the longest sequence; needed with ``offsets``.
-        positions: row of ``bias.index`` of each token; by default its place in its sequence.
-        causal: let a query attend to keys at its own place and before only.
+        max_length: upper bound of the sequence lengths; required with ``offsets``.
+        positions: row of ``bias.index`` for each token; by default its position in its sequence.
+        causal: let a query attend only to keys at its own position and before.
         scale: factor of the scores, ``K ** -0.5`` by default; applied to q before the product.
         validate: check the values of ``key_lengths``, ``offsets`` and ``positions``, which takes a
-            dozen small kernels on a GPU. Layers that share these tensors need it once; values out
-            of range that are not checked make the kernels read and write outside their arrays.
+            dozen small kernels on a GPU. For layers that share these tensors, one check is enough.
+            Unchecked values out of range make the kernels read and write out of bounds.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; see :mod:`vlmo.kernels`.
 
     Returns:
         The attention output, in the shape and dtype of q. A query without a valid key gets zeros.
 
-    What k and v hold at a masked key, one that ``key_mask`` or ``key_lengths`` excludes, changes no
-    output and no gradient, even if it is NaN or infinite; its own gradients are zeros. The query at
-    that place is one like any other: it gets an output, and sends gradients to the keys it sees.
+    The values of k and v at a masked key, which ``key_mask`` or ``key_lengths`` excludes, affect no
+    output and no gradient, even if they are NaN or infinite; the gradients of such a key are zeros.
+    The query at that position is not masked: it gets an output and contributes to the gradients of
+    the keys that it attends to.
 
     Scores, bias and softmax are computed in float32 (float64 for float64); probabilities are
-    rounded to the dtype of v before the second product, as the official code does. Under autocast,
-    q, k and v are cast to its dtype; the table is not.
+    rounded to the dtype of v before the second product, as in unilm, the reference implementation.
+    Under autocast, q, k and v are cast to its dtype; the table is not.
 
     Differentiable with respect to q, k, v and ``bias.table``. Forward-mode differentiation and the
-    transforms of ``torch.func`` (grad, jvp, vmap, ...) run the backend ``"reference"``, which has
-    all of them; of the backends it alone has second derivatives.
+    transforms of ``torch.func`` (grad, jvp, vmap, ...) use the backend ``"reference"``, the only
+    one that supports them. It is also the only one with second derivatives.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has the wrong shape, device or value.
-        NotImplementedError: the backend asked for cannot run this call (with its reason).
+        NotImplementedError: the requested backend cannot run this call (with its reason).
     """
     q, k, v = _unpack(q, k, v, packed=offsets is not None)
     dtype = autocast_dtype(q.device.type)
@@ -99,7 +101,7 @@ def shared_attention(
     call = Call(
         *(q, k, v, table),
         None if index is None else index.matrix,
-        None if index is None or plain else index.affine,  # these two are for kernels
+        None if index is None or plain else index.affine,  # only kernels read these two
         None if index is None or plain else index.short,
         *(key_mask, key_lengths, offsets),
         max_length=max_length,

@@ -1,4 +1,4 @@
-"""The relative position bias: a learned table and the index that spreads it over (query, key)."""
+"""Relative position bias: a learned table, and the index of its row for each (query, key) pair."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from torch import Tensor, nn
 
 from ..constants import Constants
 
-_TEXT_SPECIALS = 3  # CLS to any, any to CLS, CLS to CLS; the image run has as many
+_TEXT_SPECIALS = 3  # CLS to any, any to CLS, CLS to CLS; the image has three as well
 _CROSS = 2  # text to image, image to text
 
 
 class RelativePositionIndex(Constants):
-    """Which row of a bias table each (query, key) pair reads.
+    """The row of a bias table for each (query, key) pair.
 
-    A module without parameters, so that its matrix moves with the model that owns it; nothing of it
-    goes into a state dict, and it has its values again after ``to_empty`` (:class:`Constants`).
+    This is a module without parameters, so that its matrix moves with the model that owns it. It
+    adds nothing to the state dict, and ``to_empty`` restores its values (:class:`Constants`).
 
-    Kernels read the matrix seldom. Where a key is *regular*, they know its entries by arithmetic:
+    Kernels seldom read the matrix. They compute the entries of *regular* keys:
     ``matrix[q, k] = factor[q] * column[k] + offset[q]`` for every query q, with a factor of 0 or 1.
-    All patches of an image are, or all words of a text: image offsets are u(q) - u(k) with
-    u = y (2 W - 1) + x. What is regular is found and proved here, for any matrix.
+    All patches of an image are regular, or all words of a text: image offsets are u(q) - u(k) with
+    u = y (2 W - 1) + x. The constructor finds and verifies the regular keys of any matrix.
 
     Attributes:
         matrix: ``[N, N]`` int32, row = query, column = key.
-        affine: ``[N, 4]`` int32: offset and factor of a query, column of a key, 1 if the key is
+        affine: ``[N, 4]`` int32: offset and factor as a query, column as a key, and 1 if the key is
             regular.
-        short: ``[N, P]`` int16, P the next multiple of 8: the matrix for loads of 16 bytes, as
-            unsigned numbers; ``[0, 0]`` if they do not fit.
-        entries: rows the table must have.
+        short: ``[N, P]`` int16 with P the next multiple of 8: the matrix for 16-byte loads, as
+            unsigned numbers; ``[0, 0]`` if its entries do not fit 16 bits.
+        entries: number of rows that the table must have.
     """
 
     matrix: Tensor
@@ -38,12 +38,12 @@ class RelativePositionIndex(Constants):
     _pairs: Tensor  # short as int32: neither gloo nor NCCL broadcasts int16 buffers
 
     def __init__(self, matrix: Tensor, entries: int):
-        """Any index matrix, with entries in ``0..entries-1``; it is copied.
+        """Copy any index matrix with entries in ``0..entries-1``.
 
         Raises:
             TypeError: ``matrix`` is not an integer tensor.
-            ValueError: it is not square, has no values (on the meta device), or holds one outside
-                ``0..entries-1``.
+            ValueError: it is not square, has no values (on the meta device), or has an entry
+                outside ``0..entries-1``.
         """
         super().__init__()
         if not isinstance(matrix, Tensor) or matrix.dtype.is_floating_point:
@@ -59,7 +59,7 @@ class RelativePositionIndex(Constants):
                 raise ValueError(f"matrix: value {value} is outside 0..{entries - 1}")
         self.entries = entries
         values = matrix.to("cpu", torch.int32, copy=True)
-        # Built by VLMo itself within torch.device("meta"), its buffers are there like all others.
+        # Under torch.device("meta"), the buffers of an index that VLMo builds are meta tensors too.
         device = torch.get_default_device() if matrix.device.type == "cpu" else matrix.device
         self.register_constant("matrix", values, device)
         self.register_constant("affine", _affine(values), device)
@@ -74,15 +74,15 @@ class RelativePositionIndex(Constants):
 
     @staticmethod
     def table_entries(grid: int | tuple[int, int], text_capacity: int) -> int:
-        """Rows of VLMo's table: image offsets and specials, text offsets, two cross scalars.
+        """Rows of VLMo's table: image offsets, text offsets, special rows, two cross-modal rows.
 
-        1126 for a 14 x 14 grid and a text capacity of 196.
+        There are 1126 for a 14 x 14 grid and a text capacity of 196.
         """
         return _image_entries(_pair(grid)) + 2 * text_capacity + _CROSS
 
     @classmethod
     def image(cls, grid: int | tuple[int, int], text_capacity: int = 196) -> RelativePositionIndex:
-        """Image-only sequence [CLS, patches row by row]: N = height * width + 1."""
+        """The index of an image-only sequence [CLS, patches row by row]: N = height * width + 1."""
         with torch.device("cpu"):
             matrix = _image_matrix(_pair(grid))
         return cls(matrix, cls.table_entries(grid, text_capacity))
@@ -91,7 +91,10 @@ class RelativePositionIndex(Constants):
     def text(
         cls, grid: int | tuple[int, int], length: int, text_capacity: int = 196
     ) -> RelativePositionIndex:
-        """Text-only sequence [CLS, tokens]: N = length. ``grid`` places the rows in the table."""
+        """The index of a text-only sequence [CLS, tokens]: N = length.
+
+        The image rows for ``grid`` precede the text rows in the table.
+        """
         with torch.device("cpu"):
             matrix = _text_matrix(_pair(grid), length, text_capacity)
         return cls(matrix, cls.table_entries(grid, text_capacity))
@@ -100,10 +103,10 @@ class RelativePositionIndex(Constants):
     def joint(
         cls, grid: int | tuple[int, int], text_length: int, text_capacity: int = 196
     ) -> RelativePositionIndex:
-        """VLMo's joint sequence, text before image: N = text_length + height * width + 1.
+        """The index of VLMo's joint sequence, text first: N = text_length + height * width + 1.
 
-        Two more rows serve all pairs across the modalities: one for text queries, one for image
-        queries (official code: ``vlmo_module.py``, ``build_relative_position_embed``).
+        All cross-modal pairs share two more rows: one for text queries, one for image queries
+        (``build_relative_position_embed`` in ``vlmo_module.py`` of unilm).
         """
         pair = _pair(grid)
         cross = _image_entries(pair)
@@ -117,13 +120,13 @@ class RelativePositionIndex(Constants):
 
 
 class RelativePositionBias(NamedTuple):
-    """What :func:`vlmo.kernels.shared_attention` adds to its scores: ``table[index.matrix]``.
+    """The bias ``table[index.matrix]`` that :func:`vlmo.kernels.shared_attention` adds to scores.
 
     Attributes:
-        table: ``[index.entries, H]``, any strides. A layer of VLMo's model-wide table
-            ``[entries, layers * H]`` is one of ``table.view(entries, layers, H).unbind(1)``: no
-            copy forward, and one stack for all layers backward.
-        index: the rows that (query, key) pairs read.
+        table: ``[index.entries, H]``, any strides. For VLMo's model-wide table
+            ``[entries, layers * H]``, ``table.view(entries, layers, H).unbind(1)`` gives the table
+            of each layer, without a copy in the forward and with a single stack in the backward.
+        index: the row for each (query, key) pair.
     """
 
     table: Tensor
@@ -131,7 +134,7 @@ class RelativePositionBias(NamedTuple):
 
 
 def _affine(matrix: Tensor) -> Tensor:
-    """The closed form of :class:`RelativePositionIndex`, read off the last query and two keys."""
+    """:attr:`RelativePositionIndex.affine`, inferred from the last query and two keys."""
     affine = matrix.new_zeros(matrix.shape[0], 4)
     if matrix.numel() == 0:
         return affine
@@ -144,11 +147,11 @@ def _affine(matrix: Tensor) -> Tensor:
 
 
 def _pairs(matrix: Tensor, entries: int) -> Tensor:
-    """Two 16-bit entries in each int32."""
+    """The matrix with two 16-bit entries in each int32."""
     if entries > 2**16 or not matrix.numel():
         return matrix.new_empty(0, 0)
     padding = -matrix.shape[1] % 8
-    # From 2^15 on the numbers wrap around: the kernels take the bits as unsigned.
+    # Numbers from 2^15 on wrap around; the kernels interpret the bits as unsigned.
     return nn.functional.pad(matrix, (0, padding)).to(torch.int16).view(torch.int32)
 
 
@@ -164,7 +167,7 @@ def _image_entries(grid: tuple[int, int]) -> int:
 
 
 def _with_specials(inner: Tensor, last: int) -> Tensor:
-    """``inner`` with a CLS row and column; ``last`` is the table row of (CLS, CLS)."""
+    """Add a row and a column for CLS to ``inner``; ``last`` is the table row of (CLS, CLS)."""
     matrix = inner.new_empty(inner.shape[0] + 1, inner.shape[1] + 1)
     matrix[1:, 1:] = inner
     matrix[0, :] = last - 2
@@ -174,7 +177,7 @@ def _with_specials(inner: Tensor, last: int) -> Tensor:
 
 
 def _image_matrix(grid: tuple[int, int]) -> Tensor:
-    """Query minus key, row-major over (dy, dx), as in BEiT."""
+    """Offsets query minus key, row-major over (dy, dx), as in BEiT."""
     height, width = grid
     position = torch.arange(height * width)
     y, x = position // width, position % width
@@ -184,7 +187,7 @@ def _image_matrix(grid: tuple[int, int]) -> Tensor:
 
 
 def _text_matrix(grid: tuple[int, int], length: int, capacity: int) -> Tensor:
-    """Key minus query: the sign is opposite to the image's, as in the official code."""
+    """Offsets key minus query: the sign is opposite to that of images, as in unilm."""
     if not 1 <= length <= capacity:
         raise ValueError(f"text length: {length} is not within 1..{capacity} (text_capacity)")
     image = _image_entries(grid)

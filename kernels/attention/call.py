@@ -1,4 +1,4 @@
-"""The arguments of one call of shared_attention, as every backend gets them."""
+"""The arguments of a call of shared_attention, in the form that every backend receives."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Call(NamedTuple):
     v: Tensor
     table: Tensor | None  # [entries, H]
     matrix: Tensor | None  # [M, M] int32, rows of table
-    affine: Tensor | None  # [M, 4] int32, the closed form of matrix where there is one
-    short: Tensor | None  # [M, P] int16, matrix again; [0, 0] if it has none
+    affine: Tensor | None  # [M, 4] int32, the affine form of matrix for regular keys
+    short: Tensor | None  # [M, P] int16 copy of matrix; [0, 0] if it does not fit
     key_mask: Tensor | None  # [B, N] bool
     key_lengths: Tensor | None  # [B]
     offsets: Tensor | None  # [B + 1]

@@ -1,14 +1,14 @@
-"""shared_attention on the CPU: sequences that are alike together, and no key that is masked.
+"""shared_attention on the CPU: batches similar sequences and skips masked keys.
 
-Scores exist for a few heads of a few sequences at a time, so few that they stay in cache, and the
-backward makes them again. They are products of float32, which take twice as long as those of
-bfloat16: PyTorch has no product of 16-bit operands with a wide result on a CPU, and oneDNN computes
-in float32 whatever ``torch.backends.mkldnn.matmul.fp32_precision`` allows. A CPU without
-instructions for 16-bit operands gets float32 in the other products too, piece by piece.
+Scores are computed for a few heads of a few sequences at a time, so that they stay in cache, and
+are recomputed in the backward. They are float32 products, which take twice as long as bfloat16
+ones: on a CPU PyTorch has no product of 16-bit operands with a float32 result, and oneDNN computes
+in float32 whatever ``torch.backends.mkldnn.matmul.fp32_precision`` allows. On a CPU without
+instructions for 16-bit operands, the other products use float32 too, converted piece by piece.
 
-PyTorch's flash attention for the CPU has no gradient of its mask, and on 8 sequences of 237 tokens
-at base size, on two cores of an EPYC, took 12.5 ms in float32, where this takes 14.3, and 14.0 in
-bfloat16, where this takes 13.2.
+PyTorch's flash attention for the CPU does not differentiate its mask. On 8 sequences of 237 tokens
+at base size, on two cores of an EPYC, it took 12.5 ms in float32 against 14.3 ms here, and 14.0 ms
+in bfloat16 against 13.2 ms here.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from torch import Tensor
 from .._backends import cpu as cpu_target
 from .call import Call
 
-# Longer sequences are worth a call of their own; shorter ones are gathered from anywhere.
+# Sequences up to this length are gathered into one group; longer ones are grouped only if adjacent.
 _SHORT = 64
-_CACHE_BYTES = 4 * 2**20  # of the scores that are there at once
-_MAX_RUNS = 4  # of places in the bias that are copied as blocks
+_CACHE_BYTES = 4 * 2**20  # of scores in memory at a time
+_MAX_RUNS = 4  # of consecutive bias positions; more are gathered instead of copied as blocks
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, entries: int) -> str | None:
-    """One sentence that says why :func:`forward` cannot run, or None."""
+    """The reason why :func:`forward` cannot run, or None."""
     return None if device.type == "cpu" else f"{device.type} tensors: it is made for the CPU."
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """out, in the shape of q, and zeros: this backward does without the log-sum-exp."""
+    """out, in the shape of q, and zeros, because this backward needs no log-sum-exp."""
     batch = _Batch(call)
     out = batch.new_like(call.q)
     for group in batch.groups:
@@ -51,7 +51,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 def backward(
     dout: Tensor, out: Tensor, lse: Tensor, call: Call, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients of q, k, v and, if there is one, the table (None unless wanted)."""
+    """Gradients of q, k and v, and of the table if there is one (None if not needed)."""
     batch = _Batch(call)
     grads = [batch.new_like(t) for t in call[:3]]
     flat = [batch.flat(grad) for grad in grads]
@@ -73,7 +73,7 @@ def backward(
 def _probabilities(
     q: Tensor, k: Tensor, group: _Group, bias: Tensor | None, scale: float
 ) -> Tensor:
-    """``[n, h, L, keys]`` in float32 or better; zeros for a query that sees no key."""
+    """``[n, h, L, keys]`` in float32 or better; zeros for a query without a valid key."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = (q.to(wide) * scale) @ k.to(wide).transpose(2, 3)
     if bias is not None:
@@ -93,14 +93,14 @@ def _piece_backward(
 ) -> tuple[list[Tensor], Tensor]:
     """Gradients of q, k and v, ``[n, h, L, K]``, and of the scores ``[n, h, L, keys]``.
 
-    The scores are in float32 or better; the other products take the operands' dtype, as those of
-    flash attention do.
+    The scores are in float32 or better; the other products use the dtype of the operands, as in
+    flash attention.
     """
     q, k, v, dout = tensors
     k, v = group.of_keys(k), group.of_keys(v)
     p = _probabilities(q, k, group, bias, scale)
     dp = (dout @ v.transpose(2, 3)).to(p.dtype)
-    # p (dp - sum(p dp)): a lone key gets exactly 0.
+    # p (dp - sum(p dp)); the gradient of a single key is exactly 0.
     ds = torch.ops.aten._softmax_backward_data(dp, p, 3, p.dtype)
     p, narrow = p.to(q.dtype), ds.to(q.dtype)
     dq, dk = (narrow @ k).mul_(scale), (narrow.transpose(2, 3) @ q).mul_(scale)
@@ -110,13 +110,13 @@ def _piece_backward(
 
 @dataclass
 class _Group:
-    """Sequences of one length whose keys and whose places in the bias are the same.
+    """Sequences that have the same length, valid keys and positions in the bias.
 
     Attributes:
-        length: of each.
-        keys: numbers of the keys that may be attended to, at least one; None for all.
-        places: ``[length]``, rows of the bias; None without one.
-        causal: whether a query sees no later key.
+        length: number of tokens of each sequence.
+        keys: indices of the keys that may be attended to, at least one; None for all.
+        places: ``[length]``, rows of the bias; None without a bias.
+        causal: whether a query attends to no later key.
         starts: first row of each sequence.
     """
 
@@ -127,7 +127,7 @@ class _Group:
     starts: list[int] = field(default_factory=list)
 
     def pieces(self, batch: _Batch) -> Iterator[_Piece]:
-        """The group in parts whose scores stay in cache."""
+        """The group, split into parts whose scores fit in cache."""
         heads = batch.call.q.shape[-2]
         count = max(1, _CACHE_BYTES // (self.length * self.length * batch.wide.itemsize))
         sequences = max(1, count // heads)
@@ -137,11 +137,11 @@ class _Group:
                 yield _Piece(self.length, starts, slice(head, head + count))
 
     def of_keys(self, t: Tensor) -> Tensor:
-        """``[n, h, keys, K]`` out of ``[n, h, length, K]``."""
+        """Select the valid keys: ``[n, h, length, K]`` to ``[n, h, keys, K]``."""
         return t if self.keys is None else t[:, :, self.keys]
 
     def to_keys(self, t: Tensor) -> Tensor:
-        """Back, with zeros elsewhere."""
+        """The inverse of :meth:`of_keys`, with zeros for the other keys."""
         if self.keys is None:
             return t
         shape = (*t.shape[:2], self.length, t.shape[3])
@@ -149,13 +149,13 @@ class _Group:
 
     @functools.cached_property
     def _in_bias(self) -> tuple[np.ndarray, np.ndarray]:
-        """Places of the queries and of the keys."""
+        """Bias positions of the queries and of the keys."""
         assert self.places is not None
         return self.places, self.places if self.keys is None else self.places[self.keys.numpy()]
 
     @functools.cached_property
     def _blocks(self) -> list[tuple[tuple[slice, slice], tuple[slice, slice]]] | None:
-        """Where blocks of the scores lie in the bias, if these are few."""
+        """Pairs of slices, of the scores and of the bias, of corresponding blocks; None if many."""
         rows, columns = map(_runs, self._in_bias)
         if max(len(rows), len(columns)) > _MAX_RUNS:
             return None
@@ -167,12 +167,12 @@ class _Group:
 
     @functools.cached_property
     def later(self) -> Tensor:
-        """``[length, keys]`` bool: keys that come after a query."""
+        """``[length, keys]`` bool: True for keys after the query."""
         keys = torch.arange(self.length) if self.keys is None else self.keys
         return keys > torch.arange(self.length)[:, None]
 
     def add_bias(self, scores: Tensor, bias: Tensor) -> None:
-        """Add to ``[n, h, length, keys]`` what belongs to it of ``[h, M, M]``."""
+        """Add the bias ``[h, M, M]`` of the group's positions to ``[n, h, length, keys]``."""
         if self._blocks is None:
             places, key_places = map(torch.from_numpy, self._in_bias)
             scores += bias[:, places][:, :, key_places]
@@ -181,7 +181,7 @@ class _Group:
             scores[:, :, row, column] += bias[:, place, key_place]
 
     def add_to_bias(self, bias: Tensor, scores: Tensor) -> None:
-        """Add ``[h, length, keys]`` to where it belongs in ``[h, M, M]``."""
+        """Add ``[h, length, keys]`` to ``[h, M, M]`` at the group's positions."""
         if self._blocks is None:
             places, key_places = self._in_bias
             flat = places[:, None].astype(np.int64) * bias.shape[2] + key_places
@@ -194,7 +194,7 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some sequences of a group, and some heads of them."""
+    """Some sequences and some heads of a group."""
 
     length: int
     starts: list[int]
@@ -202,44 +202,44 @@ class _Piece:
 
     @functools.cached_property
     def rows(self) -> slice | Tensor:
-        """Of all sequences: a slice if they are neighbours."""
+        """Rows of all sequences: a slice if they are adjacent."""
         first, length = self.starts[0], self.length
         if self.starts == list(range(first, first + len(self.starts) * length, length)):
             return slice(first, first + len(self.starts) * length)
         return (torch.tensor(self.starts)[:, None] + torch.arange(length)).flatten()
 
     def take(self, flat: Tensor) -> Tensor:
-        """``[n, h, length, K]`` out of ``[T, H, K]``."""
+        """Read ``[n, h, length, K]`` from ``[T, H, K]``."""
         found = flat[self.rows, self.heads]
         return found.view(len(self.starts), self.length, *found.shape[1:]).transpose(1, 2)
 
     def put(self, flat: Tensor, part: Tensor) -> None:
-        """Write ``[n, h, length, K]`` where :meth:`take` reads."""
+        """Write ``[n, h, length, K]`` to the elements that :meth:`take` reads."""
         flat[self.rows, self.heads] = part.transpose(1, 2).flatten(0, 1).to(flat.dtype)
 
 
 class _Batch:
-    """The sequences of one call, and their bias."""
+    """The sequences of a call, and their bias."""
 
     def __init__(self, call: Call):
         self.call = call
         self.wide = torch.promote_types(call.q.dtype, torch.float32)
-        self.operand = cpu_target.operand_dtype(call.q.dtype)  # of products
+        self.operand = cpu_target.operand_dtype(call.q.dtype)  # dtype of the products
         self.groups = self._groups()
 
     def flat(self, t: Tensor) -> Tensor:
-        """``[T, H, K]`` of a tensor of every token."""
+        """A tensor with a row for every token as ``[T, H, K]``."""
         return t if self.call.offsets is not None else t.flatten(0, 1)
 
     def new_like(self, t: Tensor) -> Tensor:
-        """For every token, with zeros if no group writes some of them."""
+        """A tensor for all tokens; zeros if some tokens are in no group, else uninitialised."""
         written = sum(len(group.starts) * group.length for group in self.groups)
         new = torch.empty_like if written == self.flat(t).shape[0] else torch.zeros_like
         return new(t, memory_format=torch.contiguous_format)
 
     @functools.cached_property
     def matrix(self) -> Tensor | None:
-        """``[M, M]``, the table's rows as far as places go."""
+        """``[M, M]``, table rows for the positions that occur."""
         call = self.call
         if call.matrix is None or call.positions is not None:
             return call.matrix
@@ -259,16 +259,16 @@ class _Batch:
         assert self.call.table is not None and self.matrix is not None
         entries, heads = self.call.table.shape
         sums = dbias.new_zeros(heads, entries)
-        # Six times as fast as index_add_, and as repeatable.
+        # Six times as fast as index_add_, and equally deterministic.
         sums.scatter_add_(1, self.matrix.flatten().long().expand(heads, -1), dbias.flatten(1))
         return sums.t().to(self.call.table.dtype).contiguous()
 
     def bias_of(self, piece: _Piece) -> Tensor | None:
-        """``[h, M, M]`` of the heads of a piece."""
+        """``[h, M, M]`` for the heads of a piece."""
         return None if self.bias is None else self.bias[piece.heads]
 
     def _groups(self) -> list[_Group]:
-        """Without sequences in which nothing may be attended to."""
+        """All groups; sequences without a valid key are left out."""
         call = self.call
         if call.offsets is None:
             count, length = call.q.shape[:2]
@@ -305,12 +305,12 @@ class _Batch:
 
 
 def _sum_of_first(t: Tensor) -> Tensor:
-    """Over the first dimension; without a copy if it is 1."""
+    """The sum over the first dimension; without a copy if its size is 1."""
     return t[0] if len(t) == 1 else t.sum(0)
 
 
 def _keys(length: int, mask: np.ndarray | None, limit: int | None) -> np.ndarray | None:
-    """Numbers of the keys that may be attended to; None for all."""
+    """Indices of the keys that may be attended to; None for all."""
     if mask is None and (limit is None or limit >= length):
         return None
     valid = np.ones(length, dtype=bool) if mask is None else mask[:length].copy()
@@ -320,7 +320,7 @@ def _keys(length: int, mask: np.ndarray | None, limit: int | None) -> np.ndarray
 
 
 def _runs(places: np.ndarray) -> list[tuple[slice, slice]]:
-    """Where places go on one by one: numbers of the tokens, and their places."""
+    """Runs of consecutive positions: a slice of the tokens and a slice of their positions."""
     ends = [*(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
     starts = [0, *ends[:-1]]
     return [

@@ -18,7 +18,7 @@ BACKENDS: dict[str, Any] = dict(cuda=cuda, triton=triton, cpu=cpu, reference=ref
 
 
 def _empty_outputs(call: Call, backend: str) -> tuple[Tensor, Tensor]:
-    """out, in the shape of q, and the scores' log-sum-exp, q.shape[:-1], in float32 or better."""
+    """out, in the shape of q, and log-sum-exp of the scores, q.shape[:-1], float32 or better."""
     wide = torch.promote_types(call.q.dtype, torch.float32)
     return call.q.new_empty(call.q.shape), call.q.new_empty(call.q.shape[:-1], dtype=wide)
 

@@ -1,4 +1,4 @@
-"""shared_attention in plain PyTorch, differentiated by autograd: the oracle and "reference"."""
+"""shared_attention in plain PyTorch with autograd: the test oracle and the backend "reference"."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def why_not(*facts: Any) -> str | None:
 
 
 def shared_attention_reference(call: Call) -> Tensor:
-    """out, in the shape of q: any device and dtype, no trick of any kernel."""
+    """out, in the shape of q, for any device and dtype; written for clarity, not for speed."""
     with without_autocast(call.q.device):
         dense = _pad(call)
         out = _probabilities(dense).to(call.v.dtype) @ dense.v.transpose(1, 2)
@@ -33,19 +33,19 @@ def _probabilities(call: Call) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = (q * call.scale).to(wide) @ k.to(wide).transpose(2, 3)
     if call.table is not None:
-        # The gradient of an embedding is a repeatable sum, where that of an index adds atomically.
+        # The gradient of an embedding is deterministic; that of an index uses atomic additions.
         bias = F.embedding(_index(call), call.table.to(wide))  # [N, N, H] or [B, N, N, H]
         scores = scores + bias.movedim(-1, -3)
     mask = _mask(call)
     if mask is None:
         return scores.softmax(3)
-    # Not -inf, of which alone softmax would make NaN.
+    # Not -inf: softmax of a row that is all -inf is NaN.
     scores = scores.masked_fill(~mask, torch.finfo(wide).min)
     return scores.softmax(3).masked_fill(~mask, 0)
 
 
 def _mask(call: Call) -> Tensor | None:
-    """Which (query, key) pairs attend: broadcasts to [B, H, N, N]; None for all."""
+    """True for (query, key) pairs that attend: broadcasts to [B, H, N, N]; None for all."""
     valid = _valid_keys(call)
     mask = None if valid is None else valid[:, None, None, :]
     if call.causal:
@@ -56,7 +56,7 @@ def _mask(call: Call) -> Tensor | None:
 
 
 def _valid_keys(call: Call) -> Tensor | None:
-    """Which keys of a dense call may be attended to: [B, N]; None for all."""
+    """True for keys of a dense call that may be attended to: [B, N]; None for all."""
     mask = call.key_mask
     if call.key_lengths is not None:
         key = torch.arange(call.q.shape[1], device=call.q.device)
@@ -66,7 +66,7 @@ def _valid_keys(call: Call) -> Tensor | None:
 
 
 def _index(call: Call) -> Tensor:
-    """The table row of each pair: [N, N], or [B, N, N] with positions."""
+    """Table row of each pair: [N, N], or [B, N, N] with positions."""
     assert call.matrix is not None
     if call.positions is None:
         length = call.q.shape[1]
@@ -75,7 +75,7 @@ def _index(call: Call) -> Tensor:
 
 
 def _pad(call: Call) -> Call:
-    """A dense call whose masked keys are zeros; a packed one is padded to max_length."""
+    """The call in dense form with zeros at masked keys; packed sequences are padded."""
     if call.offsets is None:
         return _without_masked_keys(call)
     q, k, v = (_pad_rows(t, call) for t in (call.q, call.k, call.v))
@@ -95,7 +95,7 @@ def _pad(call: Call) -> Call:
 
 
 def _without_masked_keys(call: Call) -> Call:
-    """Zeros in k and v under masked keys: what a weight of 0 is multiplied with may be NaN."""
+    """Set k and v to zero at masked keys, because a weight of 0 times NaN would be NaN."""
     valid = _valid_keys(call)
     if valid is None:
         return call
@@ -105,7 +105,7 @@ def _without_masked_keys(call: Call) -> Call:
 
 
 def _pad_rows(t: Tensor, call: Call) -> Tensor:
-    """[T, ...] to [B, max_length, ...], zeros behind each sequence; a dense tensor unchanged."""
+    """[T, ...] to [B, max_length, ...], padded with zeros; a dense tensor is unchanged."""
     if call.offsets is None:
         return t
     start, stop = call.offsets[:-1, None], call.offsets[1:, None]
@@ -115,7 +115,7 @@ def _pad_rows(t: Tensor, call: Call) -> Tensor:
 
 
 def _unpad(t: Tensor, call: Call) -> Tensor:
-    """[B, max_length, ...] back to [T, ...]; a dense tensor is made contiguous."""
+    """[B, max_length, ...] back to [T, ...]; a dense tensor becomes contiguous."""
     if call.offsets is None:
         return t.contiguous()
     token = torch.arange(call.q.shape[0], device=t.device)

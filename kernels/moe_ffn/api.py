@@ -1,4 +1,4 @@
-"""moe_ffn: contract, checks and dispatch."""
+"""The public function moe_ffn: contract, argument checks and dispatch."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ def moe_ffn(
     recompute: bool = False,
     backend: str | None = None,
 ) -> Tensor:  # [..., D]
-    """Feed-forward layer whose tokens go to the expert of their modality, in one operation.
+    """Feed-forward layer that routes each token to the expert of its modality, in one operation.
 
     For a token t that ``routing`` sends to expert e::
 
         y_t = residual_t + token_scale_t * layer_scale * (W2_e act(W1_e norm_e(x_t) + b1_e) + b2_e)
 
-    Every part but the two products and the activation is optional. Tokens keep their order. Experts
-    may be empty and may differ in hidden width F.
+    Everything except the two products and the activation is optional. The order of the tokens is
+    unchanged. Experts may have no tokens, and may differ in hidden width F.
 
     Args:
         x: input, floating point; the last dimension is D.
         routing: the expert of each token of ``x.shape[:-1]``.
-        w1, w2: one matrix per expert, laid out as :class:`torch.nn.Linear` lays out its weight. For
-            a gated activation the first F rows of ``w1`` make the gate, the last F the value.
-        b1, b2: one bias per expert, for all experts or none.
+        w1, w2: one matrix per expert, in the layout of the weight of :class:`torch.nn.Linear`. For
+            a gated activation the first F rows of ``w1`` are for the gate, the rest for the value.
+        b1, b2: one bias per expert, or None.
         norm: ``"none"``, ``"layer"`` (LayerNorm) or ``"rms"`` (RMSNorm) of x, with one
             ``norm_weight`` per expert and, for LayerNorm, optionally one ``norm_bias``.
         norm_eps: added to the variance (or mean square).
@@ -60,32 +60,33 @@ def moe_ffn(
         layer_scale: learned scale of each channel (``gamma_2`` of VLMo).
         token_scale: factor of each token's branch, for stochastic depth; not differentiable.
         residual: added at the end; often x itself.
-        recompute: keep only x for the backward and compute ``W1_e norm_e(x) + b1_e`` again there,
-            at the cost of one more product. By default it is kept, as F numbers per token (2 F if
-            gated), unless no gradient is recorded; on a CPU so are the activations and what
-            ``layer_scale`` multiplies, F + D more. ``"reference"`` keeps all that autograd does.
-            Gradients are the same.
+        recompute: save only x for the backward and recompute ``W1_e norm_e(x) + b1_e`` there, at
+            the cost of one more product. By default this pre-activation is saved if gradients are
+            recorded: F numbers per token (2 F if gated). On a CPU the activations and the operand
+            of ``layer_scale`` are saved too, F + D more. ``"reference"`` saves whatever autograd
+            saves. Gradients do not depend on it.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; see :mod:`vlmo.kernels`.
 
     Returns:
         y, in the shape of x; its dtype is that of ``residual`` if given, else that of ``w2``.
 
     Dtypes: float16, bfloat16, float32 or float64. x, weights and biases share one dtype; norm
-    parameters, ``layer_scale``, ``token_scale`` and ``residual`` may be float32 beside a 16-bit x.
+    parameters, ``layer_scale``, ``token_scale`` and ``residual`` may be float32 if x is 16-bit.
     Under autocast, ``w1``, ``w2``, ``b1``, ``b2`` (and x, if there is no norm) are cast to
     autocast's dtype; norm, scales and residual stay as they are. Products accumulate in float32
-    (float64 for float64), norms and activations are computed in float32 or better.
+    (float64 for float64); norms and activations are computed in float32 or better.
 
     Differentiable with respect to x, every weight and bias, the norm parameters, ``layer_scale``
-    and ``residual``. An expert whose parameters do not require gradients costs none. Forward-mode
-    differentiation and the transforms of ``torch.func`` (grad, jvp, vmap, ...) run the backend
-    ``"reference"``, which has all of them; of the backends it alone has second derivatives.
+    and ``residual``. For an expert whose parameters do not require gradients, none are computed.
+    Forward-mode differentiation and the transforms of ``torch.func`` (grad, jvp, vmap, ...) use the
+    backend ``"reference"``, the only one that supports them. It is also the only one with second
+    derivatives.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has the wrong shape, device or value, or the number of weights is
             not the routing's number of experts.
-        NotImplementedError: the backend asked for cannot run this call (with its reason).
+        NotImplementedError: the requested backend cannot run this call (with its reason).
     """
     if not isinstance(routing, ModalityRouting):
         raise TypeError(f"routing: expected a ModalityRouting, got {type(routing).__name__}")
@@ -130,12 +131,12 @@ def moe_ffn(
     )
     if name == "reference":
         return moe_ffn_reference(call).reshape(x.shape)
-    # As nn.Linear does: a tensor of its own, not a view, of which FSDP would warn.
+    # Like nn.Linear, this returns a tensor that is not a view; FSDP warns about views.
     return torch.ops.aten._unsafe_view.default(MOE_FFN.run(call, name), x.shape)
 
 
 class Experts(NamedTuple):
-    """The parameters of all experts: six lists, each of E tensors or empty."""
+    """The parameters of all experts: six lists, each with E tensors or empty."""
 
     w1: Sequence[Tensor]
     w2: Sequence[Tensor]

@@ -1,4 +1,4 @@
-"""The arguments of one call of moe_ffn, as every backend gets them."""
+"""The arguments of a call of moe_ffn, in the form that every backend receives."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Call(NamedTuple):
     layer_scale: Tensor | None  # [D]
     token_scale: Tensor | None  # [T]
     residual: Tensor | None  # [T, D]
-    # The rows of each expert: ids, or else pieces. Every backend but this one also gets, with ids,
-    # rows and offsets of a Grouping, and pieces only if no expert has two in one sequence.
+    # The rows of each expert are given by ids or by pieces. For all backends but "reference", rows
+    # and offsets of a Grouping accompany ids, and pieces have at most one run per expert.
     ids: Tensor | None  # [T] int32
     rows: Tensor | None  # [T] int32
     offsets: Tensor | None  # [E + 1] int32
@@ -37,13 +37,13 @@ class Call(NamedTuple):
     save_pre: bool
 
 
-LISTS = Call._fields[1:7]  # the parameters: one tensor of each expert, or none
+LISTS = Call._fields[1:7]  # the parameters: one tensor per expert, or none
 
-_MAX_WEIGHT = 2**31  # elements of w1: kernels address parts of it in int32
+_MAX_WEIGHT = 2**31  # elements of w1, which kernels partly address in int32
 
 
 def why_not_weight(width: int, hidden: Sequence[int], activation: str) -> str | None:
-    """One sentence if the largest weight has more elements than a kernel can address."""
+    """The reason if the largest weight has more elements than a kernel can address, else None."""
     elements = width * max(hidden) * (2 if activation in GATED else 1)
     return (
         f"a weight of {elements} elements is not below 2**31." if elements >= _MAX_WEIGHT else None
@@ -51,7 +51,7 @@ def why_not_weight(width: int, hidden: Sequence[int], activation: str) -> str | 
 
 
 def pre_shape(call: Call) -> tuple[int, int]:
-    """[T, max F] (max 2 F if gated) of the kept pre-activation; (0, 0) if it is not kept."""
+    """Shape [T, max F] (max 2 F if gated) of the saved pre-activation; (0, 0) if not saved."""
     if not call.save_pre:
         return (0, 0)
     return (call.x.shape[0], max(weight.shape[0] for weight in call.w1))

@@ -1,4 +1,4 @@
-"""Counters of a launch: tickets and how far each row tile has come."""
+"""Counters of a launch: the next ticket, and the progress of each row tile."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 class Counters:
-    """int32 counters that are zero between launches, because every launch zeroes them again.
+    """int32 counters that are zero between launches, because every launch resets them.
 
-    One buffer per device and stream, as launches on a stream come one after another; so a call
-    costs one launch, not two. While a graph is captured, and in the private pool that surrounds
-    such a capture, a buffer is made for the call alone: the graph may be replayed on any stream,
-    and nothing of a pool may outlive it. A launch that raised leaves its buffer to be thrown away.
+    Launches on a stream are sequential, so there is one buffer per device and stream, and a call
+    needs one launch instead of two. During the capture of a CUDA graph, and in the private memory
+    pool around a capture, each call gets a new buffer: the graph may be replayed on any stream, and
+    memory of a private pool must not outlive it. The buffer of a launch that raised is discarded.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Counters:
             yield torch.zeros(size, dtype=torch.int32, device=device)
             return
         key = (device, _stream(device))
-        # Taken out while in use: if the launch raises, the buffer is not put back.
+        # Removed while in use: if the launch raises, the buffer is not put back.
         buffer = self._kept.pop(key, None)
         if buffer is not None and buffer.numel() >= size:
             yield buffer
@@ -49,7 +49,7 @@ def _stream(device: torch.device) -> int:
 
 
 def _in_private_pool(tensor: Tensor) -> bool:
-    # cudaMallocAsync has no private pools, and no snapshot to look at.
+    # cudaMallocAsync has neither private pools nor memory snapshots.
     if tensor.device.type != "cuda" or torch.cuda.get_allocator_backend() != "native":
         return False
     address = tensor.data_ptr()

@@ -1,15 +1,15 @@
-"""moe_ffn on the CPU: PyTorch's matrix products, and as little as possible beside them.
+"""moe_ffn on the CPU: PyTorch's matrix products with little overhead around them.
 
-The products take 19 of 20 parts of the time and PyTorch's libraries reach the machine's rate in
-them. What is left to gain is what lies between: GELU is part of the product where no backward
-follows, and each expert's rows are written where they belong without a concatenation. For a
-backward the activations and what LayerScale multiplies are kept beside the pre-activations, as
-autograd would: to make the former again, or to read LayerScale's gradient off a product with W2,
-costs 1 % of it each. Cutting the rows into pieces whose hidden activations stay in cache is no
-gain: every product packs its weights again (256 rows at base size: 0.89 times as fast as all).
+The products take 19/20 of the time, and PyTorch's libraries run them at the machine's peak rate.
+The remaining gain is between them: GELU is fused into the product if there is no backward, and each
+expert's rows are written in place without a concatenation. For a backward, the activations and the
+operand of LayerScale are saved beside the pre-activations, as autograd would: recomputing the
+former, or computing LayerScale's gradient from a product with W2, costs 1 % of the backward each.
+Splitting the rows so that hidden activations stay in cache does not help, because every product
+packs its weights again (256 rows at base size: 0.89 times the speed of all rows).
 
 A CPU without instructions for 16-bit operands computes in float32: the rows and parameters of one
-expert at a time are widened, and its results rounded once. What is kept stays in 16 bits.
+expert at a time are converted, and its results are rounded once. Saved tensors stay in 16 bits.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from .call import GATED, Call
 def why_not(
     device: torch.device, dtype: torch.dtype, width: int, hidden: Sequence[int], activation: str
 ) -> str | None:
-    """One sentence that says why :func:`forward` cannot run, or None."""
+    """The reason why :func:`forward` cannot run, or None."""
     return None if device.type == "cpu" else f"{device.type} tensors: it is made for the CPU."
 
 
-_Kept = tuple[Tensor, Tensor, Tensor | None]  # h1, act(h1) and h2 of an expert's rows
+_Kept = tuple[Tensor, Tensor, Tensor | None]  # h1, act(h1) and h2 for an expert's rows
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of one expert: a run of every sequence, or any.
+    """The rows of one expert: the same run of every sequence, or arbitrary rows.
 
     Attributes:
-        first: number of rows of the experts before it.
-        count: number of its rows.
-        run: sequences, their length, and the run's start and length; None if there is an index.
-        index: ``[count]`` int32.
+        first: number of rows of all previous experts.
+        count: number of rows of this expert.
+        run: number of sequences, their length, start and length of the run; None with an index.
+        index: ``[count]`` int32, the rows; None with a run.
     """
 
     first: int
@@ -54,14 +54,14 @@ class _Rows:
     index: Tensor | None = None
 
     def of(self, t: Tensor) -> Tensor:
-        """``[count, ...]`` out of ``[T, ...]``; a view where the rows lie together."""
+        """Read ``[count, ...]`` from ``[T, ...]``; a view if the rows are contiguous."""
         if self.run is None:
             assert self.index is not None
             return t.index_select(0, self.index)
         return self._window(t).flatten(0, 1)
 
     def put(self, t: Tensor, part: Tensor, addend: Tensor | None) -> None:
-        """Write ``part``, with the same rows of ``addend`` added, into the rows of ``t``."""
+        """Write ``part``, plus the same rows of ``addend``, to the rows of ``t``."""
         if self.run is None:
             assert self.index is not None
             if addend is not None:
@@ -76,7 +76,7 @@ class _Rows:
             torch.add(self._window(addend), part, out=target)
 
     def kept(self, pre: Tensor, call: Call, e: int) -> _Kept:
-        """Views of an expert's rows of what :func:`forward` keeps: h1, act(h1), and h2 or None."""
+        """Views of an expert's rows of the tensors that :func:`forward` saves, see ``_Kept``."""
         found, start = [], 0
         sizes = (len(call.w1[e]), call.w2[e].shape[1], len(call.w2[e]))
         for columns, widest in zip(sizes, _kept_columns(call), strict=False):
@@ -94,21 +94,21 @@ class _Rows:
 
 
 def pre_shape(call: Call) -> tuple[int, int]:
-    """[T, P + F (+ D)] of what is kept; (0, 0) if nothing is.
+    """Shape [T, P + F (+ D)] of the saved tensor; (0, 0) if nothing is saved.
 
-    Of all rows h1, then act(h1), then with a layer scale h2, each of them expert by expert.
+    It contains h1 of all rows, then act(h1), then with a layer scale h2; each expert by expert.
     """
     return (call.x.shape[0], sum(_kept_columns(call))) if call.save_pre else (0, 0)
 
 
 def _kept_columns(call: Call) -> list[int]:
-    """Of h1, act(h1) and h2, of the widest expert."""
+    """Columns of h1, act(h1) and h2 of the widest expert."""
     found = [max(len(w) for w in call.w1), max(w.shape[1] for w in call.w2)]
     return found if call.layer_scale is None else [*found, len(call.w2[0])]
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """y [T, D] and what the backward reads, of :func:`pre_shape`."""
+    """y [T, D], and the tensor saved for the backward, in the shape :func:`pre_shape`."""
     dtype = call.w2[0].dtype if call.residual is None else call.residual.dtype
     y = call.x.new_empty(call.x.shape, dtype=dtype)
     pre = call.x.new_empty(pre_shape(call), dtype=call.w1[0].dtype)
@@ -119,7 +119,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _branch(rows: _Rows, kept: _Kept | None, call: Call, e: int) -> Tensor:
-    """What one expert adds to its rows of the residual; fills what is ``kept``."""
+    """The branch of one expert, without the residual; writes the tensors in ``kept``."""
     normed, *_ = _norm(_as_wide(rows.of(call.x), call, e), e, call)
     b1, b2 = call.b1[e] if call.b1 else None, call.b2[e] if call.b2 else None
     if kept is None:
@@ -145,9 +145,9 @@ def _branch(rows: _Rows, kept: _Kept | None, call: Call, e: int) -> Tensor:
 
 
 def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list[Tensor]:
-    """The gradients that ``needs`` asks for, in the order of the schema; empty ones elsewhere.
+    """The gradients flagged in ``needs``, in the order of the schema; the others are empty.
 
-    An empty ``pre`` was not kept and is computed again.
+    An empty ``pre`` was not saved and is recomputed.
     """
     lists = [list(tensors) for tensors in call[1:7]]
     flags = iter(needs[1:])
@@ -181,9 +181,9 @@ def _expert_backward(
     rows: _Rows,
     wants: Sequence[bool],
     wants_x: bool,
-    dscale: Tensor | None,  # [D], added to
+    dscale: Tensor | None,  # [D], accumulated
 ) -> tuple[list[Tensor | None], Tensor | None]:
-    """Gradients of one expert's six parameters, and of its rows of x, where wanted."""
+    """Gradients of one expert's six parameters and of its rows of x, if needed."""
     w1, w2, scale = call.w1[e], call.w2[e], call.layer_scale
     x = _as_wide(rows.of(call.x), call, e)
     normed, mean, rstd = _norm(x, e, call)
@@ -217,14 +217,14 @@ def _expert_backward(
 
 
 def _scale_gradient(dbranch: Tensor, act: Tensor, h2: Tensor | None, call: Call, e: int) -> Tensor:
-    """``[D]``: the sum over rows of ``dbranch * h2``; an h2 that was not kept is made again."""
+    """``[D]``: the sum over rows of ``dbranch * h2``; h2 is recomputed if it was not saved."""
     if h2 is None:
         h2 = onednn.linear(act, call.w2[e], call.b2[e] if call.b2 else None)
     return (dbranch * h2).sum(0, dtype=_wide(h2))
 
 
 def _experts(call: Call) -> Iterator[tuple[int, _Rows]]:
-    """The experts that have rows, and which; an empty one keeps gradients of zeros."""
+    """Experts that have rows, with these rows; the gradients of the others stay zero."""
     tokens = call.x.shape[0]
     if call.ids is not None:
         assert call.rows is not None and call.offsets is not None
@@ -245,7 +245,7 @@ def _experts(call: Call) -> Iterator[tuple[int, _Rows]]:
 
 
 def _widened(call: Call, e: int) -> Call:
-    """The call with the parameters of expert ``e`` in the dtype that this CPU multiplies."""
+    """The call with the parameters of expert ``e`` converted to this CPU's operand dtype."""
     dtype = call.w1[e].dtype
     operand = cpu_target.operand_dtype(dtype)
     if operand == dtype:
@@ -256,13 +256,13 @@ def _widened(call: Call, e: int) -> Call:
 
 
 def _as_wide(t: Tensor, call: Call, e: int) -> Tensor:
-    """``t``, not narrower than the operands of expert ``e``."""
+    """``t`` in a dtype at least as wide as the operands of expert ``e``."""
     operand = call.w1[e].dtype
     return t.to(operand) if t.dtype.itemsize < operand.itemsize else t
 
 
 def _room(kept: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory for a tensor of which ``kept``, which may be it, gets the values."""
+    """``kept`` if it has this dtype, else a buffer of its shape, to be copied to ``kept``."""
     return kept if kept.dtype == dtype else torch.empty_like(kept, dtype=dtype)
 
 
@@ -276,7 +276,7 @@ def _linear_act(x: Tensor, call: Call, e: int) -> Tensor:
 
 
 def _times(t: Tensor, factor: Tensor) -> Tensor:
-    """``t * factor``, in place where that does not lose digits of the factor."""
+    """``t * factor``, in place if that does not round the factor."""
     return t.mul_(factor) if torch.promote_types(t.dtype, factor.dtype) == t.dtype else t * factor
 
 
@@ -294,7 +294,7 @@ def _approximate(activation: str) -> str:
 
 
 def _act_backward(d: Tensor, h: Tensor, activation: str) -> Tensor:
-    """The gradient of h from that of act(h), in place of it where there is room."""
+    """The gradient of h from that of act(h); in place unless gated."""
     aten = torch.ops.aten
     if activation not in GATED:
         how = _approximate(activation)
@@ -306,9 +306,10 @@ def _act_backward(d: Tensor, h: Tensor, activation: str) -> Tensor:
 
 
 def _norm(x: Tensor, e: int, call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """norm_e(x) in the dtype of the weights; also mean (LayerNorm) and 1 / deviation of the rows.
+    """norm_e(x) in the dtype of the weights; also mean (LayerNorm) and 1 / deviation per row.
 
-    PyTorch's LayerNorm computes in float32 or better, but takes x and its parameters in one dtype.
+    PyTorch's LayerNorm computes in float32 or better, but requires x and its parameters to have the
+    same dtype.
     """
     if call.norm == "none":
         return x, None, None
@@ -340,13 +341,13 @@ def _norm_backward(
     )
     if exact:
         return dx, dweight, dbias
-    # PyTorch adds these up in the dtype of x: at 3000 rows of bfloat16 they are off by 3 and 5 %.
+    # PyTorch accumulates these in the dtype of x: for 3000 bfloat16 rows the errors are 3 and 5 %.
     dweight = ((x - mean) * rstd * d).sum(0)
     return dx, dweight, None if bias is None else d.sum(0)
 
 
 def _norm_operands(x: Tensor, e: int, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x, norm_weight and norm_bias of an expert in one dtype: theirs, or else float32 or better."""
+    """x, norm_weight and norm_bias of an expert in their common dtype, or float32 or better."""
     weight, bias = call.norm_weight[e], call.norm_bias[e] if call.norm_bias else None
     if call.norm == "layer" and all(t.dtype == x.dtype for t in (weight, bias) if t is not None):
         return x, weight, bias

@@ -1,9 +1,10 @@
-"""Linear layers by oneDNN, with GELU in the product, where that is faster than PyTorch's choice.
+"""Linear layers by oneDNN with a fused GELU, where that is faster than PyTorch's own choice.
 
-For float32 on x86 PyTorch takes MKL, which is slower on AMD, and a GELU of its own (1576 rows at
-base size on two cores of an EPYC with AVX-512: fc1 with GELU 37 instead of 45 ms). But oneDNN adds
-up a whole row in one chain: its float32 error is 1.4 times MKL's at 768 columns and 2.2 times at
-3072, so it gets short rows only. Weights' gradients, and ``dh1 @ w1``, gain nothing by it.
+For float32 on x86 PyTorch uses MKL, which is slower on AMD, and a separate GELU (1576 rows at base
+size on two cores of an EPYC with AVX-512: fc1 with GELU takes 37 ms by oneDNN instead of 45 ms).
+However, oneDNN sums a whole row in one chain: its float32 error is 1.4 times MKL's at 768 columns
+and 2.2 times at 3072, so it is used for short rows only. The gradients of weights, and
+``dh1 @ w1``, are not faster.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from .._backends.cpu import is_x86
 
 _LONGEST = 1024  # columns in float32: see above
-_GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # how oneDNN is told to approximate it
+_GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # oneDNN's names of the approximation
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -28,9 +29,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """:func:`linear` into memory that is there."""
+    """:func:`linear` with the result written to ``out``."""
     if _takes(weight):
-        out.copy_(linear(x, weight, bias))  # with this copy it still takes less than addmm
+        out.copy_(linear(x, weight, bias))  # faster than addmm despite the copy
     elif bias is None:
         torch.mm(x, weight.T, out=out)
     else:
@@ -38,7 +39,7 @@ def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = No
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """The activation "gelu" or "gelu_tanh" of :func:`linear`."""
+    """:func:`linear` followed by the activation "gelu" or "gelu_tanh"."""
     approximate = _GELU[activation]
     if _takes(weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], approximate)
@@ -46,7 +47,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str)
 
 
 def _takes(weight: Tensor) -> bool:
-    """Whether it is right and faster for this weight."""
+    """Whether oneDNN is accurate enough and faster for this weight."""
     if weight.dtype == torch.bfloat16:
         return _here() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return weight.dtype == torch.float32 and weight.shape[1] <= _LONGEST and _here()
@@ -54,6 +55,6 @@ def _takes(weight: Tensor) -> bool:
 
 @functools.cache
 def _here() -> bool:
-    """Whether PyTorch has it: private, but what torch.compile calls on every x86 machine."""
+    """Whether PyTorch has the operation, which is private but used by torch.compile on x86."""
     built = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return is_x86() and built

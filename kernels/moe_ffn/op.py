@@ -17,13 +17,13 @@ BACKENDS: dict[str, Any] = dict(cuda=cuda, triton=triton, cpu=cpu, reference=ref
 
 
 def _empty_outputs(call: Call, backend: str) -> tuple[Tensor, Tensor]:
-    """y [T, D] and what the backward reads: the pre-activation, of the backend's pre_shape."""
+    """y [T, D], and the pre-activation saved for the backward, in the backend's pre_shape."""
     dtype = call.w2[0].dtype if call.residual is None else call.residual.dtype
     y = call.x.new_empty(call.x.shape, dtype=dtype)
     return y, call.x.new_empty(BACKENDS[backend].pre_shape(call), dtype=call.w1[0].dtype)
 
 
-# A pre-activation that was not kept is empty: the backward computes it again.
+# A pre-activation that was not saved is empty, and the backward recomputes it.
 MOE_FFN = Operation(
     *("moe_ffn", "moe_ffn", Call, BACKENDS, _empty_outputs),
     leaves=("x", *LISTS, "layer_scale"),

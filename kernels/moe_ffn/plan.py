@@ -1,8 +1,8 @@
-"""What a backward of moe_ffn computes and where it puts it: the same in Triton and in CUDA.
+"""Plans a backward of moe_ffn: tasks, scratch and outputs, for both Triton and CUDA.
 
-Two launches. That of the rows gives dx and, in grouped order, what the sums over tokens are made
-of; that of the weights gives every gradient that sums over tokens. The second is left out where no
-parameter wants a gradient.
+There are two launches. The launch of the rows computes dx and, in grouped order, the operands of
+all sums over tokens; the launch of the weights computes every gradient that is a sum over tokens.
+The second is omitted if no parameter needs a gradient.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from .call import LISTS, Call
 from .rows import Rows, bound_on_tiles
 from .schedule import whole_tiles
 
-SUM_COLUMNS = 128  # of a column block of the sums over row tiles
+SUM_COLUMNS = 128  # columns of a column block of the sums over row tiles
 
 
 class Gradients(NamedTuple):
-    """Where the gradients go; an empty tensor is not wanted."""
+    """The gradients to write; those that are not needed are empty."""
 
     x: Tensor  # [T, D]
-    lists: dict[str, list[Tensor]]  # by the names of LISTS: of each expert, or none at all
+    lists: dict[str, list[Tensor]]  # by the names of LISTS: one per expert, or none
     layer_scale: Tensor | None  # [D]
 
     @classmethod
     def empty(cls, call: Call, needs: Sequence[bool]) -> Gradients:
-        """Not yet written; those of one parameter are in one dtype, in which a kernel writes them.
+        """Allocate the gradients; those of a parameter have one dtype for all experts.
 
         ``needs`` is in the order of the schema.
         """
@@ -46,27 +46,27 @@ class Gradients(NamedTuple):
         return cls(x, lists, None if scale is None else _empty(scale, next(flags), scale.dtype))
 
     def wants(self, *names: str) -> bool:
-        """Whether any expert's gradient of one of these parameters is wanted."""
+        """Whether a gradient of one of these parameters is needed for any expert."""
         return any(gradient.numel() for name in names for gradient in self.lists[name])
 
     @property
     def scale(self) -> Tensor | None:
-        """That of the layer scale, if there is one and it is wanted."""
+        """The gradient of the layer scale; None if there is none or it is not needed."""
         return self.layer_scale if wanted(self.layer_scale) else None
 
     @property
     def sums(self) -> bool:
-        """Whether any gradient that sums over tokens is wanted."""
+        """Whether any gradient that is a sum over tokens is needed."""
         return self.wants(*LISTS) or self.scale is not None
 
     @property
     def flat(self) -> list[Tensor]:
-        """All of them, in the order of the schema."""
+        """All gradients, in the order of the schema."""
         flat = [self.x, *itertools.chain(*self.lists.values())]
         return flat if self.layer_scale is None else [*flat, self.layer_scale]
 
     def result(self, call: Call) -> list[Tensor]:
-        """All of them in the dtypes of the call, zeros if it has no tokens."""
+        """All gradients in the dtypes of the call; zeros if it has no tokens."""
         leaves = [call.x, *itertools.chain(*call[1:7]), call.layer_scale]
         flat = self.flat
         if len(call.x) == 0:
@@ -77,15 +77,15 @@ class Gradients(NamedTuple):
 
 
 class RowsPlan(NamedTuple):
-    """The launch of the rows: its tasks, and what it writes beside dx; None where nobody reads it.
+    """The launch of the rows: its tasks, and its outputs besides dx; None if they are not read.
 
-    Scratch is in the dtype of the weights and in grouped order. Of the sums, in float32, each task
-    of a row tile writes one line.
+    Scratch is in the dtype of the weights and in grouped order. The partial sums are float32, with
+    one row per task of a row tile.
     """
 
-    bound: int  # row tiles, or as many as there can be
-    tasks: tuple[int, int, int, int]  # of a row tile, in each phase
-    depths: tuple[int | None, ...]  # length of each phase's products, None without
+    bound: int  # upper bound of the number of row tiles
+    tasks: tuple[int, int, int, int]  # tasks of a row tile in each phase
+    depths: tuple[int | None, ...]  # depth of each phase's products, None without products
     dbranch: Tensor | None  # [T, D]
     dh2: Tensor | None  # [T, D]
     normed: Tensor | None  # [T, D]
@@ -94,11 +94,11 @@ class RowsPlan(NamedTuple):
     dnormed: Tensor | None  # [T, D]
     sum_dbranch: Tensor | None  # [bound * tasks[0], D]
     sum_dpre: Tensor | None  # [bound, P]
-    sum_norm: Tensor | None  # [bound * tasks[3], 2 D]: of the weight, then of the bias
+    sum_norm: Tensor | None  # [bound * tasks[3], 2 D]: for the weight, then the bias
 
     @property
     def tensors(self) -> dict[str, Tensor | None]:
-        """What the launch writes, by name, in the order of its arguments."""
+        """The outputs of the launch by name, in the order of its arguments."""
         return dict(zip(self._fields[3:], self[3:], strict=True))
 
 
@@ -119,10 +119,10 @@ def plan_rows(
     Args:
         block_t: rows of a row tile.
         block_f: hidden columns of a tile of the first product, dh2 W2.
-        block_n: columns of a tile of the second, dpre W1.
+        block_n: columns of a tile of the second product, dpre W1.
         row_tasks: tasks of a row tile in a phase without products.
         keeps_normed: whether norm(x) is written for the launch of the weights.
-        keeps_dh2: whether the gradient of the second layer's output is not dy itself.
+        keeps_dh2: whether the gradient of the second layer's output differs from dy.
     """
     tokens, dim = call.x.shape
     max_hidden, max_pre = (max(sizes) for sizes in zip(*_widths(call), strict=True))
@@ -166,13 +166,13 @@ def plan_rows(
 class WeightsPlan(NamedTuple):
     """The launch of the weights: its tiles, and its scratch in float32."""
 
-    w1_tiles: tuple[int, ...]  # of each expert; 0 where no gradient is wanted
+    w1_tiles: tuple[int, ...]  # tiles of dw1 per expert; 0 if no gradient is needed
     w2_tiles: tuple[int, ...]
-    whole: tuple[int, ...]  # of all of an expert's tiles, those that are not divided
-    workers: int  # equal shares of the others
-    sum_blocks: tuple[int, int, int, int]  # columns of dpre, dbranch, norm weight, norm bias
-    scale_lines: int  # of sum_scale: column blocks of hidden units of all experts
-    partial: Tensor | None  # [workers, block_t, block_n], of tiles that are divided
+    whole: tuple[int, ...]  # tiles per expert, of dw1 and dw2, that are not divided
+    workers: int  # number of equal shares of the other tiles
+    sum_blocks: tuple[int, int, int, int]  # column blocks of dpre, dbranch, norm weight, norm bias
+    scale_lines: int  # rows of sum_scale: column blocks of hidden units of all experts
+    partial: Tensor | None  # [workers, block_t, block_n], partial tiles
     sum_scale: Tensor | None  # [scale_lines, D]
     sum_bias: Tensor | None  # [E, D]
 
@@ -184,7 +184,7 @@ class WeightsPlan(NamedTuple):
 def plan_weights(
     call: Call, gradients: Gradients, rows: RowsPlan, *, block_t: int, block_n: int, workers: int
 ) -> WeightsPlan:
-    """Plan the launch of the weights behind ``rows``, with tiles of block_t x block_n."""
+    """Plan the launch of the weights after that of ``rows``, with tiles of block_t x block_n."""
     experts, dim = len(call.w1), call.x.shape[1]
     scales = gradients.scale is not None
     down, across = -(-dim // block_t), -(-dim // block_n)
@@ -225,18 +225,18 @@ def plan_weights(
 
 
 def wanted(gradient: Tensor | None) -> bool:
-    """Whether a gradient exists and is wanted: it is not empty."""
+    """Whether a gradient exists and is needed, that is, not empty."""
     return gradient is not None and gradient.numel() > 0
 
 
 def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype | None:
-    """A kernel takes the tensors of all experts in one dtype, also where their norms differ."""
+    """The dtype in which a kernel takes the tensors of all experts, which may have several."""
     dtypes = [tensor.dtype for tensor in tensors]
     return functools.reduce(torch.promote_types, dtypes) if dtypes else None
 
 
 def _widths(call: Call) -> list[tuple[int, int]]:
-    """F of each expert, and the columns of its pre-activation: F, or 2 F if gated."""
+    """F of each expert, and the number of columns of its pre-activation: F, or 2 F if gated."""
     return [(w2.shape[1], w1.shape[0]) for w1, w2 in zip(call.w1, call.w2, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""moe_ffn in plain PyTorch, differentiated by autograd: the oracle and the backend "reference"."""
+"""moe_ffn in plain PyTorch with autograd: the test oracle and the backend "reference"."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def why_not(*facts: Any) -> str | None:
 
 
 def moe_ffn_reference(call: Call) -> Tensor:
-    """y [T, D]: any device and dtype, no trick of any kernel.
+    """y [T, D], for any device and dtype; written for clarity, not for speed.
 
-    Where ``save_pre`` is False the backward computes each expert again from its rows of x.
+    If ``save_pre`` is False, the backward recomputes each expert from its rows of x.
     """
     again = not call.save_pre and torch.is_grad_enabled()
     again = again and not exporting() and not transformed(call[:1])
@@ -47,7 +47,7 @@ def moe_ffn_reference(call: Call) -> Tensor:
 
 
 def _expert(x: Tensor, e: int, call: Call) -> Tensor:
-    """``layer_scale * (W2_e act(W1_e norm_e(x) + b1_e) + b2_e)`` of some rows [n, D]."""
+    """``layer_scale * (W2_e act(W1_e norm_e(x) + b1_e) + b2_e)`` for some rows [n, D]."""
     h1 = F.linear(_norm(x, e, call), call.w1[e], _at(call.b1, e))
     h2 = F.linear(_act(h1, call.activation), call.w2[e], _at(call.b2, e))
     return h2 if call.layer_scale is None else h2 * call.layer_scale
@@ -74,10 +74,11 @@ def _act(h: Tensor, activation: str) -> Tensor:
 
 
 def _rows_of_experts(call: Call) -> Iterator[tuple[int, Any]]:
-    """For each expert e: (e, a slice, an index, or a mask of its rows).
+    """For each expert e: e, and a slice, an index or a mask of its rows.
 
-    A mask is for ids on a GPU and in a compiled graph, where the count is unknown to the host: the
-    expert then computes every row, rows of others as zeros, and nothing waits for the device.
+    A mask is used for ids on a GPU and in a compiled graph, where the host does not know the count:
+    the expert then computes all rows, with zeros for those of other experts, which avoids a
+    synchronisation with the device.
     """
     traced = not exporting() and (torch.compiler.is_compiling() or is_fake(call.x))
     counts_rows = call.x.device.type == "cpu" and not traced
@@ -98,7 +99,7 @@ def _segment_rows(e: int, pieces: Sequence[int], x: Tensor) -> slice | Tensor:
     ]
     if sum(n for _, n in runs) == total:
         return slice(None)
-    # Made on the device: a copy from the host is not allowed while a CUDA graph is captured.
+    # Created on the device, because a CUDA graph cannot capture a copy from the host.
     local = torch.cat([torch.arange(s, s + n, device=x.device) for s, n in runs or [(0, 0)]])
     first = torch.arange(0, x.shape[0], total, device=x.device)
     return (first[:, None] + local[None, :]).flatten()

@@ -1,4 +1,4 @@
-"""How a kernel finds the rows of each expert, and how many tiles they make."""
+"""How a kernel locates the rows of each expert, and the number of row tiles."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from .call import Call
 
 
 class Rows(NamedTuple):
-    """How a kernel finds its rows: the segment form by arithmetic, the others by the index."""
+    """Locates the rows of experts: by arithmetic for segments, by an index for other routings."""
 
     starts: Any  # E x first token of the expert's run in a sequence; None with an index
-    lengths: Any  # E x tokens of the run
+    lengths: Any  # E x number of tokens of the run
     sequences: Any  # sequences in the batch
     length: Any  # tokens of a sequence
     tokens: Any  # [T] int32, token of each grouped row; None in the segment form
@@ -19,7 +19,7 @@ class Rows(NamedTuple):
 
 
 def rows_of(call: Call) -> Rows:
-    """How the kernels find the rows of each expert."""
+    """The description of the rows of each expert for the kernels."""
     if call.rows is not None:
         return Rows(None, None, 0, 0, call.rows, call.offsets)
     starts, lengths, length = [0] * len(call.w1), [0] * len(call.w1), 0
@@ -32,7 +32,7 @@ def rows_of(call: Call) -> Rows:
 
 
 def bound_on_tiles(call: Call, rows: Rows, block_t: int) -> int:
-    """Row tiles: their number in the segment form, else as many as there can be."""
+    """The number of row tiles for segments, else an upper bound."""
     if rows.offsets is not None:
         return -(-call.x.shape[0] // block_t) + len(call.w1)
     return sum(-(-rows.sequences * length // block_t) for length in rows.lengths)

@@ -1,8 +1,8 @@
-"""The order of work inside a persistent launch, as far as the host decides it.
+"""The schedule of a persistent kernel, as far as the host determines it.
 
-The kernels find the work of each ticket (``locate`` in triton/device.py, ``find_work`` in
-triton/backward_weights.py); benchmarks/modelled/schedule.py says the same in plain Python, and the
-tests compare the two ticket by ticket.
+The kernels compute the work of each ticket (``locate`` in triton/device.py, ``find_work`` in
+triton/backward_weights.py). benchmarks/modelled/schedule.py implements the same in plain Python,
+and the tests compare both ticket by ticket.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# What the prologue and epilogue of a tile, or of a piece of one, cost in steps of its main loop: a
-# guess. It steers the choice of the band and the equal shares of what is divided.
+# Estimated cost of the prologue and epilogue of a tile, or of a piece of one, in steps of its main
+# loop. It affects the choice of the band, and the equal shares of tiles that are divided.
 TILE_OVERHEAD = 3
 
 
 @dataclass(frozen=True)
 class Banded:
-    """Tickets of a launch whose row tiles go through several phases.
+    """Tickets of a launch whose row tiles pass through several phases.
 
-    Row tiles are taken in bands. Step s works on band s in phase 0, band s - 1 in phase 1 and so
-    on, so that a tile rarely waits for the phase before it, what one phase writes is still in L2
-    when the next reads it, and the short tasks of one phase fill the gaps that the long ones of
-    another leave. Within a band the parts are the outer loop: neighbours share a tile of weights.
+    Row tiles are processed in bands. Step s processes band s in phase 0, band s - 1 in phase 1 and
+    so on. A tile therefore rarely waits for its previous phase, the output of a phase is still in
+    L2 when the next one reads it, and short tasks of one phase fill the gaps between long tasks of
+    another. Within a band the outer loop is over parts, so adjacent tickets share a weight tile.
 
     ``tasks`` counts the tasks of one row tile in each phase. Three row tiles in bands of two, one
     task in phase 0 and two in phase 1 give::
@@ -40,7 +40,7 @@ class Banded:
     tasks: tuple[int, ...]
 
     def runs(self) -> Iterator[tuple[int, range, int]]:
-        """Phase, row tiles and number of parts of the tickets that lie together, in their order."""
+        """Phase, row tiles and number of parts of each run of consecutive tickets, in order."""
         for step in range(-(-self.tiles // self.band) + len(self.tasks) - 1):
             for phase, count in enumerate(self.tasks):
                 band = range(self._begin(step - phase), self._begin(step - phase + 1))
@@ -53,21 +53,22 @@ class Banded:
 
 
 class Replay(NamedTuple):
-    """What came of playing a schedule with given costs."""
+    """Result of simulating a schedule with given costs."""
 
     makespan: float
-    busy: float  # share of the workers' time spent in tasks
-    waiting: float  # share spent in waits
+    busy: float  # share of the workers' time spent on tasks
+    waiting: float  # share spent on waiting
 
 
 def replay(schedule: Banded, workers: int, costs: Sequence[float]) -> Replay:
-    """Play the tickets in order, each taken by the first worker that is free.
+    """Simulate the tickets in order; the first free worker takes the next one.
 
-    A worker takes no ticket before it is done with its last one. Taken ahead, a ticket would lie
-    behind a long task while others have nothing to do: that costs a fifth of the time at 8k tokens.
+    A worker takes a ticket only after its last task is finished. If it took tickets in advance,
+    some would wait for a long task while other workers are idle, which costs a fifth of the time at
+    8k tokens.
 
     Args:
-        costs: time of one task of each phase.
+        costs: time of a task of each phase.
 
     Raises:
         AssertionError: a task waits for one with a later ticket, which could hang.
@@ -76,7 +77,7 @@ def replay(schedule: Banded, workers: int, costs: Sequence[float]) -> Replay:
     ready = [[0.0] * schedule.tiles for _ in schedule.tasks]
     done = [[0] * schedule.tiles for _ in schedule.tasks]
     waiting = 0.0
-    # The innermost loop is what the host spends its time on when it chooses a band.
+    # Most of the time for choosing a band is spent in the innermost loop.
     for phase, band, parts in schedule.runs():
         cost, ends, before = costs[phase], ready[phase], _phase_before(phase, schedule.tasks)
         starts = [0.0] * schedule.tiles if before is None else ready[before]
@@ -103,22 +104,23 @@ def _phase_before(phase: int, tasks: Sequence[int]) -> int | None:
 
 
 def shares_of(makespan: float, busy: float, waiting: float, workers: int) -> Replay:
-    """Of times that all workers together were busy and waiting."""
+    """A result from the total times that all workers were busy and waiting."""
     time = workers * makespan
     return Replay(makespan, busy / time, waiting / time) if time else Replay(0.0, 1.0, 0.0)
 
 
-# In twelfths of what keeps half of the workers busy with a band's longest tasks, and leaves as many
-# for the others. The best band is seldom more than a percent better than the best of these.
+# Candidates for a band, in twelfths of the band whose longest tasks occupy half of the workers,
+# leaving the other half for the other tasks. The best band is rarely more than a percent better
+# than the best of these.
 _BANDS = (4, 6, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 20, 22, 24, 36)
-# Above this many tickets a launch is so long that the choice of band hardly matters, and replaying
-# it would take the host longer than it saves.
+# With more tickets than this, the choice of the band hardly matters, and simulating the launch
+# would take the host longer than it saves.
 _REPLAYED = 6000
 
 
 @functools.lru_cache(maxsize=1024)
 def choose_band(tiles: int, tasks: tuple[int, ...], workers: int, costs: tuple[float, ...]) -> int:
-    """Row tiles of a band: by replay for short launches, else half of the workers' worth."""
+    """Row tiles per band: by simulation for short launches, else enough for half of the workers."""
     _, longest = max((cost, n) for cost, n in zip(costs, tasks, strict=True) if n)
     if tiles * sum(tasks) > _REPLAYED:
         return max(1, workers // (2 * longest))
@@ -135,24 +137,25 @@ def band_of(
     step: int,
     rows_cost: int,
 ) -> int:
-    """Row tiles of a band of a launch.
+    """Row tiles per band of a launch.
 
     Args:
         tiles: row tiles of the launch.
         tasks: tasks of a row tile in each phase.
-        workers: programs that are resident at a time.
-        depths: length of the products of each phase, None of one without products.
-        step: length that one step of the main loop takes.
-        rows_cost: steps that a task without products costs; it only steers the choice.
+        workers: number of resident programs.
+        depths: depth of the products of each phase, None for a phase without products.
+        step: depth of a step of the main loop.
+        rows_cost: estimated cost of a task without products, in steps.
     """
     costs = (rows_cost if d is None else -(-d // step) + TILE_OVERHEAD for d in depths)
     return choose_band(tiles, tuple(tasks), workers, tuple(costs))
 
 
 def whole_tiles(tiles: Sequence[int], workers: int) -> tuple[int, ...]:
-    """Tiles of each expert that are not divided, of ``tiles`` whose sums over tokens are long.
+    """The number of tiles of each expert that are not divided, of its ``tiles``.
 
-    As many as fill all workers evenly: they run side by side through the same tokens, which are
-    read from DRAM once. What is left is divided into equal shares, one for each worker (stream-K).
+    There are as many as fill all workers evenly: they process the same tokens at the same time, so
+    these are read from DRAM once. The other tiles are divided into equal shares, one per worker
+    (stream-K).
     """
     return tuple(count // workers * workers for count in tiles)

@@ -1,4 +1,4 @@
-"""The CUDA kernels' arguments, field by field as in csrc."""
+"""Arguments of the CUDA kernels, which mirror the structures of csrc field by field."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..call import LOG2_E, Call
 
 WARP = 32
 COLUMNS = 32  # of a column tile, kColumns
-KEPT_BYTES = 128  # of a CTA's sequence
+KEPT_BYTES = 128  # shared memory for the description of a CTA's sequence
 CODES_BYTES = 8 * COLUMNS  # of the codes and positions of a tile's keys
-STAGGERED = 4  # CTAs for each multiprocessor, from which on half of the first ones begin later
-SMALLEST_SCALE = 2.0**-100  # below it no product of half precision counts
-MAX_SPAN = 2**31  # bytes from the first token of a sequence to the last, which have 32-bit places
+STAGGERED = 4  # CTAs per multiprocessor from which on half of the first CTAs start later
+SMALLEST_SCALE = 2.0**-100  # below it, float16 products do not contribute to a score
+MAX_SPAN = 2**31  # bytes that a sequence may span, because its offsets are 32-bit
 
 
 class Operand(ctypes.Structure):
@@ -55,12 +55,12 @@ class CallArgument(ctypes.Structure):
 
 
 class Prepared(NamedTuple):
-    """A call with every tensor as the kernels read it."""
+    """A call with every tensor in the form that the kernels read."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    table: Tensor | None  # [H, entries rounded up to 4] float32, over the scale
+    table: Tensor | None  # [H, entries rounded up to 4] float32, divided by the scale
     indices: tuple[Tensor, ...]  # matrix, short, affine
     offsets: Tensor | None
     key_lengths: Tensor | None
@@ -78,7 +78,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(call: Call) -> Prepared:
-    # The kernels divide the table by the scale, and seek maxima before scaling.
+    # The kernels use a table divided by the scale, and compute row maxima before scaling.
     q, scale, sign = call.q, abs(call.scale), sign_of(call.scale)
     if sign <= 0:
         q, scale = q * sign, scale if sign else 1.0
@@ -109,14 +109,15 @@ def prepare(call: Call) -> Prepared:
 
 
 def sign_of(scale: float) -> int:
-    """-1, 0 or 1; 0 also for a scale so small that scores are nothing but bias."""
+    """-1, 0 or 1; also 0 for a scale so small that a score equals its bias."""
     return 0 if abs(scale) < SMALLEST_SCALE else 1 if scale > 0 else -1
 
 
 def readable(tensor: Tensor, length: int) -> Tensor:
-    """The tensor itself, or a copy where loads of 16 bytes cannot read it; K a multiple of 8.
+    """The tensor, or a copy with K a multiple of 8 if 16-byte loads cannot read it.
 
-    The copy has its heads outermost where sequences of ``length`` would span too many bytes.
+    Heads are the outermost dimension of the copy if a sequence of ``length`` tokens would otherwise
+    span too many bytes.
     """
     aligned = tensor.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in tensor.stride()[:-1])
     near = tensor.stride(-3) * tensor.element_size() * length < MAX_SPAN
@@ -145,12 +146,12 @@ def operand(tensor: Tensor) -> Operand:
 def call_argument(
     call: Prepared, lse: Tensor, shared_bytes: int, programs: int = 0
 ) -> CallArgument:
-    """What all kernels are told.
+    """Arguments common to all kernels.
 
     Args:
-        lse: [..., H]; its last two strides are those of delta too.
-        shared_bytes: needed without a table.
-        programs: CTAs of a kernel whose CTAs begin one after the other.
+        lse: [..., H]; delta has the same last two strides.
+        shared_bytes: shared memory that a CTA needs without a table.
+        programs: number of CTAs of a kernel whose CTAs start staggered.
     """
     bias = Bias()
     if call.table is not None:
@@ -180,13 +181,13 @@ def call_argument(
 
 
 def stagger(device: torch.device, programs: int) -> int:
-    """The CTA from which on as many begin later; 0 if none does, as in short launches."""
+    """The CTA from which on an equal number of CTAs start later; 0 for none, in short launches."""
     first = target.multiprocessors(device)
     return first if programs >= STAGGERED * first else 0
 
 
 def shared_limit(device: torch.device) -> int:
-    """Bytes of shared memory that a CTA can have."""
+    """Maximum shared memory of a CTA, in bytes."""
     return (64 if target.compute_capability(device) == (7, 5) else 96) * 1024
 
 
@@ -200,5 +201,5 @@ def column_tile_bytes(dim: int) -> int:
 
 
 def padded_dim(head_dim: int) -> int:
-    """The head dim that kernels are built for."""
+    """The head dim of the kernel variant: ``head_dim`` rounded up."""
     return next(dim for dim in (64, 128) if head_dim <= dim)

@@ -1,4 +1,4 @@
-"""shared_attention in CUDA C++ for the tensor cores of sm_70 and sm_75: the host's side of it."""
+"""The CUDA backend of shared_attention, for the tensor cores of sm_70 and sm_75: host side."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .bias_gradient import launch_table
 from .forward import CUBIN, launch_forward
 
 _MAX_HEAD_DIM = 128
-_MAX_HEAD_DIM_OF_SM_75 = 64  # for more the gradients' kernels need over 64 KiB of shared memory
+_MAX_HEAD_DIM_OF_SM_75 = 64  # beyond it the backward needs over 64 KiB of shared memory
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, entries: int) -> str | None:
-    """One sentence that says why :func:`forward` cannot run, or None."""
+    """The reason why :func:`forward` cannot run, or None."""
     if head_dim > _MAX_HEAD_DIM:
         return f"head dim {head_dim} is above {_MAX_HEAD_DIM}."
     if head_dim > _MAX_HEAD_DIM_OF_SM_75 and target.compute_capability(device) == (7, 5):
@@ -32,7 +32,7 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, entries: in
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """out, in the shape of q, and the scores' log-sum-exp in float32, q.shape[:-1]; one launch."""
+    """out, in the shape of q, and float32 log-sum-exp of the scores, q.shape[:-1]; one launch."""
     q = call.q
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     if q.numel() == 0:
@@ -46,14 +46,14 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 def backward(
     dout: Tensor, out: Tensor, lse: Tensor, call: Call, needs: Sequence[bool]
 ) -> list[Tensor]:
-    """Gradients of q, k, v and, if wanted, the table, in two launches or three."""
+    """Gradients of q, k, v and, if needed, the table, in two or three launches."""
     q, table = call.q, call.table
     if q.numel() == 0:
         return [torch.zeros_like(t) for t in call[:4] if t is not None]
     prepared = host.prepare(call)
     out, dout = (host.readable(t, prepared.length) for t in (out, dout))
     dq, dk, dv = (q.new_empty(prepared.q.shape) for _ in range(3))
-    # Heads outermost: a CTA reads the values of neighbouring tokens of one head.
+    # Heads are outermost, because a CTA reads the values of adjacent tokens of one head.
     lse = lse.reshape(-1, lse.shape[-1]).t().contiguous().t()
     delta = torch.empty_like(lse)
     launch_queries(prepared, out, dout, lse, dq, delta)

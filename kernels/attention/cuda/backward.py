@@ -1,4 +1,4 @@
-"""The host's side of csrc/attention/attention_bwd_q.cu and attention_bwd_kv.cu."""
+"""Host side of csrc/attention/attention_bwd_q.cu and attention_bwd_kv.cu."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def _programs(call: host.Prepared) -> int:
 
 
 def _rows_bytes(dim: int) -> int:
-    """Of a CTA's rows of two operands, where they are not in registers."""
+    """Shared memory for a CTA's rows of two operands, unless they are in registers."""
     return 2 * _ROWS * 2 * (dim + 8) if dim > 64 else 0
 
 
 def launch_queries(
     call: host.Prepared, out: Tensor, dout: Tensor, lse: Tensor, dq: Tensor, delta: Tensor
 ) -> None:
-    """dq, and delta of the shape of ``lse``."""
+    """dq, and delta in the shape of ``lse``."""
     dim = host.padded_dim(call.q.shape[-1])
     stage = 2 * host.column_tile_bytes(dim) + host.CODES_BYTES
     shared_bytes = host.KEPT_BYTES + 2 * stage + _WEIGHTS_BYTES + _rows_bytes(dim)
@@ -80,7 +80,7 @@ def launch_queries(
 def launch_keys(
     call: host.Prepared, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor
 ) -> None:
-    """dk and dv, from the delta that :func:`launch_queries` left."""
+    """dk and dv; ``delta`` comes from :func:`launch_queries`."""
     dim = host.padded_dim(call.q.shape[-1])
     stage = 2 * host.column_tile_bytes(dim) + _QUERY_CODES_BYTES
     shared_bytes = host.KEPT_BYTES + 2 * stage + 2 * _WEIGHTS_BYTES + _rows_bytes(dim)

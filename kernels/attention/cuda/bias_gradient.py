@@ -1,4 +1,4 @@
-"""The host's side of csrc/attention/attention_bwd_table.cu."""
+"""Host side of csrc/attention/attention_bwd_table.cu."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import arguments as host
 
 CUBIN = "attention_bwd_table"
 SIDE = 64  # queries and keys of a tile
-_TOKEN_BYTES = 3 * 4 * SIDE  # what belongs to the tokens of a tile
+_TOKEN_BYTES = 3 * 4 * SIDE  # per-token data of a tile
 
 
 class BackwardTableArgument(ctypes.Structure):
@@ -30,7 +30,7 @@ class BackwardTableArgument(ctypes.Structure):
 
 
 def launch_table(call: host.Prepared, dout: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """The gradient of the table, [entries, H] float32, from the delta of ``launch_queries``."""
+    """Gradient of the table, [entries, H] float32; ``delta`` comes from ``launch_queries``."""
     assert call.table is not None
     heads, entries = call.table.shape
     dim = host.padded_dim(call.q.shape[-1])
@@ -60,10 +60,10 @@ def launch_table(call: host.Prepared, dout: Tensor, lse: Tensor, delta: Tensor) 
 
 
 def choose_range(tiles: int, batch: int, parts: int) -> int:
-    """Sequences that are summed before a scatter.
+    """Number of sequences that are summed before a scatter.
 
-    Long ranges scatter seldom; short ones divide the work evenly among ``parts`` CTAs. A scatter
-    costs about as much as SCATTER sequences, in the model of a V100.
+    Long ranges need fewer scatters; short ones distribute the work more evenly over ``parts`` CTAs.
+    In the model of a V100, a scatter costs about as much as SCATTER sequences.
     """
 
     def cost(batch_range: int) -> int:
@@ -77,5 +77,5 @@ SCATTER = 3
 
 
 def programs_on(device: torch.device) -> int:
-    """CTAs that are resident at a time."""
+    """Number of resident CTAs."""
     return 2 * target.multiprocessors(device)

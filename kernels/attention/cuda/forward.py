@@ -1,4 +1,4 @@
-"""The host's side of csrc/attention/attention_fwd.cu."""
+"""Host side of csrc/attention/attention_fwd.cu."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""shared_attention in Triton: the host's side of its four kernels."""
+"""The Triton backend of shared_attention: host side of its four kernels."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _MAX_HEAD_DIM = 128
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, entries: int) -> str | None:
-    """One sentence that says why :func:`forward` cannot run, or None."""
+    """The reason why :func:`forward` cannot run, or None."""
     if head_dim > _MAX_HEAD_DIM:
         return f"head dim {head_dim} is above {_MAX_HEAD_DIM}."
     return triton_target.why_not(device, dtype)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """out, in the shape of q, and the scores' log-sum-exp in float32, q.shape[:-1]; one launch."""
+    """out, in the shape of q, and float32 log-sum-exp of the scores, q.shape[:-1]; one launch."""
     from .forward import attention_fwd_kernel
     from .launch import Work
 
@@ -41,7 +41,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 def backward(
     dout: Tensor, out: Tensor, lse: Tensor, call: Call, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients of q, k, v and, if there is one, the table (None unless wanted)."""
+    """Gradients of q, k and v, and of the table if there is one (None if not needed)."""
     from .backward import attention_bwd_kv_kernel, attention_bwd_q_kernel
     from .launch import Work
 

@@ -1,7 +1,8 @@
-"""Gradients of q, k and v in Triton, without atomics: probabilities are made anew for each.
+"""Gradients of q, k and v in Triton, without atomics; both kernels recompute the probabilities.
 
-One kernel goes along the keys of a tile of queries, one along the queries of a tile of keys: five
-products become seven, but every sum has one owner and one order.
+For a tile of queries, one kernel iterates over keys; for a tile of keys, the other iterates over
+queries. This takes seven products instead of five, but every sum is computed by one program in a
+fixed order, so the results are deterministic.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def attention_bwd_q_kernel(
     factor,
     C: tl.constexpr,
 ):
-    """dq of block_q queries of one head, and delta = rowsum(dout * out), which the others read.
+    """dq of block_q queries of one head, and delta = rowsum(dout * out) for the other kernels.
 
     ``scale`` is ``factor`` times log2(e).
     """
@@ -106,7 +107,7 @@ def attention_bwd_q_kernel(
         dp = product(dout, tl.trans(load_rows(v_base, v, k_rows, C)), C)
         ds = p * (dp - delta[:, None])
         if sequences.key_mask is not None:
-            ds = tl.where(p == 0.0, 0.0, ds)  # dp may be NaN under a masked key
+            ds = tl.where(p == 0.0, 0.0, ds)  # dp may be NaN at a masked key
         acc = dot(ds.to(k_tile.dtype), k_tile, acc, C)
 
     store_own(DQ, acc * factor, sequences, start, queries, length, head, C)
@@ -131,7 +132,7 @@ def attention_bwd_kv_kernel(
     factor,
     C: tl.constexpr,
 ):
-    """dk and dv of block_k keys of one head; tiles have keys along the rows."""
+    """dk and dv of block_k keys of one head; the rows of a tile are keys."""
     sequences = Sequences(
         *(batch, sequences.heads, length, tokens),
         *(sequences.offsets, sequences.key_lengths, sequences.key_mask),
@@ -142,7 +143,7 @@ def attention_bwd_kv_kernel(
     keys = first_key + tl.arange(0, C.block_k)
     if first_key >= length:
         return
-    # Without a valid key in the tile there is no query to go through, only zeros to store.
+    # A tile without a valid key skips the loop over queries and stores zeros.
     stop = tl.where(first_key < valid, length, 0)
     begin = 0
     if C.causal:
@@ -185,7 +186,7 @@ def attention_bwd_kv_kernel(
         ds = p * (dp - delta[None, :])
         dk = dot(ds.to(q_tile.dtype), q_tile, dk, C)
 
-    # Nothing of the row of a masked key reached another.
+    # A masked key affects only its own row of the tile, which is set to zero here.
     allowed = valid_keys(sequences, start, keys, valid)[:, None]
     dk = tl.where(allowed, dk, 0.0)
     dv = tl.where(allowed, dv, 0.0)

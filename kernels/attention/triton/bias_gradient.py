@@ -1,9 +1,9 @@
-"""Gradient of the bias table in Triton: deterministic, and without a tensor of N x N numbers.
+"""Gradient of the bias table in Triton: deterministic, and without an N x N tensor.
 
-A program takes a tile of queries and keys, sums the scores' gradients over a range of the batch in
-registers, and only then adds the tile to the rows of the table: the bias of a pair is the same in
-every sequence. Pairs that read the same row meet there in any order, so they are added as integers,
-whose sum does not depend on it.
+A program takes a tile of queries and keys and accumulates the gradients of the scores over a range
+of the batch in registers, because the bias of a pair is the same in every sequence. Then it
+scatters the tile to the rows of the table. Pairs that read the same row are added in any order,
+so they are added as integers, whose sum does not depend on the order.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .device import (
     valid_keys,
 )
 
-_BLOCK_E = tl.constexpr(512)  # entries that are moved at a time
-# The largest number of a tile becomes 2^40 to 2^41: 2^22 such numbers fit into 63 bits, and what is
-# above 2^-17 of the largest keeps the 24 bits of a float32.
+_BLOCK_E = tl.constexpr(512)  # entries that are read and reset at a time
+# The largest magnitude of a tile is scaled to 2^40 to 2^41: a sum of 2^22 such numbers fits into 63
+# bits, and numbers above 2^-17 of the largest keep the 24 bits of a float32.
 _LARGEST = tl.constexpr(40)
 
 
@@ -40,7 +40,7 @@ def attention_bwd_table_kernel(
     DOUT,
     LSE,
     DELTA,
-    SUMS,  # [H, parts, entries] int64, zeros; left so
+    SUMS,  # [H, parts, entries] int64, zeros before and after
     PARTIAL,  # [H, parts, entries] float32, zeros
     sequences,
     batch,
@@ -52,9 +52,9 @@ def attention_bwd_table_kernel(
     parts,
     C: tl.constexpr,
 ):
-    """Adds to one row of PARTIAL what its head's tiles, every ``parts``-th, give the table.
+    """Adds every ``parts``-th tile of a head to one row of PARTIAL.
 
-    A tile comes once for every ``chunk`` sequences. ``scale`` is times log2(e).
+    There is one tile for every ``chunk`` sequences. ``scale`` includes a factor of log2(e).
     """
     sequences = Sequences(
         *(batch, sequences.heads, length, tokens),
@@ -105,7 +105,7 @@ def shared_tile(
     first_key,
     C: tl.constexpr,
 ):
-    """A tile whose pairs read the same rows in every sequence: added to the table once."""
+    """A tile whose pairs read the same rows in every sequence: one scatter for all of them."""
     length = sequences.length
     _, bias = tile_bias(lookup, head, 0, length, length, first_query, first_key, C)
     BLOCK_Q: tl.constexpr = C.block_q
@@ -115,7 +115,7 @@ def shared_tile(
     for i in range(count):
         start, length, valid = sequence_of(sequences, first_b + i)
         if C.ragged:
-            # Loads in a branch are not made ahead, but most of a short sequence's tiles are empty.
+            # Loads in a branch are not pipelined, but most tiles of a short sequence are empty.
             if (first_query < length) & (first_key < valid):
                 acc += score_gradients(
                     *(q, k, v, DOUT, LSE, DELTA, sequences, scale, bias, head, first_b + i),
@@ -126,7 +126,7 @@ def shared_tile(
                 *(q, k, v, DOUT, LSE, DELTA, sequences, scale, bias, head, first_b + i),
                 *(first_query, first_key, start, length, valid, C),
             )
-    # Found again, instead of kept in registers through the loop.
+    # Recomputed after the loop instead of held in registers during it.
     length = sequences.length
     row, _ = tile_bias(lookup, head, 0, length, length, first_query, first_key, C)
     scatter(acc, row, sums, partial, lookup.entries)
@@ -152,7 +152,7 @@ def tile_of_each(
     first_key,
     C: tl.constexpr,
 ):
-    """A tile whose pairs read other rows in every sequence: added to the table for each."""
+    """A tile whose pairs read different rows in each sequence: one scatter per sequence."""
     for i in range(count):
         start, length, valid = sequence_of(sequences, first_b + i)
         if (first_query < length) & (first_key < valid):
@@ -166,7 +166,7 @@ def tile_of_each(
 
 @triton.jit
 def tile_bias(lookup, head, start, length, valid, first_query, first_key, C: tl.constexpr):
-    """Rows of the table and bias of the pairs of a tile: [block_q, block_k] each."""
+    """Table rows and bias of the pairs of a tile: [block_q, block_k] each."""
     q_rows = clamp(first_query + tl.arange(0, C.block_q), length)
     k_rows = clamp(first_key + tl.arange(0, C.block_k), valid)
     q_position, q_offset, q_factor = query_side(lookup, start, q_rows)
@@ -198,7 +198,7 @@ def score_gradients(
     valid,
     C: tl.constexpr,
 ):
-    """ds of one tile of one head of one sequence; 0 where a pair does not attend."""
+    """ds of a tile of one head of one sequence; 0 for pairs that do not attend."""
     queries = first_query + tl.arange(0, C.block_q)
     keys = first_key + tl.arange(0, C.block_k)
     q_rows, k_rows = clamp(queries, length), clamp(keys, valid)
@@ -211,7 +211,7 @@ def score_gradients(
     v_tile = load_rows(head_of(v, sequences, b, start, head, C), v, k_rows, C)
     dp = product(dout, tl.trans(v_tile), C)
     delta = tl.load(DELTA + (start + q_rows) * sequences.heads + head)
-    # Here and not in s: dp too may be NaN under a masked key.
+    # Masked here and not in s, because dp may be NaN at a masked key, too.
     allowed = valid_keys(sequences, start, keys, valid)[None, :]
     ds = tl.where(allowed, p * (dp - delta[:, None]), 0.0)
     if C.causal:
@@ -223,14 +223,15 @@ def score_gradients(
 def scatter(ds, row, sums, partial, entries):
     """Adds a tile to the rows of the table that its pairs read.
 
-    The tile is scaled by a power of two and added up in ``sums`` as integers, then goes to
-    ``partial`` in float32, and ``sums`` is zeros again. Which tiles ``partial`` gets, and in which
-    order, does not depend on the run, so that results repeat bit by bit.
+    The tile is scaled by a power of two and accumulated in ``sums`` as integers; then ``sums`` is
+    added to ``partial`` in float32 and reset to zeros. The tiles of each ``partial`` and their
+    order are the same in every run, so results are bitwise reproducible.
     """
-    # inf for NaN too, which a maximum may pass over.
+    # NaN counts as inf, because a maximum may ignore NaN.
     largest = tl.max(tl.where(ds == ds, tl.abs(ds), float("inf")))
     exponent = largest.to(tl.int32, bitcast=True) >> 23
-    # 2^(_LARGEST - exponent) and its inverse, from their bits; a tile below 2^-86 gets no larger.
+    # 2^(_LARGEST - exponent) and its inverse, from their bits; the exponent of the scale is capped
+    # for tiles below 2^-86.
     power = tl.minimum(254 - (exponent - _LARGEST), 253)
     scale = (power << 23).to(tl.float32, bitcast=True)
     inverse = ((254 - power) << 23).to(tl.float32, bitcast=True)
@@ -238,11 +239,11 @@ def scatter(ds, row, sums, partial, entries):
     tl.atomic_add(sums + row, fixed, mask=fixed != 0, sem="relaxed")
 
     tl.debug_barrier()
-    poison = largest * 0  # NaN if a number of the tile was not finite: no integer says so
+    poison = largest * 0  # NaN if the tile has a non-finite number, which integers cannot represent
     for first in range(0, entries, _BLOCK_E):
         at = first + tl.arange(0, _BLOCK_E)
         inside = at < entries
-        # An exchange reads what the atomics wrote, wherever a cache has an older copy.
+        # An atomic exchange sees the results of the atomics even if L1 has a stale copy.
         value = tl.atomic_xchg(
             sums + at, tl.zeros((_BLOCK_E,), tl.int64), mask=inside, sem="relaxed"
         )

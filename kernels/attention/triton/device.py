@@ -1,8 +1,8 @@
-"""What the Triton kernels of shared_attention share: sequences, tiles, the bias, probabilities.
+"""Device functions shared by the Triton kernels of shared_attention: sequences, tiles, the bias.
 
-Scores are kept in base 2: s = log2(e) * (scale * q k^T + bias), so that one ``exp2`` makes a
-probability of each. Rows of a tile that lie behind the end of a sequence repeat its last row, which
-costs less than a mask in the loop; their scores are set to -inf, or nothing of them is stored.
+Scores are in base 2, s = log2(e) * (scale * q k^T + bias), so that one ``exp2`` gives a
+probability. Rows of a tile beyond the end of a sequence repeat its last row, which costs less than
+a mask in the loop; their scores are set to -inf, or their results are not stored.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ LOG2_E = tl.constexpr(call.LOG2_E)
 
 
 class Config(NamedTuple):
-    """What is compiled into a kernel."""
+    """Compile-time constants of a kernel."""
 
     head_dim: int  # K
     block_d: int  # K, rounded up to a power of two
-    unit: int  # numbers that divide the addresses and the strides of q, k and v
-    precision: str  # of products of float32: "ieee" or "tf32"
-    narrow: bool  # 32 bits are enough for places within one head of one sequence, and the index
+    unit: int  # elements; divides the addresses and strides of q, k and v
+    precision: str  # of float32 products: "ieee" or "tf32"
+    narrow: bool  # 32-bit offsets suffice within a head of a sequence and within the index
     causal: bool
     biased: bool  # there is a lookup; before Triton 3.7, `is not None` of a tuple did not compile
     ragged: bool  # sequences differ in length, or in their number of valid keys
@@ -45,10 +45,10 @@ class View(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """Where the tokens of each sequence lie, and which of them are valid keys.
+    """The rows of each sequence, and its valid keys.
 
-    Kernels take ``batch``, ``length`` and ``tokens`` by themselves, as Triton would specialise them
-    in a tuple, and put them in.
+    Kernels receive ``batch``, ``length`` and ``tokens`` as separate arguments and insert them here,
+    because Triton would specialise on them inside a tuple.
     """
 
     batch: Any  # B
@@ -61,7 +61,7 @@ class Sequences(NamedTuple):
 
 
 class Lookup(NamedTuple):
-    """The bias of a pair of tokens: a table, and the row that the pair reads."""
+    """The bias: a table, and the row for each pair of tokens."""
 
     table: Any  # [H, entries] float32, times log2(e)
     entries: Any
@@ -73,9 +73,9 @@ class Lookup(NamedTuple):
 
 @triton.jit
 def program_place(sequences, BLOCK: tl.constexpr):
-    """Tile, sequence and head of a program: tiles first, so that they share k and v in L2.
+    """Tile, sequence and head of a program. Tiles vary fastest, so that they share k and v in L2.
 
-    Heads come last: the programs that run together read few heads of the table.
+    Heads vary slowest, so that concurrent programs read few heads of the table.
     """
     program = tl.program_id(0)
     tiles = tl.cdiv(sequences.length, BLOCK)
@@ -92,7 +92,7 @@ def sequence_of(sequences, b):
     else:
         start = tl.load(sequences.offsets + b).to(tl.int64)
         length = (tl.load(sequences.offsets + b + 1) - start).to(tl.int32)
-        # An empty sequence at the end must not point behind the tensors.
+        # An empty sequence at the end must not point beyond the tensors.
         start = tl.minimum(start, sequences.tokens - 1)
     valid = length
     if sequences.key_lengths is not None:
@@ -113,13 +113,13 @@ def head_of(view, sequences, b, start, head, C: tl.constexpr):
 
 @triton.jit
 def clamp(rows, end):
-    """``rows`` with those behind ``end`` replaced by the last before it."""
+    """``rows``, limited to the last row before ``end``."""
     return tl.maximum(tl.minimum(rows, end - 1), 0)
 
 
 @triton.jit
 def offset(number, C: tl.constexpr):
-    """A row or column as a factor of an address within one head of one sequence."""
+    """A row or column number in the integer type for offsets within a head of a sequence."""
     if C.narrow:
         return number
     else:
@@ -139,7 +139,7 @@ def load_rows(base, view, rows, C: tl.constexpr):
 
 @triton.jit
 def load_keys(base, view, rows, allowed, sequences, C: tl.constexpr):
-    """:func:`load_rows` with zeros under a ``key_mask``: a weight of 0 times NaN would be NaN."""
+    """:func:`load_rows` with zeros at masked keys, because a weight of 0 times NaN would be NaN."""
     if sequences.key_mask is None:
         return load_rows(base, view, rows, C)
     else:
@@ -170,7 +170,7 @@ def load_own(POINTER, sequences, start, rows, head, C: tl.constexpr):
 
 @triton.jit
 def store_own(POINTER, value, sequences, start, rows, end, head, C: tl.constexpr):
-    """Rows before ``end`` to a contiguous tensor [tokens, H, K]."""
+    """Store the rows before ``end`` to a contiguous tensor [tokens, H, K]."""
     inside = (rows[:, None] < end) & (tl.arange(0, C.block_d)[None, :] < C.head_dim)
     at = own_rows(POINTER, sequences, start, rows, head, C)
     tl.store(at, value.to(POINTER.dtype.element_ty), mask=inside)
@@ -183,7 +183,7 @@ def product(a, b, C: tl.constexpr):
 
 @triton.jit
 def positions_of(lookup, start, rows):
-    """Row of the index of each token."""
+    """The row of the index for each token."""
     if lookup.positions is None:
         return rows
     else:
@@ -192,7 +192,7 @@ def positions_of(lookup, start, rows):
 
 @triton.jit
 def query_side(lookup, start, rows):
-    """Of each query: row of the index, offset, factor."""
+    """For each query: row of the index, offset, factor."""
     position = positions_of(lookup, start, rows)
     affine = lookup.affine + position.to(tl.int64) * 4
     return position, tl.load(affine), tl.load(affine + 1)
@@ -200,7 +200,7 @@ def query_side(lookup, start, rows):
 
 @triton.jit
 def key_side(lookup, start, rows):
-    """Of each key: column of the index and of its closed form; and whether all keys have one."""
+    """For each key: column of the index, column of the affine form; and whether all are regular."""
     position = positions_of(lookup, start, rows)
     affine = lookup.affine + position.to(tl.int64) * 4
     return position, tl.load(affine + 2), tl.min(tl.load(affine + 3), 0) != 0
@@ -210,10 +210,10 @@ def key_side(lookup, start, rows):
 def table_rows(
     lookup, q_position, q_offset, q_factor, k_position, k_column, regular, C: tl.constexpr
 ):
-    """Row of the table of each pair; queries along one dimension of the tile, keys the other.
+    """Table row of each pair, for queries along one dimension of the tile and keys along the other.
 
-    Known by arithmetic where every key of the tile is regular, which is most of the time; the index
-    is read elsewhere.
+    It is computed if every key of the tile is regular, which is the common case, and otherwise read
+    from the index.
     """
     if regular:
         row = q_factor * k_column + q_offset
@@ -227,7 +227,7 @@ def table_rows(
 
 @triton.jit
 def valid_keys(sequences, start, keys, valid):
-    """Which keys of a tile may be attended to."""
+    """True for the keys of a tile that may be attended to."""
     allowed = keys < valid
     if sequences.key_mask is not None:
         allowed = tl.load(sequences.key_mask + start + keys, mask=allowed, other=0) != 0
@@ -236,7 +236,7 @@ def valid_keys(sequences, start, keys, valid):
 
 @triton.jit
 def load_lse(LSE, sequences, start, rows, length, head):
-    """Log-sum-exp of each query in base 2; inf, which makes every probability 0, where none is."""
+    """Log-sum-exp of each query in base 2; inf beyond the end, which makes probabilities 0."""
     at = LSE + (start + clamp(rows, length)) * sequences.heads + head
     lse = tl.load(at)
     known = (rows < length) & (lse != float("-inf"))

@@ -1,4 +1,4 @@
-"""Forward of shared_attention in Triton: a tile of queries meets the keys block by block."""
+"""Forward of shared_attention in Triton: online softmax over blocks of keys."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def attention_fwd_kernel(
     scale,
     C: tl.constexpr,
 ):
-    """out of block_q queries of one head, and their log-sum-exp; ``scale`` is times log2(e)."""
+    """out and log-sum-exp of block_q queries of one head; ``scale`` includes log2(e)."""
     sequences = Sequences(
         *(batch, sequences.heads, length, tokens),
         *(sequences.offsets, sequences.key_lengths, sequences.key_mask),
@@ -85,7 +85,7 @@ def attention_fwd_kernel(
             s = tl.where(keys[None, :] <= queries[:, None], s, float("-inf"))
 
         higher = tl.maximum(highest, tl.max(s, 1))
-        # Without a valid key so far, -inf - -inf would be NaN.
+        # As long as there is no valid key, -inf - -inf would be NaN.
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         p = tl.exp2(s - shift[:, None])
         rescale = tl.exp2(highest - shift)
@@ -94,7 +94,7 @@ def attention_fwd_kernel(
         acc = dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], C)
         highest = higher
 
-    # Without a valid key, out is 0 and the log-sum-exp is -inf, as ``highest`` is.
+    # Without a valid key, out is 0 and the log-sum-exp is -inf, like ``highest``.
     total = tl.where(total == 0, 1.0, total)
     out = acc * (1.0 / total)[:, None]
     store_own(OUT, out, sequences, start, queries, length, head, C)

@@ -1,4 +1,4 @@
-"""From a call to a launch: constants, addresses, the table."""
+"""Prepares the launches of a call: compile-time constants, addresses, the table."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _INTERPRETED_PROGRAMS = 6
 
 
 def unit_of(*tensors: Tensor) -> int:
-    """The power of two, up to 16 bytes, that divides addresses and strides, counted in numbers.
+    """The largest power of two, up to 16 bytes, that divides addresses and strides, in elements.
 
-    Triton asks arguments for 16 only. Rows of 34 numbers are copied in pieces of 2, which it must
-    know of to copy them ahead.
+    Triton itself only specialises on divisibility by 16. For rows of 34 elements it must know that
+    pieces of 2 are aligned; otherwise it cannot use asynchronous copies.
     """
     size = tensors[0].element_size()
     numbers = 16 // size
@@ -35,7 +35,7 @@ def unit_of(*tensors: Tensor) -> int:
 
 
 def span_of(call: Call, length: int) -> int:
-    """A bound on places within one head of one sequence, and within the index."""
+    """Upper bound of the offsets within a head of a sequence and within the index."""
     *_, heads, head_dim = call.q.shape
     strides = [tensor.stride() for tensor in (call.q, call.k, call.v)]
     spans = [length * row + head_dim * dim for *_, row, _, dim in strides]
@@ -63,9 +63,9 @@ def sequences_of(call: Call) -> Sequences:
 
 
 def lookup_of(call: Call) -> Lookup | None:
-    """The table of this call, heads first, so that a head's entries stay in L1 while they are read.
+    """The table of this call as [H, entries], so that the entries of a head stay in L1.
 
-    A layer's part of a model-wide table has the entries of a head far apart.
+    In a layer's slice of a model-wide table, the entries of a head are far apart.
     """
     if call.table is None:
         return None
@@ -80,7 +80,7 @@ def lookup_of(call: Call) -> Lookup | None:
 
 
 class Work:
-    """One call, as its kernels take it."""
+    """A call in the form that its kernels take."""
 
     def __init__(self, call: Call) -> None:
         head_dim, unit = call.q.shape[-1], unit_of(call.q, call.k, call.v)
@@ -103,17 +103,17 @@ class Work:
         )
 
     def programs(self, block: int) -> int:
-        """Programs of a kernel that takes ``block`` tokens of one head of one sequence."""
+        """Grid size of a kernel that takes ``block`` tokens of one head of one sequence."""
         return -(-self.sequences.length // block) * self.sequences.batch * self.sequences.heads
 
     def table_shares(self, tile: Tile) -> tuple[int, int]:
-        """Sequences that a tile is summed over, and programs of a head: two for a multiprocessor.
+        """Sequences that a tile is summed over, and programs per head (two per multiprocessor).
 
-        Their scratch does not grow with N or B. Each has some four tiles to go through, if there
-        are enough, so that none is left with much more than its share.
+        Their scratch does not grow with N or B. If there are enough tiles, each program gets at
+        least about four, so that the load is balanced.
         """
         batch, length = self.sequences.batch, self.sequences.length
-        # The interpreter runs one program after the other; a few, so that work is divided.
+        # The interpreter runs programs sequentially; a few suffice to test the division of work.
         programs = _INTERPRETED_PROGRAMS if INTERPRETED else 2 * target.multiprocessors(self.device)
         parts = -(-programs // self.sequences.heads)
         tiles = -(-length // tile.block_q) * -(-length // tile.block_k)

@@ -1,4 +1,4 @@
-"""Tile shapes of the Triton kernels: a row for each GPU generation, kind of operand and width."""
+"""Tile shapes of the Triton kernels: a row per GPU generation, kind of operand and head dim."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...target import GENERATIONS, generation_of
 
 @dataclass(frozen=True)
 class Tile:
-    """One kernel's tile: block_q queries and block_k keys."""
+    """The tile of a kernel: block_q queries and block_k keys."""
 
     block_q: int
     block_k: int
@@ -23,7 +23,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The forward; the backward of q, of k and v, and of the table."""
+    """Tiles of the forward, and of the backward of q, of k and v, and of the table."""
 
     forward: Tile
     q: Tile
@@ -31,14 +31,14 @@ class Tiles:
     table: Tile
 
 
-WIDTHS = (64, 128)  # a head dim belongs to the first that is not below it
+WIDTHS = (64, 128)  # a head dim uses the rows of the first width that is not below it
 
-# No row has been timed yet: no GPU has been at hand. They were chosen from what ptxas says of head
-# dims 64, 34 and 128, and tests/test_attention_compiled.py holds them to it: tensor cores in
-# every product, no spill, shared memory within the limit. Of those without a spill each row has the
-# tile that keeps most queries (of the kernel of k and v: keys), as fewer tiles read k and v less
-# often. The bias costs the registers: a float32 and an address for every pair, one block ahead.
-# Bytes that a thread spills in some that were rejected, in bfloat16, for VLMo's joint layer:
+# No row has been timed on a GPU yet. The rows were chosen from the reports of ptxas for head dims
+# 64, 34 and 128, and tests/test_attention_compiled.py enforces the criteria: tensor cores in every
+# product, no spill, shared memory within the limit. Among the tiles without a spill, each row has
+# the one with the most queries (for the kernel of k and v: keys), because fewer tiles read k and v
+# less often. Most registers go to the bias: a float32 and an address per pair, one block ahead.
+# Bytes spilled per thread by some rejected tiles, in bfloat16, for VLMo's joint layer:
 #
 #   sm_80    forward  128 x 64, 4 warps   152
 #   sm_80    q         64 x 64, 4 warps    24  (head dim 34: 64)
@@ -50,7 +50,7 @@ WIDTHS = (64, 128)  # a head dim belongs to the first that is not below it
 #   sm_100   forward  128 x 64, 8 warps   112  (head dim 34)
 #   sm_100   table     64 x 64, 4 warps   256
 #
-# float32 without TF32 has no tensor cores, and small tiles keep its operands in registers.
+# float32 without TF32 has no tensor cores; small tiles keep its operands in registers.
 _AMPERE = {
     64: Tiles(
         forward=Tile(128, 64, 8, 2),
@@ -125,7 +125,7 @@ INTERPRETED = Tiles(
 
 
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> Tiles:
-    """The row for a device, a dtype and a head dim."""
+    """The row of the table for a device, a dtype and a head dim."""
     if device.type == "cpu":
         return INTERPRETED
     capability = target.compute_capability(device)

@@ -1,4 +1,4 @@
-"""The CUDA kernels' arguments, field by field as in csrc."""
+"""Arguments of the CUDA kernels, which mirror the structures of csrc field by field."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from ..call import GATED, LISTS, Call
 from ..rows import Rows
 
 TILE = 128  # rows and columns of a tile, kTile
-STEP = 32  # k of a step of the main loop, kStepK
+STEP = 32  # depth (k) of a step of the main loop, kStepK
 NORM_ROWS = 16  # rows of a task without products, kNormRows
-ROW_TASKS = TILE // NORM_ROWS  # of a row tile in a phase without products
+ROW_TASKS = TILE // NORM_ROWS  # tasks of a row tile in a phase without products
 MAX_EXPERTS = 32
 MAX_PHASES = 4
-PROGRAMS = 2  # CTAs that fit on a multiprocessor
+PROGRAMS = 2  # resident CTAs per multiprocessor
 THREADS = 128
 
-# What a task without products costs in steps of a main loop, rounded from the model of a V100
+# Cost of a task without products, in steps of a main loop; rounded from the model of a V100
 # (benchmarks/modelled/volta.py), as is TILE_OVERHEAD of schedule.py.
 ROWS_COST = 3
 
-# Multiplications by which the second CTA of a multiprocessor begins later, and the tasks of a
-# launch from which on that pays: a few for each CTA of a V100.
+# Start delay of the second CTA of a multiprocessor, in multiplications, and the number of tasks of
+# a launch from which on the delay pays off: a few per CTA of a V100.
 STAGGER = 300
 STAGGERED = 640
 
@@ -87,7 +87,7 @@ def is_half(tensor: Tensor | None) -> bool:
 
 
 def readable(tensor: Tensor | None) -> Tensor | None:
-    """Contiguous, and float16 or float32: what the kernels read beside their operands."""
+    """The tensor, contiguous and in float16 or float32, for tensors other than matrix operands."""
     if tensor is None:
         return None
     if tensor.dtype not in (torch.float16, torch.float32):
@@ -96,7 +96,7 @@ def readable(tensor: Tensor | None) -> Tensor | None:
 
 
 def readable_call(call: Call) -> Call:
-    """The call with every tensor as the kernels read it; norm parameters of one dtype."""
+    """The call with every tensor as the kernels read it; norm parameters have one dtype."""
     w1, w2, b1, b2 = ([t.contiguous() for t in tensors] for tensors in call[1:5])
     norms = [*call.norm_weight, *call.norm_bias]
     if len({t.dtype for t in norms}) > 1:
@@ -127,7 +127,7 @@ def call_argument(
     band: int,
     tasks: Sequence[int],
 ) -> CallArgument:
-    """What all kernels are told; ``call`` from :func:`readable_call`."""
+    """Arguments common to all kernels; ``call`` is the result of :func:`readable_call`."""
     argument = CallArgument(
         layer_scale=pointer(call.layer_scale),
         token_scale=pointer(call.token_scale),
@@ -160,7 +160,7 @@ def call_argument(
 
 
 def tensors_of(call: Call, rows: Rows) -> list[Tensor | None]:
-    """The tensors that :func:`call_argument` points into, x beside them."""
+    """The tensors that :func:`call_argument` points into, and x."""
     lists = [tensor for tensors in call[1:7] for tensor in tensors]
     return [call.x, *lists, call.layer_scale, call.token_scale, rows.tokens, rows.offsets]
 
@@ -170,7 +170,7 @@ def max_hidden(call: Call) -> int:
 
 
 def max_pre(call: Call) -> int:
-    """Columns of a pre-activation, or of its gradient, that has room for every expert's."""
+    """Columns of the pre-activation of the widest expert; its gradient has as many."""
     return max(weight.shape[0] for weight in call.w1)
 
 
@@ -180,5 +180,5 @@ def hidden_columns(call: Call) -> int:
 
 
 def workers_on(device: torch.device) -> int:
-    """CTAs that are resident at a time."""
+    """Number of resident CTAs."""
     return target.multiprocessors(device) * PROGRAMS

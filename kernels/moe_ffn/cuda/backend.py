@@ -1,4 +1,4 @@
-"""moe_ffn in CUDA C++ for the tensor cores of sm_70 and sm_75: the host's side of the kernels."""
+"""The CUDA backend of moe_ffn, for the tensor cores of sm_70 and sm_75: host side."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .forward import CUBIN, launch_forward
 def why_not(
     device: torch.device, dtype: torch.dtype, width: int, hidden: Sequence[int], activation: str
 ) -> str | None:
-    """One sentence that says why :func:`forward` cannot run, or None."""
+    """The reason why :func:`forward` cannot run, or None."""
     if len(hidden) > host.MAX_EXPERTS:
         return f"{len(hidden)} experts; the kernels take at most {host.MAX_EXPERTS}."
     if width % 8:
@@ -32,9 +32,9 @@ def why_not(
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """y [T, D], and the pre-activation in the kernels' own order of rows; one launch."""
+    """y [T, D], and the pre-activation in grouped order; one launch."""
     residual = call.residual
-    # A residual that the kernel cannot read is added behind it.
+    # A residual that the kernel cannot read is added afterwards.
     fused = residual is None or residual.dtype in (torch.float16, torch.float32)
     y_dtype = torch.float32 if not fused else (call.w2[0] if residual is None else residual).dtype
     y = call.x.new_empty(call.x.shape, dtype=y_dtype)
@@ -48,10 +48,10 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list[Tensor]:
-    """The gradients that ``needs`` asks for, in the order of the schema; empty ones elsewhere.
+    """The gradients flagged in ``needs``, in the order of the schema; the others are empty.
 
-    One launch for the rows and, if parameters want gradients, one for them. A pre-activation that
-    was not kept is made again before, by one launch of the forward's kernel.
+    There is one launch for the rows and, if parameters need gradients, one for these. A
+    pre-activation that was not saved is recomputed first, by a launch of the forward kernel.
     """
     readable = host.readable_call(call)
     gradients = Gradients.empty(readable, needs)

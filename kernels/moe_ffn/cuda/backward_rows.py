@@ -1,4 +1,4 @@
-"""The host's side of csrc/moe_ffn/moe_ffn_bwd_rows.cu: dx, and what the sums over tokens need."""
+"""Host side of csrc/moe_ffn/moe_ffn_bwd_rows.cu: dx, and the operands of the sums over tokens."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class BackwardRowsArgument(ctypes.Structure):
 
 
 def launch_rows(dy: Tensor, pre: Tensor, call: Call, rows: Rows, gradients: Gradients) -> RowsPlan:
-    """Fill ``gradients.x`` and what the plan names; ``call`` from :func:`host.readable_call`."""
+    """Fill ``gradients.x`` and the tensors of the plan; ``call`` is from `host.readable_call`."""
     plan = plan_rows(
         *(call, rows, gradients),
         block_t=host.TILE,

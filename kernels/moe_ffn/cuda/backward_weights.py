@@ -1,4 +1,4 @@
-"""The host's side of csrc/moe_ffn/moe_ffn_bwd_weights.cu: the gradients that sum over tokens."""
+"""Host side of csrc/moe_ffn/moe_ffn_bwd_weights.cu: the gradients that are sums over tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..rows import Rows
 from . import arguments as host
 
 CUBIN = "moe_ffn_bwd_weights"
-_COUNTERS = 3  # tickets, leavers, contributions to dlayer_scale; then one for each share
+_COUNTERS = 3  # next ticket, finished CTAs, contributions to dlayer_scale; then one per share
 
 
 class GradientArgument(ctypes.Structure):
@@ -51,10 +51,11 @@ class BackwardWeightsArgument(ctypes.Structure):
 
 
 def launch_weights(call: Call, rows: Rows, made: RowsPlan, gradients: Gradients) -> None:
-    """Fill the wanted gradients of parameters from what the launch of the rows has ``made``.
+    """Fill the gradients of parameters that are needed from the results of the launch of the rows.
 
-    ``call`` is from :func:`host.readable_call`. The gradients of w1, w2, b1 and b2 are float16;
-    those of the norm are all float16 or all float32, that of the layer scale is either.
+    ``made`` is what that launch returned, and ``call`` is from :func:`host.readable_call`. The
+    gradients of w1, w2, b1 and b2 are float16; those of the norm are all float16 or all float32,
+    and that of the layer scale is either.
     """
     device, workers, scale = call.x.device, host.workers_on(call.x.device), gradients.scale
     plan = plan_weights(

@@ -1,4 +1,4 @@
-"""The host's side of csrc/moe_ffn/moe_ffn_fwd.cu."""
+"""Host side of csrc/moe_ffn/moe_ffn_fwd.cu."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ForwardArgument(ctypes.Structure):
 
 
 def launch_forward(call: Call, y: Tensor | None, pre: Tensor | None) -> None:
-    """The forward's launch; without y only its first product, into ``pre``."""
+    """Launch the forward; if y is None, only its first product, into ``pre``."""
     call, device = host.readable_call(call), call.x.device
     num_tokens, dim = call.x.shape
     rows = rows_of(call)

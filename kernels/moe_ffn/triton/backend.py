@@ -1,4 +1,4 @@
-"""moe_ffn in Triton: the host's side of the three kernels."""
+"""The Triton backend of moe_ffn: host side of its three kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_DIM = 16384  # the phases without products hold a whole row in registers
 def why_not(
     device: torch.device, dtype: torch.dtype, width: int, hidden: Sequence[int], activation: str
 ) -> str | None:
-    """One sentence that says why :func:`forward` cannot run, or None."""
+    """The reason why :func:`forward` cannot run, or None."""
     if width > _MAX_DIM:
         return f"model dimension {width} is above {_MAX_DIM}."
     if reason := why_not_weight(width, hidden, activation):
@@ -29,7 +29,7 @@ def why_not(
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """y [T, D], and the pre-activation in the kernels' own order of rows; one launch."""
+    """y [T, D], and the pre-activation in grouped order; one launch."""
     from ..._backends import triton_launch
     from . import launch as host
     from .forward import moe_ffn_fwd_kernel
@@ -69,7 +69,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list[Tensor]:
-    """The gradients that ``needs`` asks for, in the order of the schema; empty ones elsewhere."""
+    """The gradients flagged in ``needs``, in the order of the schema; the others are empty."""
     from .backward import Backward
 
     return Backward(dy, pre, call, needs).compute()

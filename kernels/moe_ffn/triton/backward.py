@@ -1,4 +1,4 @@
-"""The host's side of the backward: two launches, as planned in plan.py."""
+"""Host side of the backward: two launches, as planned in plan.py."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from . import tiles
 from .backward_rows import moe_ffn_bwd_rows_kernel
 from .backward_weights import Work, moe_ffn_bwd_weights_kernel
 
-# Elements that a task without products holds at once of each of its tensors (with twice as many the
-# kernel spills on sm_80), and the rows it goes through: the more, the fewer partial sums.
+# Elements of each tensor that a task without products holds in registers (with twice as many the
+# kernel spills on sm_80), and rows per task; more rows give fewer partial sums.
 _HELD = 4096
 _ROWS_PER_TASK = 64
 
 
 class Backward:
-    """One backward."""
+    """The launches of a backward."""
 
     def __init__(self, dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> None:
         self.call, self.pre = call, pre if pre.numel() else None
@@ -42,7 +42,7 @@ class Backward:
         return self.gradients.result(self.call)
 
     def launch_rows(self) -> None:
-        """dx, and everything that sums over tokens need; see backward_rows.py."""
+        """Compute dx and the operands of all sums over tokens; see backward_rows.py."""
         call, gradients = self.call, self.gradients
         tile = self.tiles.recompute if self.pre is None else self.tiles.rows
         config = host.config_of(call, tile)
@@ -78,14 +78,14 @@ class Backward:
             )
 
     def launch_weights(self) -> None:
-        """The gradients that sum over tokens; see backward_weights.py."""
+        """Compute the gradients that are sums over tokens; see backward_weights.py."""
         call, tile, device = self.call, self.tiles.weights, self.x.device
         rows, gradients = self.plan, self.gradients
         config, workers = host.config_of(call, tile), host.workers_on(device, tile)
         plan = plan_weights(
             *(call, gradients, rows), block_t=tile.block_t, block_n=tile.block_n, workers=workers
         )
-        # Where a tensor is not there, one of the same dtype stands for it; it is not read.
+        # An absent tensor is replaced by one of the same dtype, which is not read.
         partial = self.x.new_empty(1, dtype=torch.float32) if plan.partial is None else plan.partial
         normed = rows.dpre if rows.normed is None else rows.normed
         dbranch = rows.dbranch if rows.dbranch is not None else rows.dh2

@@ -1,15 +1,16 @@
 """The backward of moe_ffn by rows, in one launch: everything but the gradients of w1 and w2.
 
-Four phases a row tile, in the order of :class:`vlmo.kernels.moe_ffn.schedule.Banded`:
+A row tile passes through four phases, in the order of
+:class:`vlmo.kernels.moe_ffn.schedule.Banded`:
 
 0. dbranch = token_scale * dy, dh2 = layer_scale * dbranch and norm(x), to grouped scratch.
-1. dpre = act'(pre) * (dh2 W2) and the hidden activations again, from the saved pre-activation, or
-   from norm(x) W1^T + b1, made on the spot.
+1. dpre = act'(pre) * (dh2 W2), and the recomputed hidden activations. pre is the saved
+   pre-activation, or norm(x) W1^T + b1, recomputed in the same task.
 2. dnormed = dpre W1; without a norm this is dx.
 3. dx through the norm.
 
-The sums over tokens that biases, norm parameters and layer scale need are left as one row of
-partial sums per task; the kernel of the weights adds them up in a fixed order.
+For the gradients of biases, norm parameters and layer scale, each task writes one row of partial
+sums over tokens; the kernel of the weights reduces these in a fixed order.
 """
 
 from __future__ import annotations
@@ -42,20 +43,20 @@ from .device import (
 def moe_ffn_bwd_rows_kernel(
     DY,  # [T, D]
     X,  # [T, D]
-    PRE,  # [T, P] grouped, P = max F or, gated, max 2 F; None: made again
-    # Scratch in grouped order, None where not needed
+    PRE,  # [T, P] grouped, P = max F or, gated, max 2 F; None: recomputed
+    # Scratch in grouped order, None if not needed
     DBRANCH,  # [T, D]
     DH2,  # [T, D]; None if it is dy
     NORMED,  # [T, D]
     HIDDEN,  # [T, max F]
     DPRE,  # [T, P]
     DNORMED,  # [T, D]
-    # Partial sums, one row per task, None where not needed
+    # Partial sums, one row per task, None if not needed
     SUM_DBRANCH,  # [.., D]
     SUM_DPRE,  # [.., P]
-    SUM_NORM,  # [.., 2 D]: of the norm's weight, then of its bias
+    SUM_NORM,  # [.., 2 D]: for the norm's weight, then its bias
     DX,  # [T, D]
-    W1,  # E pointers, as all tuples in capitals
+    W1,  # E pointers, like all tuples in capitals
     W2,
     B1,
     NORM_WEIGHT,
@@ -63,7 +64,7 @@ def moe_ffn_bwd_rows_kernel(
     LAYER_SCALE,
     TOKEN_SCALE,
     rows,
-    COUNTERS,  # [2 + 3 * bound on the row tiles]: ticket, leavers, phases 0 to 2
+    COUNTERS,  # [2 + 3 * bound on row tiles]: ticket, finished programs, phases 0 to 2
     bound,
     band,
     norm_eps,
@@ -109,7 +110,7 @@ def moe_ffn_bwd_rows_kernel(
                     *(X, DNORMED, DX, SUM_NORM, NORM_WEIGHT),
                     *(rows, tile, part, expert, start, begin, end, norm_eps, C),
                 )
-        # Not sooner: a ticket held while working waits, and with it all that waits for its tile.
+        # Not earlier: a ticket taken during a task would wait, and so would its dependents.
         ticket = tl.atomic_add(COUNTERS, 1, sem="relaxed")
     leave(COUNTERS, 2 + 3 * bound)
 
@@ -206,7 +207,7 @@ def differentiate(
         again = preactivation(
             NORMED, by_token if NORMED_BY_TOKEN else in_order, W1, expert, first, width, C
         )
-        # Rounded early, to leave registers for the product that follows.
+        # Rounded here to free registers for the product that follows.
         again = eighths(again.to(DPRE.dtype.element_ty))
     dhidden = eighths(
         product_nn(
@@ -301,7 +302,7 @@ def undo_norm(
     within = columns < C.dim
     weight = tl.load(select(NORM_WEIGHT, expert, C) + columns, mask=within, other=0.0)
     BLOCK_D: tl.constexpr = C.block_d
-    # With dweight too as a tile to be added up at the end, the kernel spills on sm_90.
+    # If dweight were also a tile that is reduced at the end, the kernel would spill on sm_90.
     dweight = tl.zeros((BLOCK_D,), tl.float32)
     BLOCK_R: tl.constexpr = C.block_r
     dbias = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)

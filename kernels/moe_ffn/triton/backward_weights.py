@@ -1,14 +1,14 @@
-"""The backward of moe_ffn by weights, in one launch: every gradient that sums over tokens.
+"""The backward of moe_ffn by weights, in one launch: every gradient that is a sum over tokens.
 
     dw1 = dpre^T norm(x)         dw2 = layer_scale * G, G = dbranch^T hidden
-    dlayer_scale = rows of (w2 * G), summed, + b2 * sum of dbranch
+    dlayer_scale = row sums of (w2 * G) + b2 * sum of dbranch
 
 so the layer scale needs no third product. Two or three experts give too few tiles of dw1 and dw2 to
 fill a GPU evenly, so they are divided (stream-K): whole tiles as long as they fill all programs,
 then one equal share of the remaining steps for each program. A share may begin or end
-inside a tile. Who has a tile's first step owns it and adds the others' partial tiles in their
-order, so the result is the same in every run. The shares are taken last one first: an owner then
-waits for programs with earlier tickets only.
+inside a tile. The program with a tile's first step owns the tile and reduces the partial tiles of
+the other programs in a fixed order, so the result is bitwise reproducible. Tickets start with the
+last share, so that an owner only waits for programs with earlier tickets.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ SUM_ROWS = tl.constexpr(32)
 
 
 class Work(NamedTuple):
-    """What is to be done, compiled into the kernel. Tuples are over experts."""
+    """The work of a launch, compiled into the kernel. Tuples have one element per expert."""
 
-    w1_tiles: tuple[int, ...]  # 0 where no gradient is wanted
+    w1_tiles: tuple[int, ...]  # 0 if no gradient is needed
     w2_tiles: tuple[int, ...]
     whole: tuple[int, ...]  # tiles that are not divided
-    workers: int  # shares of the rest
-    # Which gradients to store
+    workers: int  # number of shares of the other tiles
+    # Gradients to store
     w1: tuple[bool, ...]
     w2: tuple[bool, ...]
     b1: tuple[bool, ...]
@@ -54,21 +54,21 @@ class Work(NamedTuple):
     sum_blocks: tuple[int, ...]  # dpre, dbranch, norm weight, norm bias
     dbranch_rows: int
     norm_rows: int
-    rows_block_t: int  # rows of the row tiles that made the sums
-    scale_signals: int  # that complete what dlayer_scale needs
-    scale_rows: int  # of SUM_SCALE
+    rows_block_t: int  # rows of the row tiles that the sums were computed for
+    scale_signals: int  # number of contributions to dlayer_scale
+    scale_rows: int  # rows of SUM_SCALE
 
 
 @triton.jit
 def steps_of(rows, e: tl.constexpr, C: tl.constexpr):
-    """Steps of a tile of expert ``e``; at least one, so that an empty expert gets its zeros."""
+    """Steps of a tile of expert ``e``; at least one, so that an empty expert gets zeros."""
     count = expert_offset(rows, e + 1) - expert_offset(rows, e)
     return tl.maximum(tl.cdiv(count, C.block_k), 1)
 
 
 @triton.jit
 def total_steps(rows, C: tl.constexpr, W: tl.constexpr):
-    """Positions of the whole tiles, and of the rest."""
+    """Number of positions of the whole tiles, and of the divided tiles."""
     whole, rest = 0, 0
     for e in tl.static_range(len(C.hidden)):
         steps = steps_of(rows, e, C)
@@ -79,10 +79,10 @@ def total_steps(rows, C: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def find_work(position, stop, rows, C: tl.constexpr, W: tl.constexpr):
-    """The piece of a share that lies at a position: ``Split.pieces`` of the model.
+    """The piece of a share that starts at a position: ``Split.pieces`` of the model.
 
-    Expert, tile, first and last step of the piece before ``stop`` (the same if it is empty), steps
-    of the tile, and the first position behind the tile.
+    Returns expert, tile, first and last step of the piece before ``stop`` (equal if it is empty),
+    steps of the tile, and the first position after the tile.
     """
     expert, tile, first, steps, behind = -1, 0, 0, 1, 0
     before = 0
@@ -112,7 +112,7 @@ def find_work(position, stop, rows, C: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def find_range(ticket, rows, C: tl.constexpr, W: tl.constexpr):
-    """Positions [first, last) of a ticket, its share's number or -1, and a share's length."""
+    """Positions [first, last) of a ticket, the number of its share or -1, and a share's length."""
     whole_steps, rest = total_steps(rows, C, W)
     share = tl.cdiv(rest, W.workers)
     whole_tiles = 0
@@ -143,13 +143,13 @@ def moe_ffn_bwd_weights_kernel(
     NORMED,  # [T, D] grouped, or x by token if NORMED_BY_TOKEN
     DBRANCH,  # [T, D] grouped, or dy by token if DBRANCH_BY_TOKEN
     HIDDEN,  # [T, max F] grouped
-    SUM_DPRE,  # partial sums, as the kernel of the rows left them; anything where not needed
+    SUM_DPRE,  # partial sums from the kernel of the rows; arbitrary if not needed
     SUM_DBRANCH,
     SUM_NORM,
     PARTIAL,  # [workers, block_t, block_n] float32 scratch
-    SUM_SCALE,  # [scale_rows, D] float32 scratch, None if dlayer_scale is not wanted
+    SUM_SCALE,  # [scale_rows, D] float32 scratch, None if dlayer_scale is not needed
     SUM_BIAS,  # [E, D] float32 scratch: b2 * sum of dbranch; None if not needed
-    DW1,  # E pointers, as all tuples in capitals
+    DW1,  # E pointers, like all tuples in capitals
     DW2,
     DB1,
     DB2,
@@ -160,7 +160,7 @@ def moe_ffn_bwd_weights_kernel(
     B2,
     LAYER_SCALE,
     rows,
-    COUNTERS,  # [3 + workers]: ticket, leavers, what dlayer_scale needs, partial tiles
+    COUNTERS,  # [3 + workers]: ticket, finished programs, parts of dlayer_scale, partial tiles
     NORMED_BY_TOKEN: tl.constexpr,
     DBRANCH_BY_TOKEN: tl.constexpr,
     C: tl.constexpr,
@@ -195,7 +195,7 @@ def moe_ffn_bwd_weights_kernel(
                         save_partial(acc, PARTIAL, number, C)
                         signal(partial_ready + number)
                     else:
-                        # Its later steps are the first of the shares behind this one.
+                        # The remaining steps of the tile start the shares after this one.
                         peers = tl.cdiv(steps - last, tl.maximum(share, 1))
                         for peer in range(number + 1, number + 1 + peers):
                             wait(partial_ready + peer, 1)
@@ -247,7 +247,7 @@ def save_partial(acc, PARTIAL, number, C: tl.constexpr):
 
 @triton.jit
 def partial_at(PARTIAL, number, i: tl.constexpr, C: tl.constexpr):
-    """Where eighth ``i`` of the partial tile of share ``number`` lies."""
+    """Addresses of eighth ``i`` of the partial tile of share ``number``."""
     EIGHTH: tl.constexpr = C.block_n // 8
     slot = PARTIAL + (number * 8 + i) * (C.block_t * EIGHTH)
     return slot + tl.arange(0, C.block_t)[:, None] * EIGHTH + tl.arange(0, EIGHTH)[None, :]
@@ -255,7 +255,7 @@ def partial_at(PARTIAL, number, i: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def tile_corner(expert, tile, is_w1, C: tl.constexpr, W: tl.constexpr):
-    """First row and column of a tile of dw1 [F or 2 F, D] or dw2 [D, F], and that shape."""
+    """First row and column of a tile of dw1 [F or 2 F, D] or dw2 [D, F], and the matrix's shape."""
     W1_TILES: tl.constexpr = W.w1_tiles
     hidden = width_of(expert, C)
     tile_rows = tl.where(is_w1, hidden * C.halves, C.dim)
@@ -301,8 +301,8 @@ def weight_product(
     b_local = k[:, None] * stride_b + n[None, :]
 
     acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    # Only an expert's last step may be short of rows, and masks would cost a third of every step
-    # beside tensor cores. Float32 has none, and with a second product it spills.
+    # Only the last step of an expert needs masks, which with tensor cores would cost a third of
+    # every step. float32 has no tensor cores, and would spill with a second product.
     WHOLE: tl.constexpr = C.rounds
     whole = last
     if WHOLE:
@@ -342,7 +342,7 @@ def add_step(
     b_local,
     tile_rows,
     tile_columns,
-    WHOLE: tl.constexpr,  # whether the block_k rows from ``first`` on are all of the expert
+    WHOLE: tl.constexpr,  # whether all block_k rows from ``first`` on belong to the expert
     NORMED_BY_TOKEN: tl.constexpr,
     DBRANCH_BY_TOKEN: tl.constexpr,
     C: tl.constexpr,
@@ -361,8 +361,8 @@ def add_step(
         b_at = B + (tl.where(is_w1, token, in_order)[:, None] * stride_b + n[None, :])
     else:
         b_at = B + first.to(tl.int64) * stride_b + b_local
-    # Loaded as it is multiplied, [block_t, block_k] and [block_k, block_n]: of an operand that is
-    # transposed after its load, Triton keeps one buffer instead of num_stages - 1 on sm_80.
+    # Loaded in the layout of the product, [block_t, block_k] and [block_k, block_n]: for an operand
+    # that is transposed after its load, Triton has one buffer instead of num_stages - 1 on sm_80.
     if WHOLE and C.even:
         a = tl.load(a_at)
         b = tl.load(b_at)
@@ -397,7 +397,7 @@ def finish_tile(
     C: tl.constexpr,
     W: tl.constexpr,
 ):
-    """Add the peers' partial tiles; store a tile of dw1 or dw2, and what dlayer_scale needs."""
+    """Add the peers' partial tiles; store a tile of dw1 or dw2, and its part of dlayer_scale."""
     first_m, first_n, tile_rows, tile_columns = corner
     W1_WANTED: tl.constexpr = W.w1
     W2_WANTED: tl.constexpr = W.w2
@@ -427,7 +427,7 @@ def finish_tile(
         else:
             if SUM_SCALE is not None:
                 w2 = tl.load(select(W2, expert, C) + at, mask=inside, other=0.0)
-                # Of an expert without rows part is 0, but 0 times what is not finite is not 0.
+                # For an expert without rows part is 0, but 0 times a non-finite weight is NaN.
                 of_scale += tl.sum(tl.where(part == 0.0, 0.0, term(part, w2.to(tl.float32))), 1)
             if DW2 is not None:
                 part *= factor[:, None]
@@ -446,7 +446,7 @@ def finish_tile(
 def finish_scale(
     SUM_SCALE, SUM_BIAS, DLAYER_SCALE, counter, brought, C: tl.constexpr, W: tl.constexpr
 ):
-    """Count contributions to dlayer_scale; whoever brings the last one adds all of them up."""
+    """Count contributions to dlayer_scale; the program with the last one sums all of them."""
     tl.debug_barrier()
     before = tl.atomic_add(counter, brought, sem="acq_rel")
     if before + brought == W.scale_signals:
@@ -462,7 +462,7 @@ def finish_scale(
 
 @triton.jit
 def sum_rows(SOURCE, begin, end, stride, columns, within):
-    """Sums over the rows [begin, end) of some columns, always in the same order."""
+    """Sums over the rows [begin, end) of some columns, in a fixed order."""
     total = tl.zeros((SUM_ROWS, SUM_COLUMNS), tl.float32)
     for first in range(begin, end, SUM_ROWS):
         r = first + tl.arange(0, SUM_ROWS)
@@ -474,7 +474,7 @@ def sum_rows(SOURCE, begin, end, stride, columns, within):
 
 @triton.jit
 def add_up(SUM_DPRE, SUM_DBRANCH, SUM_NORM, block, rows, C: tl.constexpr, W: tl.constexpr):
-    """One block of columns of one kind of partial sums of one expert: kind, expert, columns, sums.
+    """Reduce a block of columns of partial sums of one kind: kind, expert, columns, sums.
 
     Kinds: 0 dpre, 1 dbranch, 2 the norm's weight, 3 its bias.
     """

@@ -1,11 +1,11 @@
-"""What the three Triton kernels of moe_ffn share: rows, tickets, counters, products, activations.
+"""Device functions shared by moe_ffn's Triton kernels: rows, tickets, products, activations.
 
-Rows come in two numberings. A *token* is a row of x and y. A *grouped* row counts the tokens expert
-by expert: expert e owns the grouped rows of ``[offset_e, offset_e + count_e)``, in token order, and
-a row tile never spans two experts. Scratch tensors lie in grouped order, so that a tile's rows are
+Rows have two numberings. A *token* is a row of x and y. *Grouped* rows number the tokens expert by
+expert: expert e owns the grouped rows ``[offset_e, offset_e + count_e)``, in token order. A row
+tile never spans two experts. Scratch tensors are in grouped order, so that a tile's rows are
 contiguous; x, dy, residual, y and dx are addressed by token.
 
-The tests hold :func:`locate` to the model of the tickets in benchmarks/modelled/schedule.py.
+The tests compare :func:`locate` with the model of the tickets in benchmarks/modelled/schedule.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..._backends.triton_device import dot, from_odd, reciprocal, term
 
 
 class Config(NamedTuple):
-    """What is compiled into a kernel."""
+    """Compile-time constants of a kernel."""
 
     dim: int  # D
     hidden: tuple[int, ...]  # E x F
@@ -27,32 +27,32 @@ class Config(NamedTuple):
     norm: str
     activation: str
     gated: bool
-    halves: int  # of a pre-activation: gate and value, or 1
-    max_pre: int  # columns of a pre-activation that has room for every expert's: P
-    precision: str  # of products of float32: "ieee" or "tf32"
-    rounds: bool  # to 16 bits, what an activation gives
-    tasks: tuple[int, ...]  # of each phase, for one row tile
+    halves: int  # of a pre-activation: 2 (gate and value) or 1
+    max_pre: int  # columns of the widest expert's pre-activation: P
+    precision: str  # of float32 products: "ieee" or "tf32"
+    rounds: bool  # whether activations are rounded to 16 bits
+    tasks: tuple[int, ...]  # tasks of a row tile in each phase
     even_dim: bool  # block_k divides D
     even_hidden: bool  # block_k divides every F
     even: bool  # every block divides both
     block_t: int  # rows of a tile
-    block_n: int  # its columns; where they are hidden ones, block_f: half as many if gated
+    block_n: int  # columns of a tile; of hidden columns there are block_f, half as many if gated
     block_f: int
     block_k: int
     block_d: int  # D, rounded up to a power of two
-    block_r: int  # rows that a phase without products holds at once
-    row_steps: int  # and how often it does so in one task
+    block_r: int  # rows that a phase without products processes at once
+    row_steps: int  # number of iterations in a task of such a phase
 
 
 class Passed(NamedTuple):
-    """:class:`vlmo.kernels.moe_ffn.rows.Rows` as a kernel takes them.
+    """:class:`vlmo.kernels.moe_ffn.rows.Rows` in the form that a kernel takes.
 
-    Integers are passed by :func:`vlmo.kernels._backends.triton_device.odd`.
+    Integers are encoded by :func:`vlmo.kernels._backends.triton_device.odd`.
     """
 
     starts: Any  # E x first token of the expert's run in a sequence; None with an index
-    lengths: Any  # E x tokens of the run
-    ends: Any  # E x grouped row behind the expert's last
+    lengths: Any  # E x number of tokens of the run
+    ends: Any  # E x grouped row after the expert's last
     length: Any  # tokens of a sequence
     tokens: Any  # [T] int32, token of each grouped row; None in the segment form
     offsets: Any  # [E + 1] int32
@@ -60,7 +60,7 @@ class Passed(NamedTuple):
 
 @triton.jit
 def select(values, index, C: tl.constexpr):
-    """``values[index]`` for an index that is only known at run time."""
+    """``values[index]`` for an index known only at run time."""
     chosen = values[0]
     for i in tl.static_range(1, len(C.hidden)):
         chosen = tl.where(index == i, values[i], chosen)
@@ -70,13 +70,13 @@ def select(values, index, C: tl.constexpr):
 @triton.jit
 def width_of(expert, C: tl.constexpr):
     """F of an expert."""
-    HIDDEN: tl.constexpr = C.hidden  # up to Triton 3.6 a field cannot be passed on as it is
+    HIDDEN: tl.constexpr = C.hidden  # up to Triton 3.6 a field cannot be passed directly
     return select(HIDDEN, expert, C)
 
 
 @triton.jit
 def expert_offset(rows, i: tl.constexpr):
-    """Grouped row at which expert ``i`` begins; T for ``i`` = E."""
+    """First grouped row of expert ``i``; T for ``i`` = E."""
     if rows.offsets is None:
         if i == 0:
             return 0
@@ -88,7 +88,7 @@ def expert_offset(rows, i: tl.constexpr):
 
 @triton.jit
 def count_tiles(rows, C: tl.constexpr):
-    """Row tiles of all experts."""
+    """Number of row tiles of all experts."""
     tiles = 0
     for e in tl.static_range(len(C.hidden)):
         tiles += tl.cdiv(expert_offset(rows, e + 1) - expert_offset(rows, e), C.block_t)
@@ -97,7 +97,7 @@ def count_tiles(rows, C: tl.constexpr):
 
 @triton.jit
 def find_tile(rows, tile, C: tl.constexpr):
-    """The expert of a row tile, the tile's first grouped row, and the expert's first and end."""
+    """The expert of a row tile, the tile's first grouped row, the expert's first row and end."""
     expert, first, begin, end = 0, 0, 0, 0
     before = 0
     for e in tl.static_range(len(C.hidden)):
@@ -115,7 +115,7 @@ def find_tile(rows, tile, C: tl.constexpr):
 
 @triton.jit
 def tokens_of(rows, grouped, expert, begin, end, C: tl.constexpr):
-    """Tokens of grouped rows of one expert, int64; rows behind its end repeat its last one."""
+    """Tokens of grouped rows of one expert, int64; rows beyond its end repeat its last one."""
     grouped = tl.maximum(tl.minimum(grouped, end - 1), 0)
     if rows.offsets is None:
         length = tl.maximum(from_odd(select(rows.lengths, expert, C)), 1)
@@ -129,7 +129,7 @@ def tokens_of(rows, grouped, expert, begin, end, C: tl.constexpr):
 
 @triton.jit
 def first_ticket(step, tiles, band, C: tl.constexpr):
-    """Tickets before ``step``, as in ``Banded.first_ticket`` of the model."""
+    """Number of tickets before ``step``, as in ``Banded.first_ticket`` of the model."""
     tickets = 0
     for p in tl.static_range(len(C.tasks)):
         tickets += tl.minimum(tl.maximum(step - p, 0) * band, tiles) * C.tasks[p]
@@ -160,22 +160,22 @@ def locate(ticket, tiles, band, C: tl.constexpr):
 
 @triton.jit
 def signal(counter):
-    """Publish what this program has stored: to be seen by who waits on the counter."""
-    # The atomic is done by one thread; it must not overtake the stores of the others.
+    """Publish this program's stores to programs that wait on the counter (release)."""
+    # One thread executes the atomic; it must not overtake the stores of the other threads.
     tl.debug_barrier()
     tl.atomic_add(counter, 1, sem="release")
 
 
 @triton.jit
 def wait(counter, expected):
-    """Until ``expected`` signals have come, all of them from programs with earlier tickets."""
+    """Spin until the counter has ``expected`` signals, all from programs with earlier tickets."""
     while tl.atomic_add(counter, 0, sem="acquire") < expected:
         pass
 
 
 @triton.jit
 def leave(counters, size):
-    """The last program to leave zeroes all counters, for the next launch."""
+    """Reset all counters for the next launch; the last program to finish does it."""
     tl.debug_barrier()
     if tl.atomic_add(counters + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         for first in range(0, size, 1024):
@@ -198,8 +198,8 @@ def product_nt(
 ):
     """A[a_rows] @ B[b_rows]^T: [block_t, BLOCK_N] float32.
 
-    Rows of the tile that the caller will not store repeat valid ones: cheaper than a mask in the
-    loop, and no row or column of a product depends on another.
+    Rows of the tile that the caller does not store must repeat valid rows. This is cheaper than a
+    mask in the loop, and rows and columns of a product are independent of each other.
     """
     k = tl.arange(0, C.block_k)
     a_pointers = A + a_rows[:, None] * stride_a + k[None, :]
@@ -233,7 +233,7 @@ def product_nn(
     BLOCK_N: tl.constexpr,
     C: tl.constexpr,
 ):
-    """A[a_rows] @ B[:, first : first + BLOCK_N]: [block_t, BLOCK_N] float32, zero behind N."""
+    """A[a_rows] @ B[:, first : first + BLOCK_N]: [block_t, BLOCK_N] float32, zero beyond N."""
     k = tl.arange(0, C.block_k)
     columns = first + tl.arange(0, BLOCK_N)
     a_pointers = A + a_rows[:, None] * stride_a + k[None, :]
@@ -264,11 +264,11 @@ def sigmoid(x, C: tl.constexpr):
 
 @triton.jit
 def normal_tail(x):
-    """What the normal distribution has below -a, a = abs(x), and exp(-a^2 / 2).
+    """The tail Phi(-a) of the normal distribution, a = abs(x), and exp(-a^2 / 2).
 
     tail = bell q(t), t = 1 / (1 + 0.36 a), with the polynomial q of csrc/common/activation.cuh. Its
-    largest relative error for a <= 8 is 2.0e-5: a twenty-fourth of what rounding to float16 may
-    cost, for half of the instructions of erf.
+    largest relative error for a <= 8 is 2.0e-5, a twenty-fourth of the largest error of rounding to
+    float16, for half of the instructions of erf.
     """
     t = reciprocal(1.0 + 0.36 * tl.abs(x))
     q = 0.24151058098923406 - 0.09412777934009552 * t
@@ -286,7 +286,7 @@ def normal_cdf(x):
 
 @triton.jit
 def gate(x, C: tl.constexpr):
-    """The activation of one argument; of a gated one, what multiplies the value."""
+    """The activation function; for a gated activation, the factor of the value."""
     if C.activation == "swiglu":
         return x * sigmoid(x, C)
     elif C.activation == "gelu_tanh":
@@ -320,7 +320,7 @@ def gate_with_slope(x, C: tl.constexpr):
 
 @triton.jit
 def preactivation(A, a_rows, W1, expert, first, width, C: tl.constexpr):
-    """A[a_rows] W1^T for block_f hidden columns; gate and value of a column lie side by side."""
+    """A[a_rows] W1^T for block_f hidden columns; gate and value of a column are adjacent."""
     HALVES: tl.constexpr = C.halves
     BLOCK_N: tl.constexpr = C.block_f * HALVES
     lane = tl.arange(0, BLOCK_N)
@@ -343,10 +343,10 @@ def halves(tile):
 def eighths(tile):
     """Eight parts of a tile's columns, from left to right.
 
-    Epilogues work on one part after the other: addresses, masks and intermediate values of a tile
-    of 128 x 256 do not fit in the registers beside its accumulators. In one piece the kernels spill
-    528 (forward), 1720 (rows) and 360 (weights) bytes a thread on sm_90; in quarters the backward's
-    still spill.
+    Epilogues process one part at a time: addresses, masks and intermediate values of a tile of
+    128 x 256 do not fit in the registers beside its accumulators. Without the split, the kernels
+    spill 528 (forward), 1720 (rows) and 360 (weights) bytes per thread on sm_90; with quarters, the
+    kernels of the backward still spill.
     """
     left, right = halves(tile)
     a, b = halves(left)
@@ -360,7 +360,7 @@ def eighths(tile):
 
 @triton.jit
 def add_bias_and_split(h, B1, expert, columns, width, C: tl.constexpr):
-    """h + b1 from the columns that :func:`preactivation` laid side by side: gate, value.
+    """h + b1 as gate and value, from the columns that :func:`preactivation` interleaves.
 
     Without a gate both are the same.
     """
@@ -378,7 +378,7 @@ def add_bias_and_split(h, B1, expert, columns, width, C: tl.constexpr):
 
 @triton.jit
 def unit_rows(x, columns, eps, C: tl.constexpr):
-    """xhat of LayerNorm or RMSNorm, and the inverse deviation of each row; float32."""
+    """The normalised rows xhat of LayerNorm or RMSNorm, and each row's 1 / deviation; float32."""
     if C.norm == "layer":
         mean = tl.sum(x, 1) / C.dim
         x = tl.where(columns[None, :] < C.dim, x - mean[:, None], 0.0)
@@ -399,7 +399,7 @@ def normalise(
     norm_eps,
     C: tl.constexpr,
 ):
-    """norm_e(x) of some rows, to grouped scratch."""
+    """Store norm_e(x) of some rows to grouped scratch."""
     columns = tl.arange(0, C.block_d)
     within = columns < C.dim
     inside = (grouped[:, None] < end) & within[None, :]

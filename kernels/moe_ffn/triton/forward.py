@@ -1,10 +1,11 @@
 """The forward of moe_ffn in one launch: norm, first product and activation, second product.
 
-Three phases a row tile: 0 normalises rows into scratch, 1 makes tiles of the hidden activations,
-2 makes tiles of y. A persistent program takes tickets in the order of
-:class:`vlmo.kernels.moe_ffn.schedule.Banded`; a tile waits until the phase before it has finished
-the same row tile. A waiting program holds a ticket later than all it waits for, so the program with
-the earliest unfinished ticket never waits: no number of resident programs can hang.
+A row tile passes through three phases: 0 normalises rows into scratch, 1 computes tiles of the
+hidden activations, 2 computes tiles of y. The kernel is persistent: programs take tickets in the
+order of :class:`vlmo.kernels.moe_ffn.schedule.Banded`, and a task waits until the previous phase
+has finished the same row tile. A task only waits for tasks with earlier tickets, so the program
+with the earliest unfinished ticket never waits, and there is no deadlock for any number of resident
+programs.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def moe_ffn_fwd_kernel(
     PRE,  # [T, P] grouped, P = max F or, gated, max 2 F; None if not saved
     HIDDEN,  # [T, max F] grouped scratch
     Y,  # [T, D]
-    W1,  # E pointers, as all tuples in capitals
+    W1,  # E pointers, like all tuples in capitals
     W2,
     B1,
     B2,
@@ -48,7 +49,7 @@ def moe_ffn_fwd_kernel(
     TOKEN_SCALE,  # [T]
     RESIDUAL,  # [T, D]
     rows,
-    COUNTERS,  # [2 + 2 * bound on the row tiles]: ticket, leavers, phase 0, phase 1
+    COUNTERS,  # [2 + 2 * bound on row tiles]: ticket, finished programs, phase 0, phase 1
     bound,
     band,
     norm_eps,
@@ -85,7 +86,7 @@ def moe_ffn_fwd_kernel(
                 *(HIDDEN, Y, W2, B2, LAYER_SCALE, TOKEN_SCALE, RESIDUAL),
                 *(rows, part, expert, start, begin, end, C),
             )
-        # Not sooner: a ticket held while working waits, and with it all that waits for its tile.
+        # Not earlier: a ticket taken during a task would wait, and so would its dependents.
         ticket = tl.atomic_add(COUNTERS, 1, sem="relaxed")
     leave(COUNTERS, 2 + 2 * bound)
 

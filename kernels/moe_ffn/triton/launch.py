@@ -1,4 +1,4 @@
-"""From a call to a launch: constants, the band."""
+"""Prepares the launches of a call: compile-time constants, the band."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ..rows import Rows
 from .device import Config, Passed
 from .tiles import Tile
 
-# What a task without products costs in steps of a main loop: a guess that only steers the choice of
+# Estimated cost of a task without products, in steps of a main loop; it only affects the choice of
 # the band.
 ROWS_COST = 2
-# The interpreter runs one program after the other; more than one, so that work is divided.
+# The interpreter runs programs sequentially; a few suffice to test the division of work.
 _INTERPRETED_PROGRAMS = 5
 
 
 def pointers(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-    """One contiguous tensor per expert, all of one dtype, or None where the call has none."""
+    """One contiguous tensor per expert, all in one dtype; None if the call has none."""
     if not tensors:
         return None
     dtype = common_dtype(tensors)
@@ -38,7 +38,7 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def passed(rows: Rows) -> Passed:
-    """Rows as the kernels take them: what is compiled serves any lengths."""
+    """Rows in the form that the kernels take; a compiled kernel serves all lengths."""
     if rows.offsets is not None:
         return Passed(None, None, None, 0, rows.tokens, rows.offsets)
     ends = itertools.accumulate(length * rows.sequences for length in rows.lengths)
@@ -62,7 +62,7 @@ def make_config(
     rounds: bool,
     tile: Tile,
 ) -> Config:
-    """What is compiled into a kernel; its phases are left to the kernel's launcher."""
+    """Compile-time constants of a kernel; the kernel's launcher sets its phases."""
     gated = activation in GATED
     halves = 2 if gated else 1
     block_d = 1 << (dim - 1).bit_length()
@@ -103,7 +103,7 @@ def config_of(call: Call, tile: Tile) -> Config:
 
 
 def workers_on(device: torch.device, tile: Tile) -> int:
-    """Programs that are resident at a time."""
+    """Number of resident programs."""
     if INTERPRETED:
         return _INTERPRETED_PROGRAMS
     return target.multiprocessors(device) * tile.programs

@@ -1,6 +1,6 @@
-"""Tile shapes of the Triton kernels: one row for each GPU generation and kind of operand.
+"""Tile shapes of the Triton kernels: a row per GPU generation and kind of operand.
 
-A row comes from :func:`use_tiles`, else from TABLE. ``benchmarks/tune.py`` searches for one and
+:func:`use_tiles` overrides the rows of TABLE. ``benchmarks/tune.py`` searches for the best row and
 prints it; nothing is measured here.
 """
 
@@ -19,19 +19,19 @@ from ...target import GENERATIONS, generation_of
 
 @dataclass(frozen=True)
 class Tile:
-    """One kernel's tile: block_t x block_n results, block_k deep at a time."""
+    """The tile of a kernel: block_t x block_n results, in steps of depth block_k."""
 
     block_t: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
-    programs: int = 1  # resident on a multiprocessor, as registers and shared memory allow
+    programs: int = 1  # resident programs per multiprocessor (registers, shared memory)
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """The forward, the backward of the rows (also with ``recompute``), that of the weights."""
+    """Tiles of the forward, of the backward of rows (also with ``recompute``), and of weights."""
 
     forward: Tile
     rows: Tile
@@ -39,11 +39,11 @@ class Tiles:
     weights: Tile
 
 
-# No row has been timed yet: no GPU has been at hand. They were chosen from what ptxas says, and
-# tests/test_moe_ffn_compiled.py holds them to it: tensor cores in every product, no spill,
-# shared memory within the limit. Wider tiles read less from L2 for each product (128 x 256: 11.7
-# bytes for 1000 FLOP; 128 x 128: 15.6), so each row has the widest that do not spill. Bytes spilt a
-# thread by some that were rejected, for D 768, F 3072, bfloat16:
+# No row has been timed on a GPU yet. The rows were chosen from the reports of ptxas, and
+# tests/test_moe_ffn_compiled.py enforces the criteria: tensor cores in every product, no spill,
+# shared memory within the limit. Wider tiles read less from L2 per product (128 x 256: 11.7 bytes
+# per 1000 FLOP; 128 x 128: 15.6), so each row has the widest tiles that do not spill. Bytes spilled
+# per thread by some rejected tiles, for D 768, F 3072, bfloat16:
 #
 #   sm_90    recompute  128 x 256 x 64, 8 warps    1848
 #   sm_100   recompute  128 x 256 x 64, 8 warps      32  (swiglu)
@@ -54,7 +54,7 @@ class Tiles:
 #   sm_100   weights    128 x 64 x 32, 8 warps       16  (float32)
 #   sm_120   rows       64 x 64 x 32, 8 warps         8  (TF32)
 #
-# float32 without TF32 has no tensor cores, and small tiles keep its operands in registers.
+# float32 without TF32 has no tensor cores; small tiles keep its operands in registers.
 _SINGLE = Tiles(
     forward=Tile(64, 64, 32, 8, 3),
     rows=Tile(64, 64, 32, 8, 3),
@@ -123,17 +123,17 @@ def use_tiles(tiles: Tiles) -> Iterator[None]:
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> Tiles:
-    """The row for a device and the dtype of the products' operands."""
+    """The row for a device and a dtype of the operands."""
     return _forced or built_in(device, dtype)
 
 
 def built_in(device: torch.device, dtype: torch.dtype) -> Tiles:
-    """The row of TABLE, or that of Triton's interpreter."""
+    """The row of TABLE, or the row for Triton's interpreter."""
     return INTERPRETED if device.type == "cpu" else TABLE[key_of(device, dtype)]
 
 
 def key_of(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """Generation and kind of operand: what a row is found by."""
+    """The key of a row: GPU generation and kind of operand."""
     if device.type == "cpu":
         return "interpreter", operands_of(dtype)
     capability = target.compute_capability(device)
