@@ -24,8 +24,8 @@ from ptx.driver import CACHE
 from ptx.flow import END, blocks_of
 from ptx.order import CHANNELS, COUNTERS, Channel, Result, Rule, check
 from ptx.text import Kernel, Statement, parse
+from vlmo.kernels._backends import triton_launch
 from vlmo.kernels._backends.triton import compile_options, operands_of
-from vlmo.kernels.attention.triton import launch as attention_launch
 from vlmo.kernels.attention.triton import tiles as attention_tiles
 from vlmo.kernels.moe_ffn.triton import launch as moe_ffn_launch
 from vlmo.kernels.moe_ffn.triton import tiles as moe_ffn_tiles
@@ -88,8 +88,7 @@ def compiling(generation: str) -> Iterator[list[Compiled]]:
     with (
         mock.patch.object(CUDABackend, "make_cubin", lambda self, source, *rest: source.encode()),
         mock.patch.object(knobs.cache, "dir", str(CACHE)),
-        mock.patch.object(moe_ffn_launch, "launch", note),
-        mock.patch.object(attention_launch, "launch", note),
+        mock.patch.object(triton_launch, "launch", note),
         mock.patch.object(moe_ffn_launch.target, "multiprocessors", return_value=MULTIPROCESSORS),
         mock.patch.object(moe_ffn_tiles, "choose", moe_ffn_row),
         mock.patch.object(attention_tiles, "choose", attention_row),
