@@ -24,10 +24,10 @@ from ptx.driver import CACHE
 from ptx.flow import END, blocks_of
 from ptx.order import CHANNELS, COUNTERS, Channel, Result, Rule, check
 from ptx.text import Kernel, Statement, parse
+from vlmo.kernels import target
+from vlmo.kernels._backends import triton_launch
 from vlmo.kernels._backends.triton import compile_options, operands_of
-from vlmo.kernels.attention.triton import launch as attention_launch
 from vlmo.kernels.attention.triton import tiles as attention_tiles
-from vlmo.kernels.moe_ffn.triton import launch as moe_ffn_launch
 from vlmo.kernels.moe_ffn.triton import tiles as moe_ffn_tiles
 from vlmo.kernels.target import GENERATIONS
 
@@ -36,7 +36,8 @@ PRECISIONS = {  # of products: the dtype, and whether those of float32 are in TF
     "32-bit": (torch.float32, False),
     "tf32": (torch.float32, True),
 }
-OFTEN = [(generation, "16-bit", "vlmo") for generation in ("sm_80", "sm_90", "sm_120")]
+# The products of sm_120 are those of sm_80.
+OFTEN = [(generation, "16-bit", "vlmo") for generation in ("sm_80", "sm_90")]
 OFTEN += [("sm_90", "16-bit", "decoder")]
 ATTENTION_OFTEN = [("sm_90", "16-bit", 64, "vlmo")]
 MULTIPROCESSORS = 132
@@ -88,9 +89,8 @@ def compiling(generation: str) -> Iterator[list[Compiled]]:
     with (
         mock.patch.object(CUDABackend, "make_cubin", lambda self, source, *rest: source.encode()),
         mock.patch.object(knobs.cache, "dir", str(CACHE)),
-        mock.patch.object(moe_ffn_launch, "launch", note),
-        mock.patch.object(attention_launch, "launch", note),
-        mock.patch.object(moe_ffn_launch.target, "multiprocessors", return_value=MULTIPROCESSORS),
+        mock.patch.object(triton_launch, "launch", note),
+        mock.patch.object(target, "multiprocessors", return_value=MULTIPROCESSORS),
         mock.patch.object(moe_ffn_tiles, "choose", moe_ffn_row),
         mock.patch.object(attention_tiles, "choose", attention_row),
     ):
@@ -331,8 +331,8 @@ class Faults:
             following[block.end - 1] = [blocks[n].first for n in block.next if n != END]
         before: dict[int, list[int]] = {}
         for number, targets in following.items():
-            for target in targets:
-                before.setdefault(target, []).append(number)
+            for later in targets:
+                before.setdefault(later, []).append(number)
         ends = {release, *self.result.tickets}
         behind = reached(self.uses.writes or [release], following, ends)
         ahead = reached([release], before, {*self.uses.writes, *self.result.tickets})
