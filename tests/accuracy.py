@@ -1,4 +1,4 @@
-"""The error rule: at most twice as wrong as eager PyTorch of the same dtype."""
+"""The error bound: at most twice the error of eager PyTorch in the same dtype."""
 
 from collections.abc import Callable
 
@@ -14,13 +14,13 @@ def assert_as_accurate_as(
     """Compare ``actual`` with a float64 result, allowing ``factor`` times the baseline's error.
 
     Args:
-        name: for the message.
-        actual: what the kernel gave.
-        exact: the same in float64.
-        baseline: eager PyTorch in the dtype of ``actual``.
+        name: name of the tensor, for the message.
+        actual: result of the kernel.
+        exact: the same result in float64.
+        baseline: result of eager PyTorch in the dtype of ``actual``.
 
-    One rounding unit of the largest value comes on top. The relative L2 error is bounded by the
-    same factor, so that a part that is small everywhere cannot be missing.
+    One rounding unit of the largest value is added. The relative L2 error is bounded by the same
+    factor, because a missing part with small values would not exceed the maximum error.
     """
     assert actual.shape == exact.shape, f"{name}: shape {actual.shape}, expected {exact.shape}"
     assert actual.dtype == baseline.dtype, f"{name}: {actual.dtype}, expected {baseline.dtype}"
@@ -36,9 +36,9 @@ def assert_as_accurate_as(
 
 
 def relative_errors(*results: dict[str, Tensor]) -> dict[str, tuple[float, ...]]:
-    """Largest error of all but the last results beside the last, which are exact, by name.
+    """Largest error of each result against the last one, which is exact, by tensor name.
 
-    Relative to the largest exact value; where that is 0, as it is.
+    Errors are relative to the largest exact value, or absolute if that is 0.
     """
     *others, exact = results
     errors = {}
@@ -54,5 +54,5 @@ def relative_errors(*results: dict[str, Tensor]) -> dict[str, tuple[float, ...]]
 
 
 def labelled(name: str) -> Callable[[str], str]:
-    """For ``msg`` of ``torch.testing.assert_close``: a name before the message."""
+    """An argument ``msg`` of ``torch.testing.assert_close`` that puts a name before the message."""
     return lambda message: f"{name}: {message}"

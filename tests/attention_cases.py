@@ -1,4 +1,4 @@
-"""Calls of shared_attention for the tests: cases, tensors, the eager code to compare with."""
+"""Calls of shared_attention for the tests: cases, tensors, and the eager baseline."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from accuracy import assert_as_accurate_as, relative_errors
 from vlmo.kernels import RelativePositionBias, RelativePositionIndex, shared_attention
 from vlmo.kernels.attention.cuda import backend as cuda_impl
 
-# Where a test runs: a backend on a device. The fixture ``place`` of conftest.py sets each up.
+# A backend and a device on which a test runs. The fixture ``place`` of conftest.py sets them up.
 PLACES = [
     *(("cpu", backend) for backend in ("reference", "cpu", "triton", "cuda")),
     *(("cuda", backend) for backend in ("reference", "triton", "cuda")),
@@ -19,7 +19,7 @@ PLACES = [
 
 
 def on(*backends: str):
-    """Run a test on these backends, on each device that they run on."""
+    """Run a test on these backends, on every device that they support."""
     places = [
         pytest.param(place, marks=[pytest.mark.gpu] if place[0] == "cuda" else [])
         for place in PLACES
@@ -75,7 +75,7 @@ CASES = [
     Case(index="random", lengths=(9, 15, 2), mask=None),
     Case(index="joint", lengths=(9, 15, 2), mask=None, positions=True),
 ]
-# Triton compiles a size of 1 into a kernel.
+# Triton specialises on sizes of 1.
 ONES = Case(index="random", length=1, batch=1, heads=1, head_dim=1, mask=None)
 
 
@@ -137,7 +137,7 @@ def make_options(case: Case, device) -> dict:
 
 
 def eager(case: Case, tensors: dict, options: dict) -> Tensor:
-    """Attention as the official code computes it, one sequence after the other, by autograd."""
+    """Attention as unilm computes it, one sequence at a time, with autograd."""
     index = make_index(case, tensors["q"].device)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     wide = torch.promote_types(tensors["q"].dtype, torch.float32)
@@ -200,13 +200,13 @@ def outputs_and_gradients(function, tensors: dict) -> dict[str, Tensor]:
 def assert_parity(
     case: Case, dtype: torch.dtype, place, change=None
 ) -> dict[str, tuple[float, ...]]:
-    """Output and every gradient of a case, by the error rule; the relative errors of each.
+    """Check the output and every gradient of a case against the error bound.
 
     Args:
-        change: makes other tensors of them, whose attention may fall on few keys.
+        change: changes the tensors, for example so that attention is concentrated on few keys.
 
     Returns:
-        By name, the error of ``place.backend`` and that of eager PyTorch in ``dtype``.
+        By name, the relative error of ``place.backend`` and that of eager PyTorch in ``dtype``.
     """
     device, backend = place
     if backend == "cuda" and (reason := cuda_impl.why_not(device, dtype, case.head_dim, 0)):
@@ -230,11 +230,12 @@ def assert_parity(
 
 
 def delta_error(case: Case, tensors: dict, out: Tensor, dtype: torch.dtype) -> dict[str, float]:
-    """What a rounding of out, which is small otherwise, does to gradients of few keys.
+    """The effect of rounding out on the gradients of queries with few keys.
 
-    The gradient of a score is p (dp - delta). Eager PyTorch takes delta = sum(p dp) over the keys,
-    which leaves exactly 0 for a lone key. Kernels take the equal rowsum(dout * out), where out and
-    the log-sum-exp that p is made from are rounded; so they need not see all keys first.
+    The gradient of a score is p (dp - delta). Eager PyTorch uses delta = sum(p dp) over the keys,
+    which gives exactly 0 for a single key. Kernels use rowsum(dout * out), which is mathematically
+    equal and needs no extra pass over the keys, but out and the log-sum-exp, from which p is
+    recomputed, are rounded.
     """
     if out.numel() == 0:
         return {}

@@ -1,4 +1,4 @@
-"""Reports of the benchmarks, with numbers that are made up."""
+"""Reports of the benchmarks with invented numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from report import Record, Report
 
 
 def measured(contender: str, ms: float, **changes: Any) -> Record:
-    """A record of one case of the feed-forward suite, at 1 TFLOP and 10 GB a call."""
+    """A record of a case of the feed-forward suite, with 1 TFLOP and 10 GB per call."""
     record = dict(
         suite="moe_ffn",
         size="base",
@@ -45,7 +45,7 @@ def not_run(contender: str, reason: str, **changes: Any) -> Record:
 
 
 def report(*records: Record, **changes: Any) -> Report:
-    """A report of some records on a machine that does not exist."""
+    """A report with some records, on an imaginary machine."""
     content: dict[str, Any] = dict(
         machine={"name": "Testing Unit 9", "cores": 2},
         commit="abc1234",

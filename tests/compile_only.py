@@ -1,4 +1,4 @@
-"""Compiles a small kernel in threads for a GPU that is not there; run without TRITON_INTERPRET."""
+"""Compiles a small kernel in threads for an absent GPU; run without TRITON_INTERPRET."""
 
 import threading
 from dataclasses import dataclass
@@ -51,9 +51,9 @@ if __name__ == "__main__":
         assert threading.main_thread() not in compiled_in
         with compile_only():
             fill_with(1, 2, 3)
-        assert len(compiled_in) == 3  # what was compiled is kept
+        assert len(compiled_in) == 3  # compiled kernels are cached
         assert triton.knobs.runtime.jit_cache_hook is None
-        # The call that needs it tells what is wrong.
+        # The call that launches it reports the error.
         try:
             fill_with(7)
         except triton.CompilationError:

@@ -1,12 +1,12 @@
-"""Compiles the Triton kernels of moe_ffn for a GPU that is not there, and says what came out.
+"""Compiles the Triton kernels of moe_ffn for an absent GPU and reports the results.
 
-``python tests/compiled.py table:sm_90`` prints one JSON line per kernel: what the launcher
-of the library would launch on that GPU, with the tensor-core instructions in the PTX, the bytes of
-local memory and the registers in the machine code, and the shared memory. ``layer`` in the place of
-``table`` does that for VLMo's layer in bfloat16 only. ``options`` compiles the cases of the parity
-tests instead, in small tiles: the interpreter that runs them does not check types. ``types`` does
-no more than that check. ``lanes`` compiles two cases in tiles so small that every sum goes over
-lanes. Several such words may be given. Run without TRITON_INTERPRET; nothing is launched.
+``python tests/compiled.py table:sm_90`` prints one JSON line for each kernel that the library would
+launch on that GPU, with the tensor-core instructions in the PTX, the bytes of local memory and the
+registers in the machine code, and the shared memory. ``layer`` instead of ``table`` does this for
+VLMo's layer in bfloat16 only. ``options`` compiles the cases of the parity tests in small tiles,
+because the interpreter that runs them does not check types. ``types`` only checks types. ``lanes``
+compiles two cases in tiles so small that every sum is over lanes. Several jobs may be given. Run
+without TRITON_INTERPRET; nothing is launched.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ LAYERS = {  # VLMo's layer; a decoder's, routed by ids; both without a saved pre
 
 
 class NoDriver:
-    """Stands for the driver of a GPU, as far as compiling asks for one."""
+    """A substitute for a GPU's driver that suffices for compiling."""
 
     def __init__(self, generation: str) -> None:
         self.target = GPUTarget("cuda", int(generation.removeprefix("sm_")), 32)
@@ -55,14 +55,14 @@ class NoDriver:
         return self.target
 
     def get_current_device(self):
-        return self.target.arch  # Triton keeps the kernels of each device apart
+        return self.target.arch  # Triton caches kernels by device
 
     def get_current_stream(self, device):
         return 0
 
 
 def run_case(dtype, activation, norm, ids, save_pre):
-    """Forward and backward of one call on tensors without storage."""
+    """Forward and backward of a call on tensors without storage."""
     experts, halves = 2, 2 if activation in GATED else 1
     tokens = SEQUENCES * 237
 
@@ -88,7 +88,7 @@ def run_case(dtype, activation, norm, ids, save_pre):
 
 
 def run_options(case, x_dtype, half, save_pre, needs):
-    """Forward and backward of a case of the parity tests; ``needs`` names the wanted gradients."""
+    """Forward and backward of a parity test's case; ``needs`` names the gradients to compute."""
     tensors = make_tensors(case, "meta", half)
     tokens, experts = tensors["x"].numel() // case.dim, len(case.hidden)
     index = [
@@ -131,7 +131,7 @@ def all_options(facts) -> None:
 
 
 def say(**facts) -> None:
-    """Print one line of JSON, with the version of the Triton that is at work."""
+    """Print a line of JSON that includes Triton's version."""
     print(json.dumps(dict(triton=triton.__version__, **facts)), flush=True)
 
 
@@ -148,9 +148,9 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def contracted(ptx: str) -> int:
-    """Fused multiply-adds of a lane's own numbers and another lane's.
+    """Number of fused multiply-adds that combine a lane's own values with those of another lane.
 
-    They round the two otherwise, and the lanes that should hold one sum hold different ones: see
+    They round the two differently, so lanes that should hold the same sum differ; see
     :func:`vlmo.kernels._backends.triton_device.term`.
     """
     lanes = set(re.findall(r"shfl\.sync\S*\s+(%\w+)", ptx))
@@ -161,11 +161,11 @@ def contracted(ptx: str) -> int:
 
 
 class TypesFit(Exception):
-    """Raised where a compiler would go on with a kernel whose types fit."""
+    """Raised when the types of a kernel have been checked."""
 
 
 def types_only():
-    """While it lasts, compiling ends with :class:`TypesFit`."""
+    """Inside the block, compilation stops with :class:`TypesFit` after the type check."""
     return mock.patch.object(CUDABackend, "make_ttgir", side_effect=TypesFit)
 
 

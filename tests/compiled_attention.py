@@ -1,8 +1,8 @@
-"""Compiles the Triton kernels of shared_attention for a GPU that is not there.
+"""Compiles the Triton kernels of shared_attention for an absent GPU.
 
-``python tests/compiled_attention.py table:sm_90`` prints one JSON line per kernel, as
-compiled.py does, which tells what may stand in the place of ``table``. Run without
-TRITON_INTERPRET; nothing is launched.
+``python tests/compiled_attention.py table:sm_90`` prints one JSON line per kernel, as does
+compiled.py, which documents the alternatives to ``table``. Run without TRITON_INTERPRET; nothing is
+launched.
 """
 
 import itertools
@@ -31,7 +31,7 @@ LAYERS = {  # VLMo's joint layer, on a packed qkv; sequences without padding; a 
 
 
 def run(call: Call) -> None:
-    """Forward and backward of one call on tensors without storage."""
+    """Forward and backward of a call on tensors without storage."""
     out, lse = triton_impl.forward(call)
     triton_impl.backward(out, out, lse, call, [True] * 4)
 

@@ -1,8 +1,8 @@
-"""Runs compiled.py and compiled_attention.py, with the installed Triton or with another one.
+"""Runs compiled.py and compiled_attention.py, with the installed Triton or with another release.
 
-``make tritons`` unpacks the oldest and the newest release that are supported under build/triton;
-tests/triton_releases has their versions. One of them is put before the installed one for
-as long as a script runs.
+``make tritons`` unpacks the oldest and the newest supported release under build/triton;
+tests/triton_releases lists their versions. One of them takes precedence over the installed release
+while a script runs.
 """
 
 import json
@@ -19,13 +19,13 @@ from packaging.requirements import Requirement
 TESTS = Path(__file__).parent
 UNPACKED = TESTS.parent / "build" / "triton" / str(sys.implementation.cache_tag)
 RELEASES = ("oldest", "newest")
-# The installed one in make test, the others in make test-all.
+# The installed release in make test, the others in make test-all.
 WITH_INSTALLED = ("installed", *(pytest.param(r, marks=pytest.mark.slow) for r in RELEASES))
 KINDS = ("sm_80", "sm_90", "sm_100")  # a GPU of each kind of tensor-core instruction
 
 
 def version_of(release: str) -> str:
-    """The version that tests/triton_releases asks for on this Python."""
+    """The version that tests/triton_releases specifies for this Python."""
     lines = (TESTS / "triton_releases" / f"{release}.txt").read_text().splitlines()
     (wanted,) = [r for r in map(Requirement, lines) if r.marker is None or r.marker.evaluate()]
     (specifier,) = wanted.specifier
@@ -34,7 +34,7 @@ def version_of(release: str) -> str:
 
 
 def compiled(script: str, *jobs: str, release: str = "installed") -> list[dict]:
-    """What a script says of its jobs, in a process in which Triton compiles."""
+    """The output of a script for its jobs, from a process in which Triton compiles."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     wanted = triton.__version__
     if release != "installed":
@@ -53,5 +53,5 @@ def compiled(script: str, *jobs: str, release: str = "installed") -> list[dict]:
 
 
 def spill_limit(report: dict) -> int:
-    """Bytes that a thread may spill: the tiles are chosen for 3.7.1; others spill a little."""
+    """Bytes that a thread may spill: tiles are chosen for 3.7.1; other releases spill a little."""
     return 0 if report["triton"] == "3.7.1" else 128

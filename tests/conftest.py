@@ -1,4 +1,4 @@
-"""What every test gets: the device and the backend it runs on, and a seeded generator."""
+"""Fixtures of all tests: the device and the backend to run on, and a seeded generator."""
 
 import importlib.util
 import os
@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 import pytest
 
-# Threads of one test that wait for each other keep the cores from the other tests. Libraries read
-# these when they are loaded; processes that tests start inherit them.
+# Threads of a test that spin while they wait would slow down concurrent tests. Libraries read these
+# variables when they are loaded; processes that tests start inherit them.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
-# A machine that is busy with something else takes long, which is no fault of a test.
+# A test must not fail because the machine is busy.
 settings.register_profile(
     "any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -28,7 +28,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-# Kernels in an interpreter or an emulator, and what measures them.
+# Kernels in an interpreter or an emulator, and tests that measure them.
 HEAVY_PLACES = (("cpu", "triton"), ("cpu", "cuda"))
 HEAVY_FOLDERS = {"sm70", "ptx", "benchmarks"}
 
@@ -51,19 +51,19 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> torch.device:
-    """The CPU, and the GPU where there is one: the very same test runs on both."""
+    """The CPU, and the GPU if there is one: the same test runs on both."""
     return torch.device(request.param)
 
 
 class Place(NamedTuple):
-    """Where a test of an operation runs."""
+    """The device and the backend on which a test of an operation runs."""
 
     device: torch.device
     backend: str
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of a test that needs one dtype only; the CUDA kernels take float16."""
+        """The dtype for tests that need only one; the CUDA kernels require float16."""
         return torch.float16 if self.backend == "cuda" else torch.float32
 
     @property
@@ -72,7 +72,7 @@ class Place(NamedTuple):
 
 
 def _convert_float(values, source, target, rounding):
-    """Round as every GPU does; Triton's interpreter cuts float32 down to bfloat16 (Triton 3.7)."""
+    """Round as GPUs do; Triton's interpreter truncates float32 to bfloat16 (Triton 3.7)."""
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     bits = torch.tensor(values).view(dtypes[source.name])
     return (
@@ -93,7 +93,7 @@ def _convert_float(values, source, target, rounding):
     ids="-".join,
 )
 def place(request, monkeypatch) -> Iterator[Place]:
-    """Every backend on the CPU, and on the GPU where there is one.
+    """Every backend on the CPU, and on the GPU if there is one.
 
     On the CPU Triton's kernels run in its interpreter, or as PTX in the emulator of tests/ptx, and
     the CUDA kernels in the emulator of tests/sm70.
@@ -130,7 +130,7 @@ def place(request, monkeypatch) -> Iterator[Place]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
-    """Threads that wait for a core another program has taken make small models far slower."""
+    """Use one thread: small models are far slower if threads wait for cores that are busy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""Counts what a training step costs: token-layers, launches, images embedded, waits."""
+"""Counts the cost of a training step: token-layers, launches, embedded images, waits."""
 
 import contextlib
 from collections import Counter
@@ -20,7 +20,7 @@ _WAITS = {
 
 
 class OnDevice(Tensor):
-    """A tensor that counts what would wait for a GPU; whatever is computed from it is another."""
+    """A tensor that counts synchronisations with the GPU; results computed from it do, too."""
 
     waits = 0
 
@@ -41,7 +41,7 @@ def plain(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def counting() -> Iterator[Counter]:
-    """Counts what runs inside: token-layers, launches of both operations, images embedded, waits.
+    """Count token-layers, launches of both operations, embedded images and waits in the block.
 
     A launch is a call of one of the two operations.
     """

@@ -1,4 +1,4 @@
-"""The CUDA backend on the CPU: the V100's machine code, as shipped, in the emulator."""
+"""The CUDA backend on the CPU: the shipped machine code for the V100 in the emulator."""
 
 import contextlib
 import ctypes
@@ -13,7 +13,7 @@ from vlmo import _C
 from vlmo.kernels import target
 from vlmo.kernels._backends import cuda as cuda_target
 
-PROGRAMS = 2  # CTAs that the host takes to be resident on a multiprocessor
+PROGRAMS = 2  # resident CTAs per multiprocessor that the host assumes
 
 
 @functools.cache
@@ -22,7 +22,7 @@ def kernel(cubin: str, name: str) -> Kernel:
 
 
 def memory_of(tensors) -> list[np.ndarray]:
-    """The bytes of the tensors, each storage once."""
+    """The bytes of the tensors, with each storage once."""
     spans: dict[int, int] = {}
     for tensor in tensors:
         if tensor is not None and tensor.numel():
@@ -39,9 +39,9 @@ def memory_of(tensors) -> list[np.ndarray]:
 
 @contextlib.contextmanager
 def emulated(workers=2 * PROGRAMS, **options):
-    """Run ``backend="cuda"`` on CPU tensors; ``options`` go to every launch of the emulator.
+    """Run ``backend="cuda"`` on CPU tensors; ``options`` are passed to every emulated launch.
 
-    ``workers`` is the number of CTAs that the host takes to be resident at a time.
+    ``workers`` is the number of resident CTAs that the host assumes.
     """
 
     def launch(cubin, name, device, programs, threads, shared_bytes, argument, tensors):

@@ -1,4 +1,4 @@
-"""Tiny models and data sets of every task of evaluation."""
+"""Tiny models and data sets for every evaluation task."""
 
 import functools
 import json
@@ -53,7 +53,7 @@ class First(torch.utils.data.Dataset):
 
 
 class Damaged(First):
-    """Samples of which some cannot be read."""
+    """Samples, some of which cannot be read."""
 
     bad: tuple[int, ...] = ()
 
@@ -112,7 +112,7 @@ def results(wrap, folder: Path, size: int = 11) -> dict[str, dict[str, float]]:
 
 
 def main(folder: Path) -> None:
-    """Of one rank of a group: evaluates everything; each rank saves its results."""
+    """Evaluate everything in a process group; each rank saves its results."""
     dist.init_process_group("gloo")
     for name in WAYS:
         mine = folder / name

@@ -1,4 +1,4 @@
-"""Nine numbers that stand for a tensor: enough to see a relative difference of 1e-5 in it."""
+"""Nine numbers that represent a tensor: enough to detect a relative difference of 1e-5."""
 
 import hashlib
 
@@ -9,7 +9,7 @@ PROJECTIONS = 8
 
 
 def fingerprint(name: str, tensor: Tensor) -> Tensor:
-    """``[1 + PROJECTIONS]`` float64: the norm, and projections on Gaussian vectors drawn by name.
+    """``[1 + PROJECTIONS]`` float64: the norm, and projections on Gaussian vectors seeded by name.
 
     The projections of a difference d are normal with standard deviation ``d.norm()``.
     """

@@ -1,11 +1,11 @@
-"""Triton's interpreter with all programs of a launch under way at once.
+"""Triton's interpreter with all programs of a launch running concurrently.
 
-The interpreter runs one program after the other, so a program never meets another that is not done:
-a wait that is missing goes unnoticed. Here each program is a thread. One at a time has the turn,
-and may lose it before every store and every atomic operation; who gets it next is drawn from a
-seed. So things happen in the same order in every run and on every machine. A program that reads the
-same number twice with an atomic operation that adds nothing waits for a change of it. Where all
-wait, the launch has hung: it fails.
+The interpreter runs programs sequentially, so a program never observes an unfinished one, and a
+missing wait remains undetected. Here each program is a thread. One thread at a time runs, and may
+be preempted before every store and every atomic operation; the next thread is chosen by a seeded
+random number generator, so the interleaving is the same in every run and on every machine. A
+program that twice reads the same value with an atomic operation that adds nothing is waiting for a
+change of it. If all programs wait, the launch fails with a deadlock.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from collections.abc import Callable
 
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, interpreter_builder
 
-_TURNS = 200_000  # of a launch; one that takes more will not end
+_TURNS = 200_000  # limit per launch; a launch with more turns would not end
 
 
 class Hang(Exception):
-    """No program can go on."""
+    """No program can continue."""
 
 
 class _Stopped(BaseException):
@@ -30,12 +30,12 @@ class _Stopped(BaseException):
 
 
 class _Launch:
-    """The programs of one launch, and who of them has the turn.
+    """The programs of a launch, and the one that runs.
 
     Args:
-        places: of each program in the grid.
-        seed: of the order of the turns. The program that makes the launch's atomic operation of
-            this number is held back from then on: it gets the turn only if no other can go on.
+        places: position of each program in the grid.
+        seed: seed of the interleaving. The program that executes the launch's atomic operation with
+            this number is delayed from then on: it runs only if no other program can continue.
     """
 
     def __init__(self, places: list[tuple[int, int, int]], seed: int) -> None:
@@ -43,7 +43,7 @@ class _Launch:
         self.random = random.Random(seed)
         self.changed = threading.Condition()
         self.ready = set(range(len(places)))
-        self.waiting: dict[int, int] = {}  # programs, and the address of which they want a change
+        self.waiting: dict[int, int] = {}  # programs, and the address on which they wait
         self.held_back: int | None = None
         self.turn: int | None = None
         self.turns = self.atomics = self.waits = 0
@@ -62,7 +62,7 @@ class _Launch:
             raise self.failure
 
     def pause(self) -> None:
-        """Let others take the turn."""
+        """Let other programs run."""
         with self.changed:
             self.ready.add(self.mine.number)
             self._choose()
@@ -82,9 +82,10 @@ class _Launch:
         self.mine.seen = None
 
     def read_at(self, address: int, value: int) -> bool:
-        """Whether the program may go on with a value that it has read with acquire semantics.
+        """Whether the program may continue with a value that it has read with acquire semantics.
 
-        Else it has read it before, has waited for a change, and has to read it again.
+        Otherwise it has read the same value before, has now waited for a change, and must read it
+        again.
         """
         if self.mine.seen != (address, value):
             self.mine.seen = (address, value)
@@ -115,7 +116,7 @@ class _Launch:
             self.changed.notify_all()
 
     def _choose(self) -> None:
-        """Give the turn to a program that is ready."""
+        """Choose the next program among those that are ready."""
         self.turns += 1
         ready = sorted(self.ready - {self.held_back}) or sorted(self.ready)
         if not ready and not self.waiting:
@@ -136,11 +137,11 @@ class _Launch:
 
 
 class Interleaved:
-    """Change Triton for as long as ``patch``, a ``pytest.MonkeyPatch``, lasts.
+    """Patch Triton until ``patch``, a ``pytest.MonkeyPatch``, is undone.
 
     Attributes:
-        seed: of the launches to come.
-        waits: how often a program of each kernel has had to wait for another.
+        seed: seed of the next launches.
+        waits: for each kernel, how often a program has waited for another.
     """
 
     def __init__(self, patch) -> None:
@@ -194,12 +195,12 @@ class Interleaved:
 
 
 class _Gathered:
-    """Stands for a kernel: gathers the programs of a grid, and runs all when it has the last."""
+    """A substitute for a kernel that collects the programs of a grid, and then runs all of them."""
 
     def __init__(self, fn, run) -> None:
         self._fn, self._run = fn, run
         self._places: list[tuple[int, int, int]] = []
-        # What the interpreter looks at.
+        # The interpreter reads this attribute.
         self.__signature__ = inspect.signature(fn)
         self.__name__, self.__globals__ = fn.__name__, fn.__globals__
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter, made faster, and the same on every CPU."""
+"""Makes Triton's interpreter faster, and its results equal on every CPU."""
 
 import numpy as np
 import triton.language as tl
@@ -7,17 +7,17 @@ from triton.runtime.interpreter import TensorHandle
 
 
 class _Everything:
-    """Stands for a function whose module sees all of Triton's language."""
+    """A substitute for a function whose module has all of Triton's language."""
 
     __globals__ = {"tl": tl, "core": tl.core}  # noqa: RUF012
 
 
 class _Once:
-    """A change of the language that lasts until the outermost function returns.
+    """A patch of the language that remains until the outermost function returns.
 
-    The interpreter looks through the language and changes each of its functions when a kernel, or a
-    function that it calls, is called, and changes them back at the end. Inside a kernel they have
-    been changed already.
+    For every call of a kernel, or of a function that it calls, the interpreter patches all
+    functions of the language and restores them at the end. Inside a kernel they are already
+    patched.
     """
 
     def __init__(self, patch) -> None:
@@ -39,9 +39,9 @@ class _Once:
 
 
 def _rounded_once(create):
-    """An operation of float32 computed in float64: NumPy and its BLAS round otherwise on every CPU.
+    """Compute a float32 operation in float64, because NumPy and BLAS round differently per CPU.
 
-    Products of float16, for which NumPy has no fast code, become faster, too.
+    This also makes float16 products faster, for which NumPy has no fast code.
     """
 
     def wide(argument):
@@ -50,7 +50,7 @@ def _rounded_once(create):
         return argument
 
     def created(self, *arguments):
-        # The last operand of a product is what it is added to: in the type of the result.
+        # The last operand of a product is the accumulator, which has the type of the result.
         last = [a for a in arguments if isinstance(a, TensorHandle)][-1]
         if last.data.dtype != np.float32:
             return create(self, *arguments)
@@ -61,7 +61,7 @@ def _rounded_once(create):
 
 
 def _with_index(patch_tensor):
-    """With NumPy 2.4 an array of one number is no index; before 3.7 Triton makes one of it."""
+    """Allow one-element arrays as indices: Triton before 3.7 uses them, NumPy 2.4 rejects them."""
 
     def patched(tensor, *scope) -> None:
         patch_tensor(tensor, *scope)
@@ -71,11 +71,11 @@ def _with_index(patch_tensor):
 
 
 def improve(patch) -> None:
-    """Change Triton for as long as ``patch``, a ``pytest.MonkeyPatch``, lasts."""
+    """Patch Triton until ``patch``, a ``pytest.MonkeyPatch``, is undone."""
     change = interpreter._patch_lang
     if hasattr(interpreter, "_LangPatchScope"):  # from Triton 3.6 on
         patch.setattr(interpreter, "_patch_lang", _Once(change))
-    else:  # which asks for the language in the module of every function, also of one without need
+    else:  # which requires the language in the module of every function
         patch.setattr(interpreter, "_patch_lang", lambda function: change(_Everything))
     patch.setattr(interpreter, "_patch_lang_tensor", _with_index(interpreter._patch_lang_tensor))
     builder = interpreter.InterpreterBuilder

@@ -1,4 +1,4 @@
-"""Calls of moe_ffn for the tests: cases, tensors, the eager layer they are compared with."""
+"""Calls of moe_ffn for the tests: cases, tensors, and the eager baseline."""
 
 from dataclasses import dataclass, field
 
@@ -17,7 +17,7 @@ GATED = ("swiglu", "geglu")
 
 @dataclass(frozen=True)
 class Case:
-    """One call; the defaults are VLMo's lower layers in small."""
+    """A call; the defaults are a small version of VLMo's lower layers."""
 
     pieces: tuple = ((0, 7), (1, 13))  # (expert, length) of every sequence
     form: str = "segments"  # "segments", "ids" or "packed"
@@ -144,7 +144,7 @@ def leaves(tensors: dict) -> dict[str, Tensor]:
 
 
 def eager(case: Case, ids: Tensor, tensors: dict) -> Tensor:
-    """moe_ffn as everybody writes it today: boolean masks, F.linear, F.layer_norm, autograd."""
+    """moe_ffn in its usual form: boolean masks, F.linear, F.layer_norm, autograd."""
     x = tensors["x"].reshape(-1, case.dim)
     out = torch.zeros_like(x)
     for e in range(len(case.hidden)):
@@ -188,7 +188,7 @@ def eager_autocast(case: Case, ids: Tensor, tensors: dict) -> Tensor:
 
 
 def skip_unless_possible(place, case: Case, dtype: torch.dtype) -> None:
-    """Skip a test whose call the place's backend refuses, with its reason."""
+    """Skip a test, with the reason, if the backend does not support the call."""
     facts = (place.device, dtype, case.dim, case.hidden, case.activation)
     if reason := BACKENDS[place.backend].why_not(*facts):
         pytest.skip(f"{place.backend}: {reason}")
@@ -220,10 +220,10 @@ def outputs_and_gradients(function, tensors: dict) -> dict[str, Tensor]:
 
 
 def assert_parity(case: Case, dtype: torch.dtype, place) -> dict[str, tuple[float, ...]]:
-    """Output and every gradient of a case, by the error rule; the relative errors of each.
+    """Check the output and every gradient of a case against the error bound.
 
     Returns:
-        By name, the error of ``place.backend`` and that of eager PyTorch in ``dtype``.
+        By name, the relative error of ``place.backend`` and that of eager PyTorch in ``dtype``.
     """
     device, backend = place
     routing = make_routing(case, device)
@@ -231,7 +231,7 @@ def assert_parity(case: Case, dtype: torch.dtype, place) -> dict[str, tuple[floa
     assert ids.numel() == expert_ids(case).numel()
 
     def run(function, to):
-        # The same rounded values in every dtype: drawn in the tested one, then widened.
+        # The same rounded values in every dtype: created in the tested dtype, then widened.
         tensors = make_tensors(case, device, dtype)
         wide = {
             k: [t.to(to) for t in v] if isinstance(v, list) else v.to(to)
@@ -248,7 +248,7 @@ def assert_parity(case: Case, dtype: torch.dtype, place) -> dict[str, tuple[floa
 
 
 class Spy:
-    """A backend that notes its calls and lets the CPU backend answer them."""
+    """A backend that records its calls and delegates them to the CPU backend."""
 
     pre_shape = staticmethod(cpu.pre_shape)
 

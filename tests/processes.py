@@ -1,4 +1,4 @@
-"""Processes of their own: trainings to be killed, and the ranks of a group."""
+"""Starts processes: trainings that are killed, and the ranks of a group."""
 
 import multiprocessing
 import os
@@ -26,7 +26,7 @@ def command(monkeypatch, *arguments: str) -> int:
 
 
 def forked(function, output: Path) -> ForkProcess:
-    """A process that has started ``function``; what it says goes to ``output``."""
+    """A process that runs ``function``; its output goes to ``output``."""
 
     def body():
         with output.open("w", buffering=1) as stream:
@@ -39,10 +39,10 @@ def forked(function, output: Path) -> ForkProcess:
 
 
 def in_ranks(function, folder: Path, count: int = 2) -> None:
-    """Call a function in so many processes as torchrun would start them.
+    """Call a function in ``count`` processes, with the environment that torchrun would set.
 
-    They are copies of this one, which has imported everything already. The function joins the
-    group itself, as it would under torchrun; each process ends with it.
+    They are forked from this process, which has already imported everything. The function joins the
+    group itself, as under torchrun; each process exits when it returns.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), WORLD_SIZE=str(count))
@@ -53,7 +53,7 @@ def in_ranks(function, folder: Path, count: int = 2) -> None:
             os.environ |= environment | dict(RANK=str(rank), LOCAL_RANK=str(rank))
             torch.set_num_threads(1)
             function()
-            # At once: taking the interpreter down beside gloo's threads has aborted (torch 2.13).
+            # Exit at once: finalising the interpreter with gloo's threads has aborted (torch 2.13).
             sys.stdout.flush()
             os._exit(0)
 
@@ -67,7 +67,7 @@ def in_ranks(function, folder: Path, count: int = 2) -> None:
 
 
 def wait_for(condition, process) -> None:
-    deadline = time.monotonic() + 600  # of a machine that is busy with something else
+    deadline = time.monotonic() + 600  # long enough for a busy machine
     while not condition():
         assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.002)
@@ -82,7 +82,7 @@ def steps_of(folder: Path) -> list[int]:
 
 
 def assert_same_weights(folder: Path, other: Path, name: str) -> None:
-    """Bit by bit; safetensors writes its metadata in any order."""
+    """Compare weights bitwise; files may differ, as safetensors writes metadata in any order."""
     weights, wanted = load_file(folder / name), load_file(other / name)
     assert weights.keys() == wanted.keys()
     for key, tensor in wanted.items():

@@ -27,7 +27,7 @@ def whole(tensor):
 
 
 def main(output: Path) -> None:
-    """Of one rank of a group."""
+    """Run on one rank of a group."""
     dist.init_process_group("gloo")
     size = ROWS // distributed.world_size()
     results = {}
@@ -38,7 +38,7 @@ def main(output: Path) -> None:
                 model = model_of(TINY.replace(tasks=tasks))
                 module = wrap(model, how)
                 losses = step.backward(module, share, micro_batch=micro_batch, seed=(1, 2))
-                # Reading a sharded gradient is a collective.
+                # Reading a sharded gradient is a collective operation.
                 grads = {
                     n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None
                 }

@@ -1,4 +1,4 @@
-"""How attention on the CPU groups its sequences: alike ones together, long ones if neighbours."""
+"""Grouping of sequences in attention on the CPU: similar ones, and long ones only if adjacent."""
 
 from unittest import mock
 

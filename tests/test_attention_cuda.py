@@ -1,6 +1,6 @@
 """shared_attention's CUDA kernels: sizes, scores, strides, interleavings, launches, machine code.
 
-Where there is no GPU the sm_70 machine code runs in the emulator, as everywhere in the suite.
+Without a GPU the sm_70 machine code runs in the emulator, as in all tests.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""shared_attention's Triton kernels: sizes, launches, repeatability, memory, the table's sums."""
+"""shared_attention's Triton kernels: sizes, launches, determinism, memory, the table's sums."""
 
 import itertools
 from typing import Any

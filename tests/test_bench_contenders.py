@@ -1,4 +1,4 @@
-"""Every contender computes what it says, a wrong one is found out, and what cannot run says why."""
+"""Contenders: each passes the accuracy check, wrong ones fail, unavailable ones give a reason."""
 
 import itertools
 import sys

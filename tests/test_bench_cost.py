@@ -1,4 +1,4 @@
-"""The formulas of benchmarks/harness/cost.py, against what PyTorch counts."""
+"""The formulas of benchmarks/harness/cost.py, compared with PyTorch's FLOP counter."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The benchmarks from the command line: what is measured, written, selected and refused."""
+"""The benchmarks from the command line: measurements, files, selection, errors."""
 
 from __future__ import annotations
 

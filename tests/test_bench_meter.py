@@ -1,4 +1,4 @@
-"""What is measured of the contenders of a case."""
+"""Measurement of the contenders of a case."""
 
 from __future__ import annotations
 

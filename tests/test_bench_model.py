@@ -1,4 +1,4 @@
-"""The suite of the whole model: every contender is exact, and what is named compiled is."""
+"""The suite of the whole model: contenders pass the accuracy check, and "compiled" ones compile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NVML's facts, from a module that pretends to be pynvml."""
+"""Sensors of NVML, with a fake pynvml module."""
 
 from __future__ import annotations
 

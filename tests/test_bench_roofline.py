@@ -1,4 +1,4 @@
-"""The roof of a device."""
+"""The roofline of a device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The accuracy gate, the time limit and reasons, with contenders that pretend."""
+"""The accuracy gate, the time limit and reasons, with fake contenders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: every published layout, resizes, recognition, bad files, saves never half done."""
+"""Checkpoints: every published layout, resizing, recognition, bad files, atomic saving."""
 
 from __future__ import annotations
 

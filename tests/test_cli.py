@@ -1,4 +1,4 @@
-"""The command line: what it shows, and how it fails."""
+"""The command line: output and errors."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Buffers of counters under another allocator than PyTorch's own."""
+"""Buffers of counters with an allocator other than PyTorch's own."""
 
 from types import SimpleNamespace
 from typing import Any

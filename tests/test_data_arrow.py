@@ -1,4 +1,4 @@
-"""The official Arrow files: which of them a split needs, and what their rows become."""
+"""The Arrow files of unilm: the files of each split, and the samples from their rows."""
 
 from __future__ import annotations
 

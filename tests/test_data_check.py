@@ -1,4 +1,4 @@
-"""Samples that cannot be read: what each kind of data says of them, and vlmo check."""
+"""Samples that cannot be read: errors of each kind of data, and vlmo check."""
 
 from __future__ import annotations
 

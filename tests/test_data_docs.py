@@ -1,4 +1,4 @@
-"""The examples of docs/data.md, read by the code that they are for."""
+"""The examples of docs/data.md, read by the code that they describe."""
 
 from __future__ import annotations
 

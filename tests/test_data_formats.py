@@ -1,4 +1,4 @@
-"""Every format of a user's own records, every place where they may lie, and what is wrong there."""
+"""Every format and location of a user's own records, and their errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which samples show one picture, and whether data are the same."""
+"""Identification of samples that share a picture, and of equal data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Global batches, their shares, and what the loaders make of them."""
+"""Global batches, the shares of ranks, and the batches of the loaders."""
 
 from __future__ import annotations
 

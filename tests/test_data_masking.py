@@ -1,4 +1,4 @@
-"""Texts that leave nothing to predict: masks, losses and metrics are still right."""
+"""Texts without maskable tokens: masks, losses and metrics are still correct."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A user's own data: every form that is read, and what is said of data that cannot be."""
+"""A user's own data: every supported form, and errors for unsupported data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo end to end, and the rules it judges by."""
+"""The demo end to end, and its acceptance criteria."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Digit scenes: what they say is true of what they show, and no split sees another's scans."""
+"""Digit scenes: captions and answers match the images, and splits share no scans."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The comparisons on digit scenes: which trainings they are made of, and the committed page."""
+"""The comparisons on digit scenes: their trainings, and the committed page."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Which backend runs: argument, use_backend(), VLMO_KERNELS, first that can; no fallback."""
+"""Choice of the backend: argument, use_backend(), VLMO_KERNELS, first that can run; no fallback."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Two processes compute what one computes: losses and gradients of the global batch."""
+"""Two processes compute the same losses and gradients of the global batch as one process."""
 
 import pytest
 import torch

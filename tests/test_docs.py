@@ -1,4 +1,4 @@
-"""Every snippet of README.md and docs/ runs as it stands there, on small data of the same names."""
+"""Every snippet of README.md and docs/ runs unchanged, on small data with the same names."""
 
 from __future__ import annotations
 

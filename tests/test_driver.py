@@ -1,4 +1,4 @@
-"""vlmo._C: the embedded cubins, and its calls of the CUDA driver, for which a fake stands in."""
+"""vlmo._C: the embedded cubins, and its calls of a fake CUDA driver."""
 
 import json
 import os

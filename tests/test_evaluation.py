@@ -1,4 +1,4 @@
-"""Metrics by hand, from direct calls of the model, and from two processes."""
+"""Metrics, compared with manual computation, direct calls of the model, and two processes."""
 
 import json
 import math

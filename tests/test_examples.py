@@ -1,4 +1,4 @@
-"""Every program of examples/ runs, and prints what it promises."""
+"""Every program of examples/ runs and prints the expected output."""
 
 from __future__ import annotations
 

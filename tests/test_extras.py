@@ -1,4 +1,4 @@
-"""What runs without the optional packages that only some commands need."""
+"""Features that work without the optional packages."""
 
 import subprocess
 import sys

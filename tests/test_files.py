@@ -1,4 +1,4 @@
-"""Texts in the encodings that people's files have."""
+"""Text files in common encodings."""
 
 from __future__ import annotations
 

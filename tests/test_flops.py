@@ -1,4 +1,4 @@
-"""The formulas of vlmo.model.flops, against PyTorch's count of a model of dense products."""
+"""The formulas of vlmo.model.flops, compared with PyTorch's FLOP counter on dense products."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Parity with the official code: losses, outputs, features and every gradient, in float32."""
+"""Parity with unilm: losses, outputs, features and every gradient, in float32."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh with programs that stand in for Python and compute-sanitizer; no GPU."""
+"""benchmarks/gpu.sh with substitutes for Python and compute-sanitizer, without a GPU."""
 
 import math
 import os

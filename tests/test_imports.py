@@ -1,4 +1,4 @@
-"""Modules import what lies below them only, without circles; no block of code stands twice."""
+"""Modules import only from lower layers, without cycles; there are no duplicate blocks of code."""
 
 import ast
 import itertools

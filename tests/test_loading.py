@@ -1,4 +1,4 @@
-"""What belongs to weights: vocabulary and answers by their digests, whole and finite tensors."""
+"""Loading of models: digests of vocabulary and answers, complete and finite tensors."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What lies under a masked key, and in an expert without tokens, changes nothing."""
+"""Values at masked keys, and weights of experts without tokens, have no effect."""
 
 import itertools
 from dataclasses import dataclass

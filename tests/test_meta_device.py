@@ -1,4 +1,4 @@
-"""Models built on the meta device: storage without values gets those that can be computed."""
+"""Models built on the meta device: computed buffers get their values back."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""The models of GPUs that are not there: their pages and the constants they rest on."""
+"""The performance models of GPUs: their pages and constants."""
 
 from __future__ import annotations
 

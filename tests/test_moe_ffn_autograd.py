@@ -1,7 +1,7 @@
-"""moe_ffn and what stands around it: autograd's modes, compilation, checkpointing, parallelism.
+"""moe_ffn in context: autograd's modes, compilation, checkpointing, parallelism.
 
-An eager call goes past torch.library; a compiled one cannot. Both ways share their backward, and
-every test here takes both.
+An eager call bypasses torch.library; a compiled one cannot. Both paths share their backward, and
+every test here covers both.
 """
 
 import pytest

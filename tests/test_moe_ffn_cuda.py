@@ -1,7 +1,7 @@
-"""moe_ffn's CUDA kernels: parity where only they have edges, interleavings, launches, machine code.
+"""moe_ffn's CUDA kernels: parity at their own edge cases, interleavings, launches, machine code.
 
-Where there is no GPU the sm_70 machine code runs in the emulator, as everywhere in the suite. Other
-activations than gelu and swiglu run in test_moe_ffn.py only: translating a kernel takes time.
+Without a GPU the sm_70 machine code runs in the emulator, as in all tests. Activations other than
+gelu and swiglu are only tested in test_moe_ffn.py, because translating a kernel takes time.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""moe_ffn's Triton kernels while their programs wait for each other."""
+"""moe_ffn's Triton kernels with concurrent programs that wait for each other."""
 
 import pytest
 import torch

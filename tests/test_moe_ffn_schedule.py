@@ -1,4 +1,4 @@
-"""The order of moe_ffn's tickets: its model is right, is what the kernels do, and fills a GPU."""
+"""The order of moe_ffn's tickets: the model is correct, matches the kernels, and fills a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""moe_ffn's Triton kernels: launches, counters, repeatability, what is not computed."""
+"""moe_ffn's Triton kernels: launches, counters, determinism, gradients that are not computed."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Names of Python objects in the documentation and in docstrings lead to something."""
+"""Names of Python objects in the documentation and in docstrings exist."""
 
 from __future__ import annotations
 

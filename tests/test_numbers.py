@@ -1,4 +1,4 @@
-"""Numbers in README.md and docs/ come from committed results, and from nowhere else."""
+"""Numbers in README.md and docs/ come from committed results only."""
 
 from __future__ import annotations
 

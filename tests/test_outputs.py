@@ -1,4 +1,4 @@
-"""Where commands write: never in the place of what a user has, and with names as they are."""
+"""Output files of commands: they never overwrite a user's files, and names are unchanged."""
 
 from __future__ import annotations
 

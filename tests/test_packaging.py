@@ -1,4 +1,4 @@
-"""A wheel built from this tree installs and imports where there is no compiler."""
+"""A wheel built from this tree installs and imports without a compiler."""
 
 import os
 import pathlib

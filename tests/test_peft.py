@@ -1,4 +1,4 @@
-"""PEFT's adapters on VLMo: they act, learn, merge, and are saved; nothing of them is ignored."""
+"""PEFT's adapters on VLMo: they take effect, train, merge, and are saved; none is ignored."""
 
 import copy
 import os

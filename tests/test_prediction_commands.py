@@ -1,4 +1,4 @@
-"""vlmo evaluate and vlmo predict: what they print and write, and how they fail."""
+"""vlmo evaluate and vlmo predict: output, files and errors."""
 
 import json
 import math

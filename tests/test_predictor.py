@@ -1,4 +1,4 @@
-"""Predictions beside direct calls of the model, and what is refused."""
+"""Predictions, compared with direct calls of the model, and rejected input."""
 
 import io
 import json

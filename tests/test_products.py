@@ -1,4 +1,4 @@
-"""csrc/common alone on the emulator: products of tiles in every layout, and the activations."""
+"""csrc/common in the emulator: products of tiles in every layout, and the activations."""
 
 from pathlib import Path
 

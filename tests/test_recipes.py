@@ -1,4 +1,4 @@
-"""The recipes, beside the numbers of the supplement and of the official configurations."""
+"""The recipes, compared with the supplement and the configurations of unilm."""
 
 import dataclasses
 import subprocess

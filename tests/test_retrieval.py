@@ -1,4 +1,4 @@
-"""Recall on hand-made scores; re-ranking against brute force on a tiny model."""
+"""Recall for given scores; re-ranking compared with brute force on a tiny model."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""ModalityRouting: three forms of one thing, rows grouped by expert, and bad input."""
+"""ModalityRouting: its three constructors, rows grouped by expert, and bad input."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The CUDA routing index: its machine code on the emulator, and the kernel itself on a GPU."""
+"""The CUDA routing index: its machine code in the emulator, and the kernel on a GPU."""
 
 import ctypes
 import json

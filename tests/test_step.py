@@ -1,4 +1,4 @@
-"""A training step: exact in any number of parts and ranks, and what it costs."""
+"""A training step: exact for any number of micro-batches and ranks, and its cost."""
 
 import dataclasses
 

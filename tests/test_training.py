@@ -1,4 +1,4 @@
-"""Trainings in one process: going on after any end, what is refused, what is left behind."""
+"""Training in one process: resuming after any end, rejected input, files left behind."""
 
 import itertools
 import json

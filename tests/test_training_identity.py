@@ -1,4 +1,4 @@
-"""What a training that goes on must have in common with its beginning, and what is kept of both."""
+"""What a resumed training must have in common with its start, and what is recorded of both."""
 
 import json
 import shutil

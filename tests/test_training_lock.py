@@ -1,4 +1,4 @@
-"""One training at a time in a folder."""
+"""A folder is locked to one training at a time."""
 
 import errno
 import fcntl

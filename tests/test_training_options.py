@@ -1,4 +1,4 @@
-"""Options of a training: what they do, and what is refused before anything is written."""
+"""Options of a training: their effects, and values that are rejected before anything is written."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Two processes train what one trains, and each goes on from the other's state."""
+"""Two processes train the same weights as one, and each resumes from the other's state."""
 
 import json
 import os

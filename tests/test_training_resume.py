@@ -1,4 +1,4 @@
-"""Going on after any end: as if the training had not stopped."""
+"""Resuming after any end gives the same result as an uninterrupted training."""
 
 import itertools
 import json

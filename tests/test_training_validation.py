@@ -1,4 +1,4 @@
-"""A validation never costs the training: the state is saved first, and what is missing follows."""
+"""Validation cannot lose progress: the state is saved first, and missed validations are redone."""
 
 import itertools
 import json

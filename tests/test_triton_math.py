@@ -1,4 +1,4 @@
-"""The arithmetic that the Triton kernels share against float64, interpreted or on a GPU."""
+"""The shared arithmetic of the Triton kernels against float64, interpreted or on a GPU."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Compiling Triton kernels ahead of the calls that need them, for a GPU that is not there."""
+"""Compiling Triton kernels ahead of the calls that need them, for an absent GPU."""
 
 import os
 import subprocess

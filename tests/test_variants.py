@@ -1,4 +1,4 @@
-"""How many variants of the Triton kernels a training compiles."""
+"""The number of variants of the Triton kernels that a training compiles."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The releases of Triton that are said to be supported are those that are tested."""
+"""The releases of Triton documented as supported are those that are tested."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Modules that were wrapped, replaced or hooked take part in the model as they are."""
+"""Modules that were wrapped, replaced or hooked keep their effect in the model."""
 
 import copy
 from typing import Any

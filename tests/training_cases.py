@@ -20,7 +20,7 @@ from vlmo.training.step import backward
 
 STAGES = ("textmlm", "pretrain", "vqa", "nlvr2", "retrieval")
 STEPS = 4
-# stage, way, rows at a time
+# stage, parallelism, rows per micro-batch
 CASES: list[tuple[str, str, int | None]] = [(stage, "ddp", None) for stage in STAGES]
 CASES += [(stage, "fsdp", 2) for stage in STAGES]
 CASES += [("pretrain", "ddp", 2), ("pretrain", "fsdp", None)]
@@ -29,7 +29,7 @@ SIZES = {"train": 96, "val": 24, "test": 24}
 
 
 def shrink_digits(patch) -> None:
-    """Few digit scenes, by pytest's monkeypatch."""
+    """Reduce the number of digit scenes, by pytest's monkeypatch."""
     for split, size in SIZES.items():
         patch.setitem(sources._DIGIT_SIZES, split, size)
 
@@ -44,14 +44,14 @@ def settings_of(found: Recipe, output: Path, data: str = "digits", **changes) ->
 
 
 def run(found: Recipe, output: Path, **changes) -> str:
-    """Train on the CPU; returns what was said."""
+    """Train on the CPU; returns the output."""
     said = io.StringIO()
     train(settings_of(found, output, device="cpu", **changes), Console(file=said, width=200))
     return said.getvalue()
 
 
 def keep_states() -> None:
-    """Leave a copy of every saved state, as state2.pt after step 2, in the run's folder."""
+    """Keep a copy of every saved state in the run's folder, such as state2.pt after step 2."""
 
     def save_and_keep(path, training, run):
         save_state(path, training, run)
@@ -62,12 +62,12 @@ def keep_states() -> None:
 
 
 def main(folder: Path) -> None:
-    """Of one of two ranks.
+    """Run on one of two ranks.
 
-    Trains every case of ``CASES`` in a folder of its own within ``folder``, one in float16; goes on
-    from given.pt there, the state of a single process, with each of ``WAYS``; stops a training by
-    a signal to the second process alone; trains on data/pairs, some of whose pictures are damaged;
-    and fails to train in the folder locked, which another process has locked.
+    Trains every case of ``CASES`` in its own folder within ``folder``, one in float16; resumes from
+    given.pt there, the state of a single process, with each of ``WAYS``; stops a training by a
+    signal to the second process only; trains on data/pairs, some of whose pictures are damaged; and
+    fails to train in the folder locked, which another process has locked.
     """
     sources._DIGIT_SIZES |= SIZES
     keep_states()
@@ -96,7 +96,7 @@ def main(folder: Path) -> None:
 
 
 def damaged(folder: Path, policy: str) -> None:
-    """Train on data with damaged pictures, in a folder that is called as the policy."""
+    """Train on data with damaged pictures, in a folder that is named after the policy."""
     given = dict(data=str(folder / "data" / "pairs"), vocabulary=folder / "data" / "vocab.txt")
     given |= dict(on_bad_sample=policy, save_every=100, workers=1)
     found = small("pretrain", steps=6, batch_size=4)
@@ -104,7 +104,7 @@ def damaged(folder: Path, policy: str) -> None:
 
 
 def fail(folder: Path, name: str, function) -> None:
-    """Leaves what each rank was told in NAME0.txt and NAME1.txt."""
+    """Write the error of each rank to NAME0.txt and NAME1.txt."""
     told = ""
     try:
         function()
@@ -114,7 +114,7 @@ def fail(folder: Path, name: str, function) -> None:
 
 
 def stop_the_second(output: Path) -> None:
-    """Leaves the ranks' stories in rank0.json and rank1.json."""
+    """Write the outcome on each rank to rank0.json and rank1.json."""
 
     def backward_and_signal(*args, seed, **kwargs):
         if rank() == 1 and seed[1] == 2:

@@ -1,4 +1,4 @@
-"""Small data of every source that a training can have, for tests."""
+"""Small training data from every kind of source, for tests."""
 
 import json
 from pathlib import Path
@@ -24,13 +24,13 @@ _ARROW = {
     "vqa": (QUESTIONS, ["vqav2_train", "vqav2_trainable_val"], ["vqav2_rest_val"]),
     "nlvr2": (STATEMENTS, ["nlvr2_train"], ["nlvr2_dev", "nlvr2_test1"]),
 }
-DATASETS = {"pretrain": ("coco",)}  # of the Arrow files, where not all are written
+DATASETS = {"pretrain": ("coco",)}  # of the Arrow files, if not all are written
 
 
 def make(folder: Path, task: str, source: str, *, validation: bool = True, count: int = 6) -> Path:
-    """Data of ``count`` samples or so for training; returns what ``--data`` takes.
+    """Write training data of about ``count`` samples; returns the argument for ``--data``.
 
-    A vocab.txt lies beside the folder.
+    A vocab.txt is written beside the folder.
     """
     folder.mkdir(parents=True)
     digit_tokenizer(12).save_vocabulary(folder.parent / "vocab.txt")
@@ -48,7 +48,7 @@ def make(folder: Path, task: str, source: str, *, validation: bool = True, count
 
 
 def _records(folder: Path, task: str, split: str, count: int) -> None:
-    """A .jsonl file of ``count`` records, each with a picture of its own."""
+    """Write a .jsonl file of ``count`` records, each with its own picture."""
     lines = []
     for number in range(count):
         picture = _picture(folder, f"{split}{number}.png", number)
@@ -86,6 +86,6 @@ def _picture(folder: Path, name: str, number: int) -> str:
 
 
 def damage(path: Path) -> None:
-    """Cut a picture off."""
+    """Truncate a picture file."""
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])

@@ -1,7 +1,8 @@
-"""Which variants of the Triton kernels training compiles, found without a GPU.
+"""Counts the variants of the Triton kernels that a training compiles, without a GPU.
 
-``python tests/variants.py`` prints a JSON object: how many variants of each kernel steps of
-many lengths need, for each kind of batch. Run without TRITON_INTERPRET; nothing is compiled.
+``python tests/variants.py`` prints a JSON object with the number of variants of each kernel that
+steps of many lengths need, for each kind of batch. Run without TRITON_INTERPRET; nothing is
+compiled.
 """
 
 import contextlib
@@ -28,8 +29,8 @@ from vlmo.kernels.moe_ffn.triton import launch as host
 
 DIM, HEADS, HIDDEN, PATCHES, TEXT = 48, 3, 80, 9, 16
 IMAGE = PATCHES + 1
-# Text lengths of the sequences of each step: single ones, lengths of 1, and tokens, sequences and
-# longest lengths that 16 divides and does not divide.
+# Text lengths of the sequences of each step: single sequences, lengths of 1, and numbers of tokens
+# and of sequences and longest lengths that are and are not divisible by 16.
 TEXTS = [[1], [16], [5], [3, 7], [1, 1, 1], [6] * 16, [16] * 16, [7, 9], [2] * 48]
 
 
@@ -51,7 +52,7 @@ class Layer:
         out.sum().backward()
 
     def feed(self, routing, experts, *leading) -> None:
-        """With and without stochastic depth, which has a factor for each token."""
+        """Run with and without stochastic depth, which has a factor for each token."""
 
         def each(*shape):
             return [new(*shape) for _ in range(experts)]
@@ -72,13 +73,13 @@ class Layer:
 
 
 def packed(layer: Layer, texts: list[int]) -> None:
-    """Texts alone, images alone, and both, which one expert or two take."""
+    """Texts alone, images alone, and both, for one expert or two."""
     one, none = [1] * len(texts), [0] * len(texts)
     for words, pictures in ((texts, none), (none, one), (texts, one)):
         lengths = [word + picture * IMAGE for word, picture in zip(words, pictures, strict=True)]
         tokens = sum(lengths)
         offsets = torch.tensor([0, *lengths]).cumsum(0).int()
-        # A text's tokens lie at the rows of the index from 0 on, an image's from TEXT on.
+        # Rows of the index start at 0 for the tokens of a text, at TEXT for those of an image.
         places = [torch.arange(word) for word in words]
         places += [torch.arange(TEXT, TEXT + picture * IMAGE) for picture in pictures]
         positions = torch.cat(places).int()
@@ -90,7 +91,7 @@ def packed(layer: Layer, texts: list[int]) -> None:
 
 
 def padded(layer: Layer, texts: list[int]) -> None:
-    """Joint sequences of one length, which varies where there is no bias."""
+    """Joint sequences of one length, which varies if there is no bias."""
     batch = len(texts)
     mask = torch.ones(batch, TEXT + IMAGE, dtype=torch.bool)
     layer.attend(batch, TEXT + IMAGE, key_mask=mask)

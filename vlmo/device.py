@@ -22,7 +22,7 @@ from vlmo.kernels.dispatch import requested
 from vlmo.kernels.support import OPERATIONS
 from vlmo.kernels.target import compute_capability, describe, devices
 
-_CALLED = ("moe_ffn", "shared_attention")  # operations that the model uses
+_CALLED = ("moe_ffn", "shared_attention")  # operations that the model calls
 _VERSIONS_OF = ("torch", "triton", "numpy")
 
 
@@ -53,7 +53,7 @@ def chosen_dtype(name: str, device: torch.device) -> torch.dtype | None:
     """The autocast dtype with a name: "auto", "float32" (none), "bfloat16" or "float16".
 
     Raises:
-        ValueError: ``name`` is another one.
+        ValueError: ``name`` is none of these.
     """
     if name == "auto":
         return autocast_dtype(device)

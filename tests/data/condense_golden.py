@@ -1,11 +1,11 @@
-"""Makes golden.pt, the results of the official code that the tests compare with.
+"""Writes golden.pt, the results of unilm (the reference implementation) for the parity tests.
 
     python tests/data/condense_golden.py FOLDER
 
-FOLDER holds one file per task as the official code left it on the CPU in float32 (rel_pretrain.pt,
-rel_irtr.pt, rel_vqa.pt, rel_textmlm.pt, abs_nlvr2.pt): config, batch, state_dict, loss, out, grads
-and features. Weights are drawn by name (named_init.py), so none are kept; of each gradient a
-fingerprint is kept (fingerprint.py).
+FOLDER has one file per task that unilm wrote on the CPU in float32 (rel_pretrain.pt, rel_irtr.pt,
+rel_vqa.pt, rel_textmlm.pt, abs_nlvr2.pt): config, batch, state_dict, loss, out, grads and features.
+Weights are not stored, because they are generated from their names (named_init.py); gradients are
+stored as fingerprints (fingerprint.py).
 """
 
 import os
@@ -23,7 +23,7 @@ TASKS = ("rel_pretrain", "rel_irtr", "rel_vqa", "rel_textmlm", "abs_nlvr2")
 
 
 def main(folder: Path) -> None:
-    tensors: dict[bytes, torch.Tensor] = {}  # batches share tensors; the file keeps one of each
+    tensors: dict[bytes, torch.Tensor] = {}  # batches share tensors; each is stored once
     golden = {}
     for task in TASKS:
         full = torch.load(folder / f"{task}.pt", weights_only=True)

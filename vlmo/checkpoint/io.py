@@ -8,7 +8,7 @@ configuration of a file's model. No code from a file is executed: pickles are re
 The layers of a file, in the order in which they are removed:
 
 * ``.safetensors`` is recognised by suffix, anything else by content (zip or legacy ``torch.save``
-files);
+  files);
 * a wrapper ``"state_dict"`` (Lightning), ``"module"`` (DeepSpeed) or ``"model"`` (BEiT), or none;
 * prefixes ``module.`` and ``_orig_mod.`` of the keys;
 * the index buffers of old files, which the model computes itself;
@@ -108,7 +108,7 @@ class LoadReport:
         unexpected: keys of the file that the model lacks; they were not used.
         resized: tensors whose shape was converted, and how.
         ignored: entries of the file that are never loaded (index buffers, position ids, the
-            classification head of BEiT, entries that are no tensors, keys excluded by ``skip``).
+            classification head of BEiT, entries that are not tensors, keys excluded by ``skip``).
     """
 
     name: str

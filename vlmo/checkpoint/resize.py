@@ -146,10 +146,10 @@ def resize_absolute_positions(
 
     Returns:
         ``[1, 1 + grid * grid, D]``, float32 (``positions`` itself if the grid is the same), bicubic
-            with ``align_corners=False`` as in unilm.
+        with ``align_corners=False`` as in unilm.
 
-        Raises:
-            ValueError: the number of rows after the first is not a square.
+    Raises:
+        ValueError: the number of rows after the first is not a square.
     """
     side = grid_of_patches(positions.shape[1] - 1)
     if side is None:

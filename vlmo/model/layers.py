@@ -50,7 +50,7 @@ class TextEmbeddings(Constants):
         )
 
     def forward(self, text_ids: Tensor, places: Tensor | None = None) -> Tensor:
-        """``places``: each token's position in its text; by default the last dimension is one."""
+        """``places``: each token's position in its text; by default its last index."""
         x = self.word_embeddings(text_ids) + rows_of(self.token_type_embeddings, 0)
         if self.absolute:
             wanted = slice(text_ids.shape[-1]) if places is None else places

@@ -337,7 +337,7 @@ class Packed:
             offsets=self.offsets,
             max_length=self.max_length,
             positions=None if bias is None else self.positions,
-            validate=False,  # valid by construction, and equal for all layers
+            validate=False,  # valid by construction, and shared by all layers
             backend=backend,
         )
 

@@ -49,7 +49,7 @@ def encode_streams(
     every block reads its weights, and accumulates their gradients, once.
 
     Args:
-        model: with the projections of ITC.
+        model: a model with the projections of ITC.
         texts: B texts.
         patches: ``[I, N, D]`` from :meth:`vlmo.VLMo.embed_image`.
         vl_tail: see above.
@@ -172,7 +172,7 @@ def _end(
     """Run the blocks from ``start`` and the final norm; ``[n, D]`` of the wanted tokens."""
     chosen = layout.choose(wanted)
     count = chosen.index.shape[0]
-    # Without masked words there may be no tokens; a spare one keeps the graph equal on all ranks.
+    # Without masked words there may be no tokens; a dummy token keeps the graph equal on all ranks.
     spare = all(tokens is not None for _, tokens in wanted)
     if spare and (torch.compiler.is_compiling() or count == 0):
         first = torch.zeros(1, dtype=torch.int64, device=x.device)

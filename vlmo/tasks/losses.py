@@ -104,7 +104,7 @@ def compute_losses(
     negatives = None if whole is None else whole.negatives
     pending = None
     contrasts = bool({"itc", "irtr"} & set(tasks))
-    # Micro-batches encode their streams twice with the same dropout, so the streams must be alone.
+    # Micro-batches encode their streams twice with the same dropout, so nothing else may join.
     joined = "mlm" in tasks and contrasts and whole is None and not streams_only
     joined = joined and _joins(patches.device)
     if contrasts:
@@ -142,9 +142,9 @@ def compute_losses(
 def _joins(device: torch.device) -> bool:
     """Whether masked language modelling joins the pass of the streams.
 
-    The blocks then read their weights, and accumulate their gradients, one time less, which matters
-    on a CPU. On a GPU it is better to run it later: it keeps the GPU busy while the host waits for
-    the hard negatives.
+    This saves one pass in which the blocks read their weights and accumulate their gradients, which
+    matters on a CPU. On a GPU it is better to run it later, where it keeps the GPU busy while the
+    host waits for the hard negatives.
     """
     return device.type == "cpu"
 

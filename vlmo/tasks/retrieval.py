@@ -125,14 +125,14 @@ def encode(
     """Encode all images and texts with the dual encoder.
 
     Args:
-            model: with the retrieval heads.
-            gallery: I images and J texts.
-            batch_size: images or texts per batch on one rank.
-            workers: processes that load images.
-            autocast: dtype of the model's matrix products.
+        model: a model with the retrieval heads.
+        gallery: I images and J texts.
+        batch_size: images or texts per batch on one rank.
+        workers: processes that load images.
+        autocast: dtype of the model's matrix products.
 
-        Returns:
-            Embeddings on the model's device, equal on all ranks.
+    Returns:
+        Embeddings on the model's device, equal on all ranks.
     """
     device = device_of(model)
     images, texts = own_share(len(gallery.images)), torch.tensor(own_share(len(gallery.text_ids)))
@@ -213,7 +213,7 @@ def rerank(
     temperature of the contrastive training, ``model.logit_scale.exp()``, both terms are log-odds.
 
     Args:
-        model: with the ITM head.
+        model: a model with the ITM head.
         gallery: I images and J texts.
         shortlists: from :func:`shortlist`, on the model's device.
         scale: factor of the old scores.
@@ -280,9 +280,9 @@ def recall_at(
 ) -> Recall:
     """Recall at each k in both directions, from the cosines of embeddings or from shortlists.
 
-    A query by image is a hit if any of its texts is among the first k. Images without a text are no
-    queries, but are candidates. Among equal scores the match is ranked last, so that uninformative
-    scores have no recall; NaN is ranked as the worst case. A match that is not on its shortlist is
+    A query by image is a hit if any of its texts is among the first k. Images without a text are
+    candidates, but not queries. Among equal scores the match is ranked last, so that uninformative
+    scores have no recall; NaN is ranked as the worst case. A match that is not in the shortlist is
     a miss.
 
     Raises:
