@@ -13,6 +13,8 @@ import pytest
 from report import Report, groups
 
 ROOT = Path(__file__).parent.parent
+# pytest-benchmark saves nothing where pytest-xdist names a worker.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST_")}
 # Two contenders of one tiny case, and one that is not installed.
 SELECTED = "forward-30-3:4 and not backward and not compiled and (vlmo:cpu or slices or quack)"
 # A plugin that makes our operation wrong.
@@ -29,7 +31,7 @@ def run(folder: Path, *arguments: str) -> tuple[int, str]:
     result = subprocess.run(
         [*command, "--benchmark-enable", "--scale=smoke", f"--benchmark-storage={folder}"],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(folder)},
+        env=ENVIRONMENT | {"PYTHONPATH": str(folder)},
         capture_output=True,
         text=True,
     )
