@@ -11,7 +11,7 @@ PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
 # Kernels that are compiled and kernels that are interpreted do not go together in one process.
 PTX := TRITON_INTERPRET=0 $(BIN)/python -m pytest -n auto --dist worksteal tests/ptx
 
-# Releases of Triton that kernels are compiled with, too; their versions: tests/triton_releases.
+# Releases of Triton that kernels are compiled with, too; their versions: tests/kernels/triton_releases.
 TAG := $(shell $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -c \
 	'import sys; print(sys.implementation.cache_tag)')
 TRITONS := $(patsubst %,build/triton/$(TAG)/%/.unpacked,oldest newest)
@@ -81,7 +81,7 @@ build/torch-%.txt: constraints.txt
 	echo torch==$* >> $@
 
 # Unpacked, not installed: the environment keeps its own.
-build/triton/$(TAG)/%/.unpacked: tests/triton_releases/%.txt | $(BIN)/python
+build/triton/$(TAG)/%/.unpacked: tests/kernels/triton_releases/%.txt | $(BIN)/python
 	rm -rf $(@D)
 	$(BIN)/python -m pip install -q --no-deps --only-binary=:all: --target $(@D) -r $<
 	touch $@

@@ -146,12 +146,12 @@ sanitizer() {
         # An allocation of its own for each tensor, or memcheck would not see its end.
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 run sanitizer 80 \
             compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
-            "${pytest[@]}" tests/test_moe_ffn.py -m gpu -x \
+            "${pytest[@]}" tests/kernels/test_moe_ffn.py -m gpu -x \
             -k "${SANITIZE:-test_parity and cuda-triton and bfloat16 and (vlmo or ids)}" || status=1
         # The V100's kernels, if the wheel was built with VLMO_TEST_TARGETS; else their test skips.
         VLMO_VOLTA_ANYWHERE=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 run sanitizer 80 \
             compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
-            "${pytest[@]}" tests/test_moe_ffn_cuda.py tests/test_attention_cuda.py -m gpu -x \
+            "${pytest[@]}" tests/kernels/test_moe_ffn_cuda.py tests/kernels/test_attention_cuda.py -m gpu -x \
             -k "test_parity and cuda-cuda and (moe_ffn or 237 or positions)" || status=1
     done
     return $status

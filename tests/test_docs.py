@@ -49,7 +49,7 @@ NAMES = {
 }
 # Commands that tests of their own run: they are only parsed here.
 ELSEWHERE = ("demo",)
-# The import of a snippet that tests/test_peft.py runs, the one test that needs PEFT.
+# The import of a snippet that tests/model/test_peft.py runs, the one test that needs PEFT.
 PEFT = "from peft import"
 TINY = dict(steps=1, warmup=0, batch_size=2, image_size=32, text_length=12, text_capacity=12)
 WORDS = "a an dog cat animal red car sleeping one line another what how many who both are is show"

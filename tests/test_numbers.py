@@ -36,7 +36,7 @@ ALLOWED = (
     ("docs/training.md", "15 % of the text's own tokens", "a share of masked tokens"),
     ("docs/training.md", "at most 1 % of the samples", "the limit of --on-bad-sample skip"),
     ("docs/training.md", "gives its processes 30 seconds", "a time limit of torchrun"),
-    ("docs/training_step.md", "20 % fewer token-layers", "counted by tests/test_step.py"),
+    ("docs/training_step.md", "20 % fewer token-layers", "counted by tests/training/test_step.py"),
     ("docs/training_step.md", "8 % more work", "operations, counted"),
 )
 

@@ -27,7 +27,7 @@ from vlmo.kernels.moe_ffn.cuda import arguments as cuda_launch
 from vlmo.kernels.moe_ffn.schedule import Banded, band_of, replay
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests" / part) for part in ("", "kernels")]
 
 from emulated import emulated, kernel, memory_of  # noqa: E402
 from sm70 import estimate  # noqa: E402

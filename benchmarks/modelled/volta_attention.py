@@ -29,7 +29,7 @@ from vlmo.kernels.attention.cuda import bias_gradient as cuda_table
 from vlmo.kernels.attention.cuda import forward as cuda_forward
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests" / part) for part in ("", "kernels")]
 
 from emulated import PROGRAMS, emulated, kernel, memory_of  # noqa: E402
 from sm70 import estimate  # noqa: E402

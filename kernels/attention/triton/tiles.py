@@ -34,8 +34,8 @@ class Tiles:
 WIDTHS = (64, 128)  # a head dim uses the rows of the first width that is not below it
 
 # No row has been timed on a GPU yet. The rows were chosen from the reports of ptxas for head dims
-# 64, 34 and 128, and tests/test_attention_compiled.py enforces the criteria: tensor cores in every
-# product, no spill, shared memory within the limit. Among the tiles without a spill, each row has
+# 64, 34 and 128. tests/kernels/test_attention_compiled.py enforces the criteria: tensor cores in
+# every product, no spill, shared memory within the limit. Among the tiles without a spill, each row has
 # the one with the most queries (for the kernel of k and v: keys), because fewer tiles read k and v
 # less often. Most registers go to the bias: a float32 and an address per pair, one block ahead.
 # Bytes spilled per thread by some rejected tiles, in bfloat16, for VLMo's joint layer:

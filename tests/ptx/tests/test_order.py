@@ -2,7 +2,7 @@
 
 Kernels are compiled for VLMo's layers, but not run. Faults injected into them show that the check
 detects each kind. ``PYTHONPATH`` may select another Triton than the installed one, as in
-tests/compiling.py.
+tests/kernels/compiling.py.
 """
 
 import contextlib

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from vlmo.data.tokenizer import TextTokenizer, load_vocabulary
 
 # The vocabulary that train_wordpiece learns from all_texts() of digits/language.py, which
-# tests/test_digit_scenes.py checks. It is stored as a file because runs record a digest of it.
+# tests/data/test_digit_scenes.py checks. It is stored as a file because runs record a digest of it.
 _VOCABULARY = Path(__file__).with_name("vocab.txt")
 
 

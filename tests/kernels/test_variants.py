@@ -38,7 +38,7 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def found():
-    """What tests/variants.py says, in a process in which Triton does not interpret."""
+    """What tests/kernels/variants.py says, in a process in which Triton does not interpret."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__).with_name("variants.py"))]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -178,7 +178,7 @@ def test_the_package_has_one_name(code, message):
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
     )
     assert (result.returncode != 0) == bool(message), result.stderr
     assert message in result.stderr

@@ -1,6 +1,6 @@
 """Writes golden.pt, the results of unilm (the reference implementation) for the parity tests.
 
-    python tests/data/condense_golden.py FOLDER
+    python tests/model/data/condense_golden.py FOLDER
 
 FOLDER has one file per task that unilm wrote on the CPU in float32 (rel_pretrain.pt, rel_irtr.pt,
 rel_vqa.pt, rel_textmlm.pt, abs_nlvr2.pt): config, batch, state_dict, loss, out, grads and features.

@@ -12,7 +12,7 @@ import pytest
 
 from report import Report, groups
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # pytest-benchmark saves nothing where pytest-xdist names a worker.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST_")}
 # Two contenders of one tiny case, and one that is not installed.

@@ -13,7 +13,7 @@ import pytest
 from bench_cases import measured, not_run, report
 from report import Report, groups, number
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def row(text: str, contender: str) -> list[str]:

@@ -1,8 +1,8 @@
 """Runs compiled.py and compiled_attention.py, with the installed Triton or with another release.
 
 ``make tritons`` unpacks the oldest and the newest supported release under build/triton;
-tests/triton_releases lists their versions. One of them takes precedence over the installed release
-while a script runs.
+tests/kernels/triton_releases lists their versions. One of them takes precedence over the installed
+release while a script runs.
 """
 
 import json
@@ -17,7 +17,7 @@ import triton
 from packaging.requirements import Requirement
 
 TESTS = Path(__file__).parent
-UNPACKED = TESTS.parent / "build" / "triton" / str(sys.implementation.cache_tag)
+UNPACKED = TESTS.parents[1] / "build" / "triton" / str(sys.implementation.cache_tag)
 RELEASES = ("oldest", "newest")
 # The installed release in make test, the others in make test-all.
 WITH_INSTALLED = ("installed", *(pytest.param(r, marks=pytest.mark.slow) for r in RELEASES))
@@ -25,7 +25,7 @@ KINDS = ("sm_80", "sm_90", "sm_100")  # a GPU of each kind of tensor-core instru
 
 
 def version_of(release: str) -> str:
-    """The version that tests/triton_releases specifies for this Python."""
+    """The version that tests/kernels/triton_releases specifies for this Python."""
     lines = (TESTS / "triton_releases" / f"{release}.txt").read_text().splitlines()
     (wanted,) = [r for r in map(Requirement, lines) if r.marker is None or r.marker.evaluate()]
     (specifier,) = wanted.specifier

@@ -27,7 +27,7 @@ from vlmo.kernels.moe_ffn.triton.backward_weights import Work, find_range, find_
 from vlmo.kernels.moe_ffn.triton.device import locate
 from vlmo.kernels.moe_ffn.triton.tiles import Tile
 
-MODEL_FILE = Path(__file__).parents[1] / "benchmarks" / "modelled" / "moe_ffn_schedule.py"
+MODEL_FILE = Path(__file__).parents[2] / "benchmarks" / "modelled" / "moe_ffn_schedule.py"
 
 BANDED = [
     Banded(1, 1, (0, 1, 1)),

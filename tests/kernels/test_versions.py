@@ -14,13 +14,13 @@ from vlmo.kernels._backends import triton as triton_target
 
 
 def named(release: str) -> list[Version]:
-    """The versions in a file of tests/triton_releases."""
+    """The versions in a file of tests/kernels/triton_releases."""
     text = (TESTS / "triton_releases" / f"{release}.txt").read_text()
     return [Version(s.version) for line in text.splitlines() for s in Requirement(line).specifier]
 
 
 def test_the_bound_is_the_oldest_that_is_compiled_with():
-    project = (TESTS.parent / "pyproject.toml").read_text()
+    project = (TESTS.parents[1] / "pyproject.toml").read_text()
     (bound,) = re.findall(r'"triton>=(\d+)\.(\d+)"', project)
     assert min(named("oldest")).release[:2] == tuple(map(int, bound))
     assert tuple(map(int, bound)) == triton_target._OLDEST_TRITON

@@ -10,7 +10,7 @@ from sm70 import Kernel, compile_cuda
 
 pytestmark = pytest.mark.heavy
 
-CSRC = Path(__file__).parent.parent / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 
 
 @pytest.fixture(scope="module")

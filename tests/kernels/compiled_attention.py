@@ -1,6 +1,6 @@
 """Compiles the Triton kernels of shared_attention for an absent GPU.
 
-``python tests/compiled_attention.py table:sm_90`` prints one JSON line per kernel, as does
+``python tests/kernels/compiled_attention.py table:sm_90`` prints one JSON line per kernel, as does
 compiled.py, which documents the alternatives to ``table``. Run without TRITON_INTERPRET; nothing is
 launched.
 """

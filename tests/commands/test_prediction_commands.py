@@ -601,7 +601,7 @@ def documented(folder, tmp_path, monkeypatch) -> str:
         Image.open(folder / source).save(tmp_path / name)
     (tmp_path / "run").symlink_to(folder / "run")
     monkeypatch.chdir(tmp_path)
-    return (Path(__file__).parents[1] / "docs" / "prediction.md").read_text()
+    return (Path(__file__).parents[2] / "docs" / "prediction.md").read_text()
 
 
 @pytest.mark.filterwarnings("ignore:the text .* has 13 tokens")

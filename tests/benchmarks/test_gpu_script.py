@@ -17,7 +17,7 @@ from packaging.tags import Tag
 
 pytestmark = pytest.mark.heavy
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 wheel = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "wheel.py")))
 SECTIONS = ["tests", "sanitizer", "bench", "tune", "profile"]

@@ -1,7 +1,7 @@
 """Counts the variants of the Triton kernels that a training compiles, without a GPU.
 
-``python tests/variants.py`` prints a JSON object with the number of variants of each kernel that
-steps of many lengths need, for each kind of batch. Run without TRITON_INTERPRET; nothing is
+``python tests/kernels/variants.py`` prints a JSON object with the number of variants of each kernel
+that steps of many lengths need, for each kind of batch. Run without TRITON_INTERPRET; nothing is
 compiled.
 """
 

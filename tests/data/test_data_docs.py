@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlmo.data import ANSWERS, open_data
 
-DOCS = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+DOCS = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
 RECORDS = [json.loads(line) for line in re.findall(r"^    (\{.*\})$", DOCS, re.MULTILINE)]
 
 
