@@ -1,12 +1,12 @@
 """Compiles the Triton kernels of moe_ffn for an absent GPU and reports the results.
 
 ``python tests/kernels/compiled.py table:sm_90`` prints one JSON line for each kernel that the
-library would launch on that GPU, with the tensor-core instructions in the PTX, the bytes of local memory and the
-registers in the machine code, and the shared memory. ``layer`` instead of ``table`` does this for
-VLMo's layer in bfloat16 only. ``options`` compiles the cases of the parity tests in small tiles,
-because the interpreter that runs them does not check types. ``types`` only checks types. ``lanes``
-compiles two cases in tiles so small that every sum is over lanes. Several jobs may be given. Run
-without TRITON_INTERPRET; nothing is launched.
+library would launch on that GPU, with the tensor-core instructions in the PTX, the bytes of local
+memory and the registers in the machine code, and the shared memory. ``layer`` instead of ``table``
+does this for VLMo's layer in bfloat16 only. ``options`` compiles the cases of the parity tests in
+small tiles, because the interpreter that runs them does not check types. ``types`` only checks
+types. ``lanes`` compiles two cases in tiles so small that every sum is over lanes. Several jobs may
+be given. Run without TRITON_INTERPRET; nothing is launched.
 """
 
 import contextlib

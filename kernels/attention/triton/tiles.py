@@ -35,10 +35,10 @@ WIDTHS = (64, 128)  # a head dim uses the rows of the first width that is not be
 
 # No row has been timed on a GPU yet. The rows were chosen from the reports of ptxas for head dims
 # 64, 34 and 128. tests/kernels/test_attention_compiled.py enforces the criteria: tensor cores in
-# every product, no spill, shared memory within the limit. Among the tiles without a spill, each row has
-# the one with the most queries (for the kernel of k and v: keys), because fewer tiles read k and v
-# less often. Most registers go to the bias: a float32 and an address per pair, one block ahead.
-# Bytes spilled per thread by some rejected tiles, in bfloat16, for VLMo's joint layer:
+# every product, no spill, shared memory within the limit. Among the tiles without a spill, each row
+# has the one with the most queries (for the kernel of k and v: keys), because fewer tiles read k
+# and v less often. Most registers go to the bias: a float32 and an address per pair, one block
+# ahead. Bytes spilled per thread by some rejected tiles, in bfloat16, for VLMo's joint layer:
 #
 #   sm_80    forward  128 x 64, 4 warps   152
 #   sm_80    q         64 x 64, 4 warps    24  (head dim 34: 64)
