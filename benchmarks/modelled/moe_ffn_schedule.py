@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from modelled.schedule import Banded, Split, in_waves, replay_split
+from schedule import Banded, Split, in_waves, replay_split
 from vlmo.files import replacing
 from vlmo.kernels.moe_ffn.schedule import TILE_OVERHEAD, choose_band, replay
 
