@@ -4,10 +4,10 @@
 //   dlayer_scale = row sums of (w2 * G) + b2 * sum of dbranch
 //
 // so the layer scale needs no third product. Persistent kernel: each CTA takes tickets in the order
-// of benchmarks/modelled/schedule.py, Split: whole tiles; then, as in stream-K, shares of the remaining tiles, the last
-// share first; then blocks of columns of the partial sums that moe_ffn_bwd_rows wrote. The CTA with
-// a tile's first step owns the tile and adds the partial tiles of the others in a fixed order, so
-// the result is bitwise reproducible.
+// of Split in benchmarks/modelled/schedule.py: whole tiles; then, as in stream-K, shares of the
+// remaining tiles, the last share first; then blocks of columns of the partial sums that
+// moe_ffn_bwd_rows wrote. The CTA with a tile's first step owns the tile and adds the partial tiles
+// of the others in a fixed order, so the result is bitwise reproducible.
 
 #include "moe_ffn/parts.cuh"
 
