@@ -17,11 +17,11 @@ class Generation(NamedTuple):
 
 
 GENERATIONS = {
-    "sm_80": Generation((8, 0), 163 * 1024),
-    "sm_86": Generation((8, 6), 99 * 1024),
-    "sm_90": Generation((9, 0), 227 * 1024),
-    "sm_100": Generation((10, 0), 227 * 1024),
-    "sm_120": Generation((12, 0), 99 * 1024),
+    "sm_80": Generation((8, 0), 163 * 1024),  # Ampere: A100
+    "sm_86": Generation((8, 6), 99 * 1024),  # Ampere and Ada: A10, RTX 30, L40, RTX 40
+    "sm_90": Generation((9, 0), 227 * 1024),  # Hopper: H100, H200
+    "sm_100": Generation((10, 0), 227 * 1024),  # Blackwell: B200
+    "sm_120": Generation((12, 0), 99 * 1024),  # Blackwell: RTX 50
 }
 
 

@@ -30,8 +30,8 @@ from moe_ffn_cases import CASES, Case, make_tensors
 from vlmo.kernels._backends import triton_launch
 from vlmo.kernels._backends.triton import compile_options, operands_of
 from vlmo.kernels.moe_ffn.call import GATED, Call
+from vlmo.kernels.moe_ffn.triton import arguments as host
 from vlmo.kernels.moe_ffn.triton import backend as triton_impl
-from vlmo.kernels.moe_ffn.triton import launch as host
 from vlmo.kernels.moe_ffn.triton import tiles
 
 INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")

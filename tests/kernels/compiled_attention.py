@@ -17,8 +17,8 @@ from vlmo.kernels import RelativePositionIndex
 from vlmo.kernels._backends import triton_launch
 from vlmo.kernels._backends.triton import compile_options, operands_of
 from vlmo.kernels.attention.call import Call
+from vlmo.kernels.attention.triton import arguments as host
 from vlmo.kernels.attention.triton import backend as triton_impl
-from vlmo.kernels.attention.triton import launch as host
 from vlmo.kernels.attention.triton import tiles
 
 BATCH, HEADS = 32, 12

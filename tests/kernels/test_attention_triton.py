@@ -20,8 +20,8 @@ from attention_cases import (
 from vlmo.kernels import RelativePositionBias, RelativePositionIndex, shared_attention
 from vlmo.kernels._backends import triton_launch
 from vlmo.kernels.attention.call import Call
+from vlmo.kernels.attention.triton import arguments as host
 from vlmo.kernels.attention.triton import backend as triton_impl
-from vlmo.kernels.attention.triton import launch as host
 from vlmo.kernels.attention.triton import tiles
 from vlmo.kernels.attention.triton.tiles import Tile, Tiles
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from modelled.schedule import Banded, Piece, Split, in_waves, replay_split
 from vlmo.kernels.moe_ffn.rows import Rows
 from vlmo.kernels.moe_ffn.schedule import choose_band, replay
-from vlmo.kernels.moe_ffn.triton import launch as host
+from vlmo.kernels.moe_ffn.triton import arguments as host
 from vlmo.kernels.moe_ffn.triton.backward_weights import Work, find_range, find_work
 from vlmo.kernels.moe_ffn.triton.device import locate
 from vlmo.kernels.moe_ffn.triton.tiles import Tile

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from vlmo.kernels._backends.triton_device import reciprocal, term
+from vlmo.kernels.moe_ffn.triton.arguments import make_config
 from vlmo.kernels.moe_ffn.triton.device import Config, gate, gate_with_slope
-from vlmo.kernels.moe_ffn.triton.launch import make_config
 from vlmo.kernels.moe_ffn.triton.tiles import INTERPRETED
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")

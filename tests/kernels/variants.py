@@ -24,8 +24,8 @@ from vlmo.kernels import (
 )
 from vlmo.kernels._backends import triton_launch
 from vlmo.kernels._backends.triton import compile_options
-from vlmo.kernels.attention.triton import launch as attention_launch
-from vlmo.kernels.moe_ffn.triton import launch as host
+from vlmo.kernels.attention.triton import arguments as attention_launch
+from vlmo.kernels.moe_ffn.triton import arguments as host
 
 DIM, HEADS, HIDDEN, PATCHES, TEXT = 48, 3, 80, 9, 16
 IMAGE = PATCHES + 1

@@ -72,14 +72,15 @@ def train(
         int,
         typer.Option(
             min=1,
-            help="Minimum count for an answer to enter the vocabulary (your own VQA data).",
+            help="Your own VQA data: leave out answers that are the most frequent answer of fewer "
+            "questions than this (9 for VQAv2).",
         ),
     ] = 1,
     on_bad_sample: Annotated[
         str,
         typer.Option(
-            help="What to do with an unreadable image or text: error; skip (at most 1 % of the "
-            "samples, or 10 if that is more); skip:N (at most N)."
+            help="Unreadable images and texts. error: stop at the first one. skip: replace them, "
+            "and stop after 1 % of the samples (at least 10). skip:N: stop after N."
         ),
     ] = "error",
     size: Annotated[
@@ -149,7 +150,8 @@ def train(
     drop_path: Annotated[
         float | None,
         typer.Option(
-            help="Stochastic depth rate of the last block; it rises linearly from 0.",
+            help="Stochastic depth rate of the last block; it grows linearly over the blocks, "
+            "from 0 in the first.",
             show_default=_OF_RECIPE,
         ),
     ] = None,

@@ -31,13 +31,13 @@ def identity(recipe: Recipe, **facts: Any) -> dict[str, Any]:
     Args:
         recipe: with the user's changes.
         facts: ``seed``; ``samples``, their number; ``data``, a fingerprint of them; ``vocabulary``
-            and ``answers``, digests; ``initial``, see :func:`initial_weights`. None for those that
+            and ``answers``, digests; ``initial``, see :func:`identify_weights`. None for those that
             do not apply.
     """
     return {"recipe": _as_json(dataclasses.asdict(recipe)), **facts}
 
 
-def initial_weights(path: Path, weights: Path, skip: tuple[str, ...]) -> dict[str, Any]:
+def identify_weights(path: Path, weights: Path, skip: tuple[str, ...]) -> dict[str, Any]:
     """Identify the weights that a training starts from: name, digest, and the keys left out.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping, Sequence, Sized
+from collections.abc import Hashable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -44,16 +44,9 @@ from vlmo.training.initial import start_wide
 from vlmo.training.logs import LINES, TABLE
 from vlmo.training.parallel import on_first
 from vlmo.training.recipes import Recipe
-from vlmo.training.record import (
-    check_identity,
-    differences,
-    identity,
-    initial_weights,
-    length,
-    read_record,
-    write_record,
-)
-from vlmo.training.state import STATE, load_state
+from vlmo.training.record import identity, length, write_record
+from vlmo.training.resume import earlier, initial_weights, resumed, weights_file
+from vlmo.training.state import STATE
 
 METRICS, BEST = "metrics.json", "best.safetensors"
 _RESULTS = (WEIGHTS, BEST, METRICS, TABLE, LINES, FILE)  # files that only a training writes
@@ -186,8 +179,8 @@ def prepare(settings: Settings, console: Console) -> Materials:
     if not recipe.official_batches:
         _check_keys(keys, recipe.batch_size, samples)
     answers = getattr(data, "answers", None) if recipe.stage == "vqa" else None
-    state, before = _earlier(settings.output)
-    initial = _initial(settings, before, anew=state is None)
+    state, before = earlier(settings.output)
+    initial = initial_weights(settings.initial, settings.skip, before, anew=state is None)
     digests = digest(tokenizer.tokens(range(tokenizer.vocab_size))), answers and digest(answers)
     if state is None:
         _check_initial(settings, *digests)
@@ -209,7 +202,7 @@ def prepare(settings: Settings, console: Console) -> Materials:
     )
     if before is not None:
         repeats = keys is not None and not isinstance(data, DigitScenes)
-        run = _going_on(settings, before, run, state, repeats, console)
+        run = resumed(settings.output, before, run, state, repeats, console)
     if state is None:
         _check_folder(settings, tokenizer, answers, known=before is not None)
     total = length(run)
@@ -314,7 +307,7 @@ def new_model(settings: Settings, config: VLMoConfig, console: Console) -> VLMo:
     model = VLMo(config)
     if settings.recipe.wide_start:
         start_wide(model)
-    path = _weights(settings.initial)
+    path = weights_file(settings.initial)
     if path is not None:
         report = load_checkpoint(model, path, skip=settings.skip)
         console.print(str(report), markup=False, highlight=False)
@@ -440,7 +433,7 @@ def _check_initial(settings: Settings, vocabulary: str, answers: str | None) -> 
 
     Both the metadata of the checkpoint and the files of a run's folder are checked.
     """
-    given, path = settings.initial, _weights(settings.initial)
+    given, path = settings.initial, weights_file(settings.initial)
     if given is None or path is None:
         return
     known = digests_of(path)
@@ -464,125 +457,3 @@ def _digest_of_file(path: Path) -> str | None:
         return digest(read_answers(path))
     words = load_vocabulary(path).get_vocab()
     return digest(sorted(words, key=words.__getitem__))
-
-
-def _weights(initial: Path | None) -> Path | None:
-    if initial is None or not initial.is_dir():
-        return initial
-    if not (initial / WEIGHTS).is_file():
-        raise FileNotFoundError(f"init: {initial} has no {WEIGHTS}")
-    return initial / WEIGHTS
-
-
-def _earlier(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """State and identity of the training in a folder; None for what is missing."""
-    record = read_record(folder)
-    if (folder / STATE).exists():
-        state = load_state(folder / STATE)
-        check_identity(state["run"], folder / STATE)
-        return state, state["run"]
-    return None, None if record is None else record["run"]
-
-
-def _initial(
-    settings: Settings, before: Mapping[str, Any] | None, *, anew: bool
-) -> dict[str, Any] | None:
-    """The initial weights of the training, see :func:`vlmo.training.record.initial_weights`.
-
-    Args:
-        settings: options of the command line.
-        before: identity of the training in the folder.
-        anew: whether the weights are going to be loaded.
-
-    Raises:
-        ValueError: they are not those that the folder's training started from.
-    """
-    given = settings.initial
-    if before is None or "initial" not in before:
-        return None if given is None or not anew else _digested(settings)
-    first = before["initial"]
-    if given is None:
-        if anew and first is not None:
-            raise ValueError(f"init: this training starts from {first['path']}; give --init again")
-        return first
-    if first is None:
-        raise ValueError(f"init: {given}: this training started from random weights")
-    if not anew and str(given) == first["path"] and not given.exists():
-        return first
-    found = _digested(settings)
-    if found["digest"] != first["digest"]:
-        rest = "" if anew else "; it resumes without --init"
-        raise ValueError(
-            f"init: {given} (digest {found['digest']}) is not what this training started from, "
-            f"{first['path']} (digest {first['digest']}){rest}"
-        )
-    if found["skip"] != first["skip"]:
-        raise ValueError(f"skip: {found['skip']} instead of {first['skip']}")
-    return first
-
-
-def _digested(settings: Settings) -> dict[str, Any]:
-    given, path = settings.initial, _weights(settings.initial)
-    assert given is not None and path is not None
-    return on_first(lambda: initial_weights(given, path, settings.skip))
-
-
-def _going_on(
-    settings: Settings,
-    before: dict[str, Any],
-    run: dict[str, Any],
-    state: Mapping[str, Any] | None,
-    repeats: bool,
-    console: Console,
-) -> dict[str, Any]:
-    """The identity of a resumed training, which keeps what it was started with.
-
-    Args:
-        settings: options of the command line.
-        before: identity of the training in the folder.
-        run: identity that the command line asks for.
-        state: state of the training in the folder, None if none is saved.
-        repeats: whether the data have several captions per picture and are not digit scenes.
-        console: for messages.
-
-    Raises:
-        ValueError: it is another training, or its new length is below the number of steps done.
-    """
-    # Runs from before this option existed drew random batches for all data but digit scenes.
-    drew = before["recipe"].get("official_batches", repeats)
-    before = {**before, "recipe": {**before["recipe"], "official_batches": drew}}
-    found = differences(before, run)
-    if state is not None and _lacks_bad_samples(state, run):
-        found = [phrase for phrase in found if not phrase.startswith(("samples:", "data ("))]
-        console.print(
-            f"{before['samples'] - run['samples']} samples that could not be read have been "
-            f"removed from the data; {run['samples']} are left"
-        )
-        before = {**before, "samples": run["samples"], "data": run["data"]}
-    if found:
-        hint = ""
-        if drew and not run["recipe"]["official_batches"]:
-            hint = "; --official-batches draws random batches, as this training began"
-        raise ValueError(
-            f"output: {settings.output} holds another training ({'; '.join(found)}){hint}"
-        )
-    done = 0 if state is None else state["step"]
-    now = {**before, "recipe": run["recipe"]}
-    if length(now) < done:
-        raise ValueError(
-            f"steps: {length(now)} in all are fewer than the {done} already done in "
-            f"{settings.output}"
-        )
-    if length(now) != length(before):
-        console.print(
-            f"{length(now)} steps in all instead of {length(before)}; from here on the learning "
-            "rate follows the schedule of the new length",
-            highlight=False,
-        )
-    return now
-
-
-def _lacks_bad_samples(state: Mapping[str, Any], run: Mapping[str, Any]) -> bool:
-    """Whether the data are those of the run without the samples that could not be read."""
-    fewer = state.get("fewer")
-    return fewer is not None and fewer == run["data"] and run["data"] != state["run"].get("data")

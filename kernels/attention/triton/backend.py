@@ -1,19 +1,17 @@
-"""The Triton backend of shared_attention: host side of its four kernels."""
+"""The Triton backend of shared_attention: what it can run, and its entry points.
+
+Triton is imported when the first kernel is launched.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..._backends import triton as triton_target
 from ..call import Call
-from . import tiles
-
-if TYPE_CHECKING:
-    from .launch import Work
 
 _MAX_HEAD_DIM = 128
 
@@ -27,56 +25,15 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, entries: in
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out, in the shape of q, and float32 log-sum-exp of the scores, q.shape[:-1]; one launch."""
-    from .forward import attention_fwd_kernel
-    from .launch import Work
+    from .launch import forward
 
-    q = call.q
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
-    if q.numel():
-        work, tile = Work(call), tiles.choose(q.device, q.dtype, q.shape[-1]).forward
-        work.launch(attention_fwd_kernel, tile, work.programs(tile.block_q), (out, lse))
-    return out, lse
+    return forward(call)
 
 
 def backward(
     dout: Tensor, out: Tensor, lse: Tensor, call: Call, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """Gradients of q, k and v, and of the table if there is one (None if not needed)."""
-    from .backward import attention_bwd_kv_kernel, attention_bwd_q_kernel
-    from .launch import Work
+    from .launch import backward
 
-    q = call.q
-    dq, dk, dv = (tensor.new_empty(tensor.shape) for tensor in (q, call.k, call.v))
-    grads: list[Tensor | None] = [dq, dk, dv]
-    dtable = None
-    if call.table is not None:
-        dtable = call.table.new_zeros(call.table.shape) if needs[3] else None
-        grads.append(dtable)
-    if q.numel() == 0:
-        return grads
-    work, row = Work(call), tiles.choose(q.device, q.dtype, q.shape[-1])
-    delta = torch.empty_like(lse)
-    tensors = (out, dout, lse, delta, dq)
-    work.launch(attention_bwd_q_kernel, row.q, work.programs(row.q.block_q), tensors, work.scale)
-    tensors = (dout, lse, delta, dk, dv)
-    work.launch(attention_bwd_kv_kernel, row.kv, work.programs(row.kv.block_k), tensors, work.scale)
-    if dtable is not None:
-        _table_gradient(work, row.table, (dout, lse, delta), dtable)
-    return grads
-
-
-def _table_gradient(
-    work: Work,
-    tile: tiles.Tile,
-    tensors: tuple[Tensor, ...],
-    dtable: Tensor,  # [entries, H], written
-) -> None:
-    from .bias_gradient import attention_bwd_table_kernel
-
-    entries, heads = dtable.shape
-    chunk, parts = work.table_shares(tile)
-    sums = dtable.new_zeros(heads, parts, entries, dtype=torch.int64)
-    partial = dtable.new_zeros(heads, parts, entries, dtype=torch.float32)
-    tensors = (*tensors, sums, partial)
-    work.launch(attention_bwd_table_kernel, tile, heads * parts, tensors, chunk, parts)
-    dtable.copy_(partial.sum(1).t())
+    return backward(dout, out, lse, call, needs)

@@ -27,7 +27,7 @@ from ptx.text import Kernel, Statement, parse
 from vlmo.kernels._backends import triton_launch
 from vlmo.kernels._backends.triton import compile_options, operands_of
 from vlmo.kernels.attention.triton import tiles as attention_tiles
-from vlmo.kernels.moe_ffn.triton import launch as moe_ffn_launch
+from vlmo.kernels.moe_ffn.triton import arguments as moe_ffn_launch
 from vlmo.kernels.moe_ffn.triton import tiles as moe_ffn_tiles
 from vlmo.kernels.target import GENERATIONS
 

@@ -1,0 +1,109 @@
+"""Prepares the launches of a call: compile-time constants, the band."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import target
+from ..._backends.triton import tf32_allowed
+from ..._backends.triton_device import INTERPRETED, odd
+from ..call import GATED, Call
+from ..plan import common_dtype
+from ..rows import Rows
+from .device import Config, Passed
+from .tiles import Tile
+
+# Estimated cost of a task without products, in steps of a main loop; it only affects the choice of
+# the band.
+ROWS_COST = 2
+# The interpreter runs programs sequentially; a few suffice to test the division of work.
+_INTERPRETED_PROGRAMS = 5
+
+
+def pointers(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+    """One contiguous tensor per expert, all in one dtype; None if the call has none."""
+    if not tensors:
+        return None
+    dtype = common_dtype(tensors)
+    return tuple(tensor.to(dtype).contiguous() for tensor in tensors)
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def passed(rows: Rows) -> Passed:
+    """Rows in the form that the kernels take; a compiled kernel serves all lengths."""
+    if rows.offsets is not None:
+        return Passed(None, None, None, 0, rows.tokens, rows.offsets)
+    ends = itertools.accumulate(length * rows.sequences for length in rows.lengths)
+    return Passed(
+        starts=tuple(map(odd, rows.starts)),
+        lengths=tuple(map(odd, rows.lengths)),
+        ends=tuple(map(odd, ends)),
+        length=odd(rows.length),
+        tokens=None,
+        offsets=None,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def make_config(
+    dim: int,
+    hidden: tuple[int, ...],
+    norm: str,
+    activation: str,
+    precision: str,
+    rounds: bool,
+    tile: Tile,
+) -> Config:
+    """Compile-time constants of a kernel; the kernel's launcher sets its phases."""
+    gated = activation in GATED
+    halves = 2 if gated else 1
+    block_d = 1 << (dim - 1).bit_length()
+    return Config(
+        dim=dim,
+        hidden=hidden,
+        max_hidden=max(hidden),
+        norm=norm,
+        activation=activation,
+        gated=gated,
+        halves=halves,
+        max_pre=max(hidden) * halves,
+        precision=precision,
+        rounds=rounds,
+        tasks=(),
+        even_dim=dim % tile.block_k == 0,
+        even_hidden=all(f % tile.block_k == 0 for f in hidden),
+        even=all(
+            size % block == 0
+            for size in (dim, *hidden)
+            for block in (tile.block_t, tile.block_n, tile.block_k)
+        ),
+        block_t=tile.block_t,
+        block_n=tile.block_n,
+        block_f=tile.block_n // halves,
+        block_k=tile.block_k,
+        block_d=block_d,
+        block_r=max(1, min(tile.block_t, 16384 // block_d)),
+        row_steps=1,
+    )
+
+
+def config_of(call: Call, tile: Tile) -> Config:
+    hidden = tuple(weight.shape[1] for weight in call.w2)
+    precision = "tf32" if tf32_allowed() else "ieee"
+    rounds = call.w1[0].dtype != torch.float32
+    return make_config(call.x.shape[1], hidden, call.norm, call.activation, precision, rounds, tile)
+
+
+def workers_on(device: torch.device, tile: Tile) -> int:
+    """Number of resident programs."""
+    if INTERPRETED:
+        return _INTERPRETED_PROGRAMS
+    return target.multiprocessors(device) * tile.programs
