@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ class Launch:
 
 
 @pytest.fixture
-def launches(monkeypatch, place):
+def launches(place):
     """What is launched, in order."""
     seen: list[Launch] = []
     launch = cuda_target.launch
@@ -78,8 +79,8 @@ def launches(monkeypatch, place):
         seen.append(Launch(cubin, kernel, programs, threads, shared_bytes, argument))
         launch(cubin, kernel, device, programs, threads, shared_bytes, argument, tensors)
 
-    monkeypatch.setattr(cuda_target, "launch", spy)
-    return seen
+    with mock.patch.object(cuda_target, "launch", spy):  # ends before the place does
+        yield seen
 
 
 def run(case: Case, device="cpu", change=lambda tensors: None, **more) -> dict[str, torch.Tensor]:
@@ -491,8 +492,10 @@ def test_the_emulator_knows_where_tensors_end(cubin, path, monkeypatch):
                     address = getattr(address, name)
             launch(launched, kernel, device, programs, threads, shared_bytes, argument, tensors)
 
-        monkeypatch.setattr(cuda_target, "launch", cut)
-        with pytest.raises(KernelFault, match=r"global .* out of bounds"):
+        with (
+            mock.patch.object(cuda_target, "launch", cut),
+            pytest.raises(KernelFault, match=r"global .* out of bounds"),
+        ):
             run(case)
 
 

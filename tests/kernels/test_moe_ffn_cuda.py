@@ -4,10 +4,12 @@ Without a GPU the sm_70 machine code runs in the emulator, as in all tests. Acti
 gelu and swiglu are only tested in test_moe_ffn.py, because translating a kernel takes time.
 """
 
+import contextlib
 import ctypes
 import json
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -82,26 +84,29 @@ class Launch:
     left: np.ndarray  # the counters behind the launch
 
 
+@contextlib.contextmanager
+def recorded():
+    """Append every launch in the block to the list that it yields; end it before emulated()."""
+    seen: list[Launch] = []
+    launch = cuda_target.launch
+
+    def spy(cubin, kernel, device, programs, threads, shared_bytes, argument, tensors):
+        launch(cubin, kernel, device, programs, threads, shared_bytes, argument, tensors)
+        counters = next(
+            t for t in tensors if t is not None and t.data_ptr() == argument.call.counters
+        )
+        left = counters[: argument.call.num_counters].cpu().numpy().copy()
+        seen.append(Launch(kernel, programs, argument, left))
+
+    with mock.patch.object(cuda_target, "launch", spy):
+        yield seen
+
+
 @pytest.fixture
-def record(monkeypatch):
+def record(place):
     """record(): from now on every launch is appended to the list that it returns."""
-
-    def start() -> list[Launch]:
-        seen: list[Launch] = []
-        launch = cuda_target.launch
-
-        def spy(cubin, kernel, device, programs, threads, shared_bytes, argument, tensors):
-            launch(cubin, kernel, device, programs, threads, shared_bytes, argument, tensors)
-            counters = next(
-                t for t in tensors if t is not None and t.data_ptr() == argument.call.counters
-            )
-            left = counters[: argument.call.num_counters].cpu().numpy().copy()
-            seen.append(Launch(kernel, programs, argument, left))
-
-        monkeypatch.setattr(cuda_target, "launch", spy)
-        return seen
-
-    return start
+    with contextlib.ExitStack() as stack:
+        yield lambda: stack.enter_context(recorded())
 
 
 def widened(tensors: dict) -> dict:
@@ -282,13 +287,12 @@ def plain():
 
 @pytest.mark.parametrize("resident", [1, 2, 3, 6])
 @pytest.mark.parametrize("seed", range(3))
-def test_any_interleaving_gives_the_same_bits(seed, resident, plain, record, monkeypatch):
+def test_any_interleaving_gives_the_same_bits(seed, resident, plain, monkeypatch):
     """With fewer CTAs in flight than launched too: none waits for one that has not begun."""
     counters = Counters()
     monkeypatch.setattr(launch_counters, "COUNTERS", counters)
     how = dict(seed=seed, cta_order="random", weak_memory=True, resident=resident)
-    with emulated(workers=6, **how):
-        launches = record()
+    with emulated(workers=6, **how), recorded() as launches:
         assert_equal(run(LARGE, "cpu", recompute=seed == 1), plain)
         assert all(launch.programs == 6 for launch in launches)
         for launch in launches:
@@ -298,11 +302,10 @@ def test_any_interleaving_gives_the_same_bits(seed, resident, plain, record, mon
     assert not buffer.any()
 
 
-def test_staggered_ctas_give_the_same_bits(plain, record, monkeypatch):
+def test_staggered_ctas_give_the_same_bits(plain, monkeypatch):
     """As launches of many tasks are, which are too long for the emulator."""
     monkeypatch.setattr(cuda_launch, "STAGGERED", 1)
-    with emulated(workers=6):
-        launches = record()
+    with emulated(workers=6), recorded() as launches:
         assert_equal(run(LARGE, "cpu"), plain)
     staggers = [launch.argument.call.stagger for launch in launches]
     assert staggers == [cuda_launch.STAGGER, cuda_launch.STAGGER, 0]
@@ -342,8 +345,10 @@ def test_the_emulator_knows_where_tensors_end(kernel, name, monkeypatch):
             address = getattr(argument, name) if launched == kernel else None
             launch(cubin, launched, device, programs, threads, shared_bytes, argument, tensors)
 
-        monkeypatch.setattr(cuda_target, "launch", cut)
-        with pytest.raises(KernelFault, match=r"global .* out of bounds"):
+        with (
+            mock.patch.object(cuda_target, "launch", cut),
+            pytest.raises(KernelFault, match=r"global .* out of bounds"),
+        ):
             run(Case(), "cpu")
 
 

@@ -329,7 +329,9 @@ def test_kernels_find_the_same_pieces(weights, indexed, gpu_or_interpreter):
 
 @pytest.fixture(scope="module")
 def model() -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(MODEL_FILE)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(MODEL_FILE.parent)
+        return SimpleNamespace(**runpy.run_path(str(MODEL_FILE)))
 
 
 @pytest.fixture(scope="module")
