@@ -213,12 +213,6 @@ class VLMo(nn.Module):
         x = self.embed_image(image)
         return self._encode(x, 0, self._patches, None, vl_tail)
 
-    def text_features(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
-        """Features ``[B, T, D]`` of texts alone, after the final norm (text-only MLM)."""
-        x = self._embed_padded(text_ids, text_mask)
-        layout = self._padded(x, self.config.max_text_length, 0, text_mask.bool(), vl=False)
-        return self.transformer.norm(self.run(x, layout))
-
     def _encode(
         self, x: Tensor, text: int, image: int, mask: Tensor | None, vl_tail: bool
     ) -> StreamOutput:
