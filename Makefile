@@ -19,7 +19,7 @@ TRITONS := $(patsubst %,build/triton/$(TAG)/%/.unpacked,oldest newest)
 # Results of make bench: JSON files of pytest-benchmark, with a page and pictures of each.
 BENCH ?= .benchmarks
 
-.PHONY: install demo test-fast test test-all bench docs tritons lint clean
+.PHONY: install demo test-fast test test-ptx test-all bench docs tritons lint clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed-test tritons
@@ -35,6 +35,10 @@ test-fast: $(VENV)/.installed-test
 # Before a commit, ten minutes or less: all but what takes long and says little more.
 test: lint tritons
 	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+# After changing Triton kernels, five minutes: their PTX in an emulator, in one dtype and on one GPU
+# generation for each case.
+test-ptx: $(VENV)/.installed-test
 	$(PTX) -m 'not slow'
 
 # After changing kernels, their tile tables or the packaging.
