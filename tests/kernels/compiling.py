@@ -19,8 +19,9 @@ from packaging.requirements import Requirement
 TESTS = Path(__file__).parent
 UNPACKED = TESTS.parents[1] / "build" / "triton" / str(sys.implementation.cache_tag)
 RELEASES = ("oldest", "newest")
-# The installed release in make test, the others in make test-all.
+# In make test the installed release, and types with the oldest; the others in make test-all.
 WITH_INSTALLED = ("installed", *(pytest.param(r, marks=pytest.mark.slow) for r in RELEASES))
+FOR_TYPES = ("oldest", pytest.param("newest", marks=pytest.mark.slow))
 KINDS = ("sm_80", "sm_90", "sm_100")  # a GPU of each kind of tensor-core instruction
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from compiling import (
+    FOR_TYPES,
     KINDS,
     RELEASES,
     WITH_INSTALLED,
@@ -30,7 +31,7 @@ def test_the_table_is_complete():
     assert set(TABLE) == {(name, kind) for name in GENERATIONS for kind in OPERANDS}
 
 
-@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("release", FOR_TYPES)
 def test_every_option_has_types(release):
     """What the interpreter runs in the parity tests, with the types that a compiler asks for."""
     assert_all_there(compiled(SCRIPT, "types:sm_90", release=release))

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ..._backends import triton as triton_target
-from ..call import Call, why_not_weight
+from ..call import Call, pre_shape, why_not_weight
+
+__all__ = ["backward", "forward", "pre_shape", "why_not"]
 
 _MAX_DIM = 16384  # the phases without products hold a whole row in registers
 
