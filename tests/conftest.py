@@ -152,3 +152,19 @@ def _interpreter():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[tuple[str, tuple]]:
+    """Names and arguments of the Triton kernels that are launched, in order."""
+    from vlmo.kernels._backends import triton_launch
+
+    seen: list[tuple[str, tuple]] = []
+    launch = triton_launch.launch
+
+    def spy(kernel, device, programs, tile, *args):
+        seen.append((kernel.fn.__name__, args))
+        launch(kernel, device, programs, tile, *args)
+
+    monkeypatch.setattr(triton_launch, "launch", spy)
+    return seen

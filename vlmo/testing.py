@@ -97,7 +97,12 @@ def check_backends(
                         yield _compare(operation, case, name, device, dtype, seed)
 
 
-def allowed_error(eager: float, largest: float, dtype: torch.dtype, factor: float = 2.0) -> float:
+FACTOR = 2.0  # times the error of eager PyTorch
+
+
+def allowed_error(
+    eager: float, largest: float, dtype: torch.dtype, factor: float = FACTOR
+) -> float:
     """The error bound: ``factor`` times the eager error, plus one rounding unit of ``largest``.
 
     Args:

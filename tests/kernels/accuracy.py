@@ -1,15 +1,15 @@
-"""The error bound: at most twice the error of eager PyTorch in the same dtype."""
+"""Assertions of the error bound that :func:`vlmo.testing.allowed_error` defines."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from vlmo.testing import allowed_error
+from vlmo.testing import FACTOR, allowed_error
 
 
 def assert_as_accurate_as(
-    name: str, actual: Tensor, exact: Tensor, baseline: Tensor, factor: float = 2.0
+    name: str, actual: Tensor, exact: Tensor, baseline: Tensor, factor: float = FACTOR
 ) -> None:
     """Compare ``actual`` with a float64 result, allowing ``factor`` times the baseline's error.
 

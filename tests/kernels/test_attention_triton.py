@@ -31,20 +31,6 @@ SMALL = Tile(16, 16, 4, 1)
 
 
 @pytest.fixture
-def launches(monkeypatch):
-    """Names and arguments of the kernels that are launched."""
-    seen = []
-    launch = triton_launch.launch
-
-    def spy(kernel, device, programs, tile, *args):
-        seen.append((kernel.fn.__name__, args))
-        launch(kernel, device, programs, tile, *args)
-
-    monkeypatch.setattr(triton_launch, "launch", spy)
-    return seen
-
-
-@pytest.fixture
 def small_tiles(monkeypatch):
     """Many tiles in short sequences, and several for each program of the table's kernel."""
     monkeypatch.setattr(tiles, "choose", lambda *_: Tiles(SMALL, SMALL, SMALL, SMALL))

@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from moe_ffn_cases import Case, call, leaves, make_routing, make_tensors, outputs_and_gradients
-from vlmo.kernels._backends import triton_launch
 from vlmo.kernels.moe_ffn import counters as launch_counters
 from vlmo.kernels.moe_ffn.counters import Counters
 from vlmo.kernels.moe_ffn.triton import tiles
@@ -21,20 +20,6 @@ def triton_place(place):
     if place.backend != "triton":
         pytest.skip("of the Triton backend")
     return place
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    """Names and arguments of the kernels that are launched."""
-    seen = []
-    launch = triton_launch.launch
-
-    def spy(kernel, device, programs, tile, *args):
-        seen.append((kernel.fn.__name__, args))
-        launch(kernel, device, programs, tile, *args)
-
-    monkeypatch.setattr(triton_launch, "launch", spy)
-    return seen
 
 
 @pytest.mark.parametrize("form", ["segments", "ids", "packed"])
