@@ -1,7 +1,8 @@
-// The Python module vlmo._C: inspects the embedded cubins and launches their kernels.
+// The Python module vlmo._C: the operations on the CPU; the embedded cubins and their launch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/bindings.h"
 #include "cubins.h"
 #include "driver.h"
 
@@ -39,7 +40,8 @@ void launch(const std::string& cubin, const std::string& kernel, std::array<unsi
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Embedded CUDA kernels and their launch through the driver.";
+  module.doc() = "Kernels for the CPU, embedded CUDA kernels and their launch by the driver.";
+  vlmo::bind_cpu(module);
   module.def("cubins", &list_cubins, "(name, target) of every embedded cubin.");
   module.def(
       "image",

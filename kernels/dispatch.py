@@ -17,7 +17,7 @@ BACKEND_NAMES = ("cuda", "triton", "cpu", "reference")
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 # The backends of devices on which Triton kernels can only run in its interpreter, which is for
 # tests: such a kernel must be requested by name.
-_USUAL = {"cpu": "cpu", "meta": "reference"}
+_USUAL = {"cpu": ("cpu", "reference"), "meta": ("reference",)}
 
 # A plain module global: Dynamo guards on it, so a compiled model recompiles when it changes.
 _forced: str | None = None
@@ -143,8 +143,8 @@ def resolve(
     Args:
         operation, backends, argument: as for :func:`choose`.
         tensors: tensors of the call that may have a derivative.
-        device: device of the call, which is the first argument of ``why_not``. On some devices the
-            first backend that can run is not the default: see :data:`_USUAL`.
+        device: device of the call, which is the first argument of ``why_not``. On some devices not
+            every backend that can run is considered: see :data:`_USUAL`.
         facts: the other arguments of ``why_not``.
 
     Raises:
@@ -162,7 +162,10 @@ def resolve(
         return "reference"
     if name is None and exporting():
         return "reference"
-    return choose(operation, backends, name or _USUAL.get(device.type), device, *facts)
+    usual = _USUAL.get(device.type)
+    if name is None and usual is not None:
+        backends = {candidate: backends[candidate] for candidate in usual}
+    return choose(operation, backends, name, device, *facts)
 
 
 def transformed(tensors: Iterable[Tensor | None]) -> bool:

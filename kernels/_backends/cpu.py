@@ -7,6 +7,8 @@ import platform
 
 import torch
 
+from vlmo import _C
+
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which the CPU backend multiplies matrices of ``dtype``.
@@ -39,3 +41,18 @@ def _has_instructions(dtype: torch.dtype) -> bool:
 def is_x86() -> bool:
     """Whether this is a 64-bit x86 CPU."""
     return platform.machine().lower() in ("x86_64", "amd64")
+
+
+@functools.cache
+def instructions() -> str:
+    """The instruction set of the C++ kernels: the widest that this CPU has and PyTorch uses.
+
+    PyTorch's environment variable ``ATEN_CPU_CAPABILITY`` restricts both.
+    """
+    allowed = torch.backends.cpu.get_cpu_capability().lower()
+    names = _C.instruction_sets()
+    if is_x86() and allowed == "avx2":
+        names = [name for name in names if name in ("avx2", "portable")]
+    elif is_x86() and allowed == "default":
+        names = ["portable"]
+    return names[0]

@@ -1,0 +1,975 @@
+// The kernels of shared_attention for the instruction set VLMO_INSTRUCTIONS.
+//
+// A thread computes one head of a sequence at a time, for a block of queries after another. Scores
+// lie transposed in memory, [keys, queries], so that a vector holds a key's scores of several
+// queries: the softmax then needs no operation across lanes, a key is left out by leaving out its
+// row, and all products take k, v, p and ds as they are. Only q, out and their gradients are
+// transposed, which costs dim operations for each query instead of for each pair.
+#include "attention.h"
+
+#include "product.h"
+
+namespace vlmo {
+namespace {
+
+constexpr int kBlockQueries = 3 * 16;  // a multiple of kLanes: three accumulators of 16 lanes
+constexpr int kBlockKeys = 240;        // scores of a block: 46 KB; even, and a multiple of kRowPadding
+constexpr float kLog2E = 1.44269504089f, kLn2 = 0.693147180560f;
+
+constexpr std::int64_t round_up(std::int64_t x, std::int64_t step) {
+  return (x + step - 1) / step * step;
+}
+constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+// Elements of type `type` in memory.
+template <Type type>
+struct Element {
+  using Stored = std::uint16_t;
+  static Floats widen(Words bits) {
+    return type == Type::kBfloat16 ? from_bfloat16(bits) : from_float16(bits);
+  }
+  static Words narrow(Floats x) {
+    return type == Type::kBfloat16 ? to_bfloat16(x) : to_float16(x);
+  }
+};
+template <>
+struct Element<Type::kFloat32> {
+  using Stored = float;
+};
+template <Type type>
+using Stored = typename Element<type>::Stored;
+
+// `count` elements, at most kLanes, and zeros.
+inline Words load_bits(const std::uint16_t* from, std::int64_t count) {
+  if (count >= kLanes) return load_halves(from);
+  std::uint16_t whole[kLanes] = {};
+  if (count > 0) std::memcpy(whole, from, 2 * count);
+  return load_halves(whole);
+}
+
+inline Floats load_some(const float* from, std::int64_t count) {
+  if (count >= kLanes) return load(from);
+  float whole[kLanes] = {};
+  if (count > 0) std::memcpy(whole, from, 4 * count);
+  return load(whole);
+}
+
+template <Type type>
+inline Floats load_wide(const Stored<type>* from, std::int64_t count) {
+  if constexpr (type == Type::kFloat32) {
+    return load_some(from, count);
+  } else {
+    return Element<type>::widen(load_bits(from, count));
+  }
+}
+
+template <Type type>
+inline void store_narrow(Stored<type>* to, Floats x, std::int64_t count) {
+  if constexpr (type == Type::kFloat32) {
+    if (count >= kLanes) {
+      store(to, x);
+    } else if (count > 0) {
+      std::memcpy(to, &x, 4 * count);
+    }
+  } else {
+    const Halves bits = __builtin_convertvector(Element<type>::narrow(x), Halves);
+    std::memcpy(to, &bits, 2 * smaller(count, kLanes));
+  }
+}
+
+// Memory of one thread. Without memory, it counts the bytes.
+class Scratch {
+ public:
+  explicit Scratch(void* memory) : start_(static_cast<char*>(memory)) {}
+
+  template <class T>
+  T* take(std::int64_t count) {
+    const std::int64_t offset = used_;
+    used_ += round_up(count * static_cast<std::int64_t>(sizeof(T)), 64);
+    return start_ == nullptr ? nullptr : reinterpret_cast<T*>(start_ + offset);
+  }
+  std::int64_t used() const { return used_; }
+
+ private:
+  char* start_;
+  std::int64_t used_ = 0;
+};
+
+// The columns of a head's expanded bias that the scratch memory holds; kept between items.
+struct Expanded {
+  std::int64_t head_plus_one, first, last;
+};
+
+// One sequence of a call.
+struct Sequence {
+  std::int64_t number, start, length;  // start: first token, counted over all sequences
+  std::int64_t count;                  // of valid keys
+  const std::int32_t* keys;            // [count]: their places in the sequence
+  const std::int64_t* positions;       // [length], or null
+};
+
+struct Run {
+  std::int64_t lane, column, count;
+};
+
+template <class Product, Type type>
+class Kernel {
+ public:
+  static constexpr int kElements = Product::kElements;
+  using T = Stored<type>;
+
+  static std::int64_t forward_bytes(const AttentionCall& call) {
+    Kernel kernel(call, nullptr);
+    kernel.take_forward();
+    return kernel.scratch_.used();
+  }
+  static std::int64_t backward_bytes(const AttentionCall& call) {
+    Kernel kernel(call, nullptr);
+    kernel.take_backward();
+    return kernel.scratch_.used();
+  }
+  static void forward(const AttentionCall& call, const Item& item, void* scratch) {
+    Kernel kernel(call, scratch);
+    kernel.take_forward();
+    kernel.run_forward(item);
+  }
+  static void backward(const AttentionCall& call, const Item& item, void* scratch) {
+    Kernel kernel(call, scratch);
+    kernel.take_backward();
+    kernel.run_backward(item);
+  }
+
+ private:
+  Kernel(const AttentionCall& call, void* scratch)
+      : call_(call), scratch_(scratch), dim_(call.dim), units_((dim_ + kElements - 1) / kElements),
+        row_(round_up(units_, 4)), columns_(round_up(dim_, kLanes)),
+        wide_(round_up(dim_, kRowPadding)), most_keys_(round_up(call.length, kRowPadding)),
+        bias_row_(round_up(call.size, kLanes) + kBlockQueries) {
+    expanded_ = scratch_.template take<Expanded>(1);
+    keys_ = scratch_.template take<std::int32_t>(call.length);
+    rows_ = scratch_.template take<std::int64_t>(call.length);
+    if (call.table != nullptr) {
+      bias_ = scratch_.template take<float>(call.size * bias_row_);
+      if (call.positions != nullptr) bias_tile_ = scratch_.template take<float>(kBlockKeys * kBlockQueries);
+    }
+    k_rows_ = scratch_.template take<float>(most_keys_ * row_);
+    q_columns_ = scratch_.template take<float>(round_up(units_, kLanes) * kBlockQueries);
+    scores_ = scratch_.template take<float>(round_up(kBlockKeys, kRowPadding) * kBlockQueries);
+  }
+
+  void take_forward() {
+    v_pairs_ = scratch_.template take<float>(pairs(most_keys_) * wide_);
+    result_ = scratch_.template take<float>(round_up(wide_, kLanes) * kBlockQueries);
+    top_ = scratch_.template take<float>(kBlockQueries);
+    sum_ = scratch_.template take<float>(kBlockQueries);
+  }
+
+  void take_backward() {
+    v_rows_ = scratch_.template take<float>(most_keys_ * row_);
+    k_pairs_ = scratch_.template take<float>(pairs(most_keys_) * wide_);
+    do_columns_ = scratch_.template take<float>(round_up(units_, kLanes) * kBlockQueries);
+    q_pairs_ = scratch_.template take<float>(pairs(kBlockQueries) * columns_);
+    do_pairs_ = scratch_.template take<float>(pairs(kBlockQueries) * columns_);
+    const std::int64_t tile = round_up(kBlockKeys, kRowPadding) * kBlockQueries;
+    dscores_ = scratch_.template take<float>(tile);
+    if (kElements == 2) {
+      p_rows_ = scratch_.template take<float>(tile / 2);
+      ds_rows_ = scratch_.template take<float>(tile / 2);
+    } else {
+      p_rows_ = scores_;
+      ds_rows_ = dscores_;
+    }
+    result_ = scratch_.template take<float>(round_up(wide_, kLanes) * kBlockQueries);
+    dk_ = scratch_.template take<float>(most_keys_ * columns_);
+    dv_ = scratch_.template take<float>(most_keys_ * columns_);
+    top_ = scratch_.template take<float>(kBlockQueries);
+    delta_ = scratch_.template take<float>(kBlockQueries);
+    if (call_.dtable != nullptr) {
+      dbias_ = scratch_.template take<float>(call_.size * bias_row_);
+      if (call_.positions != nullptr) dbias_tile_ = scratch_.template take<float>(kBlockKeys * kBlockQueries);
+    }
+  }
+
+  // ---- sequences and blocks ----
+
+  static constexpr std::int64_t pairs(std::int64_t count) {
+    return (count + kElements - 1) / kElements;
+  }
+
+  const T* row_of(const Rows& rows, const Sequence& s, std::int64_t token) const {
+    const std::int64_t at = call_.offsets == nullptr ? s.number * rows.sequence + token * rows.token
+                                                     : (s.start + token) * rows.token;
+    return static_cast<const T*>(rows.data) + at + head_ * rows.head;
+  }
+
+  T* result_row(Result result, const Sequence& s, std::int64_t token) const {
+    return static_cast<T*>(result) + ((s.start + token) * call_.heads + head_) * dim_;
+  }
+
+  Sequence sequence(std::int64_t number) {
+    Sequence s{};
+    s.number = number;
+    s.start = call_.offsets == nullptr ? number * call_.length : call_.offsets[number];
+    s.length = call_.offsets == nullptr ? call_.length : call_.offsets[number + 1] - s.start;
+    s.positions = call_.positions == nullptr ? nullptr : call_.positions + s.start;
+    std::int64_t limit = s.length;
+    if (call_.key_lengths != nullptr) limit = smaller(limit, call_.key_lengths[number]);
+    const bool* mask =
+        call_.key_mask == nullptr ? nullptr : call_.key_mask + number * call_.length;
+    for (std::int64_t key = 0; key < limit; ++key) {
+      if (mask == nullptr || mask[key]) keys_[s.count++] = static_cast<std::int32_t>(key);
+    }
+    s.keys = keys_;
+    if (call_.table != nullptr) {
+      for (std::int64_t j = 0; j < s.count; ++j) {
+        rows_[j] = (s.positions == nullptr ? s.keys[j] : s.positions[s.keys[j]]) * bias_row_;
+      }
+    }
+    return s;
+  }
+
+  // First query of a block, and of the next one.
+  struct Block {
+    std::int64_t first, last, width;  // width: a multiple of kLanes
+  };
+
+  static std::int64_t block_count(std::int64_t length) {
+    return (length + kBlockQueries - 1) / kBlockQueries;
+  }
+
+  // Blocks differ by one vector at most, so that none is narrow.
+  static Block block(std::int64_t length, std::int64_t number) {
+    const std::int64_t vectors = (length + kLanes - 1) / kLanes, count = block_count(length);
+    const std::int64_t first = number * vectors / count, last = (number + 1) * vectors / count;
+    return {first * kLanes, smaller(last * kLanes, length), (last - first) * kLanes};
+  }
+
+  // Fetches rows of the sequence after the current one into the L2 cache, a few at each call: the
+  // rows of one head are far apart, which prefetchers of CPUs do not follow. Without it, waiting
+  // for memory took a quarter of the forward.
+  void begin_prefetch(std::int64_t next, std::int64_t last) {
+    next_.number = next;
+    next_.length = 0, prefetched_ = 0;
+    if (next >= last) return;
+    next_.start = call_.offsets == nullptr ? next * call_.length : call_.offsets[next];
+    next_.length = call_.offsets == nullptr ? call_.length : call_.offsets[next + 1] - next_.start;
+  }
+
+  void prefetch_rows() {
+    for (int i = 0; i < 2 && prefetched_ < next_.length; ++i, ++prefetched_) {
+      prefetch_row(row_of(call_.q, next_, prefetched_));
+      prefetch_row(row_of(call_.k, next_, prefetched_));
+      prefetch_row(row_of(call_.v, next_, prefetched_));
+      if (call_.dout.data != nullptr) {
+        prefetch_row(row_of(call_.out, next_, prefetched_));
+        prefetch_row(row_of(call_.dout, next_, prefetched_));
+      }
+    }
+  }
+
+  // Fetches rows of a result that will be written.
+  void prefetch_result(Result to, const Sequence& s, const Block& block, std::int64_t tile) const {
+    constexpr std::int64_t line = 64 / sizeof(T);
+    for (std::int64_t i = 0; i < 2; ++i) {
+      const std::int64_t token = block.first + 2 * tile + i;
+      if (token >= block.last) return;
+      const T* row = result_row(to, s, token);
+      for (std::int64_t d = 0; d < dim_; d += line) __builtin_prefetch(row + d, 1, 3);
+    }
+  }
+
+  void prefetch_row(const T* row) const {
+    constexpr std::int64_t line = 64 / sizeof(T);
+    for (std::int64_t d = 0; d < dim_; d += line) __builtin_prefetch(row + d, 0, 2);
+  }
+
+  // ---- operands ----
+
+  // Units of a row, from unit `first` on, with zeros beyond dim.
+  Floats units(const T* row, std::int64_t first) const {
+    const std::int64_t left = dim_ - first * kElements;
+    if constexpr (kElements == 1) {
+      return load_wide<type>(row + first, left);
+    } else {
+      if (left >= 2 * kLanes) return load(reinterpret_cast<const float*>(row + 2 * first));
+      T whole[2 * kLanes] = {};
+      if (left > 0) std::memcpy(whole, row + 2 * first, 2 * left);
+      Floats bits;
+      std::memcpy(&bits, whole, sizeof bits);
+      return bits;
+    }
+  }
+
+  // [count, row_]: the rows of a tensor for the valid keys.
+  void pack_rows(float* to, const Rows& rows, const Sequence& s) const {
+    for (std::int64_t j = 0; j < s.count; ++j) {
+      const T* row = row_of(rows, s, s.keys[j]);
+      for (std::int64_t u = 0; u < units_; u += kLanes) {
+        const Floats bits = units(row, u);
+        if (u + kLanes <= row_) {
+          store(to + j * row_ + u, bits);
+        } else {
+          std::memcpy(to + j * row_ + u, &bits, 4 * (row_ - u));
+        }
+      }
+    }
+    std::memset(to + s.count * row_, 0, 4 * (round_up(s.count, kRowPadding) - s.count) * row_);
+  }
+
+  // [pairs(count), width]: rows, each two of them interleaved if the product takes pairs.
+  template <class RowAt>
+  void pack_pairs(float* to, std::int64_t width, std::int64_t count, RowAt row_at) const {
+    for (std::int64_t j = 0; j < count; j += kElements) {
+      float* target = to + j / kElements * width;
+      const T* first = row_at(j);
+      const T* second = kElements == 2 && j + 1 < count ? row_at(j + 1) : nullptr;
+      for (std::int64_t d = 0; d < width; d += kLanes) {
+        Floats bits;
+        if constexpr (kElements == 1) {
+          bits = load_wide<type>(first + d, dim_ - d);
+        } else {
+          Words both = load_bits(first + d, dim_ - d);
+          if (second != nullptr) both |= load_bits(second + d, dim_ - d) << 16;
+          bits = Floats(both);
+        }
+        if (d + kLanes <= width) {
+          store(target + d, bits);
+        } else {
+          std::memcpy(target + d, &bits, 4 * (width - d));
+        }
+      }
+    }
+  }
+
+  // [units, kBlockQueries]: the block's rows of a tensor, transposed.
+  void pack_columns(float* to, const Rows& rows, const Sequence& s, const Block& block) const {
+    for (std::int64_t i = 0; i < block.width; i += kLanes) {
+      for (std::int64_t u = 0; u < units_; u += kLanes) {
+        Floats square[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const std::int64_t token = block.first + i + lane;
+          square[lane] = token < block.last ? units(row_of(rows, s, token), u) : Floats{};
+        }
+        transpose(square);
+        for (int lane = 0; lane < kLanes; ++lane) {
+          store(to + (u + lane) * kBlockQueries + i, square[lane]);
+        }
+      }
+    }
+  }
+
+  // The inverse for a result [dim, kBlockQueries], multiplied by factor[query].
+  void unpack_columns(Result to, const float* from, const float* factor, const Sequence& s,
+                      const Block& block) const {
+    for (std::int64_t i = 0; i < block.width; i += kLanes) {
+      const Floats factors = load(factor + i);
+      for (std::int64_t d = 0; d < dim_; d += kLanes) {
+        Floats square[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) {
+          square[lane] = load(from + (d + lane) * kBlockQueries + i) * factors;
+        }
+        transpose(square);
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const std::int64_t token = block.first + i + lane;
+          if (token >= block.last) break;
+          store_narrow<type>(result_row(to, s, token) + d, square[lane], dim_ - d);
+        }
+      }
+    }
+  }
+
+  // ---- bias ----
+
+  // Expands the head's bias: bias_[key * bias_row_ + query - first], in base 2.
+  void expand(std::int64_t first, std::int64_t last) {
+    if (expanded_->head_plus_one == head_ + 1 && expanded_->first <= first &&
+        last <= expanded_->last) {
+      first_column_ = expanded_->first;
+      return;
+    }
+    *expanded_ = {head_ + 1, first, last};
+    first_column_ = first;
+    const float* entries = call_.table + head_ * call_.entries;
+    const std::int64_t size = call_.size;
+    for (std::int64_t key = 0; key < size; key += kLanes) {
+      const std::int64_t count = smaller(kLanes, size - key);
+      for (std::int64_t query = first; query < last; query += kLanes) {
+        Floats square[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const std::int64_t row = smaller(query + lane, size - 1);
+          square[lane] = gather(entries, call_.matrix + row * call_.matrix_row + key, count);
+        }
+        transpose(square);
+        for (int lane = 0; lane < count; ++lane) {
+          store(bias_ + (key + lane) * bias_row_ + query - first, square[lane] * splat(kLog2E));
+        }
+      }
+    }
+    const std::int64_t filled = round_up(last - first, kLanes);
+    for (std::int64_t key = 0; key < size; ++key) {
+      std::memset(bias_ + key * bias_row_ + filled, 0, 4 * kBlockQueries);
+    }
+  }
+
+  static Floats gather(const float* entries, const std::int32_t* indices, std::int64_t count) {
+    std::int32_t whole[kLanes] = {};
+    if (count < kLanes) {
+      std::memcpy(whole, indices, 4 * count);
+      indices = whole;
+    }
+#if defined(__AVX512F__)
+    return _mm512_i32gather_ps(_mm512_loadu_si512(indices), entries, 4);
+#elif defined(__AVX2__)
+    return _mm256_i32gather_ps(
+        entries, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(indices)), 4);
+#else
+    Floats found;
+    for (int lane = 0; lane < kLanes; ++lane) found[lane] = entries[indices[lane]];
+    return found;
+#endif
+  }
+
+  // The columns of the bias that the queries of an item read, and its expansion.
+  void expand_for(const Item& item) {
+    if (call_.table == nullptr) return;
+    std::int64_t first = call_.size, last = 0;
+    for (std::int64_t number = item.first; number < item.last; ++number) {
+      if (call_.positions != nullptr) {
+        first = 0, last = call_.size;
+        break;
+      }
+      const std::int64_t length =
+          call_.offsets == nullptr ? call_.length : call_.offsets[number + 1] - call_.offsets[number];
+      const std::int64_t from = item.part * block_count(length) / item.parts;
+      const std::int64_t to = (item.part + 1) * block_count(length) / item.parts;
+      if (from == to) continue;
+      first = smaller(first, block(length, from).first);
+      const std::int64_t end = block(length, to - 1).last;
+      last = last > end ? last : end;
+    }
+    if (first < last) expand(first, last);
+  }
+
+  // Finds the runs of consecutive positions among a block's queries.
+  void find_runs(const Sequence& s, const Block& block) {
+    run_count_ = 0;
+    if (s.positions == nullptr) return;
+    for (std::int64_t i = block.first; i < block.last; ++i) {
+      if (i > block.first && s.positions[i] == s.positions[i - 1] + 1) {
+        ++runs_[run_count_ - 1].count;
+      } else {
+        runs_[run_count_++] = {i - block.first, s.positions[i], 1};
+      }
+    }
+  }
+
+  // Where the rows of the block's bias begin: row j at rows_[j], or in a tile at j * kBlockQueries.
+  bool in_place(const Sequence& s) const { return s.positions == nullptr || run_count_ == 1; }
+  std::int64_t column_of(const Sequence& s, const Block& block) const {
+    return (s.positions == nullptr ? block.first : runs_[0].column) - first_column_;
+  }
+
+  void copy_bias_tile(std::int64_t first, std::int64_t count) {
+    for (std::int64_t j = 0; j < count; ++j) {
+      const float* from = bias_ + rows_[first + j] - first_column_;
+      float* to = bias_tile_ + j * kBlockQueries;
+      for (std::int64_t r = 0; r < run_count_; ++r) {
+        std::memcpy(to + runs_[r].lane, from + runs_[r].column, 4 * runs_[r].count);
+      }
+      const std::int64_t used = runs_[run_count_ - 1].lane + runs_[run_count_ - 1].count;
+      std::memset(to + used, 0, 4 * (kBlockQueries - used));
+    }
+  }
+
+  void add_dbias_tile(std::int64_t first, std::int64_t count) {
+    for (std::int64_t j = 0; j < count; ++j) {
+      float* to = dbias_ + rows_[first + j] - first_column_;
+      const float* from = dbias_tile_ + j * kBlockQueries;
+      for (std::int64_t r = 0; r < run_count_; ++r) {
+        for (std::int64_t i = 0; i < runs_[r].count; ++i) {
+          to[runs_[r].column + i] += from[runs_[r].lane + i];
+        }
+      }
+    }
+  }
+
+  // Row j of a tile of the bias or of its gradient.
+  struct BiasRows {
+    float* start;              // null without a bias
+    const std::int64_t* rows;  // null: kBlockQueries apart
+
+    float* at(std::int64_t j) const {
+      return start + (rows == nullptr ? j * kBlockQueries : rows[j]);
+    }
+  };
+
+  BiasRows bias_rows(const Sequence& s, const Block& block, std::int64_t first,
+                     std::int64_t count) {
+    if (call_.table == nullptr) return {nullptr, nullptr};
+    if (in_place(s)) return {bias_ + column_of(s, block), rows_ + first};
+    copy_bias_tile(first, count);
+    return {bias_tile_, nullptr};
+  }
+
+  // Adds dbias_ to the head's row of the table's gradient.
+  void scatter(const Item& item) {
+    double* to = call_.dtable + (item.chunk * call_.heads + head_) * call_.entries;
+    const std::int64_t size = call_.size;
+    for (std::int64_t query = 0; query < size; query += kLanes) {
+      for (std::int64_t key = 0; key < size; key += kLanes) {
+        Floats square[kLanes];
+        const std::int64_t keys = smaller(kLanes, size - key);
+        for (int lane = 0; lane < kLanes; ++lane) {
+          square[lane] = lane < keys ? load(dbias_ + (key + lane) * bias_row_ + query) : Floats{};
+        }
+        transpose(square);
+        for (int lane = 0; lane < smaller(kLanes, size - query); ++lane) {
+          const std::int32_t* indices = call_.matrix + (query + lane) * call_.matrix_row + key;
+          // Neighbouring keys often share an entry.
+          std::int32_t entry = indices[0];
+          double total = 0;
+          for (int j = 0; j < keys; ++j) {
+            if (indices[j] != entry) {
+              to[entry] += total;
+              entry = indices[j], total = 0;
+            }
+            total += square[lane][j];
+          }
+          to[entry] += total;
+        }
+      }
+    }
+  }
+
+  // The number of leading keys that a block's queries attend to.
+  std::int64_t reach(const Sequence& s, const Block& block) const {
+    if (!call_.causal) return s.count;
+    std::int64_t low = 0, high = s.count;
+    while (low < high) {
+      const std::int64_t middle = (low + high) / 2;
+      if (s.keys[middle] < block.last) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+
+  // How a product of q and k becomes a score in base 2. A copy of its own in each block of a
+  // product spares loads: stores of vectors might change any member.
+  struct Scores {
+    Floats factor;
+    BiasRows bias;
+    const std::int32_t* keys;  // of the rows; null if every query attends to all of them
+    std::int64_t first;        // query
+
+    template <class Use, int vectors>
+    void compute(std::int64_t j, int column, Floats (&products)[vectors], Use&& use) const {
+      const float* row = bias.start == nullptr ? nullptr : bias.at(j) + column;
+#pragma GCC unroll 16
+      for (int n = 0; n < vectors; ++n) {
+        Floats x = products[n] * factor;
+        if (row != nullptr) x += load(row + n * kLanes);
+        if (keys != nullptr) x = without_later(x, keys[j] - first - column - n * kLanes);
+        use(n, x);
+      }
+    }
+
+    static Floats without_later(Floats x, std::int64_t first_valid) {
+      if (first_valid <= 0) return x;
+      const Words lanes = lane_numbers();
+      return where(Words(lanes < static_cast<std::uint32_t>(first_valid)),
+                   splat(-__builtin_inff()), x);
+    }
+  };
+
+  Scores scores_rule(const Sequence& s, const Block& block, std::int64_t first,
+                     std::int64_t count) {
+    return {splat(call_.scale * kLog2E), bias_rows(s, block, first, count),
+            call_.causal ? s.keys + first : nullptr, block.first};
+  }
+
+  // ---- forward ----
+
+  void run_forward(const Item& item) {
+    head_ = item.head;
+    expand_for(item);
+    for (std::int64_t number = item.first; number < item.last; ++number) {
+      const Sequence s = sequence(number);
+      const std::int64_t blocks = block_count(s.length);
+      const std::int64_t first = item.part * blocks / item.parts;
+      const std::int64_t last = (item.part + 1) * blocks / item.parts;
+      if (first == last) continue;
+      begin_prefetch(number + 1, item.last);
+      pack_rows(k_rows_, call_.k, s);
+      pack_pairs(v_pairs_, wide_, s.count,
+                 [&](std::int64_t j) { return row_of(call_.v, s, s.keys[j]); });
+      for (std::int64_t b = first; b < last; ++b) forward_block(s, block(s.length, b));
+    }
+  }
+
+  void forward_block(const Sequence& s, const Block& block) {
+    pack_columns(q_columns_, call_.q, s, block);
+    find_runs(s, block);
+    const float low = -__builtin_inff();
+    for (std::int64_t i = 0; i < block.width; i += kLanes) {
+      store(top_ + i, splat(low)), store(sum_ + i, Floats{});
+    }
+    std::memset(result_, 0, 4 * round_up(wide_, kLanes) * kBlockQueries);
+    const std::int64_t keys = reach(s, block);
+    for (std::int64_t first = 0; first < keys; first += kBlockKeys) {
+      const std::int64_t count = smaller(kBlockKeys, keys - first);
+      Floats before[kBlockQueries / kLanes];
+      for (std::int64_t i = 0; i < block.width; i += kLanes) before[i / kLanes] = load(top_ + i);
+      compute_scores(s, block, first, count);
+      if (first > 0) rescale(block, before);
+      exponentiate(block, count);
+      multiply<Product, Order::kRowsAdjacent>(
+          dim_, block.width, pairs(count), v_pairs_ + first / kElements * wide_, wide_, scores_,
+          kBlockQueries, AddTo{result_, kBlockQueries});
+    }
+    for (std::int64_t i = 0; i < block.last - block.first; ++i) {
+      const float total = sum_[i];
+      const std::int64_t at = (s.start + block.first + i) * call_.heads + head_;
+      call_.lse_result[at] =
+          total == 0 ? low : (top_[i] == low ? 0 : top_[i] * kLn2) + __builtin_logf(total);
+      sum_[i] = total == 0 ? 0 : 1 / total;
+    }
+    unpack_columns(call_.out_result, result_, sum_, s, block);
+  }
+
+  // scores_ [keys, queries], and their maxima in top_.
+  void compute_scores(const Sequence& s, const Block& block, std::int64_t first,
+                                    std::int64_t count) {
+    const Scores rule = scores_rule(s, block, first, count);
+    multiply<Product, Order::kSummedAdjacent>(
+        count, block.width, units_, k_rows_ + first * row_, row_, q_columns_, kBlockQueries,
+        [&](int row, int column, auto& products) {
+          prefetch_rows();
+          prefetch_result(call_.out_result, s, block, row / 8);
+          keep_scores(rule, scores_, top_, count, row, column, products);
+        });
+  }
+
+  template <int rows, int vectors>
+  static void keep_scores(const Scores rule, float* scores, float* maxima, std::int64_t count,
+                          int row, int column, Floats (&products)[rows][vectors]) {
+    Floats top[vectors];
+#pragma GCC unroll 16
+    for (int n = 0; n < vectors; ++n) top[n] = load(maxima + column + n * kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < rows; ++m) {
+      if (row + m >= count) break;
+      float* to = scores + (row + m) * kBlockQueries + column;
+      rule.compute(row + m, column, products[m], [&](int n, Floats x) {
+        store(to + n * kLanes, x);
+        top[n] = maximum(x, top[n]);
+      });
+    }
+#pragma GCC unroll 16
+    for (int n = 0; n < vectors; ++n) store(maxima + column + n * kLanes, top[n]);
+  }
+
+  // Relates sums of earlier keys to the new maxima.
+  void rescale(const Block& block, const Floats* before) {
+    for (std::int64_t i = 0; i < block.width; i += kLanes) {
+      const Floats factor = exp2_nonpositive<true>(before[i / kLanes] - finite_top(i));
+      store(sum_ + i, load(sum_ + i) * factor);
+      for (std::int64_t d = 0; d < dim_; ++d) {
+        float* at = result_ + d * kBlockQueries + i;
+        store(at, load(at) * factor);
+      }
+    }
+  }
+
+  // The maxima, or 0 where no key is valid.
+  Floats finite_top(std::int64_t i) const {
+    const Floats top = load(top_ + i);
+    return where(Words(top == splat(-__builtin_inff())), Floats{}, top);
+  }
+
+  // Replaces scores_ by 2^(score - top), in pairs of keys if the product takes them.
+  void exponentiate(const Block& block, std::int64_t count) {
+    constexpr bool exact = kElements == 1;
+    for (std::int64_t i = 0; i < block.width; i += kLanes) {
+      const Floats top = finite_top(i);
+      Floats total = load(sum_ + i);
+      for (std::int64_t j = 0; j < count; j += kElements) {
+        const float* from = scores_ + j * kBlockQueries + i;
+        float* to = scores_ + j / kElements * kBlockQueries + i;
+        const Floats p = exp2_nonpositive<exact>(load(from) - top);
+        total += p;
+        if constexpr (kElements == 1) {
+          store(to, p);
+        } else {
+          Floats next{};
+          if (j + 1 < count) next = exp2_nonpositive<exact>(load(from + kBlockQueries) - top);
+          total += next;
+          store(to, paired(p, next));
+        }
+      }
+      store(sum_ + i, total);
+    }
+  }
+
+  // Pairs of bfloat16: the first in the lower half of each lane.
+  static Floats paired(Floats first, Floats second) {
+#if defined(__AVX512BF16__)
+    const __m512i order = (__m512i)(pair_order());
+    return (Floats)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+#endif
+    return Floats(to_bfloat16(first) | (to_bfloat16(second) << 16));
+  }
+
+  // ---- backward ----
+
+  void run_backward(const Item& item) {
+    head_ = item.head;
+    expand_for(item);
+    first_column_ = 0;
+    if (dbias_ != nullptr) std::memset(dbias_, 0, 4 * call_.size * bias_row_);
+    for (std::int64_t number = item.first; number < item.last; ++number) {
+      const Sequence s = sequence(number);
+      begin_prefetch(number + 1, item.last);
+      pack_rows(k_rows_, call_.k, s);
+      pack_rows(v_rows_, call_.v, s);
+      pack_pairs(k_pairs_, wide_, s.count,
+                 [&](std::int64_t j) { return row_of(call_.k, s, s.keys[j]); });
+      std::memset(dk_, 0, 4 * round_up(s.count, kRowPadding) * columns_);
+      std::memset(dv_, 0, 4 * round_up(s.count, kRowPadding) * columns_);
+      for (std::int64_t b = 0; b < block_count(s.length); ++b) {
+        backward_block(s, block(s.length, b));
+      }
+      write_keys(call_.dk, dk_, call_.scale, s);
+      write_keys(call_.dv, dv_, 1, s);
+    }
+    if (dbias_ != nullptr) scatter(item);
+  }
+
+  void backward_block(const Sequence& s, const Block& block) {
+    pack_columns(q_columns_, call_.q, s, block);
+    pack_columns(do_columns_, call_.dout, s, block);
+    const std::int64_t queries = block.last - block.first;
+    pack_pairs(q_pairs_, columns_, queries,
+               [&](std::int64_t i) { return row_of(call_.q, s, block.first + i); });
+    pack_pairs(do_pairs_, columns_, queries,
+               [&](std::int64_t i) { return row_of(call_.dout, s, block.first + i); });
+    const std::int64_t filled = pairs(queries), all = pairs(block.width);
+    std::memset(q_pairs_ + filled * columns_, 0, 4 * (all - filled) * columns_);
+    std::memset(do_pairs_ + filled * columns_, 0, 4 * (all - filled) * columns_);
+    prepare_queries(s, block);
+    find_runs(s, block);
+    std::memset(result_, 0, 4 * round_up(wide_, kLanes) * kBlockQueries);
+    const std::int64_t keys = reach(s, block);
+    for (std::int64_t first = 0; first < keys; first += kBlockKeys) {
+      const std::int64_t count = smaller(kBlockKeys, keys - first);
+      const Scores rule = scores_rule(s, block, first, count);
+      multiply<Product, Order::kSummedAdjacent>(
+          count, block.width, units_, k_rows_ + first * row_, row_, q_columns_, kBlockQueries,
+          [&](int row, int column, auto& products) {
+            prefetch_rows();
+            keep_probabilities(rule, scores_, top_, count, row, column, products);
+          });
+      BiasRows dbias{nullptr, nullptr};
+      if (dbias_ != nullptr && in_place(s)) {
+        dbias = {dbias_ + column_of(s, block), rows_ + first};
+      } else if (dbias_ != nullptr) {
+        dbias = {dbias_tile_, nullptr};
+        std::memset(dbias_tile_, 0, 4 * count * kBlockQueries);
+      }
+      multiply<Product, Order::kSummedAdjacent>(
+          count, block.width, units_, v_rows_ + first * row_, row_, do_columns_, kBlockQueries,
+          [&](int row, int column, auto& products) {
+            keep_dscores(dbias, scores_, delta_, dscores_, count, row, column, products);
+          });
+      if (dbias.start == dbias_tile_ && dbias_tile_ != nullptr) add_dbias_tile(first, count);
+      finish_pairs(block, count);
+      constexpr std::int64_t line = kBlockQueries / kElements;
+      multiply<Product, Order::kSummedAdjacent>(count, columns_, pairs(block.width), p_rows_, line,
+                                                do_pairs_, columns_,
+                                                AddTo{dv_ + first * columns_, columns_});
+      multiply<Product, Order::kSummedAdjacent>(count, columns_, pairs(block.width), ds_rows_, line,
+                                                q_pairs_, columns_,
+                                                AddTo{dk_ + first * columns_, columns_});
+      multiply<Product, Order::kRowsAdjacent>(
+          dim_, block.width, pairs(count), k_pairs_ + first / kElements * wide_, wide_, dscores_,
+          kBlockQueries, AddTo{result_, kBlockQueries});
+    }
+    for (std::int64_t i = 0; i < block.width; i += kLanes) store(top_ + i, splat(call_.scale));
+    unpack_columns(call_.dq, result_, top_, s, block);
+  }
+
+  // delta_ = sum(dout * out) and top_ = log-sum-exp in base 2, infinite for lanes without a query.
+  void prepare_queries(const Sequence& s, const Block& block) {
+    for (std::int64_t i = 0; i < block.width; ++i) {
+      const std::int64_t token = block.first + i;
+      top_[i] = __builtin_inff(), delta_[i] = 0;
+      if (token >= block.last) continue;
+      const float lse = call_.lse[(s.start + token) * call_.heads + head_];
+      if (lse != -__builtin_inff()) top_[i] = lse * kLog2E;
+      const T* out = row_of(call_.out, s, token);
+      const T* dout = row_of(call_.dout, s, token);
+      Floats total{};
+      for (std::int64_t d = 0; d < dim_; d += kLanes) {
+        total += load_wide<type>(out + d, dim_ - d) * load_wide<type>(dout + d, dim_ - d);
+      }
+      delta_[i] = sum(total);
+    }
+  }
+
+  // p [keys, queries].
+  template <int rows, int vectors>
+  static void keep_probabilities(const Scores rule, float* p, const float* lse, std::int64_t count,
+                                 int row, int column, Floats (&products)[rows][vectors]) {
+    Floats base[vectors];
+#pragma GCC unroll 16
+    for (int n = 0; n < vectors; ++n) base[n] = load(lse + column + n * kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < rows; ++m) {
+      if (row + m >= count) break;
+      float* to = p + (row + m) * kBlockQueries + column;
+      rule.compute(row + m, column, products[m], [&](int n, Floats x) {
+        store(to + n * kLanes, exp2_nonpositive<kElements == 1>(x - base[n]));
+      });
+    }
+  }
+
+  // ds = p (dp - delta) [keys, queries], from dp.
+  template <int rows, int vectors>
+  static void keep_dscores(const BiasRows dbias, const float* p, const float* delta, float* dscores,
+                           std::int64_t count, int row, int column,
+                           Floats (&dp)[rows][vectors]) {
+    Floats base[vectors];
+#pragma GCC unroll 16
+    for (int n = 0; n < vectors; ++n) base[n] = load(delta + column + n * kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < rows; ++m) {
+      if (row + m >= count) break;
+      float* to_bias = dbias.start == nullptr ? nullptr : dbias.at(row + m) + column;
+#pragma GCC unroll 16
+      for (int n = 0; n < vectors; ++n) {
+        const std::int64_t at = (row + m) * kBlockQueries + column + n * kLanes;
+        const Floats ds = load(p + at) * (dp[m][n] - base[n]);
+        store(dscores + at, ds);
+        if (to_bias != nullptr) store(to_bias + n * kLanes, load(to_bias + n * kLanes) + ds);
+      }
+    }
+  }
+
+  // Completes p_rows_ and ds_rows_ [keys, pairs of queries], with zeros for further keys, and
+  // dscores_ [pairs of keys, queries].
+  void finish_pairs(const Block& block, std::int64_t count) {
+    const std::int64_t line = kBlockQueries / kElements;
+    const std::int64_t missing = round_up(count, kRowPadding) - count;
+    std::memset(p_rows_ + count * line, 0, 4 * missing * line);
+    std::memset(ds_rows_ + count * line, 0, 4 * missing * line);
+    if constexpr (kElements == 2) {
+      for (std::int64_t j = 0; j < count; ++j) {
+        for (std::int64_t i = 0; i < block.width; i += kLanes) {
+          const std::int64_t at = j * kBlockQueries + i;
+          store_halves(p_rows_, at, to_bfloat16(load(scores_ + at)));
+          store_halves(ds_rows_, at, to_bfloat16(load(dscores_ + at)));
+        }
+      }
+      for (std::int64_t j = 0; j < count; j += 2) {
+        for (std::int64_t i = 0; i < block.width; i += kLanes) {
+          const float* from = dscores_ + j * kBlockQueries + i;
+          Floats next{};
+          if (j + 1 < count) next = load(from + kBlockQueries);
+          store(dscores_ + j / 2 * kBlockQueries + i, paired(load(from), next));
+        }
+      }
+    }
+  }
+
+  static void store_halves(float* to, std::int64_t at, Words bits) {
+    const Halves narrow = __builtin_convertvector(bits, Halves);
+    std::memcpy(reinterpret_cast<std::uint16_t*>(to) + at, &narrow, sizeof narrow);
+  }
+
+  // Writes the gradient of k or v; zeros for keys that are not valid.
+  void write_keys(Result to, const float* from, float factor, const Sequence& s) const {
+    std::int64_t j = 0;
+    for (std::int64_t token = 0; token < s.length; ++token) {
+      const bool valid = j < s.count && s.keys[j] == token;
+      T* row = result_row(to, s, token);
+      for (std::int64_t d = 0; d < dim_; d += kLanes) {
+        const Floats x = valid ? load(from + j * columns_ + d) * splat(factor) : Floats{};
+        store_narrow<type>(row + d, x, dim_ - d);
+      }
+      j += valid;
+    }
+  }
+
+  const AttentionCall& call_;
+  Scratch scratch_;
+  const std::int64_t dim_, units_;  // of 32 bits in a row
+  const std::int64_t row_, columns_, wide_, most_keys_, bias_row_;
+  std::int64_t head_ = 0, first_column_ = 0;
+  Sequence next_{};
+  std::int64_t prefetched_ = 0;
+  Run runs_[kBlockQueries];
+  std::int64_t run_count_ = 0;
+
+  Expanded* expanded_ = nullptr;
+  std::int32_t* keys_ = nullptr;
+  std::int64_t* rows_ = nullptr;  // [keys]: offsets of their rows of bias_ and dbias_
+  float *bias_ = nullptr, *bias_tile_ = nullptr, *dbias_ = nullptr, *dbias_tile_ = nullptr;
+  float *k_rows_ = nullptr, *v_rows_ = nullptr;                             // [keys, row_]
+  float *k_pairs_ = nullptr, *v_pairs_ = nullptr;                           // [pairs(keys), wide_]
+  float *q_columns_ = nullptr, *do_columns_ = nullptr;                      // [units_, queries]
+  float *q_pairs_ = nullptr, *do_pairs_ = nullptr;                          // [pairs(queries), columns_]
+  float *scores_ = nullptr, *dscores_ = nullptr;                            // [keys, queries]
+  float *p_rows_ = nullptr, *ds_rows_ = nullptr;
+  float* result_ = nullptr;                                                 // [dim, queries]
+  float *dk_ = nullptr, *dv_ = nullptr;                                     // [keys, columns_]
+  float *top_ = nullptr, *sum_ = nullptr, *delta_ = nullptr;                // [queries]
+};
+
+// Calls f with the kernel of the call's type.
+template <class F>
+auto with_kernel(const AttentionCall& call, F&& f) {
+  switch (call.type) {
+    case Type::kFloat16: return f(static_cast<Kernel<SingleProduct, Type::kFloat16>*>(nullptr));
+    case Type::kBfloat16:
+#if defined(__AVX512BF16__)
+      return f(static_cast<Kernel<PairProduct, Type::kBfloat16>*>(nullptr));
+#else
+      return f(static_cast<Kernel<SingleProduct, Type::kBfloat16>*>(nullptr));
+#endif
+    default: return f(static_cast<Kernel<SingleProduct, Type::kFloat32>*>(nullptr));
+  }
+}
+
+template <class T>
+struct Pointed;
+template <class T>
+struct Pointed<T*> {
+  using Type = T;
+};
+
+std::int64_t scratch_bytes(const AttentionCall& call, bool backward) {
+  return with_kernel(call, [&](auto* kernel) {
+    using K = typename Pointed<decltype(kernel)>::Type;
+    return backward ? K::backward_bytes(call) : K::forward_bytes(call);
+  });
+}
+void forward(const AttentionCall& call, const Item& item, void* scratch) {
+  with_kernel(call, [&](auto* kernel) { Pointed<decltype(kernel)>::Type::forward(call, item, scratch); });
+}
+void backward(const AttentionCall& call, const Item& item, void* scratch) {
+  with_kernel(call, [&](auto* kernel) { Pointed<decltype(kernel)>::Type::backward(call, item, scratch); });
+}
+
+}  // namespace
+
+#define VLMO_STRING(x) #x
+#define VLMO_NAME(x) VLMO_STRING(x)
+
+namespace VLMO_INSTRUCTIONS {
+extern const AttentionKernels attention;
+const AttentionKernels attention{VLMO_NAME(VLMO_INSTRUCTIONS), scratch_bytes, forward, backward};
+}  // namespace VLMO_INSTRUCTIONS
+
+}  // namespace vlmo

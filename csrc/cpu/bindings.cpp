@@ -1,0 +1,97 @@
+#include "cpu/bindings.h"
+
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <string>
+
+#include "cpu/cpu.h"
+#include "cpu/threads.h"
+
+namespace py = pybind11;
+
+namespace vlmo {
+namespace {
+
+using Address = std::uintptr_t;
+using Strided = std::array<std::int64_t, 4>;  // address; strides of sequences, tokens, heads
+using Inputs = std::array<Address, 6>;  // table, matrix, key_mask, key_lengths, offsets, positions
+using Sizes = std::array<std::int64_t, 7>;  // see call_of
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Rows rows_of(const Strided& t) {
+  return {pointer<const void>(static_cast<Address>(t[0])), t[1], t[2], t[3]};
+}
+
+AttentionCall call_of(int type, const std::array<Strided, 3>& qkv, const Inputs& inputs,
+                      const Sizes& sizes, bool causal, float scale) {
+  AttentionCall call{};
+  call.type = static_cast<Type>(type);
+  call.q = rows_of(qkv[0]), call.k = rows_of(qkv[1]), call.v = rows_of(qkv[2]);
+  call.table = pointer<const float>(inputs[0]);
+  call.matrix = pointer<const std::int32_t>(inputs[1]);
+  call.key_mask = pointer<const bool>(inputs[2]);
+  call.key_lengths = pointer<const std::int64_t>(inputs[3]);
+  call.offsets = pointer<const std::int64_t>(inputs[4]);
+  call.positions = pointer<const std::int64_t>(inputs[5]);
+  call.sequences = sizes[0], call.length = sizes[1], call.heads = sizes[2], call.dim = sizes[3];
+  call.entries = sizes[4], call.size = sizes[5], call.matrix_row = sizes[6];
+  call.causal = causal, call.scale = scale;
+  return call;
+}
+
+void forward(const std::string& instructions, int threads, int type,
+             const std::array<Strided, 3>& qkv, const Inputs& inputs, const Sizes& sizes,
+             bool causal, float scale, Address out, Address lse) {
+  AttentionCall call = call_of(type, qkv, inputs, sizes, causal, scale);
+  call.out_result = pointer<void>(out);
+  call.lse_result = pointer<float>(lse);
+  const py::gil_scoped_release release;
+  attention_forward(call, instructions, threads);
+}
+
+void backward(const std::string& instructions, int threads, int type,
+              const std::array<Strided, 3>& qkv, const Inputs& inputs, const Sizes& sizes,
+              bool causal, float scale, const Strided& out, const Strided& dout, Address lse,
+              const std::array<Address, 3>& gradients, Address dtable) {
+  AttentionCall call = call_of(type, qkv, inputs, sizes, causal, scale);
+  call.out = rows_of(out), call.dout = rows_of(dout);
+  call.lse = pointer<const float>(lse);
+  call.dq = pointer<void>(gradients[0]);
+  call.dk = pointer<void>(gradients[1]);
+  call.dv = pointer<void>(gradients[2]);
+  const py::gil_scoped_release release;
+  attention_backward(call, instructions, threads, pointer<double>(dtable));
+}
+
+}  // namespace
+
+void bind_cpu(py::module_& module) {
+  module.def("instruction_sets", &instruction_sets,
+             "Instruction sets that the CPU kernels are compiled for and this CPU has, the widest "
+             "first.");
+  module.def("thread_runtime", &thread_runtime,
+             "The file of the OpenMP runtime that PyTorch loaded and the CPU kernels use, or ''.");
+  module.def("attention_forward", &forward, py::arg("instructions"), py::arg("threads"),
+             py::arg("type"), py::arg("qkv"), py::arg("inputs"), py::arg("sizes"),
+             py::arg("causal"), py::arg("scale"), py::arg("out"), py::arg("lse"),
+             "Compute out [tokens, heads, dim] and lse [tokens, heads] on the CPU.\n\n"
+             "type: 0 float32, 1 bfloat16, 2 float16.\n"
+             "qkv: address and strides (sequence, token, head) in elements of q, k and v.\n"
+             "inputs: addresses, 0 for none, of table [heads, entries] float32, matrix int32,\n"
+             "key_mask, and int64 key_lengths, offsets and positions.\n"
+             "sizes: sequences, (largest) length, heads, dim, entries, rows of matrix, its stride.");
+  module.def("attention_backward", &backward, py::arg("instructions"), py::arg("threads"),
+             py::arg("type"), py::arg("qkv"), py::arg("inputs"), py::arg("sizes"),
+             py::arg("causal"), py::arg("scale"), py::arg("out"), py::arg("dout"),
+             py::arg("lse"), py::arg("gradients"), py::arg("dtable"),
+             "Compute dq, dk and dv [tokens, heads, dim], and add the table's gradient to dtable\n"
+             "[heads, entries] float64 unless it is 0. The other arguments are as in the forward.");
+}
+
+}  // namespace vlmo
