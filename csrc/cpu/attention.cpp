@@ -964,12 +964,9 @@ void backward(const AttentionCall& call, const Item& item, void* scratch) {
 
 }  // namespace
 
-#define VLMO_STRING(x) #x
-#define VLMO_NAME(x) VLMO_STRING(x)
-
 namespace VLMO_INSTRUCTIONS {
 extern const AttentionKernels attention;
-const AttentionKernels attention{VLMO_NAME(VLMO_INSTRUCTIONS), scratch_bytes, forward, backward};
+const AttentionKernels attention{scratch_bytes, forward, backward};
 }  // namespace VLMO_INSTRUCTIONS
 
 }  // namespace vlmo

@@ -48,7 +48,6 @@ struct Item {
 // The kernels of one instruction set. Scratch memory belongs to one thread during one call, is
 // aligned to 64 bytes and begins with zeros in its first 64 bytes.
 struct AttentionKernels {
-  const char* name;
   std::int64_t (*scratch_bytes)(const AttentionCall&, bool backward);
   void (*forward)(const AttentionCall&, const Item&, void* scratch);
   void (*backward)(const AttentionCall&, const Item&, void* scratch);

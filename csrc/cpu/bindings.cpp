@@ -69,12 +69,26 @@ void backward(const std::string& instructions, int threads, int type,
   attention_backward(call, instructions, threads, pointer<double>(dtable));
 }
 
+void multiply(const std::string& instructions, int threads, const std::array<Address, 4>& addresses,
+              const std::array<bool, 2>& transposed, const std::array<std::int64_t, 3>& row_strides,
+              const std::array<std::int64_t, 3>& sizes) {
+  MatmulCall call{};
+  call.a = pointer<const float>(addresses[0]), call.b = pointer<const float>(addresses[1]);
+  call.c = pointer<float>(addresses[2]), call.bias = pointer<const float>(addresses[3]);
+  call.a_transposed = transposed[0], call.b_transposed = transposed[1];
+  call.a_row = row_strides[0], call.b_row = row_strides[1], call.c_row = row_strides[2];
+  call.rows = sizes[0], call.columns = sizes[1], call.depth = sizes[2];
+  const py::gil_scoped_release release;
+  matmul(call, instructions, threads);
+}
+
 }  // namespace
 
 void bind_cpu(py::module_& module) {
   module.def("instruction_sets", &instruction_sets,
              "Instruction sets that the CPU kernels are compiled for and this CPU has, the widest "
              "first.");
+  module.def("is_intel", &is_intel, "Whether the CPU is made by Intel.");
   module.def("thread_runtime", &thread_runtime,
              "The file of the OpenMP runtime that PyTorch loaded and the CPU kernels use, or ''.");
   module.def("attention_forward", &forward, py::arg("instructions"), py::arg("threads"),
@@ -92,6 +106,13 @@ void bind_cpu(py::module_& module) {
              py::arg("lse"), py::arg("gradients"), py::arg("dtable"),
              "Compute dq, dk and dv [tokens, heads, dim], and add the table's gradient to dtable\n"
              "[heads, entries] float64 unless it is 0. The other arguments are as in the forward.");
+  module.def("matmul", &multiply, py::arg("instructions"), py::arg("threads"),
+             py::arg("addresses"), py::arg("transposed"), py::arg("row_strides"), py::arg("sizes"),
+             "Compute c = a b + bias in float32 on the CPU.\n\n"
+             "addresses: of a, b, c and bias (0 for none).\n"
+             "transposed: whether a is [depth, rows], and b [columns, depth].\n"
+             "row_strides: of a, b and c, in elements.\n"
+             "sizes: rows, columns, depth.");
 }
 
 }  // namespace vlmo

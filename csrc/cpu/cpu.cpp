@@ -13,16 +13,24 @@
 
 namespace vlmo {
 
-namespace portable { extern const AttentionKernels attention; }
-namespace avx2 { extern const AttentionKernels attention; }
-namespace avx512 { extern const AttentionKernels attention; }
-namespace avx512_bf16 { extern const AttentionKernels attention; }
+#define VLMO_KERNELS_OF(name)              \
+  namespace name {                         \
+  extern const AttentionKernels attention; \
+  extern const MatmulKernels matmul;       \
+  }
+VLMO_KERNELS_OF(portable)
+VLMO_KERNELS_OF(avx2)
+VLMO_KERNELS_OF(avx512)
+VLMO_KERNELS_OF(avx512_bf16)
+#undef VLMO_KERNELS_OF
 
 namespace {
 
 struct Choice {
-  const AttentionKernels* kernels;
+  const char* name;
   bool available;
+  const AttentionKernels* attention;
+  const MatmulKernels* matmul;
 };
 
 // The widest first. The builtin functions also ask whether the operating system saves the registers.
@@ -35,19 +43,19 @@ const std::vector<Choice>& choices() {
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
     const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-    found = {{&avx512_bf16::attention, has_bf16},
-             {&avx512::attention, has_avx512},
-             {&avx2::attention, has_avx2}};
+    found = {{"avx512_bf16", has_bf16, &avx512_bf16::attention, &avx512_bf16::matmul},
+             {"avx512", has_avx512, &avx512::attention, &avx512::matmul},
+             {"avx2", has_avx2, &avx2::attention, &avx2::matmul}};
 #endif
-    found.push_back({&portable::attention, true});
+    found.push_back({"portable", true, &portable::attention, &portable::matmul});
     return found;
   }();
   return all;
 }
 
-const AttentionKernels& kernels_for(const std::string& instructions) {
+const Choice& choice_of(const std::string& instructions) {
   for (const Choice& choice : choices()) {
-    if (choice.available && instructions == choice.kernels->name) return *choice.kernels;
+    if (choice.available && instructions == choice.name) return choice;
   }
   throw std::invalid_argument("this CPU has no '" + instructions + "'");
 }
@@ -87,48 +95,61 @@ Division divide(const AttentionCall& call, int threads, std::int64_t most_parts)
   return {call.heads, chunks, std::clamp<std::int64_t>(parts, 1, most_parts), call.sequences};
 }
 
-using Compute = void (*)(const AttentionCall&, const Item&, void*);
-
-void run(const AttentionCall& call, const Division& division, int threads, std::int64_t bytes,
-         Compute compute) {
-  threads = static_cast<int>(std::min<std::int64_t>(threads, division.items()));
+// Calls compute(number, scratch) for each item, on several threads with scratch memory of their own
+// that begins with zeros.
+template <class Compute>
+void run(std::int64_t items, int threads, std::int64_t bytes, const Compute& compute) {
+  threads = static_cast<int>(std::min<std::int64_t>(threads, items));
   bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-  const std::unique_ptr<char, Freed> scratch(
-      static_cast<char*>(std::aligned_alloc(kAlignment, static_cast<std::size_t>(bytes) * threads)));
+  const std::unique_ptr<char, Freed> scratch(static_cast<char*>(
+      std::aligned_alloc(kAlignment, static_cast<std::size_t>(bytes) * threads)));
   if (scratch == nullptr) throw std::bad_alloc();
   for (int thread = 0; thread < threads; ++thread) {
     std::memset(scratch.get() + bytes * thread, 0, kAlignment);
   }
   std::atomic<std::int64_t> next{0};
   run_on_threads(threads, [&](int thread) {
-    for (std::int64_t number; (number = next++) < division.items();) {
-      compute(call, division.item(number), scratch.get() + bytes * thread);
+    for (std::int64_t number; (number = next++) < items;) {
+      compute(number, scratch.get() + bytes * thread);
     }
   });
 }
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const Choice& choice : choices()) {
-    if (choice.available) names.emplace_back(choice.kernels->name);
+    if (choice.available) names.emplace_back(choice.name);
   }
   return names;
 }
 
+bool is_intel() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 void attention_forward(const AttentionCall& call, const std::string& instructions, int threads) {
-  const AttentionKernels& kernels = kernels_for(instructions);
+  const AttentionKernels& kernels = *choice_of(instructions).attention;
   if (call.sequences == 0 || call.length == 0) return;
   constexpr std::int64_t kPartQueries = 48;  // an item has at least as many
   const std::int64_t most = std::max<std::int64_t>(1, call.length / kPartQueries);
-  run(call, divide(call, threads, most), threads, kernels.scratch_bytes(call, false),
-      kernels.forward);
+  const Division division = divide(call, threads, most);
+  run(division.items(), threads, kernels.scratch_bytes(call, false),
+      [&](std::int64_t number, void* scratch) {
+        kernels.forward(call, division.item(number), scratch);
+      });
 }
 
 void attention_backward(AttentionCall call, const std::string& instructions, int threads,
                         double* dtable) {
-  const AttentionKernels& kernels = kernels_for(instructions);
+  const AttentionKernels& kernels = *choice_of(instructions).attention;
   if (call.sequences == 0 || call.length == 0) return;
   // The gradients of keys are sums over all queries, so these are not divided.
   const Division division = divide(call, threads, 1);
@@ -138,8 +159,29 @@ void attention_backward(AttentionCall call, const std::string& instructions, int
     partial.resize(division.chunks * entries);
     call.dtable = partial.data();
   }
-  run(call, division, threads, kernels.scratch_bytes(call, true), kernels.backward);
+  run(division.items(), threads, kernels.scratch_bytes(call, true),
+      [&](std::int64_t number, void* scratch) {
+        kernels.backward(call, division.item(number), scratch);
+      });
   for (std::size_t i = 0; i < partial.size(); ++i) dtable[i % entries] += partial[i];
+}
+
+void matmul(const MatmulCall& call, const std::string& instructions, int threads) {
+  const MatmulKernels& kernels = *choice_of(instructions).matmul;
+  if (call.rows == 0 || call.columns == 0) return;
+  // Every item copies its columns of b, and of a if that is transposed.
+  const std::int64_t step = kernels.column_step * (call.a_transposed ? 8 : 4);
+  const std::int64_t groups = ceil_div(call.columns, step);
+  const std::int64_t wanted = threads == 1 ? 1 : ceil_div(2 * threads, groups);
+  const std::int64_t height = kernels.row_step * ceil_div(ceil_div(call.rows, wanted), kernels.row_step);
+  const std::int64_t parts = ceil_div(call.rows, height);
+  const auto item = [&](std::int64_t number) {
+    const std::int64_t row = number % parts * height, column = number / parts * step;
+    return MatmulItem{row, std::min(row + height, call.rows), column,
+                      std::min(column + step, call.columns)};
+  };
+  run(groups * parts, threads, kernels.scratch_bytes(call, item(0)),
+      [&](std::int64_t number, void* scratch) { kernels.compute(call, item(number), scratch); });
 }
 
 }  // namespace vlmo

@@ -5,11 +5,14 @@
 #include <vector>
 
 #include "attention.h"
+#include "matmul.h"
 
 namespace vlmo {
 
 // Instruction sets that the kernels are compiled for and this CPU has, the widest first.
 std::vector<std::string> instruction_sets();
+
+bool is_intel();
 
 // Computes out and lse. Raises std::invalid_argument for an instruction set that is not available.
 void attention_forward(const AttentionCall& call, const std::string& instructions, int threads);
@@ -18,5 +21,8 @@ void attention_forward(const AttentionCall& call, const std::string& instruction
 // Results depend on `threads` only by the order of a few sums of the table's gradient.
 void attention_backward(AttentionCall call, const std::string& instructions, int threads,
                         double* dtable);
+
+// Computes c.
+void matmul(const MatmulCall& call, const std::string& instructions, int threads);
 
 }  // namespace vlmo

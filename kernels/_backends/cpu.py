@@ -6,6 +6,7 @@ import functools
 import platform
 
 import torch
+from torch import Tensor
 
 from vlmo import _C
 
@@ -56,3 +57,44 @@ def instructions() -> str:
     elif is_x86() and allowed == "default":
         names = ["portable"]
     return names[0]
+
+
+@functools.cache
+def multiplies_itself(dtype: torch.dtype) -> bool:
+    """Whether :func:`matmul` multiplies matrices of ``dtype`` faster than PyTorch on this CPU.
+
+    PyTorch's float32 products are MKL's on x86, which are fast on Intel's CPUs only.
+    """
+    return dtype == torch.float32 and instructions() != "portable" and not _C.is_intel()
+
+
+def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """``a @ b + bias`` of float32 matrices, by this library's C++ kernel.
+
+    a and b may be transposed views; ``out`` has adjacent elements in its rows.
+    """
+    rows, depth = a.shape
+    columns = b.shape[1]
+    if out is None:
+        out = a.new_empty(rows, columns)
+    a, a_transposed, a_row = _laid_out(a)
+    b, b_transposed, b_row = _laid_out(b)
+    bias = None if bias is None else bias.contiguous()
+    _C.matmul(
+        instructions(),
+        torch.get_num_threads(),
+        (a.data_ptr(), b.data_ptr(), out.data_ptr(), 0 if bias is None else bias.data_ptr()),
+        (a_transposed, b_transposed),
+        (a_row, b_row, out.stride(0)),
+        (rows, columns, depth),
+    )
+    return out
+
+
+def _laid_out(t: Tensor) -> tuple[Tensor, bool, int]:
+    """A matrix, copied if needed; whether it is transposed in memory; and the stride of its rows."""
+    if t.stride(1) == 1:
+        return t, False, t.stride(0)
+    if t.stride(0) == 1:
+        return t, True, t.stride(1)
+    return t.contiguous(), False, t.shape[1]

@@ -78,7 +78,11 @@ class _Arguments:
             len(call.offsets) - 1 if call.offsets is not None else call.q.shape[0],
             call.max_length if packed else call.q.shape[1],
             *call.q.shape[-2:],
-            *((0, 0, 0) if matrix is None or table is None else (table.shape[1], len(matrix), matrix.stride(0))),
+            *(
+                (0, 0, 0)
+                if matrix is None or table is None
+                else (table.shape[1], len(matrix), matrix.stride(0))
+            ),
         )
         self._kept = (qkv, inputs)
         self.shared = (

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._backends import cpu as cpu_target
-from . import onednn
+from . import products
 from .call import GATED, Call
 
 
@@ -123,16 +123,16 @@ def _branch(rows: _Rows, kept: _Kept | None, call: Call, e: int) -> Tensor:
     normed, *_ = _norm(_as_wide(rows.of(call.x), call, e), e, call)
     b1, b2 = call.b1[e] if call.b1 else None, call.b2[e] if call.b2 else None
     if kept is None:
-        branch = onednn.linear(_linear_act(normed, call, e), call.w2[e], b2)
+        branch = products.linear(_linear_act(normed, call, e), call.w2[e], b2)
     else:
         h1, act, h2 = (None if t is None else _room(t, normed.dtype) for t in kept)
         assert h1 is not None and act is not None
-        onednn.linear_into(h1, normed, call.w1[e], b1)
+        products.linear_into(h1, normed, call.w1[e], b1)
         _act_into(act, h1, call.activation)
         if h2 is None:
-            branch = onednn.linear(act, call.w2[e], b2)
+            branch = products.linear(act, call.w2[e], b2)
         else:
-            onednn.linear_into(h2, act, call.w2[e], b2)
+            products.linear_into(h2, act, call.w2[e], b2)
             branch = h2
         for target, source in zip(kept, (h1, act, h2), strict=True):
             if target is not None and source is not None and target is not source:
@@ -192,7 +192,7 @@ def _expert_backward(
         h1, act = (_as_wide(t, call, e) for t in kept[:2])
         h2 = kept[2]
     else:
-        h1 = onednn.linear(normed, w1, call.b1[e] if call.b1 else None)
+        h1 = products.linear(normed, w1, call.b1[e] if call.b1 else None)
         act = _act_into(h1.new_empty(len(h1), w2.shape[1]), h1, call.activation)
     dbranch = _as_wide(rows.of(dy), call, e)
     if call.token_scale is not None:
@@ -202,24 +202,26 @@ def _expert_backward(
     if dscale is not None:
         dscale += _scale_gradient(dbranch, act, h2, call, e)
     if wants[1]:
-        dw2 = dh2.T @ act
+        dw2 = products.product(dh2.T, act)
     if wants[3]:
         db2 = dh2.sum(0)
     del act, dbranch
     below = wants_x or wants[4] or wants[5]
     if not (below or wants[0] or wants[2]):
         return [None, dw2, None, db2, None, None], None
-    dh1 = _act_backward(onednn.linear(dh2, w2.T), h1, call.activation)
-    dw1 = dh1.T @ normed if wants[0] else None
+    dh1 = _act_backward(products.product(dh2, w2), h1, call.activation)
+    dw1 = products.product(dh1.T, normed) if wants[0] else None
     db1 = dh1.sum(0) if wants[2] else None
-    dx, *of_norm = _norm_backward(dh1 @ w1, x, mean, rstd, e, call) if below else [None] * 3
+    dx, *of_norm = (
+        _norm_backward(products.product(dh1, w1), x, mean, rstd, e, call) if below else [None] * 3
+    )
     return [dw1, dw2, db1, db2, *of_norm], dx
 
 
 def _scale_gradient(dbranch: Tensor, act: Tensor, h2: Tensor | None, call: Call, e: int) -> Tensor:
     """``[D]``: the sum over rows of ``dbranch * h2``; h2 is recomputed if it was not saved."""
     if h2 is None:
-        h2 = onednn.linear(act, call.w2[e], call.b2[e] if call.b2 else None)
+        h2 = products.linear(act, call.w2[e], call.b2[e] if call.b2 else None)
     return (dbranch * h2).sum(0, dtype=_wide(h2))
 
 
@@ -270,8 +272,8 @@ def _linear_act(x: Tensor, call: Call, e: int) -> Tensor:
     """act(W1_e x + b1_e)."""
     bias = call.b1[e] if call.b1 else None
     if call.activation not in GATED:
-        return onednn.linear_gelu(x, call.w1[e], bias, call.activation)
-    h1 = onednn.linear(x, call.w1[e], bias)
+        return products.linear_gelu(x, call.w1[e], bias, call.activation)
+    h1 = products.linear(x, call.w1[e], bias)
     return _act_into(h1.new_empty(len(h1), h1.shape[1] // 2), h1, call.activation)
 
 

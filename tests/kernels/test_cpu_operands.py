@@ -4,15 +4,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import attention_cases as attention
 import moe_ffn_cases as ffn
 from accuracy import assert_as_accurate_as
 from conftest import Place
 from vlmo import VLMo, VLMoConfig
 from vlmo.kernels._backends import cpu as cpu_target
-from vlmo.kernels.attention import cpu as attention_cpu
 from vlmo.kernels.moe_ffn import cpu as ffn_cpu
-from vlmo.kernels.moe_ffn import onednn
+from vlmo.kernels.moe_ffn import products as ffn_products
 
 CPU = Place(torch.device("cpu"), "cpu")
 NARROW = (torch.bfloat16, torch.float16)
@@ -35,7 +33,7 @@ class Products(TorchDispatchMode):
 
 @pytest.fixture
 def products(monkeypatch) -> Products:
-    """What both operations multiply; a mode around a call would see the operation alone."""
+    """What moe_ffn multiplies; a mode around a call would see the operation alone."""
     mode = Products()
 
     def watched(function):
@@ -45,9 +43,14 @@ def products(monkeypatch) -> Products:
 
         return run
 
-    for module in (attention_cpu, ffn_cpu):
-        monkeypatch.setattr(module, "forward", watched(module.forward))
-        monkeypatch.setattr(module, "backward", watched(module.backward))
+    def own(a, *rest):
+        mode.seen.add(a.dtype)
+        return multiply(a, *rest)
+
+    multiply = cpu_target.matmul
+    monkeypatch.setattr(cpu_target, "matmul", own)
+    monkeypatch.setattr(ffn_cpu, "forward", watched(ffn_cpu.forward))
+    monkeypatch.setattr(ffn_cpu, "backward", watched(ffn_cpu.backward))
     return mode
 
 
@@ -59,26 +62,8 @@ def native(request, monkeypatch) -> bool:
 
 
 def expect(products: Products, dtype: torch.dtype, native: bool) -> None:
-    """Without instructions nothing is multiplied in 16 bits; with them, only scores are not."""
-    if native:
-        assert dtype in products.seen and products.seen <= {torch.float32, dtype}
-    else:
-        assert products.seen == {torch.float32}
-
-
-ATTENTION = [
-    attention.Case(),
-    attention.Case(index="random", lengths=(5, 70, 5, 66, 66, 5, 66), mask=None, heads=2),
-    attention.Case(mask="padding", batch=5, causal=True),
-    attention.Case(index=None, mask="lengths", causal=True, head_dim=34),
-]
-
-
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
-@pytest.mark.parametrize("case", ATTENTION, ids=str)
-def test_attention(case, dtype, native, products):
-    attention.assert_parity(case, dtype, CPU)
-    expect(products, dtype, native)
+    """Without instructions nothing is multiplied in 16 bits; with them, everything is."""
+    assert products.seen == {dtype if native else torch.float32}
 
 
 FFN = [
@@ -103,7 +88,7 @@ def to(tensors: dict, dtype: torch.dtype) -> dict:
 @pytest.mark.parametrize("case", FFN, ids=str)
 def test_moe_ffn(case, dtype, native, products, monkeypatch):
     if native and not cpu_target._has_instructions(dtype):
-        monkeypatch.setattr(onednn, "_here", lambda: False)  # which would refuse
+        monkeypatch.setattr(ffn_products, "_fuses", lambda dtype: False)  # oneDNN would refuse
     routing = ffn.make_routing(case, "cpu")
     ids = routing.expert_ids(ffn.expert_ids(case).numel(), "cpu")
 
@@ -128,22 +113,10 @@ def test_forward_alone_is_rounded_once(dtype, monkeypatch):
     actual, expected = (ffn.call(case, routing, t, backend="cpu") for t in both)
     assert torch.equal(actual, expected.to(dtype))
 
-    attended = attention.Case()
-    tensors = attention.make_tensors(attended, "cpu", dtype)
-    options = attention.make_options(attended, "cpu")
-    both = (tensors, to(tensors, torch.float32))
-    actual, expected = (attention.call(attended, t, options, backend="cpu") for t in both)
-    assert torch.equal(actual, expected.to(dtype))
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_wider_operands_stay_as_they_are(dtype, native, products):
+def test_wider_operands_stay_as_they_are(dtype, native):
     assert cpu_target.operand_dtype(dtype) == dtype
-    case = attention.Case()
-    tensors = attention.make_tensors(case, "cpu", dtype)
-    options = attention.make_options(case, "cpu")
-    attention.outputs_and_gradients(lambda t: attention.call(case, t, options), tensors)
-    assert products.seen == {dtype}
 
 
 @pytest.mark.parametrize("how", ["autocast", "bfloat16"])
