@@ -169,8 +169,9 @@ void attention_backward(AttentionCall call, const std::string& instructions, int
 void matmul(const MatmulCall& call, const std::string& instructions, int threads) {
   const MatmulKernels& kernels = *choice_of(instructions).matmul;
   if (call.rows == 0 || call.columns == 0) return;
-  // Every item copies its columns of b, and of a if that is transposed.
-  const std::int64_t step = kernels.column_step * (call.a_transposed ? 8 : 4);
+  // Every item copies its columns of b, which then fit in the L2 cache, and a if that is transposed.
+  const std::int64_t width = call.a_transposed ? 384 : 192;
+  const std::int64_t step = kernels.column_step * ceil_div(width, kernels.column_step);
   const std::int64_t groups = ceil_div(call.columns, step);
   const std::int64_t wanted = threads == 1 ? 1 : ceil_div(2 * threads, groups);
   const std::int64_t height = kernels.row_step * ceil_div(ceil_div(call.rows, wanted), kernels.row_step);

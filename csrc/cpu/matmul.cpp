@@ -15,7 +15,7 @@ namespace {
 constexpr int kPanelVectors = 3;
 constexpr int kPanel = kPanelVectors * kLanes;  // columns
 constexpr int kTile = kRows<kPanelVectors>;     // rows
-constexpr std::int64_t kDepth = 256;            // of panels at a time
+constexpr std::int64_t kDepth = 192;            // of panels at a time
 constexpr std::int64_t kCopiedRows = 192;       // of a transposed a; a multiple of kTile
 constexpr std::int64_t kAhead = 8;              // rows that are fetched before they are copied
 

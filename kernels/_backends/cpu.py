@@ -92,7 +92,7 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None 
 
 
 def _laid_out(t: Tensor) -> tuple[Tensor, bool, int]:
-    """A matrix, copied if needed; whether it is transposed in memory; and the stride of its rows."""
+    """A matrix, copied if needed; whether it lies transposed; and the stride of its rows."""
     if t.stride(1) == 1:
         return t, False, t.stride(0)
     if t.stride(0) == 1:

@@ -74,15 +74,14 @@ class _Arguments:
                 for t in (call.key_lengths, call.offsets, call.positions)
             ),
         ]
+        bias_sizes = (0, 0, 0)
+        if matrix is not None and table is not None:
+            bias_sizes = table.shape[1], len(matrix), matrix.stride(0)
         sizes = (
             len(call.offsets) - 1 if call.offsets is not None else call.q.shape[0],
             call.max_length if packed else call.q.shape[1],
             *call.q.shape[-2:],
-            *(
-                (0, 0, 0)
-                if matrix is None or table is None
-                else (table.shape[1], len(matrix), matrix.stride(0))
-            ),
+            *bias_sizes,
         )
         self._kept = (qkv, inputs)
         self.shared = (
