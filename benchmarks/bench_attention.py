@@ -28,6 +28,7 @@ from harness.contenders import (
     Scale,
     Suite,
     compiled,
+    compiler_of,
     half_dtypes,
     ours,
     smoke_dtype,
@@ -40,10 +41,18 @@ from vlmo.kernels.target import compute_capability
 NAME = "attention"
 PHASES = ("forward", "forward+backward")
 SIZES = {"base": (12, 64), "large": (16, 64), "tiny": (2, 64)}  # H, K
-# Patch grid and text tokens by sequence length: a text; an image of 224 pixels; a text with an
-# image of 224, 384 and 480 pixels; a small one for tests.
-LENGTHS = {40: (14, 40), 197: (14, 0), 237: (14, 40), 617: (24, 40), 941: (30, 40), 30: (4, 13)}
+# Patch grid and text tokens by sequence length.
+LENGTHS = {
+    40: (14, 40),  # a text
+    128: (14, 128),  # a long one
+    197: (14, 0),  # an image of 224 pixels
+    237: (14, 40),  # a text with an image of 224 pixels
+    617: (24, 40),  # of 384
+    941: (30, 40),  # of 480
+    30: (4, 13),  # for tests
+}
 TOKENS = 32768  # approximate number in every case on a GPU
+CPU_TOKENS = 1896  # the same on a CPU, in two sequences or more
 
 
 class Parameters(NamedTuple):
@@ -209,10 +218,8 @@ class Attention(Contest):
             "sdpa-cudnn": entry(
                 sdpa(inputs, [cudnn]), functools.partial(self._why_not_sdpa, cudnn)
             ),
-            "flex": compiled(
-                entry(flex(inputs), functools.partial(why_not_flex, self.device)),
-                *facts,
-                whole=True,
+            "flex-compiled": compiled(
+                entry(flex(inputs), functools.partial(why_not_flex, *facts)), *facts, whole=True
             ),
         }
 
@@ -234,11 +241,21 @@ class Attention(Contest):
         return None if can(asked) else f"PyTorch's {name} attention refuses this call."
 
 
-def why_not_flex(device: torch.device) -> str | None:
-    """The reason if FlexAttention cannot be compiled with gradients for the device, else None."""
+def why_not_flex(case: Case, device: torch.device) -> str | None:
+    """The reason if FlexAttention cannot be compiled for the case on the device, else None.
+
+    On a CPU its forward takes a score_mod and float32, bfloat16 and float16.
+    """
+    if device.type == "cpu":
+        if case.phase != "forward":
+            return "FlexAttention has no backward on a CPU."
+        vectors = torch.backends.cpu.get_cpu_capability()
+        if compiler_of(case, device) == "inductor" and vectors not in ("AVX2", "AVX512"):
+            return f"FlexAttention's kernel for CPUs needs AVX2; PyTorch uses {vectors} here."
+        return None
     capability = compute_capability(device)
     if capability is None:
-        return "FlexAttention has a backward on GPUs only."
+        return "FlexAttention is compiled for CPUs and NVIDIA GPUs."
     if capability < (8, 0):
         name = "sm_{}{}".format(*capability)
         return f"FlexAttention is compiled by Triton, which has no tensor cores on {name}."
@@ -267,11 +284,16 @@ def cases(device: torch.device, scale: Scale) -> list[Case]:
         shapes = [(30, 3, "table", "none"), (30, 3, "table", "text"), (30, 3, "none", "none")]
         return listed([smoke_dtype(device)], ["tiny"], shapes)
     if scale is Scale.cpu:
-        dtypes = [torch.float32, torch.bfloat16]
-        shapes = [(237, 8, "table", "none")]
-        others = [(617, 2, "table", "none"), (237, 8, "table", "text"), (237, 8, "none", "none")]
-        return listed(dtypes, ["base"], shapes) + listed(
-            dtypes[:1], ["base"], others, phases=PHASES[:1]
+        dtypes, base = [torch.float32, torch.bfloat16], ["base"]
+        first, *others = (
+            (length, max(2, round(CPU_TOKENS / length)), "table", "none")
+            for length in (237, 617, 40, 941, 128)
+        )
+        plain = [(*first[:2], "table", "text"), (*first[:2], "none", "none")]
+        return (
+            listed(dtypes, base, [first])
+            + listed(dtypes, base, others)
+            + listed(dtypes[:1], base, plain, phases=PHASES[:1])
         )
     shapes = [
         (length, round(TOKENS / length), bias, mask)

@@ -3,7 +3,8 @@
 Texts have 12 tokens on average, like captions of COCO, out of at most 40. unilm, the reference
 implementation, pads them to 40, fuses in separate passes, and embeds an image in each of them; this
 library packs sequences. A step is forward and backward of the losses, without an optimizer and
-without stochastic depth.
+without stochastic depth. ``torch.compile`` is applied to each block of unilm's model, and to the
+whole computation of this library's, in both for the sizes of this batch alone.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from torch import Tensor
 
 from harness import official
 from harness.contenders import (
+    COMPILED,
     Case,
     Scale,
     Suite,
     Work,
     compiler_of,
-    why_not_compiled,
+    is_compiled,
     why_not_ours,
+    without_fallback,
 )
 from harness.cost import Cost
 from harness.official import SwitchedVLMo
@@ -45,7 +48,10 @@ PRETRAINING, VQA = "pre-training step", "VQA step"
 STEPS = (PRETRAINING, VQA)
 PHASES = (PRETRAINING, MATCHING, RERANKING, ENCODING, VQA)
 
-_OFFICIAL = ("official", "official-compiled")
+_OFFICIAL = ("official", f"official{COMPILED}")
+_OURS = (*(f"vlmo:{name}" for name in BACKEND_NAMES), f"vlmo:cpu{COMPILED}")
+_PIXELS = {"tiny": 32, "base": 224, "large": 224}
+_VQA_PIXELS = 480  # as in the published fine-tuning; two pairs have about 1,900 tokens
 _CANDIDATES = 4  # images that re-ranking matches each text with
 # Pairs in the accuracy check. With two pairs, hard negatives are deterministic; six share images.
 _CHECKED = {PRETRAINING: 2, VQA: 3, MATCHING: 3, RERANKING: 6, ENCODING: 3}
@@ -59,8 +65,11 @@ def cases(device: torch.device, scale: Scale) -> list[Case]:
         return [_case("tiny", torch.float32, phase, 2) for phase in PHASES]
     if scale is Scale.cpu:
         pairs = {PRETRAINING: 2, VQA: 2, MATCHING: 4, RERANKING: 8, ENCODING: 4}
-        dtypes = (torch.float32, torch.bfloat16)
-        return [_case("base", dtype, phase, pairs[phase]) for phase in PHASES for dtype in dtypes]
+        return [
+            _case("base", dtype, phase, pairs[phase], _VQA_PIXELS if phase == VQA else 0)
+            for phase in PHASES
+            for dtype in (torch.float32, torch.bfloat16)
+        ]
     pairs = {PRETRAINING: 64, VQA: 128, MATCHING: 256, RERANKING: 256, ENCODING: 256}
     return [
         _case(size, dtype, phase, pairs[phase] // (2 if size == "large" else 1))
@@ -70,16 +79,16 @@ def cases(device: torch.device, scale: Scale) -> list[Case]:
     ]
 
 
-def _case(size: str, dtype: torch.dtype, phase: str, pairs: int) -> Case:
-    return Case("model", size, dtype, phase, {"pairs": pairs})
+def _case(size: str, dtype: torch.dtype, phase: str, pairs: int, pixels: int = 0) -> Case:
+    return Case("model", size, dtype, phase, dict(pairs=pairs, pixels=pixels or _PIXELS[size]))
 
 
-def config_of(size: str, phase: str) -> VLMoConfig:
-    """A published size at 224 pixels; "tiny" is for tests."""
+def config_of(size: str, phase: str, pixels: int) -> VLMoConfig:
+    """A published size, for square images with sides of ``pixels``; "tiny" is for tests."""
     tasks = ("vqa",) if phase == VQA else ("mlm", "itc", "itm")
-    changes: dict[str, Any] = dict(tasks=tasks, drop_path=0.0)
+    changes: dict[str, Any] = dict(tasks=tasks, drop_path=0.0, image_size=pixels)
     if size == "tiny":
-        changes |= dict(dim=32, depth=3, heads=2, vl_start=2, image_size=32, vocab_size=100)
+        changes |= dict(dim=32, depth=3, heads=2, vl_start=2, vocab_size=100)
     return VLMoConfig.large(**changes) if size == "large" else VLMoConfig.base(**changes)
 
 
@@ -93,21 +102,19 @@ class ModelProblem:
         # Otherwise the shapes of earlier cases count towards Dynamo's recompilation limit.
         torch._dynamo.reset()
         self.case, self.phase, self.dtype, self.device = case, case.phase, case.dtype, device
-        self.config = config_of(case.size, case.phase)
-        self.contenders = (*(f"vlmo:{name}" for name in BACKEND_NAMES), *_OFFICIAL)
+        self.config = config_of(case.size, case.phase, int(case.shape["pixels"]))
+        self.contenders = (*_OURS, *_OFFICIAL)
         self.samples = int(case.shape["pairs"])
         self.batch = _batch(self.config, self.samples, device, case.dtype)
         self.cost = _cost(self.config, self.batch, case)
 
     def why_not(self, contender: str) -> str | None:
         """The reason if it cannot run on this machine, else None."""
-        if contender == "official-compiled":
-            return why_not_compiled(self.case, self.device)
-        if contender == "official":
+        if contender in _OFFICIAL:
             return None
         if contender == "vlmo:reference" and self.device.type == "cpu" and self.case.size != "tiny":
             return "the oracle of tests: on a CPU it would take a third of the time."
-        facts = (self.case, self.device, contender.removeprefix("vlmo:"))
+        facts = (self.case, self.device, _backend(contender))
         return why_not_ours("moe_ffn", *facts) or why_not_ours("shared_attention", *facts)
 
     @functools.cached_property
@@ -186,14 +193,14 @@ class ModelProblem:
 
     def _form(self, contender: str) -> Form:
         """The function by which a contender computes the phase."""
+        compiler = compiler_of(self.case, self.device) if is_compiled(contender) else None
         if contender in _OFFICIAL:
-            compiles = contender == "official-compiled"
-            compiler = compiler_of(self.case, self.device) if compiles else None
             return _as_unilm(compiler=compiler)
+        form = _packed if compiler is None else _compiled_packed(compiler)
 
         def packed(phase: str, model: SwitchedVLMo, batch: Batch) -> Named:
-            with use_backend(contender.removeprefix("vlmo:")):
-                return _packed(phase, model, batch)
+            with use_backend(_backend(contender)):
+                return form(phase, model, batch)
 
         return packed
 
@@ -219,6 +226,26 @@ def _packed(phase: str, model: SwitchedVLMo, batch: Batch) -> Named:
         return {"image": images, "text": retrieval.embed_texts(model, texts)}
     images, pairs = _candidates(phase, batch)
     return {"logits": retrieval.matching_logits(model, texts, images, pairs)}
+
+
+@functools.cache
+def _compiled_packed(compiler: str) -> Form:
+    """:func:`_packed` in graphs, between which the number of tokens is read.
+
+    A single graph (``fullgraph=True``) is what Inductor may fail on (docs/compiling.md).
+    """
+    compiled = torch.compile(_packed, dynamic=False, backend=compiler)
+
+    def form(phase: str, model: SwitchedVLMo, batch: Batch) -> Named:
+        with without_fallback():
+            return compiled(phase, model, batch)
+
+    return form
+
+
+def _backend(contender: str) -> str:
+    """The backend in the name of one of our contenders."""
+    return contender.removeprefix("vlmo:").removesuffix(COMPILED)
 
 
 def _official(phase: str, model: SwitchedVLMo, batch: Batch) -> Named:

@@ -311,7 +311,8 @@ def cases(device: torch.device, scale: Scale) -> list[Case]:
     if scale is Scale.smoke:
         lists = [smoke_dtype(device)], ["tiny"], [30], ["3:4", "2:1:4"]
     elif scale is Scale.cpu:
-        lists = [torch.float32, torch.bfloat16], ["base"], [1896], ["40:197"]
+        dtypes = [torch.float32, torch.bfloat16, torch.float16]
+        lists = dtypes, ["base"], [1896], ["40:197"]
     else:
         splits = ["40:197", "50:50", "5:55:40"]
         lists = half_dtypes(device), ["base", "large"], [32768, 8192, 131072], splits

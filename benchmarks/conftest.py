@@ -26,7 +26,7 @@ from vlmo.device import versions
 from vlmo.kernels.target import interpreted
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-MINUTES = {"cpu": 4.5, "cuda": 20.0}
+MINUTES = {"cpu": 60.0, "cuda": 20.0}
 SESSION = pytest.StashKey[Session]()
 
 

@@ -51,7 +51,8 @@ class Report:
     """The records of a run, and its environment.
 
     Attributes:
-        machine: ``name`` ("cpu", or the GPU's name), and further descriptions.
+        machine: ``name`` ("cpu", or the GPU's name), ``cpu`` (a name), on a CPU ``instructions``
+            and, if variables restrict them, ``environment``, and further descriptions.
         commit: commit that was measured.
         command: command that was run.
         versions: versions of the software that times can depend on.
@@ -101,9 +102,9 @@ class Report:
             records.append(benchmark["extra_info"] | told | {"calls": stats["rounds"]})
         records += ours["not_run"]
         suites = list(dict.fromkeys(record["suite"] for record in records))
-        cpu = machine["cpu"].get("brand_raw", machine["machine"])
+        brand = {"cpu": machine["cpu"].get("brand_raw", machine["machine"])}
         return cls(
-            machine=machine["device"] | {"cpu": cpu},
+            machine=machine["device"] | (brand if "cpu" not in machine["device"] else {}),
             commit=commit["id"][:7] + ("-dirty" if commit["dirty"] else ""),
             versions=machine["versions"],
             records=sorted(records, key=lambda record: suites.index(record["suite"])),
@@ -206,7 +207,7 @@ class Group:
 
     @property
     def best_peer(self) -> Record | None:
-        """The fastest peer; notes describe peers that compute another function."""
+        """The fastest peer, compiled or not; notes describe those of another function."""
         return self._fastest(lambda name: not is_ours(name) and not is_dense(name))
 
     @property

@@ -32,7 +32,7 @@ _ROUNDS = 10
 _MOST_WALLS = 20
 # Number of kernels that fit in a GPU's queue before the host must wait.
 _QUEUE = 900
-# A call on a CPU that takes this long needs no second warm-up call.
+# A call on a CPU that takes this long, and does not compile, needs no second warm-up call.
 _ONCE_SECONDS = 1.0
 # Interval between two readings of the sensors.
 _GLANCE_SECONDS = 0.05
@@ -192,10 +192,16 @@ def duration(begun: Numbers, device: torch.device, settings: Settings) -> float:
     return calls * begun["wall_ms"] / 1e3 + energy
 
 
-def begin(work: Work, device: torch.device) -> Numbers:
-    """Wall time, memory and kernels of single calls; raises what the call raises."""
+def begin(work: Work, device: torch.device, *, compiles: bool = False) -> Numbers:
+    """Wall time, memory and kernels of single calls; raises what the call raises.
+
+    Args:
+        work: the call.
+        device: device on which it runs.
+        compiles: the first call may compile, so its duration says nothing about later ones.
+    """
     first = _wall(work, device)
-    warm = device.type != "cuda" and first >= _ONCE_SECONDS
+    warm = device.type != "cuda" and not compiles and first >= _ONCE_SECONDS
     begun: Numbers = dict(wall_ms=1e3 * (first if warm else _wall(work, device)))
     if device.type == "cuda":
         begun["peak_mib"] = _peak_bytes(work) / 2**20

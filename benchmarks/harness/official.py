@@ -19,20 +19,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness.contenders import without_fallback
+from vlmo.model.config import VLMoConfig
 from vlmo.model.layers import Block
 from vlmo.model.layout import Chosen, Layout, Padded
 from vlmo.model.vlmo import VLMo
 from vlmo.tasks.losses import MLM_WEIGHT, with_total
 
-# Graphs per block: one for each pass, position relative to the first VL block, and batch size.
-_GRAPHS = 64
-
 
 class SwitchedVLMo(VLMo):
     """A VLMo that can also run its padded passes as unilm does, with the same parameters."""
 
-    _block: Any = None
-    _biases: list[Tensor | None]  # of every layer in the current pass
+    def __init__(self, config: VLMoConfig) -> None:
+        super().__init__(config)
+        # Attributes of every instance from the beginning: Dynamo guards on which there are.
+        self._block: Any = None
+        self._biases: list[Tensor | None] = []  # of every layer in the current pass
 
     @contextlib.contextmanager
     def as_unilm(self, *, compiler: str | None = None, wide_scores: bool = False) -> Iterator[None]:
@@ -50,9 +52,7 @@ class SwitchedVLMo(VLMo):
         limits: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if compiler is not None:
             self._block = _compiled_block(compiler)
-            limits = torch._dynamo.config.patch(
-                recompile_limit=_GRAPHS, fail_on_recompile_limit_hit=True
-            )
+            limits = without_fallback()
         try:
             with limits:
                 yield

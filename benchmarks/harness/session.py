@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 
-from harness.contenders import Case, Problem, Suite, Work
+from harness.contenders import Case, Problem, Suite, Work, is_compiled
+from harness.cpu import describe_cpu, restrictions
 from harness.meter import Numbers, Settings, begin, duration, measure
 from harness.nvml import Sensors, open_sensors
 from harness.roofline import Roof
@@ -31,8 +33,9 @@ class Session:
     Args:
         device: device to run on.
         seconds: time limit. It is checked before each case, before each contender, and, including
-            the expected duration of the timed calls, after a contender's first call. Contenders
-            that do not fit are left out, with that as their reason.
+            the expected duration of the timed calls, after a contender's first calls. Contenders
+            that do not fit are left out, with that as their reason. A compilation is not
+            interrupted, so a run may end later by the time of one.
         settings: effort of the measurements; the sensors are added.
 
     Attributes:
@@ -135,7 +138,7 @@ class Session:
             if "reason" in found:
                 return found
             work = problem.work(name)
-            found |= begin(work, self.device)
+            found |= begin(work, self.device, compiles=is_compiled(name))
             wanted = [*begun.values(), found]
             reason = self._why_left_out(
                 sum(duration(numbers, self.device, self.settings) for numbers in wanted)
@@ -202,22 +205,22 @@ def why_inexact(contender: str, deviations: Sequence[Deviation]) -> str | None:
 
 
 def describe_failure(contender: str, error: Exception) -> str:
-    """The reason for an error; a defect if the contender is ours, unless memory ran out."""
-    fits = not isinstance(error, torch.OutOfMemoryError)
+    """The reason for an error; a defect if it is ours and not of the allocator or the compiler."""
+    of_torch = isinstance(error, (torch.OutOfMemoryError, BackendCompilerFailed))
     told = describe_error(error)
-    return f"{FAILED}: {told}" if fits and is_ours(contender) else told
+    return f"{FAILED}: {told}" if is_ours(contender) and not of_torch else told
 
 
 def describe_error(error: Exception) -> str:
-    """Type of an error and first line of its message."""
+    """Type of an error and first line of its message, or two if the first ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return ": ".join([type(error).__name__, *lines[:1]])
+    told = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    return ": ".join([type(error).__name__, *([told] if told else [])])
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Properties of the device that pytest-benchmark does not record."""
     on_gpu = device.type == "cuda"
     facts: dict[str, Any] = {"name": torch.cuda.get_device_name(device) if on_gpu else "cpu"}
-    if on_gpu:
-        facts["gpu"] = describe(device)
+    facts |= {"gpu": describe(device)} if on_gpu else describe_cpu() | restrictions()
     return facts | dict(cores=len(os.sched_getaffinity(0)), threads=torch.get_num_threads())

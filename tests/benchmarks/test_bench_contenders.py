@@ -154,7 +154,10 @@ def test_cost_and_cases_of_moe_ffn():
         assert all(case.labels["suite"] == moe_ffn.SUITE.name for case in cases)
     [first, *_] = moe_ffn.SUITE.cases(CPU, Scale.full)
     assert str(first) == "moe_ffn-base-bfloat16-forward-32768-40:197"
-    assert {case.size for case in moe_ffn.SUITE.cases(CPU, Scale.cpu)} == {"base"}
+    on_cpu = moe_ffn.SUITE.cases(CPU, Scale.cpu)
+    assert {case.size for case in on_cpu} == {"base"}
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    assert {(c.dtype, c.phase) for c in on_cpu} == {*itertools.product(dtypes, PHASES)}
     assert both.contenders[: len(BACKEND_NAMES)] == tuple(f"vlmo:{b}" for b in BACKEND_NAMES)
 
 
@@ -166,14 +169,37 @@ def test_the_swiglu_of_liger_multiplies_as_much():
         assert (w1[0].numel() + w2[0].numel()) / (2 * dim * hidden) == pytest.approx(1, rel=3e-3)
 
 
-def test_compiling_for_a_cpu_is_asked_for(monkeypatch):
-    problem = sublayer(size="base", split="1:1", tokens=2)
-    monkeypatch.delenv(contenders.COMPILE_VARIABLE, raising=False)
-    reason = problem.why_not("slices-compiled")
-    assert "C++" in reason and contenders.COMPILE_VARIABLE in reason
-    monkeypatch.setenv(contenders.COMPILE_VARIABLE, "1")
-    assert problem.why_not("slices-compiled") is None
-    assert problem.why_not("slices") is None
+def test_only_tiny_cases_are_not_built(monkeypatch):
+    """At a real size contenders on a CPU are compiled without being asked for."""
+    built = []
+
+    def compile_(form, *, backend, **options):
+        built.append(backend)
+        return form
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    for size in ("tiny", "base"):
+        problem = sublayer("forward", size=size, split="1:1", tokens=2)
+        assert problem.why_not("slices-compiled") is problem.why_not("slices") is None
+        problem.work("slices")
+        problem.work("slices-compiled")
+    assert built == ["eager", "inductor"]
+
+
+def test_what_is_compiled_has_it_in_its_name(monkeypatch):
+    built = []
+
+    def compile_(form, **options):
+        built.append(form)
+        return form
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    for problem in (sublayer(), problem_of_attention()):
+        for contender in problem.contenders:
+            built.clear()
+            if "quack" not in contender and "liger" not in contender and "scatter" not in contender:
+                problem.work(contender)
+            assert bool(built) == contenders.is_compiled(contender)
 
 
 def test_the_interpreter_is_not_timed_at_real_sizes(monkeypatch):
@@ -344,7 +370,8 @@ def problem_of_attention(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize(("bias", "mask"), [("table", "none"), ("table", "text"), ("none", "text")])
+@pytest.mark.parametrize("bias", ["table", "none"])
+@pytest.mark.parametrize("mask", ["none", "text"])
 def test_contenders_of_attention(bias, mask, phase, dtype):
     problem = problem_of_attention(phase, dtype=dtype, bias=bias, mask=mask)
     names = ["y", "dx", "dtable[0]"][: 1 if phase == "forward" else 2 + (bias == "table")]
@@ -360,6 +387,7 @@ def test_contenders_of_attention(bias, mask, phase, dtype):
             assert len(result) == len(names) - 1 and result[0].shape == problem.x.shape
         ran.append(contender)
     assert {"vlmo:reference", "eager", "eager-compiled", "sdpa"} <= {*ran}
+    assert ("flex-compiled" in ran) == (phase == "forward")
 
 
 def test_a_wrong_attention_is_found_out():
@@ -383,18 +411,16 @@ def test_a_wrong_attention_is_found_out():
     assert "dtable[0]" in found(of_another_table)
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize(("bias", "mask"), [("table", "text"), ("table", "none"), ("none", "none")])
-def test_flex_attention_reads_the_table(bias, mask):
-    problem = problem_of_attention("forward", bias=bias, mask=mask)
-    # Compiled or with gradients it needs a GPU.
-    flex = Contender(
-        attention.flex(problem.inputs),
-        attention.eager(problem.inputs),
-        lambda: problem.parameters,
-    )
-    problem.entered["flex, not compiled"] = flex
-    assert_exact(problem, "flex, not compiled")
+@pytest.mark.slow
+@pytest.mark.heavy
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+def test_flex_attention_built_for_this_cpu(dtype):
+    """What Inductor builds, in every form; tiny cases are only traced."""
+    for bias, mask in (("table", "text"), ("none", "none")):
+        shape: dict[str, int | str] = dict(length=40, sequences=3, bias=bias, mask=mask)
+        problem = Attention(Case("attention", "base", dtype, "forward", shape), CPU)
+        assert problem.why_not("flex-compiled") is None
+        assert all(deviation.ok for deviation in problem.check("flex-compiled"))
 
 
 def test_sdpa_in_a_chosen_kernel():
@@ -449,12 +475,27 @@ def test_reasons_of_sdpa(can, monkeypatch):
         assert mask.dtype == torch.bool or not mask.requires_grad
 
 
-def test_reasons_of_flex(monkeypatch):
-    problem = problem_of_attention("forward")
-    assert "GPUs only" in problem.why_not("flex")
-    for capability, runs in (((7, 0), False), ((9, 0), True)):
+def test_reasons_of_flex_on_a_cpu(monkeypatch):
+    def reason(size, phase, vectors):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+        return attention.why_not_flex(Case("attention", size, torch.float32, phase), CPU)
+
+    for size, vectors in itertools.product(("tiny", "base"), ("DEFAULT", "AVX2", "AVX512")):
+        told = reason(size, "forward+backward", vectors)
+        assert told == "FlexAttention has no backward on a CPU."
+        told = reason(size, "forward", vectors)
+        if (size, vectors) == ("base", "DEFAULT"):
+            assert told == "FlexAttention's kernel for CPUs needs AVX2; PyTorch uses DEFAULT here."
+        else:
+            assert told is None
+
+
+def test_reasons_of_flex_on_a_gpu(monkeypatch):
+    case = Case("attention", "base", torch.float16, "forward+backward")
+    for capability, told in (((7, 0), "no tensor cores on sm_70"), ((9, 0), None), (None, "GPUs")):
         monkeypatch.setattr(attention, "compute_capability", lambda device, c=capability: c)
-        assert (problem.why_not("flex") is None) == runs
+        reason = attention.why_not_flex(case, torch.device("cuda"))
+        assert reason is None if told is None else told in str(reason)
 
 
 def test_cost_and_cases_of_attention():
@@ -471,6 +512,21 @@ def test_cost_and_cases_of_attention():
     tokens = [int(case.shape["length"]) * int(case.shape["sequences"]) for case in full]
     assert max(abs(count / 32768 - 1) for count in tokens) < 0.02
     assert set(NOTES) <= {*both.contenders, *sublayer().contenders}
+
+
+def test_cases_of_attention_on_a_cpu():
+    cases = attention.SUITE.cases(CPU, Scale.cpu)
+    plain = [
+        case for case in cases if (case.shape["bias"], case.shape["mask"]) == ("table", "none")
+    ]
+    expected = itertools.product((40, 128, 237, 617, 941), DTYPES, PHASES)
+    assert {(c.shape["length"], c.dtype, c.phase) for c in plain} == {*expected}
+    tokens = [int(case.shape["length"]) * int(case.shape["sequences"]) for case in plain]
+    assert min(tokens) >= 1850 and max(tokens) <= 1920
+    assert [str(case) for case in cases if case not in plain] == [
+        "attention-base-float32-forward-237-8-table-text",
+        "attention-base-float32-forward-237-8-none-none",
+    ]
 
 
 @pytest.mark.parametrize("length", attention.LENGTHS)

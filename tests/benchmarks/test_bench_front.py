@@ -27,9 +27,9 @@ vlmo.kernels.moe_ffn = lambda *inputs, **options: 1.01 * right(*inputs, **option
 
 def run(folder: Path, *arguments: str) -> tuple[int, str]:
     """Exit status and output of the benchmarks, with files in the folder."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--scale=smoke"]
     result = subprocess.run(
-        [*command, "--benchmark-enable", "--scale=smoke", f"--benchmark-storage={folder}"],
+        [*command, "--benchmark-enable", f"--benchmark-storage={folder}", *arguments],
         cwd=ROOT,
         env=ENVIRONMENT | {"PYTHONPATH": str(folder)},
         capture_output=True,
@@ -57,6 +57,7 @@ def test_a_file_has_times_and_everything_they_depend_on(measured):
     path = min(measured.rglob("*.json"))
     it = Report.load(path)
     assert it.machine["name"] == "cpu" and it.machine["cores"] >= 1 and it.machine["cpu"]
+    assert f"instructions {it.machine['instructions']}" in it.markdown()
     assert it.commit == "abc" and {"torch", "triton", "vlmo"} <= set(it.versions)
     assert it.command.startswith("pytest -p no:cacheprovider") and "--scale=smoke" in it.command
     assert it.roof["copy_gb_per_s"] > 0 and set(it.roof["matrix_tflops"]) == {"float32"}
@@ -93,8 +94,20 @@ def test_one_of_ours_that_is_not_exact_has_no_times(measured):
     assert it.not_run()[0].startswith("not exact: y is off by")
 
 
+def test_compiled_contenders_can_be_left_out(tmp_path):
+    arguments = ["benchmarks", "--collect-only", "-q"]
+    status, told = run(tmp_path, *arguments, "--scale=cpu", "-k", "not compiled")
+    assert status == 0 and "[model-base" in told and "compiled]" not in told
+    status, told = run(tmp_path, *arguments, "--scale=cpu", "-k", "compiled and model")
+    assert status == 0
+    names = [
+        line.rpartition("-")[0].rpartition("-")[2] for line in told.splitlines() if "[" in line
+    ]
+    assert set(names) == {"vlmo:cpu", "official"}
+
+
 def test_suites_take_turns(tmp_path):
-    status, told = run(tmp_path, "benchmarks", "-k", "vlmo:cpu", "--collect-only", "-q")
+    status, told = run(tmp_path, "benchmarks", "-k", "cpu and not compiled", "--collect-only", "-q")
     assert status == 0
     order = [line.split("[")[1].split("-")[0] for line in told.splitlines() if "[" in line]
     # The first case of each suite, then the second.

@@ -81,7 +81,15 @@ def test_two_long_calls_after_one_that_warms_up(monkeypatch):
     monkeypatch.setattr(meter, "wall_seconds", long)
     begin(lambda: None, CPU)
     assert len(called) == 1
+    begin(lambda: None, CPU, compiles=True)
+    assert len(called) == 3
     assert meter.duration(dict(wall_ms=5500.0), CPU, Settings(seconds=0)) == 11.0
+
+
+def test_the_time_of_compiling_is_not_that_of_a_call(passes):
+    begun = begin(passes(180.0, 2.0), CPU, compiles=True)
+    assert begun == dict(wall_ms=pytest.approx(2000))
+    assert meter.duration(begun, CPU, Settings(seconds=0)) == pytest.approx(6.0)
 
 
 class FakeGpu:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench_model as model
 from bench_model import PHASES, ModelProblem
-from harness import official
-from harness.contenders import Case
+from harness import contenders, official
+from harness.contenders import Case, Scale
 
 CPU = torch.device("cpu")
 
 
 def problem_of(phase: str, dtype: torch.dtype = torch.float32, pairs: int = 3) -> ModelProblem:
-    return ModelProblem(Case("model", "tiny", dtype, phase, {"pairs": pairs}), CPU)
+    return ModelProblem(Case("model", "tiny", dtype, phase, dict(pairs=pairs, pixels=32)), CPU)
 
 
 def wrong(problem: ModelProblem, contender: str) -> list[str]:
@@ -26,7 +27,7 @@ def wrong(problem: ModelProblem, contender: str) -> list[str]:
 def test_contenders_of_the_model(phase, dtype):
     problem = problem_of(phase, dtype)
     ran = []
-    for contender in ("vlmo:cpu", "vlmo:reference", "official"):
+    for contender in ("vlmo:cpu", "vlmo:cpu-compiled", "vlmo:reference", "official"):
         assert problem.why_not(contender) is None
         assert not wrong(problem, contender)
         problem.work(contender)()
@@ -65,11 +66,75 @@ def test_what_is_named_compiled_is(phase, monkeypatch):
     assert len(ran) == 3 * len(passes) + tails
 
 
-def test_a_block_that_would_not_be_compiled_is_an_error(monkeypatch):
-    monkeypatch.setattr(official, "_GRAPHS", 1)
+@pytest.mark.parametrize("phase", [model.PRETRAINING, model.RERANKING])
+def test_every_operation_of_our_compiled_model_is_in_a_graph(phase, monkeypatch):
+    """Graphs are interrupted where numbers of tokens are read, but nowhere within the blocks."""
+    compiled: list[str] = []
+    eager: list[str] = []
+
+    def compiler(graph, inputs):
+        names = [str(node.target) for node in graph.graph.nodes]
+
+        def called(*arguments):
+            compiled.extend(name for name in names if "vlmo" in name)
+            return graph(*arguments)
+
+        return called
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+            if operation.namespace == "vlmo" and "_bwd" not in str(operation):
+                eager.append(str(operation))
+            return operation(*arguments, **(options or {}))
+
+    monkeypatch.setattr(model, "compiler_of", lambda case, device: compiler)
+    problem = problem_of(phase)
+    problem.work("vlmo:cpu-compiled")()
+    compiled.clear()
+    problem.work("vlmo:cpu-compiled")()
+    with Counting():
+        problem.work("vlmo:cpu")()
+    assert sorted(compiled) == sorted(eager) and "vlmo.moe_ffn_fwd.default" in compiled
+
+
+def test_contenders_that_take_turns_do_not_compile_again(monkeypatch):
+    built = []
+
+    def compiler(graph, inputs):
+        built.append(graph)
+        return graph
+
+    monkeypatch.setattr(model, "compiler_of", lambda case, device: compiler)
+    problem = problem_of(model.MATCHING)
+    names = ("vlmo:cpu-compiled", "official", "official-compiled", "vlmo:cpu")
+    works = [problem.work(name) for name in names]
+    counts = []
+    for _ in range(2):
+        for work in works:
+            work()
+        counts.append(len(built))
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("contender", ["official-compiled", "vlmo:cpu-compiled"])
+def test_what_would_not_be_compiled_is_an_error(contender, monkeypatch):
+    monkeypatch.setattr(contenders, "_GRAPHS", 1)
     problem = problem_of(model.PRETRAINING)
     with pytest.raises(Exception, match="recompile_limit"):
-        problem.check("official-compiled")
+        problem.check(contender)
+
+
+def test_cases_of_the_model_on_a_cpu():
+    cases = model.SUITE.cases(CPU, Scale.cpu)
+    both = {torch.float32, torch.bfloat16}
+    assert {phase: {c.dtype for c in cases if c.phase == phase} for phase in PHASES} == (
+        dict.fromkeys(PHASES, both)
+    )
+    pixels = {case.phase: case.shape["pixels"] for case in cases}
+    assert pixels == dict.fromkeys(PHASES, 224) | {model.VQA: 480}
+    for case in cases:
+        config = model.config_of(case.size, case.phase, int(case.shape["pixels"]))
+        assert config.image_size == pixels[case.phase] and config.dim == 768
 
 
 def test_wrong_forms_are_found_out(monkeypatch):

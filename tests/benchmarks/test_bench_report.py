@@ -88,6 +88,24 @@ def test_speedups_are_over_the_best_peer_unilm_and_dense_layers():
     assert names == ["vlmo:triton", "vlmo:reference", "grouped_mm", "slices", "dense"]
 
 
+def test_compiled_peers_are_peers_and_our_compiled_model_is_ours():
+    """The best peer is the better of unilm's model as it is and compiled; unilm is as it is."""
+    for compiled, times in ((6.0, "2.00 x"), (12.0, "3.00 x")):
+        records = [
+            *(measured("vlmo:cpu", 4.0), measured("vlmo:cpu-compiled", 3.0)),
+            *(measured("official", 9.0), measured("official-compiled", compiled)),
+        ]
+        it = report(*(record | {"suite": "model"} for record in records))
+        [group] = groups(it.records)
+        assert [r["contender"] for r in (group.best, group.official) if r is not None] == [
+            *("vlmo:cpu-compiled", "official")
+        ]
+        text = it.markdown()
+        header, ours = row(text, "contender"), row(text, "vlmo:cpu-compiled")
+        found = dict(zip(header, ours, strict=True))
+        assert found["speedup over best peer"] == times and found["speedup over unilm"] == "3.00 x"
+
+
 def test_columns_without_a_value_are_left_out():
     bare, full = measured("slices", 1.0), measured("slices", 1.0, peak_mib=12.0, millijoules=3.0)
     assert not {"peak MiB", "launches", "mJ"} & set(row(report(bare).markdown(), "contender"))

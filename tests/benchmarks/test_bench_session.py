@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 
 from harness import session as harness
 from harness.contenders import Case, Suite
@@ -174,6 +175,36 @@ def test_a_contender_whose_calls_would_end_too_late_is_not_timed(monkeypatch):
         "b": None,
     }
     assert clock.now == 100 + 30 - left + (1 + 1) + 2 * 3
+
+
+def test_minutes_of_compiling_do_not_count_as_expected_time(monkeypatch):
+    clock = Clock(monkeypatch)
+    left = [200.0]
+
+    def call():
+        clock.now += left.pop() if left else 2.0
+
+    problem = FakeProblem({"a-compiled": [RIGHT]}, works={"a-compiled": call})
+    found = results(problem, run=Session(CPU, 300.0, FEW))["a-compiled"]
+    assert found["seconds"] == pytest.approx([2.0] * 3) and found["wall_ms"] == pytest.approx(2000)
+
+
+def test_a_compilation_that_ends_too_late_leaves_out_that_contender_alone(monkeypatch):
+    clock = Clock(monkeypatch)
+    problem = clock.problem(a=1.0, **{"b-compiled": 100.0})
+    found = results(problem, run=Session(CPU, 60.0, FEW))
+    assert found["b-compiled"]["reason"].startswith("left out: it needs")
+    assert len(found["a"]["seconds"]) == 3
+
+
+def test_a_failure_of_the_compiler_is_no_defect_of_ours():
+    def inductor():
+        raise BackendCompilerFailed(inductor, AssertionError("not codegen-ed"), None)
+
+    found = results(FakeProblem({"vlmo:a-compiled": inductor}))["vlmo:a-compiled"]
+    told = "BackendCompilerFailed: backend='inductor' raised: AssertionError: not codegen-ed"
+    assert found["reason"] == told
+    assert not is_defect("vlmo:a-compiled", found["reason"])
 
 
 def test_after_the_time_limit_nothing_is_even_made(monkeypatch):
