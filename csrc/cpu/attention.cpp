@@ -39,21 +39,6 @@ struct Element<Type::kFloat32> {
 template <Type type>
 using Stored = typename Element<type>::Stored;
 
-// `count` elements, at most kLanes, and zeros.
-inline Words load_bits(const std::uint16_t* from, std::int64_t count) {
-  if (count >= kLanes) return load_halves(from);
-  std::uint16_t whole[kLanes] = {};
-  if (count > 0) std::memcpy(whole, from, 2 * count);
-  return load_halves(whole);
-}
-
-inline Floats load_some(const float* from, std::int64_t count) {
-  if (count >= kLanes) return load(from);
-  float whole[kLanes] = {};
-  if (count > 0) std::memcpy(whole, from, 4 * count);
-  return load(whole);
-}
-
 template <Type type>
 inline Floats load_wide(const Stored<type>* from, std::int64_t count) {
   if constexpr (type == Type::kFloat32) {
@@ -66,14 +51,9 @@ inline Floats load_wide(const Stored<type>* from, std::int64_t count) {
 template <Type type>
 inline void store_narrow(Stored<type>* to, Floats x, std::int64_t count) {
   if constexpr (type == Type::kFloat32) {
-    if (count >= kLanes) {
-      store(to, x);
-    } else if (count > 0) {
-      std::memcpy(to, &x, 4 * count);
-    }
+    store_some(to, x, count);
   } else {
-    const Halves bits = __builtin_convertvector(Element<type>::narrow(x), Halves);
-    std::memcpy(to, &bits, 2 * smaller(count, kLanes));
+    store_bits(to, Element<type>::narrow(x), count);
   }
 }
 

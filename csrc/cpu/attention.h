@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace vlmo {
+#include "elements.h"
 
-enum class Type { kFloat32, kBfloat16, kFloat16 };
+namespace vlmo {
 
 // A tensor with a row of `dim` adjacent elements for each token and head.
 struct Rows {

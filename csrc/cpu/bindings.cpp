@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 
 #include "cpu/cpu.h"
@@ -82,6 +83,43 @@ void multiply(const std::string& instructions, int threads, const std::array<Add
   matmul(call, instructions, threads);
 }
 
+using Typed = std::array<std::int64_t, 3>;  // address (0 for none), type, stride of rows
+
+Matrix matrix_of(const Typed& t) {
+  return {pointer<void>(static_cast<Address>(t[0])), static_cast<Type>(t[1]), t[2]};
+}
+
+RowsKernel RowsKernels::*rows_kernel(const std::string& name) {
+  if (name == "norm") return &RowsKernels::norm;
+  if (name == "norm_backward") return &RowsKernels::norm_backward;
+  if (name == "branch") return &RowsKernels::branch;
+  if (name == "branch_backward") return &RowsKernels::branch_backward;
+  if (name == "column_sums") return &RowsKernels::column_sums;
+  throw std::invalid_argument("no kernel of rows is named '" + name + "'");
+}
+
+void rows(const std::string& name, const std::string& instructions, int threads,
+          const std::array<std::int64_t, 2>& sizes, const std::array<std::int64_t, 4>& tokens,
+          const std::array<Typed, 8>& matrices, const std::array<Address, 6>& vectors, float eps,
+          const std::array<Address, 2>& sums) {
+  RowsCall call{};
+  call.rows = sizes[0], call.columns = sizes[1];
+  call.tokens = {pointer<const std::int32_t>(static_cast<Address>(tokens[0])), tokens[1], tokens[2],
+                 tokens[3]};
+  call.x = matrix_of(matrices[0]), call.residual = matrix_of(matrices[1]);
+  call.y = matrix_of(matrices[2]), call.dy = matrix_of(matrices[3]);
+  call.dx = matrix_of(matrices[4]), call.normed = matrix_of(matrices[5]);
+  call.branch = matrix_of(matrices[6]), call.d = matrix_of(matrices[7]);
+  call.weight = pointer<const float>(vectors[0]), call.bias = pointer<const float>(vectors[1]);
+  call.scale = pointer<const float>(vectors[2]);
+  call.token_scale = pointer<const float>(vectors[3]);
+  call.mean = pointer<float>(vectors[4]), call.deviation = pointer<float>(vectors[5]);
+  call.eps = eps;
+  const py::gil_scoped_release release;
+  compute_rows(rows_kernel(name), call, instructions, threads, pointer<float>(sums[0]),
+               pointer<float>(sums[1]));
+}
+
 }  // namespace
 
 void bind_cpu(py::module_& module) {
@@ -113,6 +151,16 @@ void bind_cpu(py::module_& module) {
              "transposed: whether a is [depth, rows], and b [columns, depth].\n"
              "row_strides: of a, b and c, in elements.\n"
              "sizes: rows, columns, depth.");
+  module.def("rows", &rows, py::arg("name"), py::arg("instructions"), py::arg("threads"),
+             py::arg("sizes"), py::arg("tokens"), py::arg("matrices"), py::arg("vectors"),
+             py::arg("eps"), py::arg("sums"),
+             "Run a kernel of csrc/cpu/rows.h, which says what each reads and writes.\n\n"
+             "sizes: rows, columns.\n"
+             "tokens: address of the int32 index, or 0; period, start and length of a run.\n"
+             "matrices: (address, type, stride of rows) of x, residual, y, dy, dx, normed, branch "
+             "and d.\n"
+             "vectors: addresses of weight, bias, scale, token_scale, mean and deviation.\n"
+             "sums: addresses of two vectors, or 0.");
 }
 
 }  // namespace vlmo

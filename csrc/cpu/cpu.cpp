@@ -17,6 +17,7 @@ namespace vlmo {
   namespace name {                         \
   extern const AttentionKernels attention; \
   extern const MatmulKernels matmul;       \
+  extern const RowsKernels rows;           \
   }
 VLMO_KERNELS_OF(portable)
 VLMO_KERNELS_OF(avx2)
@@ -31,6 +32,7 @@ struct Choice {
   bool available;
   const AttentionKernels* attention;
   const MatmulKernels* matmul;
+  const RowsKernels* rows;
 };
 
 // The widest first. The builtin functions also ask whether the operating system saves the registers.
@@ -43,11 +45,15 @@ const std::vector<Choice>& choices() {
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
     const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-    found = {{"avx512_bf16", has_bf16, &avx512_bf16::attention, &avx512_bf16::matmul},
-             {"avx512", has_avx512, &avx512::attention, &avx512::matmul},
-             {"avx2", has_avx2, &avx2::attention, &avx2::matmul}};
+    found = {{"avx512_bf16", has_bf16, &avx512_bf16::attention, &avx512_bf16::matmul,
+              &avx512_bf16::rows},
+             {"avx512", has_avx512, &avx512::attention, &avx512::matmul,
+              &avx512::rows},
+             {"avx2", has_avx2, &avx2::attention, &avx2::matmul,
+              &avx2::rows}};
 #endif
-    found.push_back({"portable", true, &portable::attention, &portable::matmul});
+    found.push_back({"portable", true, &portable::attention, &portable::matmul,
+              &portable::rows});
     return found;
   }();
   return all;
@@ -100,7 +106,7 @@ Division divide(const AttentionCall& call, int threads, std::int64_t most_parts)
 template <class Compute>
 void run(std::int64_t items, int threads, std::int64_t bytes, const Compute& compute) {
   threads = static_cast<int>(std::min<std::int64_t>(threads, items));
-  bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  bytes = (std::max<std::int64_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
   const std::unique_ptr<char, Freed> scratch(static_cast<char*>(
       std::aligned_alloc(kAlignment, static_cast<std::size_t>(bytes) * threads)));
   if (scratch == nullptr) throw std::bad_alloc();
@@ -183,6 +189,29 @@ void matmul(const MatmulCall& call, const std::string& instructions, int threads
   };
   run(groups * parts, threads, kernels.scratch_bytes(call, item(0)),
       [&](std::int64_t number, void* scratch) { kernels.compute(call, item(number), scratch); });
+}
+
+void compute_rows(RowsKernel RowsKernels::*kernel, const RowsCall& call,
+                  const std::string& instructions, int threads, float* sums, float* more_sums) {
+  const RowsKernel compute = choice_of(instructions).rows->*kernel;
+  constexpr std::int64_t kRowsPerItem = 64;
+  const std::int64_t items = ceil_div(call.rows, kRowsPerItem), columns = call.columns;
+  if (items == 0 || columns == 0) return;
+  // Each item has sums of its own, which are then added in order.
+  const std::int64_t vectors = (sums != nullptr) + (more_sums != nullptr);
+  std::vector<float> partial(items * vectors * columns);
+  run(items, threads, 0, [&](std::int64_t number, void*) {
+    float* own = partial.data() + number * vectors * columns;
+    const std::int64_t first = number * kRowsPerItem;
+    compute(call, first, std::min(first + kRowsPerItem, call.rows), own, own + columns);
+  });
+  for (std::int64_t i = 0; i < vectors * columns; ++i) {
+    float total = 0;
+    for (std::int64_t number = 0; number < items; ++number) {
+      total += partial[number * vectors * columns + i];
+    }
+    (i < columns ? sums[i] : more_sums[i - columns]) = total;
+  }
 }
 
 }  // namespace vlmo

@@ -152,6 +152,46 @@ inline Words to_float16(Floats x) {
 #endif
 }
 
+// A vector at the end of a row: `count` elements, at most kLanes; a load adds zeros.
+
+inline Floats load_some(const float* from, std::int64_t count) {
+  if (count >= kLanes) return load(from);
+  float whole[kLanes] = {};
+  if (count > 0) std::memcpy(whole, from, 4 * count);
+  return load(whole);
+}
+
+inline void store_some(float* to, Floats x, std::int64_t count) {
+  if (count >= kLanes) {
+    store(to, x);
+  } else if (count > 0) {
+    std::memcpy(to, &x, 4 * count);
+  }
+}
+
+// 16 bits of each lane.
+inline Words load_bits(const std::uint16_t* from, std::int64_t count) {
+  if (count >= kLanes) return load_halves(from);
+  std::uint16_t whole[kLanes] = {};
+  if (count > 0) std::memcpy(whole, from, 2 * count);
+  return load_halves(whole);
+}
+
+inline void store_bits(std::uint16_t* to, Words bits, std::int64_t count) {
+  const Halves narrow = __builtin_convertvector(bits, Halves);
+  if (count >= kLanes) {
+    std::memcpy(to, &narrow, sizeof narrow);
+  } else if (count > 0) {
+    std::memcpy(to, &narrow, 2 * count);
+  }
+}
+
+// x in the first `count` lanes, and zeros.
+inline Floats first_lanes(Floats x, std::int64_t count) {
+  if (count >= kLanes) return x;
+  return where(Words(lane_numbers() < static_cast<std::uint32_t>(count)), x, Floats{});
+}
+
 // Exchanges the blocks of `step` lanes of two rows that a transposition of 2 step lanes exchanges.
 template <int step>
 inline void exchange(Floats& a, Floats& b) {

@@ -10,6 +10,18 @@ from torch import Tensor
 
 from vlmo import _C
 
+# The dtypes that the C++ kernels read and write, and their numbers there (csrc/cpu/elements.h).
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why the CPU backend of an operation cannot run, or None."""
+    if device.type != "cpu":
+        return f"{device.type} tensors: it is made for the CPU."
+    if dtype not in TYPES:
+        return f"{dtype}: it computes in float32; the backend 'reference' computes in float64."
+    return None
+
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which the CPU backend multiplies matrices of ``dtype``.

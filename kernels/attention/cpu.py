@@ -12,16 +12,10 @@ from vlmo import _C
 from .._backends import cpu as cpu_target
 from .call import Call
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, entries: int) -> str | None:
     """The reason why :func:`forward` cannot run, or None."""
-    if device.type != "cpu":
-        return f"{device.type} tensors: it is made for the CPU."
-    if dtype not in _TYPES:
-        return f"{dtype}: it computes in float32; the backend 'reference' computes in float64."
-    return None
+    return cpu_target.why_not(device, dtype)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -87,7 +81,7 @@ class _Arguments:
         self.shared = (
             cpu_target.instructions(),
             torch.get_num_threads(),
-            _TYPES[call.q.dtype],
+            cpu_target.TYPES[call.q.dtype],
             [_strided(t, call) for t in qkv],
             [0 if t is None else t.data_ptr() for t in inputs],
             sizes,

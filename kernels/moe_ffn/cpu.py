@@ -1,96 +1,38 @@
-"""moe_ffn on the CPU: PyTorch's matrix products with little overhead around them.
+"""moe_ffn on the CPU: matrix products with one pass over the rows between them.
 
-The products take 19/20 of the time, and PyTorch's libraries run them at the machine's peak rate.
-The remaining gain is between them: GELU is fused into the product if there is no backward, and each
-expert's rows are written in place without a concatenation. For a backward, the activations and the
-operand of LayerScale are saved beside the pre-activations, as autograd would: recomputing the
-former, or computing LayerScale's gradient from a product with W2, costs 1 % of the backward each.
-Splitting the rows so that hidden activations stay in cache does not help, because every product
-packs its weights again (256 rows at base size: 0.89 times the speed of all rows).
+The products take nine tenths of the time (``products.py``); the rest are C++ kernels
+(``passes.py``). For a backward, the activations and the operand of LayerScale are saved beside the
+pre-activations, as autograd would: recomputing the former, or computing LayerScale's gradient from
+a product with W2, costs 1 % of the backward each. Splitting the rows so that hidden activations
+stay in cache does not help, because every product packs its weights again.
 
-A CPU without instructions for 16-bit operands computes in float32: the rows and parameters of one
-expert at a time are converted, and its results are rounded once. Saved tensors stay in 16 bits.
+A CPU without instructions for 16-bit operands computes in float32: the parameters of one expert at
+a time are converted, and its results are rounded once. Saved tensors stay in 16 bits.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._backends import cpu as cpu_target
-from . import products
+from . import passes, products
 from .call import GATED, Call
+from .passes import Rows
 
 
 def why_not(
     device: torch.device, dtype: torch.dtype, width: int, hidden: Sequence[int], activation: str
 ) -> str | None:
     """The reason why :func:`forward` cannot run, or None."""
-    return None if device.type == "cpu" else f"{device.type} tensors: it is made for the CPU."
+    return cpu_target.why_not(device, dtype)
 
 
 _Kept = tuple[Tensor, Tensor, Tensor | None]  # h1, act(h1) and h2 for an expert's rows
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The rows of one expert: the same run of every sequence, or arbitrary rows.
-
-    Attributes:
-        first: number of rows of all previous experts.
-        count: number of rows of this expert.
-        run: number of sequences, their length, start and length of the run; None with an index.
-        index: ``[count]`` int32, the rows; None with a run.
-    """
-
-    first: int
-    count: int
-    run: tuple[int, int, int, int] | None
-    index: Tensor | None = None
-
-    def of(self, t: Tensor) -> Tensor:
-        """Read ``[count, ...]`` from ``[T, ...]``; a view if the rows are contiguous."""
-        if self.run is None:
-            assert self.index is not None
-            return t.index_select(0, self.index)
-        return self._window(t).flatten(0, 1)
-
-    def put(self, t: Tensor, part: Tensor, addend: Tensor | None) -> None:
-        """Write ``part``, plus the same rows of ``addend``, to the rows of ``t``."""
-        if self.run is None:
-            assert self.index is not None
-            if addend is not None:
-                part = addend.index_select(0, self.index).add_(part)
-            t.index_copy_(0, self.index.long(), part.to(t.dtype))
-            return
-        target = self._window(t)
-        part = part.view(target.shape)
-        if addend is None:
-            target.copy_(part)
-        else:
-            torch.add(self._window(addend), part, out=target)
-
-    def kept(self, pre: Tensor, call: Call, e: int) -> _Kept:
-        """Views of an expert's rows of the tensors that :func:`forward` saves, see ``_Kept``."""
-        found, start = [], 0
-        sizes = (len(call.w1[e]), call.w2[e].shape[1], len(call.w2[e]))
-        for columns, widest in zip(sizes, _kept_columns(call), strict=False):
-            first = start + self.first * widest
-            rows = pre.view(-1)[first : first + self.count * columns]
-            found.append(rows.view(self.count, columns))
-            start += len(call.x) * widest
-        h1, act, *h2 = found
-        return h1, act, h2[0] if h2 else None
-
-    def _window(self, t: Tensor) -> Tensor:
-        assert self.run is not None
-        sequences, period, start, length = self.run
-        return t.unflatten(0, (sequences, period))[:, start : start + length]
 
 
 def pre_shape(call: Call) -> tuple[int, int]:
@@ -107,40 +49,53 @@ def _kept_columns(call: Call) -> list[int]:
     return found if call.layer_scale is None else [*found, len(call.w2[0])]
 
 
+def _kept(rows: Rows, pre: Tensor, call: Call, e: int) -> _Kept:
+    """Views of an expert's rows of the tensors that :func:`forward` saves, see ``_Kept``."""
+    found, start = [], 0
+    sizes = (len(call.w1[e]), call.w2[e].shape[1], len(call.w2[e]))
+    for columns, widest in zip(sizes, _kept_columns(call), strict=False):
+        first = start + rows.first * widest
+        part = pre.view(-1)[first : first + rows.count * columns]
+        found.append(part.view(rows.count, columns))
+        start += len(call.x) * widest
+    h1, act, *h2 = found
+    return h1, act, h2[0] if h2 else None
+
+
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """y [T, D], and the tensor saved for the backward, in the shape :func:`pre_shape`."""
+    if call.residual is not None and call.residual.dtype == torch.float64:
+        y, pre = forward(Call._make((*call[:9], None, *call[10:])))
+        return call.residual + y, pre
+    call = _prepared(call)
     dtype = call.w2[0].dtype if call.residual is None else call.residual.dtype
     y = call.x.new_empty(call.x.shape, dtype=dtype)
     pre = call.x.new_empty(pre_shape(call), dtype=call.w1[0].dtype)
     for e, rows in _experts(call):
-        kept = rows.kept(pre, call, e) if call.save_pre else None
-        rows.put(y, _branch(rows, kept, _widened(call, e), e), call.residual)
+        kept = _kept(rows, pre, call, e) if call.save_pre else None
+        branch = _branch(rows, kept, _widened(call, e), e)
+        passes.add_branch(rows, y, branch, call.residual, call.layer_scale, call.token_scale)
     return y, pre
 
 
-def _branch(rows: _Rows, kept: _Kept | None, call: Call, e: int) -> Tensor:
-    """The branch of one expert, without the residual; writes the tensors in ``kept``."""
-    normed, *_ = _norm(_as_wide(rows.of(call.x), call, e), e, call)
+def _branch(rows: Rows, kept: _Kept | None, call: Call, e: int) -> Tensor:
+    """W2_e act(W1_e norm_e(x) + b1_e) + b2_e; writes the tensors in ``kept``."""
+    normed, _ = _norm(rows, call, e)
     b1, b2 = call.b1[e] if call.b1 else None, call.b2[e] if call.b2 else None
     if kept is None:
-        branch = products.linear(_linear_act(normed, call, e), call.w2[e], b2)
+        return products.linear(_linear_act(normed, call, e), call.w2[e], b2)
+    h1, act, h2 = (None if t is None else _room(t, normed.dtype) for t in kept)
+    assert h1 is not None and act is not None
+    products.linear_into(h1, normed, call.w1[e], b1)
+    _act_into(act, h1, call.activation)
+    if h2 is None:
+        branch = products.linear(act, call.w2[e], b2)
     else:
-        h1, act, h2 = (None if t is None else _room(t, normed.dtype) for t in kept)
-        assert h1 is not None and act is not None
-        products.linear_into(h1, normed, call.w1[e], b1)
-        _act_into(act, h1, call.activation)
-        if h2 is None:
-            branch = products.linear(act, call.w2[e], b2)
-        else:
-            products.linear_into(h2, act, call.w2[e], b2)
-            branch = h2
-        for target, source in zip(kept, (h1, act, h2), strict=True):
-            if target is not None and source is not None and target is not source:
-                target.copy_(source)
-    if call.layer_scale is not None:
-        branch = branch * call.layer_scale
-    if call.token_scale is not None:
-        branch = _times(branch, rows.of(call.token_scale)[:, None])
+        products.linear_into(h2, act, call.w2[e], b2)
+        branch = h2
+    for target, source in zip(kept, (h1, act, h2), strict=True):
+        if target is not None and source is not None and target is not source:
+            target.copy_(source)
     return branch
 
 
@@ -153,23 +108,24 @@ def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list
     flags = iter(needs[1:])
     wanted = [list(itertools.islice(flags, len(tensors))) for tensors in lists]
     gradients = [[t.new_empty(0) for t in tensors] for tensors in lists]
-    scale = call.layer_scale
+    given_scale = call.layer_scale
+    if dy.dtype == torch.float64:  # that of the residual
+        dy = dy.float()
+    call = _prepared(call)
     dscale = None
-    if scale is not None and needs[-1]:
-        dscale = scale.new_zeros(scale.shape, dtype=_wide(scale))
-    dx = torch.empty_like(call.x, memory_format=torch.contiguous_format)
+    if call.layer_scale is not None and needs[-1]:
+        dscale = torch.zeros_like(call.layer_scale)
+    dx = torch.empty_like(call.x, memory_format=torch.contiguous_format) if needs[0] else None
     for e, rows in _experts(call):
         wants = [bool(flags) and flags[e] for flags in wanted]
-        kept = rows.kept(pre, call, e) if pre.numel() else None
-        found, d = _expert_backward(dy, kept, _widened(call, e), e, rows, wants, needs[0], dscale)
-        if needs[0] and d is not None:
-            rows.put(dx, d, None)
+        kept = _kept(rows, pre, call, e) if pre.numel() else None
+        found = _expert_backward(dy, kept, _widened(call, e), e, rows, wants, dx, dscale)
         for slot, gradient in enumerate(found):
             if wants[slot] and gradient is not None:
                 gradients[slot][e] = gradient.to(lists[slot][e].dtype)
-    flat = [dx if needs[0] else dx.new_empty(0), *itertools.chain.from_iterable(gradients)]
-    if scale is not None:
-        flat.append(scale.new_empty(0) if dscale is None else dscale.to(scale.dtype))
+    flat = [call.x.new_empty(0) if dx is None else dx, *itertools.chain.from_iterable(gradients)]
+    if given_scale is not None:
+        flat.append(given_scale.new_empty(0) if dscale is None else dscale.to(given_scale.dtype))
     return flat
 
 
@@ -178,61 +134,66 @@ def _expert_backward(
     kept: _Kept | None,
     call: Call,
     e: int,
-    rows: _Rows,
+    rows: Rows,
     wants: Sequence[bool],
-    wants_x: bool,
+    dx: Tensor | None,  # [T, D], of which the expert's rows are written
     dscale: Tensor | None,  # [D], accumulated
-) -> tuple[list[Tensor | None], Tensor | None]:
-    """Gradients of one expert's six parameters and of its rows of x, if needed."""
-    w1, w2, scale = call.w1[e], call.w2[e], call.layer_scale
-    x = _as_wide(rows.of(call.x), call, e)
-    normed, mean, rstd = _norm(x, e, call)
+) -> list[Tensor | None]:
+    """Gradients of one expert's six parameters, if needed."""
+    w1, w2 = call.w1[e], call.w2[e]
+    normed, statistics = _norm(rows, call, e)
     h2: Tensor | None = None
     if kept is not None:
-        h1, act = (_as_wide(t, call, e) for t in kept[:2])
+        h1, act = (t.to(w1.dtype) for t in kept[:2])
         h2 = kept[2]
     else:
         h1 = products.linear(normed, w1, call.b1[e] if call.b1 else None)
         act = _act_into(h1.new_empty(len(h1), w2.shape[1]), h1, call.activation)
-    dbranch = _as_wide(rows.of(dy), call, e)
-    if call.token_scale is not None:
-        dbranch = dbranch * rows.of(call.token_scale)[:, None]
-    dh2 = (dbranch if scale is None else dbranch * scale).to(act.dtype)
-    dw2 = db2 = None
+    if dscale is not None and h2 is None:
+        h2 = products.linear(act, w2, call.b2[e] if call.b2 else None)
+    dh2 = act.new_empty(rows.count, len(w2))
+    branch = None if dscale is None else h2
+    scales = call.layer_scale, call.token_scale
+    db2, scale_part = passes.branch_backward(rows, dy, branch, *scales, dh2)
     if dscale is not None:
-        dscale += _scale_gradient(dbranch, act, h2, call, e)
-    if wants[1]:
-        dw2 = products.product(dh2.T, act)
-    if wants[3]:
-        db2 = dh2.sum(0)
-    del act, dbranch
-    below = wants_x or wants[4] or wants[5]
+        dscale += scale_part
+    dw2 = products.product(dh2.T, act) if wants[1] else None
+    del act
+    below = dx is not None or wants[4] or wants[5]
     if not (below or wants[0] or wants[2]):
-        return [None, dw2, None, db2, None, None], None
+        return [None, dw2, None, db2, None, None]
     dh1 = _act_backward(products.product(dh2, w2), h1, call.activation)
     dw1 = products.product(dh1.T, normed) if wants[0] else None
-    db1 = dh1.sum(0) if wants[2] else None
-    dx, *of_norm = (
-        _norm_backward(products.product(dh1, w1), x, mean, rstd, e, call) if below else [None] * 3
-    )
-    return [dw1, dw2, db1, db2, *of_norm], dx
+    db1 = passes.column_sums(dh1) if wants[2] else None
+    of_norm: tuple[Tensor | None, Tensor | None] = None, None
+    if below:
+        d = products.product(dh1, w1)
+        if statistics is not None:
+            of_norm = passes.norm_backward(rows, d, call.x, statistics, call.norm_weight[e], dx)
+        elif dx is not None:
+            passes.add_branch(rows, dx, d, None, None, None)
+    return [dw1, dw2, db1, db2, *of_norm]
 
 
-def _scale_gradient(dbranch: Tensor, act: Tensor, h2: Tensor | None, call: Call, e: int) -> Tensor:
-    """``[D]``: the sum over rows of ``dbranch * h2``; h2 is recomputed if it was not saved."""
-    if h2 is None:
-        h2 = products.linear(act, call.w2[e], call.b2[e] if call.b2 else None)
-    return (dbranch * h2).sum(0, dtype=_wide(h2))
+def _norm(rows: Rows, call: Call, e: int) -> tuple[Tensor, tuple[Tensor | None, Tensor] | None]:
+    """norm_e(x) of the expert's rows in the dtype of its weights, and the statistics."""
+    dtype = call.w1[e].dtype
+    if call.norm == "none":
+        return rows.of(call.x).to(dtype), None
+    normed = call.x.new_empty(rows.count, call.x.shape[1], dtype=dtype)
+    bias = call.norm_bias[e] if call.norm_bias else None
+    weight = call.norm_weight[e]
+    return normed, passes.norm(rows, call.x, weight, bias, call.norm, call.norm_eps, normed)
 
 
-def _experts(call: Call) -> Iterator[tuple[int, _Rows]]:
-    """Experts that have rows, with these rows; the gradients of the others stay zero."""
+def _experts(call: Call) -> Iterator[tuple[int, Rows]]:
+    """All experts, with their rows."""
     tokens = call.x.shape[0]
     if call.ids is not None:
         assert call.rows is not None and call.offsets is not None
         bounds = call.offsets.tolist()
         for e, (start, stop) in enumerate(itertools.pairwise(bounds)):
-            yield e, _Rows(start, stop - start, None, call.rows[start:stop])
+            yield e, Rows(start, stop - start, (0, 0, 0), call.rows[start:stop])
         return
     lengths, first = call.pieces[1::2], 0
     period = sum(lengths)
@@ -241,9 +202,21 @@ def _experts(call: Call) -> Iterator[tuple[int, _Rows]]:
         runs = [i for i, expert in enumerate(call.pieces[::2]) if expert == e]
         start = starts[runs[0]] if runs else 0
         length = sum(lengths[i] for i in runs)
-        sequences = tokens // period
-        yield e, _Rows(first, sequences * length, (sequences, period, start, length))
-        first += sequences * length
+        count = tokens // period * length
+        yield e, Rows(first, count, (period, start, length))
+        first += count
+
+
+def _prepared(call: Call) -> Call:
+    """The call in the form that the passes take: adjacent columns, and vectors in float32."""
+    x, residual = call.x, call.residual
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    if residual is not None and residual.stride(1) != 1:
+        residual = residual.contiguous()
+    scales = (None if t is None else t.float().contiguous() for t in call[7:9])
+    norms = ([t.float().contiguous() for t in tensors] for tensors in call[5:7])
+    return Call._make((x, *call[1:5], *norms, *scales, residual, *call[10:]))
 
 
 def _widened(call: Call, e: int) -> Call:
@@ -252,15 +225,8 @@ def _widened(call: Call, e: int) -> Call:
     operand = cpu_target.operand_dtype(dtype)
     if operand == dtype:
         return call
-    x, *lists = call[:7]
-    wide = [[t.to(operand) if i == e else t for i, t in enumerate(one)] for one in lists]
-    return Call._make((x, *wide, *call[7:]))
-
-
-def _as_wide(t: Tensor, call: Call, e: int) -> Tensor:
-    """``t`` in a dtype at least as wide as the operands of expert ``e``."""
-    operand = call.w1[e].dtype
-    return t.to(operand) if t.dtype.itemsize < operand.itemsize else t
+    wide = [[t.to(operand) if i == e else t for i, t in enumerate(one)] for one in call[1:5]]
+    return Call._make((call.x, *wide, *call[5:]))
 
 
 def _room(kept: Tensor, dtype: torch.dtype) -> Tensor:
@@ -275,11 +241,6 @@ def _linear_act(x: Tensor, call: Call, e: int) -> Tensor:
         return products.linear_gelu(x, call.w1[e], bias, call.activation)
     h1 = products.linear(x, call.w1[e], bias)
     return _act_into(h1.new_empty(len(h1), h1.shape[1] // 2), h1, call.activation)
-
-
-def _times(t: Tensor, factor: Tensor) -> Tensor:
-    """``t * factor``, in place if that does not round the factor."""
-    return t.mul_(factor) if torch.promote_types(t.dtype, factor.dtype) == t.dtype else t * factor
 
 
 def _act_into(out: Tensor, h: Tensor, activation: str) -> Tensor:
@@ -305,57 +266,3 @@ def _act_backward(d: Tensor, h: Tensor, activation: str) -> Tensor:
     opened = F.silu(gate) if activation == "swiglu" else F.gelu(gate)
     gate_backward = aten.silu_backward if activation == "swiglu" else aten.gelu_backward
     return torch.cat([gate_backward(d * value, gate), d * opened], dim=1)
-
-
-def _norm(x: Tensor, e: int, call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """norm_e(x) in the dtype of the weights; also mean (LayerNorm) and 1 / deviation per row.
-
-    PyTorch's LayerNorm computes in float32 or better, but requires x and its parameters to have the
-    same dtype.
-    """
-    if call.norm == "none":
-        return x, None, None
-    x, weight, bias = _norm_operands(x, e, call)
-    mean = None
-    if call.norm == "layer":
-        normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, call.norm_eps)
-    else:
-        rstd = torch.rsqrt(x.square().mean(1, keepdim=True) + call.norm_eps)
-        normed = x * rstd * weight
-    return normed.to(call.w1[e].dtype), mean, rstd
-
-
-def _norm_backward(
-    d: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor | None, e: int, call: Call
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, norm_weight and norm_bias from that of norm_e(x)."""
-    if rstd is None:
-        return d, None, None
-    x, weight, bias = _norm_operands(x, e, call)
-    if mean is None:
-        xhat, dxhat = x * rstd, d * weight
-        dx = (dxhat - xhat * (dxhat * xhat).mean(1, keepdim=True)) * rstd
-        return dx, (d * xhat).sum(0), None
-    exact = _wide(x) == x.dtype
-    dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        *(d.to(x.dtype), x, x.shape[-1:], mean, rstd, weight, bias),
-        [True, exact, exact and bias is not None],
-    )
-    if exact:
-        return dx, dweight, dbias
-    # PyTorch accumulates these in the dtype of x: for 3000 bfloat16 rows the errors are 3 and 5 %.
-    dweight = ((x - mean) * rstd * d).sum(0)
-    return dx, dweight, None if bias is None else d.sum(0)
-
-
-def _norm_operands(x: Tensor, e: int, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x, norm_weight and norm_bias of an expert in their common dtype, or float32 or better."""
-    weight, bias = call.norm_weight[e], call.norm_bias[e] if call.norm_bias else None
-    if call.norm == "layer" and all(t.dtype == x.dtype for t in (weight, bias) if t is not None):
-        return x, weight, bias
-    wide = _wide(x)
-    return x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
-
-
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)

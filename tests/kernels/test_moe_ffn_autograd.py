@@ -52,7 +52,7 @@ def case(request):
 def run(case: Case, function=None, **options) -> dict[str, Tensor]:
     routing = make_routing(case, "cpu")
     function = function or (lambda t: call(case, routing, t, **options))
-    return outputs_and_gradients(function, make_tensors(case, "cpu", torch.float64))
+    return outputs_and_gradients(function, make_tensors(case, "cpu", torch.float32))
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_checkpointing(case, expected, way, use_reentrant):
 @pytest.mark.parametrize("names", [["x"], ["w1[1]"], ["w2[0]", "b1[0]"], ["residual"]])
 def test_gradients_of_some(names, way):
     case = CASES[0]
-    tensors, routing = make_tensors(case, "cpu", torch.float64), make_routing(case, "cpu")
+    tensors, routing = make_tensors(case, "cpu", torch.float32), make_routing(case, "cpu")
     flat = leaves(tensors)
     grads = torch.autograd.grad(call(case, routing, tensors).sin().sum(), list(flat.values()))
     every = dict(zip(flat, grads, strict=True))
@@ -133,7 +133,7 @@ def test_an_unused_output_costs_nothing(case, way, monkeypatch):
         raise AssertionError("backward was called")
 
     monkeypatch.setattr(ops.BACKENDS["cpu"], "backward", fail)
-    tensors, routing = make_tensors(case, "cpu", torch.float64), make_routing(case, "cpu")
+    tensors, routing = make_tensors(case, "cpu", torch.float32), make_routing(case, "cpu")
     flat = leaves(tensors)
     call(case, routing, tensors)
     (Drop.apply(call(case, routing, tensors)).sum() + tensors["x"].sum()).backward()
@@ -143,7 +143,7 @@ def test_an_unused_output_costs_nothing(case, way, monkeypatch):
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_second_derivatives_are_refused(case, way, alone):
-    tensors, routing = make_tensors(case, "cpu", torch.float64), make_routing(case, "cpu")
+    tensors, routing = make_tensors(case, "cpu", torch.float32), make_routing(case, "cpu")
     if alone:
         tensors["x"].requires_grad_()
     else:
@@ -156,9 +156,9 @@ def test_second_derivatives_are_refused(case, way, alone):
 
 def test_nothing_is_recorded_without_gradients(case, way):
     routing = make_routing(case, "cpu")
-    frozen = make_tensors(case, "cpu", torch.float64)
+    frozen = make_tensors(case, "cpu", torch.float32)
     assert not call(case, routing, frozen).requires_grad
-    recorded = make_tensors(case, "cpu", torch.float64)
+    recorded = make_tensors(case, "cpu", torch.float32)
     leaves(recorded)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
@@ -180,7 +180,7 @@ def test_the_output_may_be_written_over(case, expected, way):
 
 def test_writing_over_a_saved_tensor_is_noticed(way):
     case = CASES[0]
-    tensors, routing = make_tensors(case, "cpu", torch.float64), make_routing(case, "cpu")
+    tensors, routing = make_tensors(case, "cpu", torch.float32), make_routing(case, "cpu")
     leaves(tensors)
     y = call(case, routing, tensors)
     with torch.no_grad():
@@ -228,7 +228,7 @@ def test_compiled(case, backend, warm, recompute, checkpointed, monkeypatch):
         return x
 
     if warm:
-        call(case, routing, make_tensors(case, "cpu", torch.float64), backend=backend)
+        call(case, routing, make_tensors(case, "cpu", torch.float32), backend=backend)
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     actual = run(case, compiled)
@@ -246,7 +246,7 @@ def test_modes_and_subclasses_see_the_operation(case):
             seen.append(str(function))
             return function(*args, **(kwargs or {}))
 
-    tensors, routing = make_tensors(case, "cpu", torch.float64), make_routing(case, "cpu")
+    tensors, routing = make_tensors(case, "cpu", torch.float32), make_routing(case, "cpu")
     leaves(tensors)
     with Log():
         y = call(case, routing, tensors)
