@@ -108,7 +108,7 @@ def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list
     flags = iter(needs[1:])
     wanted = [list(itertools.islice(flags, len(tensors))) for tensors in lists]
     gradients = [[t.new_empty(0) for t in tensors] for tensors in lists]
-    given_scale = call.layer_scale
+    given_x, given_scale = call.x, call.layer_scale
     if dy.dtype == torch.float64:  # that of the residual
         dy = dy.float()
     call = _prepared(call)
@@ -123,7 +123,8 @@ def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list
         for slot, gradient in enumerate(found):
             if wants[slot] and gradient is not None:
                 gradients[slot][e] = gradient.to(lists[slot][e].dtype)
-    flat = [call.x.new_empty(0) if dx is None else dx, *itertools.chain.from_iterable(gradients)]
+    dx = call.x.new_empty(0) if dx is None else dx.to(given_x.dtype)
+    flat = [dx, *itertools.chain.from_iterable(gradients)]
     if given_scale is not None:
         flat.append(given_scale.new_empty(0) if dscale is None else dscale.to(given_scale.dtype))
     return flat
@@ -210,6 +211,8 @@ def _experts(call: Call) -> Iterator[tuple[int, Rows]]:
 def _prepared(call: Call) -> Call:
     """The call in the form that the passes take: adjacent columns, and vectors in float32."""
     x, residual = call.x, call.residual
+    if x.dtype == torch.float64:  # under autocast
+        x = x.float()
     if x.stride(1) != 1:
         x = x.contiguous()
     if residual is not None and residual.stride(1) != 1:
