@@ -14,7 +14,9 @@ namespace {
 
 constexpr int kBlockQueries = 3 * 16;  // a multiple of kLanes: three accumulators of 16 lanes
 constexpr int kBlockKeys = 240;        // scores of a block: 46 KB; even, and a multiple of kRowPadding
-constexpr int kSummedKeys = 16;  // even
+// Keys whose probabilities, or products with them, are summed before they are added to the others:
+// one long chain of additions would round too often for the error bound.
+constexpr int kSummedKeys = 16, kMultipliedKeys = 80;  // even
 constexpr float kLog2E = 1.44269504089f, kLn2 = 0.693147180560f;
 
 constexpr std::int64_t round_up(std::int64_t x, std::int64_t step) {
@@ -601,6 +603,18 @@ class Kernel {
             call_.causal ? s.keys + first : nullptr, block.first};
   }
 
+  // Adds the product of k or v, [keys, dim] in pairs, and a tile of weights to result_.
+  void add_products(const float* rows, const float* weights, const Block& block,
+                    std::int64_t first, std::int64_t count) {
+    constexpr std::int64_t step = kExact ? kMultipliedKeys : kBlockKeys;
+    for (std::int64_t j = 0; j < count; j += step) {
+      multiply<Product, Order::kRowsAdjacent>(
+          dim_, block.width, pairs(smaller(step, count - j)),
+          rows + (first + j) / kElements * wide_, wide_, weights + j / kElements * kBlockQueries,
+          kBlockQueries, AddTo{result_, kBlockQueries});
+    }
+  }
+
   // ---- forward ----
 
   void run_forward(const Item& item) {
@@ -636,9 +650,7 @@ class Kernel {
       compute_scores(s, block, first, count);
       if (first > 0) rescale(block, before);
       exponentiate(block, count);
-      multiply<Product, Order::kRowsAdjacent>(
-          dim_, block.width, pairs(count), v_pairs_ + first / kElements * wide_, wide_, scores_,
-          kBlockQueries, AddTo{result_, kBlockQueries});
+      add_products(v_pairs_, scores_, block, first, count);
     }
     for (std::int64_t i = 0; i < block.last - block.first; ++i) {
       const float total = sum_[i];
@@ -705,7 +717,6 @@ class Kernel {
     for (std::int64_t i = 0; i < block.width; i += kLanes) {
       const Floats top = finite_top(i);
       Floats total = load(sum_ + i);
-      // The sum of a few keys at a time: one long chain of additions would round too often.
       for (std::int64_t first = 0; first < count; first += kSummedKeys) {
         Floats part{};
         for (std::int64_t j = first; j < smaller(first + kSummedKeys, count); j += kElements) {
@@ -808,9 +819,7 @@ class Kernel {
       multiply<Product, Order::kSummedAdjacent>(count, columns_, pairs(block.width), ds_rows_, line,
                                                 q_pairs_, columns_,
                                                 AddTo{dk_ + first * columns_, columns_});
-      multiply<Product, Order::kRowsAdjacent>(
-          dim_, block.width, pairs(count), k_pairs_ + first / kElements * wide_, wide_, dscores_,
-          kBlockQueries, AddTo{result_, kBlockQueries});
+      add_products(k_pairs_, dscores_, block, first, count);
     }
     for (std::int64_t i = 0; i < block.width; i += kLanes) store(top_ + i, splat(call_.scale));
     unpack_columns(call_.dq, result_, top_, s, block);
