@@ -1,37 +1,13 @@
 """Kernels for the CPU (csrc/cpu/bindings.cpp); embedded CUDA kernels and their launch."""
 
-_Strided = tuple[int, int, int, int]
+from typing import Any
 
 def instruction_sets() -> list[str]: ...
+def is_intel() -> bool: ...
 def thread_runtime() -> str: ...
-def attention_forward(
-    instructions: str,
-    threads: int,
-    type: int,
-    qkv: list[_Strided],
-    inputs: list[int],
-    sizes: tuple[int, ...],
-    causal: bool,
-    scale: float,
-    out: int,
-    lse: int,
-) -> None: ...
-def attention_backward(
-    instructions: str,
-    threads: int,
-    type: int,
-    qkv: list[_Strided],
-    inputs: list[int],
-    sizes: tuple[int, ...],
-    causal: bool,
-    scale: float,
-    out: _Strided,
-    dout: _Strided,
-    lse: int,
-    gradients: list[int],
-    dtable: int,
-) -> None: ...
-
+def attention_forward(*arguments: Any) -> None: ...
+def attention_backward(*arguments: Any) -> None: ...
+def matmul(*arguments: Any) -> None: ...
 def cubins() -> list[tuple[str, str]]: ...
 def image(name: str, target: str) -> bytes: ...
 def resources(name: str, target: str) -> str: ...
