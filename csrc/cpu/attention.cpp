@@ -14,6 +14,9 @@ namespace {
 
 constexpr int kBlockQueries = 3 * 16;  // a multiple of kLanes: three accumulators of 16 lanes
 constexpr int kBlockKeys = 240;        // scores of a block: 46 KB; even, and a multiple of kRowPadding
+// Keys whose probabilities, or products with them, are summed before they are added to the others:
+// one long chain of additions would round too often for the error bound.
+constexpr int kSummedKeys = 16, kMultipliedKeys = 80;  // even
 constexpr float kLog2E = 1.44269504089f, kLn2 = 0.693147180560f;
 
 constexpr std::int64_t round_up(std::int64_t x, std::int64_t step) {
@@ -97,6 +100,15 @@ class Kernel {
  public:
   static constexpr int kElements = Product::kElements;
   using T = Stored<type>;
+
+  // Products of pairs round to bfloat16, so a rough exponential will do, of scores that include the
+  // factor log2(e) of their base. Otherwise rounding that factor would exceed the error bound.
+  static constexpr bool kExact = kElements == 1;
+  static constexpr float kBase = kExact ? 1.f : kLog2E, kInverseBase = kExact ? 1.f : kLn2;
+  template <bool exact = kExact>
+  static Floats power(Floats x) {
+    return exp2_nonpositive<exact>(kExact ? x * splat(kLog2E) : x);
+  }
 
   static std::int64_t forward_bytes(const AttentionCall& call) {
     Kernel kernel(call, nullptr);
@@ -271,11 +283,12 @@ class Kernel {
     if constexpr (kElements == 1) {
       return load_wide<type>(row + first, left);
     } else {
-      if (left >= 2 * kLanes) return load(reinterpret_cast<const float*>(row + 2 * first));
-      T whole[2 * kLanes] = {};
-      if (left > 0) std::memcpy(whole, row + 2 * first, 2 * left);
-      Floats bits;
-      std::memcpy(&bits, whole, sizeof bits);
+      Floats bits{};  // memcpy: rows of odd strides are not aligned to 4 bytes
+      if (left >= 2 * kLanes) {
+        std::memcpy(&bits, row + 2 * first, sizeof bits);
+      } else if (left > 0) {
+        std::memcpy(&bits, row + 2 * first, 2 * left);
+      }
       return bits;
     }
   }
@@ -360,7 +373,7 @@ class Kernel {
 
   // ---- bias ----
 
-  // Expands the head's bias: bias_[key * bias_row_ + query - first], in base 2.
+  // Expands the head's bias, times kBase: bias_[key * bias_row_ + query - first].
   void expand(std::int64_t first, std::int64_t last) {
     if (expanded_->head_plus_one == head_ + 1 && expanded_->first <= first &&
         last <= expanded_->last) {
@@ -381,7 +394,7 @@ class Kernel {
         }
         transpose(square);
         for (int lane = 0; lane < count; ++lane) {
-          store(bias_ + (key + lane) * bias_row_ + query - first, square[lane] * splat(kLog2E));
+          store(bias_ + (key + lane) * bias_row_ + query - first, square[lane] * splat(kBase));
         }
       }
     }
@@ -536,7 +549,7 @@ class Kernel {
     return low;
   }
 
-  // How a product of q and k becomes a score in base 2. A copy of its own in each block of a
+  // How a product of q and k becomes a score, times kBase. A copy of its own in each block of a
   // product spares loads: stores of vectors might change any member.
   struct Scores {
     Floats factor;
@@ -566,8 +579,20 @@ class Kernel {
 
   Scores scores_rule(const Sequence& s, const Block& block, std::int64_t first,
                      std::int64_t count) {
-    return {splat(call_.scale * kLog2E), bias_rows(s, block, first, count),
+    return {splat(call_.scale * kBase), bias_rows(s, block, first, count),
             call_.causal ? s.keys + first : nullptr, block.first};
+  }
+
+  // Adds the product of k or v, [keys, dim] in pairs, and a tile of weights to result_.
+  void add_products(const float* rows, const float* weights, const Block& block,
+                    std::int64_t first, std::int64_t count) {
+    constexpr std::int64_t step = kExact ? kMultipliedKeys : kBlockKeys;
+    for (std::int64_t j = 0; j < count; j += step) {
+      multiply<Product, Order::kRowsAdjacent>(
+          dim_, block.width, pairs(smaller(step, count - j)),
+          rows + (first + j) / kElements * wide_, wide_, weights + j / kElements * kBlockQueries,
+          kBlockQueries, AddTo{result_, kBlockQueries});
+    }
   }
 
   // ---- forward ----
@@ -605,15 +630,13 @@ class Kernel {
       compute_scores(s, block, first, count);
       if (first > 0) rescale(block, before);
       exponentiate(block, count);
-      multiply<Product, Order::kRowsAdjacent>(
-          dim_, block.width, pairs(count), v_pairs_ + first / kElements * wide_, wide_, scores_,
-          kBlockQueries, AddTo{result_, kBlockQueries});
+      add_products(v_pairs_, scores_, block, first, count);
     }
     for (std::int64_t i = 0; i < block.last - block.first; ++i) {
       const float total = sum_[i];
       const std::int64_t at = (s.start + block.first + i) * call_.heads + head_;
       call_.lse_result[at] =
-          total == 0 ? low : (top_[i] == low ? 0 : top_[i] * kLn2) + __builtin_logf(total);
+          total == 0 ? low : (top_[i] == low ? 0 : top_[i] * kInverseBase) + __builtin_logf(total);
       sum_[i] = total == 0 ? 0 : 1 / total;
     }
     unpack_columns(call_.out_result, result_, sum_, s, block);
@@ -654,7 +677,7 @@ class Kernel {
   // Relates sums of earlier keys to the new maxima.
   void rescale(const Block& block, const Floats* before) {
     for (std::int64_t i = 0; i < block.width; i += kLanes) {
-      const Floats factor = exp2_nonpositive<true>(before[i / kLanes] - finite_top(i));
+      const Floats factor = power<true>(before[i / kLanes] - finite_top(i));
       store(sum_ + i, load(sum_ + i) * factor);
       for (std::int64_t d = 0; d < dim_; ++d) {
         float* at = result_ + d * kBlockQueries + i;
@@ -669,25 +692,28 @@ class Kernel {
     return where(Words(top == splat(-__builtin_inff())), Floats{}, top);
   }
 
-  // Replaces scores_ by 2^(score - top), in pairs of keys if the product takes them.
+  // Replaces scores_ by power(score - top), in pairs of keys if the product takes them.
   void exponentiate(const Block& block, std::int64_t count) {
-    constexpr bool exact = kElements == 1;
     for (std::int64_t i = 0; i < block.width; i += kLanes) {
       const Floats top = finite_top(i);
       Floats total = load(sum_ + i);
-      for (std::int64_t j = 0; j < count; j += kElements) {
-        const float* from = scores_ + j * kBlockQueries + i;
-        float* to = scores_ + j / kElements * kBlockQueries + i;
-        const Floats p = exp2_nonpositive<exact>(load(from) - top);
-        total += p;
-        if constexpr (kElements == 1) {
-          store(to, p);
-        } else {
-          Floats next{};
-          if (j + 1 < count) next = exp2_nonpositive<exact>(load(from + kBlockQueries) - top);
-          total += next;
-          store(to, paired(p, next));
+      for (std::int64_t first = 0; first < count; first += kSummedKeys) {
+        Floats part{};
+        for (std::int64_t j = first; j < smaller(first + kSummedKeys, count); j += kElements) {
+          const float* from = scores_ + j * kBlockQueries + i;
+          float* to = scores_ + j / kElements * kBlockQueries + i;
+          const Floats p = power(load(from) - top);
+          part += p;
+          if constexpr (kElements == 1) {
+            store(to, p);
+          } else {
+            Floats next{};
+            if (j + 1 < count) next = power(load(from + kBlockQueries) - top);
+            part += next;
+            store(to, paired(p, next));
+          }
         }
+        total += part;
       }
       store(sum_ + i, total);
     }
@@ -751,6 +777,7 @@ class Kernel {
             prefetch_rows();
             keep_probabilities(rule, scores_, top_, count, row, column, products);
           });
+      if (queries < block.width) clear_probabilities(queries - block.width + kLanes, block, count);
       BiasRows dbias{nullptr, nullptr};
       if (dbias_ != nullptr && in_place(s)) {
         dbias = {dbias_ + column_of(s, block), rows_ + first};
@@ -772,22 +799,20 @@ class Kernel {
       multiply<Product, Order::kSummedAdjacent>(count, columns_, pairs(block.width), ds_rows_, line,
                                                 q_pairs_, columns_,
                                                 AddTo{dk_ + first * columns_, columns_});
-      multiply<Product, Order::kRowsAdjacent>(
-          dim_, block.width, pairs(count), k_pairs_ + first / kElements * wide_, wide_, dscores_,
-          kBlockQueries, AddTo{result_, kBlockQueries});
+      add_products(k_pairs_, dscores_, block, first, count);
     }
     for (std::int64_t i = 0; i < block.width; i += kLanes) store(top_ + i, splat(call_.scale));
     unpack_columns(call_.dq, result_, top_, s, block);
   }
 
-  // delta_ = sum(dout * out) and top_ = log-sum-exp in base 2, infinite for lanes without a query.
+  // delta_ = sum(dout * out) and top_ = log-sum-exp times kBase, infinite for lanes without a query.
   void prepare_queries(const Sequence& s, const Block& block) {
     for (std::int64_t i = 0; i < block.width; ++i) {
       const std::int64_t token = block.first + i;
       top_[i] = __builtin_inff(), delta_[i] = 0;
       if (token >= block.last) continue;
       const float lse = call_.lse[(s.start + token) * call_.heads + head_];
-      if (lse != -__builtin_inff()) top_[i] = lse * kLog2E;
+      if (lse != -__builtin_inff()) top_[i] = lse * kBase;
       const T* out = row_of(call_.out, s, token);
       const T* dout = row_of(call_.dout, s, token);
       Floats total{};
@@ -810,8 +835,18 @@ class Kernel {
       if (row + m >= count) break;
       float* to = p + (row + m) * kBlockQueries + column;
       rule.compute(row + m, column, products[m], [&](int n, Floats x) {
-        store(to + n * kLanes, exp2_nonpositive<kElements == 1>(x - base[n]));
+        store(to + n * kLanes, power(x - base[n]));
       });
+    }
+  }
+
+  // Zeros in the lanes without a query, of which only the last vector has any. Their bias is that of
+  // another query or of none: it need not be finite.
+  void clear_probabilities(std::int64_t used, const Block& block, std::int64_t count) {
+    const Words filled = Words(lane_numbers() < static_cast<std::uint32_t>(used));
+    for (std::int64_t j = 0; j < count; ++j) {
+      float* at = scores_ + j * kBlockQueries + block.width - kLanes;
+      store(at, where(filled, load(at), Floats{}));
     }
   }
 

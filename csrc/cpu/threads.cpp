@@ -12,7 +12,6 @@ struct Runtime {
   void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
   int (*thread_number)() = nullptr;
   std::string name;
-  pid_t process = 0;
 };
 
 template <class F>
@@ -34,9 +33,12 @@ Runtime find_runtime() {
   Dl_info info{};
   const bool known = dladdr(reinterpret_cast<void*>(runtime.parallel), &info) != 0;
   runtime.name = known && info.dli_fname != nullptr ? info.dli_fname : "unnamed";
-  runtime.process = getpid();
   return runtime;
 }
+
+// The process that loaded this module, not the first one that ran a kernel: a child's first kernel
+// may follow its parent's use of the threads for anything else.
+const pid_t kLoadedBy = getpid();
 
 const Runtime& runtime() {
   static const Runtime found = find_runtime();
@@ -60,7 +62,7 @@ std::string thread_runtime() { return runtime().name; }
 void run_on_threads(int threads, const std::function<void(int)>& work) {
   const Runtime& r = runtime();
   // A forked process has no threads but the runtime believes that it has, and would wait for them.
-  if (threads <= 1 || r.parallel == nullptr || r.process != getpid()) return work(0);
+  if (threads <= 1 || r.parallel == nullptr || kLoadedBy != getpid()) return work(0);
   Task task{work, r.thread_number};
   r.parallel(run_task, &task, static_cast<unsigned>(threads), 0);
 }

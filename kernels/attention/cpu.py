@@ -46,7 +46,12 @@ def backward(
     )
     if call.table is None:
         return [*gradients]
-    return [*gradients, dtable.t().to(call.table.dtype, copy=True) if with_table else None]
+    return [*gradients, _narrowed(dtable, call.table) if with_table else None]
+
+
+def _narrowed(dtable: Tensor, table: Tensor) -> Tensor:
+    """The gradient of the table; contiguous, as compiled graphs expect it."""
+    return dtable.t().to(table.dtype, memory_format=torch.contiguous_format)
 
 
 class _Arguments:
@@ -73,7 +78,7 @@ class _Arguments:
             bias_sizes = table.shape[1], len(matrix), matrix.stride(0)
         sizes = (
             len(call.offsets) - 1 if call.offsets is not None else call.q.shape[0],
-            call.max_length if packed else call.q.shape[1],
+            min(call.max_length, call.q.shape[0]) if packed else call.q.shape[1],
             *call.q.shape[-2:],
             *bias_sizes,
         )

@@ -46,7 +46,7 @@ class Case:
     mask: str | None = "mask"  # "mask", "padding" (of the text), "lengths" or None
     causal: bool = False
     lengths: tuple = ()  # of packed sequences
-    positions: bool = False
+    positions: bool | str = False  # True: below 15, at random; "runs" or "order" of all rows
     scale: float | None = None
     grid: tuple = (3, 3)
     text: int = 5
@@ -132,8 +132,19 @@ def make_options(case: Case, device) -> dict:
             options["max_length"] = max(case.lengths)
     if case.positions:
         rows = (sum(case.lengths),) if case.lengths else (case.batch, case.length)
-        options["positions"] = torch.randint(0, 15, rows, generator=generator).to(device)
+        options["positions"] = make_positions(case, rows, generator).to(device)
     return options
+
+
+def make_positions(case: Case, rows: tuple, generator: torch.Generator) -> Tensor:
+    if case.positions is True:
+        return torch.randint(0, 15, rows, generator=generator)
+    size = len(make_index(case, "cpu").matrix)
+    if case.positions == "order":
+        return torch.randint(0, size, rows, generator=generator)
+    place = torch.arange(rows[-1])
+    jumps = 5 * (place >= rows[-1] // 3) + 7 * (place >= rows[-1] // 2)
+    return ((place + jumps) % size).expand(rows)
 
 
 def eager(case: Case, tensors: dict, options: dict) -> Tensor:
