@@ -36,6 +36,10 @@ Row row_of(const Matrix& m, std::int64_t row) {
   return {static_cast<char*>(m.data) + row * m.row * bytes, m.type};
 }
 
+std::int64_t token_of(const Tokens& t, std::int64_t row) {
+  return t.index != nullptr ? t.index[row] : row / t.length * t.period + t.start + row % t.length;
+}
+
 // Calls f(at, count) for the vectors of a row.
 template <class F>
 inline void for_vectors(std::int64_t columns, F&& f) {
@@ -52,7 +56,7 @@ inline void add_to(float* sums, std::int64_t at, Floats x, std::int64_t count) {
 void norm(const RowsCall& call, std::int64_t first, std::int64_t last, float*, float*) {
   const float size = static_cast<float>(call.columns);
   for (std::int64_t r = first; r < last; ++r) {
-    const Row x = row_of(call.x, call.tokens.of(r)), to = row_of(call.normed, r);
+    const Row x = row_of(call.x, token_of(call.tokens, r)), to = row_of(call.normed, r);
     float mean = 0;
     if (call.mean != nullptr) {
       Floats total{};
@@ -79,7 +83,7 @@ void norm_backward(const RowsCall& call, std::int64_t first, std::int64_t last, 
                    float* dbias) {
   const float size = static_cast<float>(call.columns);
   for (std::int64_t r = first; r < last; ++r) {
-    const Row x = row_of(call.x, call.tokens.of(r)), d = row_of(call.d, r);
+    const Row x = row_of(call.x, token_of(call.tokens, r)), d = row_of(call.d, r);
     const Floats mean = splat(call.mean == nullptr ? 0 : call.mean[r]);
     const Floats deviation = splat(call.deviation[r]);
     Floats total{}, with_x{};
@@ -92,7 +96,7 @@ void norm_backward(const RowsCall& call, std::int64_t first, std::int64_t last, 
       add_to(dbias, at, dy, count);
     });
     if (call.dx.data == nullptr) continue;
-    const Row dx = row_of(call.dx, call.tokens.of(r));
+    const Row dx = row_of(call.dx, token_of(call.tokens, r));
     const Floats offset = splat(call.mean == nullptr ? 0 : sum(total) / size);
     const Floats slope = splat(sum(with_x) / size);
     for_vectors(call.columns, [&](auto at, auto count) {
@@ -105,7 +109,7 @@ void norm_backward(const RowsCall& call, std::int64_t first, std::int64_t last, 
 
 void branch(const RowsCall& call, std::int64_t first, std::int64_t last, float*, float*) {
   for (std::int64_t r = first; r < last; ++r) {
-    const std::int64_t token = call.tokens.of(r);
+    const std::int64_t token = token_of(call.tokens, r);
     const Row from = row_of(call.branch, r), y = row_of(call.y, token);
     const Floats factor = splat(call.token_scale == nullptr ? 1 : call.token_scale[token]);
     for_vectors(call.columns, [&](auto at, auto count) {
@@ -121,7 +125,7 @@ void branch(const RowsCall& call, std::int64_t first, std::int64_t last, float*,
 void branch_backward(const RowsCall& call, std::int64_t first, std::int64_t last, float* sums,
                      float* dscale) {
   for (std::int64_t r = first; r < last; ++r) {
-    const std::int64_t token = call.tokens.of(r);
+    const std::int64_t token = token_of(call.tokens, r);
     const Row dy = row_of(call.dy, token), d = row_of(call.d, r);
     const Floats factor = splat(call.token_scale == nullptr ? 1 : call.token_scale[token]);
     for_vectors(call.columns, [&](auto at, auto count) {

@@ -19,10 +19,6 @@ struct Matrix {
 struct Tokens {
   const std::int32_t* index;  // null for a run
   std::int64_t period, start, length;
-
-  std::int64_t of(std::int64_t row) const {
-    return index != nullptr ? index[row] : row / length * period + start + row % length;
-  }
 };
 
 // Vectors of `columns` are float32, or null. Matrices with "tokens" in their comment have a row for
