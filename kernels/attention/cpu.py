@@ -100,7 +100,7 @@ def _with_rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _strided(t: Tensor, call: Call) -> tuple[int, int, int, int]:
+def _strided(t: Tensor, call: Call) -> tuple[int, ...]:
     """Address, and strides of sequences, tokens and heads."""
     strides = t.stride()[:-1] if call.offsets is None else (0, *t.stride()[:-1])
     return t.data_ptr(), *strides

@@ -7,6 +7,7 @@ those of the expert, so that no tensor is gathered or scattered.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -116,8 +117,8 @@ _VECTORS = ("weight", "bias", "scale", "token_scale", "mean", "deviation")
 def _run(
     kernel: str,
     rows: Rows,
-    matrices: dict[str, Tensor | None],
-    vectors: dict[str, Tensor | None],
+    matrices: Mapping[str, Tensor | None],
+    vectors: Mapping[str, Tensor | None],
     eps: float = 0.0,
     sums: tuple[Tensor, ...] = (),
 ) -> None:
