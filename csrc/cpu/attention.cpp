@@ -137,11 +137,11 @@ class Kernel {
         row_(round_up(units_, 4)), columns_(round_up(dim_, kLanes)),
         wide_(round_up(dim_, kRowPadding)), most_keys_(round_up(call.length, kRowPadding)),
         bias_row_(round_up(call.size, kLanes) + kBlockQueries) {
-    expanded_ = scratch_.template take<Expanded>(1);
+    expanded_ = scratch_.template take<Expanded>(kMaxHeadGroup);
     keys_ = scratch_.template take<std::int32_t>(call.length);
     rows_ = scratch_.template take<std::int64_t>(call.length);
     if (call.table != nullptr) {
-      bias_ = scratch_.template take<float>(call.size * bias_row_);
+      biases_ = scratch_.template take<float>(call.head_group * call.size * bias_row_);
       if (call.positions != nullptr) bias_tile_ = scratch_.template take<float>(kBlockKeys * kBlockQueries);
     }
     k_rows_ = scratch_.template take<float>(most_keys_ * row_);
@@ -177,12 +177,19 @@ class Kernel {
     top_ = scratch_.template take<float>(kBlockQueries);
     delta_ = scratch_.template take<float>(kBlockQueries);
     if (call_.dtable != nullptr) {
-      dbias_ = scratch_.template take<float>(call_.size * bias_row_);
+      dbiases_ = scratch_.template take<float>(call_.head_group * call_.size * bias_row_);
       if (call_.positions != nullptr) dbias_tile_ = scratch_.template take<float>(kBlockKeys * kBlockQueries);
     }
   }
 
-  // ---- sequences and blocks ----
+  // ---- heads, sequences and blocks ----
+
+  void choose_head(const Item& item, std::int64_t head) {
+    head_ = head, slot_ = head - item.first_head;
+    if (biases_ != nullptr) bias_ = biases_ + slot_ * call_.size * bias_row_;
+    if (dbiases_ != nullptr) dbias_ = dbiases_ + slot_ * call_.size * bias_row_;
+    if (call_.table != nullptr) first_column_ = expanded_[slot_].first;
+  }
 
   static constexpr std::int64_t pairs(std::int64_t count) {
     return (count + kElements - 1) / kElements;
@@ -239,16 +246,19 @@ class Kernel {
   // Fetches rows of the sequence after the current one into the L2 cache, a few at each call: the
   // rows of one head are far apart, which prefetchers of CPUs do not follow. Without it, waiting
   // for memory took a quarter of the forward.
-  void begin_prefetch(std::int64_t next, std::int64_t last) {
+  void begin_prefetch(const Sequence& s, std::int64_t next, std::int64_t last) {
     next_.number = next;
     next_.length = 0, prefetched_ = 0;
     if (next >= last) return;
     next_.start = call_.offsets == nullptr ? next * call_.length : call_.offsets[next];
     next_.length = call_.offsets == nullptr ? call_.length : call_.offsets[next + 1] - next_.start;
+    // About one call for every 8 keys of each block of queries.
+    const std::int64_t calls = block_count(s.length) * ((s.count + 7) / 8);
+    prefetch_step_ = 1 + next_.length / (calls + 1);
   }
 
   void prefetch_rows() {
-    for (int i = 0; i < 2 && prefetched_ < next_.length; ++i, ++prefetched_) {
+    for (int i = 0; i < prefetch_step_ && prefetched_ < next_.length; ++i, ++prefetched_) {
       prefetch_row(row_of(call_.q, next_, prefetched_));
       prefetch_row(row_of(call_.k, next_, prefetched_));
       prefetch_row(row_of(call_.v, next_, prefetched_));
@@ -375,12 +385,12 @@ class Kernel {
 
   // Expands the head's bias, times kBase: bias_[key * bias_row_ + query - first].
   void expand(std::int64_t first, std::int64_t last) {
-    if (expanded_->head_plus_one == head_ + 1 && expanded_->first <= first &&
-        last <= expanded_->last) {
-      first_column_ = expanded_->first;
+    Expanded& expanded = expanded_[slot_];
+    if (expanded.head_plus_one == head_ + 1 && expanded.first <= first && last <= expanded.last) {
+      first_column_ = expanded.first;
       return;
     }
-    *expanded_ = {head_ + 1, first, last};
+    expanded = {head_ + 1, first, last};
     first_column_ = first;
     const float* entries = call_.table + head_ * call_.entries;
     const std::int64_t size = call_.size;
@@ -598,20 +608,29 @@ class Kernel {
   // ---- forward ----
 
   void run_forward(const Item& item) {
-    head_ = item.head;
-    expand_for(item);
+    for (std::int64_t head = item.first_head; head < item.last_head; ++head) {
+      choose_head(item, head);
+      expand_for(item);
+    }
     for (std::int64_t number = item.first; number < item.last; ++number) {
+      for (std::int64_t head = item.first_head; head < item.last_head; ++head) {
+        choose_head(item, head);
+        forward_sequence(item, number);
+      }
+    }
+  }
+
+  void forward_sequence(const Item& item, std::int64_t number) {
       const Sequence s = sequence(number);
       const std::int64_t blocks = block_count(s.length);
       const std::int64_t first = item.part * blocks / item.parts;
       const std::int64_t last = (item.part + 1) * blocks / item.parts;
-      if (first == last) continue;
-      begin_prefetch(number + 1, item.last);
+      if (first == last) return;
+      begin_prefetch(s, number + 1, item.last);
       pack_rows(k_rows_, call_.k, s);
       pack_pairs(v_pairs_, wide_, s.count,
                  [&](std::int64_t j) { return row_of(call_.v, s, s.keys[j]); });
       for (std::int64_t b = first; b < last; ++b) forward_block(s, block(s.length, b));
-    }
   }
 
   void forward_block(const Sequence& s, const Block& block) {
@@ -731,26 +750,38 @@ class Kernel {
   // ---- backward ----
 
   void run_backward(const Item& item) {
-    head_ = item.head;
-    expand_for(item);
-    first_column_ = 0;
-    if (dbias_ != nullptr) std::memset(dbias_, 0, 4 * call_.size * bias_row_);
-    for (std::int64_t number = item.first; number < item.last; ++number) {
-      const Sequence s = sequence(number);
-      begin_prefetch(number + 1, item.last);
-      pack_rows(k_rows_, call_.k, s);
-      pack_rows(v_rows_, call_.v, s);
-      pack_pairs(k_pairs_, wide_, s.count,
-                 [&](std::int64_t j) { return row_of(call_.k, s, s.keys[j]); });
-      std::memset(dk_, 0, 4 * round_up(s.count, kRowPadding) * columns_);
-      std::memset(dv_, 0, 4 * round_up(s.count, kRowPadding) * columns_);
-      for (std::int64_t b = 0; b < block_count(s.length); ++b) {
-        backward_block(s, block(s.length, b));
-      }
-      write_keys(call_.dk, dk_, call_.scale, s);
-      write_keys(call_.dv, dv_, 1, s);
+    for (std::int64_t head = item.first_head; head < item.last_head; ++head) {
+      choose_head(item, head);
+      expand_for(item);
+      if (dbias_ != nullptr) std::memset(dbias_, 0, 4 * call_.size * bias_row_);
     }
-    if (dbias_ != nullptr) scatter(item);
+    first_column_ = 0;
+    for (std::int64_t number = item.first; number < item.last; ++number) {
+      for (std::int64_t head = item.first_head; head < item.last_head; ++head) {
+        choose_head(item, head);
+        backward_sequence(item, number);
+      }
+    }
+    for (std::int64_t head = item.first_head; head < item.last_head && dbias_ != nullptr; ++head) {
+      choose_head(item, head);
+      scatter(item);
+    }
+  }
+
+  void backward_sequence(const Item& item, std::int64_t number) {
+    const Sequence s = sequence(number);
+    begin_prefetch(s, number + 1, item.last);
+    pack_rows(k_rows_, call_.k, s);
+    pack_rows(v_rows_, call_.v, s);
+    pack_pairs(k_pairs_, wide_, s.count,
+               [&](std::int64_t j) { return row_of(call_.k, s, s.keys[j]); });
+    std::memset(dk_, 0, 4 * round_up(s.count, kRowPadding) * columns_);
+    std::memset(dv_, 0, 4 * round_up(s.count, kRowPadding) * columns_);
+    for (std::int64_t b = 0; b < block_count(s.length); ++b) {
+      backward_block(s, block(s.length, b));
+    }
+    write_keys(call_.dk, dk_, call_.scale, s);
+    write_keys(call_.dv, dv_, 1, s);
   }
 
   void backward_block(const Sequence& s, const Block& block) {
@@ -921,15 +952,16 @@ class Kernel {
   Scratch scratch_;
   const std::int64_t dim_, units_;  // of 32 bits in a row
   const std::int64_t row_, columns_, wide_, most_keys_, bias_row_;
-  std::int64_t head_ = 0, first_column_ = 0;
+  std::int64_t head_ = 0, slot_ = 0, first_column_ = 0;
   Sequence next_{};
-  std::int64_t prefetched_ = 0;
+  std::int64_t prefetched_ = 0, prefetch_step_ = 0;
   Run runs_[kBlockQueries];
   std::int64_t run_count_ = 0;
 
   Expanded* expanded_ = nullptr;
   std::int32_t* keys_ = nullptr;
   std::int64_t* rows_ = nullptr;  // [keys]: offsets of their rows of bias_ and dbias_
+  float *biases_ = nullptr, *dbiases_ = nullptr;  // [heads of an item, size, bias_row_]
   float *bias_ = nullptr, *bias_tile_ = nullptr, *dbias_ = nullptr, *dbias_tile_ = nullptr;
   float *k_rows_ = nullptr, *v_rows_ = nullptr;                             // [keys, row_]
   float *k_pairs_ = nullptr, *v_pairs_ = nullptr;                           // [pairs(keys), wide_]

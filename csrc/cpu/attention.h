@@ -29,6 +29,7 @@ struct AttentionCall {
   const std::int64_t* offsets;      // [sequences + 1] of packed sequences, or null
   const std::int64_t* positions;    // [tokens], rows and columns of matrix, or null
   std::int64_t sequences, length, heads, dim;  // length: an upper bound if packed
+  std::int64_t head_group;  // heads of an item, at most
   bool causal;
   float scale;
 
@@ -38,15 +39,18 @@ struct AttentionCall {
   double* dtable;      // [parts, heads, entries]; null if not needed. Parts: see Item
 };
 
-// What one thread does at a time: one head of some sequences, or a range of their queries.
+// What one thread does at a time: some heads of some sequences, or a range of their queries.
 struct Item {
-  std::int64_t head, first, last;  // sequences
-  std::int64_t part, parts;        // of the queries
-  std::int64_t chunk;              // number of the group of sequences
+  std::int64_t first_head, last_head;
+  std::int64_t first, last;  // sequences
+  std::int64_t part, parts;  // of the queries
+  std::int64_t chunk;        // number of the group of sequences
 };
 
+constexpr std::int64_t kMaxHeadGroup = 16, kZeroBytes = 64 * kMaxHeadGroup;
+
 // The kernels of one instruction set. Scratch memory belongs to one thread during one call, is
-// aligned to 64 bytes and begins with zeros in its first 64 bytes.
+// aligned to 64 bytes and begins with kZeroBytes zeros.
 struct AttentionKernels {
   std::int64_t (*scratch_bytes)(const AttentionCall&, bool backward);
   void (*forward)(const AttentionCall&, const Item&, void* scratch);

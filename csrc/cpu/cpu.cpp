@@ -72,18 +72,22 @@ struct Freed {
 
 constexpr std::int64_t kAlignment = 64;
 
-// How a call is divided: heads x groups of sequences x parts of their queries.
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// How a call is divided: groups of heads x groups of sequences x parts of their queries.
 struct Division {
-  std::int64_t heads, chunks, parts, sequences;
+  std::int64_t heads, head_group, chunks, parts, sequences;
 
-  std::int64_t items() const { return heads * chunks * parts; }
+  std::int64_t head_groups() const { return ceil_div(heads, head_group); }
+  std::int64_t items() const { return head_groups() * chunks * parts; }
 
-  // Items of one head follow each other, so that a thread seldom expands another head's bias.
+  // Items of the same heads follow each other, so that a thread seldom expands another bias.
   Item item(std::int64_t number) const {
     Item item{};
     item.part = number % parts, item.parts = parts;
     item.chunk = number / parts % chunks;
-    item.head = number / parts / chunks;
+    item.first_head = number / parts / chunks * head_group;
+    item.last_head = std::min(item.first_head + head_group, heads);
     item.first = item.chunk * sequences / chunks;
     item.last = (item.chunk + 1) * sequences / chunks;
     return item;
@@ -91,14 +95,25 @@ struct Division {
 };
 
 constexpr std::int64_t kItemsPerThread = 4;  // enough to even out their differences
+constexpr std::int64_t kBiasBytes = 1 << 18;  // of the expanded bias of an item's heads
 
-// Each item expands its head's bias and packs its keys, so items are as large as threads allow.
+// Each item expands the bias of its heads and packs its keys, so items are as large as the number of
+// threads allows. An item has several heads if their bias fits in cache: a token's heads are
+// adjacent in memory.
 Division divide(const AttentionCall& call, int threads, std::int64_t most_parts) {
   const std::int64_t wanted = threads == 1 ? 1 : kItemsPerThread * threads;
-  const std::int64_t groups = (wanted + call.heads - 1) / call.heads;
-  const std::int64_t chunks = std::clamp<std::int64_t>(groups, 1, call.sequences);
-  const std::int64_t parts = (wanted + call.heads * chunks - 1) / (call.heads * chunks);
-  return {call.heads, chunks, std::clamp<std::int64_t>(parts, 1, most_parts), call.sequences};
+  std::int64_t group = kMaxHeadGroup;
+  if (call.table != nullptr && call.size > 0) {
+    group = std::clamp<std::int64_t>(kBiasBytes / (4 * call.size * call.size), 1, group);
+  }
+  const std::int64_t groups_wanted = ceil_div(wanted, call.sequences);
+  group = std::min(group, std::max<std::int64_t>(1, call.heads / groups_wanted));
+  Division division{call.heads, group, 1, 1, call.sequences};
+  const std::int64_t groups = division.head_groups();
+  division.chunks = std::clamp<std::int64_t>(ceil_div(wanted, groups), 1, call.sequences);
+  division.parts =
+      std::clamp<std::int64_t>(ceil_div(wanted, groups * division.chunks), 1, most_parts);
+  return division;
 }
 
 // Calls compute(number, scratch) for each item, on several threads with scratch memory of their own
@@ -106,12 +121,12 @@ Division divide(const AttentionCall& call, int threads, std::int64_t most_parts)
 template <class Compute>
 void run(std::int64_t items, int threads, std::int64_t bytes, const Compute& compute) {
   threads = static_cast<int>(std::min<std::int64_t>(threads, items));
-  bytes = (std::max<std::int64_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
+  bytes = ceil_div(std::max(bytes, kZeroBytes), kAlignment) * kAlignment;
   const std::unique_ptr<char, Freed> scratch(static_cast<char*>(
       std::aligned_alloc(kAlignment, static_cast<std::size_t>(bytes) * threads)));
   if (scratch == nullptr) throw std::bad_alloc();
   for (int thread = 0; thread < threads; ++thread) {
-    std::memset(scratch.get() + bytes * thread, 0, kAlignment);
+    std::memset(scratch.get() + bytes * thread, 0, kZeroBytes);
   }
   std::atomic<std::int64_t> next{0};
   run_on_threads(threads, [&](int thread) {
@@ -120,8 +135,6 @@ void run(std::int64_t items, int threads, std::int64_t bytes, const Compute& com
     }
   });
 }
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
@@ -141,12 +154,13 @@ bool is_intel() {
 #endif
 }
 
-void attention_forward(const AttentionCall& call, const std::string& instructions, int threads) {
+void attention_forward(AttentionCall call, const std::string& instructions, int threads) {
   const AttentionKernels& kernels = *choice_of(instructions).attention;
   if (call.sequences == 0 || call.length == 0) return;
   constexpr std::int64_t kPartQueries = 48;  // an item has at least as many
   const std::int64_t most = std::max<std::int64_t>(1, call.length / kPartQueries);
   const Division division = divide(call, threads, most);
+  call.head_group = division.head_group;
   run(division.items(), threads, kernels.scratch_bytes(call, false),
       [&](std::int64_t number, void* scratch) {
         kernels.forward(call, division.item(number), scratch);
@@ -159,6 +173,7 @@ void attention_backward(AttentionCall call, const std::string& instructions, int
   if (call.sequences == 0 || call.length == 0) return;
   // The gradients of keys are sums over all queries, so these are not divided.
   const Division division = divide(call, threads, 1);
+  call.head_group = division.head_group;
   const std::int64_t entries = call.heads * call.entries;
   std::vector<double> partial;
   if (dtable != nullptr) {

@@ -16,7 +16,7 @@ std::vector<std::string> instruction_sets();
 bool is_intel();
 
 // Computes out and lse. Raises std::invalid_argument for an instruction set that is not available.
-void attention_forward(const AttentionCall& call, const std::string& instructions, int threads);
+void attention_forward(AttentionCall call, const std::string& instructions, int threads);
 
 // Computes dq, dk and dv, and adds the table's gradient to `dtable` [heads, entries] if not null.
 // Results depend on `threads` only by the order of a few sums of the table's gradient.
