@@ -51,8 +51,9 @@ def adamw(model: nn.Module, *, lr: float, weight_decay: float = 0.01, **options)
     same factor.
     """
     groups = parameter_groups(model, lr=lr, weight_decay=weight_decay, **options)
-    # One launch for all parameters, and no copies of them.
-    fused = all(p.is_cuda for group in groups for p in group["params"])
+    # One loop for all parameters, and no copies of them.
+    devices = {p.device.type for group in groups for p in group["params"]}
+    fused = devices in ({"cuda"}, {"cpu"})
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8, fused=fused or None)
 
 
