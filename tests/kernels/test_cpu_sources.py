@@ -16,7 +16,7 @@ pytestmark = pytest.mark.heavy
 
 ROOT = Path(__file__).parents[2]
 CMAKE = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
-COMPILER = os.environ.get("CXX", "c++")
+COMPILER = os.environ.get("CXX", "g++")
 
 
 def flags_by_instructions() -> dict[str, list[str]]:
