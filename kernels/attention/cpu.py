@@ -34,7 +34,7 @@ def backward(
     shape, entries = call.q.shape, 0 if call.table is None else len(call.table)
     gradients = [dout.new_empty(shape) for _ in range(3)]
     with_table = call.table is not None and needs[3]
-    dtable = torch.zeros(shape[-2] if with_table else 0, entries, dtype=torch.float64)
+    dtable = dout.new_zeros(shape[-2] if with_table else 0, entries, dtype=torch.float64)
     out, dout = _with_rows(out), _with_rows(dout)
     arguments = _Arguments(call)
     _C.attention_backward(

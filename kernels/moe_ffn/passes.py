@@ -52,8 +52,8 @@ def norm(
     Returns:
         The mean (None for RMSNorm) and 1 / deviation of each row.
     """
-    mean = torch.empty(rows.count) if kind == "layer" else None
-    deviation = torch.empty(rows.count)
+    mean = _floats(x, rows.count) if kind == "layer" else None
+    deviation = _floats(x, rows.count)
     matrices, vectors = dict(x=x, normed=out), dict(weight=weight, bias=bias)
     _run("norm", rows, matrices, vectors | dict(mean=mean, deviation=deviation), eps=eps)
     return mean, deviation
@@ -68,7 +68,7 @@ def norm_backward(
     dx: Tensor | None,  # [T, D], written unless None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weight and bias, ``[D]`` float32."""
-    dweight, dbias = torch.empty(d.shape[1]), torch.empty(d.shape[1])
+    dweight, dbias = _floats(d, d.shape[1]), _floats(d, d.shape[1])
     mean, deviation = statistics
     vectors = dict(weight=weight, mean=mean, deviation=deviation)
     _run("norm_backward", rows, dict(d=d, x=x, dx=dx), vectors, sums=(dweight, dbias))
@@ -97,7 +97,7 @@ def branch_backward(
     out: Tensor,  # [count, D], the gradient of branch, written
 ) -> tuple[Tensor, Tensor]:
     """The sum of ``out`` over the rows, and the gradient of scale (zeros without branch)."""
-    total, dscale = torch.empty(out.shape[1]), torch.empty(out.shape[1])
+    total, dscale = _floats(out, out.shape[1]), _floats(out, out.shape[1])
     vectors = dict(scale=scale, token_scale=token_scale)
     _run("branch_backward", rows, dict(dy=dy, branch=branch, d=out), vectors, sums=(total, dscale))
     return total, dscale
@@ -105,9 +105,14 @@ def branch_backward(
 
 def column_sums(d: Tensor) -> Tensor:
     """``d.sum(0)`` in float32."""
-    total = torch.empty(d.shape[1])
+    total = _floats(d, d.shape[1])
     _run("column_sums", Rows(0, len(d), (1, 0, 1)), dict(d=d), {}, sums=(total,))
     return total
+
+
+def _floats(like: Tensor, count: int) -> Tensor:
+    """An uninitialised vector, whatever the default dtype and device are."""
+    return like.new_empty(count, dtype=torch.float32)
 
 
 _MATRICES = ("x", "residual", "y", "dy", "dx", "normed", "branch", "d")

@@ -2,6 +2,7 @@
 //
 // Built with AddressSanitizer, it shows reads and writes outside of the tensors. Each call also runs
 // twice, with other bytes in scratch memory and results: these must have no effect.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.heavy
 
 ROOT = Path(__file__).parents[2]
 CMAKE = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
-COMPILER = os.environ.get("CXX", "c++")
+COMPILER = os.environ.get("CXX", "g++")
 
 
 def flags_by_instructions() -> dict[str, list[str]]:
@@ -45,7 +45,7 @@ TABLES = {source: Path(source).stem for source in SOURCES}
 def test_what_is_compiled_is_found():
     assert {*_C.instruction_sets()} <= {*FLAGS} and "portable" in FLAGS
     assert FLAGS["portable"] == [] and "-mavx512bf16" in FLAGS["avx512_bf16"]
-    assert "csrc/cpu/attention.cpp" in SOURCES
+    assert {f"csrc/cpu/{name}" for names in DRIVERS.values() for name in names} == {*SOURCES}
 
 
 @functools.cache
@@ -102,15 +102,24 @@ def instruction_sets() -> list:
     return [first, *(pytest.param(name, marks=pytest.mark.slow) for name in others)]
 
 
+# Programs that call kernels, and the files of these.
+DRIVERS = {
+    "attention_cpu_memory.cpp": ["attention.cpp"],
+    "moe_ffn_cpu_memory.cpp": ["matmul.cpp", "rows.cpp"],
+}
+
+
 @pytest.mark.parametrize("instructions", instruction_sets())
-def test_attention_stays_inside_its_tensors(instructions, tmp_path):
-    program = tmp_path / "attention_cpu_memory"
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_kernels_stay_inside_their_tensors(driver, instructions, tmp_path):
+    program = tmp_path / "driver"
     compile_with(
         COMPILER,
         instructions,
         *("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-        *("-Wno-maybe-uninitialized", "csrc/cpu/attention.cpp"),  # GCC 12: of its own headers
-        *("tests/kernels/attention_cpu_memory.cpp", "-o", str(program)),
+        "-Wno-maybe-uninitialized",  # GCC 12: of its own headers
+        *(f"csrc/cpu/{name}" for name in DRIVERS[driver]),
+        *(f"tests/kernels/{driver}", "-o", str(program)),
     )
     process = subprocess.run([program], capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr
