@@ -156,8 +156,8 @@ def test_cost_and_cases_of_moe_ffn():
     assert str(first) == "moe_ffn-base-bfloat16-forward-32768-40:197"
     on_cpu = moe_ffn.SUITE.cases(CPU, Scale.cpu)
     assert {case.size for case in on_cpu} == {"base"}
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    assert {(c.dtype, c.phase) for c in on_cpu} == {*itertools.product(dtypes, PHASES)}
+    expected = {*itertools.product((torch.float32, torch.bfloat16), PHASES)}
+    assert {(c.dtype, c.phase) for c in on_cpu} == expected | {(torch.float16, "forward")}
     assert both.contenders[: len(BACKEND_NAMES)] == tuple(f"vlmo:{b}" for b in BACKEND_NAMES)
 
 
