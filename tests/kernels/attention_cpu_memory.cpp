@@ -91,20 +91,25 @@ struct Freed {
   ~Freed() { std::free(memory); }
 };
 
-// Runs the items of one thread, each head in several chunks and parts.
-void run(const AttentionCall& call, bool backward, int garbage, std::int64_t chunks,
-         std::int64_t parts) {
+struct Division {
+  std::int64_t head_group, chunks, parts;  // heads of an item; groups of sequences; of queries
+};
+
+// Runs the items of one thread.
+void run(const AttentionCall& call, bool backward, int garbage, const Division& division) {
   const auto& kernels = vlmo::VLMO_INSTRUCTIONS::attention;
-  const std::size_t bytes = kernels.scratch_bytes(call, backward);
+  const auto [head_group, chunks, parts] = division;
+  const std::int64_t bytes = std::max(kernels.scratch_bytes(call, backward), vlmo::kZeroBytes);
   const Freed scratch{std::aligned_alloc(64, bytes)};
   std::memset(scratch.memory, garbage, bytes);
-  std::memset(scratch.memory, 0, 64);
-  for (std::int64_t head = 0; head < call.heads; ++head) {
+  std::memset(scratch.memory, 0, vlmo::kZeroBytes);
+  for (std::int64_t head = 0; head < call.heads; head += head_group) {
     for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
       const std::int64_t first = chunk * call.sequences / chunks,
                          last = (chunk + 1) * call.sequences / chunks;
       for (std::int64_t part = 0; part < parts; ++part) {
-        const Item item{head, first, last, part, parts, chunk};
+        const Item item{head, std::min(head + head_group, call.heads), first, last, part, parts,
+                        chunk};
         (backward ? kernels.backward : kernels.forward)(call, item, scratch.memory);
       }
     }
@@ -167,7 +172,7 @@ bool check(Type type, const Shape& shape) {
   call.sequences = count, call.length = longest, call.heads = shape.heads, call.dim = shape.dim;
   call.causal = shape.causal, call.scale = 0.3f;
 
-  const auto compute = [&](int garbage, std::int64_t chunks, std::int64_t parts) {
+  const auto compute = [&](int garbage, Division division) {
     const auto filled = [&](auto& buffer, std::int64_t size) {
       buffer.resize(size);
       buffer.shrink_to_fit();
@@ -178,22 +183,24 @@ bool check(Type type, const Shape& shape) {
     filled(r.out, elements), filled(r.lse, tokens * shape.heads);
     filled(r.dq, elements), filled(r.dk, elements), filled(r.dv, elements);
     AttentionCall c = call;
+    c.head_group = division.head_group;
     c.out_result = r.out.data(), c.lse_result = r.lse.data();
-    run(c, false, garbage, chunks, parts);
+    run(c, false, garbage, division);
     c.out_result = nullptr, c.lse_result = nullptr;
     const std::int64_t token = shape.heads * shape.dim;
     c.out = {r.out.data(), shape.packed ? 0 : longest * token, token, shape.dim};
     c.dout = dout.rows, c.lse = r.lse.data();
     c.dq = r.dq.data(), c.dk = r.dk.data(), c.dv = r.dv.data();
     if (shape.bias) {
-      r.dtable.assign(chunks * shape.heads * entries, 0);
+      r.dtable.assign(division.chunks * shape.heads * entries, 0);
       c.dtable = r.dtable.data();
     }
-    run(c, true, garbage, chunks, 1);
+    division.parts = 1;  // as keys get sums over all queries
+    run(c, true, garbage, division);
     return r;
   };
-  const Results<T> once = compute(0x00, 1, 1), again = compute(0xff, 1, 1);
-  Results<T> divided = compute(0x7f, std::min<std::int64_t>(count, 2), 3);
+  const Results<T> once = compute(0x00, {1, 1, 1}), again = compute(0xff, {1, 1, 1});
+  Results<T> divided = compute(0x7f, {2, std::min<std::int64_t>(count, 2), 3});
   divided.dtable = once.dtable;  // of another shape
   return once == again && once == divided;
 }

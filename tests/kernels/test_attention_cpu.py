@@ -262,6 +262,17 @@ def test_entries_of_absent_queries_change_nothing(value, length, dtype):
         assert torch.equal(actual, expected)
 
 
+def test_a_transposed_index(dtype):
+    """Copies keep the strides of a transposed matrix."""
+    matrix, table = torch.randint(0, 9, (50, 50)), torch.randn(9, 2)
+    q, k, v = (torch.randn(2, 50, 2, 16).to(dtype) for _ in range(3))
+    indices = [RelativePositionIndex(m, 9) for m in (matrix.t(), matrix.t().contiguous())]
+    assert indices[0].matrix.stride() == (1, 50)
+    biases = [RelativePositionBias(table, index) for index in indices]
+    outs = [shared_attention(q, k, v, bias=bias, backend="cpu") for bias in biases]
+    assert torch.equal(*outs)
+
+
 def test_without_the_gradient_of_the_table(dtype):
     case = Case(length=50, index="random", mask="lengths")
     tensors, options = make_tensors(case, "cpu", dtype), make_options(case, "cpu")
