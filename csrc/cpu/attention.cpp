@@ -806,6 +806,7 @@ class Kernel {
           count, block.width, units_, k_rows_ + first * row_, row_, q_columns_, kBlockQueries,
           [&](int row, int column, auto& products) {
             prefetch_rows();
+            prefetch_result(call_.dq, s, block, row / 8);
             keep_probabilities(rule, scores_, top_, count, row, column, products);
           });
       if (queries < block.width) clear_probabilities(queries - block.width + kLanes, block, count);
