@@ -146,7 +146,8 @@ class Operation:
         call = self._call(*fields)
         found = self._differentiate(grad, saved, call, needs, backend)
         return [
-            leaf.new_empty(0) if gradient is None or not need else gradient
+            # Contiguous: results of a registered operation may not be views of one tensor.
+            leaf.new_empty(0) if gradient is None or not need else gradient.contiguous()
             for leaf, gradient, need in zip(self._given_leaves(call), found, needs, strict=True)
         ]
 

@@ -202,7 +202,7 @@ class Kernel {
   }
 
   T* result_row(Result result, const Sequence& s, std::int64_t token) const {
-    return static_cast<T*>(result) + ((s.start + token) * call_.heads + head_) * dim_;
+    return static_cast<T*>(result) + (s.start + token) * call_.result_row + head_ * dim_;
   }
 
   Sequence sequence(std::int64_t number) {

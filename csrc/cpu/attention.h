@@ -13,7 +13,7 @@ struct Rows {
   std::int64_t sequence, token, head;  // strides in elements
 };
 
-// Results, [tokens, heads, dim], contiguous.
+// Results, [tokens, heads, dim], with adjacent heads: AttentionCall::result_row is their stride.
 using Result = void*;
 
 struct AttentionCall {
@@ -33,7 +33,8 @@ struct AttentionCall {
   bool causal;
   float scale;
 
-  Result out_result;   // of the forward
+  std::int64_t result_row;  // elements between tokens
+  Result out_result;        // of the forward
   float* lse_result;   // [tokens, heads]
   Result dq, dk, dv;   // of the backward
   double* dtable;      // [parts, heads, entries]; null if not needed. Parts: see Item

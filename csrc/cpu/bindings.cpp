@@ -50,6 +50,7 @@ void forward(const std::string& instructions, int threads, int type,
              const std::array<Strided, 3>& qkv, const Inputs& inputs, const Sizes& sizes,
              bool causal, float scale, Address out, Address lse) {
   AttentionCall call = call_of(type, qkv, inputs, sizes, causal, scale);
+  call.result_row = call.heads * call.dim;
   call.out_result = pointer<void>(out);
   call.lse_result = pointer<float>(lse);
   const py::gil_scoped_release release;
@@ -59,10 +60,11 @@ void forward(const std::string& instructions, int threads, int type,
 void backward(const std::string& instructions, int threads, int type,
               const std::array<Strided, 3>& qkv, const Inputs& inputs, const Sizes& sizes,
               bool causal, float scale, const Strided& out, const Strided& dout, Address lse,
-              const std::array<Address, 3>& gradients, Address dtable) {
+              const std::array<Address, 3>& gradients, std::int64_t gradient_row, Address dtable) {
   AttentionCall call = call_of(type, qkv, inputs, sizes, causal, scale);
   call.out = rows_of(out), call.dout = rows_of(dout);
   call.lse = pointer<const float>(lse);
+  call.result_row = gradient_row;
   call.dq = pointer<void>(gradients[0]);
   call.dk = pointer<void>(gradients[1]);
   call.dv = pointer<void>(gradients[2]);
@@ -141,8 +143,9 @@ void bind_cpu(py::module_& module) {
   module.def("attention_backward", &backward, py::arg("instructions"), py::arg("threads"),
              py::arg("type"), py::arg("qkv"), py::arg("inputs"), py::arg("sizes"),
              py::arg("causal"), py::arg("scale"), py::arg("out"), py::arg("dout"),
-             py::arg("lse"), py::arg("gradients"), py::arg("dtable"),
-             "Compute dq, dk and dv [tokens, heads, dim], and add the table's gradient to dtable\n"
+             py::arg("lse"), py::arg("gradients"), py::arg("gradient_row"), py::arg("dtable"),
+             "Compute dq, dk and dv [tokens, heads, dim], whose tokens are gradient_row elements\n"
+             "apart, and add the table's gradient to dtable\n"
              "[heads, entries] float64 unless it is 0. The other arguments are as in the forward.");
   module.def("matmul", &multiply, py::arg("instructions"), py::arg("threads"),
              py::arg("addresses"), py::arg("transposed"), py::arg("row_strides"), py::arg("sizes"),

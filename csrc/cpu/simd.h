@@ -67,9 +67,12 @@ inline Words lane_numbers() {
 }
 
 inline float sum(Floats x) {
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += x[i];
-  return total;
+  float parts[kLanes];
+  std::memcpy(parts, &x, sizeof x);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+  }
+  return parts[0];
 }
 
 // Minimax polynomials of the relative error of 2^f, -1/2 <= f <= 1/2; errors 2^-27 and 2^-18.

@@ -10,6 +10,7 @@ from ..dispatch import resolve
 from .bias import RelativePositionBias
 from .call import Call
 from .op import ATTENTION, BACKENDS
+from .packing import unpack
 from .reference import shared_attention_reference
 
 _INTEGERS = (torch.int32, torch.int64)
@@ -123,7 +124,7 @@ def _unpack(
                 f"q: shape {tuple(q.shape)} does not hold q, k and v in a dimension of 3 before H, "
                 "and k and v are missing"
             )
-        q, k, v = q.unbind(-3)
+        q, k, v = unpack(q)
     if k is None or v is None:
         raise TypeError(f"{'k' if k is None else 'v'}: missing; give both k and v, or neither")
     if q.dim() != dims or 0 in q.shape[-2:]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from vlmo import _C
 
 from .._backends import cpu as cpu_target
+from . import packing
 from .call import Call
 
 
@@ -30,9 +31,13 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 def backward(
     dout: Tensor, out: Tensor, lse: Tensor, call: Call, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients of q, k and v, and of the table if there is one (None if not needed)."""
+    """Gradients of q, k and v, and of the table if there is one (None if not needed).
+
+    If q, k and v are one packed tensor, so are their gradients.
+    """
     shape, entries = call.q.shape, 0 if call.table is None else len(call.table)
-    gradients = [dout.new_empty(shape) for _ in range(3)]
+    joined = packing.packed(call[:3]) is not None
+    gradients = packing.empty(call.q) if joined else [dout.new_empty(shape) for _ in range(3)]
     with_table = call.table is not None and needs[3]
     dtable = dout.new_zeros(shape[-2] if with_table else 0, entries, dtype=torch.float64)
     out, dout = _with_rows(out), _with_rows(dout)
@@ -42,6 +47,7 @@ def backward(
         *(_strided(t, call) for t in (out, dout)),
         lse.data_ptr(),
         [t.data_ptr() for t in gradients],
+        gradients[0].stride(-3),
         dtable.data_ptr() if with_table else 0,
     )
     if call.table is None:

@@ -184,6 +184,7 @@ bool check(Type type, const Shape& shape) {
     filled(r.dq, elements), filled(r.dk, elements), filled(r.dv, elements);
     AttentionCall c = call;
     c.head_group = division.head_group;
+    c.result_row = c.heads * c.dim;
     c.out_result = r.out.data(), c.lse_result = r.lse.data();
     run(c, false, garbage, division);
     c.out_result = nullptr, c.lse_result = nullptr;
