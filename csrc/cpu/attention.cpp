@@ -13,7 +13,7 @@ namespace vlmo {
 namespace {
 
 constexpr int kBlockQueries = 3 * 16;  // a multiple of kLanes: three accumulators of 16 lanes
-constexpr int kBlockKeys = 240;        // scores of a block: 46 KB; even, and a multiple of kRowPadding
+constexpr int kBlockKeys = 240;        // even, and a multiple of kRowPadding; 46 KB of scores
 // Keys whose probabilities, or products with them, are summed before they are added to the others:
 // one long chain of additions would round too often for the error bound.
 constexpr int kSummedKeys = 16, kMultipliedKeys = 80;  // even
@@ -142,7 +142,9 @@ class Kernel {
     rows_ = scratch_.template take<std::int64_t>(call.length);
     if (call.table != nullptr) {
       biases_ = scratch_.template take<float>(call.head_group * call.size * bias_row_);
-      if (call.positions != nullptr) bias_tile_ = scratch_.template take<float>(kBlockKeys * kBlockQueries);
+      if (call.positions != nullptr) {
+        bias_tile_ = scratch_.template take<float>(kBlockKeys * kBlockQueries);
+      }
     }
     k_rows_ = scratch_.template take<float>(most_keys_ * row_);
     q_columns_ = scratch_.template take<float>(round_up(units_, kLanes) * kBlockQueries);
@@ -178,7 +180,9 @@ class Kernel {
     delta_ = scratch_.template take<float>(kBlockQueries);
     if (call_.dtable != nullptr) {
       dbiases_ = scratch_.template take<float>(call_.head_group * call_.size * bias_row_);
-      if (call_.positions != nullptr) dbias_tile_ = scratch_.template take<float>(kBlockKeys * kBlockQueries);
+      if (call_.positions != nullptr) {
+        dbias_tile_ = scratch_.template take<float>(kBlockKeys * kBlockQueries);
+      }
     }
   }
 
@@ -441,8 +445,9 @@ class Kernel {
         first = 0, last = call_.size;
         break;
       }
+      const std::int64_t* offsets = call_.offsets;
       const std::int64_t length =
-          call_.offsets == nullptr ? call_.length : call_.offsets[number + 1] - call_.offsets[number];
+          offsets == nullptr ? call_.length : offsets[number + 1] - offsets[number];
       const std::int64_t from = item.part * block_count(length) / item.parts;
       const std::int64_t to = (item.part + 1) * block_count(length) / item.parts;
       if (from == to) continue;
@@ -837,7 +842,7 @@ class Kernel {
     unpack_columns(call_.dq, result_, top_, s, block);
   }
 
-  // delta_ = sum(dout * out) and top_ = log-sum-exp times kBase, infinite for lanes without a query.
+  // delta_ = sum(dout * out) and top_ = log-sum-exp times kBase, infinite in lanes without a query.
   void prepare_queries(const Sequence& s, const Block& block) {
     for (std::int64_t i = 0; i < block.width; ++i) {
       const std::int64_t token = block.first + i;
@@ -872,7 +877,7 @@ class Kernel {
     }
   }
 
-  // Zeros in the lanes without a query, of which only the last vector has any. Their bias is that of
+  // Zeros in the lanes without a query, which only the last vector has. Their bias is that of
   // another query or of none: it need not be finite.
   void clear_probabilities(std::int64_t used, const Block& block, std::int64_t count) {
     const Words filled = Words(lane_numbers() < static_cast<std::uint32_t>(used));
@@ -967,7 +972,7 @@ class Kernel {
   float *k_rows_ = nullptr, *v_rows_ = nullptr;                             // [keys, row_]
   float *k_pairs_ = nullptr, *v_pairs_ = nullptr;                           // [pairs(keys), wide_]
   float *q_columns_ = nullptr, *do_columns_ = nullptr;                      // [units_, queries]
-  float *q_pairs_ = nullptr, *do_pairs_ = nullptr;                          // [pairs(queries), columns_]
+  float *q_pairs_ = nullptr, *do_pairs_ = nullptr;  // [pairs(queries), columns_]
   float *scores_ = nullptr, *dscores_ = nullptr;                            // [keys, queries]
   float *p_rows_ = nullptr, *ds_rows_ = nullptr;
   float* result_ = nullptr;                                                 // [dim, queries]
@@ -1004,10 +1009,14 @@ std::int64_t scratch_bytes(const AttentionCall& call, bool backward) {
   });
 }
 void forward(const AttentionCall& call, const Item& item, void* scratch) {
-  with_kernel(call, [&](auto* kernel) { Pointed<decltype(kernel)>::Type::forward(call, item, scratch); });
+  with_kernel(call, [&](auto* kernel) {
+    Pointed<decltype(kernel)>::Type::forward(call, item, scratch);
+  });
 }
 void backward(const AttentionCall& call, const Item& item, void* scratch) {
-  with_kernel(call, [&](auto* kernel) { Pointed<decltype(kernel)>::Type::backward(call, item, scratch); });
+  with_kernel(call, [&](auto* kernel) {
+    Pointed<decltype(kernel)>::Type::backward(call, item, scratch);
+  });
 }
 
 }  // namespace

@@ -139,7 +139,8 @@ void bind_cpu(py::module_& module) {
              "qkv: address and strides (sequence, token, head) in elements of q, k and v.\n"
              "inputs: addresses, 0 for none, of table [heads, entries] float32, matrix int32,\n"
              "key_mask, and int64 key_lengths, offsets and positions.\n"
-             "sizes: sequences, (largest) length, heads, dim, entries, rows of matrix, its stride.");
+             "sizes: sequences, (largest) length, heads, dim, entries, rows of matrix, its "
+             "stride.");
   module.def("attention_backward", &backward, py::arg("instructions"), py::arg("threads"),
              py::arg("type"), py::arg("qkv"), py::arg("inputs"), py::arg("sizes"),
              py::arg("causal"), py::arg("scale"), py::arg("out"), py::arg("dout"),

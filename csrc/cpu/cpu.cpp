@@ -35,7 +35,7 @@ struct Choice {
   const RowsKernels* rows;
 };
 
-// The widest first. The builtin functions also ask whether the operating system saves the registers.
+// The widest first. The builtin functions also ask whether the system saves the registers.
 const std::vector<Choice>& choices() {
   static const std::vector<Choice> all = [] {
     std::vector<Choice> found;
@@ -97,8 +97,8 @@ struct Division {
 constexpr std::int64_t kItemsPerThread = 4;  // enough to even out their differences
 constexpr std::int64_t kBiasBytes = 1 << 18;  // of the expanded bias of an item's heads
 
-// Each item expands the bias of its heads and packs its keys, so items are as large as the number of
-// threads allows. An item has several heads if their bias fits in cache: a token's heads are
+// Each item expands the bias of its heads and packs its keys, so items are as large as the number
+// of threads allows. An item has several heads if their bias fits in cache: a token's heads are
 // adjacent in memory.
 Division divide(const AttentionCall& call, int threads, std::int64_t most_parts) {
   const std::int64_t wanted = threads == 1 ? 1 : kItemsPerThread * threads;
@@ -190,12 +190,13 @@ void attention_backward(AttentionCall call, const std::string& instructions, int
 void matmul(const MatmulCall& call, const std::string& instructions, int threads) {
   const MatmulKernels& kernels = *choice_of(instructions).matmul;
   if (call.rows == 0 || call.columns == 0) return;
-  // Every item copies its columns of b, which then fit in the L2 cache, and a if that is transposed.
+  // Every item copies its columns of b, which then fit in the L2 cache, and a transposed a.
   const std::int64_t width = call.a_transposed ? 384 : 192;
   const std::int64_t step = kernels.column_step * ceil_div(width, kernels.column_step);
   const std::int64_t groups = ceil_div(call.columns, step);
   const std::int64_t wanted = threads == 1 ? 1 : ceil_div(2 * threads, groups);
-  const std::int64_t height = kernels.row_step * ceil_div(ceil_div(call.rows, wanted), kernels.row_step);
+  const std::int64_t height =
+      kernels.row_step * ceil_div(ceil_div(call.rows, wanted), kernels.row_step);
   const std::int64_t parts = ceil_div(call.rows, height);
   const auto item = [&](std::int64_t number) {
     const std::int64_t row = number % parts * height, column = number / parts * step;

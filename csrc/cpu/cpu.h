@@ -26,8 +26,8 @@ void attention_backward(AttentionCall call, const std::string& instructions, int
 // Computes c.
 void matmul(const MatmulCall& call, const std::string& instructions, int threads);
 
-// Runs one of the kernels; `sums` and `more_sums` [columns] are null if it has none. No result depends
-// on `threads`.
+// Runs one of the kernels; `sums` and `more_sums` [columns] are null if it has none. No result
+// depends on `threads`.
 void compute_rows(RowsKernel RowsKernels::*kernel, const RowsCall& call,
                   const std::string& instructions, int threads, float* sums, float* more_sums);
 

@@ -1,7 +1,7 @@
 // The product of float32 matrices for the instruction set VLMO_INSTRUCTIONS.
 //
-// An item's columns of b are copied to panels that lie in the L2 cache, for a part of the depth at a
-// time. Rows of a are read in place, or, if they are not contiguous, copied as well.
+// An item's columns of b are copied to panels that lie in the L2 cache, for a part of the depth at
+// a time. Rows of a are read in place, or, if they are not contiguous, copied as well.
 //
 // A part is also as long as a chain of additions gets: the error of a single chain grows with the
 // depth, and at 3072 it is twice that of libraries that split it.
@@ -68,7 +68,7 @@ template <Order order>
 void compute_tile(const MatmulCall& call, const float* a, std::int64_t a_row, const float* panel,
                   std::int64_t depth, bool begins, std::int64_t row, std::int64_t rows,
                   std::int64_t column, std::int64_t columns) {
-  Floats sums[kTile][kPanelVectors] = {};
+  Floats sums[kTile][kPanelVectors];
   accumulate<SingleProduct, order>(static_cast<int>(depth), a, a_row, panel, kPanel, sums);
   const bool whole = columns >= kPanel;
   float* c = call.c + row * call.c_row + column;
@@ -119,7 +119,9 @@ void compute(const MatmulCall& call, const MatmulItem& item, void* scratch) {
         for (std::int64_t k = 0; k < depth; ++k) {
           float* to = copied + k * kCopiedRows;
           const float* from = call.a + (start + k) * call.a_row + row;
-          for (std::int64_t m = 0; m < rows; m += 16) __builtin_prefetch(from + kAhead * call.a_row + m);
+          for (std::int64_t m = 0; m < rows; m += 16) {
+            __builtin_prefetch(from + kAhead * call.a_row + m);
+          }
           std::memcpy(to, from, 4 * rows);
           std::memset(to + rows, 0, 4 * (kCopiedRows - rows));
         }

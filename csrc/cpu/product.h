@@ -33,9 +33,17 @@ constexpr int kRowPadding = 24;
 // Whether the units of a that are summed are adjacent, or those of one sum.
 enum class Order { kSummedAdjacent, kRowsAdjacent };
 
+// A function of its own with 16 registers: inlined, some of its sums and pointers lie on the stack.
+#if defined(__AVX512F__)
+#define VLMO_OWN_FUNCTION inline
+#else
+#define VLMO_OWN_FUNCTION __attribute__((noinline))
+#endif
+
 template <class Product, Order order, int rows, int vectors>
-inline void accumulate(int depth, const float* a, std::int64_t lda, const float* b,
-                       std::int64_t ldb, Floats (&sums)[rows][vectors]) {
+VLMO_OWN_FUNCTION void accumulate(int depth, const float* a, std::int64_t lda, const float* b,
+                                  std::int64_t ldb, Floats (&result)[rows][vectors]) {
+  Floats sums[rows][vectors] = {};
 #pragma GCC unroll 2
   for (int k = 0; k < depth; ++k) {
     Floats row[vectors];
@@ -50,6 +58,11 @@ inline void accumulate(int depth, const float* a, std::int64_t lda, const float*
     b += ldb;
     if (order == Order::kRowsAdjacent) a += lda;
   }
+#pragma GCC unroll 16
+  for (int m = 0; m < rows; ++m) {
+#pragma GCC unroll 16
+    for (int n = 0; n < vectors; ++n) result[m][n] = sums[m][n];
+  }
 }
 
 template <class Product, Order order, int vectors, class Use>
@@ -57,7 +70,7 @@ inline void multiply_columns(int rows, int depth, const float* a, std::int64_t l
                              std::int64_t ldb, int column, Use&& use) {
   constexpr int step = kRows<vectors>;
   for (int row = 0; row < rows; row += step) {
-    Floats sums[step][vectors] = {};
+    Floats sums[step][vectors];
     const float* start = a + (order == Order::kSummedAdjacent ? row * lda : row);
     accumulate<Product, order>(depth, start, lda, b + column, ldb, sums);
     use(row, column, sums);

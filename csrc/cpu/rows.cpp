@@ -145,7 +145,9 @@ void column_sums(const RowsCall& call, std::int64_t first, std::int64_t last, fl
                  float*) {
   for (std::int64_t r = first; r < last; ++r) {
     const Row d = row_of(call.d, r);
-    for_vectors(call.columns, [&](auto at, auto count) { add_to(sums, at, d.load(at, count), count); });
+    for_vectors(call.columns, [&](auto at, auto count) {
+      add_to(sums, at, d.load(at, count), count);
+    });
   }
 }
 
