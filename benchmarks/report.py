@@ -16,7 +16,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,7 +71,7 @@ class Report:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Report:
-        """Read a JSON file of pytest-benchmark.
+        """Read a JSON file of pytest-benchmark, or one of format 1 (until 2026).
 
         Raises:
             ValueError: it has another format; the message names the file and the fault.
@@ -85,6 +85,8 @@ class Report:
             raise ValueError(f"{path}: is not a JSON object")
         if content.get("modelled") or content.get("kind") == "modelled":
             raise ValueError(f"{path}: has modelled figures, which are no measurements")
+        if content.get("format") == 1:
+            return cls(**{known.name: content[known.name] for known in fields(cls)})
         if "vlmo" not in content:
             raise ValueError(f"{path}: is no result of these benchmarks")
         return cls._of_pytest_benchmark(content)
