@@ -626,16 +626,16 @@ class Kernel {
   }
 
   void forward_sequence(const Item& item, std::int64_t number) {
-      const Sequence s = sequence(number);
-      const std::int64_t blocks = block_count(s.length);
-      const std::int64_t first = item.part * blocks / item.parts;
-      const std::int64_t last = (item.part + 1) * blocks / item.parts;
-      if (first == last) return;
-      begin_prefetch(s, number + 1, item.last);
-      pack_rows(k_rows_, call_.k, s);
-      pack_pairs(v_pairs_, wide_, s.count,
-                 [&](std::int64_t j) { return row_of(call_.v, s, s.keys[j]); });
-      for (std::int64_t b = first; b < last; ++b) forward_block(s, block(s.length, b));
+    const Sequence s = sequence(number);
+    const std::int64_t blocks = block_count(s.length);
+    const std::int64_t first = item.part * blocks / item.parts;
+    const std::int64_t last = (item.part + 1) * blocks / item.parts;
+    if (first == last) return;
+    begin_prefetch(s, number + 1, item.last);
+    pack_rows(k_rows_, call_.k, s);
+    pack_pairs(v_pairs_, wide_, s.count,
+               [&](std::int64_t j) { return row_of(call_.v, s, s.keys[j]); });
+    for (std::int64_t b = first; b < last; ++b) forward_block(s, block(s.length, b));
   }
 
   void forward_block(const Sequence& s, const Block& block) {
@@ -825,8 +825,13 @@ class Kernel {
       multiply<Product, Order::kSummedAdjacent>(
           count, block.width, units_, v_rows_ + first * row_, row_, do_columns_, kBlockQueries,
           [&](int row, int column, auto& products) {
-            keep_dscores(dbias, scores_, delta_, dscores_, count, row, column, products);
+            if (kExact && keys <= kBlockKeys) {
+              keep(dscores_, count, row, column, products);
+            } else {
+              keep_dscores(dbias, scores_, delta_, dscores_, count, row, column, products);
+            }
           });
+      if (kExact && keys <= kBlockKeys) center(dbias, block, count);
       if (dbias.start == dbias_tile_ && dbias_tile_ != nullptr) add_dbias_tile(first, count);
       finish_pairs(block, count);
       constexpr std::int64_t line = kBlockQueries / kElements;
@@ -884,6 +889,53 @@ class Kernel {
     for (std::int64_t j = 0; j < count; ++j) {
       float* at = scores_ + j * kBlockQueries + block.width - kLanes;
       store(at, where(filled, load(at), Floats{}));
+    }
+  }
+
+  template <int rows, int vectors>
+  static void keep(float* to, std::int64_t count, int row, int column,
+                   Floats (&products)[rows][vectors]) {
+#pragma GCC unroll 16
+    for (int m = 0; m < rows; ++m) {
+      if (row + m >= count) break;
+#pragma GCC unroll 16
+      for (int n = 0; n < vectors; ++n) {
+        store(to + (row + m) * kBlockQueries + column + n * kLanes, products[m][n]);
+      }
+    }
+  }
+
+  // dscores_ = p (dp - sum(p dp)), from p and dp of all keys of these queries. It corrects p, whose
+  // sum is not 1 because the log-sum-exp is rounded: a common factor of all p of a query would
+  // shift the gradients of its scores in one direction, as would delta_ from a rounded out, and
+  // their sums, which are gradients of the table, far more than a rounding of each.
+  void center(const BiasRows dbias, const Block& block, std::int64_t count) {
+    for (std::int64_t i = 0; i < block.width; i += kLanes) {
+      Floats weight{}, total{};
+      for (std::int64_t first = 0; first < count; first += kSummedKeys) {
+        Floats some_weight{}, some{};
+        for (std::int64_t j = first; j < smaller(first + kSummedKeys, count); ++j) {
+          const Floats p = load(scores_ + j * kBlockQueries + i);
+          some_weight += p;
+          some += p * load(dscores_ + j * kBlockQueries + i);
+        }
+        weight += some_weight;
+        total += some;
+      }
+      // Lanes without a query, and queries without a key, have no weight.
+      const Floats factor = where(Words(weight == Floats{}), Floats{}, splat(1) / weight);
+      const Floats delta = total * factor;
+      for (std::int64_t j = 0; j < count; ++j) {
+        const std::int64_t at = j * kBlockQueries + i;
+        const Floats p = load(scores_ + at) * factor;
+        const Floats ds = p * (load(dscores_ + at) - delta);
+        store(scores_ + at, p);
+        store(dscores_ + at, ds);
+        if (dbias.start != nullptr) {
+          float* sum = dbias.at(j) + i;
+          store(sum, load(sum) + ds);
+        }
+      }
     }
   }
 

@@ -210,7 +210,7 @@ void matmul(const MatmulCall& call, const std::string& instructions, int threads
 void compute_rows(RowsKernel RowsKernels::*kernel, const RowsCall& call,
                   const std::string& instructions, int threads, float* sums, float* more_sums) {
   const RowsKernel compute = choice_of(instructions).rows->*kernel;
-  constexpr std::int64_t kRowsPerItem = 64;
+  constexpr std::int64_t kRowsPerItem = 16;  // few, because a long chain of additions rounds often
   const std::int64_t items = ceil_div(call.rows, kRowsPerItem), columns = call.columns;
   if (items == 0 || columns == 0) return;
   // Each item has sums of its own, which are then added in order.
@@ -222,11 +222,11 @@ void compute_rows(RowsKernel RowsKernels::*kernel, const RowsCall& call,
     compute(call, first, std::min(first + kRowsPerItem, call.rows), own, own + columns);
   });
   for (std::int64_t i = 0; i < vectors * columns; ++i) {
-    float total = 0;
+    double total = 0;
     for (std::int64_t number = 0; number < items; ++number) {
       total += partial[number * vectors * columns + i];
     }
-    (i < columns ? sums[i] : more_sums[i - columns]) = total;
+    (i < columns ? sums[i] : more_sums[i - columns]) = static_cast<float>(total);
   }
 }
 
