@@ -1,5 +1,7 @@
 """The gradients of packed queries, keys and values: one tensor, and not copied if possible."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -36,7 +38,7 @@ def test_other_layouts_are_not(views):
 def test_the_gradient_is_that_of_three_tensors(dense):
     torch.manual_seed(0)
     offsets = torch.tensor([0, 7, 12])
-    options = {} if dense else dict(offsets=offsets, max_length=7)
+    options: dict[str, Any] = {} if dense else dict(offsets=offsets, max_length=7)
     whole = torch.randn(*((3, 4) if dense else (12,)), 3, 2, 16, requires_grad=True)
     apart = [t.detach().clone().requires_grad_() for t in whole.unbind(-3)]
     out, expected = shared_attention(whole, **options), shared_attention(*apart, **options)
