@@ -27,6 +27,8 @@ if not torch.cuda.is_available():
     # this when it is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from vlmo import _C  # noqa: E402
+from vlmo.kernels._backends import cpu as cpu_target  # noqa: E402
 
 # Kernels in an interpreter or an emulator, and tests that measure them.
 HEAVY_PLACES = (("cpu", "triton"), ("cpu", "cuda"))
@@ -126,6 +128,13 @@ def place(request, monkeypatch) -> Iterator[Place]:
     ):
         pytest.skip(reason)
     yield place
+
+
+@pytest.fixture(params=_C.instruction_sets())
+def instructions(request, monkeypatch) -> str:
+    """Every instruction set of this CPU that the C++ kernels are compiled for."""
+    monkeypatch.setattr(cpu_target, "instructions", lambda: request.param)
+    return request.param
 
 
 @pytest.fixture(autouse=True, scope="session")

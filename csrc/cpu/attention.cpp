@@ -13,27 +13,18 @@ namespace vlmo {
 namespace {
 
 constexpr int kBlockQueries = 3 * 16;  // a multiple of kLanes: three accumulators of 16 lanes
-constexpr int kBlockKeys = 240;        // even, and a multiple of kRowPadding; 46 KB of scores
+constexpr int kBlockKeys = 240;        // 46 KB of scores
 // Keys whose probabilities, or products with them, are summed before they are added to the others:
 // one long chain of additions would round too often for the error bound.
 constexpr int kSummedKeys = 16, kMultipliedKeys = 80;  // even
 constexpr float kLog2E = 1.44269504089f, kLn2 = 0.693147180560f;
 
-constexpr std::int64_t round_up(std::int64_t x, std::int64_t step) {
-  return (x + step - 1) / step * step;
-}
-constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+static_assert(kBlockKeys % 2 == 0 && kBlockKeys % kRowPadding == 0);
 
-// Elements of type `type` in memory.
+// An element of type `type` in memory.
 template <Type type>
 struct Element {
   using Stored = std::uint16_t;
-  static Floats widen(Words bits) {
-    return type == Type::kBfloat16 ? from_bfloat16(bits) : from_float16(bits);
-  }
-  static Words narrow(Floats x) {
-    return type == Type::kBfloat16 ? to_bfloat16(x) : to_float16(x);
-  }
 };
 template <>
 struct Element<Type::kFloat32> {
@@ -47,7 +38,7 @@ inline Floats load_wide(const Stored<type>* from, std::int64_t count) {
   if constexpr (type == Type::kFloat32) {
     return load_some(from, count);
   } else {
-    return Element<type>::widen(load_bits(from, count));
+    return widen(type, load_bits(from, count));
   }
 }
 
@@ -56,7 +47,7 @@ inline void store_narrow(Stored<type>* to, Floats x, std::int64_t count) {
   if constexpr (type == Type::kFloat32) {
     store_some(to, x, count);
   } else {
-    store_bits(to, Element<type>::narrow(x), count);
+    store_bits(to, narrow(type, x), count);
   }
 }
 
@@ -148,7 +139,7 @@ class Kernel {
     }
     k_rows_ = scratch_.template take<float>(most_keys_ * row_);
     q_columns_ = scratch_.template take<float>(round_up(units_, kLanes) * kBlockQueries);
-    scores_ = scratch_.template take<float>(round_up(kBlockKeys, kRowPadding) * kBlockQueries);
+    scores_ = scratch_.template take<float>(kBlockKeys * kBlockQueries);
   }
 
   void take_forward() {
@@ -164,7 +155,7 @@ class Kernel {
     do_columns_ = scratch_.template take<float>(round_up(units_, kLanes) * kBlockQueries);
     q_pairs_ = scratch_.template take<float>(pairs(kBlockQueries) * columns_);
     do_pairs_ = scratch_.template take<float>(pairs(kBlockQueries) * columns_);
-    const std::int64_t tile = round_up(kBlockKeys, kRowPadding) * kBlockQueries;
+    constexpr std::int64_t tile = kBlockKeys * kBlockQueries;
     dscores_ = scratch_.template take<float>(tile);
     if (kElements == 2) {
       p_rows_ = scratch_.template take<float>(tile / 2);
@@ -209,11 +200,16 @@ class Kernel {
     return static_cast<T*>(result) + (s.start + token) * call_.result_row + head_ * dim_;
   }
 
+  std::int64_t length_of(std::int64_t number) const {
+    const std::int64_t* offsets = call_.offsets;
+    return offsets == nullptr ? call_.length : offsets[number + 1] - offsets[number];
+  }
+
   Sequence sequence(std::int64_t number) {
     Sequence s{};
     s.number = number;
     s.start = call_.offsets == nullptr ? number * call_.length : call_.offsets[number];
-    s.length = call_.offsets == nullptr ? call_.length : call_.offsets[number + 1] - s.start;
+    s.length = length_of(number);
     s.positions = call_.positions == nullptr ? nullptr : call_.positions + s.start;
     std::int64_t limit = s.length;
     if (call_.key_lengths != nullptr) limit = smaller(limit, call_.key_lengths[number]);
@@ -255,7 +251,7 @@ class Kernel {
     next_.length = 0, prefetched_ = 0;
     if (next >= last) return;
     next_.start = call_.offsets == nullptr ? next * call_.length : call_.offsets[next];
-    next_.length = call_.offsets == nullptr ? call_.length : call_.offsets[next + 1] - next_.start;
+    next_.length = length_of(next);
     // About one call for every 8 keys of each block of queries.
     const std::int64_t calls = block_count(s.length) * ((s.count + 7) / 8);
     prefetch_step_ = 1 + next_.length / (calls + 1);
@@ -267,7 +263,7 @@ class Kernel {
       prefetch_row(row_of(call_.k, next_, prefetched_));
       prefetch_row(row_of(call_.v, next_, prefetched_));
       if (call_.dout.data != nullptr) {
-        prefetch_row(row_of(call_.out, next_, prefetched_));
+        if (!centers(next_.length)) prefetch_row(row_of(call_.out, next_, prefetched_));
         prefetch_row(row_of(call_.dout, next_, prefetched_));
       }
     }
@@ -391,11 +387,9 @@ class Kernel {
   void expand(std::int64_t first, std::int64_t last) {
     Expanded& expanded = expanded_[slot_];
     if (expanded.head_plus_one == head_ + 1 && expanded.first <= first && last <= expanded.last) {
-      first_column_ = expanded.first;
       return;
     }
     expanded = {head_ + 1, first, last};
-    first_column_ = first;
     const float* entries = call_.table + head_ * call_.entries;
     const std::int64_t size = call_.size;
     for (std::int64_t key = 0; key < size; key += kLanes) {
@@ -445,9 +439,7 @@ class Kernel {
         first = 0, last = call_.size;
         break;
       }
-      const std::int64_t* offsets = call_.offsets;
-      const std::int64_t length =
-          offsets == nullptr ? call_.length : offsets[number + 1] - offsets[number];
+      const std::int64_t length = length_of(number);
       const std::int64_t from = item.part * block_count(length) / item.parts;
       const std::int64_t to = (item.part + 1) * block_count(length) / item.parts;
       if (from == to) continue;
@@ -668,7 +660,7 @@ class Kernel {
 
   // scores_ [keys, queries], and their maxima in top_.
   void compute_scores(const Sequence& s, const Block& block, std::int64_t first,
-                                    std::int64_t count) {
+                      std::int64_t count) {
     const Scores rule = scores_rule(s, block, first, count);
     multiply<Product, Order::kSummedAdjacent>(
         count, block.width, units_, k_rows_ + first * row_, row_, q_columns_, kBlockQueries,
@@ -679,12 +671,17 @@ class Kernel {
         });
   }
 
+  template <int vectors>
+  static void load_vectors(Floats (&to)[vectors], const float* from) {
+#pragma GCC unroll 16
+    for (int n = 0; n < vectors; ++n) to[n] = load(from + n * kLanes);
+  }
+
   template <int rows, int vectors>
   static void keep_scores(const Scores rule, float* scores, float* maxima, std::int64_t count,
                           int row, int column, Floats (&products)[rows][vectors]) {
     Floats top[vectors];
-#pragma GCC unroll 16
-    for (int n = 0; n < vectors; ++n) top[n] = load(maxima + column + n * kLanes);
+    load_vectors(top, maxima + column);
 #pragma GCC unroll 16
     for (int m = 0; m < rows; ++m) {
       if (row + m >= count) break;
@@ -734,22 +731,13 @@ class Kernel {
             Floats next{};
             if (j + 1 < count) next = power(load(from + kBlockQueries) - top);
             part += next;
-            store(to, paired(p, next));
+            store(to, Product::pair(p, next));
           }
         }
         total += part;
       }
       store(sum_ + i, total);
     }
-  }
-
-  // Pairs of bfloat16: the first in the lower half of each lane.
-  static Floats paired(Floats first, Floats second) {
-#if defined(__AVX512BF16__)
-    const __m512i order = (__m512i)(pair_order());
-    return (Floats)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(second, first));
-#endif
-    return Floats(to_bfloat16(first) | (to_bfloat16(second) << 16));
   }
 
   // ---- backward ----
@@ -760,7 +748,6 @@ class Kernel {
       expand_for(item);
       if (dbias_ != nullptr) std::memset(dbias_, 0, 4 * call_.size * bias_row_);
     }
-    first_column_ = 0;
     for (std::int64_t number = item.first; number < item.last; ++number) {
       for (std::int64_t head = item.first_head; head < item.last_head; ++head) {
         choose_head(item, head);
@@ -800,10 +787,11 @@ class Kernel {
     const std::int64_t filled = pairs(queries), all = pairs(block.width);
     std::memset(q_pairs_ + filled * columns_, 0, 4 * (all - filled) * columns_);
     std::memset(do_pairs_ + filled * columns_, 0, 4 * (all - filled) * columns_);
-    prepare_queries(s, block);
+    const std::int64_t keys = reach(s, block);
+    load_lse(s, block);
+    if (!centers(keys)) compute_delta(s, block);
     find_runs(s, block);
     std::memset(result_, 0, 4 * round_up(wide_, kLanes) * kBlockQueries);
-    const std::int64_t keys = reach(s, block);
     for (std::int64_t first = 0; first < keys; first += kBlockKeys) {
       const std::int64_t count = smaller(kBlockKeys, keys - first);
       const Scores rule = scores_rule(s, block, first, count);
@@ -825,13 +813,13 @@ class Kernel {
       multiply<Product, Order::kSummedAdjacent>(
           count, block.width, units_, v_rows_ + first * row_, row_, do_columns_, kBlockQueries,
           [&](int row, int column, auto& products) {
-            if (kExact && keys <= kBlockKeys) {
+            if (centers(keys)) {
               keep(dscores_, count, row, column, products);
             } else {
               keep_dscores(dbias, scores_, delta_, dscores_, count, row, column, products);
             }
           });
-      if (kExact && keys <= kBlockKeys) center(dbias, block, count);
+      if (centers(keys)) center(dbias, block, count);
       if (dbias.start == dbias_tile_ && dbias_tile_ != nullptr) add_dbias_tile(first, count);
       finish_pairs(block, count);
       constexpr std::int64_t line = kBlockQueries / kElements;
@@ -847,19 +835,28 @@ class Kernel {
     unpack_columns(call_.dq, result_, top_, s, block);
   }
 
-  // delta_ = sum(dout * out) and top_ = log-sum-exp times kBase, infinite in lanes without a query.
-  void prepare_queries(const Sequence& s, const Block& block) {
+  // Whether center(), not delta_, makes the sum of the gradients of a query's scores zero.
+  static bool centers(std::int64_t keys) { return kExact && keys <= kBlockKeys; }
+
+  // top_ = log-sum-exp times kBase, infinite in lanes without a query and without a key.
+  void load_lse(const Sequence& s, const Block& block) {
     for (std::int64_t i = 0; i < block.width; ++i) {
       const std::int64_t token = block.first + i;
-      top_[i] = __builtin_inff(), delta_[i] = 0;
+      top_[i] = __builtin_inff();
       if (token >= block.last) continue;
       const float lse = call_.lse[(s.start + token) * call_.heads + head_];
       if (lse != -__builtin_inff()) top_[i] = lse * kBase;
-      const T* out = row_of(call_.out, s, token);
-      const T* dout = row_of(call_.dout, s, token);
+    }
+  }
+
+  // delta_ = sum(dout * out).
+  void compute_delta(const Sequence& s, const Block& block) {
+    for (std::int64_t i = 0; i < block.width; ++i) {
+      const std::int64_t token = block.first + i;
       Floats total{};
-      for (std::int64_t d = 0; d < dim_; d += kLanes) {
-        total += load_wide<type>(out + d, dim_ - d) * load_wide<type>(dout + d, dim_ - d);
+      for (std::int64_t d = 0; d < dim_ && token < block.last; d += kLanes) {
+        total += load_wide<type>(row_of(call_.out, s, token) + d, dim_ - d) *
+                 load_wide<type>(row_of(call_.dout, s, token) + d, dim_ - d);
       }
       delta_[i] = sum(total);
     }
@@ -870,8 +867,7 @@ class Kernel {
   static void keep_probabilities(const Scores rule, float* p, const float* lse, std::int64_t count,
                                  int row, int column, Floats (&products)[rows][vectors]) {
     Floats base[vectors];
-#pragma GCC unroll 16
-    for (int n = 0; n < vectors; ++n) base[n] = load(lse + column + n * kLanes);
+    load_vectors(base, lse + column);
 #pragma GCC unroll 16
     for (int m = 0; m < rows; ++m) {
       if (row + m >= count) break;
@@ -945,8 +941,7 @@ class Kernel {
                            std::int64_t count, int row, int column,
                            Floats (&dp)[rows][vectors]) {
     Floats base[vectors];
-#pragma GCC unroll 16
-    for (int n = 0; n < vectors; ++n) base[n] = load(delta + column + n * kLanes);
+    load_vectors(base, delta + column);
 #pragma GCC unroll 16
     for (int m = 0; m < rows; ++m) {
       if (row + m >= count) break;
@@ -972,8 +967,8 @@ class Kernel {
       for (std::int64_t j = 0; j < count; ++j) {
         for (std::int64_t i = 0; i < block.width; i += kLanes) {
           const std::int64_t at = j * kBlockQueries + i;
-          store_halves(p_rows_, at, to_bfloat16(load(scores_ + at)));
-          store_halves(ds_rows_, at, to_bfloat16(load(dscores_ + at)));
+          store_bits(halves(p_rows_) + at, to_bfloat16(load(scores_ + at)), kLanes);
+          store_bits(halves(ds_rows_) + at, to_bfloat16(load(dscores_ + at)), kLanes);
         }
       }
       for (std::int64_t j = 0; j < count; j += 2) {
@@ -981,16 +976,13 @@ class Kernel {
           const float* from = dscores_ + j * kBlockQueries + i;
           Floats next{};
           if (j + 1 < count) next = load(from + kBlockQueries);
-          store(dscores_ + j / 2 * kBlockQueries + i, paired(load(from), next));
+          store(dscores_ + j / 2 * kBlockQueries + i, Product::pair(load(from), next));
         }
       }
     }
   }
 
-  static void store_halves(float* to, std::int64_t at, Words bits) {
-    const Halves narrow = __builtin_convertvector(bits, Halves);
-    std::memcpy(reinterpret_cast<std::uint16_t*>(to) + at, &narrow, sizeof narrow);
-  }
+  static std::uint16_t* halves(float* from) { return reinterpret_cast<std::uint16_t*>(from); }
 
   // Writes the gradient of k or v; zeros for keys that are not valid.
   void write_keys(Result to, const float* from, float factor, const Sequence& s) const {
@@ -1032,43 +1024,36 @@ class Kernel {
   float *top_ = nullptr, *sum_ = nullptr, *delta_ = nullptr;                // [queries]
 };
 
-// Calls f with the kernel of the call's type.
+// Calls f with a tag of the kernel of the call's type.
+template <class Product, Type type>
+struct Tag {
+  using Of = Kernel<Product, type>;
+};
 template <class F>
 auto with_kernel(const AttentionCall& call, F&& f) {
-  switch (call.type) {
-    case Type::kFloat16: return f(static_cast<Kernel<SingleProduct, Type::kFloat16>*>(nullptr));
-    case Type::kBfloat16:
 #if defined(__AVX512BF16__)
-      return f(static_cast<Kernel<PairProduct, Type::kBfloat16>*>(nullptr));
+  using Bfloat16Product = PairProduct;
 #else
-      return f(static_cast<Kernel<SingleProduct, Type::kBfloat16>*>(nullptr));
+  using Bfloat16Product = SingleProduct;
 #endif
-    default: return f(static_cast<Kernel<SingleProduct, Type::kFloat32>*>(nullptr));
+  switch (call.type) {
+    case Type::kFloat16: return f(Tag<SingleProduct, Type::kFloat16>{});
+    case Type::kBfloat16: return f(Tag<Bfloat16Product, Type::kBfloat16>{});
+    default: return f(Tag<SingleProduct, Type::kFloat32>{});
   }
 }
 
-template <class T>
-struct Pointed;
-template <class T>
-struct Pointed<T*> {
-  using Type = T;
-};
-
 std::int64_t scratch_bytes(const AttentionCall& call, bool backward) {
-  return with_kernel(call, [&](auto* kernel) {
-    using K = typename Pointed<decltype(kernel)>::Type;
+  return with_kernel(call, [&](auto tag) {
+    using K = typename decltype(tag)::Of;
     return backward ? K::backward_bytes(call) : K::forward_bytes(call);
   });
 }
 void forward(const AttentionCall& call, const Item& item, void* scratch) {
-  with_kernel(call, [&](auto* kernel) {
-    Pointed<decltype(kernel)>::Type::forward(call, item, scratch);
-  });
+  with_kernel(call, [&](auto tag) { decltype(tag)::Of::forward(call, item, scratch); });
 }
 void backward(const AttentionCall& call, const Item& item, void* scratch) {
-  with_kernel(call, [&](auto* kernel) {
-    Pointed<decltype(kernel)>::Type::backward(call, item, scratch);
-  });
+  with_kernel(call, [&](auto tag) { decltype(tag)::Of::backward(call, item, scratch); });
 }
 
 }  // namespace

@@ -221,12 +221,13 @@ void compute_rows(RowsKernel RowsKernels::*kernel, const RowsCall& call,
     const std::int64_t first = number * kRowsPerItem;
     compute(call, first, std::min(first + kRowsPerItem, call.rows), own, own + columns);
   });
+  std::vector<double> totals(vectors * columns);
+  const float* own = partial.data();
+  for (std::int64_t number = 0; number < items; ++number) {
+    for (double& total : totals) total += *own++;
+  }
   for (std::int64_t i = 0; i < vectors * columns; ++i) {
-    double total = 0;
-    for (std::int64_t number = 0; number < items; ++number) {
-      total += partial[number * vectors * columns + i];
-    }
-    (i < columns ? sums[i] : more_sums[i - columns]) = static_cast<float>(total);
+    (i < columns ? sums[i] : more_sums[i - columns]) = static_cast<float>(totals[i]);
   }
 }
 

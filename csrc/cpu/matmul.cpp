@@ -19,11 +19,6 @@ constexpr std::int64_t kDepth = 192;            // of panels at a time
 constexpr std::int64_t kCopiedRows = 192;       // of a transposed a; a multiple of kTile
 constexpr std::int64_t kAhead = 8;              // rows that are fetched before they are copied
 
-constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-constexpr std::int64_t round_up(std::int64_t x, std::int64_t step) {
-  return (x + step - 1) / step * step;
-}
-
 // [depth, kPanel]: columns of b from `first` on, with zeros beyond `last`.
 void copy_panel(float* to, const MatmulCall& call, std::int64_t first, std::int64_t last,
                 std::int64_t start, std::int64_t depth) {

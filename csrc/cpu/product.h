@@ -19,6 +19,14 @@ struct PairProduct {
   static Floats add(Floats sum, float a, Floats b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)splat(a), (__m512bh)b);
   }
+
+  // Pairs of the elements of two vectors, rounded: `first` in the lower half of each lane.
+  static Floats pair(Floats first, Floats second) {
+    Words order{};  // 0, 16, 1, 17, ...
+    for (int i = 0; i < kLanes; ++i) order[i] = i | (i + kLanes) << 16;
+    return (Floats)_mm512_permutexvar_epi16((__m512i)order,
+                                            (__m512i)_mm512_cvtne2ps_pbh(second, first));
+  }
 };
 #endif
 

@@ -12,22 +12,17 @@ struct Row {
   Type type;
 
   Floats load(std::int64_t at, std::int64_t count) const {
-    switch (type) {
-      case Type::kFloat32: return load_some(reinterpret_cast<const float*>(data) + at, count);
-      case Type::kBfloat16: return from_bfloat16(load_bits(halves() + at, count));
-      default: return from_float16(load_bits(halves() + at, count));
-    }
+    if (type == Type::kFloat32) return load_some(floats() + at, count);
+    return widen(type, load_bits(halves() + at, count));
   }
 
   void store(std::int64_t at, Floats x, std::int64_t count) const {
-    switch (type) {
-      case Type::kFloat32: return store_some(reinterpret_cast<float*>(data) + at, x, count);
-      case Type::kBfloat16: return store_bits(halves() + at, to_bfloat16(x), count);
-      default: return store_bits(halves() + at, to_float16(x), count);
-    }
+    if (type == Type::kFloat32) return store_some(floats() + at, x, count);
+    store_bits(halves() + at, narrow(type, x), count);
   }
 
  private:
+  float* floats() const { return reinterpret_cast<float*>(data); }
   std::uint16_t* halves() const { return reinterpret_cast<std::uint16_t*>(data); }
 };
 
@@ -44,8 +39,7 @@ std::int64_t token_of(const Tokens& t, std::int64_t row) {
 template <class F>
 inline void for_vectors(std::int64_t columns, F&& f) {
   for (std::int64_t at = 0; at < columns; at += kLanes) {
-    const std::int64_t left = columns - at;
-    f(at, left < kLanes ? left : kLanes);
+    f(at, smaller(kLanes, columns - at));
   }
 }
 

@@ -1,6 +1,6 @@
 // Vectors of 32-bit elements for the instruction set that the including file is compiled for.
 //
-// attention.cpp is compiled once per instruction set. Everything here therefore has internal
+// The kernels are compiled once per instruction set. Everything here therefore has internal
 // linkage: the linker would merge functions of equal names and could keep the version that the CPU
 // lacks instructions for. For the same reason these files use no templates of the standard library.
 #pragma once
@@ -11,8 +11,15 @@
 #include <immintrin.h>
 #endif
 
+#include "elements.h"
+
 namespace vlmo {
 namespace {
+
+constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+constexpr std::int64_t round_up(std::int64_t x, std::int64_t step) {
+  return (x + step - 1) / step * step;
+}
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
@@ -108,15 +115,6 @@ inline Words to_bfloat16(Floats x) {
   return (nan & ((bits >> 16) | 0x40)) | (~nan & rounded);
 }
 
-#if defined(__AVX512BF16__)
-// 0, 16, 1, 17, ...: interleaves two vectors of 16 elements.
-inline Words pair_order() {
-  Words order{};
-  for (int i = 0; i < kLanes; ++i) order[i] = i | (i + kLanes) << 16;
-  return order;
-}
-#endif
-
 inline Floats from_float16(Words bits) {
 #if defined(__AVX512F__)
   return _mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)bits));
@@ -153,6 +151,16 @@ inline Words to_float16(Floats x) {
   result = (nan & 0x7e00) | (~nan & result);
   return result | ((bits >> 16) & 0x8000);
 #endif
+}
+
+// The same for either 16-bit type.
+
+inline Floats widen(Type type, Words bits) {
+  return type == Type::kBfloat16 ? from_bfloat16(bits) : from_float16(bits);
+}
+
+inline Words narrow(Type type, Floats x) {
+  return type == Type::kBfloat16 ? to_bfloat16(x) : to_float16(x);
 }
 
 // A vector at the end of a row: `count` elements, at most kLanes; a load adds zeros.

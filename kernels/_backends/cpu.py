@@ -71,6 +71,11 @@ def instructions() -> str:
     return names[0]
 
 
+def with_adjacent_elements(t: Tensor) -> Tensor:
+    """``t``, copied unless the elements of its last dimension are adjacent."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
 @functools.cache
 def multiplies_itself(dtype: torch.dtype) -> bool:
     """Whether :func:`matmul` multiplies matrices of ``dtype`` faster than PyTorch on this CPU.

@@ -13,6 +13,8 @@ from .._backends import cpu as cpu_target
 from . import packing
 from .call import Call
 
+_adjacent = cpu_target.with_adjacent_elements
+
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, entries: int) -> str | None:
     """The reason why :func:`forward` cannot run, or None."""
@@ -40,7 +42,7 @@ def backward(
     gradients = packing.empty(call.q) if joined else [dout.new_empty(shape) for _ in range(3)]
     with_table = call.table is not None and needs[3]
     dtable = dout.new_zeros(shape[-2] if with_table else 0, entries, dtype=torch.float64)
-    out, dout = _with_rows(out), _with_rows(dout)
+    out, dout = _adjacent(out), _adjacent(dout)
     arguments = _Arguments(call)
     _C.attention_backward(
         *arguments.shared,
@@ -64,12 +66,10 @@ class _Arguments:
     """The arguments that forward and backward share; keeps the tensors at their addresses alive."""
 
     def __init__(self, call: Call) -> None:
-        qkv = [_with_rows(t) for t in call[:3]]
+        qkv = [_adjacent(t) for t in call[:3]]
         packed = call.offsets is not None
         table = None if call.table is None else call.table.t().float().contiguous()
-        matrix = call.matrix
-        if matrix is not None and matrix.stride(1) != 1:
-            matrix = matrix.contiguous()
+        matrix = None if call.matrix is None else _adjacent(call.matrix)
         inputs = [
             table,
             matrix,
@@ -99,11 +99,6 @@ class _Arguments:
             call.causal,
             call.scale,
         )
-
-
-def _with_rows(t: Tensor) -> Tensor:
-    """``t``, with adjacent elements in its last dimension."""
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _strided(t: Tensor, call: Call) -> tuple[int, ...]:

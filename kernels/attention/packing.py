@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +32,7 @@ def packed(views: Sequence[Tensor]) -> Tensor | None:
     heads, dim = first.shape[-2:]
     shape = (*first.shape[:-2], 3, heads, dim)
     step = heads * dim
-    whole = torch.empty(shape, device="meta").stride()
+    whole = [*itertools.accumulate(reversed(shape[1:]), operator.mul, initial=1)][::-1]
     for i, view in enumerate(views):
         if (
             view.shape != first.shape

@@ -22,7 +22,8 @@ from torch import Tensor
 from .._backends import cpu as cpu_target
 from . import passes, products
 from .call import GATED, Call
-from .passes import Rows
+from .passes import ExpertRows
+from .rows import rows_of
 
 
 def why_not(
@@ -49,7 +50,7 @@ def _kept_columns(call: Call) -> list[int]:
     return found if call.layer_scale is None else [*found, len(call.w2[0])]
 
 
-def _kept(rows: Rows, pre: Tensor, call: Call, e: int) -> _Kept:
+def _kept(rows: ExpertRows, pre: Tensor, call: Call, e: int) -> _Kept:
     """Views of an expert's rows of the tensors that :func:`forward` saves, see ``_Kept``."""
     found, start = [], 0
     sizes = (len(call.w1[e]), call.w2[e].shape[1], len(call.w2[e]))
@@ -78,7 +79,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     return y, pre
 
 
-def _branch(rows: Rows, kept: _Kept | None, call: Call, e: int) -> Tensor:
+def _branch(rows: ExpertRows, kept: _Kept | None, call: Call, e: int) -> Tensor:
     """W2_e act(W1_e norm_e(x) + b1_e) + b2_e; writes the tensors in ``kept``."""
     normed, _ = _norm(rows, call, e)
     b1, b2 = call.b1[e] if call.b1 else None, call.b2[e] if call.b2 else None
@@ -135,7 +136,7 @@ def _expert_backward(
     kept: _Kept | None,
     call: Call,
     e: int,
-    rows: Rows,
+    rows: ExpertRows,
     wants: Sequence[bool],
     dx: Tensor | None,  # [T, D], of which the expert's rows are written
     dscale: Tensor | None,  # [D], accumulated
@@ -176,7 +177,9 @@ def _expert_backward(
     return [dw1, dw2, db1, db2, *of_norm]
 
 
-def _norm(rows: Rows, call: Call, e: int) -> tuple[Tensor, tuple[Tensor | None, Tensor] | None]:
+def _norm(
+    rows: ExpertRows, call: Call, e: int
+) -> tuple[Tensor, tuple[Tensor | None, Tensor] | None]:
     """norm_e(x) of the expert's rows in the dtype of its weights, and the statistics."""
     dtype = call.w1[e].dtype
     if call.norm == "none":
@@ -187,24 +190,17 @@ def _norm(rows: Rows, call: Call, e: int) -> tuple[Tensor, tuple[Tensor | None, 
     return normed, passes.norm(rows, call.x, weight, bias, call.norm, call.norm_eps, normed)
 
 
-def _experts(call: Call) -> Iterator[tuple[int, Rows]]:
+def _experts(call: Call) -> Iterator[tuple[int, ExpertRows]]:
     """All experts, with their rows."""
-    tokens = call.x.shape[0]
-    if call.ids is not None:
-        assert call.rows is not None and call.offsets is not None
-        bounds = call.offsets.tolist()
-        for e, (start, stop) in enumerate(itertools.pairwise(bounds)):
-            yield e, Rows(start, stop - start, (0, 0, 0), call.rows[start:stop])
+    rows = rows_of(call)
+    if rows.offsets is not None:
+        for e, (start, stop) in enumerate(itertools.pairwise(rows.offsets.tolist())):
+            yield e, ExpertRows(start, stop - start, (0, 0, 0), rows.tokens[start:stop])
         return
-    lengths, first = call.pieces[1::2], 0
-    period = sum(lengths)
-    starts = [0, *itertools.accumulate(lengths)]
-    for e in range(len(call.w1)):
-        runs = [i for i, expert in enumerate(call.pieces[::2]) if expert == e]
-        start = starts[runs[0]] if runs else 0
-        length = sum(lengths[i] for i in runs)
-        count = tokens // period * length
-        yield e, Rows(first, count, (period, start, length))
+    first = 0
+    for e, (start, length) in enumerate(zip(rows.starts, rows.lengths, strict=True)):
+        count = rows.sequences * length
+        yield e, ExpertRows(first, count, (rows.length, start, length))
         first += count
 
 
@@ -213,10 +209,8 @@ def _prepared(call: Call) -> Call:
     x, residual = call.x, call.residual
     if x.dtype == torch.float64:  # under autocast
         x = x.float()
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    if residual is not None and residual.stride(1) != 1:
-        residual = residual.contiguous()
+    x = cpu_target.with_adjacent_elements(x)
+    residual = None if residual is None else cpu_target.with_adjacent_elements(residual)
     scales = (None if t is None else t.float().contiguous() for t in call[7:9])
     norms = ([t.float().contiguous() for t in tensors] for tensors in call[5:7])
     return Call._make((x, *call[1:5], *norms, *scales, residual, *call[10:]))

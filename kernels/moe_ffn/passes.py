@@ -17,11 +17,9 @@ from vlmo import _C
 
 from .._backends import cpu as cpu_target
 
-TYPES = cpu_target.TYPES
-
 
 @dataclass(frozen=True)
-class Rows:
+class ExpertRows:
     """The rows of one expert: the same run of every sequence, or arbitrary rows.
 
     Attributes:
@@ -45,7 +43,13 @@ class Rows:
 
 
 def norm(
-    rows: Rows, x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: float, out: Tensor
+    rows: ExpertRows,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kind: str,
+    eps: float,
+    out: Tensor,
 ) -> tuple[Tensor | None, Tensor]:
     """Write LayerNorm or RMSNorm of x ``[T, D]`` to ``out [count, D]``.
 
@@ -60,7 +64,7 @@ def norm(
 
 
 def norm_backward(
-    rows: Rows,
+    rows: ExpertRows,
     d: Tensor,  # [count, D], the gradient of norm(x)
     x: Tensor,  # [T, D]
     statistics: tuple[Tensor | None, Tensor],  # of norm
@@ -76,7 +80,7 @@ def norm_backward(
 
 
 def add_branch(
-    rows: Rows,
+    rows: ExpertRows,
     y: Tensor,  # [T, D], written
     branch: Tensor,  # [count, D]
     residual: Tensor | None,  # [T, D]
@@ -89,7 +93,7 @@ def add_branch(
 
 
 def branch_backward(
-    rows: Rows,
+    rows: ExpertRows,
     dy: Tensor,  # [T, D]
     branch: Tensor | None,  # [count, D], for the gradient of scale
     scale: Tensor | None,
@@ -106,7 +110,7 @@ def branch_backward(
 def column_sums(d: Tensor) -> Tensor:
     """``d.sum(0)`` in float32."""
     total = _floats(d, d.shape[1])
-    _run("column_sums", Rows(0, len(d), (1, 0, 1)), dict(d=d), {}, sums=(total,))
+    _run("column_sums", ExpertRows(0, len(d), (1, 0, 1)), dict(d=d), {}, sums=(total,))
     return total
 
 
@@ -121,7 +125,7 @@ _VECTORS = ("weight", "bias", "scale", "token_scale", "mean", "deviation")
 
 def _run(
     kernel: str,
-    rows: Rows,
+    rows: ExpertRows,
     matrices: Mapping[str, Tensor | None],
     vectors: Mapping[str, Tensor | None],
     eps: float = 0.0,
@@ -154,7 +158,7 @@ def _matrix(t: Tensor | None) -> tuple[int, int, int]:
     if t is None:
         return 0, 0, 0
     assert t.stride(1) == 1 or t.shape[1] == 1
-    return t.data_ptr(), TYPES[t.dtype], t.stride(0)
+    return t.data_ptr(), cpu_target.TYPES[t.dtype], t.stride(0)
 
 
 def _address(t: Tensor | None) -> int:

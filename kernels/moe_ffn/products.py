@@ -1,6 +1,7 @@
 """Matrix products of moe_ffn on the CPU, by whichever library is the fastest.
 
-float32: on x86 PyTorch uses MKL, which reaches 40 % of the peak rate of an AMD EPYC with AVX-512.
+float32: on x86 PyTorch uses MKL, which reaches less than half of the peak rate of an AMD CPU with
+AVX-512.
 Away from Intel's CPUs, this library's own kernel (``csrc/cpu/matmul.cpp``) multiplies instead.
 oneDNN is as fast, but sums a whole row in one chain: its error is 2.2 times that of MKL at 3072
 columns.

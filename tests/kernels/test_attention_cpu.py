@@ -1,6 +1,5 @@
 """The C++ kernels of shared_attention, for each instruction set that this CPU has."""
 
-import contextlib
 import os
 
 import pytest
@@ -16,35 +15,21 @@ from attention_cases import (
     outputs_and_gradients,
 )
 from conftest import Place
+from settings import threads
 from vlmo import _C
 from vlmo.kernels import RelativePositionBias, RelativePositionIndex, shared_attention
 from vlmo.kernels._backends import cpu as cpu_target
+
+pytestmark = pytest.mark.usefixtures("instructions")
 
 CPU = Place(torch.device("cpu"), "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.fixture(params=_C.instruction_sets(), autouse=True)
-def instructions(request, monkeypatch) -> str:
-    """Runs a test once with each."""
-    monkeypatch.setattr(cpu_target, "instructions", lambda: request.param)
-    return request.param
-
-
 @pytest.fixture(params=DTYPES, ids=str)
 def dtype(request) -> torch.dtype:
     return request.param
-
-
-@contextlib.contextmanager
-def threads(count: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def plain(length: int, head_dim: int, **more) -> Case:

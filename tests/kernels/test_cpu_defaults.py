@@ -1,6 +1,5 @@
 """The CPU backends do not depend on PyTorch's default dtype and device."""
 
-import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -9,17 +8,8 @@ import torch
 
 import attention_cases as attention
 import moe_ffn_cases as ffn
+from settings import default_dtype
 from vlmo.kernels import RelativePositionBias, shared_attention
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def run_attention():

@@ -4,16 +4,13 @@ import pytest
 import torch
 
 from accuracy import assert_as_accurate_as
-from vlmo import _C
+from settings import threads
 from vlmo.kernels._backends import cpu as cpu_target
+
+pytestmark = pytest.mark.usefixtures("instructions")
 
 # Rows, columns and depth, around the sizes of tiles (4 to 12), panels (12 to 48) and parts (256).
 SIZES = [(1, 1, 1), (7, 50, 3), (8, 48, 256), (9, 49, 257), (100, 47, 385), (193, 400, 600)]
-
-
-@pytest.fixture(params=_C.instruction_sets(), autouse=True)
-def instructions(request, monkeypatch):
-    monkeypatch.setattr(cpu_target, "instructions", lambda: request.param)
 
 
 def laid_out(rows: int, columns: int, how: str) -> torch.Tensor:
@@ -70,14 +67,10 @@ def test_empty(size):
 
 def test_no_bit_depends_on_the_number_of_threads():
     a, b = torch.randn(193, 600), torch.randn(600, 500)
-    before = torch.get_num_threads()
     found = []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
+    for count in (1, 2, 5):
+        with threads(count):
             found += [cpu_target.matmul(a, b), cpu_target.matmul(a.T.contiguous().T, b)]
-    finally:
-        torch.set_num_threads(before)
     assert all(torch.equal(one, found[0]) for one in found)
 
 

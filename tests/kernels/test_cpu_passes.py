@@ -8,29 +8,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vlmo import _C
-from vlmo.kernels._backends import cpu as cpu_target
+from settings import threads
 from vlmo.kernels.moe_ffn import passes
-from vlmo.kernels.moe_ffn.passes import Rows
+from vlmo.kernels.moe_ffn.passes import ExpertRows
+
+pytestmark = pytest.mark.usefixtures("instructions")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 COLUMNS = [1, 5, 16, 67]
 TOKENS = 150
 ROWS = {
     # 10 sequences of 15 tokens, of which tokens 4 to 12 belong to the expert; more than one item
-    "run": Rows(0, 90, (15, 4, 9)),
-    "index": Rows(0, 80, (0, 0, 0), torch.randperm(TOKENS)[:80].int()),
-    "all": Rows(0, TOKENS, (TOKENS, 0, TOKENS)),
+    "run": ExpertRows(0, 90, (15, 4, 9)),
+    "index": ExpertRows(0, 80, (0, 0, 0), torch.randperm(TOKENS)[:80].int()),
+    "all": ExpertRows(0, TOKENS, (TOKENS, 0, TOKENS)),
 }
 
 
-@pytest.fixture(params=_C.instruction_sets(), autouse=True)
-def instructions(request, monkeypatch):
-    monkeypatch.setattr(cpu_target, "instructions", lambda: request.param)
-
-
 @pytest.fixture(params=ROWS)
-def rows(request) -> Rows:
+def rows(request) -> ExpertRows:
     return ROWS[request.param]
 
 
@@ -139,18 +135,15 @@ def test_column_sums(columns, dtype):
 
 def test_no_bit_depends_on_the_number_of_threads():
     d = torch.randn(1000, 70)
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
+    found = []
+    for count in (1, 2, 5):
+        with threads(count):
             found.append(passes.column_sums(d))
-    finally:
-        torch.set_num_threads(before)
     assert all(torch.equal(one, found[0]) for one in found)
 
 
 def test_no_rows():
-    none = Rows(0, 0, (15, 0, 0))
+    none = ExpertRows(0, 0, (15, 0, 0))
     x, d = torch.randn(15, 4), torch.empty(0, 4)
     mean, deviation = passes.norm(none, x, torch.ones(4), None, "layer", 1e-6, d)
     assert mean is not None and not len(mean) and not len(deviation)
@@ -164,7 +157,7 @@ def test_special_values_survive_conversion(dtype):
         [0.0, -0.0, 1.0, float("inf"), -float("inf"), float("nan"), 65504, 65519.99, 65520, 1e5]
         + [3.3e38, -3.4e38, 6e-8, 2.98e-8, 2.99e-8, 6.1e-5, 6.09e-5, -5.96e-8, 1.0009765625, 1.0014]
     )
-    one = Rows(0, 1, (1, 0, 1))
+    one = ExpertRows(0, 1, (1, 0, 1))
     y = torch.empty(1, len(values), dtype=dtype)
     passes.add_branch(one, y, values[None], None, None, None)
     torch.testing.assert_close(y[0], values.to(dtype), rtol=0, atol=0, equal_nan=True)

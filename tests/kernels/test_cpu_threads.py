@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from attention_cases import Case, call, make_options, make_tensors, outputs_and_gradients
+from settings import threads
 
 pytestmark = pytest.mark.heavy
 
@@ -135,15 +136,11 @@ def test_python_threads():
                 if not torch.equal(value, expected[number][name]):
                     differences.append((number, name))
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    with threads(2):
         expected = [compute(number) for number in range(len(cases))]
-        threads = [threading.Thread(target=compare, args=(n,)) for n in range(len(cases))]
-        for thread in threads:
+        started = [threading.Thread(target=compare, args=(n,)) for n in range(len(cases))]
+        for thread in started:
             thread.start()
-        for thread in threads:
+        for thread in started:
             thread.join()
-    finally:
-        torch.set_num_threads(before)
     assert not differences
