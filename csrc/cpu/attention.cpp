@@ -12,14 +12,10 @@
 namespace vlmo {
 namespace {
 
-constexpr int kBlockQueries = 3 * 16;  // a multiple of kLanes: three accumulators of 16 lanes
-constexpr int kBlockKeys = 240;        // 46 KB of scores
 // Keys whose probabilities, or products with them, are summed before they are added to the others:
 // one long chain of additions would round too often for the error bound.
 constexpr int kSummedKeys = 16, kMultipliedKeys = 80;  // even
 constexpr float kLog2E = 1.44269504089f, kLn2 = 0.693147180560f;
-
-static_assert(kBlockKeys % 2 == 0 && kBlockKeys % kRowPadding == 0);
 
 // An element of type `type` in memory.
 template <Type type>
@@ -90,16 +86,26 @@ template <class Product, Type type>
 class Kernel {
  public:
   static constexpr int kElements = Product::kElements;
+  static constexpr bool kTiles = Product::kTiles;
   using T = Stored<type>;
+
+  // Three accumulators of 16 lanes, or two pairs of tiles.
+  static constexpr int kBlockQueries = kTiles ? 64 : 48;
+  static constexpr int kBlockKeys = kTiles ? 128 : 240;  // 46 to 64 KB of scores
+  // Multiples of these hold a product's rows and the units that it sums.
+  static constexpr int kPadding = kTiles ? 32 : kRowPadding, kDepthPadding = kTiles ? 16 : 1;
+  static_assert(kBlockQueries % kLanes == 0 && kBlockKeys % kPadding == 0 &&
+                kBlockKeys % (kElements * kDepthPadding) == 0);
 
   // Products of pairs round to bfloat16, so a rough exponential will do, of scores that include the
   // factor log2(e) of their base. Otherwise rounding that factor would exceed the error bound.
   static constexpr bool kExact = kElements == 1;
   static constexpr float kBase = kExact ? 1.f : kLog2E, kInverseBase = kExact ? 1.f : kLn2;
-  template <bool exact = kExact>
   static Floats power(Floats x) {
-    return exp2_nonpositive<exact>(kExact ? x * splat(kLog2E) : x);
+    if constexpr (kExact) return exp_nonpositive(x);
+    return rough_exp2_nonpositive(x);
   }
+  static Floats exact_power(Floats x) { return exp_nonpositive(x * splat(kInverseBase)); }
 
   static std::int64_t forward_bytes(const AttentionCall& call) {
     Kernel kernel(call, nullptr);
@@ -112,21 +118,27 @@ class Kernel {
     return kernel.scratch_.used();
   }
   static void forward(const AttentionCall& call, const Item& item, void* scratch) {
+    Product::begin();
     Kernel kernel(call, scratch);
     kernel.take_forward();
     kernel.run_forward(item);
+    finish_streams();
+    Product::end();
   }
   static void backward(const AttentionCall& call, const Item& item, void* scratch) {
+    Product::begin();
     Kernel kernel(call, scratch);
     kernel.take_backward();
     kernel.run_backward(item);
+    finish_streams();
+    Product::end();
   }
 
  private:
   Kernel(const AttentionCall& call, void* scratch)
       : call_(call), scratch_(scratch), dim_(call.dim), units_((dim_ + kElements - 1) / kElements),
-        row_(round_up(units_, 4)), columns_(round_up(dim_, kLanes)),
-        wide_(round_up(dim_, kRowPadding)), most_keys_(round_up(call.length, kRowPadding)),
+        row_(round_up(units_, kTiles ? kDepthPadding : 4)), columns_(round_up(dim_, kLanes)),
+        wide_(round_up(dim_, kPadding)), most_keys_(round_up(call.length, kPadding)),
         bias_row_(round_up(call.size, kLanes) + kBlockQueries) {
     expanded_ = scratch_.template take<Expanded>(kMaxHeadGroup);
     keys_ = scratch_.template take<std::int32_t>(call.length);
@@ -139,10 +151,11 @@ class Kernel {
     }
     k_rows_ = scratch_.template take<float>(most_keys_ * row_);
     q_columns_ = scratch_.template take<float>(round_up(units_, kLanes) * kBlockQueries);
-    scores_ = scratch_.template take<float>(kBlockKeys * kBlockQueries);
+    results_ = scratch_.template take<T>(kLanes * columns_);
   }
 
   void take_forward() {
+    scores_ = scratch_.template take<float>(kBlockKeys * kBlockQueries);
     v_pairs_ = scratch_.template take<float>(pairs(most_keys_) * wide_);
     result_ = scratch_.template take<float>(round_up(wide_, kLanes) * kBlockQueries);
     top_ = scratch_.template take<float>(kBlockQueries);
@@ -155,20 +168,20 @@ class Kernel {
     do_columns_ = scratch_.template take<float>(round_up(units_, kLanes) * kBlockQueries);
     q_pairs_ = scratch_.template take<float>(pairs(kBlockQueries) * columns_);
     do_pairs_ = scratch_.template take<float>(pairs(kBlockQueries) * columns_);
-    constexpr std::int64_t tile = kBlockKeys * kBlockQueries;
+    // An exact product keeps the scores of all keys.
+    const std::int64_t tile = (kExact ? most_keys_ : kBlockKeys) * kBlockQueries;
+    scores_ = scratch_.template take<float>(tile);
     dscores_ = scratch_.template take<float>(tile);
-    if (kElements == 2) {
+    if (!kExact) {
       p_rows_ = scratch_.template take<float>(tile / 2);
       ds_rows_ = scratch_.template take<float>(tile / 2);
-    } else {
-      p_rows_ = scores_;
-      ds_rows_ = dscores_;
     }
     result_ = scratch_.template take<float>(round_up(wide_, kLanes) * kBlockQueries);
     dk_ = scratch_.template take<float>(most_keys_ * columns_);
     dv_ = scratch_.template take<float>(most_keys_ * columns_);
     top_ = scratch_.template take<float>(kBlockQueries);
     delta_ = scratch_.template take<float>(kBlockQueries);
+    if (kExact) factor_ = scratch_.template take<float>(kBlockQueries);
     if (call_.dtable != nullptr) {
       dbiases_ = scratch_.template take<float>(call_.head_group * call_.size * bias_row_);
       if (call_.positions != nullptr) {
@@ -263,20 +276,9 @@ class Kernel {
       prefetch_row(row_of(call_.k, next_, prefetched_));
       prefetch_row(row_of(call_.v, next_, prefetched_));
       if (call_.dout.data != nullptr) {
-        if (!centers(next_.length)) prefetch_row(row_of(call_.out, next_, prefetched_));
+        if (!kExact) prefetch_row(row_of(call_.out, next_, prefetched_));
         prefetch_row(row_of(call_.dout, next_, prefetched_));
       }
-    }
-  }
-
-  // Fetches rows of a result that will be written.
-  void prefetch_result(Result to, const Sequence& s, const Block& block, std::int64_t tile) const {
-    constexpr std::int64_t line = 64 / sizeof(T);
-    for (std::int64_t i = 0; i < 2; ++i) {
-      const std::int64_t token = block.first + 2 * tile + i;
-      if (token >= block.last) return;
-      const T* row = result_row(to, s, token);
-      for (std::int64_t d = 0; d < dim_; d += line) __builtin_prefetch(row + d, 1, 3);
     }
   }
 
@@ -316,7 +318,7 @@ class Kernel {
         }
       }
     }
-    std::memset(to + s.count * row_, 0, 4 * (round_up(s.count, kRowPadding) - s.count) * row_);
+    std::memset(to + s.count * row_, 0, 4 * (round_up(s.count, kPadding) - s.count) * row_);
   }
 
   // [pairs(count), width]: rows, each two of them interleaved if the product takes pairs.
@@ -343,6 +345,33 @@ class Kernel {
       }
     }
   }
+
+  // The rows of a tensor for the valid keys, in pairs, as add_products takes them:
+  // [pairs(keys), wide_], or [wide_, most_pairs()] for tiles.
+  void pack_key_pairs(float* to, const Rows& rows, const Sequence& s) const {
+    const auto row_at = [&](std::int64_t j) { return row_of(rows, s, s.keys[j]); };
+    if constexpr (!kTiles) {
+      pack_pairs(to, wide_, s.count, row_at);
+    } else {
+      for (std::int64_t pair = 0; pair < pairs(s.count); pair += kLanes) {
+        Floats square[kLanes];
+        for (std::int64_t d = 0; d < wide_; d += kLanes) {
+          for (int lane = 0; lane < kLanes; ++lane) {
+            const std::int64_t j = 2 * (pair + lane);
+            Words both{};
+            if (j < s.count) both = load_bits(row_at(j) + d, dim_ - d);
+            if (j + 1 < s.count) both |= load_bits(row_at(j + 1) + d, dim_ - d) << 16;
+            square[lane] = Floats(both);
+          }
+          transpose(square);
+          for (int lane = 0; lane < kLanes; ++lane) {
+            store(to + (d + lane) * most_pairs() + pair, square[lane]);
+          }
+        }
+      }
+    }
+  }
+  std::int64_t most_pairs() const { return most_keys_ / kElements; }
 
   // [units, kBlockQueries]: the block's rows of a tensor, transposed.
   void pack_columns(float* to, const Rows& rows, const Sequence& s, const Block& block) const {
@@ -373,11 +402,25 @@ class Kernel {
         }
         transpose(square);
         for (int lane = 0; lane < kLanes; ++lane) {
-          const std::int64_t token = block.first + i + lane;
-          if (token >= block.last) break;
-          store_narrow<type>(result_row(to, s, token) + d, square[lane], dim_ - d);
+          store_narrow<type>(results_ + lane * columns_ + d, square[lane], kLanes);
         }
       }
+      const std::int64_t token = block.first + i;
+      write_rows(to, s, token, smaller(kLanes, block.last - token));
+    }
+  }
+
+  // Writes the first rows of results_, [kLanes, columns_], as rows of a result.
+  void write_rows(Result to, const Sequence& s, std::int64_t token, std::int64_t count) const {
+    constexpr std::int64_t size = sizeof(T);
+    for (std::int64_t i = 0; i < count; ++i) {
+      const char* from = reinterpret_cast<const char*>(results_ + i * columns_);
+      char* row = reinterpret_cast<char*>(result_row(to, s, token + i));
+      if (!call_.streams) {
+        std::memcpy(row, from, size * dim_);
+        continue;
+      }
+      for (std::int64_t at = 0; at < size * dim_; at += 64) stream_line(row + at, from + at);
     }
   }
 
@@ -594,12 +637,20 @@ class Kernel {
   void add_products(const float* rows, const float* weights, const Block& block,
                     std::int64_t first, std::int64_t count) {
     constexpr std::int64_t step = kExact ? kMultipliedKeys : kBlockKeys;
+    constexpr Order order = kTiles ? Order::kSummedAdjacent : Order::kRowsAdjacent;
+    const std::int64_t row = kTiles ? most_pairs() : wide_, next = kTiles ? 1 : wide_;
     for (std::int64_t j = 0; j < count; j += step) {
-      multiply<Product, Order::kRowsAdjacent>(
-          dim_, block.width, pairs(smaller(step, count - j)),
-          rows + (first + j) / kElements * wide_, wide_, weights + j / kElements * kBlockQueries,
-          kBlockQueries, AddTo{result_, kBlockQueries});
+      add_product<Product, order>(dim_, block.width, pairs(smaller(step, count - j)),
+                                  rows + (first + j) / kElements * next, row,
+                                  weights + j / kElements * kBlockQueries, kBlockQueries, result_,
+                                  kBlockQueries);
     }
+  }
+
+  // Zeros behind the weights of `count` keys, as far as add_products reads them.
+  static void clear_weights(float* weights, std::int64_t count) {
+    const std::int64_t filled = pairs(count), all = round_up(filled, kDepthPadding);
+    std::memset(weights + filled * kBlockQueries, 0, 4 * (all - filled) * kBlockQueries);
   }
 
   // ---- forward ----
@@ -625,8 +676,7 @@ class Kernel {
     if (first == last) return;
     begin_prefetch(s, number + 1, item.last);
     pack_rows(k_rows_, call_.k, s);
-    pack_pairs(v_pairs_, wide_, s.count,
-               [&](std::int64_t j) { return row_of(call_.v, s, s.keys[j]); });
+    pack_key_pairs(v_pairs_, call_.v, s);
     for (std::int64_t b = first; b < last; ++b) forward_block(s, block(s.length, b));
   }
 
@@ -646,6 +696,7 @@ class Kernel {
       compute_scores(s, block, first, count);
       if (first > 0) rescale(block, before);
       exponentiate(block, count);
+      clear_weights(scores_, count);
       add_products(v_pairs_, scores_, block, first, count);
     }
     for (std::int64_t i = 0; i < block.last - block.first; ++i) {
@@ -666,7 +717,6 @@ class Kernel {
         count, block.width, units_, k_rows_ + first * row_, row_, q_columns_, kBlockQueries,
         [&](int row, int column, auto& products) {
           prefetch_rows();
-          prefetch_result(call_.out_result, s, block, row / 8);
           keep_scores(rule, scores_, top_, count, row, column, products);
         });
   }
@@ -698,7 +748,7 @@ class Kernel {
   // Relates sums of earlier keys to the new maxima.
   void rescale(const Block& block, const Floats* before) {
     for (std::int64_t i = 0; i < block.width; i += kLanes) {
-      const Floats factor = power<true>(before[i / kLanes] - finite_top(i));
+      const Floats factor = exact_power(before[i / kLanes] - finite_top(i));
       store(sum_ + i, load(sum_ + i) * factor);
       for (std::int64_t d = 0; d < dim_; ++d) {
         float* at = result_ + d * kBlockQueries + i;
@@ -765,10 +815,9 @@ class Kernel {
     begin_prefetch(s, number + 1, item.last);
     pack_rows(k_rows_, call_.k, s);
     pack_rows(v_rows_, call_.v, s);
-    pack_pairs(k_pairs_, wide_, s.count,
-               [&](std::int64_t j) { return row_of(call_.k, s, s.keys[j]); });
-    std::memset(dk_, 0, 4 * round_up(s.count, kRowPadding) * columns_);
-    std::memset(dv_, 0, 4 * round_up(s.count, kRowPadding) * columns_);
+    pack_key_pairs(k_pairs_, call_.k, s);
+    std::memset(dk_, 0, 4 * round_up(s.count, kPadding) * columns_);
+    std::memset(dv_, 0, 4 * round_up(s.count, kPadding) * columns_);
     for (std::int64_t b = 0; b < block_count(s.length); ++b) {
       backward_block(s, block(s.length, b));
     }
@@ -784,25 +833,25 @@ class Kernel {
                [&](std::int64_t i) { return row_of(call_.q, s, block.first + i); });
     pack_pairs(do_pairs_, columns_, queries,
                [&](std::int64_t i) { return row_of(call_.dout, s, block.first + i); });
-    const std::int64_t filled = pairs(queries), all = pairs(block.width);
+    const std::int64_t filled = pairs(queries), all = query_pairs(block);
     std::memset(q_pairs_ + filled * columns_, 0, 4 * (all - filled) * columns_);
     std::memset(do_pairs_ + filled * columns_, 0, 4 * (all - filled) * columns_);
     const std::int64_t keys = reach(s, block);
     load_lse(s, block);
-    if (!centers(keys)) compute_delta(s, block);
     find_runs(s, block);
     std::memset(result_, 0, 4 * round_up(wide_, kLanes) * kBlockQueries);
+    if (kExact) {
+      for (std::int64_t first = 0; first < keys; first += kBlockKeys) {
+        compute_probabilities(s, block, first, smaller(kBlockKeys, keys - first));
+      }
+      find_centers(block, keys);
+    } else {
+      compute_delta(s, block);
+    }
     for (std::int64_t first = 0; first < keys; first += kBlockKeys) {
       const std::int64_t count = smaller(kBlockKeys, keys - first);
-      const Scores rule = scores_rule(s, block, first, count);
-      multiply<Product, Order::kSummedAdjacent>(
-          count, block.width, units_, k_rows_ + first * row_, row_, q_columns_, kBlockQueries,
-          [&](int row, int column, auto& products) {
-            prefetch_rows();
-            prefetch_result(call_.dq, s, block, row / 8);
-            keep_probabilities(rule, scores_, top_, count, row, column, products);
-          });
-      if (queries < block.width) clear_probabilities(queries - block.width + kLanes, block, count);
+      if (!kExact) compute_probabilities(s, block, first, count);
+      float *p = scores_of(first), *ds = dscores_of(first);
       BiasRows dbias{nullptr, nullptr};
       if (dbias_ != nullptr && in_place(s)) {
         dbias = {dbias_ + column_of(s, block), rows_ + first};
@@ -810,33 +859,52 @@ class Kernel {
         dbias = {dbias_tile_, nullptr};
         std::memset(dbias_tile_, 0, 4 * count * kBlockQueries);
       }
-      multiply<Product, Order::kSummedAdjacent>(
-          count, block.width, units_, v_rows_ + first * row_, row_, do_columns_, kBlockQueries,
-          [&](int row, int column, auto& products) {
-            if (centers(keys)) {
-              keep(dscores_, count, row, column, products);
-            } else {
-              keep_dscores(dbias, scores_, delta_, dscores_, count, row, column, products);
-            }
-          });
-      if (centers(keys)) center(dbias, block, count);
+      compute_dscores(dbias, p, ds, block, count);
       if (dbias.start == dbias_tile_ && dbias_tile_ != nullptr) add_dbias_tile(first, count);
-      finish_pairs(block, count);
+      float *p_rows = kExact ? p : p_rows_, *ds_rows = kExact ? ds : ds_rows_;
+      finish_pairs(p, ds, p_rows, ds_rows, block, count);
       constexpr std::int64_t line = kBlockQueries / kElements;
-      multiply<Product, Order::kSummedAdjacent>(count, columns_, pairs(block.width), p_rows_, line,
-                                                do_pairs_, columns_,
-                                                AddTo{dv_ + first * columns_, columns_});
-      multiply<Product, Order::kSummedAdjacent>(count, columns_, pairs(block.width), ds_rows_, line,
-                                                q_pairs_, columns_,
-                                                AddTo{dk_ + first * columns_, columns_});
-      add_products(k_pairs_, dscores_, block, first, count);
+      add_product<Product, Order::kSummedAdjacent>(count, columns_, query_pairs(block), p_rows,
+                                                   line, do_pairs_, columns_,
+                                                   dv_ + first * columns_, columns_);
+      add_product<Product, Order::kSummedAdjacent>(count, columns_, query_pairs(block), ds_rows,
+                                                   line, q_pairs_, columns_,
+                                                   dk_ + first * columns_, columns_);
+      add_products(k_pairs_, ds, block, first, count);
     }
     for (std::int64_t i = 0; i < block.width; i += kLanes) store(top_ + i, splat(call_.scale));
     unpack_columns(call_.dq, result_, top_, s, block);
   }
 
-  // Whether center(), not delta_, makes the sum of the gradients of a query's scores zero.
-  static bool centers(std::int64_t keys) { return kExact && keys <= kBlockKeys; }
+  // Pairs of queries, with zeros up to those that a product sums.
+  static std::int64_t query_pairs(const Block& block) {
+    return round_up(pairs(block.width), kDepthPadding);
+  }
+
+  // Where the keys from `first` on lie: behind those before them, or in their place.
+  float* scores_of(std::int64_t first) const {
+    return scores_ + (kExact ? first * kBlockQueries : 0);
+  }
+  float* dscores_of(std::int64_t first) const {
+    return dscores_ + (kExact ? first * kBlockQueries : 0);
+  }
+
+  // p and dp of the keys from `first` on.
+  void compute_probabilities(const Sequence& s, const Block& block, std::int64_t first,
+                             std::int64_t count) {
+    float *p = scores_of(first), *dp = dscores_of(first);
+    const Scores rule = scores_rule(s, block, first, count);
+    multiply<Product, Order::kSummedAdjacent>(
+        count, block.width, units_, k_rows_ + first * row_, row_, q_columns_, kBlockQueries,
+        [&](int row, int column, auto& products) {
+          prefetch_rows();
+          keep_probabilities(rule, p, top_, count, row, column, products);
+        });
+    clear_probabilities(p, block, count);
+    multiply<Product, Order::kSummedAdjacent>(
+        count, block.width, units_, v_rows_ + first * row_, row_, do_columns_, kBlockQueries,
+        [&](int row, int column, auto& products) { keep(dp, count, row, column, products); });
+  }
 
   // top_ = log-sum-exp times kBase, infinite in lanes without a query and without a key.
   void load_lse(const Sequence& s, const Block& block) {
@@ -880,10 +948,12 @@ class Kernel {
 
   // Zeros in the lanes without a query, which only the last vector has. Their bias is that of
   // another query or of none: it need not be finite.
-  void clear_probabilities(std::int64_t used, const Block& block, std::int64_t count) {
+  static void clear_probabilities(float* p, const Block& block, std::int64_t count) {
+    const std::int64_t used = block.last - block.first - (block.width - kLanes);
+    if (used == kLanes) return;
     const Words filled = Words(lane_numbers() < static_cast<std::uint32_t>(used));
     for (std::int64_t j = 0; j < count; ++j) {
-      float* at = scores_ + j * kBlockQueries + block.width - kLanes;
+      float* at = p + j * kBlockQueries + block.width - kLanes;
       store(at, where(filled, load(at), Floats{}));
     }
   }
@@ -901,16 +971,16 @@ class Kernel {
     }
   }
 
-  // dscores_ = p (dp - sum(p dp)), from p and dp of all keys of these queries. It corrects p, whose
-  // sum is not 1 because the log-sum-exp is rounded: a common factor of all p of a query would
-  // shift the gradients of its scores in one direction, as would delta_ from a rounded out, and
-  // their sums, which are gradients of the table, far more than a rounding of each.
-  void center(const BiasRows dbias, const Block& block, std::int64_t count) {
+  // factor_ = 1 / sum(p) and delta_ = sum(p dp) / sum(p), over all keys of a query. The sum of p is
+  // not 1 because the log-sum-exp is rounded. A common factor of all p of a query would shift the
+  // gradients of its scores in one direction, as would delta_ from a rounded out, and their sums,
+  // which are gradients of the table, far more than a rounding of each.
+  void find_centers(const Block& block, std::int64_t keys) {
     for (std::int64_t i = 0; i < block.width; i += kLanes) {
       Floats weight{}, total{};
-      for (std::int64_t first = 0; first < count; first += kSummedKeys) {
+      for (std::int64_t first = 0; first < keys; first += kSummedKeys) {
         Floats some_weight{}, some{};
-        for (std::int64_t j = first; j < smaller(first + kSummedKeys, count); ++j) {
+        for (std::int64_t j = first; j < smaller(first + kSummedKeys, keys); ++j) {
           const Floats p = load(scores_ + j * kBlockQueries + i);
           some_weight += p;
           some += p * load(dscores_ + j * kBlockQueries + i);
@@ -920,81 +990,78 @@ class Kernel {
       }
       // Lanes without a query, and queries without a key, have no weight.
       const Floats factor = where(Words(weight == Floats{}), Floats{}, splat(1) / weight);
-      const Floats delta = total * factor;
+      store(factor_ + i, factor);
+      store(delta_ + i, total * factor);
+    }
+  }
+
+  // ds = p (dp - delta) from dp, with p times factor_ if the product is exact.
+  void compute_dscores(const BiasRows dbias, float* p, float* ds, const Block& block,
+                       std::int64_t count) const {
+    for (std::int64_t i = 0; i < block.width; i += kLanes) {
+      const Floats delta = load(delta_ + i), factor = kExact ? load(factor_ + i) : Floats{};
       for (std::int64_t j = 0; j < count; ++j) {
         const std::int64_t at = j * kBlockQueries + i;
-        const Floats p = load(scores_ + at) * factor;
-        const Floats ds = p * (load(dscores_ + at) - delta);
-        store(scores_ + at, p);
-        store(dscores_ + at, ds);
+        Floats weight = load(p + at);
+        if (kExact) store(p + at, weight = weight * factor);
+        const Floats gradient = weight * (load(ds + at) - delta);
+        store(ds + at, gradient);
         if (dbias.start != nullptr) {
           float* sum = dbias.at(j) + i;
-          store(sum, load(sum) + ds);
+          store(sum, load(sum) + gradient);
         }
       }
     }
   }
 
-  // ds = p (dp - delta) [keys, queries], from dp.
-  template <int rows, int vectors>
-  static void keep_dscores(const BiasRows dbias, const float* p, const float* delta, float* dscores,
-                           std::int64_t count, int row, int column,
-                           Floats (&dp)[rows][vectors]) {
-    Floats base[vectors];
-    load_vectors(base, delta + column);
-#pragma GCC unroll 16
-    for (int m = 0; m < rows; ++m) {
-      if (row + m >= count) break;
-      float* to_bias = dbias.start == nullptr ? nullptr : dbias.at(row + m) + column;
-#pragma GCC unroll 16
-      for (int n = 0; n < vectors; ++n) {
-        const std::int64_t at = (row + m) * kBlockQueries + column + n * kLanes;
-        const Floats ds = load(p + at) * (dp[m][n] - base[n]);
-        store(dscores + at, ds);
-        if (to_bias != nullptr) store(to_bias + n * kLanes, load(to_bias + n * kLanes) + ds);
-      }
-    }
-  }
-
-  // Completes p_rows_ and ds_rows_ [keys, pairs of queries], with zeros for further keys, and
-  // dscores_ [pairs of keys, queries].
-  void finish_pairs(const Block& block, std::int64_t count) {
+  // Completes p_rows and ds_rows [keys, pairs of queries], with zeros for further keys, and ds,
+  // [pairs of keys, queries].
+  static void finish_pairs(const float* p, float* ds, float* p_rows, float* ds_rows,
+                           const Block& block, std::int64_t count) {
     const std::int64_t line = kBlockQueries / kElements;
-    const std::int64_t missing = round_up(count, kRowPadding) - count;
-    std::memset(p_rows_ + count * line, 0, 4 * missing * line);
-    std::memset(ds_rows_ + count * line, 0, 4 * missing * line);
+    const std::int64_t missing = round_up(count, kPadding) - count;
+    std::memset(p_rows + count * line, 0, 4 * missing * line);
+    std::memset(ds_rows + count * line, 0, 4 * missing * line);
     if constexpr (kElements == 2) {
       for (std::int64_t j = 0; j < count; ++j) {
         for (std::int64_t i = 0; i < block.width; i += kLanes) {
           const std::int64_t at = j * kBlockQueries + i;
-          store_bits(halves(p_rows_) + at, to_bfloat16(load(scores_ + at)), kLanes);
-          store_bits(halves(ds_rows_) + at, to_bfloat16(load(dscores_ + at)), kLanes);
+          store_halves(p_rows + at / 2, Product::narrow(load(p + at)));
+          store_halves(ds_rows + at / 2, Product::narrow(load(ds + at)));
+        }
+        for (std::int64_t i = block.width; i < 2 * query_pairs(block); i += kLanes) {
+          const std::int64_t at = j * kBlockQueries + i;
+          store_halves(p_rows + at / 2, Halves{});
+          store_halves(ds_rows + at / 2, Halves{});
         }
       }
       for (std::int64_t j = 0; j < count; j += 2) {
         for (std::int64_t i = 0; i < block.width; i += kLanes) {
-          const float* from = dscores_ + j * kBlockQueries + i;
+          const float* from = ds + j * kBlockQueries + i;
           Floats next{};
           if (j + 1 < count) next = load(from + kBlockQueries);
-          store(dscores_ + j / 2 * kBlockQueries + i, Product::pair(load(from), next));
+          store(ds + j / 2 * kBlockQueries + i, Product::pair(load(from), next));
         }
       }
+      clear_weights(ds, count);
     }
   }
 
-  static std::uint16_t* halves(float* from) { return reinterpret_cast<std::uint16_t*>(from); }
-
+  static void store_halves(float* to, Halves x) { std::memcpy(to, &x, sizeof x); }
   // Writes the gradient of k or v; zeros for keys that are not valid.
   void write_keys(Result to, const float* from, float factor, const Sequence& s) const {
     std::int64_t j = 0;
-    for (std::int64_t token = 0; token < s.length; ++token) {
-      const bool valid = j < s.count && s.keys[j] == token;
-      T* row = result_row(to, s, token);
-      for (std::int64_t d = 0; d < dim_; d += kLanes) {
-        const Floats x = valid ? load(from + j * columns_ + d) * splat(factor) : Floats{};
-        store_narrow<type>(row + d, x, dim_ - d);
+    for (std::int64_t token = 0; token < s.length; token += kLanes) {
+      const std::int64_t count = smaller(kLanes, s.length - token);
+      for (std::int64_t i = 0; i < count; ++i) {
+        const bool valid = j < s.count && s.keys[j] == token + i;
+        for (std::int64_t d = 0; d < columns_; d += kLanes) {
+          const Floats x = valid ? load(from + j * columns_ + d) * splat(factor) : Floats{};
+          store_narrow<type>(results_ + i * columns_ + d, x, kLanes);
+        }
+        j += valid;
       }
-      j += valid;
+      write_rows(to, s, token, count);
     }
   }
 
@@ -1021,7 +1088,8 @@ class Kernel {
   float *p_rows_ = nullptr, *ds_rows_ = nullptr;
   float* result_ = nullptr;                                                 // [dim, queries]
   float *dk_ = nullptr, *dv_ = nullptr;                                     // [keys, columns_]
-  float *top_ = nullptr, *sum_ = nullptr, *delta_ = nullptr;                // [queries]
+  T* results_ = nullptr;                                                    // [kLanes, columns_]
+  float *top_ = nullptr, *sum_ = nullptr, *delta_ = nullptr, *factor_ = nullptr;  // [queries]
 };
 
 // Calls f with a tag of the kernel of the call's type.
@@ -1030,7 +1098,10 @@ struct Tag {
   using Of = Kernel<Product, type>;
 };
 template <class F>
-auto with_kernel(const AttentionCall& call, F&& f) {
+auto with_kernel([[maybe_unused]] const AttentionCall& call, F&& f) {
+#if defined(__AMX_BF16__)
+  return f(Tag<TileProduct, Type::kBfloat16>{});
+#else
 #if defined(__AVX512BF16__)
   using Bfloat16Product = PairProduct;
 #else
@@ -1041,6 +1112,7 @@ auto with_kernel(const AttentionCall& call, F&& f) {
     case Type::kBfloat16: return f(Tag<Bfloat16Product, Type::kBfloat16>{});
     default: return f(Tag<SingleProduct, Type::kFloat32>{});
   }
+#endif
 }
 
 std::int64_t scratch_bytes(const AttentionCall& call, bool backward) {

@@ -8,6 +8,10 @@
 #include <memory>
 #include <new>
 #include <stdexcept>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "threads.h"
 
@@ -24,13 +28,26 @@ VLMO_KERNELS_OF(avx2)
 VLMO_KERNELS_OF(avx512)
 VLMO_KERNELS_OF(avx512_bf16)
 #undef VLMO_KERNELS_OF
+namespace amx_bf16 {
+extern const AttentionKernels attention;  // of bfloat16 only
+}
 
 namespace {
+
+// Whether the system lets this process use the tiles of AMX, which it must ask for.
+bool allows_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(2)
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 struct Choice {
   const char* name;
   bool available;
-  const AttentionKernels* attention;
+  const AttentionKernels *bfloat16_attention, *attention;  // the latter of the other types
   const MatmulKernels* matmul;
   const RowsKernels* rows;
 };
@@ -45,15 +62,18 @@ const std::vector<Choice>& choices() {
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
     const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-    found = {{"avx512_bf16", has_bf16, &avx512_bf16::attention, &avx512_bf16::matmul,
-              &avx512_bf16::rows},
-             {"avx512", has_avx512, &avx512::attention, &avx512::matmul,
+    const bool has_amx = has_bf16 && __builtin_cpu_supports("amx-tile") &&
+                         __builtin_cpu_supports("amx-bf16") && allows_tiles();
+    found = {{"amx_bf16", has_amx, &amx_bf16::attention, &avx512_bf16::attention,
+              &avx512_bf16::matmul, &avx512_bf16::rows},
+             {"avx512_bf16", has_bf16, &avx512_bf16::attention, &avx512_bf16::attention,
+              &avx512_bf16::matmul, &avx512_bf16::rows},
+             {"avx512", has_avx512, &avx512::attention, &avx512::attention, &avx512::matmul,
               &avx512::rows},
-             {"avx2", has_avx2, &avx2::attention, &avx2::matmul,
-              &avx2::rows}};
+             {"avx2", has_avx2, &avx2::attention, &avx2::attention, &avx2::matmul, &avx2::rows}};
 #endif
-    found.push_back({"portable", true, &portable::attention, &portable::matmul,
-              &portable::rows});
+    found.push_back({"portable", true, &portable::attention, &portable::attention,
+                     &portable::matmul, &portable::rows});
     return found;
   }();
   return all;
@@ -64,6 +84,11 @@ const Choice& choice_of(const std::string& instructions) {
     if (choice.available && instructions == choice.name) return choice;
   }
   throw std::invalid_argument("this CPU has no '" + instructions + "'");
+}
+
+const AttentionKernels& attention_of(const AttentionCall& call, const std::string& instructions) {
+  const Choice& choice = choice_of(instructions);
+  return *(call.type == Type::kBfloat16 ? choice.bfloat16_attention : choice.attention);
 }
 
 struct Freed {
@@ -154,12 +179,26 @@ bool is_intel() {
 #endif
 }
 
+// Whether to write results past the caches: whole lines, and too many for the next reader to find
+// them in a cache. Ordinary writes of them took a third of the backward on an Intel CPU.
+bool streams(const AttentionCall& call, std::initializer_list<Result> results) {
+  constexpr std::int64_t kLine = 64, kCached = std::int64_t{1} << 20;
+  const std::int64_t element = call.type == Type::kFloat32 ? 4 : 2, row = call.dim * element;
+  if (row % kLine != 0 || call.result_row * element % kLine != 0) return false;
+  for (Result result : results) {
+    if (reinterpret_cast<std::uintptr_t>(result) % kLine != 0) return false;
+  }
+  const auto count = static_cast<std::int64_t>(results.size());
+  return call.sequences * call.length * call.heads * row * count > kCached;
+}
+
 void attention_forward(AttentionCall call, const std::string& instructions, int threads) {
-  const AttentionKernels& kernels = *choice_of(instructions).attention;
+  const AttentionKernels& kernels = attention_of(call, instructions);
   if (call.sequences == 0 || call.length == 0) return;
   constexpr std::int64_t kPartQueries = 48;  // an item has at least as many
   const std::int64_t most = std::max<std::int64_t>(1, call.length / kPartQueries);
   const Division division = divide(call, threads, most);
+  call.streams = streams(call, {call.out_result});
   call.head_group = division.head_group;
   run(division.items(), threads, kernels.scratch_bytes(call, false),
       [&](std::int64_t number, void* scratch) {
@@ -169,10 +208,11 @@ void attention_forward(AttentionCall call, const std::string& instructions, int 
 
 void attention_backward(AttentionCall call, const std::string& instructions, int threads,
                         double* dtable) {
-  const AttentionKernels& kernels = *choice_of(instructions).attention;
+  const AttentionKernels& kernels = attention_of(call, instructions);
   if (call.sequences == 0 || call.length == 0) return;
   // The gradients of keys are sums over all queries, so these are not divided.
   const Division division = divide(call, threads, 1);
+  call.streams = streams(call, {call.dq, call.dk, call.dv});
   call.head_group = division.head_group;
   const std::int64_t entries = call.heads * call.entries;
   std::vector<double> partial;

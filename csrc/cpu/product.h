@@ -2,6 +2,7 @@
 #pragma once
 
 #include "simd.h"
+#include "tiles.h"
 
 namespace vlmo {
 namespace {
@@ -9,6 +10,10 @@ namespace {
 // How two operands are multiplied: the elements of a "unit" of 32 bits, and the sum of products.
 struct SingleProduct {
   static constexpr int kElements = 1;
+  static constexpr bool kTiles = false;
+  // Calls of a thread before and after its products.
+  static void begin() {}
+  static void end() {}
   static Floats add(Floats sum, float a, Floats b) { return sum + splat(a) * b; }
 };
 
@@ -16,6 +21,9 @@ struct SingleProduct {
 // Pairs of bfloat16 that are adjacent in the summed dimension.
 struct PairProduct {
   static constexpr int kElements = 2;
+  static constexpr bool kTiles = false;
+  static void begin() {}
+  static void end() {}
   static Floats add(Floats sum, float a, Floats b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)splat(a), (__m512bh)b);
   }
@@ -27,6 +35,15 @@ struct PairProduct {
     return (Floats)_mm512_permutexvar_epi16((__m512i)order,
                                             (__m512i)_mm512_cvtne2ps_pbh(second, first));
   }
+  static Halves narrow(Floats x) { return (Halves)_mm512_cvtneps_pbh(x); }
+};
+#endif
+
+#if defined(__AMX_BF16__)
+struct TileProduct : PairProduct {
+  static constexpr bool kTiles = true;
+  static void begin() { begin_tiles(); }
+  static void end() { _tile_release(); }
 };
 #endif
 
@@ -88,10 +105,14 @@ inline void multiply_columns(int rows, int depth, const float* a, std::int64_t l
 // Calls use(row, column, sums) for blocks of the product of a [rows, depth] and b [depth, columns].
 //
 // a is transposed in memory if order is kRowsAdjacent. columns is a multiple of kLanes. Blocks may
-// exceed `rows`, up to the next multiple of kRowPadding.
+// exceed `rows`, up to the next multiple of kRowPadding. Tiles need more: see multiply_tiles.
 template <class Product, Order order, class Use>
 inline void multiply(int rows, int columns, int depth, const float* a, std::int64_t lda,
                      const float* b, std::int64_t ldb, Use&& use) {
+#if defined(__AMX_BF16__)
+  static_assert(!Product::kTiles || order == Order::kSummedAdjacent);
+  if constexpr (Product::kTiles) return multiply_tiles(rows, columns, depth, a, lda, b, ldb, use);
+#endif
   const int vectors = columns / kLanes, groups = (vectors + kMaxVectors - 1) / kMaxVectors;
   for (int group = 0; group < groups; ++group) {
     const int first = group * vectors / groups, count = (group + 1) * vectors / groups - first;
@@ -106,21 +127,30 @@ inline void multiply(int rows, int columns, int depth, const float* a, std::int6
   }
 }
 
-// A use of multiply that adds the product to c.
-struct AddTo {
-  float* c;
-  std::int64_t ldc;
-
-  template <int rows, int vectors>
-  void operator()(int row, int column, Floats (&sums)[rows][vectors]) const {
+template <int rows, int vectors>
+inline void add_block(Floats (&sums)[rows][vectors], float* c, std::int64_t ldc) {
 #pragma GCC unroll 16
-    for (int m = 0; m < rows; ++m) {
-      float* to = c + (row + m) * ldc + column;
+  for (int m = 0; m < rows; ++m) {
+    float* to = c + m * ldc;
 #pragma GCC unroll 16
-      for (int n = 0; n < vectors; ++n) store(to + n * kLanes, load(to + n * kLanes) + sums[m][n]);
-    }
+    for (int n = 0; n < vectors; ++n) store(to + n * kLanes, load(to + n * kLanes) + sums[m][n]);
   }
-};
+}
+
+// Adds the product to c, with the sizes of multiply.
+template <class Product, Order order>
+inline void add_product(int rows, int columns, int depth, const float* a, std::int64_t lda,
+                        const float* b, std::int64_t ldb, float* c, std::int64_t ldc) {
+#if defined(__AMX_BF16__)
+  if constexpr (Product::kTiles) {
+    return add_product_of_tiles(rows, columns, depth, a, lda, b, ldb, c, ldc);
+  }
+#endif
+  multiply<Product, order>(rows, columns, depth, a, lda, b, ldb,
+                           [&](int row, int column, auto& sums) {
+                             add_block(sums, c + row * ldc + column, ldc);
+                           });
+}
 
 }  // namespace
 }  // namespace vlmo

@@ -82,25 +82,42 @@ inline float sum(Floats x) {
   return parts[0];
 }
 
-// Minimax polynomials of the relative error of 2^f, -1/2 <= f <= 1/2; errors 2^-27 and 2^-18.
-constexpr float kExp2Exact[] = {1.f,           0.69314718f,   0.24022646f,   0.055503286f,
-                                0.009618489f,  0.001339993f,  0.000153458124f};
+// Minimax polynomials of the relative error: of e^r, |r| <= ln(2) / 2, error 2^-28; of 2^f,
+// |f| <= 1/2, error 2^-18.
+constexpr float kExp[] = {1.f,          1.f,           0.49999993f, 0.16666521f,
+                          0.041668390f, 0.0083687100f, 0.0013814600f};
 constexpr float kExp2Rough[] = {0.99999928f, 0.69312179f, 0.24024744f, 0.055917859f, 0.0095701022f};
 
-// 2^x for x <= 0, by either polynomial; NaN for NaN, 0 below 2^-126.
-template <bool exact>
-inline Floats exp2_nonpositive(Floats x) {
-  // The constant comes first because the maximum must keep a NaN.
-  x = maximum(splat(-127.f), x);
-  const Floats magic = splat(0x1.8p23f);  // adding it rounds to an integer in the lowest bits
-  const Floats shifted = x + magic;
-  const Floats f = x - (shifted - magic);  // -1/2 to 1/2
-  constexpr int degree = exact ? 6 : 4;
-  const float* coefficients = exact ? kExp2Exact : kExp2Rough;
-  Floats p = splat(coefficients[degree]);
-  for (int i = degree - 1; i >= 0; --i) p = p * f + splat(coefficients[i]);
-  // The exponent's bits: 0 for -127, so that the result is exactly 0.
+template <int count>
+inline Floats polynomial(const float (&coefficients)[count], Floats x) {
+  Floats p = splat(coefficients[count - 1]);
+#pragma GCC unroll 8
+  for (int i = count - 2; i >= 0; --i) p = p * x + splat(coefficients[i]);
+  return p;
+}
+
+constexpr float kRounding = 0x1.8p23f;  // adding it rounds to an integer in the lowest bits
+
+// p times 2^n, where n is `shifted` less kRounding, -127 to 0; exactly 0 for -127.
+inline Floats scaled(Floats p, Floats shifted) {
   return p * Floats((Words(shifted) + 127) << 23);
+}
+
+// e^x for x <= 0, with a relative error of 2^-23; NaN for NaN, 0 below 2^-126.
+inline Floats exp_nonpositive(Floats x) {
+  // The constant comes first because the maximum must keep a NaN.
+  x = maximum(splat(-88.f), x);
+  const Floats shifted = x * splat(1.44269504f) + splat(kRounding), n = shifted - splat(kRounding);
+  // x - n ln(2), with ln(2) as the sum of a number of few bits and a correction.
+  const Floats r = (x - n * splat(0.693359375f)) - n * splat(-0.000212194440f);
+  return scaled(polynomial(kExp, r), shifted);
+}
+
+// 2^x for x <= 0, with a relative error of 2^-18; NaN for NaN, 0 below 2^-126.
+inline Floats rough_exp2_nonpositive(Floats x) {
+  x = maximum(splat(-127.f), x);
+  const Floats shifted = x + splat(kRounding);
+  return scaled(polynomial(kExp2Rough, x - (shifted - splat(kRounding))), shifted);
 }
 
 // Conversions of 16-bit elements, in both directions of one vector.
@@ -195,6 +212,27 @@ inline void store_bits(std::uint16_t* to, Words bits, std::int64_t count) {
   } else if (count > 0) {
     std::memcpy(to, &narrow, 2 * count);
   }
+}
+
+// Writes an aligned line of 64 bytes past the caches. An ordinary write would first read the line.
+inline void stream_line(char* to, const char* from) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+#elif defined(__AVX2__)
+  for (int i = 0; i < 64; i += 32) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), half);
+  }
+#else
+  std::memcpy(to, from, 64);
+#endif
+}
+
+// Makes what this thread has streamed visible to threads that it then synchronizes with.
+inline void finish_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
 }
 
 // x in the first `count` lanes, and zeros.

@@ -55,6 +55,8 @@ CASES = [
     plain(33, 200, scale=0.5),
     Case(length=500, mask="lengths", index="random", heads=1, head_dim=17, entries=400),
     Case(length=241, mask="mask", index="random", heads=2, head_dim=64, entries=400),
+    # Results of more than a megabyte.
+    Case(length=257, mask="mask", index="random", batch=4, heads=9, head_dim=64, entries=400),
     # Keys that are left out, the first ones of a causal sequence among them.
     Case(length=70, mask="mask", index="random", batch=3, causal=True, heads=2),
     Case(length=241, mask="mask", index=None, causal=True, heads=1, head_dim=65),
@@ -65,7 +67,7 @@ CASES = [
     Case(length=60, index="random", positions="runs", mask=None),
     Case(length=50, index="random", positions="order", mask="mask", head_dim=34),
     Case(length=241, index="random", positions="runs", mask=None, heads=1, causal=True),
-    Case(length=20, index="random", mask=None, entries=100_000, heads=2),
+    Case(length=60, index="random", mask=None, entries=100_000, heads=2),
     # Packed sequences: short and long ones, empty ones, some longer than a block.
     Case(index="random", lengths=(5, 70, 0, 5, 66, 66, 5, 66), mask=None, heads=2),
     Case(index=None, lengths=(47, 49, 1, 241), mask=None, causal=True, heads=2),

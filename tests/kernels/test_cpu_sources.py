@@ -19,25 +19,24 @@ CMAKE = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
 COMPILER = os.environ.get("CXX", "g++")
 
 
-def flags_by_instructions() -> dict[str, list[str]]:
-    """Compiler flags of each instruction set, as CMakeLists.txt has them."""
-    variables = dict(re.findall(r"set\((\w+) (-m[^)]*)\)", CMAKE))
-    calls = re.findall(r"^ *vlmo_cpu_kernels\((\w+)([^)]*)\)", CMAKE, re.MULTILINE)
-    expanded = {
-        name: re.sub(r"\$\{(\w+)\}", lambda match: variables[match[1]], flags)
-        for name, flags in calls
-        if name != "name"
-    }
-    return {name: flags.split() for name, flags in expanded.items()}
+def builds() -> dict[str, tuple[list[str], list[str]]]:
+    """Sources and compiler flags of each instruction set, as CMakeLists.txt has them."""
+    variables = dict(re.findall(r"set\((\w+) ((?:-m|csrc)[^)]*)\)", CMAKE))
+    calls = re.findall(r"^ *vlmo_cpu_kernels\((\w+) ([^\s)]+)([^)]*)\)", CMAKE, re.MULTILINE)
+
+    def words(text: str) -> list[str]:
+        expanded = re.sub(r"\$\{(\w+)\}", lambda match: variables[match[1]], text)
+        return expanded.replace('"', "").split()
+
+    return {name: (words(files), words(flags)) for name, files, flags in calls if name != "name"}
 
 
-def sources() -> list[str]:
-    found = re.search(r"add_library\(cpu_\$\{name\} OBJECT ([^)]*)\)", CMAKE)
-    assert found
-    return found[1].split()
-
-
-FLAGS, SOURCES = flags_by_instructions(), sources()
+BUILDS = builds()
+FLAGS = {instructions: flags for instructions, (_, flags) in BUILDS.items()}
+SOURCES = BUILDS["portable"][0]
+COMPILED = [
+    (source, instructions) for instructions, (files, _) in BUILDS.items() for source in files
+]
 # Sources, and the name of the table of kernels that each defines.
 TABLES = {source: Path(source).stem for source in SOURCES}
 
@@ -70,8 +69,7 @@ def skip_on_other_machines(instructions: str) -> None:
         pytest.skip(f"{instructions} is for x86")
 
 
-@pytest.mark.parametrize("instructions", FLAGS)
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(("source", "instructions"), COMPILED)
 def test_an_object_defines_its_table_alone(source, instructions, tmp_path):
     """No function that the linker could take for another object's, of fewer instructions.
 
@@ -91,15 +89,11 @@ def test_an_object_defines_its_table_alone(source, instructions, tmp_path):
 @pytest.mark.parametrize("compiler", ["clang++", "aarch64-linux-gnu-g++"])
 @pytest.mark.parametrize("source", SOURCES)
 def test_other_compilers(source, compiler, tmp_path):
-    for instructions in FLAGS if compiler == "clang++" else ["portable"]:
+    for file, instructions in COMPILED:
+        if file != source or (compiler != "clang++" and instructions != "portable"):
+            continue
         skip_on_other_machines(instructions)
         compile_with(compiler, instructions, "-O0", "-c", source, "-o", str(tmp_path / "kernels.o"))
-
-
-def instruction_sets() -> list:
-    """The widest one in make test; they differ in little that matters here."""
-    first, *others = _C.instruction_sets()
-    return [first, *(pytest.param(name, marks=pytest.mark.slow) for name in others)]
 
 
 # Programs that call kernels, and the files of these.
@@ -109,8 +103,20 @@ DRIVERS = {
 }
 
 
-@pytest.mark.parametrize("instructions", instruction_sets())
-@pytest.mark.parametrize("driver", DRIVERS)
+def driven() -> list:
+    """Drivers and instruction sets; of these the widest in make test, as they differ in little."""
+    pairs = []
+    for driver, files in DRIVERS.items():
+        compiled = [
+            name for name in _C.instruction_sets() if (f"csrc/cpu/{files[0]}", name) in COMPILED
+        ]
+        for name in compiled:
+            marks = [] if name == compiled[0] else [pytest.mark.slow]
+            pairs.append(pytest.param(driver, name, marks=marks))
+    return pairs
+
+
+@pytest.mark.parametrize(("driver", "instructions"), driven())
 def test_kernels_stay_inside_their_tensors(driver, instructions, tmp_path):
     program = tmp_path / "driver"
     compile_with(
