@@ -78,42 +78,44 @@ def reports(*, gpu: bool) -> dict[Path, Report]:
     return found
 
 
-def cpu_report() -> tuple[Path, Report] | None:
-    """The committed result of a CPU.
+def cpu_reports() -> dict[Path, Report]:
+    """The committed results of CPUs.
 
     Raises:
-        ValueError: there are several results.
+        ValueError: there are several results of one CPU.
     """
     found = reports(gpu=False)
-    if len(found) > 1:
-        raise ValueError(f"{', '.join(path.name for path in found)}: keep one result of a CPU")
-    return next(iter(found.items()), None)
+    by_cpu: dict[str, Path] = {}
+    for path, report in found.items():
+        other = by_cpu.setdefault(report.machine.get("cpu", "a CPU"), path)
+        if other != path:
+            raise ValueError(f"{other.name}, {path.name}: keep one result of a CPU")
+    return found
 
 
 def cpu_summary(up: str) -> str:
-    """Picture and table of the most important case of each suite and phase."""
-    found = cpu_report()
-    if found is None:
-        return "No result of a CPU is committed yet."
-    path, report = found
-    base = f"{up}{REPORTS}/{path.stem}"
-    picture = [
-        "<picture>",
-        f'  <source media="(prefers-color-scheme: dark)" srcset="{base}-speed-dark.png">',
-        f'  <img alt="Speedup over unilm" src="{base}-speed-light.png" width="800">',
-        "</picture>",
-        "",
-    ]
-    told = f"{_origin(report)}; all of it: [{path.stem}.md]({base}.md)."
-    return "\n".join([*picture, *_compact(firsts(groups(report.records))), "", told])
+    """Picture and table of the most important case of each suite and phase, for each CPU."""
+    parts = []
+    for path, report in cpu_reports().items():
+        base = f"{up}{REPORTS}/{path.stem}"
+        picture = [
+            "<picture>",
+            f'  <source media="(prefers-color-scheme: dark)" srcset="{base}-speed-dark.png">',
+            f'  <img alt="Speedup over unilm" src="{base}-speed-light.png" width="800">',
+            "</picture>",
+            "",
+        ]
+        told = f"{_origin(report)}; all of it: [{path.stem}.md]({base}.md)."
+        parts += [*picture, *_compact(firsts(groups(report.records))), "", told, ""]
+    return "\n".join(parts).rstrip() or "No result of a CPU is committed yet."
 
 
 def cpu_cases(up: str) -> str:
-    """Every case on the CPU."""
-    found = cpu_report()
-    if found is None:
-        return "No result of a CPU is committed yet."
-    return "\n".join([*_compact(groups(found[1].records)), "", f"{_origin(found[1])}."])
+    """Every case on every CPU."""
+    parts = []
+    for report in cpu_reports().values():
+        parts += [*_compact(groups(report.records)), "", f"{_origin(report)}.", ""]
+    return "\n".join(parts).rstrip() or "No result of a CPU is committed yet."
 
 
 def gpu_summary(up: str) -> str:

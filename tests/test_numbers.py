@@ -176,6 +176,15 @@ def test_a_changed_page_or_picture_is_not_up_to_date(tree, monkeypatch):
     assert set(tables.stale(write=False)) == {f"benchmarks/results/{name}" for name in before}
 
 
+def test_every_cpu_has_its_table(tree):
+    for commit, chip in (("a", "Some Chip"), ("b", "Another")):
+        records = [measured("vlmo:cpu", 1.0), measured("slices", 2.0)]
+        save(report(*records, machine={"name": "cpu", "cpu": chip}), f"cpu-{commit}")
+    for text in (tables.cpu_summary(""), tables.cpu_cases("")):
+        assert text.count("| moe_ffn") == 2
+        assert text.index("Measured on Some Chip") < text.index("Measured on Another")
+
+
 @pytest.mark.heavy
 def test_results_of_gpus_are_listed_and_others_left_alone(tree):
     assert tables.gpu_summary("") == "No result of a GPU is committed yet."
@@ -186,11 +195,11 @@ def test_results_of_gpus_are_listed_and_others_left_alone(tree):
     assert "1.00 (vlmo:triton) | 2.00 (slices) | 2.00 (slices) | 2.00 x | 2.00 x" in text
 
 
-def test_two_results_of_a_cpu_are_one_too_many(tree):
+def test_two_results_of_one_cpu_are_one_too_many(tree):
     for commit in ("a", "b"):
         save(report(machine={"name": "cpu"}), f"cpu-{commit}")
     with pytest.raises(ValueError, match=r"cpu-a\.json, cpu-b\.json: keep one"):
-        tables.cpu_report()
+        tables.cpu_reports()
 
 
 @pytest.mark.parametrize(

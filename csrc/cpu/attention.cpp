@@ -91,7 +91,7 @@ class Kernel {
 
   // Three accumulators of 16 lanes, or two pairs of tiles.
   static constexpr int kBlockQueries = kTiles ? 64 : 48;
-  static constexpr int kBlockKeys = kTiles ? 128 : 240;  // 46 to 64 KB of scores
+  static constexpr int kBlockKeys = kTiles ? 128 : 240;  // 32 or 46 KB of scores
   // Multiples of these hold a product's rows and the units that it sums.
   static constexpr int kPadding = kTiles ? 32 : kRowPadding, kDepthPadding = kTiles ? 16 : 1;
   static_assert(kBlockQueries % kLanes == 0 && kBlockKeys % kPadding == 0 &&

@@ -22,8 +22,8 @@ def row(text: str, contender: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_committed_results_are_read():
-    [path] = RESULTS.glob("cpu-*.json")
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("cpu-*.json")), ids=lambda path: path.stem)
+def test_committed_results_are_read(path):
     it = Report.load(path)
     assert (it.machine["name"], it.commit) == ("cpu", path.stem.removeprefix("cpu-"))
     measured = json.loads(path.read_text())["benchmarks"]
