@@ -1,4 +1,5 @@
-// The kernels of shared_attention for the instruction set VLMO_INSTRUCTIONS.
+// The kernels of shared_attention for the instruction set VLMO_INSTRUCTIONS: of bfloat16 if the set
+// has products of it, otherwise of every type.
 //
 // A thread computes one head of a sequence at a time, for a block of queries after another. Scores
 // lie transposed in memory, [keys, queries], so that a vector holds a key's scores of several
@@ -16,36 +17,6 @@ namespace {
 // one long chain of additions would round too often for the error bound.
 constexpr int kSummedKeys = 16, kMultipliedKeys = 80;  // even
 constexpr float kLog2E = 1.44269504089f, kLn2 = 0.693147180560f;
-
-// An element of type `type` in memory.
-template <Type type>
-struct Element {
-  using Stored = std::uint16_t;
-};
-template <>
-struct Element<Type::kFloat32> {
-  using Stored = float;
-};
-template <Type type>
-using Stored = typename Element<type>::Stored;
-
-template <Type type>
-inline Floats load_wide(const Stored<type>* from, std::int64_t count) {
-  if constexpr (type == Type::kFloat32) {
-    return load_some(from, count);
-  } else {
-    return widen(type, load_bits(from, count));
-  }
-}
-
-template <Type type>
-inline void store_narrow(Stored<type>* to, Floats x, std::int64_t count) {
-  if constexpr (type == Type::kFloat32) {
-    store_some(to, x, count);
-  } else {
-    store_bits(to, narrow(type, x), count);
-  }
-}
 
 // Memory of one thread. Without memory, it counts the bytes.
 class Scratch {
@@ -82,12 +53,11 @@ struct Run {
   std::int64_t lane, column, count;
 };
 
-template <class Product, Type type>
+template <class Product>
 class Kernel {
  public:
   static constexpr int kElements = Product::kElements;
   static constexpr bool kTiles = Product::kTiles;
-  using T = Stored<type>;
 
   // Three accumulators of 16 lanes, or two pairs of tiles.
   static constexpr int kBlockQueries = kTiles ? 64 : 48;
@@ -136,7 +106,8 @@ class Kernel {
 
  private:
   Kernel(const AttentionCall& call, void* scratch)
-      : call_(call), scratch_(scratch), dim_(call.dim), units_((dim_ + kElements - 1) / kElements),
+      : call_(call), scratch_(scratch), type_(kElements == 2 ? Type::kBfloat16 : call.type),
+        size_(type_ == Type::kFloat32 ? 4 : 2), dim_(call.dim), units_(pairs(dim_)),
         row_(round_up(units_, kTiles ? kDepthPadding : 4)), columns_(round_up(dim_, kLanes)),
         wide_(round_up(dim_, kPadding)), most_keys_(round_up(call.length, kPadding)),
         bias_row_(round_up(call.size, kLanes) + kBlockQueries) {
@@ -151,7 +122,7 @@ class Kernel {
     }
     k_rows_ = scratch_.template take<float>(most_keys_ * row_);
     q_columns_ = scratch_.template take<float>(round_up(units_, kLanes) * kBlockQueries);
-    results_ = scratch_.template take<T>(kLanes * columns_);
+    results_ = scratch_.template take<char>(kLanes * columns_ * size_);
   }
 
   void take_forward() {
@@ -203,14 +174,36 @@ class Kernel {
     return (count + kElements - 1) / kElements;
   }
 
-  const T* row_of(const Rows& rows, const Sequence& s, std::int64_t token) const {
+  // Rows of tensors, and their elements.
+
+  const char* row_of(const Rows& rows, const Sequence& s, std::int64_t token) const {
     const std::int64_t at = call_.offsets == nullptr ? s.number * rows.sequence + token * rows.token
                                                      : (s.start + token) * rows.token;
-    return static_cast<const T*>(rows.data) + at + head_ * rows.head;
+    return static_cast<const char*>(rows.data) + (at + head_ * rows.head) * size_;
   }
 
-  T* result_row(Result result, const Sequence& s, std::int64_t token) const {
-    return static_cast<T*>(result) + (s.start + token) * call_.result_row + head_ * dim_;
+  char* result_row(Result result, const Sequence& s, std::int64_t token) const {
+    const std::int64_t at = (s.start + token) * call_.result_row + head_ * dim_;
+    return static_cast<char*>(result) + at * size_;
+  }
+
+  static const std::uint16_t* halves(const char* row) {
+    return reinterpret_cast<const std::uint16_t*>(row);
+  }
+
+  Floats read(const char* row, std::int64_t first, std::int64_t count) const {
+    if (type_ == Type::kFloat32) {
+      return load_some(reinterpret_cast<const float*>(row) + first, count);
+    }
+    return widen(type_, load_bits(halves(row) + first, count));
+  }
+
+  void write(char* row, std::int64_t first, Floats x) const {
+    if (type_ == Type::kFloat32) {
+      store(reinterpret_cast<float*>(row) + first, x);
+    } else {
+      store_bits(reinterpret_cast<std::uint16_t*>(row) + first, narrow(type_, x), kLanes);
+    }
   }
 
   std::int64_t length_of(std::int64_t number) const {
@@ -282,24 +275,23 @@ class Kernel {
     }
   }
 
-  void prefetch_row(const T* row) const {
-    constexpr std::int64_t line = 64 / sizeof(T);
-    for (std::int64_t d = 0; d < dim_; d += line) __builtin_prefetch(row + d, 0, 2);
+  void prefetch_row(const char* row) const {
+    for (std::int64_t at = 0; at < dim_ * size_; at += 64) __builtin_prefetch(row + at, 0, 2);
   }
 
   // ---- operands ----
 
   // Units of a row, from unit `first` on, with zeros beyond dim.
-  Floats units(const T* row, std::int64_t first) const {
+  Floats units(const char* row, std::int64_t first) const {
     const std::int64_t left = dim_ - first * kElements;
     if constexpr (kElements == 1) {
-      return load_wide<type>(row + first, left);
+      return read(row, first, left);
     } else {
       Floats bits{};  // memcpy: rows of odd strides are not aligned to 4 bytes
       if (left >= 2 * kLanes) {
-        std::memcpy(&bits, row + 2 * first, sizeof bits);
+        std::memcpy(&bits, row + 4 * first, sizeof bits);
       } else if (left > 0) {
-        std::memcpy(&bits, row + 2 * first, 2 * left);
+        std::memcpy(&bits, row + 4 * first, 2 * left);
       }
       return bits;
     }
@@ -308,7 +300,7 @@ class Kernel {
   // [count, row_]: the rows of a tensor for the valid keys.
   void pack_rows(float* to, const Rows& rows, const Sequence& s) const {
     for (std::int64_t j = 0; j < s.count; ++j) {
-      const T* row = row_of(rows, s, s.keys[j]);
+      const char* row = row_of(rows, s, s.keys[j]);
       for (std::int64_t u = 0; u < units_; u += kLanes) {
         const Floats bits = units(row, u);
         if (u + kLanes <= row_) {
@@ -326,15 +318,15 @@ class Kernel {
   void pack_pairs(float* to, std::int64_t width, std::int64_t count, RowAt row_at) const {
     for (std::int64_t j = 0; j < count; j += kElements) {
       float* target = to + j / kElements * width;
-      const T* first = row_at(j);
-      const T* second = kElements == 2 && j + 1 < count ? row_at(j + 1) : nullptr;
+      const char* first = row_at(j);
+      const char* second = kElements == 2 && j + 1 < count ? row_at(j + 1) : nullptr;
       for (std::int64_t d = 0; d < width; d += kLanes) {
         Floats bits;
         if constexpr (kElements == 1) {
-          bits = load_wide<type>(first + d, dim_ - d);
+          bits = read(first, d, dim_ - d);
         } else {
-          Words both = load_bits(first + d, dim_ - d);
-          if (second != nullptr) both |= load_bits(second + d, dim_ - d) << 16;
+          Words both = load_bits(halves(first) + d, dim_ - d);
+          if (second != nullptr) both |= load_bits(halves(second) + d, dim_ - d) << 16;
           bits = Floats(both);
         }
         if (d + kLanes <= width) {
@@ -359,8 +351,8 @@ class Kernel {
           for (int lane = 0; lane < kLanes; ++lane) {
             const std::int64_t j = 2 * (pair + lane);
             Words both{};
-            if (j < s.count) both = load_bits(row_at(j) + d, dim_ - d);
-            if (j + 1 < s.count) both |= load_bits(row_at(j + 1) + d, dim_ - d) << 16;
+            if (j < s.count) both = load_bits(halves(row_at(j)) + d, dim_ - d);
+            if (j + 1 < s.count) both |= load_bits(halves(row_at(j + 1)) + d, dim_ - d) << 16;
             square[lane] = Floats(both);
           }
           transpose(square);
@@ -402,7 +394,7 @@ class Kernel {
         }
         transpose(square);
         for (int lane = 0; lane < kLanes; ++lane) {
-          store_narrow<type>(results_ + lane * columns_ + d, square[lane], kLanes);
+          write(results_ + lane * columns_ * size_, d, square[lane]);
         }
       }
       const std::int64_t token = block.first + i;
@@ -412,15 +404,15 @@ class Kernel {
 
   // Writes the first rows of results_, [kLanes, columns_], as rows of a result.
   void write_rows(Result to, const Sequence& s, std::int64_t token, std::int64_t count) const {
-    constexpr std::int64_t size = sizeof(T);
+    const std::int64_t bytes = dim_ * size_;
     for (std::int64_t i = 0; i < count; ++i) {
-      const char* from = reinterpret_cast<const char*>(results_ + i * columns_);
-      char* row = reinterpret_cast<char*>(result_row(to, s, token + i));
+      const char* from = results_ + i * columns_ * size_;
+      char* row = result_row(to, s, token + i);
       if (!call_.streams) {
-        std::memcpy(row, from, size * dim_);
+        std::memcpy(row, from, bytes);
         continue;
       }
-      for (std::int64_t at = 0; at < size * dim_; at += 64) stream_line(row + at, from + at);
+      for (std::int64_t at = 0; at < bytes; at += 64) stream_line(row + at, from + at);
     }
   }
 
@@ -923,8 +915,8 @@ class Kernel {
       const std::int64_t token = block.first + i;
       Floats total{};
       for (std::int64_t d = 0; d < dim_ && token < block.last; d += kLanes) {
-        total += load_wide<type>(row_of(call_.out, s, token) + d, dim_ - d) *
-                 load_wide<type>(row_of(call_.dout, s, token) + d, dim_ - d);
+        total += read(row_of(call_.out, s, token), d, dim_ - d) *
+                 read(row_of(call_.dout, s, token), d, dim_ - d);
       }
       delta_[i] = sum(total);
     }
@@ -1057,7 +1049,7 @@ class Kernel {
         const bool valid = j < s.count && s.keys[j] == token + i;
         for (std::int64_t d = 0; d < columns_; d += kLanes) {
           const Floats x = valid ? load(from + j * columns_ + d) * splat(factor) : Floats{};
-          store_narrow<type>(results_ + i * columns_ + d, x, kLanes);
+          write(results_ + i * columns_ * size_, d, x);
         }
         j += valid;
       }
@@ -1067,6 +1059,8 @@ class Kernel {
 
   const AttentionCall& call_;
   Scratch scratch_;
+  const Type type_;
+  const std::int64_t size_;        // of an element, in bytes
   const std::int64_t dim_, units_;  // of 32 bits in a row
   const std::int64_t row_, columns_, wide_, most_keys_, bias_row_;
   std::int64_t head_ = 0, slot_ = 0, first_column_ = 0;
@@ -1088,44 +1082,26 @@ class Kernel {
   float *p_rows_ = nullptr, *ds_rows_ = nullptr;
   float* result_ = nullptr;                                                 // [dim, queries]
   float *dk_ = nullptr, *dv_ = nullptr;                                     // [keys, columns_]
-  T* results_ = nullptr;                                                    // [kLanes, columns_]
+  char* results_ = nullptr;                                                    // [kLanes, columns_]
   float *top_ = nullptr, *sum_ = nullptr, *delta_ = nullptr, *factor_ = nullptr;  // [queries]
 };
 
-// Calls f with a tag of the kernel of the call's type.
-template <class Product, Type type>
-struct Tag {
-  using Of = Kernel<Product, type>;
-};
-template <class F>
-auto with_kernel([[maybe_unused]] const AttentionCall& call, F&& f) {
 #if defined(__AMX_BF16__)
-  return f(Tag<TileProduct, Type::kBfloat16>{});
+using Chosen = Kernel<TileProduct>;
+#elif defined(__AVX512BF16__)
+using Chosen = Kernel<PairProduct>;
 #else
-#if defined(__AVX512BF16__)
-  using Bfloat16Product = PairProduct;
-#else
-  using Bfloat16Product = SingleProduct;
+using Chosen = Kernel<SingleProduct>;
 #endif
-  switch (call.type) {
-    case Type::kFloat16: return f(Tag<SingleProduct, Type::kFloat16>{});
-    case Type::kBfloat16: return f(Tag<Bfloat16Product, Type::kBfloat16>{});
-    default: return f(Tag<SingleProduct, Type::kFloat32>{});
-  }
-#endif
-}
 
 std::int64_t scratch_bytes(const AttentionCall& call, bool backward) {
-  return with_kernel(call, [&](auto tag) {
-    using K = typename decltype(tag)::Of;
-    return backward ? K::backward_bytes(call) : K::forward_bytes(call);
-  });
+  return backward ? Chosen::backward_bytes(call) : Chosen::forward_bytes(call);
 }
 void forward(const AttentionCall& call, const Item& item, void* scratch) {
-  with_kernel(call, [&](auto tag) { decltype(tag)::Of::forward(call, item, scratch); });
+  Chosen::forward(call, item, scratch);
 }
 void backward(const AttentionCall& call, const Item& item, void* scratch) {
-  with_kernel(call, [&](auto tag) { decltype(tag)::Of::backward(call, item, scratch); });
+  Chosen::backward(call, item, scratch);
 }
 
 }  // namespace

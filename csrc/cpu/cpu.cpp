@@ -26,16 +26,19 @@ namespace vlmo {
 VLMO_KERNELS_OF(portable)
 VLMO_KERNELS_OF(avx2)
 VLMO_KERNELS_OF(avx512)
-VLMO_KERNELS_OF(avx512_bf16)
 #undef VLMO_KERNELS_OF
+// Of bfloat16; other types have the kernels of avx512.
+namespace avx512_bf16 {
+extern const AttentionKernels attention;
+}
 namespace amx_bf16 {
-extern const AttentionKernels attention;  // of bfloat16 only
+extern const AttentionKernels attention;
 }
 
 namespace {
 
 // Whether the system lets this process use the tiles of AMX, which it must ask for.
-bool allows_tiles() {
+[[maybe_unused]] bool allows_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(2)
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -64,10 +67,11 @@ const std::vector<Choice>& choices() {
     const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
     const bool has_amx = has_bf16 && __builtin_cpu_supports("amx-tile") &&
                          __builtin_cpu_supports("amx-bf16") && allows_tiles();
-    found = {{"amx_bf16", has_amx, &amx_bf16::attention, &avx512_bf16::attention,
-              &avx512_bf16::matmul, &avx512_bf16::rows},
-             {"avx512_bf16", has_bf16, &avx512_bf16::attention, &avx512_bf16::attention,
-              &avx512_bf16::matmul, &avx512_bf16::rows},
+    const auto with_bf16 = [](const char* name, bool available, const AttentionKernels& kernels) {
+      return Choice{name, available, &kernels, &avx512::attention, &avx512::matmul, &avx512::rows};
+    };
+    found = {with_bf16("amx_bf16", has_amx, amx_bf16::attention),
+             with_bf16("avx512_bf16", has_bf16, avx512_bf16::attention),
              {"avx512", has_avx512, &avx512::attention, &avx512::attention, &avx512::matmul,
               &avx512::rows},
              {"avx2", has_avx2, &avx2::attention, &avx2::attention, &avx2::matmul, &avx2::rows}};

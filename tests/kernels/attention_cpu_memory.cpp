@@ -238,7 +238,7 @@ int main() {
   int wrong = 0;
   for (const Shape& shape : kShapes) {
     bool right = check<std::uint16_t>(Type::kBfloat16, shape);
-#if !defined(__AMX_BF16__)  // for bfloat16 only
+#if !defined(__AVX512BF16__)  // for bfloat16 only
     right = right && check<float>(Type::kFloat32, shape) &&
             check<std::uint16_t>(Type::kFloat16, shape);
 #endif

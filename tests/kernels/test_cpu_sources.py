@@ -25,8 +25,9 @@ def builds() -> dict[str, tuple[list[str], list[str]]]:
     calls = re.findall(r"^ *vlmo_cpu_kernels\((\w+) ([^\s)]+)([^)]*)\)", CMAKE, re.MULTILINE)
 
     def words(text: str) -> list[str]:
-        expanded = re.sub(r"\$\{(\w+)\}", lambda match: variables[match[1]], text)
-        return expanded.replace('"', "").split()
+        while "${" in text:
+            text = re.sub(r"\$\{(\w+)\}", lambda match: variables[match[1]], text)
+        return text.replace('"', "").split()
 
     return {name: (words(files), words(flags)) for name, files, flags in calls if name != "name"}
 
@@ -104,15 +105,17 @@ DRIVERS = {
 
 
 def driven() -> list:
-    """Drivers and instruction sets; of these the widest in make test, as they differ in little."""
+    """Drivers and instruction sets; of these the widest of each kind, as they differ in little."""
     pairs = []
     for driver, files in DRIVERS.items():
-        compiled = [
-            name for name in _C.instruction_sets() if (f"csrc/cpu/{files[0]}", name) in COMPILED
-        ]
-        for name in compiled:
-            marks = [] if name == compiled[0] else [pytest.mark.slow]
+        kinds = set()
+        for name in _C.instruction_sets():
+            if (f"csrc/cpu/{files[0]}", name) not in COMPILED:
+                continue
+            kind = name if name.endswith("_bf16") else "all types"
+            marks = [pytest.mark.slow] if kind in kinds else []
             pairs.append(pytest.param(driver, name, marks=marks))
+            kinds.add(kind)
     return pairs
 
 
