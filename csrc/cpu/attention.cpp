@@ -313,6 +313,14 @@ class Kernel {
     std::memset(to + s.count * row_, 0, 4 * (round_up(s.count, kPadding) - s.count) * row_);
   }
 
+  // Elements of two rows in pairs, from dimension d on; a row that is null has zeros.
+  Floats interleaved(const char* first, const char* second, std::int64_t d) const {
+    Words both{};
+    if (first != nullptr) both = load_bits(halves(first) + d, dim_ - d);
+    if (second != nullptr) both |= load_bits(halves(second) + d, dim_ - d) << 16;
+    return Floats(both);
+  }
+
   // [pairs(count), width]: rows, each two of them interleaved if the product takes pairs.
   template <class RowAt>
   void pack_pairs(float* to, std::int64_t width, std::int64_t count, RowAt row_at) const {
@@ -325,9 +333,7 @@ class Kernel {
         if constexpr (kElements == 1) {
           bits = read(first, d, dim_ - d);
         } else {
-          Words both = load_bits(halves(first) + d, dim_ - d);
-          if (second != nullptr) both |= load_bits(halves(second) + d, dim_ - d) << 16;
-          bits = Floats(both);
+          bits = interleaved(first, second, d);
         }
         if (d + kLanes <= width) {
           store(target + d, bits);
@@ -350,10 +356,8 @@ class Kernel {
         for (std::int64_t d = 0; d < wide_; d += kLanes) {
           for (int lane = 0; lane < kLanes; ++lane) {
             const std::int64_t j = 2 * (pair + lane);
-            Words both{};
-            if (j < s.count) both = load_bits(halves(row_at(j)) + d, dim_ - d);
-            if (j + 1 < s.count) both |= load_bits(halves(row_at(j + 1)) + d, dim_ - d) << 16;
-            square[lane] = Floats(both);
+            square[lane] = interleaved(j < s.count ? row_at(j) : nullptr,
+                                       j + 1 < s.count ? row_at(j + 1) : nullptr, d);
           }
           transpose(square);
           for (int lane = 0; lane < kLanes; ++lane) {
@@ -625,6 +629,14 @@ class Kernel {
             call_.causal ? s.keys + first : nullptr, block.first};
   }
 
+  // multiply() of rows of k or v, for the keys from `first` on, and a block's columns of q or dout.
+  template <class Use>
+  void multiply_keys(const float* rows, const float* columns, const Block& block,
+                     std::int64_t first, std::int64_t count, Use&& use) const {
+    multiply<Product, Order::kSummedAdjacent>(count, block.width, units_, rows + first * row_, row_,
+                                              columns, kBlockQueries, use);
+  }
+
   // Adds the product of k or v, [keys, dim] in pairs, and a tile of weights to result_.
   void add_products(const float* rows, const float* weights, const Block& block,
                     std::int64_t first, std::int64_t count) {
@@ -705,12 +717,11 @@ class Kernel {
   void compute_scores(const Sequence& s, const Block& block, std::int64_t first,
                       std::int64_t count) {
     const Scores rule = scores_rule(s, block, first, count);
-    multiply<Product, Order::kSummedAdjacent>(
-        count, block.width, units_, k_rows_ + first * row_, row_, q_columns_, kBlockQueries,
-        [&](int row, int column, auto& products) {
-          prefetch_rows();
-          keep_scores(rule, scores_, top_, count, row, column, products);
-        });
+    multiply_keys(k_rows_, q_columns_, block, first, count,
+                  [&](int row, int column, auto& products) {
+                    prefetch_rows();
+                    keep_scores(rule, scores_, top_, count, row, column, products);
+                  });
   }
 
   template <int vectors>
@@ -886,16 +897,16 @@ class Kernel {
                              std::int64_t count) {
     float *p = scores_of(first), *dp = dscores_of(first);
     const Scores rule = scores_rule(s, block, first, count);
-    multiply<Product, Order::kSummedAdjacent>(
-        count, block.width, units_, k_rows_ + first * row_, row_, q_columns_, kBlockQueries,
-        [&](int row, int column, auto& products) {
-          prefetch_rows();
-          keep_probabilities(rule, p, top_, count, row, column, products);
-        });
+    multiply_keys(k_rows_, q_columns_, block, first, count,
+                  [&](int row, int column, auto& products) {
+                    prefetch_rows();
+                    keep_probabilities(rule, p, top_, count, row, column, products);
+                  });
     clear_probabilities(p, block, count);
-    multiply<Product, Order::kSummedAdjacent>(
-        count, block.width, units_, v_rows_ + first * row_, row_, do_columns_, kBlockQueries,
-        [&](int row, int column, auto& products) { keep(dp, count, row, column, products); });
+    multiply_keys(v_rows_, do_columns_, block, first, count,
+                  [&](int row, int column, auto& products) {
+                    keep(dp, count, row, column, products);
+                  });
   }
 
   // top_ = log-sum-exp times kBase, infinite in lanes without a query and without a key.
@@ -1040,6 +1051,7 @@ class Kernel {
   }
 
   static void store_halves(float* to, Halves x) { std::memcpy(to, &x, sizeof x); }
+
   // Writes the gradient of k or v; zeros for keys that are not valid.
   void write_keys(Result to, const float* from, float factor, const Sequence& s) const {
     std::int64_t j = 0;
@@ -1060,7 +1072,7 @@ class Kernel {
   const AttentionCall& call_;
   Scratch scratch_;
   const Type type_;
-  const std::int64_t size_;        // of an element, in bytes
+  const std::int64_t size_;         // of an element, in bytes
   const std::int64_t dim_, units_;  // of 32 bits in a row
   const std::int64_t row_, columns_, wide_, most_keys_, bias_row_;
   std::int64_t head_ = 0, slot_ = 0, first_column_ = 0;
@@ -1082,7 +1094,7 @@ class Kernel {
   float *p_rows_ = nullptr, *ds_rows_ = nullptr;
   float* result_ = nullptr;                                                 // [dim, queries]
   float *dk_ = nullptr, *dv_ = nullptr;                                     // [keys, columns_]
-  char* results_ = nullptr;                                                    // [kLanes, columns_]
+  char* results_ = nullptr;                                                 // [kLanes, columns_]
   float *top_ = nullptr, *sum_ = nullptr, *delta_ = nullptr, *factor_ = nullptr;  // [queries]
 };
 

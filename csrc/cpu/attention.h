@@ -34,8 +34,8 @@ struct AttentionCall {
   float scale;
 
   std::int64_t result_row;  // elements between tokens
-  Result out_result;        // of the forward
   bool streams;  // whether rows of results are whole lines of 64 bytes, to write past the caches
+  Result out_result;   // of the forward
   float* lse_result;   // [tokens, heads]
   Result dq, dk, dv;   // of the backward
   double* dtable;      // [parts, heads, entries]; null if not needed. Parts: see Item

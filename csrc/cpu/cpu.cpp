@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -165,6 +166,19 @@ void run(std::int64_t items, int threads, std::int64_t bytes, const Compute& com
   });
 }
 
+// Whether to write results past the caches: whole lines, and too many for the next reader to find
+// them in a cache. Ordinary writes of them took a third of the backward on an Intel CPU.
+bool streams(const AttentionCall& call, std::initializer_list<Result> results) {
+  constexpr std::int64_t kLine = 64, kCached = std::int64_t{1} << 20;
+  const std::int64_t element = call.type == Type::kFloat32 ? 4 : 2, row = call.dim * element;
+  if (row % kLine != 0 || call.result_row * element % kLine != 0) return false;
+  for (Result result : results) {
+    if (reinterpret_cast<std::uintptr_t>(result) % kLine != 0) return false;
+  }
+  const auto count = static_cast<std::int64_t>(results.size());
+  return call.sequences * call.length * call.heads * row * count > kCached;
+}
+
 }  // namespace
 
 std::vector<std::string> instruction_sets() {
@@ -181,19 +195,6 @@ bool is_intel() {
 #else
   return false;
 #endif
-}
-
-// Whether to write results past the caches: whole lines, and too many for the next reader to find
-// them in a cache. Ordinary writes of them took a third of the backward on an Intel CPU.
-bool streams(const AttentionCall& call, std::initializer_list<Result> results) {
-  constexpr std::int64_t kLine = 64, kCached = std::int64_t{1} << 20;
-  const std::int64_t element = call.type == Type::kFloat32 ? 4 : 2, row = call.dim * element;
-  if (row % kLine != 0 || call.result_row * element % kLine != 0) return false;
-  for (Result result : results) {
-    if (reinterpret_cast<std::uintptr_t>(result) % kLine != 0) return false;
-  }
-  const auto count = static_cast<std::int64_t>(results.size());
-  return call.sequences * call.length * call.heads * row * count > kCached;
 }
 
 void attention_forward(AttentionCall call, const std::string& instructions, int threads) {
