@@ -47,6 +47,20 @@ def reciprocal(x):
         )
 
 
+@triton.jit
+def prefetch(pointers):
+    """Ask for the cache lines at valid addresses, so that a later load finds them in L2."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [pointers],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
 # Triton specialises a kernel on whether an integer argument is 1 and on whether it is divisible by
 # 16, and recompiles it when either changes. `do_not_specialize` prevents this, but not for an
 # integer inside a tuple (Triton 3.4 to 3.9). Integers that vary between batches are therefore

@@ -12,6 +12,7 @@ static Table make_table() {
   t["ld.global"] = load<false>, t["ld.shared"] = load<true>, t["ld.param"] = load_parameter;
   t["st.global"] = store<false>, t["st.shared"] = store<true>, t["atom"] = atomic;
   t["ld.acquire"] = load_ordered<true>, t["ld.relaxed"] = load_ordered<false>;
+  t["prefetch"] = prefetch;
   t["cp.async"] = start_copy, t["cp.async.commit_group"] = commit_copies, t["cp.async.wait_group"] = wait_copies;
   t["ldmatrix"] = load_matrix, t["stmatrix"] = store_matrix;
   t["mma.f16"] = multiply<F16>, t["mma.bf16"] = multiply<BF16>, t["mma.tf32"] = multiply<TF32>;
@@ -266,6 +267,8 @@ void ptx_launch(Machine* m, int grid, const u8* parameters, int parameter_bytes,
   m->steps = 0;
   m->warp_count.assign(m->code.size(), 0);
   m->lane_count.assign(m->code.size(), 0);
+  m->wavefronts.assign(m->code.size(), 0);
+  m->ideal_wavefronts.assign(m->code.size(), 0);
   launch(*m, grid);
   m->buffers.clear(), m->atomics.clear();  // programs are cached for long
 }
@@ -275,8 +278,10 @@ int ptx_reports(Machine* m, const Report** reports) {
   *reports = m->reports.data();
   return m->reports.size();
 }
-void ptx_counts(Machine* m, u64* warps, u64* lanes) {
+void ptx_counts(Machine* m, u64* warps, u64* lanes, u64* wavefronts, u64* ideal) {
   std::copy(m->warp_count.begin(), m->warp_count.end(), warps);
   std::copy(m->lane_count.begin(), m->lane_count.end(), lanes);
+  std::copy(m->wavefronts.begin(), m->wavefronts.end(), wavefronts);
+  std::copy(m->ideal_wavefronts.begin(), m->ideal_wavefronts.end(), ideal);
 }
 }

@@ -201,6 +201,7 @@ struct Options {
   int quantum;   // about how many instructions a warp runs at a time
   int skew;      // whether some CTAs are far slower than others for a while
   int shuffle;   // whether CTAs start in random order
+  int conflicts; // whether bank conflicts are counted
   u64 seed, limit;
 };
 
@@ -223,6 +224,7 @@ struct Machine {
   std::vector<Report> reports;
   u64 steps;
   std::vector<u64> warp_count, lane_count;  // executions of each instruction
+  std::vector<u64> wavefronts, ideal_wavefronts;  // of accesses to shared memory; see count_conflicts
 
   Buffer* find(u64 address, u64 size);
   // Ends the launch.

@@ -52,6 +52,7 @@ class Interleaving(NamedTuple):
     shuffle: bool = False  # CTAs start in random order
     late: bool = True  # copies and products execute at their wait, else when they are issued
     races: bool = True
+    conflicts: bool = False  # count bank conflicts
     limit: int = 2_000_000_000  # on the instructions of all warps
 
 
@@ -78,6 +79,10 @@ class Result(NamedTuple):
     reports: list[Report]
     warp_count: np.ndarray  # per statement: warps that reached it
     lane_count: np.ndarray  # per statement: lanes that executed it
+    # Per statement, if bank conflicts were counted: passes through the banks of shared memory, and
+    # their number without conflicts.
+    wavefronts: np.ndarray
+    ideal_wavefronts: np.ndarray
 
 
 class _Report(ctypes.Structure):
@@ -91,6 +96,7 @@ class _Report(ctypes.Structure):
 class _Options(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_int) for n in ("races", "late", "resident", "quantum", "skew", "shuffle")),
+        ("conflicts", ctypes.c_int),
         *((name, ctypes.c_uint64) for name in ("seed", "limit")),
     ]
 
@@ -192,9 +198,9 @@ class Machine:
             number, where, what = error.split("\n", 2)
             statement = self._statement(int(number)) if number else ""
             raise Fault("\n    ".join(filter(None, (what, statement, where))))
-        warps, lanes = np.zeros(count, np.uint64), np.zeros(count, np.uint64)
-        library.ptx_counts(self._handle, _pointer(warps), _pointer(lanes))
-        return Result(self._reports(), warps, lanes)
+        counts = [np.zeros(count, np.uint64) for _ in range(4)]
+        library.ptx_counts(self._handle, *map(_pointer, counts))
+        return Result(self._reports(), *counts)
 
     def executed(self, result: Result) -> Counter[str]:
         """How often warps have executed each of the machine's instructions."""

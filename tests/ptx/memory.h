@@ -60,6 +60,27 @@ inline void write_shared(Warp& w, int lane, int at, u32 address, u32 size, bool 
     else s[k].flags |= WRITTEN;
 }
 
+// Counts how often an access of the active lanes passes through the 32 banks of shared memory. Lanes
+// that together access up to 128 bytes pass at once, except that a bank serves one word at a time.
+template <class F> void count_conflicts(Warp& w, const Instruction& i, u32 size, F address_of_lane) {
+  Machine& m = *w.cta->machine;
+  if (!m.options.conflicts) return;
+  const int together = size > 4 ? 128 / size : LANES;
+  for (int first = 0; first < LANES; first += together) {
+    std::vector<u32> words;
+    for (int l = first; l < first + together; l++)
+      if (w.active >> l & 1)
+        for (u32 a = address_of_lane(l) / 4, end = (address_of_lane(l) + size + 3) / 4; a < end; a++) words.push_back(a);
+    if (words.empty()) continue;
+    std::sort(words.begin(), words.end());
+    words.erase(std::unique(words.begin(), words.end()), words.end());
+    u32 of_bank[32] = {}, most = 0;
+    for (u32 word : words) most = std::max(most, ++of_bank[word % 32]);
+    m.wavefronts[i.number] += most;
+    m.ideal_wavefronts[i.number]++;
+  }
+}
+
 // operands of ld, st: address register (or -1), offset, bytes of an element, bytes of a register,
 // whether the value is signed, number of elements, registers
 template <bool SHARED> u64 address_of(Warp& w, const Instruction& i, int lane, int operand = 0) {
@@ -75,6 +96,7 @@ inline void extend(u8* to, const u8* from, int size, int room, bool is_signed) {
 
 template <bool SHARED> void load(Warp& w, const Instruction& i) {
   const int each = i.operands[2], room = i.operands[3], count = i.operands[5];
+  if (SHARED) count_conflicts(w, i, each * count, [&](int l) { return address_of<true>(w, i, l); });
   FOR_LANES(w, l) {
     const u64 a = address_of<SHARED>(w, i, l);
     const u32 size = each * count;
@@ -88,6 +110,7 @@ template <bool SHARED> void load(Warp& w, const Instruction& i) {
 
 template <bool SHARED> void store(Warp& w, const Instruction& i) {
   const int each = i.operands[2], room = i.operands[3], count = i.operands[5];
+  if (SHARED) count_conflicts(w, i, each * count, [&](int l) { return address_of<true>(w, i, l); });
   FOR_LANES(w, l) {
     const u64 a = address_of<SHARED>(w, i, l);
     const u32 size = each * count;
@@ -107,6 +130,12 @@ inline void load_parameter(Warp& w, const Instruction& i) {
   FOR_LANES(w, l)
     extend(w.at<u8>(i.operands[4]) + l * room, w.cta->machine->parameters.data() + i.operands[0], i.operands[1], room,
            i.operands[3]);
+}
+
+// operands of prefetch: address register, offset. The hardware ignores an invalid address.
+inline void prefetch(Warp& w, const Instruction& i) {
+  FOR_LANES(w, l)
+    if (!global_at(w, i, address_of<false>(w, i, l), 1, 1)) return;
 }
 
 // ---- Atomics, which the L2 cache executes for the whole GPU.
@@ -175,6 +204,7 @@ template <bool ACQUIRES> void load_ordered(Warp& w, const Instruction& i) {
 // operands of cp.async: to, offset, from, offset, bytes, register of the bytes to read (or -1: all)
 inline void start_copy(Warp& w, const Instruction& i) {
   Machine& m = *w.cta->machine;
+  count_conflicts(w, i, i.operands[4], [&](int l) { return address_of<true>(w, i, l); });
   FOR_LANES(w, l) {
     const u32 size = i.operands[4], read = i.operands[5] < 0 ? size : w.at<u32>(i.operands[5])[l];
     const Copy copy = {&i, (u32)address_of<true>(w, i, l), address_of<false>(w, i, l, 2), size, read};
@@ -241,8 +271,16 @@ template <class F> void each_part(bool transposed, int row, F f) {
     for (int part = 0; part < 4; part++) f(row * 4 + part, part * 4, 4);
 }
 
+// The rows of a matrix pass at once, like eight lanes with 16 bytes each.
+inline void count_conflicts_of_matrices(Warp& w, const Instruction& i) {
+  w.active = i.operands[2] == 4 ? ALL_LANES : (1u << 8 * i.operands[2]) - 1;
+  count_conflicts(w, i, 16, [&](int l) { return address_of<true>(w, i, l); });
+  w.active = ALL_LANES;
+}
+
 inline void load_matrix(Warp& w, const Instruction& i) {
   if (!whole_warp(w, i)) return;
+  count_conflicts_of_matrices(w, i);
   const bool transposed = i.operands[3];
   for (int n = 0; n < i.operands[2]; n++) {
     u16 rows[8][8];
@@ -264,6 +302,7 @@ inline void load_matrix(Warp& w, const Instruction& i) {
 
 inline void store_matrix(Warp& w, const Instruction& i) {
   if (!whole_warp(w, i)) return;
+  count_conflicts_of_matrices(w, i);
   const bool transposed = i.operands[3];
   for (int n = 0; n < i.operands[2]; n++) {
     const u32* from = w.at<u32>(i.operands[4 + n]);

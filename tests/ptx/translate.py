@@ -300,6 +300,11 @@ class Program:
             *(self._register(right), *places),
         ]
 
+    def _prefetch(self, s: Statement) -> tuple[str, list[int]]:
+        if s.opcode != "prefetch.global.L2":
+            raise Unsupported("prefetch")
+        return "prefetch", self._address(s.operands[0], shared=False)
+
     def _fence(self, s: Statement) -> tuple[str, list[int]]:
         if s.opcode.startswith("fence.proxy.async"):
             return "fence.proxy.async", []

@@ -20,23 +20,31 @@ import triton.language as tl
 
 from ..._backends.triton_device import term
 from .device import (
-    add_bias_and_split,
     count_tiles,
-    eighths,
     find_tile,
+    first_sums,
+    gate_and_value,
     gate_with_slope,
+    inside_tile,
     leave,
     locate,
     normalise,
     preactivation,
+    prefetch_tile,
     product_nn,
+    quarters,
     select,
     signal,
     tokens_of,
     unit_rows,
+    w1_rows,
     wait,
     width_of,
 )
+
+# The pre-activation of a row or column outside the expert: every activation and slope is 0 there,
+# so that nothing is added to the sums over a tile.
+OUTSIDE = tl.constexpr(-30000.0)
 
 
 @triton.jit(do_not_specialize=["bound", "band"])
@@ -90,11 +98,9 @@ def moe_ffn_bwd_rows_kernel(
                 signal(prepared + tile)
         elif phase == 1:
             if part * C.block_f < width_of(expert, C):
-                if C.tasks[0] > 0:
-                    wait(prepared + tile, C.tasks[0])
                 differentiate(
                     *(DY if DH2 is None else DH2, X if NORMED is None else NORMED, PRE),
-                    *(HIDDEN, DPRE, SUM_DPRE, W1, W2, B1),
+                    *(HIDDEN, DPRE, SUM_DPRE, W1, W2, B1, prepared + tile),
                     *(rows, tile, part, expert, start, begin, end, DH2 is None, NORMED is None, C),
                 )
             signal(differentiated + tile)
@@ -183,6 +189,7 @@ def differentiate(
     W1,
     W2,
     B1,
+    prepared,
     rows,
     tile,
     part,
@@ -202,54 +209,65 @@ def differentiate(
     by_token = in_order
     if DH2_BY_TOKEN or NORMED_BY_TOKEN:
         by_token = tokens_of(rows, grouped, expert, begin, end, C)
+    if PRE is None:
+        w_rows = w1_rows(first, width, C)
+        again = first_sums(B1, expert, w_rows, C.block_f * C.halves, C)
+    else:
+        pre_of_rows = PRE + in_order * C.max_pre
+        prefetch_tile(pre_of_rows, first, width, C.block_f)
+        if C.gated:
+            prefetch_tile(pre_of_rows + width, first, width, C.block_f)
+    if C.tasks[0] > 0:
+        wait(prepared, C.tasks[0])
 
     if PRE is None:
-        again = preactivation(
-            NORMED, by_token if NORMED_BY_TOKEN else in_order, W1, expert, first, width, C
-        )
+        a_rows = by_token if NORMED_BY_TOKEN else in_order
+        again = preactivation(NORMED, a_rows, W1, w_rows, again, expert, C)
         # Rounded here to free registers for the product that follows.
-        again = eighths(again.to(DPRE.dtype.element_ty))
-    dhidden = eighths(
+        again = quarters(again.to(DPRE.dtype.element_ty))
+    dhidden = quarters(
         product_nn(
             *(DH2, by_token if DH2_BY_TOKEN else in_order, select(W2, expert, C), first, width),
             *(C.dim, C.dim, width, C.even, C.block_f, C),
         )
     )
-
-    EIGHTH: tl.constexpr = C.block_f // 8
+    QUARTER: tl.constexpr = C.block_f // 4
     local = tl.arange(0, C.block_t)[:, None]
     pre_base = start.to(tl.int64) * C.max_pre
     hidden_base = start.to(tl.int64) * C.max_hidden
-    for i in tl.static_range(8):
-        columns = first + i * EIGHTH + tl.arange(0, EIGHTH)
-        inside = (grouped[:, None] < end) & (columns[None, :] < width)
-        at = local * C.max_pre + columns[None, :]
+    pre_rows = local * C.max_pre
+    for i in tl.static_range(4):
+        columns = first + i * QUARTER + tl.arange(0, QUARTER)
+        inside = inside_tile(grouped, end, columns, width, C)
         if PRE is None:
-            h, value = add_bias_and_split(again[i].to(tl.float32), B1, expert, columns, width, C)
+            h, value = gate_and_value(again[i], C)
+            h = tl.where(inside, h, OUTSIDE)
         else:
-            h = tl.load(PRE + pre_base + at, mask=inside, other=0.0).to(tl.float32)
+            pre = PRE + pre_base + (pre_rows + columns[None, :])
+            h = tl.load(pre, mask=inside, other=OUTSIDE)
             value = h
             if C.gated:
-                value = tl.load(PRE + pre_base + width + at, mask=inside, other=0.0).to(tl.float32)
+                value = tl.load(pre + width, mask=inside, other=OUTSIDE)
 
-        dh = tl.where(inside, dhidden[i], 0.0)
-        hidden, slope = gate_with_slope(h, C)
+        dh = dhidden[i]
+        hidden, slope = gate_with_slope(h.to(tl.float32), C)
         sums = SUM_DPRE
         if SUM_DPRE is not None:
             sums = SUM_DPRE + tile.to(tl.int64) * C.max_pre + columns
+        at = DPRE + pre_base + (pre_rows + columns[None, :])
         if C.gated:
             dvalue = term(dh, hidden)
-            dh *= value
-            hidden *= value
-            tl.store(DPRE + pre_base + width + at, dvalue.to(DPRE.dtype.element_ty), mask=inside)
+            dh *= value.to(tl.float32)
+            hidden *= value.to(tl.float32)
+            tl.store(at + width, dvalue.to(DPRE.dtype.element_ty), mask=inside)
             if SUM_DPRE is not None:
                 tl.store(sums + width, tl.sum(dvalue, 0), mask=columns < width)
         dpre = term(dh, slope)
-        tl.store(DPRE + pre_base + at, dpre.to(DPRE.dtype.element_ty), mask=inside)
+        tl.store(at, dpre.to(DPRE.dtype.element_ty), mask=inside)
         if SUM_DPRE is not None:
             tl.store(sums, tl.sum(dpre, 0), mask=columns < width)
         if HIDDEN is not None:
-            out = HIDDEN + hidden_base + local * C.max_hidden + columns[None, :]
+            out = HIDDEN + hidden_base + (local * C.max_hidden + columns[None, :])
             tl.store(out, hidden.to(HIDDEN.dtype.element_ty), mask=inside)
 
 
@@ -259,23 +277,23 @@ def multiply(DPRE, DNORMED, DX, W1, rows, part, expert, start, begin, end, C: tl
     first = part * C.block_n
     grouped = start + tl.arange(0, C.block_t)
     dpre_rows = tl.minimum(grouped, end - 1).to(tl.int64)
-    acc = eighths(
+    acc = quarters(
         product_nn(
             *(DPRE, dpre_rows, select(W1, expert, C), first, C.dim),
             *(width_of(expert, C) * C.halves, C.max_pre, C.dim),
             *(C.even, C.block_n, C),
         )
     )
-    EIGHTH: tl.constexpr = C.block_n // 8
+    QUARTER: tl.constexpr = C.block_n // 4
     if DNORMED is not None:
         OUT = DNORMED
         row = grouped.to(tl.int64)
     else:
         OUT = DX
         row = tokens_of(rows, grouped, expert, begin, end, C)
-    for i in tl.static_range(8):
-        columns = first + i * EIGHTH + tl.arange(0, EIGHTH)
-        inside = (grouped[:, None] < end) & (columns[None, :] < C.dim)
+    for i in tl.static_range(4):
+        columns = first + i * QUARTER + tl.arange(0, QUARTER)
+        inside = inside_tile(grouped, end, columns, C.dim, C)
         at = OUT + row[:, None] * C.dim + columns[None, :]
         tl.store(at, acc[i].to(OUT.dtype.element_ty), mask=inside)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..._backends.triton_device import dot, from_odd, reciprocal, term
+from ..._backends.triton_device import dot, from_odd, prefetch, reciprocal, term
 
 
 class Config(NamedTuple):
@@ -146,16 +146,18 @@ def locate(ticket, tiles, band, C: tl.constexpr):
     while first_ticket(step + 1, tiles, band, C) <= ticket:
         step += 1
     offset = ticket - first_ticket(step, tiles, band, C)
-    phase, tile, part = -1, 0, 0
+    phase, first, size, within = -1, 0, 1, 0
     for p in tl.static_range(len(C.tasks)):
-        first = tl.minimum(tl.maximum(step - p, 0) * band, tiles)
-        size = tl.minimum(tl.maximum(step - p + 1, 0) * band, tiles) - first
-        inside = (phase < 0) & (offset < size * C.tasks[p])
-        tile = tl.where(inside, first + offset % tl.maximum(size, 1), tile)
-        part = tl.where(inside, offset // tl.maximum(size, 1), part)
+        begin = tl.minimum(tl.maximum(step - p, 0) * band, tiles)
+        count = tl.minimum(tl.maximum(step - p + 1, 0) * band, tiles) - begin
+        inside = (phase < 0) & (offset < count * C.tasks[p])
         phase = tl.where(inside, p, phase)
-        offset -= size * C.tasks[p]
-    return phase, tile, part
+        first = tl.where(inside, begin, first)
+        size = tl.where(inside, count, size)
+        within = tl.where(inside, offset, within)
+        offset -= count * C.tasks[p]
+    # Divided once: a division takes as long as everything else here.
+    return phase, first + within % size, within // size
 
 
 @triton.jit
@@ -188,15 +190,15 @@ def product_nt(
     A,  # [rows, >= K], row stride stride_a
     a_rows,  # [block_t] int64, valid rows of A
     B,  # [N, K], row stride stride_b
-    b_rows,  # [BLOCK_N] int64, valid rows of B
+    b_rows,  # [columns] int64, valid rows of B
+    acc,  # [block_t, columns] float32
     K,
     stride_a: tl.constexpr,
     stride_b,
     EVEN_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     C: tl.constexpr,
 ):
-    """A[a_rows] @ B[b_rows]^T: [block_t, BLOCK_N] float32.
+    """A[a_rows] @ B[b_rows]^T + acc: [block_t, columns] float32.
 
     Rows of the tile that the caller does not store must repeat valid rows. This is cheaper than a
     mask in the loop, and rows and columns of a product are independent of each other.
@@ -204,8 +206,6 @@ def product_nt(
     k = tl.arange(0, C.block_k)
     a_pointers = A + a_rows[:, None] * stride_a + k[None, :]
     b_pointers = B + b_rows[None, :] * stride_b + k[:, None]
-    BLOCK_T: tl.constexpr = C.block_t
-    acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for start in tl.range(0, K, C.block_k):
         if EVEN_K:
             a = tl.load(a_pointers)
@@ -319,15 +319,33 @@ def gate_with_slope(x, C: tl.constexpr):
 
 
 @triton.jit
-def preactivation(A, a_rows, W1, expert, first, width, C: tl.constexpr):
-    """A[a_rows] W1^T for block_f hidden columns; gate and value of a column are adjacent."""
+def w1_rows(first, width, C: tl.constexpr):
+    """Rows of w1 for block_f hidden columns; gate and value of a column are adjacent."""
     HALVES: tl.constexpr = C.halves
-    BLOCK_N: tl.constexpr = C.block_f * HALVES
-    lane = tl.arange(0, BLOCK_N)
-    columns = tl.minimum(first + lane // HALVES, width - 1) + (lane % HALVES) * width
-    w1 = select(W1, expert, C)
+    lane = tl.arange(0, C.block_f * HALVES)
+    return tl.minimum(first + lane // HALVES, width - 1) + (lane % HALVES) * width
+
+
+@triton.jit
+def first_sums(BIAS, expert, rows, BLOCK_N: tl.constexpr, C: tl.constexpr):
+    """What accumulators start with: the bias of some rows of a weight, or zeros without a bias.
+
+    A bias that is added after the product takes one to three instructions an element. Call this
+    before :func:`wait`, so that both latencies overlap.
+    """
+    BLOCK_T: tl.constexpr = C.block_t
+    sums = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    if BIAS is not None:
+        sums += tl.load(select(BIAS, expert, C) + rows).to(tl.float32)[None, :]
+    return sums
+
+
+@triton.jit
+def preactivation(A, a_rows, W1, w_rows, acc, expert, C: tl.constexpr):
+    """A[a_rows] W1[w_rows]^T + acc, for :func:`w1_rows`."""
     return product_nt(
-        A, a_rows, w1, columns.to(tl.int64), C.dim, C.dim, C.dim, C.even_dim, BLOCK_N, C
+        *(A, a_rows, select(W1, expert, C), w_rows.to(tl.int64), acc),
+        *(C.dim, C.dim, C.dim, C.even_dim, C),
     )
 
 
@@ -340,17 +358,23 @@ def halves(tile):
 
 
 @triton.jit
-def eighths(tile):
-    """Eight parts of a tile's columns, from left to right.
+def quarters(tile):
+    """Four parts of a tile's columns, from left to right.
 
     Epilogues process one part at a time: addresses, masks and intermediate values of a tile of
     128 x 256 do not fit in the registers beside its accumulators. Without the split, the kernels
-    spill 528 (forward), 1720 (rows) and 360 (weights) bytes per thread on sm_90; with quarters, the
-    kernels of the backward still spill.
+    spill 528 (forward), 1720 (rows) and 360 (weights) bytes per thread on sm_90.
     """
     left, right = halves(tile)
     a, b = halves(left)
     c, d = halves(right)
+    return a, b, c, d
+
+
+@triton.jit
+def eighths(tile):
+    """Eight parts of a tile's columns, from left to right; see :func:`quarters`."""
+    a, b, c, d = quarters(tile)
     a0, a1 = halves(a)
     b0, b1 = halves(b)
     c0, c1 = halves(c)
@@ -359,21 +383,35 @@ def eighths(tile):
 
 
 @triton.jit
-def add_bias_and_split(h, B1, expert, columns, width, C: tl.constexpr):
-    """h + b1 as gate and value, from the columns that :func:`preactivation` interleaves.
-
-    Without a gate both are the same.
-    """
-    if C.gated:
-        left, right = tl.split(tl.reshape(h, (h.shape[0], columns.shape[0], 2)))
+def inside_tile(grouped, end, columns, width, C: tl.constexpr):
+    """Mask of a tile's numbers: rows before ``end``, columns before ``width``."""
+    if C.even:
+        return grouped[:, None] < end
     else:
-        left, right = h, h
-    if B1 is not None:
-        b1 = select(B1, expert, C) + columns
-        left += tl.load(b1, mask=columns < width, other=0.0).to(tl.float32)[None, :]
-        if C.gated:
-            right += tl.load(b1 + width, mask=columns < width, other=0.0).to(tl.float32)[None, :]
-    return left, right
+        return (grouped[:, None] < end) & (columns[None, :] < width)
+
+
+@triton.jit
+def prefetch_tile(rows, first, width, COLUMNS: tl.constexpr):
+    """Prefetch COLUMNS columns of a tile, which the epilogue reads after a long product.
+
+    Args:
+        rows: [block_t] addresses of valid rows.
+        width: number of columns of a row.
+    """
+    LINE: tl.constexpr = 1024 // rows.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = (COLUMNS + LINE - 1) // LINE
+    columns = tl.minimum(first + tl.arange(0, LINES) * LINE, width - 1)
+    prefetch(rows[:, None] + columns[None, :])
+
+
+@triton.jit
+def gate_and_value(h, C: tl.constexpr):
+    """The columns that :func:`preactivation` interleaves; without a gate both are the same."""
+    if C.gated:
+        return tl.split(tl.reshape(h, (h.shape[0], h.shape[1] // 2, 2)))
+    else:
+        return h, h
 
 
 @triton.jit

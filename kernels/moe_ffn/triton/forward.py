@@ -14,19 +14,23 @@ import triton
 import triton.language as tl
 
 from .device import (
-    add_bias_and_split,
     count_tiles,
-    eighths,
     find_tile,
+    first_sums,
     gate,
+    gate_and_value,
+    inside_tile,
     leave,
     locate,
     normalise,
     preactivation,
+    prefetch_tile,
     product_nt,
+    quarters,
     select,
     signal,
     tokens_of,
+    w1_rows,
     wait,
     width_of,
 )
@@ -73,17 +77,14 @@ def moe_ffn_fwd_kernel(
                 signal(normed_rows + tile)
         elif phase == 1:
             if part * C.block_f < width_of(expert, C):
-                if NORMED is not None:
-                    wait(normed_rows + tile, C.tasks[0])
                 hidden_tile(
-                    *(X if NORMED is None else NORMED, PRE, HIDDEN, W1, B1),
+                    *(X if NORMED is None else NORMED, PRE, HIDDEN, W1, B1, normed_rows + tile),
                     *(rows, part, expert, start, begin, end, NORMED is None, C),
                 )
             signal(hidden_rows + tile)
         else:
-            wait(hidden_rows + tile, C.tasks[1])
             output_tile(
-                *(HIDDEN, Y, W2, B2, LAYER_SCALE, TOKEN_SCALE, RESIDUAL),
+                *(HIDDEN, Y, W2, B2, LAYER_SCALE, TOKEN_SCALE, RESIDUAL, hidden_rows + tile),
                 *(rows, part, expert, start, begin, end, C),
             )
         # Not earlier: a ticket taken during a task would wait, and so would its dependents.
@@ -119,6 +120,7 @@ def hidden_tile(
     HIDDEN,
     W1,
     B1,
+    normed_rows,
     rows,
     part,
     expert,
@@ -136,16 +138,20 @@ def hidden_tile(
         a_rows = tokens_of(rows, grouped, expert, begin, end, C)
     else:
         a_rows = tl.minimum(grouped, end - 1).to(tl.int64)
-    acc = eighths(preactivation(NORMED, a_rows, W1, expert, first, width, C))
+    w_rows = w1_rows(first, width, C)
+    acc = first_sums(B1, expert, w_rows, C.block_f * C.halves, C)
+    if not BY_TOKEN:
+        wait(normed_rows, C.tasks[0])
+    acc = quarters(preactivation(NORMED, a_rows, W1, w_rows, acc, expert, C))
 
-    EIGHTH: tl.constexpr = C.block_f // 8
+    QUARTER: tl.constexpr = C.block_f // 4
     local = tl.arange(0, C.block_t)[:, None]
     pre_base = start.to(tl.int64) * C.max_pre
     hidden_base = start.to(tl.int64) * C.max_hidden
-    for i in tl.static_range(8):
-        columns = first + i * EIGHTH + tl.arange(0, EIGHTH)
-        inside = (grouped[:, None] < end) & (columns[None, :] < width)
-        h, value = add_bias_and_split(acc[i], B1, expert, columns, width, C)
+    for i in tl.static_range(4):
+        columns = first + i * QUARTER + tl.arange(0, QUARTER)
+        inside = inside_tile(grouped, end, columns, width, C)
+        h, value = gate_and_value(acc[i], C)
         if PRE is not None:
             pre = PRE + pre_base + local * C.max_pre + columns[None, :]
             tl.store(pre, h.to(PRE.dtype.element_ty), mask=inside)
@@ -167,6 +173,7 @@ def output_tile(
     LAYER_SCALE,
     TOKEN_SCALE,
     RESIDUAL,
+    hidden_rows,
     rows,
     part,
     expert,
@@ -177,39 +184,40 @@ def output_tile(
 ):
     """Phase 2: block_t rows, block_n columns of y."""
     width = width_of(expert, C)
+    first = part * C.block_n
     grouped = start + tl.arange(0, C.block_t)
-    columns = part * C.block_n + tl.arange(0, C.block_n)
     h_rows = tl.minimum(grouped, end - 1).to(tl.int64)
-    w2_rows = tl.minimum(columns, C.dim - 1).to(tl.int64)
-    acc = eighths(
+    w_rows = tl.minimum(first + tl.arange(0, C.block_n), C.dim - 1)
+    acc = first_sums(B2, expert, w_rows, C.block_n, C)
+    token = tokens_of(rows, grouped, expert, begin, end, C)
+    if RESIDUAL is not None:
+        prefetch_tile(RESIDUAL + token * C.dim, first, C.dim, C.block_n)
+    wait(hidden_rows, C.tasks[1])
+    acc = quarters(
         product_nt(
-            *(HIDDEN, h_rows, select(W2, expert, C), w2_rows, width, C.max_hidden, width),
-            *(C.even_hidden, C.block_n, C),
+            *(HIDDEN, h_rows, select(W2, expert, C), w_rows.to(tl.int64), acc),
+            *(width, C.max_hidden, width, C.even_hidden, C),
         )
     )
 
-    EIGHTH: tl.constexpr = C.block_n // 8
+    QUARTER: tl.constexpr = C.block_n // 4
     token = tokens_of(rows, grouped, expert, begin, end, C)
+    out = token[:, None] * C.dim
     if TOKEN_SCALE is not None:
         token_scale = tl.load(TOKEN_SCALE + token).to(tl.float32)
-    for i in tl.static_range(8):
-        columns = part * C.block_n + i * EIGHTH + tl.arange(0, EIGHTH)
-        within = columns < C.dim
+    for i in tl.static_range(4):
+        columns = first + i * QUARTER + tl.arange(0, QUARTER)
+        inside = inside_tile(grouped, end, columns, C.dim, C)
         y = acc[i]
-        if B2 is not None:
-            b2 = tl.load(select(B2, expert, C) + columns, mask=within, other=0.0)
-            y += b2.to(tl.float32)[None, :]
         if LAYER_SCALE is not None:
-            scale = tl.load(LAYER_SCALE + columns, mask=within, other=0.0)
+            scale = tl.load(LAYER_SCALE + columns, mask=columns < C.dim, other=0.0)
             y *= scale.to(tl.float32)[None, :]
         if TOKEN_SCALE is not None:
             y *= token_scale[:, None]
-        inside = (grouped[:, None] < end) & within[None, :]
-        out = token[:, None] * C.dim + columns[None, :]
         if RESIDUAL is not None:
-            residual = tl.load(RESIDUAL + out, mask=inside, other=0.0)
+            residual = tl.load(RESIDUAL + out + columns[None, :], mask=inside, other=0.0)
             if Y.dtype.element_ty == tl.float64:
                 y = y.to(tl.float64) + residual
             else:
                 y += residual.to(tl.float32)
-        tl.store(Y + out, y.to(Y.dtype.element_ty), mask=inside)
+        tl.store(Y + out + columns[None, :], y.to(Y.dtype.element_ty), mask=inside)

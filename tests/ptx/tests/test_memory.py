@@ -338,3 +338,43 @@ def test_the_same_seed_gives_the_same_run():
     text = program("\n".join([PLACES, STORE, LOAD, OUT]), threads=64)
     runs = [str(run(text, data, how=ONE_RUN._replace(seed=7)).reports) for _ in range(3)]
     assert runs[0] == runs[1] == runs[2]
+
+
+@pytest.mark.parametrize(
+    ("access", "stride", "expected", "ideal"),
+    [
+        ("ld.shared.b32 %r4, [ %r1 + 0 ];", 4, 1, 1),
+        ("ld.shared.b32 %r4, [ %r1 + 0 ];", 0, 1, 1),  # one word for all lanes
+        ("ld.shared.b32 %r4, [ %r1 + 0 ];", 8, 2, 1),
+        ("ld.shared.b32 %r4, [ %r1 + 0 ];", 128, 32, 1),
+        ("st.shared.b16 [ %r1 + 0 ], %h0;", 2, 1, 1),
+        ("st.shared.v4.b32 [ %r1 + 0 ], {%r99, %r99, %r99, %r99};", 16, 4, 4),
+        ("st.shared.v4.b32 [ %r1 + 0 ], {%r99, %r99, %r99, %r99};", 32, 8, 4),
+        ("cp.async.ca.shared.global [ %r1 + 0 ], [ %d100 + 0 ], 0x4;", 16, 4, 1),
+        ("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r4, %r5}, [ %r1 + 0 ];", 16, 2, 2),
+        ("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r4, %r5}, [ %r1 + 0 ];", 128, 16, 2),
+    ],
+)
+def test_bank_conflicts(access, stride, expected, ideal):
+    text = program(f"""
+        mov.u32 %r0, global_smem;
+        mov.b16 %h0, 7;
+        mad.lo.u32 %r1, %r99, {stride}, %r0;
+        {access}
+        cp.async.commit_group;
+        cp.async.wait_group 0;
+    """)
+    found = run(
+        text,
+        np.zeros(64, np.uint32),
+        shared=8192,
+        how=ONE_RUN._replace(conflicts=True, races=False),
+    )
+    assert (found.wavefronts.sum(), found.ideal_wavefronts.sum()) == (expected, ideal)
+
+
+def test_a_prefetch_of_memory_that_is_not_there():
+    data = np.zeros(32, np.uint32)
+    run(program("prefetch.global.L2 [ %d100 + 124 ];"), data)
+    with pytest.raises(Fault, match="out of bounds"):
+        run(program("prefetch.global.L2 [ %d100 + 128 ];"), data)
