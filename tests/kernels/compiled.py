@@ -2,11 +2,11 @@
 
 ``python tests/kernels/compiled.py table:sm_90`` prints one JSON line for each kernel that the
 library would launch on that GPU, with the tensor-core instructions in the PTX, the bytes of local
-memory and the registers in the machine code, and the shared memory. ``layer`` instead of ``table``
-does this for VLMo's layer in bfloat16 only. ``options`` compiles the cases of the parity tests in
-small tiles, because the interpreter that runs them does not check types. ``types`` only checks
-types. ``lanes`` compiles two cases in tiles so small that every sum is over lanes. Several jobs may
-be given. Run without TRITON_INTERPRET; nothing is launched.
+memory, its accesses inside main loops and the registers in the machine code, and the shared memory.
+``layer`` instead of ``table`` does this for VLMo's layer in bfloat16 only. ``options`` compiles the
+cases of the parity tests in small tiles, because the interpreter that runs them does not check
+types. ``types`` only checks types. ``lanes`` compiles two cases in tiles so small that every sum is
+over lanes. Several jobs may be given. Run without TRITON_INTERPRET; nothing is launched.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
+from machine_code import disassemble, loop_of
 from moe_ffn_cases import CASES, Case, make_tensors
 from vlmo.kernels._backends import triton_launch
 from vlmo.kernels._backends.triton import compile_options, operands_of
@@ -147,6 +148,11 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in (part.split(":") for part in line.split())}
 
 
+def local_in_loops(cubin: bytes) -> int:
+    """Number of instructions inside main loops that access spilled registers."""
+    return sum(i.name in ("LDL", "STL") for i in loop_of(disassemble(cubin)))
+
+
 def contracted(ptx: str) -> int:
     """Number of fused multiply-adds that combine a lane's own values with those of another lane.
 
@@ -208,6 +214,7 @@ def compile_for(generation: str, what: str) -> None:
             tile=str(tile),
             registers=found["REG"],
             local_bytes=found["STACK"] + found["LOCAL"],
+            local_in_loops=local_in_loops(compiled.asm["cubin"]),
             shared_bytes=compiled.metadata.shared,
             products=compiled.asm["ttgir"].count("dot"),
             async_copies=ptx.count("cp.async.c"),

@@ -12,7 +12,15 @@ from unittest import mock
 import torch
 
 from attention_cases import CASES, ONES, Case, make_index, make_options, make_tensors
-from compiled import INSTRUCTIONS, TypesFit, contracted, resources, run_jobs, say
+from compiled import (
+    INSTRUCTIONS,
+    TypesFit,
+    contracted,
+    local_in_loops,
+    resources,
+    run_jobs,
+    say,
+)
 from vlmo.kernels import RelativePositionIndex
 from vlmo.kernels._backends import triton_launch
 from vlmo.kernels._backends.triton import compile_options, operands_of
@@ -108,6 +116,7 @@ def compile_for(generation: str, what: str) -> None:
             tile=str(tile),
             registers=found["REG"],
             local_bytes=found["STACK"] + found["LOCAL"],
+            local_in_loops=local_in_loops(compiled.asm["cubin"]),
             shared_bytes=compiled.metadata.shared,
             async_copies=ptx.count("cp.async.c"),
             contracted=contracted(ptx),

@@ -13,14 +13,14 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import triton
 
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_PRODUCTS = ("HGMMA", "HMMA")
+_PRODUCTS = ("HGMMA", "HMMA", "UTCHMMA")
 _LINE = re.compile(r'\s*//## File "([^"]+)", line (\d+)')
 _LABEL = re.compile(r"(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,6}\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);")
@@ -102,41 +102,59 @@ def functions_of(file: Path) -> list[tuple[int, int, str]]:
 
 
 def phases(
-    blocks: Sequence[Block], source: Path, steps: Mapping[str, int], products: int
+    blocks: Sequence[Block], source: Path, wanted: Mapping[str, Sequence[str]], products: int
 ) -> dict[str, Phase]:
     """The phases with products of a kernel.
 
     Args:
         blocks: the kernel's machine code.
         source: the Python file of its phases.
-        steps: steps of the main loop in each phase, if the compiler has unrolled it.
-        products: product instructions of a warp in a step.
+        wanted: the names of the functions of each phase.
+        products: product instructions of a warp in a step of a main loop.
     """
-    owners = _owners(blocks, source, steps)
+    loops = [*_loops(blocks)]
+    owners = _owners(blocks, source, {n for functions in wanted.values() for n in functions})
     found = {}
-    for name in steps:
-        mine = [n for n, owner in enumerate(owners) if owner == name]
-        loops = [loop for loop in _loops(blocks) if _multiplies(blocks, loop) and loop <= {*mine}]
-        if not any(_multiplies(blocks, [n]) for n in mine):
-            continue
-        inner = min(loops, key=len) if loops else set()
-        found[name] = _phase([(n in inner, blocks[n]) for n in mine], steps[name], products)
+    for name, functions in wanted.items():
+        mine = [n for n, owner in enumerate(owners) if owner in functions]
+        inner = [loop for loop in loops if _multiplies(blocks, loop) and loop <= {*mine}]
+        inside = min(inner, key=len) if inner else set()
+        # Loops of one block without a product, for example over partial tiles, are rarely entered.
+        rare = {n for n in mine if n in blocks[n].next} - inside
+        line = [(n in inside, i) for n in mine if n not in rare for i in blocks[n].instructions]
+        found[name] = _phase(line, products)
     return found
 
 
-def _phase(blocks: Sequence[tuple[bool, Block]], steps: int, products: int) -> Phase:
-    """A phase from its blocks; each says whether it is in the main loop."""
-    line = [(inside, i) for inside, block in blocks for i in block.instructions]
+def loop_of(blocks: Sequence[Block]) -> list[Instruction]:
+    """The instructions of all main loops, also of those that the compiler has unrolled."""
+    found: list[Instruction] = []
+    loops = [*_loops(blocks)]
+    seen: set[int] = set()
+    for n, block in enumerate(blocks):
+        if n in seen or not _multiplies(blocks, [n]):
+            continue
+        inner = min((loop for loop in loops if n in loop), key=len, default=set())
+        if 0 < len(inner) < len(blocks) / 2:  # the loop over tickets contains everything
+            seen |= inner
+            found += [i for k in sorted(inner) for i in blocks[k].instructions]
+        else:
+            places = [k for k, i in enumerate(block.instructions) if i.name in _PRODUCTS]
+            found += block.instructions[places[0] : places[-1] + 1]
+    return found
+
+
+def _phase(line: Sequence[tuple[bool, Instruction]], products: int) -> Phase:
+    """A phase from its instructions; each says whether it is in a loop."""
     places = [n for n, (_, i) in enumerate(line) if i.name in _PRODUCTS]
-    first, last = places[0], places[-1]
-    looped = sum(inside for inside, _ in line)
+    looped = [n for n, (inside, _) in enumerate(line) if inside]
     if looped:
+        first, last = looped[0], looped[-1]
         in_loop = sum(inside and i.name in _PRODUCTS for inside, i in line)
-        first = next(n for n, (inside, _) in enumerate(line) if inside)
-        last = max(n for n, (inside, _) in enumerate(line) if inside)
-        step = looped * products / in_loop
+        step = len(looped) * products / in_loop
     else:
-        step = (last - first + 1) / (len(places) / products)
+        first, last = places[0], places[-1]
+        step = (last - first + 1) * products / len(places)
     return Phase(first, step, Counter(i.name for _, i in line[last + 1 :]))
 
 
@@ -144,25 +162,27 @@ def _multiplies(blocks: Sequence[Block], chosen: Iterable[int]) -> bool:
     return any(i.name in _PRODUCTS for n in chosen for i in blocks[n].instructions)
 
 
-def _owners(blocks: Sequence[Block], source: Path, names: Iterable[str]) -> list[str]:
-    """The phase of each block, "" if it belongs to none."""
-    spans = [span for span in functions_of(source) if span[2] in names]
-    votes: list[str] = []
-    for block in blocks:
+def _owners(blocks: Sequence[Block], source: Path, wanted: Container[str]) -> list[str]:
+    """The function of ``source`` that each block belongs to, "" if to none."""
+    spans = functions_of(source)
+    owners: list[str] = []
+    for n, block in enumerate(blocks):
         counts = Counter(
             name
             for i in block.instructions
+            if i.file.endswith(f"/{source.parent.name}/{source.name}")
             for first, last, name in spans
-            if i.file.endswith(source.name) and first <= i.line <= last
+            if first <= i.line <= last
         )
-        votes.append(counts.most_common(1)[0][0] if counts else "")
-    # A block without such lines, for example a main loop, belongs to the phase around it.
-    for n, block in enumerate(blocks):
-        if not votes[n] and n and votes[n - 1] and n in blocks[n - 1].next:
-            votes[n] = votes[n - 1]
-        if not votes[n] and _multiplies(blocks, [n]):
-            votes[n] = next((vote for vote in votes[n:] if vote), "")
-    return votes
+        # Blocks may have moved lines of the kernel itself.
+        owner = max(counts, key=lambda name: (name in wanted, counts[name])) if counts else ""
+        if not owner and n and n in blocks[n - 1].next:
+            owner = owners[-1]  # for example a main loop
+        owners.append(owner)
+    for n in reversed(range(len(blocks) - 1)):
+        if owners[n] not in wanted and _multiplies(blocks, [n]):
+            owners[n] = owners[n + 1]
+    return owners
 
 
 def _loops(blocks: Sequence[Block]) -> Iterator[set[int]]:

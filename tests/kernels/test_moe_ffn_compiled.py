@@ -7,8 +7,8 @@ from compiling import (
     KINDS,
     RELEASES,
     WITH_INSTALLED,
+    assert_no_spills,
     compiled,
-    spill_limit,
 )
 from moe_ffn_cases import CASES
 from vlmo.kernels._backends.triton import OPERANDS
@@ -77,7 +77,7 @@ def test_compiled(generation, release):
 def assert_good(reports: list[dict]) -> None:
     for report in reports:
         generation = report["generation"]
-        assert report["local_bytes"] <= spill_limit(report), report
+        assert_no_spills(report)
         assert report["shared_bytes"] <= GENERATIONS[generation].shared_bytes, report
         assert report["async_copies"] > 0, report
         assert report["contracted"] == 0, report

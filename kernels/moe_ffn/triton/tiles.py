@@ -69,8 +69,8 @@ TABLE: dict[tuple[str, str], Tiles] = {
         weights=Tile(256, 128, 32, 8, 4),
     ),
     ("sm_86", "16-bit"): Tiles(
-        forward=Tile(128, 128, 32, 8, 3),
-        rows=Tile(128, 128, 32, 8, 3),
+        forward=Tile(128, 64, 32, 4, 3, programs=2),
+        rows=Tile(128, 64, 32, 4, 3, programs=2),
         recompute=Tile(64, 128, 32, 8, 4),
         weights=Tile(128, 128, 32, 8, 3),
     ),
@@ -87,8 +87,8 @@ TABLE: dict[tuple[str, str], Tiles] = {
         weights=Tile(128, 128, 64, 8, 4),
     ),
     ("sm_120", "16-bit"): Tiles(
-        forward=Tile(128, 128, 32, 8, 3),
-        rows=Tile(128, 128, 32, 8, 3),
+        forward=Tile(128, 64, 32, 4, 3, programs=2),
+        rows=Tile(128, 64, 32, 4, 3, programs=2),
         recompute=Tile(128, 64, 32, 8, 3),
         weights=Tile(128, 128, 32, 8, 3),
     ),
