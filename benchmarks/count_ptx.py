@@ -40,7 +40,7 @@ DTYPE = torch.bfloat16
 SIZES = {"base": (768, 3072), "large": (1024, 4096)}
 TOKENS = (128, 256)  # per expert
 LENGTH, HEADS, HEAD_DIM = 256, 2, 64
-AT_ONCE = Interleaving(resident=4, races=False, skew=False, quantum=1000)
+AT_ONCE = Interleaving(resident=4, races=False, skew=False, quantum=1000, conflicts=True)
 
 # The class of an opcode is that of the first pattern that matches.
 CLASSES = {
@@ -153,6 +153,7 @@ def count(launch: Launch, folder: str, elements: int, needed: int) -> dict[str, 
     classes: dict[str, Counter[str]] = {"main loops": Counter(), "elsewhere": Counter()}
     functions: Counter[str] = Counter()
     moved: Counter[str] = Counter()
+    conflicts: Counter[str] = Counter()  # passes through the banks, beyond one an access
     made = products = 0
     for number, statement in enumerate(kernel.statements):
         warps, lanes = int(result.warp_count[number]), int(result.lane_count[number])
@@ -163,6 +164,9 @@ def count(launch: Launch, folder: str, elements: int, needed: int) -> dict[str, 
         kind, size = lane_bytes(statement)
         if kind:
             moved[kind] += int(lanes * size)
+        extra = int(result.wavefronts[number]) - int(result.ideal_wavefronts[number])
+        if extra:
+            conflicts[function_of(folder, statement.source)] += extra
         made += warps * multiplications(statement)
         products += warps * (multiplications(statement) > 0)
     return {
@@ -173,6 +177,8 @@ def count(launch: Launch, folder: str, elements: int, needed: int) -> dict[str, 
         "classes": {region: dict(counter.most_common()) for region, counter in classes.items()},
         "functions": dict(functions.most_common()),
         "bytes": {"tensors": launch.memory_bytes, **moved},
+        "wavefronts": [int(result.wavefronts.sum()), int(result.ideal_wavefronts.sum())],
+        "conflicts": dict(conflicts.most_common(4)),
         "elements": elements,
     }
 
@@ -230,8 +236,8 @@ def table(found: list[dict[str, Any]]) -> list[str]:
     lines = [
         "| kernel | size | target | multiplied / needed | instructions a product, main loop "
         "| instructions an element elsewhere "
-        "| bytes an element: tensors | read | written | shared |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| bytes an element: tensors | read | written | shared | bank conflicts |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in found:
         loops, elsewhere = (sum(row["classes"][r].values()) for r in ("main loops", "elsewhere"))
@@ -242,7 +248,7 @@ def table(found: list[dict[str, Any]]) -> list[str]:
             f"| {row['kernel']} | {row['size']} | {row['target']} | {ratio:.2f} "
             f"| {loops / max(row['products'], 1):.1f} | {32 * elsewhere / row['elements']:.1f} | "
             + " | ".join(f"{size:.1f}" for size in moved)
-            + " |"
+            + f" | {row['wavefronts'][0] / max(row['wavefronts'][1], 1):.2f} |"
         )
     return lines
 
@@ -261,7 +267,9 @@ def details(found: list[dict[str, Any]]) -> list[str]:
             ", ".join(f"{n} {c * scale:.2f}" for n, c in [*counts.items()][:6])
             for counts in (row["classes"]["elsewhere"], row["functions"])
         )
-        lines.append(f"| {row['kernel']} | {row['target']} | {kinds}; in {places} |")
+        banks = ", ".join(f"{n} {c * scale:.2f}" for n, c in row["conflicts"].items())
+        conflicts = f"; passes through banks by conflicts: {banks}" if banks else ""
+        lines.append(f"| {row['kernel']} | {row['target']} | {kinds}; in {places}{conflicts} |")
     return lines
 
 
@@ -276,7 +284,10 @@ def write(found: list[dict[str, Any]]) -> None:
         "Counted, not measured. An element is a hidden activation in moe_ffn, a gradient in its",
         "backward of the weights, a pair of query and key in attention. 1.00 multiplied for each",
         "needed: no padding. Ideal are 1 instruction a product and, for the memory, the bytes of",
-        "all tensors of a launch, each once; what is read more often comes from L2.",
+        "all tensors of a launch, each once; what is read more often comes from L2. Bank",
+        "conflicts: passes of loads, stores, copies and ldmatrix through the banks of shared",
+        "memory for each that is needed without conflicts, 1.00 at best; the operands that",
+        "wgmma reads are not included.",
         "",
         *table(found),
         "",

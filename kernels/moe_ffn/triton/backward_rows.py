@@ -97,21 +97,25 @@ def moe_ffn_bwd_rows_kernel(
                 )
                 signal(prepared + tile)
         elif phase == 1:
-            if part * C.block_f < width_of(expert, C):
-                differentiate(
-                    *(DY if DH2 is None else DH2, X if NORMED is None else NORMED, PRE),
-                    *(HIDDEN, DPRE, SUM_DPRE, W1, W2, B1, prepared + tile),
-                    *(rows, tile, part, expert, start, begin, end, DH2 is None, NORMED is None, C),
-                )
-            signal(differentiated + tile)
+            if C.tasks[1] > 0:
+                if part * C.block_f < width_of(expert, C):
+                    differentiate(
+                        *(DY if DH2 is None else DH2, X if NORMED is None else NORMED, PRE),
+                        *(HIDDEN, DPRE, SUM_DPRE, W1, W2, B1, prepared + tile),
+                        *(rows, tile, part, expert, start, begin, end),
+                        *(DH2 is None, NORMED is None, C),
+                    )
+                signal(differentiated + tile)
         elif phase == 2:
             if C.tasks[2] > 0:
-                wait(differentiated + tile, C.tasks[1])
+                if C.tasks[1] > 0:
+                    wait(differentiated + tile, C.tasks[1])
                 multiply(DPRE, DNORMED, DX, W1, rows, part, expert, start, begin, end, C)
                 signal(multiplied + tile)
         else:
             if C.tasks[3] > 0:
-                wait(multiplied + tile, C.tasks[2])
+                if C.tasks[2] > 0:
+                    wait(multiplied + tile, C.tasks[2])
                 undo_norm(
                     *(X, DNORMED, DX, SUM_NORM, NORM_WEIGHT),
                     *(rows, tile, part, expert, start, begin, end, norm_eps, C),

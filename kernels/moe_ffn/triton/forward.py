@@ -6,6 +6,8 @@ order of :class:`vlmo.kernels.moe_ffn.schedule.Banded`, and a task waits until t
 has finished the same row tile. A task only waits for tasks with earlier tickets, so the program
 with the earliest unfinished ticket never waits, and there is no deadlock for any number of resident
 programs.
+
+A launch can also have the tasks of a single phase; then nothing waits.
 """
 
 from __future__ import annotations
@@ -69,24 +71,26 @@ def moe_ffn_fwd_kernel(
         phase, tile, part = locate(ticket, tiles, band, C)
         expert, start, begin, end = find_tile(rows, tile, C)
         if phase == 0:
-            if NORMED is not None:
+            if C.tasks[0] > 0:
                 norm_rows(
                     *(X, NORMED, NORM_WEIGHT, NORM_BIAS),
                     *(rows, part, expert, start, begin, end, norm_eps, C),
                 )
                 signal(normed_rows + tile)
         elif phase == 1:
-            if part * C.block_f < width_of(expert, C):
-                hidden_tile(
-                    *(X if NORMED is None else NORMED, PRE, HIDDEN, W1, B1, normed_rows + tile),
-                    *(rows, part, expert, start, begin, end, NORMED is None, C),
-                )
-            signal(hidden_rows + tile)
+            if C.tasks[1] > 0:
+                if part * C.block_f < width_of(expert, C):
+                    hidden_tile(
+                        *(X if NORMED is None else NORMED, PRE, HIDDEN, W1, B1, normed_rows + tile),
+                        *(rows, part, expert, start, begin, end, NORMED is None, C),
+                    )
+                signal(hidden_rows + tile)
         else:
-            output_tile(
-                *(HIDDEN, Y, W2, B2, LAYER_SCALE, TOKEN_SCALE, RESIDUAL, hidden_rows + tile),
-                *(rows, part, expert, start, begin, end, C),
-            )
+            if C.tasks[2] > 0:
+                output_tile(
+                    *(HIDDEN, Y, W2, B2, LAYER_SCALE, TOKEN_SCALE, RESIDUAL, hidden_rows + tile),
+                    *(rows, part, expert, start, begin, end, C),
+                )
         # Not earlier: a ticket taken during a task would wait, and so would its dependents.
         ticket = tl.atomic_add(COUNTERS, 1, sem="relaxed")
     leave(COUNTERS, 2 + 2 * bound)
@@ -140,7 +144,7 @@ def hidden_tile(
         a_rows = tl.minimum(grouped, end - 1).to(tl.int64)
     w_rows = w1_rows(first, width, C)
     acc = first_sums(B1, expert, w_rows, C.block_f * C.halves, C)
-    if not BY_TOKEN:
+    if C.tasks[0] > 0:
         wait(normed_rows, C.tasks[0])
     acc = quarters(preactivation(NORMED, a_rows, W1, w_rows, acc, expert, C))
 
@@ -192,7 +196,8 @@ def output_tile(
     token = tokens_of(rows, grouped, expert, begin, end, C)
     if RESIDUAL is not None:
         prefetch_tile(RESIDUAL + token * C.dim, first, C.dim, C.block_n)
-    wait(hidden_rows, C.tasks[1])
+    if C.tasks[1] > 0:
+        wait(hidden_rows, C.tasks[1])
     acc = quarters(
         product_nt(
             *(HIDDEN, h_rows, select(W2, expert, C), w_rows.to(tl.int64), acc),
