@@ -92,6 +92,7 @@ def make_config(
         block_d=block_d,
         block_r=max(1, min(tile.block_t, 16384 // block_d)),
         row_steps=1,
+        num_warps=tile.num_warps,
     )
 
 

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from ..._backends.triton_device import term
 from .device import (
+    column_sums,
     count_tiles,
     find_tile,
     first_sums,
@@ -265,11 +266,11 @@ def differentiate(
             hidden *= value.to(tl.float32)
             tl.store(at + width, dvalue.to(DPRE.dtype.element_ty), mask=inside)
             if SUM_DPRE is not None:
-                tl.store(sums + width, tl.sum(dvalue, 0), mask=columns < width)
+                tl.store(sums + width, column_sums(dvalue, C), mask=columns < width)
         dpre = term(dh, slope)
         tl.store(at, dpre.to(DPRE.dtype.element_ty), mask=inside)
         if SUM_DPRE is not None:
-            tl.store(sums, tl.sum(dpre, 0), mask=columns < width)
+            tl.store(sums, column_sums(dpre, C), mask=columns < width)
         if HIDDEN is not None:
             out = HIDDEN + hidden_base + (local * C.max_hidden + columns[None, :])
             tl.store(out, hidden.to(HIDDEN.dtype.element_ty), mask=inside)
@@ -324,9 +325,8 @@ def undo_norm(
     within = columns < C.dim
     weight = tl.load(select(NORM_WEIGHT, expert, C) + columns, mask=within, other=0.0)
     BLOCK_D: tl.constexpr = C.block_d
-    # If dweight were also a tile that is reduced at the end, the kernel would spill on sm_90.
-    dweight = tl.zeros((BLOCK_D,), tl.float32)
     BLOCK_R: tl.constexpr = C.block_r
+    dweight = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     dbias = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for step in range(C.row_steps):
         grouped = start + (part * C.row_steps + step) * C.block_r + tl.arange(0, C.block_r)
@@ -338,7 +338,7 @@ def undo_norm(
         unit, inverse = unit_rows(x.to(tl.float32), columns, norm_eps, C)
         dnormed = DNORMED + grouped[:, None].to(tl.int64) * C.dim + columns[None, :]
         d = tl.load(dnormed, mask=inside, other=0.0).to(tl.float32)
-        dweight += tl.sum(term(d, unit), 0)
+        dweight += term(d, unit)
         dbias += d
         if DX is not None:
             d = term(d, weight.to(tl.float32)[None, :])
@@ -348,5 +348,5 @@ def undo_norm(
             tl.store(DX + at, (dx * inverse[:, None]).to(DX.dtype.element_ty), mask=inside)
     if SUM_NORM is not None:
         sums = SUM_NORM + (tile * C.tasks[3] + part).to(tl.int64) * (2 * C.dim) + columns
-        tl.store(sums, dweight, mask=within)
+        tl.store(sums, tl.sum(dweight, 0), mask=within)
         tl.store(sums + C.dim, tl.sum(dbias, 0), mask=within)

@@ -42,6 +42,7 @@ class Config(NamedTuple):
     block_d: int  # D, rounded up to a power of two
     block_r: int  # rows that a phase without products processes at once
     row_steps: int  # number of iterations in a task of such a phase
+    num_warps: int
 
 
 class Passed(NamedTuple):
@@ -380,6 +381,26 @@ def eighths(tile):
     c0, c1 = halves(c)
     d0, d1 = halves(d)
     return a0, a1, b0, b1, c0, c1, d0, d1
+
+
+@triton.jit
+def column_sums(tile, C: tl.constexpr):
+    """``tl.sum(tile, 0)``, which would store the sums of each warp with 16-way bank conflicts.
+
+    Epilogues hold eight adjacent columns in a thread, so that a warp has ``LANES`` adjacent rows and
+    the warps follow each other. The rows of a thread are added first, then those of a warp. The
+    few sums that are left, one per warp, are added in pairs.
+    """
+    COLUMNS: tl.constexpr = tile.shape[1]
+    WARPS: tl.constexpr = C.num_warps
+    LANES: tl.constexpr = 256 // COLUMNS
+    sums = tl.sum(tl.reshape(tile, (tile.shape[0] // (WARPS * LANES), WARPS * LANES, COLUMNS)), 0)
+    sums = tl.trans(tl.sum(tl.reshape(sums, (WARPS, LANES, COLUMNS)), 1))
+    for _ in tl.static_range(4):  # at most 16 warps
+        if sums.shape[1] > 1:
+            first, second = tl.split(tl.reshape(sums, (COLUMNS, sums.shape[1] // 2, 2)))
+            sums = first + second
+    return tl.reshape(sums, (COLUMNS,))
 
 
 @triton.jit
