@@ -387,8 +387,8 @@ def eighths(tile):
 def column_sums(tile, C: tl.constexpr):
     """``tl.sum(tile, 0)``, which would store the sums of each warp with 16-way bank conflicts.
 
-    Epilogues hold eight adjacent columns in a thread, so that a warp has ``LANES`` adjacent rows and
-    the warps follow each other. The rows of a thread are added first, then those of a warp. The
+    Epilogues hold eight adjacent columns in a thread, so that a warp has ``LANES`` adjacent rows
+    and the warps follow each other. The rows of a thread are added first, then those of a warp. The
     few sums that are left, one per warp, are added in pairs.
     """
     COLUMNS: tl.constexpr = tile.shape[1]
