@@ -147,7 +147,10 @@ def write(found: list[dict[str, Any]]) -> None:
         "",
         "| operation | mode | launches | us |",
         "|---|---|--:|--:|",
-        *(f"| {r['operation']} | {r['mode']} | {r['launches']} | {r['microseconds']} |" for r in found),
+        *(
+            f"| {r['operation']} | {r['mode']} | {r['launches']} | {r['microseconds']} |"
+            for r in found
+        ),
     ]
     with replacing(RESULTS / "host_cost.md") as path:
         path.write_text("\n".join(text) + "\n")

@@ -1,4 +1,4 @@
-"""A pretended NVIDIA driver: Triton's own launcher runs up to the call of the driver, without a GPU.
+"""A pretended NVIDIA driver, so that Triton's own launcher runs without a GPU.
 
 Kernels are compiled as for a GPU, and their launches are counted but not run, so results are
 uninitialised memory. Tensors stay in host memory. Triton must not be imported with
@@ -82,8 +82,8 @@ def pretended() -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for change in (
-            mock.patch.object(target, "interpreted", lambda: True),  # accepts CPU tensors
-            mock.patch.object(target, "multiprocessors", lambda device: MULTIPROCESSORS),
+            mock.patch.object(target, "interpreted", return_value=True),  # accepts CPU tensors
+            mock.patch.object(target, "multiprocessors", return_value=MULTIPROCESSORS),
             mock.patch.object(moe_ffn_tiles, "built_in", moe_ffn_row),
             mock.patch.object(attention_tiles, "choose", attention_row),
         ):

@@ -12,8 +12,8 @@ from torch import Tensor
 from ... import target
 from ..._backends.triton import tf32_allowed
 from ..._backends.triton_device import INTERPRETED, odd
-from ..call import GATED, Call
-from ..plan import common_dtype
+from ..call import GATED
+from ..plan import Problem, common_dtype
 from ..rows import Rows
 from .device import Config, Passed
 from .tiles import Tile
@@ -30,7 +30,9 @@ def pointers(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
     if not tensors:
         return None
     dtype = common_dtype(tensors)
-    return tuple(tensor.to(dtype).contiguous() for tensor in tensors)
+    return tuple(
+        t if t.dtype == dtype and t.is_contiguous() else t.to(dtype).contiguous() for t in tensors
+    )
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -41,6 +43,11 @@ def passed(rows: Rows) -> Passed:
     """Rows in the form that the kernels take; a compiled kernel serves all lengths."""
     if rows.offsets is not None:
         return Passed(None, None, None, 0, rows.tokens, rows.offsets)
+    return _segments(rows)
+
+
+@functools.lru_cache(maxsize=256)
+def _segments(rows: Rows) -> Passed:
     ends = itertools.accumulate(length * rows.sequences for length in rows.lengths)
     return Passed(
         starts=tuple(map(odd, rows.starts)),
@@ -52,7 +59,6 @@ def passed(rows: Rows) -> Passed:
     )
 
 
-@functools.lru_cache(maxsize=256)
 def make_config(
     dim: int,
     hidden: tuple[int, ...],
@@ -95,11 +101,15 @@ def make_config(
     )
 
 
-def config_of(call: Call, tile: Tile) -> Config:
-    hidden = tuple(weight.shape[1] for weight in call.w2)
-    precision = "tf32" if tf32_allowed() else "ieee"
-    rounds = call.w1[0].dtype != torch.float32
-    return make_config(call.x.shape[1], hidden, call.norm, call.activation, precision, rounds, tile)
+def config_of(problem: Problem, precision: str, tile: Tile) -> Config:
+    rounds = problem.dtype != torch.float32
+    facts = (problem.dim, problem.hidden, problem.norm, problem.activation, precision, rounds)
+    return make_config(*facts, tile)
+
+
+def precision() -> str:
+    """Triton's name for the precision of float32 products that PyTorch's settings allow."""
+    return "tf32" if tf32_allowed() else "ieee"
 
 
 def workers_on(device: torch.device, tile: Tile) -> int:
