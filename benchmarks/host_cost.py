@@ -41,7 +41,7 @@ DTYPE = torch.bfloat16
 # PyTorch's CPU allocator, unlike that of CUDA, asks the system for each large tensor.
 BATCH, TEXT, GRID, DIM, HIDDEN, HEADS, HEAD_DIM = 4, 8, 3, 64, 256, 2, 64
 MODES = ("forward", "forward, recorded", "forward + backward")
-BLOCK = 50  # calls per repetition
+BLOCK = 4  # calls per repetition: few, so that some repetitions are not interrupted
 SECONDS = 4.0  # per operation and mode
 
 
@@ -108,7 +108,7 @@ def microseconds(step: Callable[[], Any]) -> float:
 
 def profile(step: Callable[[], Any]) -> None:
     with cProfile.Profile() as profiled:
-        for _ in range(20 * BLOCK):
+        for _ in range(1000):
             step()
     pstats.Stats(profiled).sort_stats("tottime").print_stats(30)
 

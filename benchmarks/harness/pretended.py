@@ -13,7 +13,7 @@ import functools
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -57,6 +57,10 @@ def _library() -> ctypes.CDLL:
     command = [os.environ.get("CC", "cc"), "-O2", "-w", "-shared", "-fPIC", str(SOURCE)]
     subprocess.run([*command, "-Wl,-soname,libcuda.so.1", "-o", path], check=True)
     knobs.nvidia.libcuda_path = folder
+    # Like CUDA's allocator, malloc shall keep large blocks instead of returning them to the system.
+    threshold_of_mmap, threshold_of_trimming = -3, -1
+    for option in (threshold_of_mmap, threshold_of_trimming):
+        ctypes.CDLL(None).mallopt(option, 2**30)
     library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
     library.pretended_launches.restype = ctypes.c_uint64
     return library
@@ -65,6 +69,15 @@ def _library() -> ctypes.CDLL:
 def launches() -> int:
     """The number of launches so far."""
     return _library().pretended_launches()
+
+
+def _always(value: Any) -> Callable[..., Any]:
+    """A function that returns ``value``; a mock would take as long as the rest of a call."""
+
+    def function(*_: Any) -> Any:
+        return value
+
+    return function
 
 
 @contextlib.contextmanager
@@ -82,8 +95,8 @@ def pretended() -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for change in (
-            mock.patch.object(target, "interpreted", return_value=True),  # accepts CPU tensors
-            mock.patch.object(target, "multiprocessors", return_value=MULTIPROCESSORS),
+            mock.patch.object(target, "interpreted", _always(True)),  # accepts CPU tensors
+            mock.patch.object(target, "multiprocessors", _always(MULTIPROCESSORS)),
             mock.patch.object(moe_ffn_tiles, "built_in", moe_ffn_row),
             mock.patch.object(attention_tiles, "choose", attention_row),
         ):

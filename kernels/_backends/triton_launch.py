@@ -48,9 +48,9 @@ def launch(kernel: Any, device: torch.device, programs: int, tile: Options, *arg
 
 _compiled: dict[tuple, CompiledKernel] = {}
 _MOST = 4096  # compiled kernels that are kept; beyond, all are looked up again
-# Settings of Triton that change what it compiles; some versions lack some.
+# Settings of Triton that change what it compiles; versions lack some.
 _SETTINGS = [
-    (group, name)
+    functools.partial(operator.attrgetter(name), group)
     for group, name in (
         (triton.knobs.runtime, "debug"),
         (triton.knobs.compilation, "instrumentation_mode"),
@@ -64,7 +64,9 @@ _constant: dict[Any, list[bool]] = {}  # per kernel: which of its parameters are
 
 def _run(kernel: Any, grid: tuple[int], tile: Options, args: tuple[Any, ...]) -> None:
     """``kernel[grid](*args)`` on the current device, whose second call finds the kernel faster."""
-    key = _key_of(kernel, tile, args)
+    active = driver.active
+    device = active.get_current_device()
+    key = _key_of(kernel, (active, device), tile, args)
     compiled = None if key is None else _compiled.get(key)
     if compiled is None:
         compiled = kernel[grid](*args, **compile_options(tile))
@@ -74,16 +76,22 @@ def _run(kernel: Any, grid: tuple[int], tile: Options, args: tuple[Any, ...]) ->
             _compiled[key] = compiled
         return
     # What JITFunction.run does once it has found the kernel.
-    hooks, active = triton.knobs.runtime, driver.active
-    stream = active.get_current_stream(active.get_current_device())
-    described = compiled.launch_metadata(grid, stream, *args)
-    compiled.run(
-        *(*grid, 1, 1, stream, compiled.function, compiled.packed_metadata, described),
-        *(hooks.launch_enter_hook, hooks.launch_exit_hook, *args),
-    )
+    stream, hooks = active.get_current_stream(device), triton.knobs.runtime
+    enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+    described = None
+    # Since Triton 3.5 these are chains of hooks, which are called even if they are empty.
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+        described = compiled.launch_metadata(grid, stream, *args)
+    else:
+        enter = leave = None
+    run = compiled.run  # loads the kernel when first read
+    function, packed = compiled.function, compiled.packed_metadata
+    run(*grid, 1, 1, stream, function, packed, described, enter, leave, *args)
 
 
-def _key_of(kernel: Any, tile: Options, args: tuple[Any, ...]) -> tuple | None:
+def _key_of(
+    kernel: Any, place: tuple[Any, ...], tile: Options, args: tuple[Any, ...]
+) -> tuple | None:
     """Everything that decides which compiled kernel runs; None if only Triton can tell.
 
     On NVIDIA GPUs Triton compiles a variant for the dtypes of tensors and whether 16 divides their
@@ -93,9 +101,8 @@ def _key_of(kernel: Any, tile: Options, args: tuple[Any, ...]) -> tuple | None:
         return None  # interpreted, or something must see the arguments first
     if getattr(triton.knobs.runtime, "add_stages_inspection_hook", None) is not None:
         return None
-    active = driver.active
-    key: list[Any] = [kernel.fn, active, active.get_current_device()]
-    key += [tile.num_warps, tile.num_stages, *(getattr(*setting) for setting in _SETTINGS)]
+    key: list[Any] = [kernel.fn, *place, tile.num_warps, tile.num_stages]
+    key += [setting() for setting in _SETTINGS]
     constant = _constant.get(kernel.fn)
     if constant is None:
         constant = _constant[kernel.fn] = [param.is_constexpr for param in kernel.params]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,8 +42,9 @@ class Problem(NamedTuple):
 
     @classmethod
     def of(cls, call: Call, rows: Rows) -> Problem:
+        tokens, dim = call.x.shape
         return cls(
-            *call.x.shape,
+            *(tokens, dim),
             tuple([weight.shape[1] for weight in call.w2]),
             tuple([weight.shape[0] for weight in call.w1]),
             *(rows.lengths, rows.sequences, call.w1[0].dtype, call.norm, call.activation),
@@ -98,16 +99,19 @@ class Gradients(NamedTuple):
         """
         flags = iter(needs)
         x = _empty(call.x, next(flags), call.x.dtype)
-        lists, needed = {}, []
+        lists: dict[str, list[Tensor]] = {}
+        needed: list[Any] = [wanted(x)]
         for name, tensors in zip(LISTS, call[1:7], strict=True):
-            dtype = common_dtype(tensors)
-            made = [_empty(tensor, next(flags), dtype) for tensor in tensors]
+            made: list[Tensor] = []
+            if tensors:
+                dtype = common_dtype(tensors)
+                made = [_empty(tensor, next(flags), dtype) for tensor in tensors]
             lists[name] = made
             needed.append(tuple([gradient.numel() > 0 for gradient in made]))
         scale = call.layer_scale
         if scale is not None:
             scale = _empty(scale, next(flags), scale.dtype)
-        return cls(x, lists, scale, Needed(wanted(x), *needed, wanted(scale)))
+        return cls(x, lists, scale, Needed(*needed, wanted(scale)))
 
     @property
     def scale(self) -> Tensor | None:
@@ -124,7 +128,7 @@ class Gradients(NamedTuple):
         """All gradients in the dtypes of the call; zeros if it has no tokens."""
         leaves = [call.x, *itertools.chain(*call[1:7]), call.layer_scale]
         flat = self.flat
-        if len(call.x) == 0:
+        if call.x.shape[0] == 0:
             for gradient in flat:
                 gradient.zero_()
         given = (leaf for leaf in leaves if leaf is not None)
@@ -299,13 +303,13 @@ def wanted(gradient: Tensor | None) -> bool:
     return gradient is not None and gradient.numel() > 0
 
 
-def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype | None:
+def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """The dtype in which a kernel takes the tensors of all experts, which may have several."""
     dtypes = {tensor.dtype for tensor in tensors}
-    return functools.reduce(torch.promote_types, dtypes) if dtypes else None
+    return dtypes.pop() if len(dtypes) == 1 else functools.reduce(torch.promote_types, dtypes)
 
 
-def _empty(tensor: Tensor, needed: bool, dtype: torch.dtype | None) -> Tensor:
+def _empty(tensor: Tensor, needed: bool, dtype: torch.dtype) -> Tensor:
     # The contiguous format, which torch.empty_like assumes for a contiguous tensor.
     if needed and tensor.dtype == dtype and tensor.is_contiguous():
         return torch.empty_like(tensor)

@@ -29,10 +29,14 @@ def pointers(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
     """One contiguous tensor per expert, all in one dtype; None if the call has none."""
     if not tensors:
         return None
-    dtype = common_dtype(tensors)
-    return tuple(
-        t if t.dtype == dtype and t.is_contiguous() else t.to(dtype).contiguous() for t in tensors
-    )
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        if tensor.dtype != dtype or not tensor.is_contiguous():
+            break
+    else:
+        return tuple(tensors)
+    common = common_dtype(tensors)
+    return tuple([tensor.to(common).contiguous() for tensor in tensors])
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:

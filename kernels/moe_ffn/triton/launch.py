@@ -61,7 +61,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         x.shape, dtype=(call.residual if call.residual is not None else call.w2[0]).dtype
     )
     pre = x.new_empty(pre_shape(call), dtype=dtype)
-    if len(x) == 0:
+    if x.shape[0] == 0:
         return y, pre
 
     device, rows = x.device, rows_of(call)
@@ -69,7 +69,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     workers = arguments.workers_on(device, tile)
     plan = _plan_forward(Problem.of(call, rows), arguments.precision(), tile, workers)
     normed = x.new_empty(x.shape, dtype=dtype) if plan.config.tasks[0] else None
-    hidden = x.new_empty((len(x), plan.config.max_hidden), dtype=dtype)
+    hidden = x.new_empty((x.shape[0], plan.config.max_hidden), dtype=dtype)
     with take_counters(device, 2 + 2 * plan.bound) as counters:
         triton_launch.launch(
             *(moe_ffn_fwd_kernel, device, plan.programs, tile),
@@ -161,7 +161,7 @@ def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list
     that of the weights the gradients that are sums over tokens (backward_weights.py).
     """
     gradients = Gradients.empty(call, needs)
-    if len(call.x):
+    if call.x.shape[0]:
         _launch(dy.contiguous(), pre if pre.numel() else None, call, gradients)
     return gradients.result(call)
 
