@@ -73,6 +73,7 @@ class Operation:
         self._name, self._call, self._backends = name, call, backends
         self._empty_outputs, self._keeps_output = empty_outputs, keeps_output
         self._kinds = [_KINDS[kind] for kind in get_type_hints(call).values()]
+        self._is_list = [kind == "Tensor[]" for kind in self._kinds]
         self._leaf_places = [call._fields.index(field) for field in leaves]
         self._added = None if added is None else call._fields.index(added)
         self._tensor_places = [i for i, kind in enumerate(self._kinds) if kind[:6] == "Tensor"]
@@ -121,8 +122,8 @@ class Operation:
         """The tensors in the given fields of a call, with lists flattened."""
         found: list[Tensor | None] = []
         for place in places:
-            if self._kinds[place] == "Tensor[]":
-                found.extend(call[place])
+            if self._is_list[place]:
+                found += call[place]
             else:
                 found.append(call[place])
         return found

@@ -74,6 +74,6 @@ def compile_options(tile: Options) -> dict[str, Any]:
 def tf32_allowed() -> bool:
     """Whether PyTorch's settings allow float32 matrix products in TF32."""
     matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # since torch 2.9, where reading allow_tf32 may raise
-        return matmul.fp32_precision == "tf32"
-    return matmul.allow_tf32
+    # Since torch 2.9, where reading allow_tf32 may raise.
+    precision = getattr(matmul, "fp32_precision", None)
+    return matmul.allow_tf32 if precision is None else precision == "tf32"

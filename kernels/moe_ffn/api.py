@@ -99,8 +99,8 @@ def moe_ffn(
 
     given = (w1, w2, b1, b2, norm_weight, norm_bias)
     experts = Experts(*(() if tensors is None else tensors for tensors in given))
-    experts = experts.autocast(x.device.type)
     operand_dtype = autocast_dtype(x.device.type)
+    experts = experts.autocast(operand_dtype)
     if operand_dtype is not None and norm == "none":
         x = x.to(operand_dtype)
     experts.check(x, routing.num_experts, activation, norm, cast=operand_dtype is not None)
@@ -145,9 +145,8 @@ class Experts(NamedTuple):
     norm_weight: Sequence[Tensor]
     norm_bias: Sequence[Tensor]
 
-    def autocast(self, device_type: str) -> Experts:
-        """The operands of the products in autocast's dtype; unchanged outside autocast."""
-        dtype = autocast_dtype(device_type)
+    def autocast(self, dtype: torch.dtype | None) -> Experts:
+        """The operands of the products in autocast's ``dtype``; unchanged if that is None."""
         if dtype is None:
             return self
 
@@ -182,17 +181,26 @@ class Experts(NamedTuple):
         operands, vectors = (operand,), tuple({x.dtype, torch.float32, operand})
         for e, w2 in enumerate(self.w2):
             check_tensor("w2", w2, shape=(width, -1), dtypes=operands, device=device, item=e)
-            rows = w2.shape[1] * (2 if activation in GATED else 1)
-            for name, tensors, shape, dtypes in (
-                ("w1", self.w1, (rows, width), operands),
-                ("b1", self.b1, (rows,), operands),
-                ("b2", self.b2, (width,), operands),
-                ("norm_weight", self.norm_weight, (width,), vectors),
-                ("norm_bias", self.norm_bias, (width,), vectors),
-            ):
-                if tensors:
+        halves = 2 if activation in GATED else 1
+        rows = [w2.shape[1] * halves for w2 in self.w2]
+        of_rows, of_width = [(count,) for count in rows], [(width,)] * num_experts
+        for name, tensors, shapes, dtypes in (
+            ("w1", self.w1, [(count, width) for count in rows], operands),
+            ("b1", self.b1, of_rows, operands),
+            ("b2", self.b2, of_width, operands),
+            ("norm_weight", self.norm_weight, of_width, vectors),
+            ("norm_bias", self.norm_bias, of_width, vectors),
+        ):
+            for e, tensor in enumerate(tensors):
+                # Inline, because nearly all tensors fit and the call takes longer than this.
+                if not (
+                    isinstance(tensor, Tensor)
+                    and tensor.shape == shapes[e]
+                    and tensor.dtype in dtypes
+                    and tensor.device == device
+                ):
                     check_tensor(
-                        name, tensors[e], shape=shape, dtypes=dtypes, device=device, item=e
+                        name, tensor, shape=shapes[e], dtypes=dtypes, device=device, item=e
                     )
 
 

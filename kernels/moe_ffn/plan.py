@@ -3,6 +3,9 @@
 There are two launches. The launch of the rows computes dx and, in grouped order, the operands of
 all sums over tokens; the launch of the weights computes every gradient that is a sum over tokens.
 The second is omitted if no parameter needs a gradient.
+
+A plan depends on sizes and options only, so that backends can keep it for the next call; its
+``allocate`` makes the tensors of one call.
 """
 
 from __future__ import annotations
@@ -10,16 +13,74 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .call import LISTS, Call
-from .rows import Rows, bound_on_tiles
+from .rows import Rows, tiles_of
 from .schedule import whole_tiles
 
 SUM_COLUMNS = 128  # columns of a column block of the sums over row tiles
+
+
+class Problem(NamedTuple):
+    """What a plan depends on: the sizes and options of a call."""
+
+    tokens: int
+    dim: int
+    hidden: tuple[int, ...]  # E x F
+    pre: tuple[int, ...]  # E x columns of the pre-activation: F, or 2 F if gated
+    lengths: tuple[int, ...] | None  # of Rows
+    sequences: int
+    dtype: torch.dtype  # of the weights
+    norm: str
+    activation: str
+    biased: bool  # whether there are b2
+    scaled: bool  # whether there is a layer scale
+
+    @classmethod
+    def of(cls, call: Call, rows: Rows) -> Problem:
+        tokens, dim = call.x.shape
+        return cls(
+            *(tokens, dim),
+            tuple([weight.shape[1] for weight in call.w2]),
+            tuple([weight.shape[0] for weight in call.w1]),
+            *(rows.lengths, rows.sequences, call.w1[0].dtype, call.norm, call.activation),
+            *(bool(call.b2), call.layer_scale is not None),
+        )
+
+    def tiles(self, block_t: int) -> int:
+        """The number of row tiles for segments, else an upper bound."""
+        return tiles_of(self.tokens, len(self.hidden), self.lengths, self.sequences, block_t)
+
+
+class Needed(NamedTuple):
+    """The gradients that are needed, of each parameter for each expert; those of no element are
+    not needed."""
+
+    x: bool
+    w1: tuple[bool, ...]
+    w2: tuple[bool, ...]
+    b1: tuple[bool, ...]
+    b2: tuple[bool, ...]
+    norm_weight: tuple[bool, ...]
+    norm_bias: tuple[bool, ...]
+    layer_scale: bool
+
+    @property
+    def lists(self) -> dict[str, tuple[bool, ...]]:
+        return dict(zip(LISTS, self[1:7], strict=True))
+
+    def wants(self, *names: str) -> bool:
+        """Whether a gradient of one of these parameters is needed for any expert."""
+        return any(any(self.lists[name]) for name in names)
+
+    @property
+    def sums(self) -> bool:
+        """Whether any gradient that is a sum over tokens is needed."""
+        return self.layer_scale or self.wants(*LISTS)
 
 
 class Gradients(NamedTuple):
@@ -28,6 +89,7 @@ class Gradients(NamedTuple):
     x: Tensor  # [T, D]
     lists: dict[str, list[Tensor]]  # by the names of LISTS: one per expert, or none
     layer_scale: Tensor | None  # [D]
+    needed: Needed
 
     @classmethod
     def empty(cls, call: Call, needs: Sequence[bool]) -> Gradients:
@@ -37,27 +99,24 @@ class Gradients(NamedTuple):
         """
         flags = iter(needs)
         x = _empty(call.x, next(flags), call.x.dtype)
-        lists = {}
-        for name in LISTS:
-            tensors = getattr(call, name)
-            dtype = common_dtype(tensors)
-            lists[name] = [_empty(tensor, next(flags), dtype) for tensor in tensors]
+        lists: dict[str, list[Tensor]] = {}
+        needed: list[Any] = [wanted(x)]
+        for name, tensors in zip(LISTS, call[1:7], strict=True):
+            made: list[Tensor] = []
+            if tensors:
+                dtype = common_dtype(tensors)
+                made = [_empty(tensor, next(flags), dtype) for tensor in tensors]
+            lists[name] = made
+            needed.append(tuple([gradient.numel() > 0 for gradient in made]))
         scale = call.layer_scale
-        return cls(x, lists, None if scale is None else _empty(scale, next(flags), scale.dtype))
-
-    def wants(self, *names: str) -> bool:
-        """Whether a gradient of one of these parameters is needed for any expert."""
-        return any(gradient.numel() for name in names for gradient in self.lists[name])
+        if scale is not None:
+            scale = _empty(scale, next(flags), scale.dtype)
+        return cls(x, lists, scale, Needed(*needed, wanted(scale)))
 
     @property
     def scale(self) -> Tensor | None:
         """The gradient of the layer scale; None if there is none or it is not needed."""
-        return self.layer_scale if wanted(self.layer_scale) else None
-
-    @property
-    def sums(self) -> bool:
-        """Whether any gradient that is a sum over tokens is needed."""
-        return self.wants(*LISTS) or self.scale is not None
+        return self.layer_scale if self.needed.layer_scale else None
 
     @property
     def flat(self) -> list[Tensor]:
@@ -69,23 +128,23 @@ class Gradients(NamedTuple):
         """All gradients in the dtypes of the call; zeros if it has no tokens."""
         leaves = [call.x, *itertools.chain(*call[1:7]), call.layer_scale]
         flat = self.flat
-        if len(call.x) == 0:
+        if call.x.shape[0] == 0:
             for gradient in flat:
                 gradient.zero_()
-        dtypes = [leaf.dtype for leaf in leaves if leaf is not None]
-        return [gradient.to(dtype) for gradient, dtype in zip(flat, dtypes, strict=True)]
+        given = (leaf for leaf in leaves if leaf is not None)
+        return [
+            gradient if gradient.dtype == leaf.dtype else gradient.to(leaf.dtype)
+            for gradient, leaf in zip(flat, given, strict=True)
+        ]
 
 
-class RowsPlan(NamedTuple):
-    """The launch of the rows: its tasks, and its outputs besides dx; None if they are not read.
+class RowsScratch(NamedTuple):
+    """The outputs of the launch of the rows besides dx, in the order of its arguments.
 
-    Scratch is in the dtype of the weights and in grouped order. The partial sums are float32, with
-    one row per task of a row tile.
+    Those that are not read are None. Scratch is in the dtype of the weights and in grouped order.
+    The partial sums are float32, with one row per task of a row tile.
     """
 
-    bound: int  # upper bound of the number of row tiles
-    tasks: tuple[int, int, int, int]  # tasks of a row tile in each phase
-    depths: tuple[int | None, ...]  # depth of each phase's products, None without products
     dbranch: Tensor | None  # [T, D]
     dh2: Tensor | None  # [T, D]
     normed: Tensor | None  # [T, D]
@@ -96,16 +155,26 @@ class RowsPlan(NamedTuple):
     sum_dpre: Tensor | None  # [bound, P]
     sum_norm: Tensor | None  # [bound * tasks[3], 2 D]: for the weight, then the bias
 
-    @property
-    def tensors(self) -> dict[str, Tensor | None]:
-        """The outputs of the launch by name, in the order of its arguments."""
-        return dict(zip(self._fields[3:], self[3:], strict=True))
+
+class RowsPlan(NamedTuple):
+    """The launch of the rows."""
+
+    bound: int  # upper bound of the number of row tiles
+    tasks: tuple[int, int, int, int]  # tasks of a row tile in each phase
+    depths: tuple[int | None, ...]  # depth of each phase's products, None without products
+    scratch: tuple[tuple[int, int] | None, ...]  # shapes of the first six of RowsScratch
+    sums: tuple[tuple[int, int] | None, ...]  # shapes of the others
+
+    def allocate(self, call: Call) -> RowsScratch:
+        x, dtype = call.x, call.w1[0].dtype
+        scratch = [s if s is None else x.new_empty(s, dtype=dtype) for s in self.scratch]
+        sums = [s if s is None else x.new_empty(s, dtype=torch.float32) for s in self.sums]
+        return RowsScratch(*scratch, *sums)  # type: ignore[arg-type]
 
 
 def plan_rows(
-    call: Call,
-    rows: Rows,
-    gradients: Gradients,
+    problem: Problem,
+    needed: Needed,
     *,
     block_t: int,
     block_f: int,
@@ -124,22 +193,15 @@ def plan_rows(
         keeps_normed: whether norm(x) is written for the launch of the weights.
         keeps_dh2: whether the gradient of the second layer's output differs from dy.
     """
-    tokens, dim = call.x.shape
-    max_hidden, max_pre = (max(sizes) for sizes in zip(*_widths(call), strict=True))
-    of_w2 = gradients.wants("w2") or gradients.scale is not None
-    of_norm = gradients.wants("norm_weight", "norm_bias")
-    of_dbranch = gradients.wants("b2") or (gradients.scale is not None and bool(call.b2))
-    through = wanted(gradients.x) or of_norm
-    of_x = call.norm != "none" and through
-    keeps_dbranch = call.layer_scale is not None and of_w2
-
-    def scratch(width: int, needed: bool) -> Tensor | None:
-        return call.x.new_empty(tokens, width, dtype=call.w1[0].dtype) if needed else None
-
-    def sums(lines: int, width: int, needed: bool) -> Tensor | None:
-        return call.x.new_empty(lines, width, dtype=torch.float32) if needed else None
-
-    bound = bound_on_tiles(call, rows, block_t)
+    tokens, dim = problem.tokens, problem.dim
+    max_hidden, max_pre = max(problem.hidden), max(problem.pre)
+    of_w2 = needed.wants("w2") or needed.layer_scale
+    of_norm = needed.wants("norm_weight", "norm_bias")
+    of_dbranch = needed.wants("b2") or (needed.layer_scale and problem.biased)
+    through = needed.x or of_norm
+    of_x = problem.norm != "none" and through
+    keeps_dbranch = problem.scaled and of_w2
+    bound = problem.tiles(block_t)
     prepares = of_dbranch or keeps_normed or keeps_dh2 or keeps_dbranch
     tasks = (
         row_tasks if prepares else 0,
@@ -151,20 +213,32 @@ def plan_rows(
         bound=bound,
         tasks=tasks,
         depths=(None, dim, max_pre, None),
-        dbranch=scratch(dim, keeps_dbranch),
-        dh2=scratch(dim, keeps_dh2),
-        normed=scratch(dim, keeps_normed),
-        hidden=scratch(max_hidden, of_w2),
-        dpre=call.x.new_empty(tokens, max_pre, dtype=call.w1[0].dtype),
-        dnormed=scratch(dim, of_x),
-        sum_dbranch=sums(bound * tasks[0], dim, of_dbranch),
-        sum_dpre=sums(bound, max_pre, gradients.wants("b1")),
-        sum_norm=sums(bound * tasks[3], 2 * dim, of_norm),
+        scratch=(
+            (tokens, dim) if keeps_dbranch else None,
+            (tokens, dim) if keeps_dh2 else None,
+            (tokens, dim) if keeps_normed else None,
+            (tokens, max_hidden) if of_w2 else None,
+            (tokens, max_pre),
+            (tokens, dim) if of_x else None,
+        ),
+        sums=(
+            (bound * tasks[0], dim) if of_dbranch else None,
+            (bound, max_pre) if needed.wants("b1") else None,
+            (bound * tasks[3], 2 * dim) if of_norm else None,
+        ),
     )
 
 
+class WeightsScratch(NamedTuple):
+    """Scratch of the launch of the weights, in float32; None if it is not needed."""
+
+    partial: Tensor | None  # [workers, block_t, block_n], partial tiles
+    sum_scale: Tensor | None  # [scale_lines, D]
+    sum_bias: Tensor | None  # [E, D]
+
+
 class WeightsPlan(NamedTuple):
-    """The launch of the weights: its tiles, and its scratch in float32."""
+    """The launch of the weights: its tiles."""
 
     w1_tiles: tuple[int, ...]  # tiles of dw1 per expert; 0 if no gradient is needed
     w2_tiles: tuple[int, ...]
@@ -172,44 +246,42 @@ class WeightsPlan(NamedTuple):
     workers: int  # number of equal shares of the other tiles
     sum_blocks: tuple[int, int, int, int]  # column blocks of dpre, dbranch, norm weight, norm bias
     scale_lines: int  # rows of sum_scale: column blocks of hidden units of all experts
-    partial: Tensor | None  # [workers, block_t, block_n], partial tiles
-    sum_scale: Tensor | None  # [scale_lines, D]
-    sum_bias: Tensor | None  # [E, D]
+    scratch: tuple[tuple[int, ...] | None, ...]  # shapes of WeightsScratch
 
     @property
     def tickets(self) -> int:
         return sum(self.whole) + self.workers + sum(self.sum_blocks)
 
+    def allocate(self, call: Call) -> WeightsScratch:
+        x = call.x
+        made = [s if s is None else x.new_empty(s, dtype=torch.float32) for s in self.scratch]
+        return WeightsScratch(*made)
+
 
 def plan_weights(
-    call: Call, gradients: Gradients, rows: RowsPlan, *, block_t: int, block_n: int, workers: int
+    problem: Problem, needed: Needed, rows: RowsPlan, *, block_t: int, block_n: int, workers: int
 ) -> WeightsPlan:
     """Plan the launch of the weights after that of ``rows``, with tiles of block_t x block_n."""
-    experts, dim = len(call.w1), call.x.shape[1]
-    scales = gradients.scale is not None
+    experts, dim, scales = len(problem.hidden), problem.dim, needed.layer_scale
     down, across = -(-dim // block_t), -(-dim // block_n)
-    hidden_blocks = [-(-hidden // block_n) for hidden, _ in _widths(call)]
+    hidden_blocks = [-(-hidden // block_n) for hidden in problem.hidden]
     w1_tiles = tuple(
-        -(-pre // block_t) * across if wanted(gradient) else 0
-        for (_, pre), gradient in zip(_widths(call), gradients.lists["w1"], strict=True)
+        -(-pre // block_t) * across if need else 0
+        for pre, need in zip(problem.pre, needed.w1, strict=True)
     )
     w2_tiles = tuple(
-        down * blocks if wanted(gradient) or scales else 0
-        for blocks, gradient in zip(hidden_blocks, gradients.lists["w2"], strict=True)
+        down * blocks if need or scales else 0
+        for blocks, need in zip(hidden_blocks, needed.w2, strict=True)
     )
     tiles = tuple(a + b for a, b in zip(w1_tiles, w2_tiles, strict=True))
     whole = whole_tiles(tiles, workers)
     of_dim = experts * -(-dim // SUM_COLUMNS)
     sum_blocks = (
-        experts * -(-rows.dpre.shape[1] // SUM_COLUMNS) if gradients.wants("b1") else 0,
-        of_dim if rows.sum_dbranch is not None else 0,
-        of_dim if gradients.wants("norm_weight") else 0,
-        of_dim if gradients.wants("norm_bias") else 0,
+        experts * -(-max(problem.pre) // SUM_COLUMNS) if needed.wants("b1") else 0,
+        of_dim if rows.sums[0] is not None else 0,
+        of_dim if needed.wants("norm_weight") else 0,
+        of_dim if needed.wants("norm_bias") else 0,
     )
-
-    def floats(*shape: int, needed: bool) -> Tensor | None:
-        return call.x.new_empty(shape, dtype=torch.float32) if needed else None
-
     lines = sum(hidden_blocks)
     return WeightsPlan(
         w1_tiles=w1_tiles,
@@ -218,9 +290,11 @@ def plan_weights(
         workers=workers,
         sum_blocks=sum_blocks,
         scale_lines=lines,
-        partial=floats(workers, block_t, block_n, needed=tiles != whole),
-        sum_scale=floats(lines, dim, needed=scales),
-        sum_bias=floats(experts, dim, needed=scales and bool(call.b2)),
+        scratch=(
+            (workers, block_t, block_n) if tiles != whole else None,
+            (lines, dim) if scales else None,
+            (experts, dim) if scales and problem.biased else None,
+        ),
     )
 
 
@@ -229,16 +303,14 @@ def wanted(gradient: Tensor | None) -> bool:
     return gradient is not None and gradient.numel() > 0
 
 
-def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype | None:
+def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """The dtype in which a kernel takes the tensors of all experts, which may have several."""
-    dtypes = [tensor.dtype for tensor in tensors]
-    return functools.reduce(torch.promote_types, dtypes) if dtypes else None
+    dtypes = {tensor.dtype for tensor in tensors}
+    return dtypes.pop() if len(dtypes) == 1 else functools.reduce(torch.promote_types, dtypes)
 
 
-def _widths(call: Call) -> list[tuple[int, int]]:
-    """F of each expert, and the number of columns of its pre-activation: F, or 2 F if gated."""
-    return [(w2.shape[1], w1.shape[0]) for w1, w2 in zip(call.w1, call.w2, strict=True)]
-
-
-def _empty(tensor: Tensor, needed: bool, dtype: torch.dtype | None) -> Tensor:
-    return torch.empty(tensor.shape if needed else (0,), dtype=dtype, device=tensor.device)
+def _empty(tensor: Tensor, needed: bool, dtype: torch.dtype) -> Tensor:
+    # The contiguous format, which torch.empty_like assumes for a contiguous tensor.
+    if needed and tensor.dtype == dtype and tensor.is_contiguous():
+        return torch.empty_like(tensor)
+    return tensor.new_empty(tensor.shape if needed else (0,), dtype=dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 from .call import Call
@@ -22,17 +23,28 @@ def rows_of(call: Call) -> Rows:
     """The description of the rows of each expert for the kernels."""
     if call.rows is not None:
         return Rows(None, None, 0, 0, call.rows, call.offsets)
-    starts, lengths, length = [0] * len(call.w1), [0] * len(call.w1), 0
-    for expert, count in zip(call.pieces[::2], call.pieces[1::2], strict=True):
+    return _segments(tuple(call.pieces), len(call.w1), call.x.shape[0])
+
+
+@functools.lru_cache(maxsize=256)
+def _segments(pieces: tuple[int, ...], experts: int, tokens: int) -> Rows:
+    starts, lengths, length = [0] * experts, [0] * experts, 0
+    for expert, count in zip(pieces[::2], pieces[1::2], strict=True):
         if count:
             starts[expert], lengths[expert] = length, count
             length += count
-    sequences = call.x.shape[0] // length
-    return Rows(tuple(starts), tuple(lengths), sequences, length, None, None)
+    return Rows(tuple(starts), tuple(lengths), tokens // length, length, None, None)
 
 
 def bound_on_tiles(call: Call, rows: Rows, block_t: int) -> int:
     """The number of row tiles for segments, else an upper bound."""
-    if rows.offsets is not None:
-        return -(-call.x.shape[0] // block_t) + len(call.w1)
-    return sum(-(-rows.sequences * length // block_t) for length in rows.lengths)
+    return tiles_of(call.x.shape[0], len(call.w1), rows.lengths, rows.sequences, block_t)
+
+
+def tiles_of(
+    tokens: int, experts: int, lengths: tuple[int, ...] | None, sequences: int, block_t: int
+) -> int:
+    """:func:`bound_on_tiles` of rows with these lengths and sequences; no lengths with an index."""
+    if lengths is None:
+        return -(-tokens // block_t) + experts
+    return sum(-(-sequences * length // block_t) for length in lengths)

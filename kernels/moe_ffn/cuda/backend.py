@@ -62,6 +62,6 @@ def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list
             launch_forward(kept, None, pre)
         rows = rows_of(readable)
         made = launch_rows(dy, pre, readable, rows, gradients)
-        if gradients.sums:
+        if gradients.needed.sums:
             launch_weights(readable, rows, made, gradients)
     return gradients.result(call)

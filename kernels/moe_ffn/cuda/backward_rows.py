@@ -9,7 +9,7 @@ from torch import Tensor
 from ..._backends import cuda as cuda_target
 from ..call import Call
 from ..counters import take_counters
-from ..plan import Gradients, RowsPlan, plan_rows, wanted
+from ..plan import Gradients, Problem, RowsPlan, RowsScratch, plan_rows
 from ..rows import Rows
 from ..schedule import band_of
 from . import arguments as host
@@ -40,18 +40,22 @@ class BackwardRowsArgument(ctypes.Structure):
     ]
 
 
-def launch_rows(dy: Tensor, pre: Tensor, call: Call, rows: Rows, gradients: Gradients) -> RowsPlan:
-    """Fill ``gradients.x`` and the tensors of the plan; ``call`` is from `host.readable_call`."""
+def launch_rows(
+    dy: Tensor, pre: Tensor, call: Call, rows: Rows, gradients: Gradients
+) -> tuple[RowsPlan, RowsScratch]:
+    """Fill ``gradients.x`` and the scratch of the plan; ``call`` is from `host.readable_call`."""
+    needed = gradients.needed
     plan = plan_rows(
-        *(call, rows, gradients),
+        *(Problem.of(call, rows), needed),
         block_t=host.TILE,
         block_f=host.TILE,
         block_n=host.TILE,
         row_tasks=host.ROW_TASKS,
-        keeps_normed=gradients.wants("w1"),
+        keeps_normed=needed.wants("w1"),
         keeps_dh2=True,
     )
-    readable_dy, dx = host.readable(dy), gradients.x if wanted(gradients.x) else None
+    scratch = plan.allocate(call)
+    readable_dy, dx = host.readable(dy), gradients.x if needed.x else None
     device, tasks, bound = call.x.device, plan.tasks, plan.bound
     workers, num_counters = host.workers_on(device), 2 + 3 * bound
     costs = dict(step=host.STEP, rows_cost=host.ROWS_COST)
@@ -62,7 +66,7 @@ def launch_rows(dy: Tensor, pre: Tensor, call: Call, rows: Rows, gradients: Grad
             dy=host.pointer(readable_dy),
             x=host.pointer(call.x),
             pre=host.pointer(pre),
-            **{name: host.pointer(tensor) for name, tensor in plan.tensors.items()},
+            **{name: host.pointer(tensor) for name, tensor in scratch._asdict().items()},
             dx=host.pointer(dx),
             dy_is_half=host.is_half(readable_dy),
             x_is_half=host.is_half(call.x),
@@ -75,7 +79,7 @@ def launch_rows(dy: Tensor, pre: Tensor, call: Call, rows: Rows, gradients: Grad
             argument,
             [
                 *host.tensors_of(call, rows),
-                *(counters, readable_dy, pre, *plan.tensors.values(), dx),
+                *(counters, readable_dy, pre, *scratch, dx),
             ],
         )
-    return plan
+    return plan, scratch

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..._backends import cuda as cuda_target
 from ..call import LISTS, Call
 from ..counters import take_counters
-from ..plan import Gradients, RowsPlan, plan_weights
+from ..plan import Gradients, Problem, RowsPlan, RowsScratch, plan_weights
 from ..rows import Rows
 from . import arguments as host
 
@@ -50,17 +50,24 @@ class BackwardWeightsArgument(ctypes.Structure):
     ]
 
 
-def launch_weights(call: Call, rows: Rows, made: RowsPlan, gradients: Gradients) -> None:
+def launch_weights(
+    call: Call, rows: Rows, of_rows: tuple[RowsPlan, RowsScratch], gradients: Gradients
+) -> None:
     """Fill the gradients of parameters that are needed from the results of the launch of the rows.
 
-    ``made`` is what that launch returned, and ``call`` is from :func:`host.readable_call`. The
+    ``of_rows`` is what that launch returned, and ``call`` is from :func:`host.readable_call`. The
     gradients of w1, w2, b1 and b2 are float16; those of the norm are all float16 or all float32,
     and that of the layer scale is either.
     """
     device, workers, scale = call.x.device, host.workers_on(call.x.device), gradients.scale
+    plan_of_rows, made = of_rows
     plan = plan_weights(
-        *(call, gradients, made), block_t=host.TILE, block_n=host.TILE, workers=workers
+        *(Problem.of(call, rows), gradients.needed, plan_of_rows),
+        block_t=host.TILE,
+        block_n=host.TILE,
+        workers=workers,
     )
+    scratch = plan.allocate(call)
     operands = {
         "dpre": made.dpre,
         "normed": made.normed,
@@ -69,9 +76,9 @@ def launch_weights(call: Call, rows: Rows, made: RowsPlan, gradients: Gradients)
         "sum_dpre": made.sum_dpre,
         "sum_dbranch": made.sum_dbranch,
         "sum_norm": made.sum_norm,
-        "partial": plan.partial,
-        "sum_scale": plan.sum_scale,
-        "sum_bias": plan.sum_bias,
+        "partial": scratch.partial,
+        "sum_scale": scratch.sum_scale,
+        "sum_bias": scratch.sum_bias,
     }
     num_counters = _COUNTERS + workers
     with take_counters(device, num_counters) as counters:

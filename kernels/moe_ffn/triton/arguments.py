@@ -12,8 +12,8 @@ from torch import Tensor
 from ... import target
 from ..._backends.triton import tf32_allowed
 from ..._backends.triton_device import INTERPRETED, odd
-from ..call import GATED, Call
-from ..plan import common_dtype
+from ..call import GATED
+from ..plan import Problem, common_dtype
 from ..rows import Rows
 from .device import Config, Passed
 from .tiles import Tile
@@ -29,8 +29,14 @@ def pointers(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
     """One contiguous tensor per expert, all in one dtype; None if the call has none."""
     if not tensors:
         return None
-    dtype = common_dtype(tensors)
-    return tuple(tensor.to(dtype).contiguous() for tensor in tensors)
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        if tensor.dtype != dtype or not tensor.is_contiguous():
+            break
+    else:
+        return tuple(tensors)
+    common = common_dtype(tensors)
+    return tuple([tensor.to(common).contiguous() for tensor in tensors])
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -41,6 +47,11 @@ def passed(rows: Rows) -> Passed:
     """Rows in the form that the kernels take; a compiled kernel serves all lengths."""
     if rows.offsets is not None:
         return Passed(None, None, None, 0, rows.tokens, rows.offsets)
+    return _segments(rows)
+
+
+@functools.lru_cache(maxsize=256)
+def _segments(rows: Rows) -> Passed:
     ends = itertools.accumulate(length * rows.sequences for length in rows.lengths)
     return Passed(
         starts=tuple(map(odd, rows.starts)),
@@ -52,7 +63,6 @@ def passed(rows: Rows) -> Passed:
     )
 
 
-@functools.lru_cache(maxsize=256)
 def make_config(
     dim: int,
     hidden: tuple[int, ...],
@@ -96,11 +106,15 @@ def make_config(
     )
 
 
-def config_of(call: Call, tile: Tile) -> Config:
-    hidden = tuple(weight.shape[1] for weight in call.w2)
-    precision = "tf32" if tf32_allowed() else "ieee"
-    rounds = call.w1[0].dtype != torch.float32
-    return make_config(call.x.shape[1], hidden, call.norm, call.activation, precision, rounds, tile)
+def config_of(problem: Problem, precision: str, tile: Tile) -> Config:
+    rounds = problem.dtype != torch.float32
+    facts = (problem.dim, problem.hidden, problem.norm, problem.activation, precision, rounds)
+    return make_config(*facts, tile)
+
+
+def precision() -> str:
+    """Triton's name for the precision of float32 products that PyTorch's settings allow."""
+    return "tf32" if tf32_allowed() else "ieee"
 
 
 def workers_on(device: torch.device, tile: Tile) -> int:

@@ -38,6 +38,6 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
 def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list[Tensor]:
     """The gradients flagged in ``needs``, in the order of the schema; the others are empty."""
-    from .launch import Backward
+    from .launch import backward
 
-    return Backward(dy, pre, call, needs).compute()
+    return backward(dy, pre, call, needs)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,150 +12,199 @@ from torch import Tensor
 from ..._backends import triton_launch
 from ..call import LISTS, Call, pre_shape
 from ..counters import take_counters
-from ..plan import Gradients, WeightsPlan, plan_rows, plan_weights, wanted
-from ..rows import bound_on_tiles, rows_of
+from ..plan import Gradients, Needed, Problem, RowsPlan, WeightsPlan, plan_rows, plan_weights
+from ..rows import rows_of
 from ..schedule import band_of
 from . import arguments, tiles
 from .backward_rows import moe_ffn_bwd_rows_kernel
 from .backward_weights import Work, moe_ffn_bwd_weights_kernel
+from .device import Config
 from .forward import moe_ffn_fwd_kernel
+from .tiles import Tile
 
 # Elements of each tensor that a task without products holds in registers (with twice as many the
 # kernel spills on sm_80), and rows per task; more rows give fewer partial sums.
 _HELD = 4096
 _ROWS_PER_TASK = 64
+# Plans kept for later calls. One for each number of tokens, if texts differ in length.
+_PLANS = 1024
+
+
+class _Forward(NamedTuple):
+    """The launch of a forward, without its tensors."""
+
+    config: Config
+    bound: int
+    band: int
+    programs: int
+
+
+@functools.lru_cache(_PLANS)
+def _plan_forward(problem: Problem, precision: str, tile: Tile, workers: int) -> _Forward:
+    config = arguments.config_of(problem, precision, tile)
+    dim, bound = problem.dim, problem.tiles(tile.block_t)
+    tasks = (
+        0 if problem.norm == "none" else -(-tile.block_t // config.block_r),
+        -(-config.max_hidden // config.block_f),
+        -(-dim // tile.block_n),
+    )
+    depths = (None, dim, config.max_hidden)
+    costs = dict(step=config.block_k, rows_cost=arguments.ROWS_COST)
+    band = band_of(bound, tasks, workers, depths, **costs)
+    return _Forward(config._replace(tasks=tasks), bound, band, min(workers, bound * sum(tasks)))
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """y [T, D], and the pre-activation in grouped order; one launch."""
-    half, device = call.w1[0].dtype, call.x.device
-    num_tokens, dim = call.x.shape
-    y_dtype = call.w2[0].dtype if call.residual is None else call.residual.dtype
-    y = call.x.new_empty(num_tokens, dim, dtype=y_dtype)
-    pre = call.x.new_empty(pre_shape(call), dtype=half)
-    if num_tokens == 0:
+    x, dtype = call.x, call.w1[0].dtype
+    y = x.new_empty(
+        x.shape, dtype=(call.residual if call.residual is not None else call.w2[0]).dtype
+    )
+    pre = x.new_empty(pre_shape(call), dtype=dtype)
+    if x.shape[0] == 0:
         return y, pre
 
-    tile = tiles.choose(device, half).forward
-    config, rows = arguments.config_of(call, tile), rows_of(call)
-    config = config._replace(
-        tasks=(
-            0 if call.norm == "none" else -(-tile.block_t // config.block_r),
-            -(-config.max_hidden // config.block_f),
-            -(-dim // tile.block_n),
-        )
-    )
-    bound, workers = bound_on_tiles(call, rows, tile.block_t), arguments.workers_on(device, tile)
-    depths = (None, dim, config.max_hidden)
-    costs = dict(step=config.block_k, rows_cost=arguments.ROWS_COST)
-    band = band_of(bound, config.tasks, workers, depths, **costs)
-    normed = call.x.new_empty(num_tokens, dim, dtype=half) if config.tasks[0] else None
-    hidden = call.x.new_empty(num_tokens, config.max_hidden, dtype=half)
-    with take_counters(device, 2 + 2 * bound) as counters:
+    device, rows = x.device, rows_of(call)
+    tile = tiles.choose(device, dtype).forward
+    workers = arguments.workers_on(device, tile)
+    plan = _plan_forward(Problem.of(call, rows), arguments.precision(), tile, workers)
+    normed = x.new_empty(x.shape, dtype=dtype) if plan.config.tasks[0] else None
+    hidden = x.new_empty((x.shape[0], plan.config.max_hidden), dtype=dtype)
+    with take_counters(device, 2 + 2 * plan.bound) as counters:
         triton_launch.launch(
-            *(moe_ffn_fwd_kernel, device, min(workers, bound * sum(config.tasks)), tile),
-            *(call.x.contiguous(), normed, pre if call.save_pre else None, hidden, y),
+            *(moe_ffn_fwd_kernel, device, plan.programs, tile),
+            *(x.contiguous(), normed, pre if call.save_pre else None, hidden, y),
             *(arguments.pointers(tensors) for tensors in call[1:7]),
             *(arguments.contiguous(t) for t in (call.layer_scale, call.token_scale, call.residual)),
-            *(arguments.passed(rows), counters, bound, band, call.norm_eps, config),
+            *(arguments.passed(rows), counters, plan.bound, plan.band, call.norm_eps, plan.config),
         )
     return y, pre
 
 
-class Backward:
-    """The launches of a backward."""
+class _Backward(NamedTuple):
+    """The launches of a backward, without their tensors."""
 
-    def __init__(self, dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> None:
-        self.call, self.pre = call, pre if pre.numel() else None
-        self.dy, self.x = dy.contiguous(), call.x.contiguous()
-        self.rows = rows_of(call)
-        self.tiles = tiles.choose(dy.device, call.w1[0].dtype)
-        self.gradients = Gradients.empty(call, needs)
+    rows: RowsPlan
+    rows_config: Config
+    band: int
+    rows_programs: int
+    weights: WeightsPlan
+    weights_config: Config
+    work: Work
+    weights_programs: int
 
-    def compute(self) -> list[Tensor]:
-        if len(self.x):
-            self.launch_rows()
-            if self.gradients.sums:
-                self.launch_weights()
-        return self.gradients.result(self.call)
 
-    def launch_rows(self) -> None:
-        """Compute dx and the operands of all sums over tokens; see backward_rows.py."""
-        call, gradients = self.call, self.gradients
-        tile = self.tiles.recompute if self.pre is None else self.tiles.rows
-        config = arguments.config_of(call, tile)
-        block_r = max(1, min(tile.block_t, _HELD // config.block_d))
-        row_steps = max(1, min(tile.block_t, _ROWS_PER_TASK) // block_r)
-        scaled = call.layer_scale is not None or call.token_scale is not None
-        reads_normed = gradients.wants("w1") or self.pre is None
-        plan = plan_rows(
-            *(call, self.rows, gradients),
-            block_t=tile.block_t,
-            block_f=config.block_f,
-            block_n=tile.block_n,
-            row_tasks=-(-tile.block_t // (block_r * row_steps)),
-            keeps_normed=call.norm != "none" and reads_normed,
-            keeps_dh2=scaled or self.dy.dtype != call.w1[0].dtype,
+@functools.lru_cache(_PLANS)
+def _plan_backward(
+    problem: Problem,
+    needed: Needed,
+    precision: str,
+    recomputes: bool,
+    keeps_dh2: bool,
+    rows_tile: Tile,
+    rows_workers: int,
+    weights_tile: Tile,
+    weights_workers: int,
+) -> _Backward:
+    tile = rows_tile
+    config = arguments.config_of(problem, precision, tile)
+    block_r = max(1, min(tile.block_t, _HELD // config.block_d))
+    row_steps = max(1, min(tile.block_t, _ROWS_PER_TASK) // block_r)
+    rows = plan_rows(
+        *(problem, needed),
+        block_t=tile.block_t,
+        block_f=config.block_f,
+        block_n=tile.block_n,
+        row_tasks=-(-tile.block_t // (block_r * row_steps)),
+        keeps_normed=problem.norm != "none" and (needed.wants("w1") or recomputes),
+        keeps_dh2=keeps_dh2,
+    )
+    costs = dict(step=config.block_k, rows_cost=arguments.ROWS_COST)
+
+    tile = weights_tile
+    weights = plan_weights(
+        *(problem, needed, rows),
+        block_t=tile.block_t,
+        block_n=tile.block_n,
+        workers=weights_workers,
+    )
+    of_bias = weights.sum_blocks[1] if weights.scratch[2] is not None else 0
+    work = Work(
+        w1_tiles=weights.w1_tiles,
+        w2_tiles=weights.w2_tiles,
+        whole=weights.whole,
+        workers=weights.workers,
+        **needed.lists,
+        sum_blocks=weights.sum_blocks,
+        dbranch_rows=rows.tasks[0],
+        norm_rows=rows.tasks[3],
+        rows_block_t=rows_tile.block_t,
+        scale_signals=sum(weights.w2_tiles) + of_bias,
+        scale_rows=weights.scale_lines,
+    )
+    return _Backward(
+        rows=rows,
+        rows_config=config._replace(tasks=rows.tasks, block_r=block_r, row_steps=row_steps),
+        band=band_of(rows.bound, rows.tasks, rows_workers, rows.depths, **costs),
+        rows_programs=min(rows_workers, rows.bound * sum(rows.tasks)),
+        weights=weights,
+        weights_config=arguments.config_of(problem, precision, tile),
+        work=work,
+        weights_programs=min(weights_workers, weights.tickets),
+    )
+
+
+def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list[Tensor]:
+    """The gradients flagged in ``needs``, in the order of the schema; the others are empty.
+
+    The launch of the rows computes dx and the operands of all sums over tokens (backward_rows.py),
+    that of the weights the gradients that are sums over tokens (backward_weights.py).
+    """
+    gradients = Gradients.empty(call, needs)
+    if call.x.shape[0]:
+        _launch(dy.contiguous(), pre if pre.numel() else None, call, gradients)
+    return gradients.result(call)
+
+
+def _launch(dy: Tensor, pre: Tensor | None, call: Call, gradients: Gradients) -> None:
+    x, dtype, needed = call.x.contiguous(), call.w1[0].dtype, gradients.needed
+    device, rows, row = x.device, rows_of(call), tiles.choose(x.device, dtype)
+    tile = row.recompute if pre is None else row.rows
+    scaled = call.layer_scale is not None or call.token_scale is not None
+    plan = _plan_backward(
+        *(Problem.of(call, rows), needed, arguments.precision()),
+        *(pre is None, scaled or dy.dtype != dtype),
+        *(tile, arguments.workers_on(device, tile)),
+        *(row.weights, arguments.workers_on(device, row.weights)),
+    )
+    made, bound, passed = plan.rows.allocate(call), plan.rows.bound, arguments.passed(rows)
+    w1, w2, b1, b2, norm_weight, norm_bias = map(arguments.pointers, call[1:7])
+    layer_scale = arguments.contiguous(call.layer_scale)
+    with take_counters(device, 2 + 3 * bound) as counters:
+        triton_launch.launch(
+            *(moe_ffn_bwd_rows_kernel, device, plan.rows_programs, tile),
+            *(dy, x, pre, *made, gradients.x if needed.x else None),
+            *(w1, w2, b1, norm_weight, norm_bias),
+            *(layer_scale, arguments.contiguous(call.token_scale)),
+            *(passed, counters, bound, plan.band, call.norm_eps, plan.rows_config),
         )
-        self.plan, self.row_block = plan, tile.block_t
-        config = config._replace(tasks=plan.tasks, block_r=block_r, row_steps=row_steps)
-
-        device, workers = self.x.device, arguments.workers_on(self.x.device, tile)
-        costs = dict(step=config.block_k, rows_cost=arguments.ROWS_COST)
-        band = band_of(plan.bound, plan.tasks, workers, plan.depths, **costs)
-        programs = min(workers, plan.bound * sum(plan.tasks))
-        with take_counters(device, 2 + 3 * plan.bound) as counters:
-            triton_launch.launch(
-                *(moe_ffn_bwd_rows_kernel, device, programs, tile),
-                *(self.dy, self.x, self.pre, *plan.tensors.values()),
-                gradients.x if wanted(gradients.x) else None,
-                *(arguments.pointers(t) for t in (call.w1, call.w2, call.b1)),
-                *(arguments.pointers(t) for t in (call.norm_weight, call.norm_bias)),
-                *(arguments.contiguous(t) for t in (call.layer_scale, call.token_scale)),
-                *(arguments.passed(self.rows), counters, plan.bound, band, call.norm_eps, config),
-            )
-
-    def launch_weights(self) -> None:
-        """Compute the gradients that are sums over tokens; see backward_weights.py."""
-        call, tile, device = self.call, self.tiles.weights, self.x.device
-        rows, gradients = self.plan, self.gradients
-        config, workers = arguments.config_of(call, tile), arguments.workers_on(device, tile)
-        plan = plan_weights(
-            *(call, gradients, rows), block_t=tile.block_t, block_n=tile.block_n, workers=workers
-        )
-        # An absent tensor is replaced by one of the same dtype, which is not read.
-        partial = self.x.new_empty(1, dtype=torch.float32) if plan.partial is None else plan.partial
-        normed = rows.dpre if rows.normed is None else rows.normed
-        dbranch = rows.dbranch if rows.dbranch is not None else rows.dh2
-        sums = (rows.sum_dpre, rows.sum_dbranch, rows.sum_norm)
-        with take_counters(device, 3 + workers) as counters:
-            triton_launch.launch(
-                *(moe_ffn_bwd_weights_kernel, device, min(workers, plan.tickets), tile),
-                *(rows.dpre, self.x if call.norm == "none" else normed),
-                self.dy if dbranch is None else dbranch,
-                rows.dpre if rows.hidden is None else rows.hidden,
-                *(partial if tensor is None else tensor for tensor in sums),
-                *(partial, plan.sum_scale, plan.sum_bias),
-                *(tuple(gradients.lists[name]) or None for name in LISTS),
-                gradients.scale,
-                *(arguments.pointers(t) for t in (call.w2, call.b2)),
-                *(arguments.contiguous(call.layer_scale), arguments.passed(self.rows), counters),
-                *(call.norm == "none", dbranch is None, config, self._work(plan)),
-            )
-
-    def _work(self, plan: WeightsPlan) -> Work:
-        rows, gradients = self.plan, self.gradients
-        of_bias = plan.sum_blocks[1] if plan.sum_bias is not None else 0
-        return Work(
-            w1_tiles=plan.w1_tiles,
-            w2_tiles=plan.w2_tiles,
-            whole=plan.whole,
-            workers=plan.workers,
-            **{name: tuple(map(wanted, gradients.lists[name])) for name in LISTS},
-            sum_blocks=plan.sum_blocks,
-            dbranch_rows=rows.tasks[0],
-            norm_rows=rows.tasks[3],
-            rows_block_t=self.row_block,
-            scale_signals=sum(plan.w2_tiles) + of_bias,
-            scale_rows=plan.scale_lines,
+    if not needed.sums:
+        return
+    scratch = plan.weights.allocate(call)
+    # An absent tensor is replaced by one of the same dtype, which is not read.
+    partial = x.new_empty(1, dtype=torch.float32) if scratch.partial is None else scratch.partial
+    normed = made.dpre if made.normed is None else made.normed
+    dbranch = made.dbranch if made.dbranch is not None else made.dh2
+    sums = (made.sum_dpre, made.sum_dbranch, made.sum_norm)
+    with take_counters(device, 3 + plan.weights.workers) as counters:
+        triton_launch.launch(
+            *(moe_ffn_bwd_weights_kernel, device, plan.weights_programs, row.weights),
+            *(made.dpre, x if call.norm == "none" else normed),
+            dy if dbranch is None else dbranch,
+            made.dpre if made.hidden is None else made.hidden,
+            *(partial if tensor is None else tensor for tensor in sums),
+            *(partial, scratch.sum_scale, scratch.sum_bias),
+            *(tuple(gradients.lists[name]) or None for name in LISTS),
+            *(gradients.scale, w2, b2, layer_scale, passed, counters),
+            *(call.norm == "none", dbranch is None, plan.weights_config, plan.work),
         )
