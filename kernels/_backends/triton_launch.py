@@ -64,6 +64,9 @@ _constant: dict[Any, list[bool]] = {}  # per kernel: which of its parameters are
 
 def _run(kernel: Any, grid: tuple[int], tile: Options, args: tuple[Any, ...]) -> None:
     """``kernel[grid](*args)`` on the current device, whose second call finds the kernel faster."""
+    if not isinstance(kernel, triton.JITFunction):  # interpreted
+        kernel[grid](*args, **compile_options(tile))
+        return
     active = driver.active
     device = active.get_current_device()
     key = _key_of(kernel, (active, device), tile, args)
@@ -97,8 +100,8 @@ def _key_of(
     On NVIDIA GPUs Triton compiles a variant for the dtypes of tensors and whether 16 divides their
     addresses, for integers that are 1, divisible by 16 or wide, and for each value of a constant.
     """
-    if not isinstance(kernel, triton.JITFunction) or kernel.pre_run_hooks:
-        return None  # interpreted, or something must see the arguments first
+    if kernel.pre_run_hooks:
+        return None  # something must see the arguments first
     if getattr(triton.knobs.runtime, "add_stages_inspection_hook", None) is not None:
         return None
     key: list[Any] = [kernel.fn, *place, tile.num_warps, tile.num_stages]

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 import heapq
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# Estimated cost of the prologue and epilogue of a tile, or of a piece of one, in steps of its main
-# loop. It affects the choice of the band, and the equal shares of tiles that are divided.
+# Estimated cost of the beginning and the end of a tile, or of a piece of one, in steps of its main
+# loop, where nothing better is known. It affects the choice of the band, and the equal shares of
+# tiles that are divided. The Triton backend has costs of each product in its tile table.
 TILE_OVERHEAD = 3
 
 
@@ -136,6 +138,7 @@ def band_of(
     *,
     step: int,
     rows_cost: int,
+    overheads: Sequence[int] | None = None,
 ) -> int:
     """Row tiles per band of a launch.
 
@@ -146,8 +149,10 @@ def band_of(
         depths: depth of the products of each phase, None for a phase without products.
         step: depth of a step of the main loop.
         rows_cost: estimated cost of a task without products, in steps.
+        overheads: of the phases with products, in steps, instead of TILE_OVERHEAD.
     """
-    costs = (rows_cost if d is None else -(-d // step) + TILE_OVERHEAD for d in depths)
+    each = itertools.repeat(TILE_OVERHEAD) if overheads is None else iter(overheads)
+    costs = (rows_cost if d is None else -(-d // step) + next(each) for d in depths)
     return choose_band(tiles, tuple(tasks), workers, tuple(costs))
 
 

@@ -58,8 +58,8 @@ def launch_rows(
     readable_dy, dx = host.readable(dy), gradients.x if needed.x else None
     device, tasks, bound = call.x.device, plan.tasks, plan.bound
     workers, num_counters = host.workers_on(device), 2 + 3 * bound
-    costs = dict(step=host.STEP, rows_cost=host.ROWS_COST)
-    band = band_of(bound, tasks, workers, plan.depths, **costs)
+    sizes = (bound, tasks, workers, plan.depths)
+    band = band_of(*sizes, step=host.STEP, rows_cost=host.ROWS_COST)
     with take_counters(device, num_counters) as counters:
         argument = BackwardRowsArgument(
             call=host.call_argument(call, rows, counters, num_counters, bound, band, tasks),

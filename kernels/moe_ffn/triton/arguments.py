@@ -15,6 +15,7 @@ from ..._backends.triton_device import INTERPRETED, odd
 from ..call import GATED
 from ..plan import Problem, common_dtype
 from ..rows import Rows
+from ..schedule import TILE_OVERHEAD
 from .device import Config, Passed
 from .tiles import Tile
 
@@ -103,6 +104,7 @@ def make_config(
         block_r=max(1, min(tile.block_t, 16384 // block_d)),
         row_steps=1,
         num_warps=tile.num_warps,
+        overhead=TILE_OVERHEAD,
     )
 
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from ..._backends.triton_device import dot, term
-from .. import plan, schedule
+from .. import plan
 from .device import (
     eighths,
     expert_offset,
@@ -31,7 +31,6 @@ from .device import (
     width_of,
 )
 
-TILE_OVERHEAD = tl.constexpr(schedule.TILE_OVERHEAD)
 SUM_COLUMNS = tl.constexpr(plan.SUM_COLUMNS)
 SUM_ROWS = tl.constexpr(32)
 
@@ -73,7 +72,7 @@ def total_steps(rows, C: tl.constexpr, W: tl.constexpr):
     for e in tl.static_range(len(C.hidden)):
         steps = steps_of(rows, e, C)
         whole += W.whole[e] * steps
-        rest += (W.w1_tiles[e] + W.w2_tiles[e] - W.whole[e]) * (steps + TILE_OVERHEAD)
+        rest += (W.w1_tiles[e] + W.w2_tiles[e] - W.whole[e]) * (steps + C.overhead)
     return whole, rest
 
 
@@ -96,7 +95,7 @@ def find_work(position, stop, rows, C: tl.constexpr, W: tl.constexpr):
             else:
                 skipped = W.whole[e]
                 count = W.w1_tiles[e] + W.w2_tiles[e] - W.whole[e]
-                length = each + TILE_OVERHEAD
+                length = each + C.overhead
             inside = (expert < 0) & (position < before + count * length)
             number = (position - before) // length
             end = before + (number + 1) * length

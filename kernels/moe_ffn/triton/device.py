@@ -43,6 +43,7 @@ class Config(NamedTuple):
     block_r: int  # rows that a phase without products processes at once
     row_steps: int  # number of iterations in a task of such a phase
     num_warps: int
+    overhead: int  # empty positions before a tile of the weights that is divided
 
 
 class Passed(NamedTuple):
@@ -391,10 +392,11 @@ def column_sums(tile, C: tl.constexpr):
     and the warps follow each other. The rows of a thread are added first, then those of a warp. The
     few sums that are left, one per warp, are added in pairs.
     """
+    ROWS: tl.constexpr = tile.shape[0]
     COLUMNS: tl.constexpr = tile.shape[1]
-    WARPS: tl.constexpr = C.num_warps
-    LANES: tl.constexpr = 256 // COLUMNS
-    sums = tl.sum(tl.reshape(tile, (tile.shape[0] // (WARPS * LANES), WARPS * LANES, COLUMNS)), 0)
+    LANES: tl.constexpr = min(256 // COLUMNS, ROWS)
+    WARPS: tl.constexpr = min(C.num_warps, ROWS // LANES)
+    sums = tl.sum(tl.reshape(tile, (ROWS // (WARPS * LANES), WARPS * LANES, COLUMNS)), 0)
     sums = tl.trans(tl.sum(tl.reshape(sums, (WARPS, LANES, COLUMNS)), 1))
     for _ in tl.static_range(4):  # at most 16 warps
         if sums.shape[1] > 1:

@@ -1,4 +1,7 @@
-"""Launches the kernels of moe_ffn: one forward, and two backward as planned in plan.py."""
+"""Launches the kernels of moe_ffn: one forward, and two backward as planned in plan.py.
+
+``Tiles.separate`` makes several launches of the forward and of the first of the backward.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from .backward_rows import moe_ffn_bwd_rows_kernel
 from .backward_weights import Work, moe_ffn_bwd_weights_kernel
 from .device import Config
 from .forward import moe_ffn_fwd_kernel
-from .tiles import Tile
+from .tiles import Overheads, Tile, Tiles
 
 # Elements of each tensor that a task without products holds in registers (with twice as many the
 # kernel spills on sm_80), and rows per task; more rows give fewer partial sums.
@@ -31,16 +34,24 @@ _PLANS = 1024
 
 
 class _Forward(NamedTuple):
-    """The launch of a forward, without its tensors."""
+    """The launches of a forward, without their tensors: configuration and number of programs."""
 
-    config: Config
+    launches: tuple[tuple[Config, int], ...]
     bound: int
     band: int
-    programs: int
+    normalises: bool
+    max_hidden: int
 
 
 @functools.lru_cache(_PLANS)
-def _plan_forward(problem: Problem, precision: str, tile: Tile, workers: int) -> _Forward:
+def _plan_forward(
+    problem: Problem,
+    precision: str,
+    tile: Tile,
+    workers: int,
+    overheads: Overheads,
+    separate: bool,
+) -> _Forward:
     config = arguments.config_of(problem, precision, tile)
     dim, bound = problem.dim, problem.tiles(tile.block_t)
     tasks = (
@@ -49,9 +60,25 @@ def _plan_forward(problem: Problem, precision: str, tile: Tile, workers: int) ->
         -(-dim // tile.block_n),
     )
     depths = (None, dim, config.max_hidden)
-    costs = dict(step=config.block_k, rows_cost=arguments.ROWS_COST)
-    band = band_of(bound, tasks, workers, depths, **costs)
-    return _Forward(config._replace(tasks=tasks), bound, band, min(workers, bound * sum(tasks)))
+    band = band_of(
+        *(bound, tasks, workers, depths),
+        step=config.block_k,
+        rows_cost=arguments.ROWS_COST,
+        overheads=overheads[:2],
+    )
+    launches = _launches(config, tasks, separate, bound, workers)
+    return _Forward(launches, bound, band, tasks[0] > 0, config.max_hidden)
+
+
+def _launches(
+    config: Config, tasks: tuple[int, ...], separate: bool, bound: int, workers: int
+) -> tuple[tuple[Config, int], ...]:
+    """Configuration and number of programs of one launch, or of one for each phase."""
+    each = [tasks]
+    if separate:
+        phases = [phase for phase, count in enumerate(tasks) if count]
+        each = [tuple(n * (p == phase) for p, n in enumerate(tasks)) for phase in phases]
+    return tuple((config._replace(tasks=t), min(workers, bound * sum(t))) for t in each)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -65,29 +92,40 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         return y, pre
 
     device, rows = x.device, rows_of(call)
-    tile = tiles.choose(device, dtype).forward
-    workers = arguments.workers_on(device, tile)
-    plan = _plan_forward(Problem.of(call, rows), arguments.precision(), tile, workers)
-    normed = x.new_empty(x.shape, dtype=dtype) if plan.config.tasks[0] else None
-    hidden = x.new_empty((x.shape[0], plan.config.max_hidden), dtype=dtype)
-    with take_counters(device, 2 + 2 * plan.bound) as counters:
-        triton_launch.launch(
-            *(moe_ffn_fwd_kernel, device, plan.programs, tile),
-            *(x.contiguous(), normed, pre if call.save_pre else None, hidden, y),
-            *(arguments.pointers(tensors) for tensors in call[1:7]),
-            *(arguments.contiguous(t) for t in (call.layer_scale, call.token_scale, call.residual)),
-            *(arguments.passed(rows), counters, plan.bound, plan.band, call.norm_eps, plan.config),
-        )
+    row = tiles.choose(device, dtype)
+    tile, workers = row.forward, arguments.workers_on(device, row.forward)
+    plan = _plan_forward(
+        *(Problem.of(call, rows), arguments.precision(), tile, workers),
+        *(tiles.overheads(device, dtype), _separate(row, x)),
+    )
+    normed = x.new_empty(x.shape, dtype=dtype) if plan.normalises else None
+    hidden = x.new_empty((x.shape[0], plan.max_hidden), dtype=dtype)
+    tensors = (
+        *(x.contiguous(), normed, pre if call.save_pre else None, hidden, y),
+        *map(arguments.pointers, call[1:7]),
+        *map(arguments.contiguous, (call.layer_scale, call.token_scale, call.residual)),
+        arguments.passed(rows),
+    )
+    for config, programs in plan.launches:
+        with take_counters(device, 2 + 2 * plan.bound) as counters:
+            triton_launch.launch(
+                *(moe_ffn_fwd_kernel, device, programs, tile, *tensors),
+                *(counters, plan.bound, plan.band, call.norm_eps, config),
+            )
     return y, pre
+
+
+def _separate(row: Tiles, x: Tensor) -> bool:
+    """Whether each phase is a launch of its own."""
+    return row.separate is not None and x.shape[0] >= row.separate
 
 
 class _Backward(NamedTuple):
     """The launches of a backward, without their tensors."""
 
     rows: RowsPlan
-    rows_config: Config
+    rows_launches: tuple[tuple[Config, int], ...]  # configuration and number of programs
     band: int
-    rows_programs: int
     weights: WeightsPlan
     weights_config: Config
     work: Work
@@ -105,6 +143,8 @@ def _plan_backward(
     rows_workers: int,
     weights_tile: Tile,
     weights_workers: int,
+    overheads: Overheads,
+    separate: bool,
 ) -> _Backward:
     tile = rows_tile
     config = arguments.config_of(problem, precision, tile)
@@ -119,7 +159,13 @@ def _plan_backward(
         keeps_normed=problem.norm != "none" and (needed.wants("w1") or recomputes),
         keeps_dh2=keeps_dh2,
     )
-    costs = dict(step=config.block_k, rows_cost=arguments.ROWS_COST)
+    band = band_of(
+        *(rows.bound, rows.tasks, rows_workers, rows.depths),
+        step=config.block_k,
+        rows_cost=arguments.ROWS_COST,
+        overheads=overheads[2:4],
+    )
+    config = config._replace(block_r=block_r, row_steps=row_steps)
 
     tile = weights_tile
     weights = plan_weights(
@@ -144,11 +190,12 @@ def _plan_backward(
     )
     return _Backward(
         rows=rows,
-        rows_config=config._replace(tasks=rows.tasks, block_r=block_r, row_steps=row_steps),
-        band=band_of(rows.bound, rows.tasks, rows_workers, rows.depths, **costs),
-        rows_programs=min(rows_workers, rows.bound * sum(rows.tasks)),
+        rows_launches=_launches(config, rows.tasks, separate, rows.bound, rows_workers),
+        band=band,
         weights=weights,
-        weights_config=arguments.config_of(problem, precision, tile),
+        weights_config=arguments.config_of(problem, precision, tile)._replace(
+            overhead=overheads.weights
+        ),
         work=work,
         weights_programs=min(weights_workers, weights.tickets),
     )
@@ -176,18 +223,22 @@ def _launch(dy: Tensor, pre: Tensor | None, call: Call, gradients: Gradients) ->
         *(pre is None, scaled or dy.dtype != dtype),
         *(tile, arguments.workers_on(device, tile)),
         *(row.weights, arguments.workers_on(device, row.weights)),
+        *(tiles.overheads(device, dtype), _separate(row, x)),
     )
     made, bound, passed = plan.rows.allocate(call), plan.rows.bound, arguments.passed(rows)
     w1, w2, b1, b2, norm_weight, norm_bias = map(arguments.pointers, call[1:7])
     layer_scale = arguments.contiguous(call.layer_scale)
-    with take_counters(device, 2 + 3 * bound) as counters:
-        triton_launch.launch(
-            *(moe_ffn_bwd_rows_kernel, device, plan.rows_programs, tile),
-            *(dy, x, pre, *made, gradients.x if needed.x else None),
-            *(w1, w2, b1, norm_weight, norm_bias),
-            *(layer_scale, arguments.contiguous(call.token_scale)),
-            *(passed, counters, bound, plan.band, call.norm_eps, plan.rows_config),
-        )
+    tensors = (
+        *(dy, x, pre, *made, gradients.x if needed.x else None),
+        *(w1, w2, b1, norm_weight, norm_bias),
+        *(layer_scale, arguments.contiguous(call.token_scale), passed),
+    )
+    for config, programs in plan.rows_launches:
+        with take_counters(device, 2 + 3 * bound) as counters:
+            triton_launch.launch(
+                *(moe_ffn_bwd_rows_kernel, device, programs, tile, *tensors),
+                *(counters, bound, plan.band, call.norm_eps, config),
+            )
     if not needed.sums:
         return
     scratch = plan.weights.allocate(call)

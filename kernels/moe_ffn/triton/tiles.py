@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 from ... import target
 from ..._backends.triton import operands_of
 from ...target import GENERATIONS, generation_of
+from ..schedule import TILE_OVERHEAD
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,27 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles of the forward, of the backward of rows (also with ``recompute``), and of weights."""
+    """Tiles of the forward, of the backward of rows (also with ``recompute``), and of weights.
+
+    From ``separate`` tokens on, each phase of the forward and of the backward of rows is a launch
+    of its own, in which nothing waits; None: never.
+    """
 
     forward: Tile
     rows: Tile
     recompute: Tile
     weights: Tile
+    separate: int | None = None
+
+
+class Overheads(NamedTuple):
+    """Cost of the beginning and the end of a task of each product, in steps of its main loop."""
+
+    hidden: int  # x w1^T and the activation
+    output: int  # hidden w2^T
+    differentiate: int  # dh2 w2 and the gradient of the activation
+    multiply: int  # dpre w1
+    weights: int  # dpre^T norm(x), dbranch^T hidden
 
 
 # No row has been timed on a GPU yet. The rows were chosen from the reports of ptxas.
@@ -100,6 +117,20 @@ TABLE: dict[tuple[str, str], Tiles] = {
     ("sm_100", "32-bit"): replace(_SINGLE, weights=Tile(64, 64, 32, 4, 4)),
 }
 
+# From instructions counted in machine code and a model of a multiprocessor, by
+# benchmarks/count_sass.py: MODELLED. The same model prefers two programs a multiprocessor on sm_86
+# and sm_120, whose L2 is fast enough for their narrower tiles, and sees no gain from separate
+# launches.
+_GUESSED = Overheads(*[TILE_OVERHEAD] * 5)
+OVERHEADS: dict[tuple[str, str], Overheads] = {
+    **{(name, "32-bit"): _GUESSED for name in GENERATIONS},
+    ("sm_80", "16-bit"): Overheads(8, 8, 10, 6, 9),
+    ("sm_86", "16-bit"): Overheads(4, 4, 5, 3, 3),
+    ("sm_90", "16-bit"): Overheads(6, 6, 7, 4, 7),
+    ("sm_100", "16-bit"): Overheads(6, 6, 7, 4, 7),
+    ("sm_120", "16-bit"): Overheads(4, 4, 5, 3, 3),
+}
+
 INTERPRETED = Tiles(
     forward=Tile(32, 64, 32, 4, 1),
     rows=Tile(32, 64, 32, 4, 1),
@@ -130,6 +161,11 @@ def choose(device: torch.device, dtype: torch.dtype) -> Tiles:
 def built_in(device: torch.device, dtype: torch.dtype) -> Tiles:
     """The row of TABLE, or the row for Triton's interpreter."""
     return INTERPRETED if device.type == "cpu" else TABLE[key_of(device, dtype)]
+
+
+def overheads(device: torch.device, dtype: torch.dtype) -> Overheads:
+    """The row of OVERHEADS for a device and a dtype of the operands."""
+    return _GUESSED if device.type != "cuda" else OVERHEADS[key_of(device, dtype)]
 
 
 def key_of(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
