@@ -394,8 +394,8 @@ def column_sums(tile, C: tl.constexpr):
     """
     ROWS: tl.constexpr = tile.shape[0]
     COLUMNS: tl.constexpr = tile.shape[1]
-    LANES: tl.constexpr = min(256 // COLUMNS, ROWS)
-    WARPS: tl.constexpr = min(C.num_warps, ROWS // LANES)
+    LANES: tl.constexpr = 256 // COLUMNS if 256 // COLUMNS < ROWS else ROWS
+    WARPS: tl.constexpr = C.num_warps if C.num_warps * LANES < ROWS else ROWS // LANES
     sums = tl.sum(tl.reshape(tile, (ROWS // (WARPS * LANES), WARPS * LANES, COLUMNS)), 0)
     sums = tl.trans(tl.sum(tl.reshape(sums, (WARPS, LANES, COLUMNS)), 1))
     for _ in tl.static_range(4):  # at most 16 warps
