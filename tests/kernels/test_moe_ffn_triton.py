@@ -92,6 +92,31 @@ def test_many_tiles_agree_with_the_reference_and_repeat(case, triton_place, laun
         assert torch.equal(value, second[name]), name
 
 
+@pytest.mark.parametrize("case", MANY_TILES, ids=str)
+def test_separate_launches_change_no_bit(case, triton_place, launches):
+    device, backend = triton_place
+    routing = make_routing(case, device)
+
+    def run(separate: int | None) -> dict[str, torch.Tensor]:
+        launches.clear()
+        with tiles.use_tiles(Tiles(SMALL, SMALL, SMALL, SMALL, separate)):
+            return outputs_and_gradients(
+                lambda tensors: call(case, routing, tensors, backend=backend),
+                make_tensors(case, device, torch.float32),
+            )
+
+    tokens = case.batch * sum(count for _, count in case.pieces)
+    together = run(None)
+    assert len(launches) == 3
+    run(tokens + 1)
+    assert len(launches) == 3
+    found = run(tokens)
+    # Norm and two products; preparation, two products and norm; weights.
+    assert len(launches) == (8 if case.norm != "none" else 6)
+    for name, value in together.items():
+        assert torch.equal(value, found[name]), name
+
+
 def test_norms_of_two_dtypes(triton_place):
     """One expert's norm in float32 beside a 16-bit x, the other's in 16 bits."""
     device, backend = triton_place

@@ -92,6 +92,18 @@ def test_moe_ffn_of_many_tiles(target, case):
         assert acquires(gpu, launch.kernel) > 0, launch.kernel
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_moe_ffn_in_separate_launches(target):
+    """Nothing waits for another program, except for shares of the same tile of the weights."""
+    tile = SMALL[target]
+    row = moe_ffn_tiles.Tiles(tile, tile, tile, tile, separate=0)
+    with emulated(target, multiprocessors=5) as gpu, moe_ffn_tiles.use_tiles(row):
+        moe_ffn_cases.assert_parity(MANY_TILES[0], torch.float16, PLACE)
+    assert not gpu.reports, gpu.reports
+    assert len(gpu.launches) == 8
+    assert acquires(gpu, "moe_ffn_fwd_kernel") == acquires(gpu, "moe_ffn_bwd_rows_kernel") == 0
+
+
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_moe_ffn_that_recomputes(target, activation):
