@@ -74,8 +74,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         triton_launch.launch(
             *(moe_ffn_fwd_kernel, device, plan.programs, tile),
             *(x.contiguous(), normed, pre if call.save_pre else None, hidden, y),
-            *(arguments.pointers(tensors) for tensors in call[1:7]),
-            *(arguments.contiguous(t) for t in (call.layer_scale, call.token_scale, call.residual)),
+            *map(arguments.pointers, call[1:7]),
+            *map(arguments.contiguous, call[7:10]),  # layer_scale, token_scale, residual
             *(arguments.passed(rows), counters, plan.bound, plan.band, call.norm_eps, plan.config),
         )
     return y, pre
