@@ -14,6 +14,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -65,6 +66,7 @@ PHASES: dict[str, dict[str, tuple[str, ...]]] = {
     "bwd_rows": {"differentiate": ("differentiate",), "multiply": ("multiply",)},
     "bwd_weights": {"weight_product": ("weight_product", "add_step", "finish_tile")},
 }
+DEPTHS = {"fwd": (768, 3072), "bwd_rows": (768, 3072), "bwd_weights": (8192,)}
 FILES = {"fwd": "forward.py", "bwd_rows": "backward_rows.py", "bwd_weights": "backward_weights.py"}
 
 
@@ -119,7 +121,7 @@ def count(target: str, kernel: Kernel) -> dict[str, Any]:
     return {
         "target": target,
         "kernel": kernel.name,
-        "tile": [*tile.__dict__.values()],
+        "tile": [*astuple(tile)],
         "registers": kernel.registers,
         "spilled_bytes": kernel.spilled_bytes,
         "spills_in_loops": sum(i.name in ("LDL", "STL") for i in loop_of(code)),
@@ -164,6 +166,13 @@ def tile_cycles(target: str, row: dict[str, Any], name: str, depth: int) -> tupl
     steps = -(-depth // tile.block_k)
     programs = min(tile.programs, row["fits"])
     return cycles_of([step.times(steps), end], latency, programs), max(step)
+
+
+def overhead(target: str, row: dict[str, Any], name: str, depth: int) -> float:
+    """Cost of the beginning and end of a tile of a phase, in steps of its main loop."""
+    steps = -(-depth // row["tile"][2])
+    once, twice = (tile_cycles(target, row, name, n * depth)[0] for n in (1, 2))
+    return once * steps / (twice - once) - steps
 
 
 def shares(target: str, rows: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -298,16 +307,22 @@ def attention_shares(target: str, row: dict[str, Any], name: str) -> dict[int, f
 def compute() -> dict[str, Any]:
     torch.backends.cuda.matmul.allow_tf32 = False
     counts: list[dict[str, Any]] = []
-    modelled, attention = [], []
+    modelled, attention, overheads = [], [], {}
     for target in GPUS:
         rows = {kernel.name: count(target, kernel) for kernel in compile_for(target)}
         counts += rows.values()
         modelled += [dict(target=target, **share) for share in shares(target, rows)]
+        overheads[target] = [
+            round(overhead(target, rows[kernel], name, depth))
+            for kernel, depths in DEPTHS.items()
+            for name, depth in zip(PHASES[kernel], depths, strict=True)
+        ]
         attention += [count_attention(target, kernel) for kernel in compile_attention(target)]
     return {
         "triton": triton.__version__,
         "dtype": str(DTYPE),
         "moe_ffn": counts,
+        "overheads": overheads,
         "shares": modelled,
         "attention": attention,
     }
@@ -382,6 +397,11 @@ def page(table: Table, before: Table | None) -> str:
         cell = _both(_percent(share["share"]), None if earlier is None else _percent(earlier))
         found.setdefault(key, []).append(cell)
     lines += [f"| {' | '.join([*key, *cells])} |" for key, cells in found.items()]
+    lines += ["", "### Modelled cost of the beginning and end of a tile, in steps", ""]
+    names = [name for kernel in PHASES.values() for name in kernel]
+    lines += [f"| GPU | {' | '.join(names)} |", "|---|" + "--:|" * len(names)]
+    for target, costs in table["overheads"].items():
+        lines.append(f"| {target} | {' | '.join(map(str, costs))} |")
     lines += [
         "",
         "## shared_attention",

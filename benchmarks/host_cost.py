@@ -55,7 +55,9 @@ def moe_ffn_call() -> tuple[Callable[[], Tensor], list[Tensor]]:
         **dict(w1=(HIDDEN, DIM), w2=(DIM, HIDDEN), b1=(HIDDEN,), b2=(DIM,)),
         **dict(norm_weight=(DIM,), norm_bias=(DIM,)),
     }
-    lists = {name: [parameter(*shape) for _ in range(2)] for name, shape in names.items()}
+    lists: dict[str, Any] = {
+        name: [parameter(*shape) for _ in range(2)] for name, shape in names.items()
+    }
     length = TEXT + GRID**2 + 1
     x, scale = parameter(BATCH, length, DIM), parameter(DIM)
     token_scale = torch.ones(BATCH, length, dtype=DTYPE)

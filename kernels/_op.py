@@ -103,10 +103,11 @@ class Operation:
         if not runs_eagerly(self._tensors(call, self._tensor_places)):
             register_formulas()
             return self.forward(*call, backend)[0]
-        leaves = self._tensors(call, self._leaf_places)
-        added = None if self._added is None else call[self._added]
-        if recorded((*leaves, added)):
-            return _Direct.apply(self, call, backend, added, *leaves)
+        if torch.is_grad_enabled():
+            leaves = self._tensors(call, self._leaf_places)
+            added = None if self._added is None else call[self._added]
+            if recorded((added, *leaves)):
+                return _Direct.apply(self, call, backend, added, *leaves)
         return self._outputs(call, backend)[0]
 
     def decompose(self, reference: Callable[[Any], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:

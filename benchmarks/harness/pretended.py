@@ -56,6 +56,7 @@ def _library() -> ctypes.CDLL:
     path = os.path.join(folder, "libcuda.so.1")
     command = [os.environ.get("CC", "cc"), "-O2", "-w", "-shared", "-fPIC", str(SOURCE)]
     subprocess.run([*command, "-Wl,-soname,libcuda.so.1", "-o", path], check=True)
+    os.symlink(path, path.removesuffix(".1"))  # Triton 3.4 links to this name
     knobs.nvidia.libcuda_path = folder
     # Like CUDA's allocator, malloc shall keep large blocks instead of returning them to the system.
     threshold_of_mmap, threshold_of_trimming = -3, -1

@@ -64,7 +64,12 @@ _constant: dict[Any, list[bool]] = {}  # per kernel: which of its parameters are
 
 def _run(kernel: Any, grid: tuple[int], tile: Options, args: tuple[Any, ...]) -> None:
     """``kernel[grid](*args)`` on the current device, whose second call finds the kernel faster."""
-    if not isinstance(kernel, triton.JITFunction):  # interpreted
+    hooks = triton.knobs.runtime
+    if (
+        not isinstance(kernel, triton.JITFunction)  # interpreted
+        or kernel.pre_run_hooks
+        or getattr(hooks, "add_stages_inspection_hook", None) is not None
+    ):
         kernel[grid](*args, **compile_options(tile))
         return
     active = driver.active
@@ -79,10 +84,9 @@ def _run(kernel: Any, grid: tuple[int], tile: Options, args: tuple[Any, ...]) ->
             _compiled[key] = compiled
         return
     # What JITFunction.run does once it has found the kernel.
-    stream, hooks = active.get_current_stream(device), triton.knobs.runtime
-    enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
-    described = None
-    # Since Triton 3.5 these are chains of hooks, which are called even if they are empty.
+    stream = active.get_current_stream(device)
+    enter, leave, described = hooks.launch_enter_hook, hooks.launch_exit_hook, None
+    # Since Triton 3.5 these are chains of hooks, which the launcher calls even if they are empty.
     if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
         described = compiled.launch_metadata(grid, stream, *args)
     else:
@@ -99,11 +103,10 @@ def _key_of(
 
     On NVIDIA GPUs Triton compiles a variant for the dtypes of tensors and whether 16 divides their
     addresses, for integers that are 1, divisible by 16 or wide, and for each value of a constant.
+
+    Args:
+        place: the driver and the device.
     """
-    if kernel.pre_run_hooks:
-        return None  # something must see the arguments first
-    if getattr(triton.knobs.runtime, "add_stages_inspection_hook", None) is not None:
-        return None
     key: list[Any] = [kernel.fn, *place, tile.num_warps, tile.num_stages]
     key += [setting() for setting in _SETTINGS]
     constant = _constant.get(kernel.fn)

@@ -98,19 +98,19 @@ def moe_ffn(
     routing.check_tokens(x.shape[:-1], x.device)
 
     given = (w1, w2, b1, b2, norm_weight, norm_bias)
-    experts = Experts(*(() if tensors is None else tensors for tensors in given))
+    experts = Experts(*[() if tensors is None else tensors for tensors in given])
     operand_dtype = autocast_dtype(x.device.type)
     experts = experts.autocast(operand_dtype)
     if operand_dtype is not None and norm == "none":
         x = x.to(operand_dtype)
     experts.check(x, routing.num_experts, activation, norm, cast=operand_dtype is not None)
     _check_vectors(x, layer_scale, token_scale, residual)
-    experts = Experts(*(list(tensors) for tensors in experts))
+    experts = Experts(*map(list, experts))
 
     width = x.shape[-1]
-    hidden = tuple(weight.shape[1] for weight in experts.w2)
+    hidden = tuple([weight.shape[1] for weight in experts.w2])
     facts = (x.device, experts.w1[0].dtype, width, hidden, activation)
-    tensors = (x, *itertools.chain(*experts), layer_scale, token_scale, residual)
+    tensors = (x, *itertools.chain.from_iterable(experts), layer_scale, token_scale, residual)
     name = resolve("moe_ffn", BACKENDS, backend, tensors, *facts)
     ids, rows, offsets, pieces = routing.ids, None, None, routing.pieces
     if name != "reference" and not routing.by_arithmetic:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,11 +44,17 @@ class Problem(NamedTuple):
     def of(cls, call: Call, rows: Rows) -> Problem:
         tokens, dim = call.x.shape
         return cls(
-            *(tokens, dim),
-            tuple([weight.shape[1] for weight in call.w2]),
-            tuple([weight.shape[0] for weight in call.w1]),
-            *(rows.lengths, rows.sequences, call.w1[0].dtype, call.norm, call.activation),
-            *(bool(call.b2), call.layer_scale is not None),
+            tokens=tokens,
+            dim=dim,
+            hidden=tuple([weight.shape[1] for weight in call.w2]),
+            pre=tuple([weight.shape[0] for weight in call.w1]),
+            lengths=rows.lengths,
+            sequences=rows.sequences,
+            dtype=call.w1[0].dtype,
+            norm=call.norm,
+            activation=call.activation,
+            biased=bool(call.b2),
+            scaled=call.layer_scale is not None,
         )
 
     def tiles(self, block_t: int) -> int:
@@ -57,8 +63,7 @@ class Problem(NamedTuple):
 
 
 class Needed(NamedTuple):
-    """The gradients that are needed, of each parameter for each expert; those of no element are
-    not needed."""
+    """Which gradients are needed; those without elements are not."""
 
     x: bool
     w1: tuple[bool, ...]
@@ -100,18 +105,18 @@ class Gradients(NamedTuple):
         flags = iter(needs)
         x = _empty(call.x, next(flags), call.x.dtype)
         lists: dict[str, list[Tensor]] = {}
-        needed: list[Any] = [wanted(x)]
+        needed: dict[str, tuple[bool, ...]] = {}
         for name, tensors in zip(LISTS, call[1:7], strict=True):
             made: list[Tensor] = []
             if tensors:
                 dtype = common_dtype(tensors)
                 made = [_empty(tensor, next(flags), dtype) for tensor in tensors]
             lists[name] = made
-            needed.append(tuple([gradient.numel() > 0 for gradient in made]))
+            needed[name] = tuple([gradient.numel() > 0 for gradient in made])
         scale = call.layer_scale
         if scale is not None:
             scale = _empty(scale, next(flags), scale.dtype)
-        return cls(x, lists, scale, Needed(*needed, wanted(scale)))
+        return cls(x, lists, scale, Needed(x=wanted(x), **needed, layer_scale=wanted(scale)))
 
     @property
     def scale(self) -> Tensor | None:

@@ -5,7 +5,9 @@ Triton is imported when the first kernel is launched.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,13 +33,16 @@ def why_not(
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """y [T, D], and the pre-activation in grouped order; one launch."""
-    from .launch import forward
-
-    return forward(call)
+    return _launch().forward(call)
 
 
 def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list[Tensor]:
     """The gradients flagged in ``needs``, in the order of the schema; the others are empty."""
-    from .launch import backward
+    return _launch().backward(dy, pre, call, needs)
 
-    return backward(dy, pre, call, needs)
+
+@functools.cache
+def _launch() -> Any:
+    from . import launch
+
+    return launch

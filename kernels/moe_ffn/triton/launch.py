@@ -103,7 +103,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     tensors = (
         *(x.contiguous(), normed, pre if call.save_pre else None, hidden, y),
         *map(arguments.pointers, call[1:7]),
-        *map(arguments.contiguous, (call.layer_scale, call.token_scale, call.residual)),
+        *map(arguments.contiguous, call[7:10]),  # layer_scale, token_scale, residual
         arguments.passed(rows),
     )
     for config, programs in plan.launches:
