@@ -35,6 +35,7 @@ from multiprocessor import (  # noqa: E402
     DEPENDENT,
     GPUS,
     ISSUE,
+    LAUNCH,
     OPERANDS,
     SHARED,
     SPECIAL,
@@ -154,7 +155,9 @@ def moved_bytes(name: str, tile: Tile) -> float:
     return each * tile.block_t * tile.block_n
 
 
-def tile_cycles(target: str, row: dict[str, Any], name: str, depth: int) -> tuple[float, float]:
+def tile_cycles(
+    target: str, row: dict[str, Any], name: str, depth: int, acquire: float = ACQUIRE
+) -> tuple[float, float]:
     """Modelled cycles of a tile of a phase, and those of a step of its main loop."""
     gpu, tile, phase = GPUS[target], Tile(*row["tile"]), row["phases"][name]
     step = step_of(gpu, tile, phase["step"], wgmma=target == "sm_90")
@@ -162,7 +165,7 @@ def tile_cycles(target: str, row: dict[str, Any], name: str, depth: int) -> tupl
     ticket = row["instructions"] - sum(
         p["end"] + p["start"] for p in row["phases"].values()
     )  # an upper bound: it includes the phases without products
-    latency = TICKET + ACQUIRE + OPERANDS + DEPENDENT * min(ticket, 300) + phase["start"]
+    latency = TICKET + acquire + OPERANDS + DEPENDENT * min(ticket, 300) + phase["start"]
     steps = -(-depth // tile.block_k)
     programs = min(tile.programs, row["fits"])
     return cycles_of([step.times(steps), end], latency, programs), max(step)
@@ -185,9 +188,13 @@ def shares(target: str, rows: dict[str, dict[str, Any]]) -> Iterator[dict[str, A
                 row = rows[kernel]
                 tile, names = Tile(*row["tile"]), [*row["phases"]]
                 depths = (dim, hidden)
-                costs = [
-                    tile_cycles(target, row, n, d)[0] for n, d in zip(names, depths, strict=True)
-                ]
+                costs, alone = (
+                    [
+                        tile_cycles(target, row, n, d, acquire)[0]
+                        for n, d in zip(names, depths, strict=True)
+                    ]
+                    for acquire in (ACQUIRE, 0.0)
+                )
                 row_tiles = sum(-(-n // tile.block_t) for n in counts)
                 tasks = (2, -(-hidden // tile.block_n), -(-dim // tile.block_n))
                 workers = gpu.multiprocessors * min(tile.programs, row["fits"])
@@ -196,9 +203,14 @@ def shares(target: str, rows: dict[str, dict[str, Any]]) -> Iterator[dict[str, A
                 all_costs = (passes, *costs)
                 band = choose_band(row_tiles, tasks, workers, all_costs)
                 time = replay(Banded(row_tiles, band, tasks), workers, all_costs).makespan
+                separate = sum(
+                    LAUNCH + -(-row_tiles * count // workers) * cost
+                    for count, cost in zip(tasks, (passes, *alone), strict=True)
+                )
                 needed = 2 * sum(counts) * dim * hidden / gpu.multiply_adds
                 share = needed / (gpu.multiprocessors * time)
-                yield dict(kernel=kernel, size=size, tokens=label, share=round(share, 4))
+                figures = dict(share=round(share, 4), separate=round(separate / time, 3))
+                yield dict(kernel=kernel, size=size, tokens=label, **figures)
             row = rows["bwd_weights"]
             tile = Tile(*row["tile"])
             programs = min(tile.programs, row["fits"])
@@ -354,7 +366,9 @@ def _phases(row: dict[str, Any], name: str) -> list[str]:
 def page(table: Table, before: Table | None) -> str:
     old = before or {"moe_ffn": [], "shares": [], "attention": []}
     old_rows = {(r["target"], r["kernel"]): r for r in old["moe_ffn"] + old["attention"]}
-    old_shares = {tuple(v for k, v in s.items() if k != "share"): s["share"] for s in old["shares"]}
+    old_shares = {
+        (s["target"], s["kernel"], s["size"], s["tokens"]): s["share"] for s in old["shares"]
+    }
     lines = [
         "# Counted in machine code, and modelled",
         "",
@@ -385,7 +399,8 @@ def page(table: Table, before: Table | None) -> str:
         "### Modelled share of the tensor cores' peak",
         "",
         "Text and image tokens 40 : 197. The ticket order is replayed with the cycles of a tile",
-        "from the model of a multiprocessor (`benchmarks/modelled/multiprocessor.py`).",
+        "from the model of a multiprocessor (`benchmarks/modelled/multiprocessor.py`). In",
+        "brackets: the time of separate launches of each phase, divided by that of one launch.",
         "",
         f"| GPU | kernel | size | {' | '.join(TOKENS)} |",
         "|---|---|---|" + "--:|" * len(TOKENS),
@@ -395,6 +410,8 @@ def page(table: Table, before: Table | None) -> str:
         key = share["target"], share["kernel"], share["size"]
         earlier = old_shares.get((share["target"], share["kernel"], share["size"], share["tokens"]))
         cell = _both(_percent(share["share"]), None if earlier is None else _percent(earlier))
+        if "separate" in share:
+            cell += f" ({share['separate']:.2f})"
         found.setdefault(key, []).append(cell)
     lines += [f"| {' | '.join([*key, *cells])} |" for key, cells in found.items()]
     lines += ["", "### Modelled cost of the beginning and end of a tile, in steps", ""]

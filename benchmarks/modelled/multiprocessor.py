@@ -36,6 +36,7 @@ GPUS = {
 # Cycles before the first product of a task that nothing hides unless another program does: the
 # ticket's atomic and its way through shared memory, the acquire, and the first operands from L2.
 TICKET, ACQUIRE, OPERANDS = 800, 700, 700
+LAUNCH = 3500  # from the end of a launch to the first instructions of the next, about 2 us
 DEPENDENT = 4  # cycles of an instruction of the ticket's arithmetic, which depend on each other
 
 ASSUMPTIONS = [
@@ -46,7 +47,8 @@ ASSUMPTIONS = [
         "published microbenchmarks, rounded; not confirmed here",
     ),
     (
-        f"cycles of a ticket {TICKET}, of an acquire {ACQUIRE}, of the first operands {OPERANDS}",
+        f"cycles of a ticket {TICKET}, of an acquire {ACQUIRE}, of the first operands {OPERANDS}, "
+        f"between two launches {LAUNCH}",
         "a few round trips to L2 of 250 to 300 cycles; not confirmed here",
     ),
     (f"cycles of an instruction of the ticket's arithmetic: {DEPENDENT}", "its latency"),

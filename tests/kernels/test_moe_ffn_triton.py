@@ -99,7 +99,7 @@ def test_separate_launches_change_no_bit(case, triton_place, launches):
 
     def run(separate: int | None) -> dict[str, torch.Tensor]:
         launches.clear()
-        with tiles.use_tiles(Tiles(SMALL, SMALL, SMALL, SMALL, separate)):
+        with tiles.use_tiles(Tiles(SMALL, SMALL, SMALL, SMALL), separate):
             return outputs_and_gradients(
                 lambda tensors: call(case, routing, tensors, backend=backend),
                 make_tensors(case, device, torch.float32),

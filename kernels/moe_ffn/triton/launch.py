@@ -1,6 +1,6 @@
 """Launches the kernels of moe_ffn: one forward, and two backward as planned in plan.py.
 
-``Tiles.separate`` makes several launches of the forward and of the first of the backward.
+``tiles.SEPARATE`` makes several launches of the forward and of the first of the backward.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .backward_rows import moe_ffn_bwd_rows_kernel
 from .backward_weights import Work, moe_ffn_bwd_weights_kernel
 from .device import Config
 from .forward import moe_ffn_fwd_kernel
-from .tiles import Overheads, Tile, Tiles
+from .tiles import Overheads, Tile
 
 # Elements of each tensor that a task without products holds in registers (with twice as many the
 # kernel spills on sm_80), and rows per task; more rows give fewer partial sums.
@@ -96,7 +96,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     tile, workers = row.forward, arguments.workers_on(device, row.forward)
     plan = _plan_forward(
         *(Problem.of(call, rows), arguments.precision(), tile, workers),
-        *(tiles.overheads(device, dtype), _separate(row, x)),
+        *(tiles.overheads(device, dtype), tiles.are_separate(device, dtype, x.shape[0])),
     )
     normed = x.new_empty(x.shape, dtype=dtype) if plan.normalises else None
     hidden = x.new_empty((x.shape[0], plan.max_hidden), dtype=dtype)
@@ -113,11 +113,6 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
                 *(counters, plan.bound, plan.band, call.norm_eps, config),
             )
     return y, pre
-
-
-def _separate(row: Tiles, x: Tensor) -> bool:
-    """Whether each phase is a launch of its own."""
-    return row.separate is not None and x.shape[0] >= row.separate
 
 
 class _Backward(NamedTuple):
@@ -223,7 +218,7 @@ def _launch(dy: Tensor, pre: Tensor | None, call: Call, gradients: Gradients) ->
         *(pre is None, scaled or dy.dtype != dtype),
         *(tile, arguments.workers_on(device, tile)),
         *(row.weights, arguments.workers_on(device, row.weights)),
-        *(tiles.overheads(device, dtype), _separate(row, x)),
+        *(tiles.overheads(device, dtype), tiles.are_separate(device, dtype, x.shape[0])),
     )
     made, bound, passed = plan.rows.allocate(call), plan.rows.bound, arguments.passed(rows)
     w1, w2, b1, b2, norm_weight, norm_bias = map(arguments.pointers, call[1:7])

@@ -33,17 +33,12 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles of the forward, of the backward of rows (also with ``recompute``), and of weights.
-
-    From ``separate`` tokens on, each phase of the forward and of the backward of rows is a launch
-    of its own, in which nothing waits; None: never.
-    """
+    """Tiles of the forward, of the backward of rows (also with ``recompute``), and of weights."""
 
     forward: Tile
     rows: Tile
     recompute: Tile
     weights: Tile
-    separate: int | None = None
 
 
 class Overheads(NamedTuple):
@@ -119,17 +114,21 @@ TABLE: dict[tuple[str, str], Tiles] = {
 
 # From instructions counted in machine code and a model of a multiprocessor, by
 # benchmarks/count_sass.py: MODELLED. The same model prefers two programs a multiprocessor on sm_86
-# and sm_120, whose L2 is fast enough for their narrower tiles, and sees no gain from separate
-# launches.
+# and sm_120, whose L2 is fast enough for their narrower tiles.
 _GUESSED = Overheads(*[TILE_OVERHEAD] * 5)
 OVERHEADS: dict[tuple[str, str], Overheads] = {
     **{(name, "32-bit"): _GUESSED for name in GENERATIONS},
     ("sm_80", "16-bit"): Overheads(8, 8, 10, 6, 9),
-    ("sm_86", "16-bit"): Overheads(4, 4, 5, 3, 3),
+    ("sm_86", "16-bit"): Overheads(0, 0, 0, 0, 3),
     ("sm_90", "16-bit"): Overheads(6, 6, 7, 4, 7),
     ("sm_100", "16-bit"): Overheads(6, 6, 7, 4, 7),
-    ("sm_120", "16-bit"): Overheads(4, 4, 5, 3, 3),
+    ("sm_120", "16-bit"): Overheads(0, 0, 0, 0, 3),
 }
+
+# The number of tokens from which each phase of the forward and of the backward of rows is a launch
+# of its own, in which nothing waits. Without a row: never, because separate launches take 0.99 to
+# 1.17 of the time of one launch in the same model.
+SEPARATE: dict[tuple[str, str], int] = {}
 
 INTERPRETED = Tiles(
     forward=Tile(32, 64, 32, 4, 1),
@@ -139,14 +138,18 @@ INTERPRETED = Tiles(
 )
 
 
-_forced: Tiles | None = None
+_forced: tuple[Tiles, int | None] | None = None
 
 
 @contextlib.contextmanager
-def use_tiles(tiles: Tiles) -> Iterator[None]:
-    """Run every kernel inside the ``with`` block with ``tiles``, on any device; process-wide."""
+def use_tiles(tiles: Tiles, separate: int | None = None) -> Iterator[None]:
+    """Run every kernel inside the ``with`` block with ``tiles``, on any device; process-wide.
+
+    Args:
+        separate: the number of tokens from which phases are separate launches, see SEPARATE.
+    """
     global _forced
-    previous, _forced = _forced, tiles
+    previous, _forced = _forced, (tiles, separate)
     try:
         yield
     finally:
@@ -155,7 +158,16 @@ def use_tiles(tiles: Tiles) -> Iterator[None]:
 
 def choose(device: torch.device, dtype: torch.dtype) -> Tiles:
     """The row for a device and a dtype of the operands."""
-    return _forced or built_in(device, dtype)
+    return _forced[0] if _forced else built_in(device, dtype)
+
+
+def are_separate(device: torch.device, dtype: torch.dtype, tokens: int) -> bool:
+    """Whether each phase is a launch of its own, see SEPARATE."""
+    if _forced:
+        least = _forced[1]
+    else:
+        least = SEPARATE.get(key_of(device, dtype)) if device.type == "cuda" else None
+    return least is not None and tokens >= least
 
 
 def built_in(device: torch.device, dtype: torch.dtype) -> Tiles:

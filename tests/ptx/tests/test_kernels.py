@@ -96,8 +96,8 @@ def test_moe_ffn_of_many_tiles(target, case):
 def test_moe_ffn_in_separate_launches(target):
     """Nothing waits for another program, except for shares of the same tile of the weights."""
     tile = SMALL[target]
-    row = moe_ffn_tiles.Tiles(tile, tile, tile, tile, separate=0)
-    with emulated(target, multiprocessors=5) as gpu, moe_ffn_tiles.use_tiles(row):
+    row = moe_ffn_tiles.Tiles(tile, tile, tile, tile)
+    with emulated(target, multiprocessors=5) as gpu, moe_ffn_tiles.use_tiles(row, separate=0):
         moe_ffn_cases.assert_parity(MANY_TILES[0], torch.float16, PLACE)
     assert not gpu.reports, gpu.reports
     assert len(gpu.launches) == 8
