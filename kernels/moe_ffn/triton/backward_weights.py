@@ -18,11 +18,12 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..._backends.triton_device import dot, term
+from ..._backends.triton_device import dot
 from .. import plan
 from .device import (
     eighths,
     expert_offset,
+    inside_tile,
     leave,
     select,
     signal,
@@ -409,10 +410,10 @@ def finish_tile(
     if LAYER_SCALE is not None:
         scale = tl.load(LAYER_SCALE + m, mask=(m < tile_rows) & (not is_w1), other=1.0)
         factor = scale.to(tl.float32)
-    of_scale = tl.zeros((BLOCK_T,), tl.float32)
+    of_scale = tl.zeros((BLOCK_T, EIGHTH), tl.float32)
     for i in tl.static_range(8):
         n = first_n + i * EIGHTH + tl.arange(0, EIGHTH)
-        inside = (m[:, None] < tile_rows) & (n[None, :] < tile_columns)
+        inside = inside_tile(m, tile_rows, n, tile_columns, C)
         at = row + n[None, :]
         part = parts[i]
         for peer in range(number + 1, number + 1 + peers):
@@ -427,7 +428,7 @@ def finish_tile(
             if SUM_SCALE is not None:
                 w2 = tl.load(select(W2, expert, C) + at, mask=inside, other=0.0)
                 # For an expert without rows part is 0, but 0 times a non-finite weight is NaN.
-                of_scale += tl.sum(tl.where(part == 0.0, 0.0, term(part, w2.to(tl.float32))), 1)
+                of_scale += tl.where(part == 0.0, 0.0, part * w2.to(tl.float32))
             if DW2 is not None:
                 part *= factor[:, None]
                 out = select(DW2, expert, C) + at
@@ -438,7 +439,8 @@ def finish_tile(
         line = first_n // C.block_n
         for e in tl.static_range(len(C.hidden)):
             line += tl.where(e < expert, tl.cdiv(C.hidden[e], C.block_n), 0)
-        tl.store(SUM_SCALE + line * C.dim + m, of_scale, mask=(m < C.dim) & (not is_w1))
+        sums = tl.sum(of_scale, 1)
+        tl.store(SUM_SCALE + line * C.dim + m, sums, mask=(m < C.dim) & (not is_w1))
 
 
 @triton.jit
