@@ -23,9 +23,11 @@ from vlmo.kernels.attention.triton import tiles
 
 BATCH, HEADS = 32, 12
 HEAD_DIMS = (64, 34, 128)
-LAYERS = {  # VLMo's joint layer, on a packed qkv; sequences without padding; a decoder's
+# VLMo's joint layer, on a packed qkv; sequences without padding, also with positions; a decoder's.
+LAYERS = {
     "vlmo": dict(masked=True),
     "ragged": dict(packed=True),
+    "training": dict(packed=True, placed=True),
     "decoder": dict(biased=False, causal=True),
 }
 
@@ -36,7 +38,7 @@ def run(call: Call) -> None:
     triton_impl.backward(out, out, lse, call, [True] * 4)
 
 
-def layer(head_dim, dtype, masked=False, packed=False, biased=True, causal=False) -> Call:
+def layer(head_dim, dtype, masked=False, packed=False, placed=False, biased=True, causal=False):
     index = RelativePositionIndex.joint(14, 40).to("meta")
     length = index.matrix.shape[0]
 
@@ -54,7 +56,9 @@ def layer(head_dim, dtype, masked=False, packed=False, biased=True, causal=False
             new(BATCH, length, of=torch.bool) if masked else None,
             None,
             new(BATCH + 1, of=torch.int32) if packed else None,
-            *(length if packed else 0, None, causal, head_dim**-0.5),
+            length if packed else 0,
+            new(*rows, of=torch.int32) if placed else None,
+            *(causal, head_dim**-0.5, placed),
         ]
     )
 
@@ -71,6 +75,7 @@ def run_case(case: Case, dtype: torch.dtype) -> None:
         [
             *(*(tensors[name] for name in "qkv"), *lookup, *map(options.get, names)),
             *(options.get("max_length", 0), options.get("positions"), case.causal, 0.25),
+            options.get("distinct", False),
         ]
     )
     run(call)

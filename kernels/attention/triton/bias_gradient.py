@@ -19,8 +19,11 @@ from .device import (
     load_lse,
     load_own,
     load_rows,
+    pairs_at,
     product,
     query_side,
+    row_of_pairs,
+    rows_of,
     sequence_of,
     table_rows,
     valid_keys,
@@ -46,7 +49,7 @@ def attention_bwd_table_kernel(
     batch,
     length,
     tokens,
-    lookup,
+    bias,
     scale,
     chunk,
     parts,
@@ -63,24 +66,27 @@ def attention_bwd_table_kernel(
     program = tl.program_id(0)
     part, head = program % parts, (program // parts).to(tl.int64)
     program = program.to(tl.int64)
-    sums, partial = SUMS + program * lookup.entries, PARTIAL + program * lookup.entries
-    chunks, k_tiles = tl.cdiv(batch, chunk), tl.cdiv(length, C.block_k)
-    items = tl.cdiv(length, C.block_q) * k_tiles * chunks
+    sums, partial = SUMS + program * bias.entries, PARTIAL + program * bias.entries
+    extent = length
+    if bias.rows is not None:
+        extent = bias.size
+    chunks, k_tiles = tl.cdiv(batch, chunk), tl.cdiv(extent, C.block_k)
+    items = tl.cdiv(extent, C.block_q) * k_tiles * chunks
     for turn in range(tl.cdiv(items - part, parts)):
         item = part + turn * parts
         first_b, tile = (item % chunks) * chunk, item // chunks
         first_query, first_key = (tile // k_tiles) * C.block_q, (tile % k_tiles) * C.block_k
         count = tl.minimum(chunk, batch - first_b)
-        if C.causal:
+        if C.causal and bias.rows is None:
             count = tl.where(first_key < first_query + C.block_q, count, 0)
-        if lookup.positions is None:
+        if C.expanded or bias.positions is None:
             shared_tile(
-                *(q, k, v, DOUT, LSE, DELTA, sums, partial, sequences, lookup, scale),
+                *(q, k, v, DOUT, LSE, DELTA, sums, partial, sequences, bias, scale),
                 *(head, first_b, count, first_query, first_key, C),
             )
         else:
             tile_of_each(
-                *(q, k, v, DOUT, LSE, DELTA, sums, partial, sequences, lookup, scale),
+                *(q, k, v, DOUT, LSE, DELTA, sums, partial, sequences, bias, scale),
                 *(head, first_b, count, first_query, first_key, C),
             )
 
@@ -96,7 +102,7 @@ def shared_tile(
     sums,
     partial,
     sequences,
-    lookup,
+    bias,
     scale,
     head,
     first_b,
@@ -106,30 +112,31 @@ def shared_tile(
     C: tl.constexpr,
 ):
     """A tile whose pairs read the same rows in every sequence: one scatter for all of them."""
-    length = sequences.length
-    _, bias = tile_bias(lookup, head, 0, length, length, first_query, first_key, C)
+    b_tile = shared_bias(bias, head, first_query, first_key, sequences.length, C)
     BLOCK_Q: tl.constexpr = C.block_q
     BLOCK_K: tl.constexpr = C.block_k
     # [block_q, block_k]
     acc = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
     for i in range(count):
-        start, length, valid = sequence_of(sequences, first_b + i)
-        if C.ragged:
+        b = first_b + i
+        start, length, valid = sequence_of(sequences, b)
+        queries = rows_of(bias, b, first_query + tl.arange(0, C.block_q))
+        keys = rows_of(bias, b, first_key + tl.arange(0, C.block_k))
+        if C.ragged or bias.rows is not None:
             # Loads in a branch are not pipelined, but most tiles of a short sequence are empty.
-            if (first_query < length) & (first_key < valid):
+            if (tl.min(queries, 0) < length) & (tl.min(keys, 0) < valid):
                 acc += score_gradients(
-                    *(q, k, v, DOUT, LSE, DELTA, sequences, scale, bias, head, first_b + i),
-                    *(first_query, first_key, start, length, valid, C),
+                    *(q, k, v, DOUT, LSE, DELTA, sequences, scale, b_tile, head, b),
+                    *(queries, keys, start, length, valid, C),
                 )
         else:
             acc += score_gradients(
-                *(q, k, v, DOUT, LSE, DELTA, sequences, scale, bias, head, first_b + i),
-                *(first_query, first_key, start, length, valid, C),
+                *(q, k, v, DOUT, LSE, DELTA, sequences, scale, b_tile, head, b),
+                *(queries, keys, start, length, valid, C),
             )
-    # Recomputed after the loop instead of held in registers during it.
-    length = sequences.length
-    row, _ = tile_bias(lookup, head, 0, length, length, first_query, first_key, C)
-    scatter(acc, row, sums, partial, lookup.entries)
+    # Read after the loop instead of held in registers during it.
+    row = shared_rows(bias, head, first_query, first_key, sequences.length, C)
+    scatter(acc, row, sums, partial, bias.entries)
 
 
 @triton.jit
@@ -143,7 +150,7 @@ def tile_of_each(
     sums,
     partial,
     sequences,
-    lookup,
+    bias,
     scale,
     head,
     first_b,
@@ -153,29 +160,54 @@ def tile_of_each(
     C: tl.constexpr,
 ):
     """A tile whose pairs read different rows in each sequence: one scatter per sequence."""
+    queries = first_query + tl.arange(0, C.block_q)
+    keys = first_key + tl.arange(0, C.block_k)
     for i in range(count):
         start, length, valid = sequence_of(sequences, first_b + i)
         if (first_query < length) & (first_key < valid):
-            row, bias = tile_bias(lookup, head, start, length, valid, first_query, first_key, C)
+            q_rows, k_rows = clamp(queries, length), clamp(keys, valid)
+            row = rows_of_pairs(bias, head, start, q_rows, k_rows, C)
+            b_tile = tl.load(bias.table + head * bias.entries + row)
             ds = score_gradients(
-                *(q, k, v, DOUT, LSE, DELTA, sequences, scale, bias, head, first_b + i),
-                *(first_query, first_key, start, length, valid, C),
+                *(q, k, v, DOUT, LSE, DELTA, sequences, scale, b_tile, head, first_b + i),
+                *(queries, keys, start, length, valid, C),
             )
-            scatter(ds, row, sums, partial, lookup.entries)
+            scatter(ds, row, sums, partial, bias.entries)
 
 
 @triton.jit
-def tile_bias(lookup, head, start, length, valid, first_query, first_key, C: tl.constexpr):
-    """Table rows and bias of the pairs of a tile: [block_q, block_k] each."""
-    q_rows = clamp(first_query + tl.arange(0, C.block_q), length)
-    k_rows = clamp(first_key + tl.arange(0, C.block_k), valid)
-    q_position, q_offset, q_factor = query_side(lookup, start, q_rows)
-    k_position, k_column, regular = key_side(lookup, start, k_rows)
-    row = table_rows(
-        *(lookup, q_position[:, None], q_offset[:, None], q_factor[:, None]),
+def shared_bias(bias, head, first_query, first_key, length, C: tl.constexpr):
+    """Bias of the pairs of a tile in every sequence: [block_q, block_k]."""
+    if C.expanded:
+        places = clamp(first_query + tl.arange(0, C.block_q), bias.size)
+        at = row_of_pairs(bias.by_query, bias, head, places, C)
+        return tl.load(at[:, None] + (first_key + tl.arange(0, C.block_k))[None, :])
+    else:
+        row = shared_rows(bias, head, first_query, first_key, length, C)
+        return tl.load(bias.table + head * bias.entries + row)
+
+
+@triton.jit
+def shared_rows(bias, head, first_query, first_key, length, C: tl.constexpr):
+    """Table rows of the pairs of a tile in every sequence: [block_q, block_k]."""
+    q_places = first_query + tl.arange(0, C.block_q)
+    k_places = first_key + tl.arange(0, C.block_k)
+    if C.expanded:
+        return pairs_at(bias, clamp(q_places, bias.size)[:, None], k_places[None, :], C)
+    else:
+        q_places, k_places = clamp(q_places, length), clamp(k_places, length)
+        return rows_of_pairs(bias, head, 0, q_places, k_places, C)
+
+
+@triton.jit
+def rows_of_pairs(bias, head, start, q_rows, k_rows, C: tl.constexpr):
+    """Table rows of the pairs of a tile of a lookup: [block_q, block_k]."""
+    q_position, q_offset, q_factor, _ = query_side(bias, head, start, q_rows, C)
+    k_position, k_column, regular = key_side(bias, head, start, k_rows, C)
+    return table_rows(
+        *(bias, q_position[:, None], q_offset[:, None], q_factor[:, None]),
         *(k_position[None, :], k_column[None, :], regular, C),
     )
-    return row, tl.load(lookup.table + head * lookup.entries + row)
 
 
 @triton.jit
@@ -188,24 +220,22 @@ def score_gradients(
     DELTA,
     sequences,
     scale,
-    bias,
+    b_tile,
     head,
     b,
-    first_query,
-    first_key,
+    queries,
+    keys,
     start,
     length,
     valid,
     C: tl.constexpr,
 ):
     """ds of a tile of one head of one sequence; 0 for pairs that do not attend."""
-    queries = first_query + tl.arange(0, C.block_q)
-    keys = first_key + tl.arange(0, C.block_k)
     q_rows, k_rows = clamp(queries, length), clamp(keys, valid)
     q_tile = load_rows(head_of(q, sequences, b, start, head, C), q, q_rows, C)
     k_tile = load_rows(head_of(k, sequences, b, start, head, C), k, k_rows, C)
     # [block_q, block_k]
-    s = product(q_tile, tl.trans(k_tile), C) * scale + bias
+    s = product(q_tile, tl.trans(k_tile), C) * scale + b_tile.to(tl.float32)
     p = tl.exp2(s - load_lse(LSE, sequences, start, queries, length, head)[:, None])
     dout = load_own(DOUT, sequences, start, q_rows, head, C)
     v_tile = load_rows(head_of(v, sequences, b, start, head, C), v, k_rows, C)
@@ -213,6 +243,9 @@ def score_gradients(
     delta = tl.load(DELTA + (start + q_rows) * sequences.heads + head)
     # Masked here and not in s, because dp may be NaN at a masked key, too.
     allowed = valid_keys(sequences, start, keys, valid)[None, :]
+    if C.expanded:
+        # The bias of a position without a query may be anything.
+        allowed &= (queries < length)[:, None]
     ds = tl.where(allowed, p * (dp - delta[:, None]), 0.0)
     if C.causal:
         ds = tl.where(keys[None, :] <= queries[:, None], ds, 0.0)

@@ -124,6 +124,10 @@ INTERPRETED = Tiles(
 )
 
 
+# Of the kernel that expands the bias, on every GPU: eight pairs a thread.
+EXPAND = Tile(32, 32, 4, 1)
+
+
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> Tiles:
     """The row of the table for a device, a dtype and a head dim."""
     if device.type == "cpu":

@@ -50,7 +50,10 @@ def test_moe_ffn(case, dtype, target):
 def test_attention(case, dtype, target):
     with emulated(target) as gpu:
         attention_cases.assert_parity(case, dtype, PLACE)
-    assert len(gpu.launches) == (3 if case.index is None else 4)
+    kernels = [launch.kernel for launch in gpu.launches]
+    expanded = kernels.count("attention_expand_kernel")
+    assert expanded in ((0,) if case.index is None or case.positions is True else (0, 2))
+    assert len(kernels) - expanded == (3 if case.index is None else 4)
     assert not gpu.reports, gpu.reports
 
 
@@ -120,6 +123,14 @@ def test_moe_ffn_that_recomputes(target, activation):
         attention_cases.Case(heads=1, index="random", length=61, mask=None, causal=True),
         attention_cases.Case(
             heads=1, index="joint", lengths=(33, 5, 50), mask=None, positions=True
+        ),
+        attention_cases.Case(
+            *("joint", 15, 2, 1, 34),
+            **dict(grid=(6, 6), text=13, lengths=(33, 0, 50, 45, 40), mask=None, positions="gaps"),
+        ),
+        attention_cases.Case(
+            *("joint", 40, 3, 1),
+            **dict(grid=(6, 6), text=13, causal=True, mask="mask", positions="distinct"),
         ),
     ],
     ids=str,
