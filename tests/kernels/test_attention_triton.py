@@ -87,9 +87,8 @@ def expanded(request, monkeypatch):
     return request.param
 
 
-LARGE_INDEX: dict[str, Any] = dict(
-    index="joint", heads=2, grid=(8, 8), text=20, mask=None
-)  # 85 rows
+# of 85 rows
+LARGE_INDEX: dict[str, Any] = dict(index="joint", heads=2, grid=(8, 8), text=20, mask=None)
 FORMS = [
     Case(batch=3, index="random", length=37, mask="padding", causal=True),
     Case(lengths=(33, 0, 5, 50), positions="gaps", **LARGE_INDEX),

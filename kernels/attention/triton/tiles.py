@@ -124,8 +124,8 @@ INTERPRETED = Tiles(
 )
 
 
-# Of the kernel that expands the bias, on every GPU: eight pairs a thread.
-EXPAND = Tile(32, 32, 4, 1)
+# Of the kernel that expands the bias, on every GPU: four pairs a thread, for a few heads.
+EXPAND = Tile(32, 32, 8, 1)
 
 
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> Tiles:

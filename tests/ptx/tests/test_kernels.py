@@ -4,6 +4,7 @@ Each launch runs in several interleavings of few CTAs, which must leave bitwise 
 """
 
 import itertools
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -115,6 +116,9 @@ def test_moe_ffn_that_recomputes(target, activation):
         torch.testing.assert_close(actual[name], value, rtol=2e-5, atol=2e-5)
 
 
+LARGE_INDEX = attention_cases.Case(length=40, heads=1, head_dim=34, grid=(6, 6), text=13)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     "case",
@@ -124,14 +128,8 @@ def test_moe_ffn_that_recomputes(target, activation):
         attention_cases.Case(
             heads=1, index="joint", lengths=(33, 5, 50), mask=None, positions=True
         ),
-        attention_cases.Case(
-            *("joint", 15, 2, 1, 34),
-            **dict(grid=(6, 6), text=13, lengths=(33, 0, 50, 45, 40), mask=None, positions="gaps"),
-        ),
-        attention_cases.Case(
-            *("joint", 40, 3, 1),
-            **dict(grid=(6, 6), text=13, causal=True, mask="mask", positions="distinct"),
-        ),
+        replace(LARGE_INDEX, lengths=(33, 0, 50, 45, 40), mask=None, positions="gaps"),
+        replace(LARGE_INDEX, batch=3, causal=True, positions="distinct"),
     ],
     ids=str,
 )
