@@ -29,6 +29,7 @@ from .device import (
     valid_keys,
 )
 
+_BLOCK_B = tl.constexpr(32)  # sequences that are tested at a time
 _BLOCK_E = tl.constexpr(512)  # entries that are read and reset at a time
 # The largest magnitude of a tile is scaled to 2^40 to 2^41: a sum of 2^22 such numbers fits into 63
 # bits, and numbers above 2^-17 of the largest keep the 24 bits of a float32.
@@ -45,6 +46,7 @@ def attention_bwd_table_kernel(
     DELTA,
     SUMS,  # [H, parts, entries] int64, zeros before and after
     PARTIAL,  # [H, parts, entries] float32, zeros
+    FOUND,  # [H, parts, chunk] int32, scratch
     sequences,
     batch,
     length,
@@ -67,6 +69,7 @@ def attention_bwd_table_kernel(
     part, head = program % parts, (program // parts).to(tl.int64)
     program = program.to(tl.int64)
     sums, partial = SUMS + program * bias.entries, PARTIAL + program * bias.entries
+    found = FOUND + program * chunk
     extent = length
     if bias.rows is not None:
         extent = bias.size
@@ -81,7 +84,7 @@ def attention_bwd_table_kernel(
             count = tl.where(first_key < first_query + C.block_q, count, 0)
         if C.expanded or bias.positions is None:
             shared_tile(
-                *(q, k, v, DOUT, LSE, DELTA, sums, partial, sequences, bias, scale),
+                *(q, k, v, DOUT, LSE, DELTA, sums, partial, found, sequences, bias, scale),
                 *(head, first_b, count, first_query, first_key, C),
             )
         else:
@@ -101,6 +104,7 @@ def shared_tile(
     DELTA,
     sums,
     partial,
+    found,
     sequences,
     bias,
     scale,
@@ -117,26 +121,48 @@ def shared_tile(
     BLOCK_K: tl.constexpr = C.block_k
     # [block_q, block_k]
     acc = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+    if C.ragged or bias.rows is not None:
+        count = find(bias, sequences, found, first_b, count, first_query, first_key, C)
     for i in range(count):
         b = first_b + i
+        if C.ragged or bias.rows is not None:
+            b = tl.load(found + i)
         start, length, valid = sequence_of(sequences, b)
         queries = rows_of(bias, b, first_query + tl.arange(0, C.block_q))
         keys = rows_of(bias, b, first_key + tl.arange(0, C.block_k))
-        if C.ragged or bias.rows is not None:
-            # Loads in a branch are not pipelined, but most tiles of a short sequence are empty.
-            if (tl.min(queries, 0) < length) & (tl.min(keys, 0) < valid):
-                acc += score_gradients(
-                    *(q, k, v, DOUT, LSE, DELTA, sequences, scale, b_tile, head, b),
-                    *(queries, keys, start, length, valid, C),
-                )
-        else:
-            acc += score_gradients(
-                *(q, k, v, DOUT, LSE, DELTA, sequences, scale, b_tile, head, b),
-                *(queries, keys, start, length, valid, C),
-            )
+        acc += score_gradients(
+            *(q, k, v, DOUT, LSE, DELTA, sequences, scale, b_tile, head, b),
+            *(queries, keys, start, length, valid, C),
+        )
     # Read after the loop instead of held in registers during it.
     row = shared_rows(bias, head, first_query, first_key, sequences.length, C)
     scatter(acc, row, sums, partial, bias.entries)
+
+
+@triton.jit
+def find(bias, sequences, found, first_b, count, first_query, first_key, C: tl.constexpr):
+    """Writes to ``found`` which of ``count`` sequences have a query and a key in a tile.
+
+    Most tiles of a short sequence are empty. Loads in a branch of the loop over the sequences would
+    not be pipelined.
+    """
+    number = 0
+    for first in range(0, count, _BLOCK_B):
+        i = first + tl.arange(0, _BLOCK_B)
+        b = tl.minimum(first_b + i, sequences.batch - 1)
+        _, length, valid = sequence_of(sequences, b)
+        first_row, first_column = first_query, first_key
+        if bias.rows is not None:
+            rows = bias.rows + (b.to(tl.int64) * bias.pitch)[:, None]
+            queries = (first_query + tl.arange(0, C.block_q))[None, :]
+            keys = (first_key + tl.arange(0, C.block_k))[None, :]
+            first_row = tl.min(tl.load(rows + queries), 1)
+            first_column = tl.min(tl.load(rows + keys), 1)
+        has = ((i < count) & (first_row < length) & (first_column < valid)).to(tl.int32)
+        tl.store(found + number + tl.cumsum(has) - 1, b, mask=has != 0)
+        number += tl.sum(has)
+    tl.debug_barrier()
+    return number
 
 
 @triton.jit

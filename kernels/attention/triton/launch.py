@@ -62,6 +62,7 @@ def _table_gradient(
     chunk, parts = work.table_shares(tile)
     sums = dtable.new_zeros(heads, parts, entries, dtype=torch.int64)
     partial = dtable.new_zeros(heads, parts, entries, dtype=torch.float32)
-    tensors = (*tensors, sums, partial)
+    found = dtable.new_empty(heads, parts, chunk, dtype=torch.int32)
+    tensors = (*tensors, sums, partial, found)
     work.launch(attention_bwd_table_kernel, tile, heads * parts, tensors, chunk, parts)
     dtable.copy_(partial.sum(1).t())
