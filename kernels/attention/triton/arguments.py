@@ -57,7 +57,8 @@ def sequences_of(call: Call) -> Sequences:
         batch, length = call.offsets.numel() - 1, call.max_length
     else:
         batch, length = call.q.shape[:2]
-    mask = None if call.key_mask is None else call.key_mask.contiguous().view(torch.uint8)
+    # A product whose operand depends on numbers of 8 bits gets a layout for operands of 8 bits.
+    mask = None if call.key_mask is None else call.key_mask.to(torch.int16).contiguous()
     lengths = None if call.key_lengths is None else call.key_lengths.contiguous()
     offsets = None if call.offsets is None else call.offsets.contiguous()
     return Sequences(batch, heads, length, tokens, offsets, lengths, mask)

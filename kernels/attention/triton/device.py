@@ -60,7 +60,7 @@ class Sequences(NamedTuple):
     tokens: Any  # B N, or T
     offsets: Any  # [B + 1], or None: dense
     key_lengths: Any  # [B] or None
-    key_mask: Any  # [B, N] or None
+    key_mask: Any  # [B, N] int16 or None
 
 
 class Bias(NamedTuple):
