@@ -53,6 +53,18 @@ def multiprocessors(device: torch.device) -> int:
     return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
 
 
+@functools.cache
+def _l2_bytes(index: int) -> int:
+    return torch.cuda.get_device_properties(index).L2_cache_size
+
+
+def l2_bytes(device: torch.device) -> int:
+    """Size of the L2 cache of an NVIDIA GPU; that of an A100 for tensors on other devices."""
+    if device.type != "cuda":
+        return 40 * 2**20
+    return _l2_bytes(torch.cuda.current_device() if device.index is None else device.index)
+
+
 def interpreted() -> bool:
     """Whether Triton interprets its kernels on the CPU; Triton decides this when it is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"

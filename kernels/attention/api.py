@@ -27,6 +27,7 @@ def shared_attention(
     offsets: Tensor | None = None,  # [B + 1]
     max_length: int = 0,
     positions: Tensor | None = None,  # [B, N] or [T]
+    distinct: bool = False,
     causal: bool = False,
     scale: float | None = None,
     validate: bool = True,
@@ -48,11 +49,14 @@ def shared_attention(
             :attr:`vlmo.kernels.ModalityRouting.offsets`).
         max_length: upper bound of the sequence lengths; required with ``offsets``.
         positions: row of ``bias.index`` for each token; by default its position in its sequence.
+        distinct: declares that no two tokens of a sequence have the same of ``positions``. Triton
+            kernels then read the bias faster.
         causal: let a query attend only to keys at its own position and before.
         scale: factor of the scores, ``K ** -0.5`` by default; applied to q before the product.
         validate: check the values of ``key_lengths``, ``offsets`` and ``positions``, which takes a
             dozen small kernels on a GPU. For layers that share these tensors, one check is enough.
-            Unchecked values out of range make the kernels read and write out of bounds.
+            Unchecked values out of range make the kernels read and write out of bounds, and with
+            unchecked ``positions`` that are not ``distinct``, they miss tokens.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; see :mod:`vlmo.kernels`.
 
     Returns:
@@ -93,6 +97,8 @@ def shared_attention(
     _check_keys(q, key_mask, key_lengths, validate)
     length = max_length if offsets is not None else q.shape[1]
     _check_bias(q, bias, positions, length, validate)
+    if distinct:
+        _check_distinct(positions, offsets, validate)
 
     table, index = (None, None) if bias is None else bias
     facts = (q.device, q.dtype, q.shape[-1], 0 if index is None else index.entries)
@@ -109,6 +115,7 @@ def shared_attention(
         positions=positions,
         causal=causal,
         scale=scale,
+        distinct=distinct,
     )
     return shared_attention_reference(call) if plain else ATTENTION.run(call, name)
 
@@ -190,3 +197,22 @@ def _check_bias(
         return
     wrong = (positions < 0) | (positions >= size)
     check_values("positions", positions, wrong, f"outside 0..{size - 1}, the rows of bias.index")
+
+
+def _check_distinct(positions: Tensor | None, offsets: Tensor | None, validate: bool) -> None:
+    if positions is None:
+        raise ValueError("distinct: given without positions, of which it is a property")
+    if not validate:
+        return
+    if offsets is None:
+        ordered = positions.sort(-1).values
+        repeated = ordered.diff(dim=-1) == 0
+    else:
+        # Sorted by position, then stably by sequence.
+        token = torch.arange(positions.shape[0], device=positions.device)
+        sequence = torch.searchsorted(offsets, token, right=True)
+        order = positions.argsort()
+        order = order[sequence[order].argsort(stable=True)]
+        ordered = positions[order]
+        repeated = (ordered.diff() == 0) & (sequence[order].diff() == 0)
+    check_values("positions", ordered[..., 1:], repeated, "repeated in a sequence, not distinct")

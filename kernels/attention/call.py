@@ -27,3 +27,4 @@ class Call(NamedTuple):
     positions: Tensor | None  # q.shape[:-2]; rows of matrix
     causal: bool
     scale: float
+    distinct: bool = False  # no two tokens of a sequence have the same of positions

@@ -46,7 +46,9 @@ class Case:
     mask: str | None = "mask"  # "mask", "padding" (of the text), "lengths" or None
     causal: bool = False
     lengths: tuple = ()  # of packed sequences
-    positions: bool | str = False  # True: below 15, at random; "runs" or "order" of all rows
+    # True: below 15, at random; "runs" or "order" of all rows; "distinct": at random, but none
+    # twice in a sequence; "gaps": the same in ascending order
+    positions: bool | str = False
     scale: float | None = None
     grid: tuple = (3, 3)
     text: int = 5
@@ -74,6 +76,9 @@ CASES = [
     Case(index=None, lengths=(7,), mask=None, causal=True),
     Case(index="random", lengths=(9, 15, 2), mask=None),
     Case(index="joint", lengths=(9, 15, 2), mask=None, positions=True),
+    # an index of more rows than a sequence
+    Case(batch=4, length=12, positions="distinct"),
+    Case(lengths=(9, 0, 15, 4), mask=None, positions="gaps"),
 ]
 # Triton specialises on sizes of 1.
 ONES = Case(index="random", length=1, batch=1, heads=1, head_dim=1, mask=None)
@@ -133,6 +138,7 @@ def make_options(case: Case, device) -> dict:
     if case.positions:
         rows = (sum(case.lengths),) if case.lengths else (case.batch, case.length)
         options["positions"] = make_positions(case, rows, generator).to(device)
+        options["distinct"] = case.positions in ("distinct", "gaps")
     return options
 
 
@@ -140,6 +146,12 @@ def make_positions(case: Case, rows: tuple, generator: torch.Generator) -> Tenso
     if case.positions is True:
         return torch.randint(0, 15, rows, generator=generator)
     size = len(make_index(case, "cpu").matrix)
+    if case.positions in ("distinct", "gaps"):
+        lengths = case.lengths or (case.length,) * case.batch
+        each = [torch.randperm(size, generator=generator)[:length] for length in lengths]
+        if case.positions == "gaps":
+            each = [positions.sort().values for positions in each]
+        return torch.cat(each).view(rows)
     if case.positions == "order":
         return torch.randint(0, size, rows, generator=generator)
     place = torch.arange(rows[-1])

@@ -6,6 +6,7 @@ launched.
 """
 
 import itertools
+import re
 import sys
 from unittest import mock
 
@@ -31,9 +32,13 @@ from vlmo.kernels.attention.triton import tiles
 
 BATCH, HEADS = 32, 12
 HEAD_DIMS = (64, 34, 128)
-LAYERS = {  # VLMo's joint layer, on a packed qkv; sequences without padding; a decoder's
+# VLMo's joint layer, on a packed qkv; sequences without padding, also with distinct positions and
+# with any, which looks up the bias; a decoder's.
+LAYERS = {
     "vlmo": dict(masked=True),
     "ragged": dict(packed=True),
+    "training": dict(packed=True, placed=True, distinct=True),
+    "order": dict(packed=True, placed=True),
     "decoder": dict(biased=False, causal=True),
 }
 
@@ -44,7 +49,16 @@ def run(call: Call) -> None:
     triton_impl.backward(out, out, lse, call, [True] * 4)
 
 
-def layer(head_dim, dtype, masked=False, packed=False, biased=True, causal=False) -> Call:
+def layer(
+    head_dim,
+    dtype,
+    masked=False,
+    packed=False,
+    placed=False,
+    distinct=False,
+    biased=True,
+    causal=False,
+) -> Call:
     index = RelativePositionIndex.joint(14, 40).to("meta")
     length = index.matrix.shape[0]
 
@@ -62,7 +76,9 @@ def layer(head_dim, dtype, masked=False, packed=False, biased=True, causal=False
             new(BATCH, length, of=torch.bool) if masked else None,
             None,
             new(BATCH + 1, of=torch.int32) if packed else None,
-            *(length if packed else 0, None, causal, head_dim**-0.5),
+            length if packed else 0,
+            new(*rows, of=torch.int32) if placed else None,
+            *(causal, head_dim**-0.5, distinct),
         ]
     )
 
@@ -79,6 +95,7 @@ def run_case(case: Case, dtype: torch.dtype) -> None:
         [
             *(*(tensors[name] for name in "qkv"), *lookup, *map(options.get, names)),
             *(options.get("max_length", 0), options.get("positions"), case.causal, 0.25),
+            options.get("distinct", False),
         ]
     )
     run(call)
@@ -109,6 +126,8 @@ def compile_for(generation: str, what: str) -> None:
             say(what=what, kernel=name)
             return
         ptx, found = compiled.asm["ptx"], resources(compiled.asm["cubin"])
+        # In bfloat16, nothing else is float16.
+        copies = re.findall(r"async_copy_global_to_local.*ptr<f16>.*", compiled.asm["ttgir"])
         say(
             what=what,
             kernel=name,
@@ -119,6 +138,8 @@ def compile_for(generation: str, what: str) -> None:
             local_in_loops=local_in_loops(compiled.asm["cubin"]),
             shared_bytes=compiled.metadata.shared,
             async_copies=ptx.count("cp.async.c"),
+            bias_copies=len(copies),
+            narrow_bias_copies=sum("contiguity = 8" not in copy for copy in copies),
             contracted=contracted(ptx),
             **{name: ptx.count(name) for name in INSTRUCTIONS},
         )

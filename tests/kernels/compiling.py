@@ -53,8 +53,8 @@ def compiled(script: str, *jobs: str, release: str = "installed") -> list[dict]:
     return reports
 
 
-def assert_no_spills(report: dict) -> None:
-    """Main loops do not spill, and what surrounds them spills at most a few numbers of the ticket.
+def assert_no_spills(report: dict, outside: int = 32) -> None:
+    """Main loops do not spill, and what surrounds them spills at most ``outside`` bytes.
 
     Tiles are chosen for Triton 3.7.1; other releases may spill a little.
     """
@@ -63,4 +63,4 @@ def assert_no_spills(report: dict) -> None:
         return
     assert report["local_in_loops"] == 0, report
     # Main loops without tensor cores are not recognised.
-    assert report["local_bytes"] <= (0 if report["dtype"] == "torch.float32" else 32), report
+    assert report["local_bytes"] <= (0 if report["dtype"] == "torch.float32" else outside), report

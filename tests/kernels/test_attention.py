@@ -136,7 +136,7 @@ def test_opcheck(case, place):
         options.get("offsets"),
         options.get("max_length", 0),
         options.get("positions"),
-        *(case.causal, 0.25, place.backend),
+        *(case.causal, 0.25, options.get("distinct", False), place.backend),
     )
     torch.library.opcheck(ops.ATTENTION.forward, arguments)
 
@@ -301,6 +301,11 @@ BAD: dict[str, tuple[type[Exception], dict[str, Any]]] = {
         ),
     ),
     r"positions: 15 is outside 0\.\.14": (ValueError, dict(positions=torch.full((2, 15), 15))),
+    r"positions: 3 is repeated in a sequence, not distinct": (
+        ValueError,
+        dict(positions=torch.tensor([[*range(15)], [0, 1, 3, 2, 3, *range(5, 15)]]), distinct=True),
+    ),
+    "distinct: given without positions": (ValueError, dict(distinct=True)),
     "positions: given without a bias": (
         ValueError,
         dict(bias=lambda index: None, positions=torch.zeros(2, 15).long()),

@@ -1,6 +1,8 @@
 """shared_attention's Triton kernels: sizes, launches, determinism, memory, the table's sums."""
 
 import itertools
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -78,6 +80,70 @@ def test_parity_of_sizes(case, dtype, place):
     assert_parity(case, dtype, place)
 
 
+@pytest.fixture(params=[True, False], ids=["expanded", "lookup"])
+def expanded(request, monkeypatch):
+    """Both forms of the bias, whatever pays."""
+    monkeypatch.setattr(host, "expands", lambda call: request.param and call.table is not None)
+    return request.param
+
+
+# of 85 rows
+LARGE_INDEX: dict[str, Any] = dict(index="joint", heads=2, grid=(8, 8), text=20, mask=None)
+FORMS = [
+    Case(batch=3, index="random", length=37, mask="padding", causal=True),
+    Case(lengths=(33, 0, 5, 50), positions="gaps", **LARGE_INDEX),
+    Case(lengths=(50, 1, 33, 0), positions="distinct", causal=True, **LARGE_INDEX),
+    Case(lengths=(33, 50), positions=False, **LARGE_INDEX),
+    Case(length=40, positions="distinct", **LARGE_INDEX | dict(mask="lengths")),
+    Case(length=40, positions="gaps", head_dim=34, **LARGE_INDEX | dict(mask="mask")),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*zip(FORMS, itertools.cycle(DTYPES), strict=False)], ids=str
+)
+def test_both_forms_of_the_bias(case, dtype, expanded, place, small_tiles):
+    assert_parity(case, dtype, place)
+
+
+def test_what_pays(place):
+    """Expanding takes many pairs of tokens, a bias that fits into L2, and distinct positions."""
+
+    def expands(case: Case, **options) -> bool:
+        tensors, index = make_tensors(case, "meta", torch.bfloat16), make_index(case, "meta")
+        lookup = (tensors["table"], index.matrix, index.affine, index.short)
+        q, k, v = (tensors[name] for name in "qkv")
+        given = Call(q, k, v, *lookup, None, None, None, 0, None, False, 1.0)
+        return host.expands(given._replace(**options))
+
+    case = Case(index="image", grid=(14, 14), length=197, batch=2)
+    positions = torch.empty(2, 197, dtype=torch.int32, device="meta")
+    assert expands(case)
+    assert not expands(replace(case, batch=1))
+    assert not expands(replace(case, heads=64, grid=(24, 24), length=577))
+    assert not expands(case, positions=positions)
+    assert expands(case, positions=positions, distinct=True)
+
+
+def test_unused_entries_of_the_table_do_not_matter(place, expanded):
+    """Positions without a token read entries that nothing else reads, and those may be NaN."""
+    case = Case(batch=3, length=9, mask=None, positions="gaps")
+    tensors, options = make_tensors(case, place.device, place.dtype), make_options(case, "cpu")
+    options["positions"] = options["positions"].to(place.device)
+    expected = outputs_and_gradients(
+        lambda t: call(case, t, options, backend=place.backend), tensors
+    )
+    index = make_index(case, "cpu").matrix.long()
+    used = torch.zeros(len(tensors["table"]), dtype=torch.bool)
+    for positions in options["positions"].cpu().long():
+        used[index[positions][:, positions].flatten()] = True
+    assert not used.all()
+    tensors["table"][~used] = float("nan")
+    actual = outputs_and_gradients(lambda t: call(case, t, options, backend=place.backend), tensors)
+    for name, value in actual.items():
+        assert torch.equal(value, expected[name]), name
+
+
 MANY_TILES = [
     Case(batch=3, heads=2, index="random", length=37, mask="padding"),
     Case(batch=2, heads=1, index="random", length=61, mask=None, causal=True),
@@ -104,11 +170,16 @@ def test_results_repeat_bit_by_bit(case, place, small_tiles):
 
 
 def test_launches(place, launches):
-    """One forward, two backward, one more for the table's gradient: only if it is wanted."""
+    """One forward, two backward, one more for the table's gradient: only if it is wanted.
+
+    Before the forward and the backward, one more expands the bias.
+    """
     case = Case()
     tensors, options = make_tensors(case, place.device, place.dtype), make_options(case, "cpu")
     options["key_mask"] = options["key_mask"].to(place.device)
-    names = ["attention_fwd_kernel", "attention_bwd_q_kernel", "attention_bwd_kv_kernel"]
+    expand = "attention_expand_kernel"
+    names = [expand, "attention_fwd_kernel"]
+    names += [expand, "attention_bwd_q_kernel", "attention_bwd_kv_kernel"]
     tensors["q"].requires_grad_()
     call(case, tensors, options, backend=place.backend).sum().backward()
     assert [name for name, _ in launches] == names
@@ -127,20 +198,27 @@ def test_no_launch_without_a_number(place, launches):
 
 
 class Sizes(TorchDispatchMode):
-    """The largest tensor that an operation gives."""
+    """The shapes of the tensors that operations give, in descending order of their size."""
 
-    largest = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else [result]:
             if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.numel())
+                self.shapes.append(tuple(tensor.shape))
+        self.shapes.sort(key=math.prod, reverse=True)
         return result
 
 
-def test_no_tensor_of_pairs(place, monkeypatch):
-    """Forward and backward allocate nothing as large as N x N, for all heads together."""
+def test_no_tensor_of_pairs(place, monkeypatch, expanded):
+    """Forward and backward allocate nothing as large as N x N, for all heads together.
+
+    The exception is an expanded bias, whatever the number of sequences: one, and two in the
+    backward.
+    """
     # The interpreter would copy what it is given.
     monkeypatch.setattr(triton_launch, "launch", lambda *_: None)
     case = Case(index="random", length=150, heads=2, mask=None)
@@ -149,17 +227,20 @@ def test_no_tensor_of_pairs(place, monkeypatch):
         [
             *(*(tensors[name] for name in "qkv"), tensors["table"]),
             *(index.matrix, index.affine, index.short, None, None, None, 0, None, False, 0.25),
+            False,
         ]
     )
     with Sizes() as sizes:
         out, lse = triton_impl.forward(given)
         triton_impl.backward(out, out, lse, given, [True] * 4)
-    assert tensors["q"].numel() <= sizes.largest < case.length**2
+    biases = [(2, 150, 256)] * 3 if expanded else []
+    assert sizes.shapes[: len(biases)] == biases
+    assert tensors["q"].numel() <= math.prod(sizes.shapes[len(biases)]) < case.length**2
 
 
 def test_known_entries_of_the_index_are_not_read(place):
     """A tile of regular keys knows its entries by arithmetic: others may stand in the matrix."""
-    case = Case(grid=(14, 14), text=40, length=237, heads=1, mask=None)
+    case = Case(grid=(14, 14), text=40, length=237, heads=1, batch=1, mask=None)
     tensors = make_tensors(case, place.device, place.dtype)
     right, wrong = make_index(case, place.device), make_index(case, place.device)
     wrong.short[:, 128:] = wrong.matrix[:, 128:] = 0  # what is left are whole tiles

@@ -19,6 +19,7 @@ EXPECTED = {
         "attention_bwd_q_kernel": 1,
         "attention_bwd_kv_kernel": 1,
         "attention_bwd_table_kernel": 1,
+        "attention_expand_kernel": 2,
         "moe_ffn_fwd_kernel": 4,
         "moe_ffn_bwd_rows_kernel": 4,
         "moe_ffn_bwd_weights_kernel": 2,

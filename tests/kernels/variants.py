@@ -82,8 +82,8 @@ def packed(layer: Layer, texts: list[int]) -> None:
         # Rows of the index start at 0 for the tokens of a text, at TEXT for those of an image.
         places = [torch.arange(word) for word in words]
         places += [torch.arange(TEXT, TEXT + picture * IMAGE) for picture in pictures]
-        positions = torch.cat(places).int()
-        layer.attend(tokens, offsets=offsets, max_length=max(lengths), positions=positions)
+        where = dict(positions=torch.cat(places).int(), distinct=True)
+        layer.attend(tokens, offsets=offsets, max_length=max(lengths), **where)
         layer.feed(ModalityRouting.segments([(0, tokens)]), 1, tokens)
         if words is texts and pictures is one:
             runs = [[(0, word), (1, IMAGE)] for word in words]

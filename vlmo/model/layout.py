@@ -337,6 +337,7 @@ class Packed:
             offsets=self.offsets,
             max_length=self.max_length,
             positions=None if bias is None else self.positions,
+            distinct=bias is not None,
             validate=False,  # valid by construction, and shared by all layers
             backend=backend,
         )

@@ -24,7 +24,7 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, entries: in
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """out, in the shape of q, and float32 log-sum-exp of the scores, q.shape[:-1]; one launch."""
+    """out, in the shape of q, and float32 log-sum-exp of the scores, q.shape[:-1]."""
     from .launch import forward
 
     return forward(call)

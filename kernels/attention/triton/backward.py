@@ -13,6 +13,8 @@ import triton.language as tl
 from ..._backends.triton_device import dot, term
 from .device import (
     Sequences,
+    bias_tile,
+    bias_tile_of_keys,
     clamp,
     head_of,
     key_side,
@@ -23,9 +25,10 @@ from .device import (
     product,
     program_place,
     query_side,
+    rows_of,
     sequence_of,
+    span_of,
     store_own,
-    table_rows,
     valid_keys,
 )
 
@@ -44,7 +47,7 @@ def attention_bwd_q_kernel(
     batch,
     length,
     tokens,
-    lookup,
+    bias,
     scale,
     factor,
     C: tl.constexpr,
@@ -65,6 +68,7 @@ def attention_bwd_q_kernel(
     stop = valid
     if C.causal:
         stop = tl.minimum(valid, (tile + 1) * C.block_q)
+    begin, stop = span_of(bias, b, 0, stop, C.block_k)
 
     rows = clamp(queries, length)
     # [block_q, block_d]
@@ -79,26 +83,20 @@ def attention_bwd_q_kernel(
     k_base = head_of(k, sequences, b, start, head, C)
     v_base = head_of(v, sequences, b, start, head, C)
     if C.biased:
-        q_position, q_offset, q_factor = query_side(lookup, start, rows)
-        table = lookup.table + head.to(tl.int64) * lookup.entries
+        own = query_side(bias, head, start, rows, C)
 
     BLOCK_Q: tl.constexpr = C.block_q
     BLOCK_D: tl.constexpr = C.block_d
     acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    for first in range(0, stop, C.block_k):
-        keys = first + tl.arange(0, C.block_k)
+    for first in range(begin, stop, C.block_k):
+        keys = rows_of(bias, b, first + tl.arange(0, C.block_k))
         k_rows = clamp(keys, valid)
         allowed = valid_keys(sequences, start, keys, valid)
         k_tile = load_keys(k_base, k, k_rows, allowed, sequences, C)
         # [block_q, block_k]
         s = product(q_tile, tl.trans(k_tile), C) * scale
         if C.biased:
-            k_position, k_column, regular = key_side(lookup, start, k_rows)
-            row = table_rows(
-                *(lookup, q_position[:, None], q_offset[:, None], q_factor[:, None]),
-                *(k_position[None, :], k_column[None, :], regular, C),
-            )
-            s += tl.load(table + row)
+            s += bias_tile(bias, own, head, start, first, k_rows, C).to(tl.float32)
         s = tl.where(allowed[None, :], s, float("-inf"))
         if C.causal:
             s = tl.where(keys[None, :] <= queries[:, None], s, float("-inf"))
@@ -127,7 +125,7 @@ def attention_bwd_kv_kernel(
     batch,
     length,
     tokens,
-    lookup,
+    bias,
     scale,
     factor,
     C: tl.constexpr,
@@ -143,11 +141,12 @@ def attention_bwd_kv_kernel(
     keys = first_key + tl.arange(0, C.block_k)
     if first_key >= length:
         return
-    # A tile without a valid key skips the loop over queries and stores zeros.
-    stop = tl.where(first_key < valid, length, 0)
     begin = 0
     if C.causal:
         begin = (first_key // C.block_q) * C.block_q
+    begin, stop = span_of(bias, b, begin, length, C.block_q)
+    # A tile without a valid key skips the loop over queries and stores zeros.
+    stop = tl.where(first_key < valid, stop, 0)
 
     k_rows = clamp(keys, valid)
     # [block_k, block_d]
@@ -155,26 +154,23 @@ def attention_bwd_kv_kernel(
     v_tile = load_rows(head_of(v, sequences, b, start, head, C), v, k_rows, C)
     q_base = head_of(q, sequences, b, start, head, C)
     if C.biased:
-        k_position, k_column, regular = key_side(lookup, start, k_rows)
-        table = lookup.table + head.to(tl.int64) * lookup.entries
+        own = key_side(bias, head, start, k_rows, C)
 
     BLOCK_K: tl.constexpr = C.block_k
     BLOCK_D: tl.constexpr = C.block_d
     dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     for first in range(begin, stop, C.block_q):
-        queries = first + tl.arange(0, C.block_q)
+        queries = rows_of(bias, b, first + tl.arange(0, C.block_q))
         rows = clamp(queries, length)
         q_tile = load_rows(q_base, q, rows, C)
         # [block_k, block_q]
         s = product(k_tile, tl.trans(q_tile), C) * scale
         if C.biased:
-            q_position, q_offset, q_factor = query_side(lookup, start, rows)
-            row = table_rows(
-                *(lookup, q_position[None, :], q_offset[None, :], q_factor[None, :]),
-                *(k_position[:, None], k_column[:, None], regular, C),
-            )
-            s += tl.load(table + row)
+            s += bias_tile_of_keys(bias, own, head, start, first, rows, C).to(tl.float32)
+        if C.expanded:
+            # The bias of a position without a query may be anything.
+            s = tl.where((queries < length)[None, :], s, float("-inf"))
         if C.causal:
             s = tl.where(keys[:, None] <= queries[None, :], s, float("-inf"))
 

@@ -19,13 +19,17 @@ from .device import (
     load_lse,
     load_own,
     load_rows,
+    pairs_at,
     product,
     query_side,
+    row_of_pairs,
+    rows_of,
     sequence_of,
     table_rows,
     valid_keys,
 )
 
+_BLOCK_B = tl.constexpr(32)  # sequences that are tested at a time
 _BLOCK_E = tl.constexpr(512)  # entries that are read and reset at a time
 # The largest magnitude of a tile is scaled to 2^40 to 2^41: a sum of 2^22 such numbers fits into 63
 # bits, and numbers above 2^-17 of the largest keep the 24 bits of a float32.
@@ -42,11 +46,12 @@ def attention_bwd_table_kernel(
     DELTA,
     SUMS,  # [H, parts, entries] int64, zeros before and after
     PARTIAL,  # [H, parts, entries] float32, zeros
+    FOUND,  # [H, parts, chunk] int32, scratch
     sequences,
     batch,
     length,
     tokens,
-    lookup,
+    bias,
     scale,
     chunk,
     parts,
@@ -63,24 +68,28 @@ def attention_bwd_table_kernel(
     program = tl.program_id(0)
     part, head = program % parts, (program // parts).to(tl.int64)
     program = program.to(tl.int64)
-    sums, partial = SUMS + program * lookup.entries, PARTIAL + program * lookup.entries
-    chunks, k_tiles = tl.cdiv(batch, chunk), tl.cdiv(length, C.block_k)
-    items = tl.cdiv(length, C.block_q) * k_tiles * chunks
+    sums, partial = SUMS + program * bias.entries, PARTIAL + program * bias.entries
+    found = FOUND + program * chunk
+    extent = length
+    if bias.rows is not None:
+        extent = bias.size
+    chunks, k_tiles = tl.cdiv(batch, chunk), tl.cdiv(extent, C.block_k)
+    items = tl.cdiv(extent, C.block_q) * k_tiles * chunks
     for turn in range(tl.cdiv(items - part, parts)):
         item = part + turn * parts
         first_b, tile = (item % chunks) * chunk, item // chunks
         first_query, first_key = (tile // k_tiles) * C.block_q, (tile % k_tiles) * C.block_k
         count = tl.minimum(chunk, batch - first_b)
-        if C.causal:
+        if C.causal and bias.rows is None:
             count = tl.where(first_key < first_query + C.block_q, count, 0)
-        if lookup.positions is None:
+        if C.expanded or bias.positions is None:
             shared_tile(
-                *(q, k, v, DOUT, LSE, DELTA, sums, partial, sequences, lookup, scale),
+                *(q, k, v, DOUT, LSE, DELTA, sums, partial, found, sequences, bias, scale),
                 *(head, first_b, count, first_query, first_key, C),
             )
         else:
             tile_of_each(
-                *(q, k, v, DOUT, LSE, DELTA, sums, partial, sequences, lookup, scale),
+                *(q, k, v, DOUT, LSE, DELTA, sums, partial, sequences, bias, scale),
                 *(head, first_b, count, first_query, first_key, C),
             )
 
@@ -95,8 +104,9 @@ def shared_tile(
     DELTA,
     sums,
     partial,
+    found,
     sequences,
-    lookup,
+    bias,
     scale,
     head,
     first_b,
@@ -106,30 +116,53 @@ def shared_tile(
     C: tl.constexpr,
 ):
     """A tile whose pairs read the same rows in every sequence: one scatter for all of them."""
-    length = sequences.length
-    _, bias = tile_bias(lookup, head, 0, length, length, first_query, first_key, C)
+    b_tile = shared_bias(bias, head, first_query, first_key, sequences.length, C)
     BLOCK_Q: tl.constexpr = C.block_q
     BLOCK_K: tl.constexpr = C.block_k
     # [block_q, block_k]
     acc = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+    if C.ragged or bias.rows is not None:
+        count = find(bias, sequences, found, first_b, count, first_query, first_key, C)
     for i in range(count):
-        start, length, valid = sequence_of(sequences, first_b + i)
-        if C.ragged:
-            # Loads in a branch are not pipelined, but most tiles of a short sequence are empty.
-            if (first_query < length) & (first_key < valid):
-                acc += score_gradients(
-                    *(q, k, v, DOUT, LSE, DELTA, sequences, scale, bias, head, first_b + i),
-                    *(first_query, first_key, start, length, valid, C),
-                )
-        else:
-            acc += score_gradients(
-                *(q, k, v, DOUT, LSE, DELTA, sequences, scale, bias, head, first_b + i),
-                *(first_query, first_key, start, length, valid, C),
-            )
-    # Recomputed after the loop instead of held in registers during it.
-    length = sequences.length
-    row, _ = tile_bias(lookup, head, 0, length, length, first_query, first_key, C)
-    scatter(acc, row, sums, partial, lookup.entries)
+        b = first_b + i
+        if C.ragged or bias.rows is not None:
+            b = tl.load(found + i)
+        start, length, valid = sequence_of(sequences, b)
+        queries = rows_of(bias, b, first_query + tl.arange(0, C.block_q))
+        keys = rows_of(bias, b, first_key + tl.arange(0, C.block_k))
+        acc += score_gradients(
+            *(q, k, v, DOUT, LSE, DELTA, sequences, scale, b_tile, head, b),
+            *(queries, keys, start, length, valid, C),
+        )
+    # Read after the loop instead of held in registers during it.
+    row = shared_rows(bias, head, first_query, first_key, sequences.length, C)
+    scatter(acc, row, sums, partial, bias.entries)
+
+
+@triton.jit
+def find(bias, sequences, found, first_b, count, first_query, first_key, C: tl.constexpr):
+    """Writes to ``found`` which of ``count`` sequences have a query and a key in a tile.
+
+    Most tiles of a short sequence are empty. Loads in a branch of the loop over the sequences would
+    not be pipelined.
+    """
+    number = 0
+    for first in range(0, count, _BLOCK_B):
+        i = first + tl.arange(0, _BLOCK_B)
+        b = tl.minimum(first_b + i, sequences.batch - 1)
+        _, length, valid = sequence_of(sequences, b)
+        first_row, first_column = first_query, first_key
+        if bias.rows is not None:
+            rows = bias.rows + (b.to(tl.int64) * bias.pitch)[:, None]
+            queries = (first_query + tl.arange(0, C.block_q))[None, :]
+            keys = (first_key + tl.arange(0, C.block_k))[None, :]
+            first_row = tl.min(tl.load(rows + queries), 1)
+            first_column = tl.min(tl.load(rows + keys), 1)
+        has = ((i < count) & (first_row < length) & (first_column < valid)).to(tl.int32)
+        tl.store(found + number + tl.cumsum(has) - 1, b, mask=has != 0)
+        number += tl.sum(has)
+    tl.debug_barrier()
+    return number
 
 
 @triton.jit
@@ -143,7 +176,7 @@ def tile_of_each(
     sums,
     partial,
     sequences,
-    lookup,
+    bias,
     scale,
     head,
     first_b,
@@ -153,29 +186,54 @@ def tile_of_each(
     C: tl.constexpr,
 ):
     """A tile whose pairs read different rows in each sequence: one scatter per sequence."""
+    queries = first_query + tl.arange(0, C.block_q)
+    keys = first_key + tl.arange(0, C.block_k)
     for i in range(count):
         start, length, valid = sequence_of(sequences, first_b + i)
         if (first_query < length) & (first_key < valid):
-            row, bias = tile_bias(lookup, head, start, length, valid, first_query, first_key, C)
+            q_rows, k_rows = clamp(queries, length), clamp(keys, valid)
+            row = rows_of_pairs(bias, head, start, q_rows, k_rows, C)
+            b_tile = tl.load(bias.table + head * bias.entries + row)
             ds = score_gradients(
-                *(q, k, v, DOUT, LSE, DELTA, sequences, scale, bias, head, first_b + i),
-                *(first_query, first_key, start, length, valid, C),
+                *(q, k, v, DOUT, LSE, DELTA, sequences, scale, b_tile, head, first_b + i),
+                *(queries, keys, start, length, valid, C),
             )
-            scatter(ds, row, sums, partial, lookup.entries)
+            scatter(ds, row, sums, partial, bias.entries)
 
 
 @triton.jit
-def tile_bias(lookup, head, start, length, valid, first_query, first_key, C: tl.constexpr):
-    """Table rows and bias of the pairs of a tile: [block_q, block_k] each."""
-    q_rows = clamp(first_query + tl.arange(0, C.block_q), length)
-    k_rows = clamp(first_key + tl.arange(0, C.block_k), valid)
-    q_position, q_offset, q_factor = query_side(lookup, start, q_rows)
-    k_position, k_column, regular = key_side(lookup, start, k_rows)
-    row = table_rows(
-        *(lookup, q_position[:, None], q_offset[:, None], q_factor[:, None]),
+def shared_bias(bias, head, first_query, first_key, length, C: tl.constexpr):
+    """Bias of the pairs of a tile in every sequence: [block_q, block_k]."""
+    if C.expanded:
+        places = clamp(first_query + tl.arange(0, C.block_q), bias.size)
+        at = row_of_pairs(bias.by_query, bias, head, places, C)
+        return tl.load(at[:, None] + (first_key + tl.arange(0, C.block_k))[None, :])
+    else:
+        row = shared_rows(bias, head, first_query, first_key, length, C)
+        return tl.load(bias.table + head * bias.entries + row)
+
+
+@triton.jit
+def shared_rows(bias, head, first_query, first_key, length, C: tl.constexpr):
+    """Table rows of the pairs of a tile in every sequence: [block_q, block_k]."""
+    q_places = first_query + tl.arange(0, C.block_q)
+    k_places = first_key + tl.arange(0, C.block_k)
+    if C.expanded:
+        return pairs_at(bias, clamp(q_places, bias.size)[:, None], k_places[None, :], C)
+    else:
+        q_places, k_places = clamp(q_places, length), clamp(k_places, length)
+        return rows_of_pairs(bias, head, 0, q_places, k_places, C)
+
+
+@triton.jit
+def rows_of_pairs(bias, head, start, q_rows, k_rows, C: tl.constexpr):
+    """Table rows of the pairs of a tile of a lookup: [block_q, block_k]."""
+    q_position, q_offset, q_factor, _ = query_side(bias, head, start, q_rows, C)
+    k_position, k_column, regular = key_side(bias, head, start, k_rows, C)
+    return table_rows(
+        *(bias, q_position[:, None], q_offset[:, None], q_factor[:, None]),
         *(k_position[None, :], k_column[None, :], regular, C),
     )
-    return row, tl.load(lookup.table + head * lookup.entries + row)
 
 
 @triton.jit
@@ -188,24 +246,22 @@ def score_gradients(
     DELTA,
     sequences,
     scale,
-    bias,
+    b_tile,
     head,
     b,
-    first_query,
-    first_key,
+    queries,
+    keys,
     start,
     length,
     valid,
     C: tl.constexpr,
 ):
     """ds of a tile of one head of one sequence; 0 for pairs that do not attend."""
-    queries = first_query + tl.arange(0, C.block_q)
-    keys = first_key + tl.arange(0, C.block_k)
     q_rows, k_rows = clamp(queries, length), clamp(keys, valid)
     q_tile = load_rows(head_of(q, sequences, b, start, head, C), q, q_rows, C)
     k_tile = load_rows(head_of(k, sequences, b, start, head, C), k, k_rows, C)
     # [block_q, block_k]
-    s = product(q_tile, tl.trans(k_tile), C) * scale + bias
+    s = product(q_tile, tl.trans(k_tile), C) * scale + b_tile.to(tl.float32)
     p = tl.exp2(s - load_lse(LSE, sequences, start, queries, length, head)[:, None])
     dout = load_own(DOUT, sequences, start, q_rows, head, C)
     v_tile = load_rows(head_of(v, sequences, b, start, head, C), v, k_rows, C)
@@ -213,6 +269,9 @@ def score_gradients(
     delta = tl.load(DELTA + (start + q_rows) * sequences.heads + head)
     # Masked here and not in s, because dp may be NaN at a masked key, too.
     allowed = valid_keys(sequences, start, keys, valid)[None, :]
+    if C.expanded:
+        # The bias of a position without a query may be anything.
+        allowed &= (queries < length)[:, None]
     ds = tl.where(allowed, p * (dp - delta[:, None]), 0.0)
     if C.causal:
         ds = tl.where(keys[None, :] <= queries[:, None], ds, 0.0)

@@ -17,6 +17,8 @@ from .. import call
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(call.LOG2_E)
+PITCH = 128  # no tile is wider, so no tile of an expanded bias reaches beyond its rows
+ABSENT = tl.constexpr(2**31 - 1)  # a row that is beyond the end of every sequence
 
 
 class Config(NamedTuple):
@@ -28,7 +30,8 @@ class Config(NamedTuple):
     precision: str  # of float32 products: "ieee" or "tf32"
     narrow: bool  # 32-bit offsets suffice within a head of a sequence and within the index
     causal: bool
-    biased: bool  # there is a lookup; before Triton 3.7, `is not None` of a tuple did not compile
+    biased: bool  # there is a bias; before Triton 3.7, `is not None` of a tuple did not compile
+    expanded: bool  # the bias is read from Bias.by_query and by_key, not from the table
     ragged: bool  # sequences differ in length, or in their number of valid keys
     block_q: int  # queries of a tile
     block_k: int  # keys of a tile
@@ -57,18 +60,33 @@ class Sequences(NamedTuple):
     tokens: Any  # B N, or T
     offsets: Any  # [B + 1], or None: dense
     key_lengths: Any  # [B] or None
-    key_mask: Any  # [B, N] or None
+    key_mask: Any  # [B, N] int16 or None
 
 
-class Lookup(NamedTuple):
-    """The bias: a table, and the row for each pair of tokens."""
+class Bias(NamedTuple):
+    """The bias of pairs of tokens, times log2(e), in one of two forms, and the tokens' positions.
 
-    table: Any  # [H, entries] float32, times log2(e)
-    entries: Any
-    pairs: Any  # [M, row_stride] int16 (unsigned) or int32
-    row_stride: Any
+    Expanded (:mod:`.expand`), all pairs of positions have their bias in memory, and a tile of it is
+    contiguous. As a lookup, a pair has only its row of the table.
+
+    A kernel has a tile of tokens and iterates over others. With ``rows``, it iterates over their
+    positions instead of their rows, so that tiles of an expanded bias stay contiguous.
+    """
+
+    entries: Any  # of the table
+    size: Any  # M, the number of positions
+    pairs: Any  # [M, pair_stride] int16 (unsigned) or int32: row of the table
+    pair_stride: Any
+    positions: Any  # [tokens], or None: rows of a sequence
+    # lookup
+    table: Any  # [H, entries] float32
     affine: Any  # [M, 4] int32: offset, factor, column, 1 if the key is regular
-    positions: Any  # [tokens] or None
+    # expanded
+    by_query: Any  # [H, M, pitch] float16 or float32; rows are queries
+    by_key: Any  # [H, M, pitch], rows are keys; None in the forward
+    pitch: Any  # M, rounded up to a multiple of PITCH; of the rows of ``rows`` as well
+    rows: Any  # [B, pitch] int32: row in the sequence of each position, or ABSENT; or None
+    spans: Any  # [B, 2] int32: first position of a sequence, and the one after the last
 
 
 @triton.jit
@@ -182,33 +200,112 @@ def product(a, b, C: tl.constexpr):
 
 
 @triton.jit
-def positions_of(lookup, start, rows):
+def positions_of(bias, start, rows):
     """The row of the index for each token."""
-    if lookup.positions is None:
+    if bias.positions is None:
         return rows
     else:
-        return tl.load(lookup.positions + start + rows).to(tl.int32)
+        return tl.load(bias.positions + start + rows).to(tl.int32)
 
 
 @triton.jit
-def query_side(lookup, start, rows):
-    """For each query: row of the index, offset, factor."""
-    position = positions_of(lookup, start, rows)
-    affine = lookup.affine + position.to(tl.int64) * 4
-    return position, tl.load(affine), tl.load(affine + 1)
+def span_of(bias, b, begin, end, BLOCK: tl.constexpr):
+    """What a kernel iterates over in blocks: rows from ``begin`` to ``end``, or positions."""
+    if bias.rows is None:
+        return begin, end
+    else:
+        first, after = tl.load(bias.spans + 2 * b), tl.load(bias.spans + 2 * b + 1)
+        return first // BLOCK * BLOCK, after
 
 
 @triton.jit
-def key_side(lookup, start, rows):
-    """For each key: column of the index, column of the affine form; and whether all are regular."""
-    position = positions_of(lookup, start, rows)
-    affine = lookup.affine + position.to(tl.int64) * 4
-    return position, tl.load(affine + 2), tl.min(tl.load(affine + 3), 0) != 0
+def rows_of(bias, b, places):
+    """The rows of a block that a kernel iterates over; ABSENT for positions without a token."""
+    if bias.rows is None:
+        return places
+    else:
+        return tl.load(bias.rows + b.to(tl.int64) * bias.pitch + places)
+
+
+@triton.jit
+def query_side(bias, head, start, rows, C: tl.constexpr):
+    """What :func:`bias_tile` needs of its queries.
+
+    Expanded, the address of each one's row; else, row of the index, offset, factor, table.
+    """
+    position = positions_of(bias, start, rows)
+    if C.expanded:
+        return row_of_pairs(bias.by_query, bias, head, position, C)
+    else:
+        affine = bias.affine + position.to(tl.int64) * 4
+        table = bias.table + head.to(tl.int64) * bias.entries
+        return position, tl.load(affine), tl.load(affine + 1), table
+
+
+@triton.jit
+def key_side(bias, head, start, rows, C: tl.constexpr):
+    """What :func:`bias_tile_of_keys` needs of its keys.
+
+    Expanded, the address of each one's row; else, column of the index, column of the affine form,
+    and whether all are regular.
+    """
+    position = positions_of(bias, start, rows)
+    if C.expanded:
+        return row_of_pairs(bias.by_key, bias, head, position, C)
+    else:
+        affine = bias.affine + position.to(tl.int64) * 4
+        return position, tl.load(affine + 2), tl.min(tl.load(affine + 3), 0) != 0
+
+
+@triton.jit
+def row_of_pairs(POINTER, bias, head, position, C: tl.constexpr):
+    first = POINTER + head.to(tl.int64) * bias.size * bias.pitch
+    return first + offset(position, C) * bias.pitch
+
+
+@triton.jit
+def bias_tile(bias, queries, head, start, first, k_rows, C: tl.constexpr):
+    """The bias [block_q, block_k] of :func:`query_side` and the keys of a block from ``first``."""
+    if C.expanded:
+        return tl.load(queries[:, None] + (first + tl.arange(0, C.block_k))[None, :])
+    else:
+        q_position, q_offset, q_factor, table = queries
+        k_position, k_column, regular = key_side(bias, head, start, k_rows, C)
+        row = table_rows(
+            *(bias, q_position[:, None], q_offset[:, None], q_factor[:, None]),
+            *(k_position[None, :], k_column[None, :], regular, C),
+        )
+        return tl.load(table + row)
+
+
+@triton.jit
+def bias_tile_of_keys(bias, keys, head, start, first, q_rows, C: tl.constexpr):
+    """The bias [block_k, block_q] of :func:`key_side` and the queries of a block from ``first``."""
+    if C.expanded:
+        return tl.load(keys[:, None] + (first + tl.arange(0, C.block_q))[None, :])
+    else:
+        k_position, k_column, regular = keys
+        q_position, q_offset, q_factor, table = query_side(bias, head, start, q_rows, C)
+        row = table_rows(
+            *(bias, q_position[None, :], q_offset[None, :], q_factor[None, :]),
+            *(k_position[:, None], k_column[:, None], regular, C),
+        )
+        return tl.load(table + row)
+
+
+@triton.jit
+def pairs_at(bias, q_position, k_position, C: tl.constexpr):
+    """Table row of each pair from the index; anything for positions beyond its end."""
+    at = offset(q_position, C) * bias.pair_stride + k_position
+    row = tl.load(bias.pairs + at, mask=k_position < bias.size, other=0).to(tl.int32)
+    if bias.pairs.dtype.element_ty == tl.int16:
+        row = row & 0xFFFF
+    return row
 
 
 @triton.jit
 def table_rows(
-    lookup, q_position, q_offset, q_factor, k_position, k_column, regular, C: tl.constexpr
+    bias, q_position, q_offset, q_factor, k_position, k_column, regular, C: tl.constexpr
 ):
     """Table row of each pair, for queries along one dimension of the tile and keys along the other.
 
@@ -218,10 +315,7 @@ def table_rows(
     if regular:
         row = q_factor * k_column + q_offset
     else:
-        at = offset(q_position, C) * lookup.row_stride + k_position
-        row = tl.load(lookup.pairs + at).to(tl.int32)
-        if lookup.pairs.dtype.element_ty == tl.int16:
-            row = row & 0xFFFF
+        row = pairs_at(bias, q_position, k_position, C)
     return row
 
 

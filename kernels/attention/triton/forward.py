@@ -9,17 +9,18 @@ from ..._backends.triton_device import dot
 from .device import (
     LN_2,
     Sequences,
+    bias_tile,
     clamp,
     head_of,
-    key_side,
     load_keys,
     load_rows,
     product,
     program_place,
     query_side,
+    rows_of,
     sequence_of,
+    span_of,
     store_own,
-    table_rows,
     valid_keys,
 )
 
@@ -35,7 +36,7 @@ def attention_fwd_kernel(
     batch,
     length,
     tokens,
-    lookup,
+    bias,
     scale,
     C: tl.constexpr,
 ):
@@ -52,6 +53,7 @@ def attention_fwd_kernel(
     stop = valid
     if C.causal:
         stop = tl.minimum(valid, (tile + 1) * C.block_q)
+    begin, stop = span_of(bias, b, 0, stop, C.block_k)
 
     rows = clamp(queries, length)
     # [block_q, block_d]
@@ -59,27 +61,21 @@ def attention_fwd_kernel(
     k_base = head_of(k, sequences, b, start, head, C)
     v_base = head_of(v, sequences, b, start, head, C)
     if C.biased:
-        q_position, q_offset, q_factor = query_side(lookup, start, rows)
-        table = lookup.table + head.to(tl.int64) * lookup.entries
+        own = query_side(bias, head, start, rows, C)
 
     BLOCK_Q: tl.constexpr = C.block_q
     BLOCK_D: tl.constexpr = C.block_d
     highest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    for first in range(0, stop, C.block_k):
-        keys = first + tl.arange(0, C.block_k)
+    for first in range(begin, stop, C.block_k):
+        keys = rows_of(bias, b, first + tl.arange(0, C.block_k))
         k_rows = clamp(keys, valid)
         allowed = valid_keys(sequences, start, keys, valid)
         # [block_q, block_k]
         s = product(q_tile, tl.trans(load_rows(k_base, k, k_rows, C)), C) * scale
         if C.biased:
-            k_position, k_column, regular = key_side(lookup, start, k_rows)
-            row = table_rows(
-                *(lookup, q_position[:, None], q_offset[:, None], q_factor[:, None]),
-                *(k_position[None, :], k_column[None, :], regular, C),
-            )
-            s += tl.load(table + row)
+            s += bias_tile(bias, own, head, start, first, k_rows, C).to(tl.float32)
         s = tl.where(allowed[None, :], s, float("-inf"))
         if C.causal:
             s = tl.where(keys[None, :] <= queries[:, None], s, float("-inf"))

@@ -1,4 +1,7 @@
-"""Launches the kernels of shared_attention: one forward, two or three backward."""
+"""Launches the kernels of shared_attention: one forward, two or three backward.
+
+Both begin with one more if they expand the bias (:func:`.arguments.expands`).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from .forward import attention_fwd_kernel
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """out, in the shape of q, and float32 log-sum-exp of the scores, q.shape[:-1]; one launch."""
+    """out, in the shape of q, and float32 log-sum-exp of the scores, q.shape[:-1]."""
     q = call.q
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
     if q.numel():
@@ -38,7 +41,7 @@ def backward(
         grads.append(dtable)
     if q.numel() == 0:
         return grads
-    work, row = Work(call), tiles.choose(q.device, q.dtype, q.shape[-1])
+    work, row = Work(call, backward=True), tiles.choose(q.device, q.dtype, q.shape[-1])
     delta = torch.empty_like(lse)
     tensors = (out, dout, lse, delta, dq)
     work.launch(attention_bwd_q_kernel, row.q, work.programs(row.q.block_q), tensors, work.scale)
@@ -59,6 +62,7 @@ def _table_gradient(
     chunk, parts = work.table_shares(tile)
     sums = dtable.new_zeros(heads, parts, entries, dtype=torch.int64)
     partial = dtable.new_zeros(heads, parts, entries, dtype=torch.float32)
-    tensors = (*tensors, sums, partial)
+    found = dtable.new_empty(heads, parts, chunk, dtype=torch.int32)
+    tensors = (*tensors, sums, partial, found)
     work.launch(attention_bwd_table_kernel, tile, heads * parts, tensors, chunk, parts)
     dtable.copy_(partial.sum(1).t())

@@ -36,74 +36,75 @@ WIDTHS = (64, 128)  # a head dim uses the rows of the first width that is not be
 # No row has been timed on a GPU yet. The rows were chosen from the reports of ptxas for head dims
 # 64, 34 and 128. tests/kernels/test_attention_compiled.py enforces the criteria: tensor cores in
 # every product, no spill, shared memory within the limit. Among the tiles without a spill, each row
-# has the one with the most queries (for the kernel of k and v: keys), because fewer tiles read k
-# and v less often. Most registers go to the bias: a float32 and an address per pair, one block
-# ahead. Bytes spilled per thread by some rejected tiles, in bfloat16, for VLMo's joint layer:
+# has those that copy the fewest bytes for a pair of tokens, that is, with the most queries (for the
+# kernel of k and v: keys; of the table: of both); among these the one with more warps resident or,
+# where warps read the operands of their products themselves (mma.sync), more rows for each warp.
 #
-#   sm_80    forward  128 x 64, 4 warps   152
-#   sm_80    q         64 x 64, 4 warps    24  (head dim 34: 64)
-#   sm_80    kv        64 x 64, 4 warps    24  (head dim 34: 80)
-#   sm_80    table     64 x 64, 4 warps   400
-#   sm_86    table     64 x 32, 8 warps    16  (head dim 128)
-#   sm_90    kv       128 x 64, 8 warps   192
-#   sm_90    table     64 x 64, 4 warps   184
-#   sm_100   forward  128 x 64, 8 warps   112  (head dim 34)
-#   sm_100   table     64 x 64, 4 warps   256
+# With an expanded bias, registers hold products, not the bias: 120 to 132 a thread for the forward
+# on sm_90, where a lookup takes 202. Bytes spilled per thread by some rejected tiles, in bfloat16,
+# for VLMo's joint layer, the most of head dims 64 and 34:
+#
+#   sm_80    forward  128 x 64, 4 warps    56
+#   sm_80    q        128 x 32, 4 warps   128  (with a lookup)
+#   sm_80    kv        64 x 64, 4 warps    64
+#   sm_80    table     64 x 64, 8 warps   160
+#   sm_86    table     64 x 64, 8 warps    64
+#   sm_90    table    128 x 64, 8 warps   304
+#   sm_100   table     64 x 64, 8 warps    40
+#   sm_120   q         64 x 64, 4 warps    32
+#   sm_120   kv        64 x 64, 4 warps   112
+#   sm_120   table     64 x 32, 8 warps    24
 #
 # float32 without TF32 has no tensor cores; small tiles keep its operands in registers.
 _AMPERE = {
     64: Tiles(
-        forward=Tile(128, 64, 8, 2),
-        q=Tile(64, 64, 8, 2),
-        kv=Tile(32, 64, 4, 2),
-        table=Tile(64, 32, 8, 2),
+        forward=Tile(128, 32, 4, 3),
+        q=Tile(128, 32, 8, 3),
+        kv=Tile(32, 64, 4, 3),
+        table=Tile(32, 64, 8, 2),
     ),
     128: Tiles(
-        forward=Tile(64, 64, 8, 2),
-        q=Tile(64, 64, 8, 2),
-        kv=Tile(64, 32, 4, 2),
+        forward=Tile(128, 64, 8, 3),
+        q=Tile(128, 32, 8, 3),
+        kv=Tile(64, 64, 8, 3),
         table=Tile(64, 32, 8, 2),
     ),
 }
 _SMALL = {
-    64: replace(_AMPERE[64], forward=Tile(64, 64, 8, 2), q=Tile(128, 32, 8, 2)),
-    128: replace(_AMPERE[128], table=Tile(32, 64, 8, 2)),
+    64: replace(_AMPERE[64], table=Tile(32, 64, 8, 3)),
+    128: Tiles(
+        forward=Tile(128, 32, 8, 3),
+        q=Tile(128, 32, 8, 2),
+        kv=Tile(64, 64, 8, 2),
+        table=Tile(64, 32, 8, 2),
+    ),
+}
+_HOPPER = {
+    64: Tiles(
+        forward=Tile(128, 64, 8, 3),
+        q=Tile(128, 32, 8, 3),
+        kv=Tile(64, 128, 8, 3),
+        table=Tile(64, 64, 8, 2),
+    ),
+    128: Tiles(
+        forward=Tile(128, 64, 8, 3),
+        q=Tile(128, 64, 8, 3),
+        kv=Tile(64, 64, 8, 3),
+        table=Tile(64, 64, 8, 2),
+    ),
 }
 _16_BIT = {
     "sm_80": _AMPERE,
-    "sm_86": _SMALL,
-    "sm_90": {
-        64: Tiles(
-            forward=Tile(128, 64, 8, 2),
-            q=Tile(128, 64, 8, 2),
-            kv=Tile(64, 64, 4, 2),
-            table=Tile(64, 32, 8, 2),
-        ),
-        128: Tiles(
-            forward=Tile(64, 64, 8, 2),
-            q=Tile(64, 64, 8, 2),
-            kv=Tile(64, 64, 8, 2),
-            table=Tile(64, 32, 8, 2),
-        ),
+    "sm_86": {
+        64: replace(_SMALL[64], table=Tile(32, 32, 8, 2)),
+        128: replace(_SMALL[128], table=Tile(32, 64, 8, 2)),
     },
+    "sm_90": _HOPPER,
     "sm_100": {
-        64: Tiles(
-            forward=Tile(64, 64, 8, 2),
-            q=Tile(128, 64, 8, 2),
-            kv=Tile(64, 64, 8, 2),
-            table=Tile(64, 32, 8, 2),
-        ),
-        128: Tiles(
-            forward=Tile(64, 64, 8, 2),
-            q=Tile(64, 64, 8, 2),
-            kv=Tile(64, 64, 8, 2),
-            table=Tile(64, 32, 8, 2),
-        ),
+        64: replace(_HOPPER[64], table=Tile(64, 32, 8, 2)),
+        128: replace(_HOPPER[128], q=Tile(128, 32, 8, 3)),
     },
-    "sm_120": {
-        64: replace(_SMALL[64], table=Tile(32, 64, 8, 2)),
-        128: _SMALL[128],
-    },
+    "sm_120": _SMALL,
 }
 _SINGLE = Tiles(
     forward=Tile(32, 32, 8, 2),
@@ -122,6 +123,10 @@ INTERPRETED = Tiles(
     kv=Tile(64, 128, 4, 1),
     table=Tile(64, 64, 4, 1),
 )
+
+
+# Of the kernel that expands the bias, on every GPU: four pairs a thread, for a few heads.
+EXPAND = Tile(32, 32, 8, 1)
 
 
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> Tiles:

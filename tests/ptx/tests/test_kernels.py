@@ -4,6 +4,7 @@ Each launch runs in several interleavings of few CTAs, which must leave bitwise 
 """
 
 import itertools
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import attention_cases
 import moe_ffn_cases
 from ptx.driver import TARGETS, Emulated, emulated
+from ptx.machine import Interleaving
 from vlmo.kernels.attention.triton import tiles as attention_tiles
 from vlmo.kernels.moe_ffn.triton import tiles as moe_ffn_tiles
 
@@ -50,7 +52,10 @@ def test_moe_ffn(case, dtype, target):
 def test_attention(case, dtype, target):
     with emulated(target) as gpu:
         attention_cases.assert_parity(case, dtype, PLACE)
-    assert len(gpu.launches) == (3 if case.index is None else 4)
+    kernels = [launch.kernel for launch in gpu.launches]
+    expanded = kernels.count("attention_expand_kernel")
+    assert expanded in ((0,) if case.index is None or case.positions is True else (0, 2))
+    assert len(kernels) - expanded == (3 if case.index is None else 4)
     assert not gpu.reports, gpu.reports
 
 
@@ -124,6 +129,9 @@ def test_moe_ffn_that_recomputes(target, activation):
         torch.testing.assert_close(actual[name], value, rtol=2e-5, atol=2e-5)
 
 
+LARGE_INDEX = attention_cases.Case(length=40, heads=1, head_dim=34, grid=(6, 6), text=13)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     "case",
@@ -133,6 +141,8 @@ def test_moe_ffn_that_recomputes(target, activation):
         attention_cases.Case(
             heads=1, index="joint", lengths=(33, 5, 50), mask=None, positions=True
         ),
+        replace(LARGE_INDEX, lengths=(33, 0, 50, 45, 40), mask=None, positions="gaps"),
+        replace(LARGE_INDEX, batch=3, causal=True, positions="distinct"),
     ],
     ids=str,
 )
@@ -142,3 +152,31 @@ def test_attention_of_many_tiles(case, target):
     with emulated(target) as gpu, mock.patch.object(attention_tiles, "choose", return_value=row):
         attention_cases.assert_parity(case, torch.float16, PLACE)
     assert not gpu.reports, gpu.reports
+
+
+def scattered(target: str, case: attention_cases.Case) -> int:
+    """Numbers that the kernel of the table's gradient adds atomically."""
+    tensors = attention_cases.make_tensors(case, "cpu", torch.bfloat16)
+    options = attention_cases.make_options(case, "cpu")
+    with emulated(target, [Interleaving(resident=4, races=False)], multiprocessors=1) as gpu:
+        attention_cases.outputs_and_gradients(
+            lambda t: attention_cases.call(case, t, options, backend="triton"), tensors
+        )
+    (launch,) = [launch for launch in gpu.launches if launch.kernel == "attention_bwd_table_kernel"]
+    statements, (result,) = launch.machine.kernel.statements, launch.results
+    adds = [
+        n for n, s in enumerate(statements) if s.parts[0] in ("atom", "red") and "add" in s.parts
+    ]
+    return int(result.lane_count[adds].sum())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_more_packed_sequences_are_not_more_scatters(target):
+    """Unless their positions may repeat."""
+    few, many = (replace(LARGE_INDEX, lengths=(50,) * batch, mask=None) for batch in (8, 24))
+    distinct, any_order = (
+        [scattered(target, replace(case, positions=positions)) for case in (few, many)]
+        for positions in ("distinct", "order")
+    )
+    assert 0 < distinct[0] == distinct[1]
+    assert any_order[1] > 2 * any_order[0] > 2 * distinct[0]
