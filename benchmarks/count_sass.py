@@ -230,12 +230,13 @@ def shares(target: str, rows: dict[str, dict[str, Any]]) -> Iterator[dict[str, A
 
 
 ATTENTION = {"fwd": 2, "bwd_q": 3, "bwd_kv": 4, "bwd_table": 2}  # products of each kernel
+LAYERS = {"dense": {}, "training": dict(packed=True, placed=True, distinct=True)}
 LENGTHS = (197, 237, 617, 941)
 HEAD_DIM = 64
 
 
-def compile_attention(target: str) -> Iterator[Kernel]:
-    """The kernels of VLMo's joint layer of attention, packed with positions as in training."""
+def compile_attention(target: str, layer: str) -> Iterator[Kernel]:
+    """The kernels of VLMo's joint layer of attention, dense or as in training."""
     found: dict[str, Kernel] = {}
 
     def compile_only(kernel: Any, device: Any, programs: int, tile: Any, *args: Any) -> None:
@@ -258,11 +259,11 @@ def compile_attention(target: str) -> Iterator[Kernel]:
         mock.patch.object(host.target, "multiprocessors", return_value=multiprocessors),
         mock.patch.object(attention_tiles, "choose", choose),
     ):
-        compiled_attention.run(compiled_attention.layer(HEAD_DIM, DTYPE))
+        compiled_attention.run(compiled_attention.layer(HEAD_DIM, DTYPE, **LAYERS[layer]))
     return iter(found.values())
 
 
-def count_attention(target: str, kernel: Kernel) -> dict[str, Any]:
+def count_attention(target: str, layer: str, kernel: Kernel) -> dict[str, Any]:
     """The counts of a kernel of shared_attention, and its modelled share of the peak by length."""
     gpu, tile = GPUS[target], kernel.tile
     code = disassemble(kernel.cubin)
@@ -273,7 +274,7 @@ def count_attention(target: str, kernel: Kernel) -> dict[str, Any]:
     fits = min(gpu.registers // registers, gpu.shared_bytes // (kernel.shared_bytes + 1024))
     row = {
         "target": target,
-        "kernel": f"attention_{kernel.name}",
+        "kernel": f"attention_{kernel.name}, {layer}",
         "tile": [tile.block_q, tile.block_k, tile.num_warps, tile.num_stages],
         "registers": kernel.registers,
         "spilled_bytes": kernel.spilled_bytes,
@@ -307,12 +308,11 @@ def attention_shares(target: str, row: dict[str, Any], name: str) -> dict[int, f
     found = {}
     for length in LENGTHS:
         steps = -(-length // moving)
-        time = cycles_of(
-            [multiply.times(steps), others.times(steps)], OPERANDS + TICKET, max(row["fits"], 1)
-        )
+        parts = [multiply.times(steps), others.times(steps)]
+        time = cycles_of(parts, OPERANDS + TICKET, row["fits"])
         tiles_needed = -(-length // own)
         needed = products * length**2 * HEAD_DIM / gpu.multiply_adds
-        found[length] = round(needed / (tiles_needed * time), 4)
+        found[length] = round(row["fits"] * needed / (tiles_needed * time), 4)
     return found
 
 
@@ -329,7 +329,11 @@ def compute() -> dict[str, Any]:
             for kernel, depths in DEPTHS.items()
             for name, depth in zip(PHASES[kernel], depths, strict=True)
         ]
-        attention += [count_attention(target, kernel) for kernel in compile_attention(target)]
+        attention += [
+            count_attention(target, layer, kernel)
+            for layer in LAYERS
+            for kernel in compile_attention(target, layer)
+        ]
     return {
         "triton": triton.__version__,
         "dtype": str(DTYPE),
@@ -423,9 +427,10 @@ def page(table: Table, before: Table | None) -> str:
         "",
         "## shared_attention",
         "",
-        f"Joint layer, head dim {HEAD_DIM}. *A pair*: instructions of the main loop divided by",
-        "the (query, key) pairs that a thread has in a step. The shares of the tensor cores' peak",
-        "are modelled, without bank conflicts, for the products that the kernel executes.",
+        f"Joint layer, head dim {HEAD_DIM}, without a mask or packed as in training. *A pair*:",
+        "instructions of the main loop divided by the (query, key) pairs that a thread has in a",
+        "step. The shares of the tensor cores' peak are modelled for the products that a kernel",
+        "executes, without bank conflicts; [ptx_counts.md](ptx_counts.md) has these.",
         "",
         "| GPU | kernel | tile | registers | spills | fit | loop | a pair | "
         + " | ".join(f"N {n}" for n in LENGTHS)
