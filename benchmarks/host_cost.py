@@ -2,11 +2,11 @@
 
     TRITON_INTERPRET=0 python benchmarks/host_cost.py [--profile]
 
-writes ``results/host_cost.json`` and ``.md`` beside this file. Triton's own launcher runs on a
-pretended driver (:mod:`harness.pretended`), so a call contains everything that the host does,
-except for what needs a GPU: the CUDA allocator, the queries of stream and device, autograd's thread
-of the device, and the driver. A time is the minimum of many repetitions. ``--profile`` prints where
-the time goes instead.
+writes ``host_cost.json`` and ``.md`` into the folder ``results`` beside this file. Triton's own
+launcher runs on a pretended driver (:mod:`harness.pretended`), so a call contains everything that
+the host does, except for what needs a GPU: the CUDA allocator, the queries of stream and device,
+autograd's thread of the device, and the driver. A time is the minimum of many repetitions.
+``--profile`` prints where the time goes instead.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ DTYPE = torch.bfloat16
 BATCH, TEXT, GRID, DIM, HIDDEN, HEADS, HEAD_DIM = 4, 8, 3, 64, 256, 2, 64
 MODES = ("forward", "forward, recorded", "forward + backward")
 BLOCK = 4  # calls per repetition: few, so that some repetitions are not interrupted
-SECONDS = 4.0  # per operation and mode
 
 
 def parameter(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
@@ -97,10 +96,10 @@ def step_of(mode: str, call: Callable[[], Tensor], leaves: list[Tensor]) -> Call
     return both if mode == MODES[-1] else call
 
 
-def microseconds(step: Callable[[], Any]) -> float:
-    """The least time of a block of calls, per call."""
-    least, end = float("inf"), time.perf_counter() + SECONDS
-    while time.perf_counter() < end:
+def microseconds(step: Callable[[], Any], seconds: float) -> float:
+    """The least time of a block of calls within some seconds, per call."""
+    least, end = float("inf"), time.perf_counter() + seconds
+    while least == float("inf") or time.perf_counter() < end:
         begin = time.perf_counter()
         for _ in range(BLOCK):
             step()
@@ -115,7 +114,8 @@ def profile(step: Callable[[], Any]) -> None:
     pstats.Stats(profiled).sort_stats("tottime").print_stats(30)
 
 
-def rows(profiling: bool) -> list[dict[str, Any]]:
+def rows(seconds: float, profiling: bool) -> list[dict[str, Any]]:
+    """A row for each operation and mode, each measured for some seconds, or their profiles."""
     found = []
     for name, make in CALLS.items():
         call, leaves = make()
@@ -131,14 +131,14 @@ def rows(profiling: bool) -> list[dict[str, Any]]:
                     profile(step)
                 else:
                     row = dict(operation=name, mode=mode, launches=launches)
-                    found.append({**row, "microseconds": round(microseconds(step), 1)})
+                    found.append({**row, "microseconds": round(microseconds(step, seconds), 1)})
     return found
 
 
-def write(found: list[dict[str, Any]]) -> None:
+def write(found: list[dict[str, Any]], folder: Path) -> None:
     machine = {**describe_cpu(), "torch": torch.__version__, "triton": triton.__version__}
     data = {"machine": machine, "rows": found}
-    with replacing(RESULTS / "host_cost.json") as path:
+    with replacing(folder / "host_cost.json") as path:
         path.write_text(json.dumps(data, indent=1) + "\n")
     text = [
         "# Host time of a call of the Triton backend",
@@ -154,7 +154,7 @@ def write(found: list[dict[str, Any]]) -> None:
             for r in found
         ),
     ]
-    with replacing(RESULTS / "host_cost.md") as path:
+    with replacing(folder / "host_cost.md") as path:
         path.write_text("\n".join(text) + "\n")
     print(*text[6:], sep="\n")
 
@@ -162,9 +162,11 @@ def write(found: list[dict[str, Any]]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", action="store_true", help="print where the time goes")
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each operation and mode")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the results go")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with pretended.pretended():
-        results = rows(arguments.profile)
+        results = rows(arguments.seconds, arguments.profile)
     if not arguments.profile:
-        write(results)
+        write(results, arguments.folder)
