@@ -35,10 +35,13 @@ WIDTHS = (64, 128)  # a head dim uses the rows of the first width that is not be
 
 # No row has been timed on a GPU yet. The rows were chosen from the reports of ptxas for head dims
 # 64, 34 and 128. tests/kernels/test_attention_compiled.py enforces the criteria: tensor cores in
-# every product, no spill, shared memory within the limit. Among the tiles without a spill, each row
-# has those that copy the fewest bytes for a pair of tokens, that is, with the most queries (for the
-# kernel of k and v: keys; of the table: of both); among these the one with more warps resident or,
-# where warps read the operands of their products themselves (mma.sync), more rows for each warp.
+# every product, no spill in a main loop, shared memory within the limit. Among these tiles, each
+# row has those that copy the fewest bytes for a pair of tokens, that is, with the most queries (for
+# the kernel of k and v: keys; of the table: of both); among these the one with more warps resident
+# or, where warps read the operands of their products themselves (mma.sync), more rows for each
+# warp. The backward's tiles for head dim 64 on sm_80, sm_86, sm_90 and sm_120 are instead those for
+# which benchmarks/count_sass.py models the largest share of the tensor cores' peak: four warps, of
+# which two or three programs fit on a multiprocessor, instead of eight, of which one does.
 #
 # With an expanded bias, registers hold products, not the bias: 120 to 132 a thread for the forward
 # on sm_90, where a lookup takes 202. Bytes spilled per thread by some rejected tiles, in bfloat16,
@@ -59,9 +62,9 @@ WIDTHS = (64, 128)  # a head dim uses the rows of the first width that is not be
 _AMPERE = {
     64: Tiles(
         forward=Tile(128, 32, 4, 3),
-        q=Tile(128, 32, 8, 3),
+        q=Tile(128, 32, 4, 3),
         kv=Tile(32, 64, 4, 3),
-        table=Tile(32, 64, 8, 2),
+        table=Tile(64, 32, 4, 2),
     ),
     128: Tiles(
         forward=Tile(128, 64, 8, 3),
@@ -71,7 +74,7 @@ _AMPERE = {
     ),
 }
 _SMALL = {
-    64: replace(_AMPERE[64], table=Tile(32, 64, 8, 3)),
+    64: _AMPERE[64],
     128: Tiles(
         forward=Tile(128, 32, 8, 3),
         q=Tile(128, 32, 8, 2),
@@ -82,9 +85,9 @@ _SMALL = {
 _HOPPER = {
     64: Tiles(
         forward=Tile(128, 64, 8, 3),
-        q=Tile(128, 32, 8, 3),
-        kv=Tile(64, 128, 8, 3),
-        table=Tile(64, 64, 8, 2),
+        q=Tile(128, 32, 4, 3),
+        kv=Tile(64, 64, 4, 3),
+        table=Tile(64, 32, 4, 2),
     ),
     128: Tiles(
         forward=Tile(128, 64, 8, 3),
@@ -96,12 +99,17 @@ _HOPPER = {
 _16_BIT = {
     "sm_80": _AMPERE,
     "sm_86": {
-        64: replace(_SMALL[64], table=Tile(32, 32, 8, 2)),
+        64: _SMALL[64],
         128: replace(_SMALL[128], table=Tile(32, 64, 8, 2)),
     },
     "sm_90": _HOPPER,
     "sm_100": {
-        64: replace(_HOPPER[64], table=Tile(64, 32, 8, 2)),
+        64: replace(
+            _HOPPER[64],
+            q=Tile(128, 32, 8, 3),
+            kv=Tile(64, 128, 8, 3),
+            table=Tile(64, 32, 8, 2),
+        ),
         128: replace(_HOPPER[128], q=Tile(128, 32, 8, 3)),
     },
     "sm_120": _SMALL,
