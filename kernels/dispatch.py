@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-BACKEND_NAMES = ("cuda", "triton", "cpu", "reference")
+BACKEND_NAMES = ("cuda", "triton", "composed", "cpu", "reference")
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 # The backends of devices on which Triton kernels can only run in its interpreter, which is for
 # tests: such a kernel must be requested by name.

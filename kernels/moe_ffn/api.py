@@ -109,7 +109,8 @@ def moe_ffn(
 
     width = x.shape[-1]
     hidden = tuple(weight.shape[1] for weight in experts.w2)
-    facts = (x.device, experts.w1[0].dtype, width, hidden, activation)
+    counted = routing.by_arithmetic or x.device.type == "cpu"
+    facts = (x.device, experts.w1[0].dtype, width, hidden, activation, counted)
     tensors = (x, *itertools.chain(*experts), layer_scale, token_scale, residual)
     name = resolve("moe_ffn", BACKENDS, backend, tensors, *facts)
     ids, rows, offsets, pieces = routing.ids, None, None, routing.pieces
