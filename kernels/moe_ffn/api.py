@@ -15,7 +15,7 @@ from ..arguments import FLOATS, autocast_dtype, check_choice, check_tensor
 from ..dispatch import resolve
 from ..routing import ModalityRouting
 from .call import ACTIVATIONS, GATED, NORMS, Call
-from .op import BACKENDS, MOE_FFN
+from .op import BACKENDS, COUNTING, MOE_FFN
 from .reference import moe_ffn_reference
 
 
@@ -109,14 +109,15 @@ def moe_ffn(
 
     width = x.shape[-1]
     hidden = tuple(weight.shape[1] for weight in experts.w2)
-    counted = routing.by_arithmetic or x.device.type == "cpu"
+    counted = bool(routing.counts) or x.device.type == "cpu"
     facts = (x.device, experts.w1[0].dtype, width, hidden, activation, counted)
     tensors = (x, *itertools.chain(*experts), layer_scale, token_scale, residual)
     name = resolve("moe_ffn", BACKENDS, backend, tensors, *facts)
     ids, rows, offsets, pieces = routing.ids, None, None, routing.pieces
     if name != "reference" and not routing.by_arithmetic:
         ids, rows, offsets = routing.grouping(math.prod(x.shape[:-1]), x.device)
-        pieces = ()
+        # Counts vary between batches: in a compiled graph they would be guarded on.
+        pieces = tuple(enumerate(routing.counts)) if name in COUNTING else ()
     call = Call(
         x.reshape(-1, width),
         *experts,

@@ -18,6 +18,9 @@ BACKENDS: dict[str, Any] = dict(
     cuda=cuda, triton=triton, composed=composed, cpu=cpu, reference=reference
 )
 
+# Backends that need the number of rows of each expert on the host.
+COUNTING = ("composed",)
+
 
 def _empty_outputs(call: Call, backend: str) -> tuple[Tensor, Tensor]:
     """y [T, D], and the pre-activation saved for the backward, in the backend's pre_shape."""

@@ -96,6 +96,9 @@ def _counts(call: Call) -> list[int]:
     rows = rows_of(call)
     if rows.offsets is None:
         return [length * rows.sequences for length in rows.lengths]
+    if call.pieces:
+        counts = call.pieces[1::2]
+        return [count * (len(call.x) // sum(counts)) for count in counts]
     return rows.offsets.diff().tolist()  # on the CPU
 
 
@@ -248,9 +251,7 @@ class _Layer:
     def activated(self, h1: Tensor, *, overwrite: bool = False) -> Tensor:
         """act(h1 + b1) [T, max F]; with ``overwrite`` in the memory of h1 if it fits."""
         act = h1 if overwrite and self.width == self.hidden else self.new(self.hidden)
-        self.passes.over_columns(
-            passes.moe_ffn_activation_kernel, self.hidden, h1, act, self.b1
-        )
+        self.passes.over_columns(passes.moe_ffn_activation_kernel, self.hidden, h1, act, self.b1)
         return act
 
     def second_products(self, act: Tensor, out: Tensor | None = None) -> Tensor:

@@ -330,9 +330,7 @@ def moe_ffn_sums_kernel(
                     )
         elif kind == 3:
             if DNORM_WEIGHT is not None:
-                store_sum(
-                    source, DNORM_WEIGHT, WANTED.norm_weight, expert, columns, C.dim, rows, C
-                )
+                store_sum(source, DNORM_WEIGHT, WANTED.norm_weight, expert, columns, C.dim, rows, C)
         else:
             if DNORM_BIAS is not None:
                 store_sum(source, DNORM_BIAS, WANTED.norm_bias, expert, columns, C.dim, rows, C)
