@@ -17,7 +17,6 @@ from ..rows import bound_on_tiles, rows_of
 from ..triton import arguments
 from ..triton.tiles import Tile
 from . import passes
-from .backend import pre_shape
 
 _COLUMNS = 256  # of a program that does not have whole rows
 # Elements of each tensor that a program holds, in 4 warps: 32 or, in the backward, 16 per thread.
@@ -102,27 +101,27 @@ def _counts(call: Call) -> list[int]:
     return rows.offsets.diff().tolist()  # on the CPU
 
 
-def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """y [T, D], and h1 and h2 for the backward; three launches of passes."""
+def forward(call: Call, kept: Tensor) -> Tensor:
+    """y [T, D]; writes h1 and h2 to ``kept`` unless it is empty. Three launches of passes."""
     dtype = call.w2[0].dtype if call.residual is None else call.residual.dtype
     y = call.x.new_empty(call.x.shape, dtype=dtype)
-    kept = call.x.new_empty(pre_shape(call), dtype=call.w1[0].dtype)
     if len(call.x) == 0:
-        return y, kept
+        return y
     layer = _Layer(call, _TILE, _HELD_FORWARD)
     h1, h2 = layer.kept(kept)
     normed = layer.normed()
     h1 = layer.first_products(normed, h1)
-    act = layer.activated(h1, overwrite=not call.save_pre)
     if h2 is None and not layer.passes_x:
         h2 = normed  # overwritten
+    del normed
+    act = layer.activated(h1, overwrite=not call.save_pre)
     h2 = layer.second_products(act, h2)
     vectors = (call.layer_scale, call.token_scale, call.residual)
     layer.passes.over_columns(
         *(passes.moe_ffn_branch_kernel, layer.dim, h2, y, layer.b2),
         *(arguments.contiguous(t) for t in vectors),
     )
-    return y, kept
+    return y
 
 
 def backward(dy: Tensor, kept: Tensor, call: Call, needs: Sequence[bool]) -> list[Tensor]:
@@ -168,24 +167,24 @@ def _differentiate(dy: Tensor, kept: Tensor, layer: _Layer, gradients: Gradients
         *(sums if any(needed.b2) or scale is not None else None, layer.b2),
         *(arguments.contiguous(t) for t in (call.layer_scale, call.token_scale)),
     )
-    dh1 = None
+    dact, dh1 = None, None
     if of_h1 or any(needed.b1):
         dact = layer.new(layer.hidden)
         for w2, rows in layer.experts(call.w2):
             torch.mm(dh2[rows], w2, out=dact[rows, : w2.shape[1]])
         dh1 = layer.new(layer.width) if of_h1 else None
-        writes = act is None and gradients.wants("w2")
+        written = dact if act is None and gradients.wants("w2") else None
         run.over_columns(
-            *(passes.moe_ffn_bwd_activation_kernel, layer.hidden, dact, h1, dh1),
-            *(dact if writes else None, sums if any(needed.b1) else None, layer.b1),
+            *(passes.moe_ffn_bwd_activation_kernel, layer.hidden, dact, h1, dh1, written),
+            *(sums if any(needed.b1) else None, layer.b1),
         )
-        act = dact if writes else act
+        act = written if act is None else act
     if gradients.wants("w2"):
         act = layer.activated(h1) if act is None else act
         for gradient, rows in layer.experts(gradients.lists["w2"]):
             if wanted(gradient):
                 torch.mm(dh2[rows].t(), act[rows, : gradient.shape[1]], out=gradient)
-    del act, dh2
+    del act, dact, dh2
     if through:
         assert dh1 is not None
         late = gradients.wants("w1") and normed is None

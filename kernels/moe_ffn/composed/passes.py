@@ -322,12 +322,11 @@ def moe_ffn_sums_kernel(
                 store_sum(source, DB2, WANTED.b2, expert, columns, C.dim, rows, C)
         elif kind == 2:
             if DSCALE is not None:
-                if expert == 0:
-                    tiles = tile_of_expert(len(C.hidden), rows, C)
-                    total = sum_of_lines(source, 0, tiles, columns, C.dim, C)
-                    tl.store(
-                        DSCALE + columns, total.to(DSCALE.dtype.element_ty), mask=columns < C.dim
-                    )
+                # Of all tiles, by the programs of expert 0.
+                tiles = tl.where(expert == 0, tile_of_expert(len(C.hidden), rows, C), 0)
+                total = sum_of_lines(source, 0, tiles, columns, C.dim, C)
+                inside = (columns < C.dim) & (expert == 0)
+                tl.store(DSCALE + columns, total.to(DSCALE.dtype.element_ty), mask=inside)
         elif kind == 3:
             if DNORM_WEIGHT is not None:
                 store_sum(source, DNORM_WEIGHT, WANTED.norm_weight, expert, columns, C.dim, rows, C)
