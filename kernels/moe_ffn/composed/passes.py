@@ -273,9 +273,6 @@ def moe_ffn_bwd_norm_kernel(
             dbias += tl.sum(d, 0)
             weight = tl.load(select(NORM_WEIGHT, expert, C) + columns, mask=within, other=0.0)
             weight = weight.to(tl.float32)[None, :]
-            if NORMED is not None:
-                normed = with_bias(unit * weight, NORM_BIAS, expert, columns, within, C)
-                tl.store(NORMED + at, normed.to(NORMED.dtype.element_ty), mask=inside)
             d = term(d, weight)
             along = tl.sum(term(d, unit), 1) / C.dim
             if C.norm == "layer":
@@ -284,6 +281,9 @@ def moe_ffn_bwd_norm_kernel(
         if DX is not None:
             dx = DX + token[:, None] * C.dim + columns[None, :]
             tl.store(dx, d.to(DX.dtype.element_ty), mask=inside)
+        if NORMED is not None:
+            normed = with_bias(unit * weight, NORM_BIAS, expert, columns, within, C)
+            tl.store(NORMED + at, normed.to(NORMED.dtype.element_ty), mask=inside)
     if SUMS is not None:
         line = SUMS + tile.to(tl.int64) * (C.max_pre + 4 * C.dim) + C.max_pre + 2 * C.dim + columns
         tl.store(line, dweight, mask=within)
