@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
-from moe_ffn_cases import CASES, Case, make_routing, make_tensors
+from moe_ffn_cases import CASES, Case, expert_ids, make_tensors
 from vlmo.kernels._backends import triton_launch
 from vlmo.kernels._backends.triton import compile_options, operands_of
 from vlmo.kernels.moe_ffn.call import GATED, Call
@@ -64,7 +64,7 @@ class NoDriver:
         return 0
 
 
-def run_case(implementation, dtype, activation, norm, ids, save_pre):
+def run_case(dtype, activation, norm, ids, save_pre, implementation=triton_impl):
     """Forward and backward of a call on tensors without storage."""
     experts, halves = 2, 2 if activation in GATED else 1
     tokens = SEQUENCES * 237
@@ -90,7 +90,7 @@ def run_case(implementation, dtype, activation, norm, ids, save_pre):
     implementation.backward(y, pre, call, needs)
 
 
-def run_options(implementation, case, x_dtype, half, save_pre, needs):
+def run_options(case, x_dtype, half, save_pre, needs, implementation=triton_impl):
     """Forward and backward of a parity test's case; ``needs`` names the gradients to compute."""
     tensors = make_tensors(case, "meta", half)
     tokens, experts = tensors["x"].numel() // case.dim, len(case.hidden)
@@ -99,7 +99,8 @@ def run_options(implementation, case, x_dtype, half, save_pre, needs):
     ]
     runs = [expert for expert, _ in case.pieces]
     indexed = case.form != "segments" or len(runs) > len(set(runs))
-    counted = enumerate(make_routing(case, "cpu").counts) if indexed else case.pieces
+    counts = torch.bincount(expert_ids(case), minlength=experts).tolist()
+    counted = enumerate(counts) if indexed else case.pieces
     lists = [tensors.get(name, []) for name in LISTS]
     call = Call._make(
         [
@@ -117,21 +118,21 @@ def run_options(implementation, case, x_dtype, half, save_pre, needs):
     implementation.backward(y, pre, call, wanted)
 
 
-def all_options(implementation, facts) -> None:
+def all_options(facts, implementation) -> None:
     everything = ("x", *LISTS, "layer_scale")
     half = torch.bfloat16
     facts["wanted"], facts["dtype"] = (lambda name: True), str(half)
     for case in CASES:
         if case.batch:
             facts["case"] = str(case)
-            run_options(implementation, case, half, half, True, everything)
+            run_options(case, half, half, True, everything, implementation)
     facts["case"] = "a residual of float64"
-    run_options(implementation, CASES[0], torch.float64, torch.float32, True, everything)
+    run_options(CASES[0], torch.float64, torch.float32, True, everything, implementation)
     plain = replace(CASES[0], norm="none", layer_scale=False, token_scale=False)
     for case, x_dtype in ((CASES[0], torch.float32), (plain, half)):
         for needs in (("x",), ("w1",), ("w2",), ("b1", "b2"), ("layer_scale",), ("norm_weight",)):
             facts["case"] = f"{case}, {x_dtype} x, gradients of {needs}"
-            run_options(implementation, case, x_dtype, half, len(needs) > 1, needs)
+            run_options(case, x_dtype, half, len(needs) > 1, needs, implementation)
 
 
 def say(**facts) -> None:
@@ -227,14 +228,13 @@ def compile_for(generation: str, what: str) -> None:
         mock.patch.object(tiles, "choose", choose),
     ):
         if what in ("options", "types"):
-            all_options(implementation, facts)
+            all_options(facts, implementation)
             return
         if what == "lanes":
             facts["wanted"], facts["dtype"] = (lambda name: True), str(torch.float16)
             for case in (CASES[0], Case(activation="geglu", dim=23)):
                 facts["case"] = str(case)
-                everything = ("x", *LISTS, "layer_scale")
-                run_options(implementation, case, torch.float16, torch.float16, True, everything)
+                run_options(case, torch.float16, torch.float16, True, ("x", *LISTS, "layer_scale"))
             return
         for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True)):
             torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -247,7 +247,7 @@ def compile_for(generation: str, what: str) -> None:
                 every = saved or implementation is composed_impl
                 facts["wanted"] = (lambda name: True) if every else (lambda name: "rows" in name)
                 facts["case"], facts["dtype"] = layer, str(dtype) + " tf32" * tf32
-                run_case(implementation, dtype, **options)
+                run_case(dtype, **options, implementation=implementation)
 
 
 if __name__ == "__main__":

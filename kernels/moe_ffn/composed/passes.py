@@ -311,15 +311,20 @@ def moe_ffn_sums_kernel(
     kind = tl.where(block < OF_PRE, 0, 1 + (block - OF_PRE) // OF_DIM)
     block = tl.where(kind == 0, block, (block - OF_PRE) % OF_DIM)
     columns = block * LINE_COLUMNS + tl.arange(0, LINE_COLUMNS)
+    # Up to Triton 3.6 a field cannot be passed directly.
+    OF_B1: tl.constexpr = WANTED.b1
+    OF_B2: tl.constexpr = WANTED.b2
+    OF_WEIGHT: tl.constexpr = WANTED.norm_weight
+    OF_BIAS: tl.constexpr = WANTED.norm_bias
     if kind == 0:
         if DB1 is not None:
             width = width_of(expert, C) * C.halves
-            store_sum(SUMS, DB1, WANTED.b1, expert, columns, width, rows, C)
+            store_sum(SUMS, DB1, OF_B1, expert, columns, width, rows, C)
     else:
         source = SUMS + C.max_pre + (kind - 1) * C.dim
         if kind == 1:
             if DB2 is not None:
-                store_sum(source, DB2, WANTED.b2, expert, columns, C.dim, rows, C)
+                store_sum(source, DB2, OF_B2, expert, columns, C.dim, rows, C)
         elif kind == 2:
             if DSCALE is not None:
                 # Of all tiles, by the programs of expert 0.
@@ -329,10 +334,10 @@ def moe_ffn_sums_kernel(
                 tl.store(DSCALE + columns, total.to(DSCALE.dtype.element_ty), mask=inside)
         elif kind == 3:
             if DNORM_WEIGHT is not None:
-                store_sum(source, DNORM_WEIGHT, WANTED.norm_weight, expert, columns, C.dim, rows, C)
+                store_sum(source, DNORM_WEIGHT, OF_WEIGHT, expert, columns, C.dim, rows, C)
         else:
             if DNORM_BIAS is not None:
-                store_sum(source, DNORM_BIAS, WANTED.norm_bias, expert, columns, C.dim, rows, C)
+                store_sum(source, DNORM_BIAS, OF_BIAS, expert, columns, C.dim, rows, C)
 
 
 @triton.jit

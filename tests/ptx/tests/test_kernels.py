@@ -67,7 +67,7 @@ def test_moe_ffn_composed_of_many_tiles(activation, target):
     )
     with emulated(target, multiprocessors=1) as gpu:
         moe_ffn_cases.assert_parity(case, torch.float16, COMPOSED)
-    assert min(launch.grid for launch in gpu.launches) > 8
+    assert min(launch.grid for launch in gpu.launches) >= 8
     assert not gpu.reports, gpu.reports
 
 
