@@ -5,9 +5,11 @@ Shape letters, used in every file of this package:
     B batch   L sequence   T tokens (B * L)   D model     F hidden
     E experts H heads      K head dim         N attention length
 
-Every operation takes ``backend="cuda" | "triton" | "cpu" | "reference"``; without one,
-:func:`use_backend`, then the environment variable ``VLMO_KERNELS``, then the first backend that can
-run decides. A backend requested by name never falls back: it runs or raises its reason.
+Every operation takes ``backend="cuda" | "triton" | "cpu" | "reference"``, and :func:`moe_ffn` also
+``"composed"``; without one, :func:`use_backend`, then the environment variable ``VLMO_KERNELS``,
+then the first backend that can run decides. A backend requested by name never falls back: it runs
+or raises its reason. A name may be for one operation, as in ``"moe_ffn=composed"``; the others are
+then chosen as if there were no name.
 """
 
 if __name__ == "vlmo.kernels":

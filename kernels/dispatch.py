@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-BACKEND_NAMES = ("cuda", "triton", "cpu", "reference")
+BACKEND_NAMES = ("cuda", "triton", "composed", "cpu", "reference")
+# The operations that a name can choose a backend for: "moe_ffn=composed,shared_attention=triton".
+NAMED_OPERATIONS = ("moe_ffn", "shared_attention")
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 # The backends of devices on which Triton kernels can only run in its interpreter, which is for
 # tests: such a kernel must be requested by name.
@@ -40,17 +42,49 @@ class Backend(Protocol):
         """None if the call described by ``facts`` can run, else the reason in one sentence."""
 
 
+class Missing:
+    """A backend that an operation does not have."""
+
+    def __init__(self, reason: str):
+        self._reason = reason
+
+    def why_not(self, *facts: Any) -> str:
+        return self._reason
+
+
 def check_name(name: str | None, source: str) -> None:
-    """Raise ValueError if ``name`` is not a backend; ``source`` is the origin of the name."""
-    if name is not None and name not in BACKEND_NAMES:
-        raise ValueError(f"{source}: {name!r} is not a backend; choose from {BACKEND_NAMES}")
+    """Raise ValueError unless ``name`` is a backend, or backends by operation.
+
+    Args:
+        name: ``"triton"``, or ``"moe_ffn=composed"``, several of these separated by commas.
+        source: the origin of the name.
+    """
+    if name is None:
+        return
+    for part in name.split(","):
+        operation, _, backend = part.rpartition("=")
+        if backend not in BACKEND_NAMES:
+            raise ValueError(f"{source}: {backend!r} is not a backend; choose from {BACKEND_NAMES}")
+        if (operation or part != name) and operation not in NAMED_OPERATIONS:
+            raise ValueError(
+                f"{source}: {part!r} names no operation; choose from {NAMED_OPERATIONS}"
+            )
+
+
+def name_for(operation: str, name: str | None) -> str | None:
+    """The backend that a name as in :func:`check_name` requests for an operation, if any."""
+    if name is None or "=" not in name:
+        return name
+    return dict(part.split("=") for part in name.split(",")).get(operation)
 
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
     """Run every operation inside the ``with`` block on the backend ``name``.
 
-    None restores the choice by ``VLMO_KERNELS`` and the order of preference.
+    ``"moe_ffn=composed"`` names a backend for one operation, and leaves the choice for the others
+    as it is; several are separated by commas. Not every operation has every backend. None restores
+    the choice by ``VLMO_KERNELS`` and the order of preference.
 
     The choice applies to the whole process, not to one thread: autograd recomputes checkpointed
     blocks in its own threads, which must use the backend of the forward pass. The block entered
@@ -58,7 +92,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     Threads that need different backends pass ``backend=`` to each call.
 
     Raises:
-        ValueError: ``name`` is not a backend.
+        ValueError: ``name`` is not a backend, or names an operation that does not exist.
     """
     global _forced
     check_name(name, "use_backend")
@@ -79,16 +113,15 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced = _open[-1].name if _open else None
 
 
-def requested(argument: str | None) -> str | None:
+def requested(operation: str, argument: str | None) -> str | None:
     """The backend requested by name, or None: the first of the three sources that has one."""
     check_name(argument, "backend")
-    if argument is not None:
-        return argument
-    if _forced is not None:
-        return _forced
+    name = name_for(operation, argument) or name_for(operation, _forced)
+    if name is not None:
+        return name
     variable = os.environ.get("VLMO_KERNELS") or None
     check_name(variable, "VLMO_KERNELS")
-    return variable
+    return name_for(operation, variable)
 
 
 def choose(
@@ -107,7 +140,7 @@ def choose(
         NotImplementedError: the requested backend cannot run this call (with its reason), or no
             backend can (with the reason of each).
     """
-    name = requested(argument)
+    name = requested(operation, argument)
     if name is not None:
         reason = backends[name].why_not(*facts)
         if reason is not None:
@@ -151,7 +184,7 @@ def resolve(
         ValueError, NotImplementedError: as :func:`choose`; also a named backend other than the
             reference under a transform.
     """
-    name = requested(argument)
+    name = requested(operation, argument)
     if transformed(tensors):
         if name not in (None, "reference"):
             raise NotImplementedError(

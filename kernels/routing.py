@@ -54,6 +54,8 @@ class ModalityRouting:
         offsets: ``[B + 1]`` int32, first token of each sequence and T at the end (``cu_seqlens``);
             only for :meth:`packed`. :func:`vlmo.kernels.shared_attention` takes the same tensor.
         max_length: length of the longest sequence; 0 for :meth:`from_ids`, which has none.
+        counts: number of tokens of each expert, for :meth:`segments` in one sequence; empty if only
+            the device knows them, as after :meth:`from_ids`.
     """
 
     num_experts: int
@@ -61,6 +63,7 @@ class ModalityRouting:
     ids: Tensor | None = None
     offsets: Tensor | None = None
     max_length: int = 0
+    counts: tuple[int, ...] = ()
     _grouping: dict[tuple, Grouping] = field(default_factory=dict, repr=False)
     _grouped: Grouping | None = field(default=None, repr=False)  # of grouped()
 
@@ -82,7 +85,8 @@ class ModalityRouting:
         length = sum(length for _, length in pieces)
         if length == 0:
             raise ValueError(f"pieces: {list(pieces)} hold no token")
-        return cls(num_experts, pieces=_merge(pieces), max_length=length)
+        counts = _counts(num_experts, pieces)
+        return cls(num_experts, pieces=_merge(pieces), max_length=length, counts=counts)
 
     @classmethod
     def packed(
@@ -113,6 +117,7 @@ class ModalityRouting:
             ids=upload(experts.repeat_interleave(counts), device),
             offsets=upload(offsets, device),
             max_length=max(lengths, default=0),
+            counts=_counts(num_experts, flat),
         )
 
     @classmethod
@@ -149,7 +154,7 @@ class ModalityRouting:
             return self
         offsets = None if self.offsets is None else self.offsets.to(device, non_blocking=True)
         ids = self.ids.to(device, non_blocking=True)
-        return ModalityRouting(self.num_experts, (), ids, offsets, self.max_length)
+        return ModalityRouting(self.num_experts, (), ids, offsets, self.max_length, self.counts)
 
     def expert_ids(self, num_tokens: int, device: torch.device | str) -> Tensor:
         """``[num_tokens]`` int32, the expert of each token."""
@@ -244,6 +249,14 @@ def _merge(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
         if length:
             merged.append((expert, length))
     return tuple(merged)
+
+
+def _counts(num_experts: int, pieces: Iterable[Piece]) -> tuple[int, ...]:
+    """Number of tokens of each expert."""
+    counts = [0] * num_experts
+    for expert, length in pieces:
+        counts[expert] += length
+    return tuple(counts)
 
 
 def _check_experts(num_experts: int | None, pieces: Iterable[Piece]) -> int:

@@ -62,6 +62,7 @@ def why_not(backend: str, ids: Tensor, num_experts: int) -> str | None:
         return why_not_cuda(ids, num_experts)
     return {
         "triton": "the routing index has no Triton kernel.",
+        "composed": "only moe_ffn is composed of PyTorch's products.",
         "cpu": "the routing index is made by the reference on a CPU.",
     }[backend]
 

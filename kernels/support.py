@@ -32,7 +32,7 @@ def why_not(
     check_choice("backend", backend, BACKEND_NAMES)
     device = torch.device(device)
     if operation == "moe_ffn":
-        facts = (device, dtype, 768, (3072, 3072), "gelu")
+        facts = (device, dtype, 768, (3072, 3072), "gelu", True)
         return moe_ffn_ops.BACKENDS[backend].why_not(*facts)
     if operation == "shared_attention":
         return attention_ops.BACKENDS[backend].why_not(device, dtype, 64, 1126)

@@ -31,7 +31,8 @@ from vlmo import _C  # noqa: E402
 from vlmo.kernels._backends import cpu as cpu_target  # noqa: E402
 
 # Kernels in an interpreter or an emulator, and tests that measure them.
-HEAVY_PLACES = (("cpu", "triton"), ("cpu", "cuda"))
+INTERPRETED = (("cpu", "triton"), ("cpu", "composed"))
+HEAVY_PLACES = (*INTERPRETED, ("cpu", "cuda"))
 HEAVY_FOLDERS = {"sm70", "ptx", "benchmarks"}
 
 
@@ -87,9 +88,11 @@ def _convert_float(values, source, target, rounding):
         ("cpu", "reference"),
         ("cpu", "cpu"),
         ("cpu", "triton"),
+        ("cpu", "composed"),
         ("cpu", "cuda"),
         pytest.param(("cuda", "reference"), marks=pytest.mark.gpu),
         pytest.param(("cuda", "triton"), marks=pytest.mark.gpu),
+        pytest.param(("cuda", "composed"), marks=pytest.mark.gpu),
         pytest.param(("cuda", "cuda"), marks=pytest.mark.gpu),
     ],
     ids="-".join,
@@ -110,7 +113,7 @@ def place(request, monkeypatch) -> Iterator[Place]:
         with emulated():
             yield place
         return
-    if request.param == ("cpu", "triton"):
+    if request.param in INTERPRETED:
         if torch.cuda.is_available():
             pytest.skip("Triton's interpreter is not used beside a GPU")
         if os.environ["TRITON_INTERPRET"] == "0":

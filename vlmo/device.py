@@ -18,11 +18,10 @@ from torch import Tensor
 
 import vlmo
 from vlmo.kernels import BACKEND_NAMES, why_not
-from vlmo.kernels.dispatch import requested
+from vlmo.kernels.dispatch import NAMED_OPERATIONS, requested
 from vlmo.kernels.support import OPERATIONS
 from vlmo.kernels.target import compute_capability, describe, devices
 
-_CALLED = ("moe_ffn", "shared_attention")  # operations that the model calls
 _VERSIONS_OF = ("torch", "triton", "numpy")
 
 
@@ -78,11 +77,11 @@ def require_backend(
         ValueError: there is no such backend.
         NotImplementedError: it cannot run on this device with this dtype.
     """
-    name = requested(backend)
-    if name is None:
-        return
     dtype = autocast or torch.float32
-    for operation in _CALLED:
+    for operation in NAMED_OPERATIONS:
+        name = requested(operation, backend)
+        if name is None:
+            continue
         reason = why_not(operation, name, device=device, dtype=dtype)
         if reason is not None:
             raise NotImplementedError(

@@ -8,13 +8,20 @@ import torch
 from torch import Tensor
 
 from .._op import Operation
+from ..dispatch import Missing
 from . import cpu, reference
 from .call import Call
 from .cuda import backend as cuda
 from .triton import backend as triton
 
 # In the order of preference.
-BACKENDS: dict[str, Any] = dict(cuda=cuda, triton=triton, cpu=cpu, reference=reference)
+BACKENDS: dict[str, Any] = dict(
+    cuda=cuda,
+    triton=triton,
+    composed=Missing("only moe_ffn is composed of PyTorch's products."),
+    cpu=cpu,
+    reference=reference,
+)
 
 
 def _empty_outputs(call: Call, backend: str) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from ..arguments import FLOATS, autocast_dtype, check_choice, check_tensor
 from ..dispatch import resolve
 from ..routing import ModalityRouting
 from .call import ACTIVATIONS, GATED, NORMS, Call
-from .op import BACKENDS, MOE_FFN
+from .op import BACKENDS, COUNTING, MOE_FFN
 from .reference import moe_ffn_reference
 
 
@@ -63,9 +63,11 @@ def moe_ffn(
         recompute: save only x for the backward and recompute ``W1_e norm_e(x) + b1_e`` there, at
             the cost of one more product. By default this pre-activation is saved if gradients are
             recorded: F numbers per token (2 F if gated). On a CPU the activations and the operand
-            of ``layer_scale`` are saved too, F + D more. ``"reference"`` saves whatever autograd
-            saves. Gradients do not depend on it.
-        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; see :mod:`vlmo.kernels`.
+            of ``layer_scale`` are saved too, F + D more; ``"composed"`` saves that operand, D more.
+            ``"reference"`` saves whatever autograd saves. Gradients do not depend on it.
+        backend: ``"cuda"``, ``"triton"``, ``"composed"``, ``"cpu"`` or ``"reference"``; see
+            :mod:`vlmo.kernels`. ``"composed"`` needs a routing with ``counts``: not
+            :meth:`~vlmo.kernels.ModalityRouting.from_ids` on a GPU.
 
     Returns:
         y, in the shape of x; its dtype is that of ``residual`` if given, else that of ``w2``.
@@ -109,13 +111,15 @@ def moe_ffn(
 
     width = x.shape[-1]
     hidden = tuple([weight.shape[1] for weight in experts.w2])
-    facts = (x.device, experts.w1[0].dtype, width, hidden, activation)
+    counted = bool(routing.counts) or x.device.type == "cpu"
+    facts = (x.device, experts.w1[0].dtype, width, hidden, activation, counted)
     tensors = (x, *itertools.chain.from_iterable(experts), layer_scale, token_scale, residual)
     name = resolve("moe_ffn", BACKENDS, backend, tensors, *facts)
     ids, rows, offsets, pieces = routing.ids, None, None, routing.pieces
     if name != "reference" and not routing.by_arithmetic:
         ids, rows, offsets = routing.grouping(math.prod(x.shape[:-1]), x.device)
-        pieces = ()
+        # Counts vary between batches: in a compiled graph they would be guarded on.
+        pieces = tuple(enumerate(routing.counts)) if name in COUNTING else ()
     call = Call(
         x.reshape(-1, width),
         *experts,

@@ -26,7 +26,9 @@ class Call(NamedTuple):
     token_scale: Tensor | None  # [T]
     residual: Tensor | None  # [T, D]
     # The rows of each expert are given by ids or by pieces. For all backends but "reference", rows
-    # and offsets of a Grouping accompany ids, and pieces have at most one run per expert.
+    # and offsets of a Grouping accompany ids, and pieces have at most one run per expert. Beside
+    # rows, pieces are each expert's number of tokens, in a sequence or in all, if the host knows it
+    # and the backend is one of COUNTING in op.py; else there are none.
     ids: Tensor | None  # [T] int32
     rows: Tensor | None  # [T] int32
     offsets: Tensor | None  # [E + 1] int32

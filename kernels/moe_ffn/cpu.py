@@ -27,7 +27,12 @@ from .rows import rows_of
 
 
 def why_not(
-    device: torch.device, dtype: torch.dtype, width: int, hidden: Sequence[int], activation: str
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    hidden: Sequence[int],
+    activation: str,
+    counted: bool,
 ) -> str | None:
     """The reason why :func:`forward` cannot run, or None."""
     return cpu_target.why_not(device, dtype)

@@ -9,11 +9,17 @@ from torch import Tensor
 from .._op import Operation
 from . import cpu, reference
 from .call import LISTS, Call
+from .composed import backend as composed
 from .cuda import backend as cuda
 from .triton import backend as triton
 
 # In the order of preference.
-BACKENDS: dict[str, Any] = dict(cuda=cuda, triton=triton, cpu=cpu, reference=reference)
+BACKENDS: dict[str, Any] = dict(
+    cuda=cuda, triton=triton, composed=composed, cpu=cpu, reference=reference
+)
+
+# Backends that need the number of rows of each expert on the host.
+COUNTING = ("composed",)
 
 
 def _empty_outputs(call: Call, backend: str) -> tuple[Tensor, Tensor]:

@@ -18,11 +18,11 @@ PLACES = [
 ]
 
 
-def on(*backends: str):
+def on(*backends: str, places=PLACES):
     """Run a test on these backends, on every device that they support."""
     places = [
         pytest.param(place, marks=[pytest.mark.gpu] if place[0] == "cuda" else [])
-        for place in PLACES
+        for place in places
         if place[1] in backends
     ]
     return pytest.mark.parametrize("place", places, ids="-".join, indirect=True)

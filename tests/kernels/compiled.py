@@ -6,7 +6,9 @@ memory, its accesses inside main loops and the registers in the machine code, an
 ``layer`` instead of ``table`` does this for VLMo's layer in bfloat16 only. ``options`` compiles the
 cases of the parity tests in small tiles, because the interpreter that runs them does not check
 types. ``types`` only checks types. ``lanes`` compiles two cases in tiles so small that every sum is
-over lanes. Several jobs may be given. Run without TRITON_INTERPRET; nothing is launched.
+over lanes. ``composed`` and ``composed-types`` do for the passes of the backend "composed" what
+``table`` and ``types`` do for the backend "triton". Several jobs may be given. Run without
+TRITON_INTERPRET; nothing is launched.
 """
 
 import contextlib
@@ -18,6 +20,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -27,10 +30,11 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
 from machine_code import disassemble, loop_of
-from moe_ffn_cases import CASES, Case, make_tensors
+from moe_ffn_cases import CASES, Case, expert_ids, make_tensors
 from vlmo.kernels._backends import triton_launch
 from vlmo.kernels._backends.triton import compile_options, operands_of
 from vlmo.kernels.moe_ffn.call import GATED, Call
+from vlmo.kernels.moe_ffn.composed import backend as composed_impl
 from vlmo.kernels.moe_ffn.triton import arguments as host
 from vlmo.kernels.moe_ffn.triton import backend as triton_impl
 from vlmo.kernels.moe_ffn.triton import tiles
@@ -62,7 +66,7 @@ class NoDriver:
         return 0
 
 
-def run_case(dtype, activation, norm, ids, save_pre):
+def run_case(dtype, activation, norm, ids, save_pre, implementation=triton_impl):
     """Forward and backward of a call on tensors without storage."""
     experts, halves = 2, 2 if activation in GATED else 1
     tokens = SEQUENCES * 237
@@ -80,15 +84,15 @@ def run_case(dtype, activation, norm, ids, save_pre):
             *(each(halves * HIDDEN), each(DIM), each(DIM), each(DIM) if norm == "layer" else []),
             *(new(DIM), new(tokens), new(tokens, DIM)),
             *(index if ids else [None] * 3),
-            *([] if ids else [0, 40, 1, 197], norm, 1e-6, activation, save_pre),
+            *([0, 40, 1, 197], norm, 1e-6, activation, save_pre),
         ]
     )
-    y, pre = triton_impl.forward(call)
+    y, pre = implementation.forward(call)
     needs = [True] * (2 + sum(len(tensors) for tensors in call[1:7]))
-    triton_impl.backward(y, pre, call, needs)
+    implementation.backward(y, pre, call, needs)
 
 
-def run_options(case, x_dtype, half, save_pre, needs):
+def run_options(case, x_dtype, half, save_pre, needs, implementation=triton_impl):
     """Forward and backward of a parity test's case; ``needs`` names the gradients to compute."""
     tensors = make_tensors(case, "meta", half)
     tokens, experts = tensors["x"].numel() // case.dim, len(case.hidden)
@@ -97,6 +101,8 @@ def run_options(case, x_dtype, half, save_pre, needs):
     ]
     runs = [expert for expert, _ in case.pieces]
     indexed = case.form != "segments" or len(runs) > len(set(runs))
+    counts = torch.bincount(expert_ids(case), minlength=experts).tolist()
+    counted = enumerate(counts) if indexed else case.pieces
     lists = [tensors.get(name, []) for name in LISTS]
     call = Call._make(
         [
@@ -104,31 +110,31 @@ def run_options(case, x_dtype, half, save_pre, needs):
             tensors["token_scale"].reshape(-1) if case.token_scale else None,
             tensors["residual"].reshape(-1, case.dim).to(x_dtype) if case.residual else None,
             *(index if indexed else [None] * 3),
-            [] if indexed else [number for piece in case.pieces for number in piece],
+            [number for piece in counted for number in piece],
             *(case.norm, 1e-6, case.activation, save_pre),
         ]
     )
-    y, pre = triton_impl.forward(call)
+    y, pre = implementation.forward(call)
     wanted = ["x" in needs, *(n in needs for n, t in zip(LISTS, lists, strict=True) for _ in t)]
     wanted += ["layer_scale" in needs] if case.layer_scale else []
-    triton_impl.backward(y, pre, call, wanted)
+    implementation.backward(y, pre, call, wanted)
 
 
-def all_options(facts) -> None:
+def all_options(facts, implementation) -> None:
     everything = ("x", *LISTS, "layer_scale")
     half = torch.bfloat16
     facts["wanted"], facts["dtype"] = (lambda name: True), str(half)
     for case in CASES:
         if case.batch:
             facts["case"] = str(case)
-            run_options(case, half, half, True, everything)
+            run_options(case, half, half, True, everything, implementation)
     facts["case"] = "a residual of float64"
-    run_options(CASES[0], torch.float64, torch.float32, True, everything)
+    run_options(CASES[0], torch.float64, torch.float32, True, everything, implementation)
     plain = replace(CASES[0], norm="none", layer_scale=False, token_scale=False)
     for case, x_dtype in ((CASES[0], torch.float32), (plain, half)):
         for needs in (("x",), ("w1",), ("w2",), ("b1", "b2"), ("layer_scale",), ("norm_weight",)):
             facts["case"] = f"{case}, {x_dtype} x, gradients of {needs}"
-            run_options(case, x_dtype, half, len(needs) > 1, needs)
+            run_options(case, x_dtype, half, len(needs) > 1, needs, implementation)
 
 
 def say(**facts) -> None:
@@ -180,12 +186,14 @@ def run_jobs(compile_for, *jobs: str) -> None:
     for job in jobs:
         what, generation = job.split(":")
         driver.set_active(NoDriver(generation))
-        with types_only() if what == "types" else contextlib.nullcontext():
+        with types_only() if what.endswith("types") else contextlib.nullcontext():
             compile_for(generation, what)
 
 
 def compile_for(generation: str, what: str) -> None:
     facts: dict = {"generation": generation}
+    implementation: Any = composed_impl if what.startswith("composed") else triton_impl
+    what = {"composed": "table", "composed-types": "types"}.get(what, what)
 
     def choose(device, dtype):
         if what in ("options", "types"):
@@ -228,7 +236,7 @@ def compile_for(generation: str, what: str) -> None:
         mock.patch.object(tiles, "choose", choose),
     ):
         if what in ("options", "types"):
-            all_options(facts)
+            all_options(facts, implementation)
             return
         if what == "lanes":
             facts["wanted"], facts["dtype"] = (lambda name: True), str(torch.float16)
@@ -240,13 +248,14 @@ def compile_for(generation: str, what: str) -> None:
             torch.backends.cuda.matmul.allow_tf32 = tf32
             for layer, options in LAYERS.items():
                 saved = options["save_pre"]
-                if tf32 and layer != "vlmo":
+                if tf32 and (layer != "vlmo" or implementation is composed_impl):
                     continue
                 if what == "layer" and (layer, dtype) != ("vlmo", torch.bfloat16):
                     continue
-                facts["wanted"] = (lambda name: True) if saved else (lambda name: "rows" in name)
+                every = saved or implementation is composed_impl
+                facts["wanted"] = (lambda name: True) if every else (lambda name: "rows" in name)
                 facts["case"], facts["dtype"] = layer, str(dtype) + " tf32" * tf32
-                run_case(dtype, **options)
+                run_case(dtype, **options, implementation=implementation)
 
 
 if __name__ == "__main__":

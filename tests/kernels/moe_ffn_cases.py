@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import attention_cases
 from accuracy import assert_as_accurate_as, relative_errors
 from vlmo.kernels import ModalityRouting, moe_ffn
 from vlmo.kernels.moe_ffn import cpu
 from vlmo.kernels.moe_ffn.op import BACKENDS
 
 GATED = ("swiglu", "geglu")
+PLACES = [*attention_cases.PLACES, ("cpu", "composed"), ("cuda", "composed")]
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,8 @@ def eager_autocast(case: Case, ids: Tensor, tensors: dict) -> Tensor:
 
 def skip_unless_possible(place, case: Case, dtype: torch.dtype) -> None:
     """Skip a test, with the reason, if the backend does not support the call."""
-    facts = (place.device, dtype, case.dim, case.hidden, case.activation)
+    counted = bool(make_routing(case, place.device).counts) or place.device.type == "cpu"
+    facts = (place.device, dtype, case.dim, case.hidden, case.activation, counted)
     if reason := BACKENDS[place.backend].why_not(*facts):
         pytest.skip(f"{place.backend}: {reason}")
 

@@ -35,12 +35,12 @@ def test_the_first_that_can_runs():
 
 def test_precedence(monkeypatch):
     monkeypatch.setenv("VLMO_KERNELS", "triton")
-    assert requested(None) == "triton"
+    assert requested("op", None) == "triton"
     with use_backend("reference"):
-        assert requested(None) == "reference"
-        assert requested("triton") == "triton"
+        assert requested("op", None) == "reference"
+        assert requested("op", "triton") == "triton"
         with use_backend(None):
-            assert requested(None) == "triton"
+            assert requested("op", None) == "triton"
         assert choose("op", BACKENDS, None) == "reference"
     assert choose("op", BACKENDS, None) == "triton"
 
@@ -48,7 +48,7 @@ def test_precedence(monkeypatch):
 def test_use_backend_is_undone_by_an_exception():
     with pytest.raises(KeyError), use_backend("reference"):
         raise KeyError
-    assert requested(None) is None
+    assert requested("op", None) is None
 
 
 def test_overlapping_blocks_of_two_threads_leave_nothing_behind():
@@ -67,9 +67,9 @@ def test_overlapping_blocks_of_two_threads_leave_nothing_behind():
         block.__enter__()
     second.set()
     thread.join()
-    assert requested(None) == "cpu"  # the block that is still open
+    assert requested("op", None) == "cpu"  # the block that is still open
     block.__exit__(None, None, None)
-    assert requested(None) is None
+    assert requested("op", None) is None
 
 
 def test_a_named_backend_never_falls_back():
@@ -93,15 +93,16 @@ def test_unknown_names_are_refused(monkeypatch):
         pass
     monkeypatch.setenv("VLMO_KERNELS", "Reference")
     with pytest.raises(ValueError, match="VLMO_KERNELS: 'Reference' is not a backend"):
-        requested(None)
+        requested("op", None)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_why_not_on_the_cpu(operation):
     assert why_not(operation, "reference") is None
-    for backend in ("cuda", "triton"):
+    for backend in ("cuda", "triton", "composed"):
         reason = why_not(operation, backend)
-        has_kernel = operation in ("moe_ffn", "shared_attention") and backend == "triton"
+        of_triton = [("moe_ffn", "triton"), ("shared_attention", "triton"), ("moe_ffn", "composed")]
+        has_kernel = (operation, backend) in of_triton
         if has_kernel and not torch.cuda.is_available():
             assert reason is None  # in Triton's interpreter, which conftest.py asks for
             continue

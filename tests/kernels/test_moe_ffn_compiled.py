@@ -37,6 +37,32 @@ def test_every_option_has_types(release):
     assert_all_there(compiled(SCRIPT, "types:sm_90", release=release))
 
 
+@pytest.mark.parametrize("release", FOR_TYPES)
+def test_every_option_of_the_passes_has_types(release):
+    reports = compiled(SCRIPT, "composed-types:sm_90", release=release)
+    names = [report["kernel"] for report in reports]
+    calls = sum(case.batch > 0 for case in CASES) + 13
+    # Where not saved, h2 is computed again for the gradient of the layer scale, from act.
+    assert names.count("branch") == names.count("bwd_branch") == calls
+    assert set(names) == {"norm", "activation", "branch", "sums"} | {
+        f"bwd_{name}" for name in ("branch", "activation", "norm")
+    }
+
+
+@pytest.mark.parametrize("release", WITH_INSTALLED)
+@pytest.mark.parametrize(
+    "generation",
+    [pytest.param(g, marks=[] if g in KINDS else pytest.mark.slow) for g in GENERATIONS],
+)
+def test_the_passes_spill_nothing(generation, release):
+    reports = compiled(SCRIPT, f"composed:{generation}", release=release)
+    # Of two layers in two dtypes, each also without what the forward saves.
+    assert len(reports) == 2 * 2 * (7 + 9)
+    for report in reports:
+        assert_no_spills(report)
+        assert report["contracted"] == 0, report
+
+
 @pytest.mark.parametrize("release", WITH_INSTALLED)
 def test_vlmo_s_layer_compiles_for_every_kind_of_tensor_core(release):
     reports = compiled(SCRIPT, *(f"layer:{generation}" for generation in KINDS), release=release)

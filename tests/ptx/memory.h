@@ -124,12 +124,19 @@ template <bool SHARED> void store(Warp& w, const Instruction& i) {
   }
 }
 
-// operands of ld.param: offset in the parameters, bytes, bytes of the register, whether signed, register
+// operands of ld.param: register of an offset in the parameters (or -1), a constant that is added to it, bytes, bytes of
+// the register, whether signed, register
 inline void load_parameter(Warp& w, const Instruction& i) {
-  const int room = i.operands[2];
-  FOR_LANES(w, l)
-    extend(w.at<u8>(i.operands[4]) + l * room, w.cta->machine->parameters.data() + i.operands[0], i.operands[1], room,
-           i.operands[3]);
+  Machine& m = *w.cta->machine;
+  const int bytes = i.operands[2], room = i.operands[3];
+  FOR_LANES(w, l) {
+    const u64 offset = (i.operands[0] < 0 ? 0 : w.at<u64>(i.operands[0])[l]) + i.operands[1];
+    if (offset + bytes > m.parameters.size()) {
+      m.fail(w, i, "access out of the parameters", offset);
+      return;
+    }
+    extend(w.at<u8>(i.operands[5]) + l * room, m.parameters.data() + offset, bytes, room, i.operands[4]);
+  }
 }
 
 // operands of prefetch: address register, offset. The hardware ignores an invalid address.

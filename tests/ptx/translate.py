@@ -66,6 +66,7 @@ class Program:
         self._touched: list[int] = []  # registers of the current instruction
         self._prefixes = sorted(kernel.registers, key=len, reverse=True)
         self._joins = joins_of(kernel)
+        self._offsets = {p.name: p.offset for p in kernel.parameters}
         self._nowhere = self._new(8)  # for results that are discarded
         for name in (*SPECIALS, *ZEROS):
             self._places[name] = self._new(4)
@@ -115,7 +116,8 @@ class Program:
         if text.startswith(("0f", "0d")):
             value = int(text[2:], 16)
         else:
-            value = SYMBOLS[text] if text in SYMBOLS else int(text.removesuffix("U"), 0)
+            named = self._offsets.get(text, SYMBOLS.get(text))
+            value = int(text.removesuffix("U"), 0) if named is None else named
         key = value % 2 ** (8 * max(width, 4)), width
         if key not in self._constants:
             self._constants[key] = place = self._new(width)
@@ -196,13 +198,18 @@ class Program:
         return self._access(s, memory=s.operands[0], registers=s.operands[1])
 
     def _parameter(self, s: Statement) -> tuple[str, list[int]]:
-        found = re.fullmatch(r"\[(\w+)(?:\+(\d+))?\]", s.operands[1])
+        found = re.fullmatch(r"\[([%\w]+)(?:\+(\d+))?\]", s.operands[1])
         if found is None:
             raise Unsupported("address of a parameter")
-        offset = {p.name: p.offset for p in self.kernel.parameters}[found[1]] + int(found[2] or 0)
+        base, offset = found[1], int(found[2] or 0)
+        if base.startswith("%"):  # LLVM may select one of two addresses
+            address = [self._value(base, 8), offset]
+        else:
+            address = [NONE, self._offsets[base] + offset]
         to, type_ = s.operands[0], s.parts[-1]
         signed = int(type_.startswith("s"))
-        return "ld.param", [offset, WIDTHS[type_], self._width(to), signed, self._register(to)]
+        place = self._register(to)
+        return "ld.param", [*address, WIDTHS[type_], self._width(to), signed, place]
 
     def _access(self, s: Statement, memory: str, registers: str) -> tuple[str, list[int]]:
         what, space, *modifiers, type_ = s.parts

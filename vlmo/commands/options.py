@@ -55,7 +55,8 @@ DtypeOption = Annotated[
 BackendOption = Annotated[
     str | None,
     typer.Option(
-        help="Kernel backend: cuda, triton, cpu or reference.",
+        help="Kernel backend: cuda, triton, cpu or reference; or of one operation: "
+        "moe_ffn=composed.",
         show_default="the first that can run",
     ),
 ]

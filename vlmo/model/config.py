@@ -47,7 +47,7 @@ class VLMoConfig:
             ``first_vl_block`` (the ablation in Table 1 of the supplement); the published models
             share them.
         kernels: backend of :mod:`vlmo.kernels` that this model requires, or None for the first that
-            can run.
+            can run; ``"moe_ffn=composed"`` requires one for the experts only.
         checkpointing: store only the input of each block for the backward pass and recompute the
             rest: a third more time, a fraction of the memory.
         itc_grad_scale: factor of the gradient from image-text contrast to the encoders. In unilm it

@@ -452,4 +452,5 @@ def _routed(found: Sequence[tuple[str, int]], ids: Tensor) -> Experts:
     counts = tuple(sum(tokens for name, tokens in found if name == one) for one in names)
     if len(names) == 1:
         return Experts(names, ModalityRouting.segments([(0, 1)]), counts)
-    return Experts(names, ModalityRouting(len(names), ids=ids.int()).grouped(), counts)
+    routing = ModalityRouting(len(names), ids=ids.int(), counts=counts)
+    return Experts(names, routing.grouped(), counts)

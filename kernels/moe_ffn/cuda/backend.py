@@ -18,7 +18,12 @@ from .forward import CUBIN, launch_forward
 
 
 def why_not(
-    device: torch.device, dtype: torch.dtype, width: int, hidden: Sequence[int], activation: str
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    hidden: Sequence[int],
+    activation: str,
+    counted: bool,
 ) -> str | None:
     """The reason why :func:`forward` cannot run, or None."""
     if len(hidden) > host.MAX_EXPERTS:

@@ -21,7 +21,12 @@ _MAX_DIM = 16384  # the phases without products hold a whole row in registers
 
 
 def why_not(
-    device: torch.device, dtype: torch.dtype, width: int, hidden: Sequence[int], activation: str
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    hidden: Sequence[int],
+    activation: str,
+    counted: bool,
 ) -> str | None:
     """The reason why :func:`forward` cannot run, or None."""
     if width > _MAX_DIM:

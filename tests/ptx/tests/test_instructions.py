@@ -395,6 +395,22 @@ def test_arithmetic(opcode, result, operands, function, rtol):
     assert same(actual, expected.astype(dtype), rtol), (arrays, actual, expected)
 
 
+def test_a_parameter_at_a_selected_address():
+    body = """
+    mov.b64 %d1, k_param_0;
+    mov.b64 %d2, k_param_1;
+    setp.lt.u32 %p1, %r99, 7;
+    selp.b64 %d3, %d1, %d2, %p1;
+    ld.param.b64 %d4, [%d3];
+    mad.wide.u32 %d5, %r99, 8, %d102;
+    st.global.b64 [ %d5 + 0 ], %d4;
+    """
+    arrays = [np.zeros(1, np.uint64), np.zeros(1, np.uint64), np.zeros(32, np.uint64)]
+    run(program(body, parameters=3), *arrays)
+    first, second = (array.ctypes.data for array in arrays[:2])
+    assert arrays[2].tolist() == [first] * 7 + [second] * 25
+
+
 # Instructions that have tests of their own, below or in test_memory.py and test_products.py.
 ELSEWHERE = {
     *("bra", "bar", "ret", "bar.warp.sync", "ld.param", "ld.global", "ld.shared", "st.global"),

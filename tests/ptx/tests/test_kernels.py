@@ -18,6 +18,7 @@ from vlmo.kernels.attention.triton import tiles as attention_tiles
 from vlmo.kernels.moe_ffn.triton import tiles as moe_ffn_tiles
 
 PLACE = torch.device("cpu"), "triton"
+COMPOSED = torch.device("cpu"), "composed"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOE_FFN = [case for case in moe_ffn_cases.CASES if case.batch]
 ATTENTION = [
@@ -45,6 +46,30 @@ def test_moe_ffn(case, dtype, target):
     with emulated(target) as gpu:
         moe_ffn_cases.assert_parity(case, dtype, PLACE)
     assert len(gpu.launches) == 3
+    assert not gpu.reports, gpu.reports
+
+
+@pytest.mark.parametrize(("case", "dtype", "target"), each(MOE_FFN))
+def test_moe_ffn_composed(case, dtype, target):
+    """The passes; PyTorch multiplies. x is read in place if it has no norm and one expert."""
+    with emulated(target) as gpu:
+        moe_ffn_cases.assert_parity(case, dtype, COMPOSED)
+    # With biases or norm parameters the sums; without a norm, x is copied in the backward, too.
+    parameters = case.bias or case.layer_scale or case.norm != "none"
+    assert len(gpu.launches) == 6 + parameters + (case.norm == "none")
+    assert not gpu.reports, gpu.reports
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_moe_ffn_composed_of_many_tiles(activation, target):
+    """Several row tiles, steps, blocks of columns and lines of sums, on one multiprocessor."""
+    case = moe_ffn_cases.Case(
+        *(((0, 3), (1, 8)), "packed", 32, 136, (264, 280), activation), token_scale=False
+    )
+    with emulated(target, multiprocessors=1) as gpu:
+        moe_ffn_cases.assert_parity(case, torch.float16, COMPOSED)
+    assert min(launch.grid for launch in gpu.launches) >= 8
     assert not gpu.reports, gpu.reports
 
 
@@ -111,7 +136,8 @@ def test_moe_ffn_in_separate_launches(target):
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_moe_ffn_that_recomputes(target, activation):
+@pytest.mark.parametrize("backend", ["triton", "composed"])
+def test_moe_ffn_that_recomputes(backend, target, activation):
     """The backward recomputes the pre-activation, which is not saved."""
     case = moe_ffn_cases.Case(activation=activation)
     routing = moe_ffn_cases.make_routing(case, "cpu")
@@ -123,7 +149,7 @@ def test_moe_ffn_that_recomputes(target, activation):
         )
 
     with emulated(target) as gpu:
-        actual = run("triton", recompute=True)
+        actual = run(backend, recompute=True)
     assert not gpu.reports, gpu.reports
     for name, value in run("reference").items():
         torch.testing.assert_close(actual[name], value, rtol=2e-5, atol=2e-5)

@@ -266,6 +266,7 @@ def test_unwritten_memory():
         ("setp.lt.u32 %p1, %r99, 3; @%p1 bar.sync 0;", "part of a warp at a barrier"),
         ("setp.lt.u32 %p1, %r99, 3; @%p1 bar.warp.sync -1;", "part of a warp"),
         ("$HERE: bra $HERE;", "no end"),
+        ("mov.b64 %d4, k_param_0; ld.param.b64 %d5, [%d4+8];", "out of the parameters"),
     ],
 )
 def test_faults(line, message):

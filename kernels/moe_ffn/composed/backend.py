@@ -1,0 +1,62 @@
+"""The composed backend of moe_ffn: what it can run, and its entry points.
+
+Triton is imported when the first kernel is launched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..._backends import triton as triton_target
+from ..call import Call
+
+_MAX_DIM = 16384  # the passes of the norm hold a whole row in registers
+
+
+def why_not(
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    hidden: Sequence[int],
+    activation: str,
+    counted: bool,
+) -> str | None:
+    """The reason why :func:`forward` cannot run, or None."""
+    if not counted:
+        return (
+            "the number of tokens of each expert is known on the device only, and a product needs "
+            "it on the host."
+        )
+    if width > _MAX_DIM:
+        return f"model dimension {width} is above {_MAX_DIM}."
+    return triton_target.why_not(device, dtype)
+
+
+def pre_shape(call: Call) -> tuple[int, int]:
+    """Shape [T, P (+ D)] of the saved tensor; (0, 0) if nothing is saved.
+
+    It contains h1 = W1_e norm_e(x) of all rows, then with a layer scale h2 = W2_e act(h1 + b1_e).
+    """
+    if not call.save_pre:
+        return (0, 0)
+    tokens, dim = call.x.shape
+    columns = max(weight.shape[0] for weight in call.w1)
+    return (tokens, columns + (0 if call.layer_scale is None else dim))
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """y [T, D], and the tensor saved for the backward, in the shape :func:`pre_shape`."""
+    from .launch import forward
+
+    kept = call.x.new_empty(pre_shape(call), dtype=call.w1[0].dtype)
+    return forward(call, kept), kept
+
+
+def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list[Tensor]:
+    """The gradients flagged in ``needs``, in the order of the schema; the others are empty."""
+    from .launch import backward
+
+    return backward(dy, pre, call, needs)

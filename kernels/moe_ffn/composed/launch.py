@@ -1,0 +1,285 @@
+"""The order of steps of the composed backend: passes of all experts, products of each expert."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._backends import triton_launch
+from ..call import Call
+from ..plan import Gradients, Problem, wanted
+from ..rows import bound_on_tiles, rows_of
+from ..triton import arguments
+from ..triton.tiles import Tile
+from . import passes
+
+_COLUMNS = 256  # of a program that does not have whole rows
+# Elements of each tensor that a program holds, in 4 warps: 32 or, in the backward, 16 per thread.
+_HELD_FORWARD, _HELD_BACKWARD = 4096, 2048
+_WIDE = 4096  # from this model dimension on, programs with whole rows have 16 warps
+_TILE = Tile(block_t=16, block_n=_COLUMNS, block_k=16, num_warps=4, num_stages=1)
+
+
+class Wanted(NamedTuple):
+    """The experts whose gradients are needed."""
+
+    b1: tuple[bool, ...]
+    b2: tuple[bool, ...]
+    norm_weight: tuple[bool, ...]
+    norm_bias: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, gradients: Gradients) -> Wanted:
+        return cls(*(tuple(map(wanted, gradients.lists[name])) for name in cls._fields))
+
+
+class Passes:
+    """The rows of each expert, and launches of passes over the rows of all experts.
+
+    Attributes:
+        slices: the grouped rows of each expert.
+        in_order: whether grouped rows are tokens, because one expert has all of them.
+        tiles: number of row tiles, or an upper bound.
+    """
+
+    def __init__(self, call: Call, tile: Tile, held: int) -> None:
+        self.call, self._tile, self._held = call, tile, held
+        rows = rows_of(call)
+        counts = _counts(call)
+        ends = itertools.accumulate(counts)
+        self.slices = [slice(end - n, end) for end, n in zip(ends, counts, strict=True)]
+        self.in_order = rows.offsets is None and len(call.x) in counts
+        self.tiles = bound_on_tiles(call, rows, tile.block_t)
+        self._rows, self._problem = arguments.passed(rows), Problem.of(call, rows)
+
+    def over_rows(self, kernel: Any, *args: Any) -> None:
+        """Launch a pass whose programs have whole rows."""
+        dim = self.call.x.shape[1]
+        tile = replace(self._tile, num_warps=16) if dim > _WIDE else self._tile
+        block_r = self._held * tile.num_warps // _TILE.num_warps >> (dim - 1).bit_length()
+        args = (*args, self._rows, self.call.norm_eps)
+        self._launch(kernel, self.tiles, tile, block_r, *args)
+
+    def over_columns(self, kernel: Any, width: int, *args: Any) -> None:
+        """Launch a pass whose programs have a block of the ``width`` columns."""
+        programs = self.tiles * -(-width // _COLUMNS)
+        self._launch(kernel, programs, self._tile, self._held // _COLUMNS, *args, self._rows)
+
+    def add_up(self, sums: Tensor, gradients: Gradients, needed: Wanted) -> None:
+        """Add up the lines of ``sums`` to gradients."""
+        given = [
+            tuple(gradients.lists[name]) if any(flags) else None
+            for name, flags in zip(Wanted._fields, needed, strict=True)
+        ]
+        sizes = (max(map(len, self.call.w1)), *[self.call.x.shape[1]] * 4)
+        blocks = sum(-(-size // passes.LINE_COLUMNS.value) for size in sizes)
+        self._launch(
+            *(passes.moe_ffn_sums_kernel, blocks * len(self.slices), self._tile, 1),
+            *(sums, *given, gradients.scale, self._rows, needed),
+        )
+
+    def _launch(self, kernel: Any, programs: int, tile: Tile, block_r: int, *args: Any) -> None:
+        config = arguments.config_of(self._problem, arguments.precision(), tile)
+        block_r = max(1, min(tile.block_t, block_r))
+        config = config._replace(block_r=block_r, row_steps=tile.block_t // block_r)
+        triton_launch.launch(kernel, self.call.x.device, programs, tile, *args, config)
+
+
+def _counts(call: Call) -> list[int]:
+    """Number of rows of each expert."""
+    rows = rows_of(call)
+    if rows.offsets is None:
+        return [length * rows.sequences for length in rows.lengths]
+    if call.pieces:
+        counts = call.pieces[1::2]
+        return [count * (len(call.x) // sum(counts)) for count in counts]
+    return rows.offsets.diff().tolist()  # on the CPU
+
+
+def forward(call: Call, kept: Tensor) -> Tensor:
+    """y [T, D]; writes h1 and h2 to ``kept`` unless it is empty. Three launches of passes."""
+    dtype = call.w2[0].dtype if call.residual is None else call.residual.dtype
+    y = call.x.new_empty(call.x.shape, dtype=dtype)
+    if len(call.x) == 0:
+        return y
+    layer = _Layer(call, _TILE, _HELD_FORWARD)
+    h1, h2 = layer.kept(kept)
+    normed = layer.normed()
+    h1 = layer.first_products(normed, h1)
+    if h2 is None and not layer.passes_x:
+        h2 = normed  # overwritten
+    del normed
+    act = layer.activated(h1, overwrite=not call.save_pre)
+    h2 = layer.second_products(act, h2)
+    vectors = (call.layer_scale, call.token_scale, call.residual)
+    layer.passes.over_columns(
+        *(passes.moe_ffn_branch_kernel, layer.dim, h2, y, layer.b2),
+        *(arguments.contiguous(t) for t in vectors),
+    )
+    return y
+
+
+def backward(dy: Tensor, kept: Tensor, call: Call, needs: Sequence[bool]) -> list[Tensor]:
+    """The gradients flagged in ``needs``, in the order of the schema; the others are empty.
+
+    If ``kept`` is empty, h1 and h2 are computed again.
+    """
+    gradients = Gradients.empty(call, needs)
+    if len(call.x):
+        # As many rows per tile as leave each multiprocessor four tiles: a line of sums is written
+        # per tile.
+        each = len(call.x) // (4 * arguments.workers_on(dy.device, _TILE))
+        block_t = min(64, max(16, 1 << max(each, 1).bit_length() - 1))
+        layer = _Layer(call, replace(_TILE, block_t=block_t), _HELD_BACKWARD)
+        _differentiate(dy.contiguous(), kept, layer, gradients)
+    return gradients.result(call)
+
+
+def _differentiate(dy: Tensor, kept: Tensor, layer: _Layer, gradients: Gradients) -> None:
+    call, run, scale = layer.call, layer.passes, gradients.scale
+    needed = Wanted.of(gradients)
+    through = wanted(gradients.x) or gradients.wants("norm_weight", "norm_bias")
+    of_h1 = through or gradients.wants("w1")
+    sums = None
+    if scale is not None or any(map(any, needed)):
+        lines = (run.tiles, layer.width + 4 * layer.dim)
+        sums = call.x.new_empty(lines, dtype=torch.float32)
+
+    h1, h2 = layer.kept(kept)
+    # Otherwise the pass of the norm's gradient, which reads x as well, computes it.
+    early = h1 is None or (gradients.wants("w1") and (call.norm == "none" or not through))
+    normed = layer.normed() if early else None
+    if h1 is None:
+        assert normed is not None
+        h1 = layer.first_products(normed)
+    act = None
+    if scale is not None and h2 is None:
+        act = layer.activated(h1)
+        h2 = layer.second_products(act)
+    dh2 = layer.new(layer.dim)
+    run.over_columns(
+        *(passes.moe_ffn_bwd_branch_kernel, layer.dim, dy, None if scale is None else h2, dh2),
+        *(sums if any(needed.b2) or scale is not None else None, layer.b2),
+        *(arguments.contiguous(t) for t in (call.layer_scale, call.token_scale)),
+    )
+    dact, dh1 = None, None
+    if of_h1 or any(needed.b1):
+        dact = layer.new(layer.hidden)
+        for w2, rows in layer.experts(call.w2):
+            torch.mm(dh2[rows], w2, out=dact[rows, : w2.shape[1]])
+        dh1 = layer.new(layer.width) if of_h1 else None
+        written = dact if act is None and gradients.wants("w2") else None
+        run.over_columns(
+            *(passes.moe_ffn_bwd_activation_kernel, layer.hidden, dact, h1, dh1, written),
+            *(sums if any(needed.b1) else None, layer.b1),
+        )
+        act = written if act is None else act
+    if gradients.wants("w2"):
+        act = layer.activated(h1) if act is None else act
+        for gradient, rows in layer.experts(gradients.lists["w2"]):
+            if wanted(gradient):
+                torch.mm(dh2[rows].t(), act[rows, : gradient.shape[1]], out=gradient)
+    del act, dact, dh2
+    if through:
+        assert dh1 is not None
+        late = gradients.wants("w1") and normed is None
+        dnormed = layer.undo_norm(dh1, gradients, sums, needed, keeps_normed=late)
+        normed = dnormed if late else normed
+    if gradients.wants("w1"):
+        assert dh1 is not None and normed is not None
+        for gradient, rows in layer.experts(gradients.lists["w1"]):
+            if wanted(gradient):
+                torch.mm(dh1[rows, : len(gradient)].t(), normed[rows], out=gradient)
+    if sums is not None:
+        run.add_up(sums, gradients, needed)
+
+
+class _Layer:
+    """The steps that forward and backward share.
+
+    Attributes:
+        dim, hidden, width: D, the largest F, and the columns of h1: the largest F, or 2 F if gated.
+        passes_x: whether x serves as norm_e(x): there is no norm, and one expert has all tokens.
+    """
+
+    def __init__(self, call: Call, tile: Tile, held: int) -> None:
+        self.call, self.passes = call, Passes(call, tile, held)
+        self.x = call.x.contiguous()
+        self.dim, self.hidden = call.x.shape[1], max(w.shape[1] for w in call.w2)
+        self.width = max(len(w) for w in call.w1)
+        self.b1, self.b2 = arguments.pointers(call.b1), arguments.pointers(call.b2)
+        self.passes_x = call.norm == "none" and self.passes.in_order
+
+    def new(self, columns: int) -> Tensor:
+        """Uninitialised scratch [T, columns] in the dtype of the weights."""
+        return self.x.new_empty(len(self.x), columns, dtype=self.call.w1[0].dtype)
+
+    def experts(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, slice]]:
+        """The tensor of each expert, and the expert's grouped rows."""
+        return zip(tensors, self.passes.slices, strict=True)
+
+    def kept(self, kept: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """h1 [T, P] and h2 [T, D] in the tensor that the forward saves; None if not saved."""
+        if not kept.numel():
+            return None, None
+        size = len(self.x) * self.width
+        h1, h2 = kept.view(-1)[:size], kept.view(-1)[size:]
+        return h1.view(-1, self.width), h2.view(-1, self.dim) if h2.numel() else None
+
+    def normed(self) -> Tensor:
+        """norm_e(x) [T, D] in grouped order."""
+        if self.passes_x:
+            return self.x
+        call, out = self.call, self.new(self.dim)
+        vectors = arguments.pointers(call.norm_weight), arguments.pointers(call.norm_bias)
+        self.passes.over_rows(passes.moe_ffn_norm_kernel, self.x, out, *vectors)
+        return out
+
+    def first_products(self, normed: Tensor, out: Tensor | None = None) -> Tensor:
+        """h1 = W1_e normed [T, P]."""
+        out = self.new(self.width) if out is None else out
+        for w1, rows in self.experts(self.call.w1):
+            torch.mm(normed[rows], w1.t(), out=out[rows, : len(w1)])
+        return out
+
+    def activated(self, h1: Tensor, *, overwrite: bool = False) -> Tensor:
+        """act(h1 + b1) [T, max F]; with ``overwrite`` in the memory of h1 if it fits."""
+        act = h1 if overwrite and self.width == self.hidden else self.new(self.hidden)
+        self.passes.over_columns(passes.moe_ffn_activation_kernel, self.hidden, h1, act, self.b1)
+        return act
+
+    def second_products(self, act: Tensor, out: Tensor | None = None) -> Tensor:
+        """h2 = W2_e act [T, D]."""
+        out = self.new(self.dim) if out is None else out
+        for w2, rows in self.experts(self.call.w2):
+            torch.mm(act[rows, : w2.shape[1]], w2.t(), out=out[rows])
+        return out
+
+    def undo_norm(
+        self,
+        dh1: Tensor,
+        gradients: Gradients,
+        sums: Tensor | None,
+        needed: Wanted,
+        *,
+        keeps_normed: bool,
+    ) -> Tensor:
+        """Write dx and the sums for the norm; returns scratch that holds norm_e(x) if wanted."""
+        call = self.call
+        dnormed = gradients.x if self.passes_x else self.new(self.dim)
+        for w1, rows in self.experts(call.w1):
+            torch.mm(dh1[rows, : len(w1)], w1, out=dnormed[rows])
+        if not self.passes_x:
+            self.passes.over_rows(
+                *(passes.moe_ffn_bwd_norm_kernel, self.x, dnormed),
+                dnormed if keeps_normed else None,
+                gradients.x if wanted(gradients.x) else None,
+                sums if any(needed.norm_weight + needed.norm_bias) else None,
+                *(arguments.pointers(t) for t in (call.norm_weight, call.norm_bias)),
+            )
+        return dnormed
