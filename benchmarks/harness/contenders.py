@@ -251,7 +251,12 @@ def ours(
 
 def why_not_ours(operation: str, case: Case, device: torch.device, backend: str) -> str | None:
     """The reason if a backend cannot run an operation on this machine, else None."""
-    if backend in ("triton", "composed") and device.type == "cpu" and case.size != "tiny" and interpreted():
+    if (
+        backend in ("triton", "composed")
+        and device.type == "cpu"
+        and case.size != "tiny"
+        and interpreted()
+    ):
         return "Triton's interpreter is for tests: at this size a call takes hours."
     return why_not(operation, backend, device=device, dtype=case.dtype)
 

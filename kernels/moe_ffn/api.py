@@ -63,8 +63,8 @@ def moe_ffn(
         recompute: save only x for the backward and recompute ``W1_e norm_e(x) + b1_e`` there, at
             the cost of one more product. By default this pre-activation is saved if gradients are
             recorded: F numbers per token (2 F if gated). On a CPU the activations and the operand
-            of ``layer_scale`` are saved too, F + D more; ``"composed"`` saves that operand. ``"reference"`` saves whatever autograd
-            saves. Gradients do not depend on it.
+            of ``layer_scale`` are saved too, F + D more; ``"composed"`` saves that operand, D more.
+            ``"reference"`` saves whatever autograd saves. Gradients do not depend on it.
         backend: ``"cuda"``, ``"triton"``, ``"composed"``, ``"cpu"`` or ``"reference"``; see
             :mod:`vlmo.kernels`. ``"composed"`` needs a routing with ``counts``: not
             :meth:`~vlmo.kernels.ModalityRouting.from_ids` on a GPU.
