@@ -4,7 +4,8 @@
 
 The kernels are tuned one after the other. All candidates of a kernel are compiled in parallel; then
 each is run, checked against float64 with the error bound of :mod:`vlmo.testing`, and timed in turn
-with all others. The row is for the table in :mod:`vlmo.kernels.moe_ffn.triton.tiles`.
+with all others. At the end a step with the tiles found is timed against the backend "composed",
+whose products are cuBLAS's. The row is for the table in :mod:`vlmo.kernels.moe_ffn.triton.tiles`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from vlmo.kernels.moe_ffn.triton.tiles import Tile, Tiles, use_tiles
 from vlmo.kernels.target import GENERATIONS, describe, interpreted
 
 KERNELS = tuple(kernel.name for kernel in fields(Tiles))
-OURS = "vlmo:triton"
+OURS, COMPOSED = "vlmo:triton", "vlmo:composed"
 _REGISTERS = 65536  # 32-bit registers of a multiprocessor, in every generation
 
 
@@ -192,6 +193,25 @@ def row_of(key: tuple[str, str], found: Tiles) -> str:
     return "\n".join([*lines, "    ),"])
 
 
+def compare(trial: Trial, best: Tiles) -> None:
+    """Print the times of a step with the tiles found and with the backend "composed"."""
+    problem, works = trial.problem, {}
+    for name in (OURS, COMPOSED):
+        if reason := problem.why_not(name):
+            print(f"{name}: not timed: {reason}")
+            return
+        with use_tiles(best):
+            if wrong := why_inexact(name, problem.check(name)):
+                print(f"{name}: not timed: {wrong}")
+                return
+        works[name] = functools.partial(_with, best, problem.work(name))
+    turns = dict(calls=1, rounds=1) if interpreted() else dict(calls=50, rounds=10)
+    times = median_seconds(list(works.values()), trial.device, **turns)
+    shown = ", ".join(f"{n} {1e3 * t:.3f} ms" for n, t in zip(works, times, strict=True))
+    winner = OURS if times[0] <= times[1] else COMPOSED
+    print(f"forward and backward: {shown}; the faster is {winner}")
+
+
 def main() -> int:
     usual = dict(size="base", tokens=32768, split="40:197", dtype="bfloat16")
     if interpreted():
@@ -225,6 +245,7 @@ def main() -> int:
         command = shlex.join(["benchmarks/tune.py", *sys.argv[1:]])
         print(f"\n    # {describe(device)}, {versions()}, {command}")
         print(row_of(tiles.key_of(device, dtype), best))
+    compare(trial, best)
     return 0
 
 

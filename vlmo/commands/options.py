@@ -55,8 +55,7 @@ DtypeOption = Annotated[
 BackendOption = Annotated[
     str | None,
     typer.Option(
-        help="Kernel backend: cuda, triton, cpu or reference; or of one operation: "
-        "moe_ffn=composed.",
+        help="Kernel backend: cuda, triton, cpu or reference; moe_ffn=composed is for the experts.",
         show_default="the first that can run",
     ),
 ]
