@@ -101,7 +101,7 @@ _16_BIT = {
     },
     "sm_90": _HOPPER,
     "sm_100": {
-        64: replace(_HOPPER[64], table=Tile(64, 32, 8, 2)),
+        64: replace(_HOPPER[64], table=Tile(32, 64, 8, 3)),
         128: replace(_HOPPER[128], q=Tile(128, 32, 8, 3)),
     },
     "sm_120": _SMALL,
