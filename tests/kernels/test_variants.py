@@ -13,8 +13,8 @@ pytestmark = pytest.mark.heavy
 # Of each kind of batch, whatever its lengths. The feed-forward layer has variants for one expert,
 # which takes texts, images or joint sequences, and for two, which share joint ones; each with and
 # without a factor for each token, which the kernel of the weights does not read. Attention has one
-# for an expanded bias, which its forward and backward prepare differently, and one for a lookup, for
-# the batches that are too small.
+# for an expanded bias, which its forward and backward prepare differently, and one for a lookup,
+# for the batches that are too small.
 EXPECTED = {
     "packed": {
         "attention_fwd_kernel": 2,
