@@ -80,8 +80,11 @@ def packed(layer: Layer, texts: list[int]) -> None:
         tokens = sum(lengths)
         offsets = torch.tensor([0, *lengths]).cumsum(0).int()
         # Rows of the index start at 0 for the tokens of a text, at TEXT for those of an image.
-        places = [torch.arange(word) for word in words]
-        places += [torch.arange(TEXT, TEXT + picture * IMAGE) for picture in pictures]
+        places = [
+            part
+            for word, picture in zip(words, pictures, strict=True)
+            for part in (torch.arange(word), torch.arange(TEXT, TEXT + picture * IMAGE))
+        ]
         where = dict(positions=torch.cat(places).int(), distinct=True)
         layer.attend(tokens, offsets=offsets, max_length=max(lengths), **where)
         layer.feed(ModalityRouting.segments([(0, tokens)]), 1, tokens)

@@ -53,9 +53,9 @@ class Overheads(NamedTuple):
 
 # No row has been timed on a GPU yet. The rows were chosen from the reports of ptxas.
 # tests/kernels/test_moe_ffn_compiled.py enforces the criteria: tensor cores in every product, no
-# spill in a main loop, shared memory within the limit. Wider tiles read less from L2 per product (128 x 256: 11.7
-# bytes per 1000 FLOP; 128 x 128: 15.6), so each row has the widest tiles that do not spill. Bytes
-# spilled per thread by some rejected tiles, for D 768, F 3072, bfloat16:
+# spill in a main loop, shared memory within the limit. Wider tiles read less from L2 per product
+# (128 x 256: 11.7 bytes per 1000 FLOP; 128 x 128: 15.6), so each row has the widest tiles that do
+# not spill. Bytes spilled per thread by some rejected tiles, for D 768, F 3072, bfloat16:
 #
 #   sm_90    recompute  128 x 256 x 64, 8 warps    1848
 #   sm_100   recompute  128 x 256 x 64, 8 warps      32  (swiglu)
