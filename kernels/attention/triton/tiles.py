@@ -108,7 +108,7 @@ _16_BIT = {
             _HOPPER[64],
             q=Tile(128, 32, 8, 3),
             kv=Tile(64, 128, 8, 3),
-            table=Tile(64, 32, 8, 2),
+            table=Tile(32, 64, 8, 3),
         ),
         128: replace(_HOPPER[128], q=Tile(128, 32, 8, 3)),
     },
