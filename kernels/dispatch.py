@@ -65,7 +65,7 @@ def check_name(name: str | None, source: str) -> None:
         operation, _, backend = part.rpartition("=")
         if backend not in BACKEND_NAMES:
             raise ValueError(f"{source}: {backend!r} is not a backend; choose from {BACKEND_NAMES}")
-        if (operation or part != name) and operation not in NAMED_OPERATIONS:
+        if name not in BACKEND_NAMES and operation not in NAMED_OPERATIONS:
             raise ValueError(
                 f"{source}: {part!r} names no operation; choose from {NAMED_OPERATIONS}"
             )

@@ -96,6 +96,23 @@ def test_unknown_names_are_refused(monkeypatch):
         requested("op", None)
 
 
+def test_a_name_for_one_operation(monkeypatch):
+    monkeypatch.setenv("VLMO_KERNELS", "shared_attention=triton")
+    with use_backend("moe_ffn=composed,shared_attention=cpu"):
+        assert requested("moe_ffn", None) == "composed"
+        assert requested("moe_ffn", "reference") == "reference"
+        assert requested("moe_ffn", "shared_attention=cuda") == "composed"
+        assert requested("shared_attention", None) == "cpu"
+    assert requested("shared_attention", "moe_ffn=cpu") == "triton"
+    assert requested("moe_ffn", None) is None
+
+
+@pytest.mark.parametrize("name", ["ffn=composed", "composed,moe_ffn=cpu", "=cpu", "moe_ffn=cpu,"])
+def test_names_of_no_operation_are_refused(name):
+    with pytest.raises(ValueError, match=r"names no operation|is not a backend"):
+        requested("moe_ffn", name)
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_why_not_on_the_cpu(operation):
     assert why_not(operation, "reference") is None
