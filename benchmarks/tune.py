@@ -4,8 +4,9 @@
 
 The kernels are tuned one after the other. All candidates of a kernel are compiled in parallel; then
 each is run, checked against float64 with the error bound of :mod:`vlmo.testing`, and timed in turn
-with all others. At the end a step with the tiles found is timed against the backend "composed",
-whose products are cuBLAS's. The row is for the table in :mod:`vlmo.kernels.moe_ffn.triton.tiles`.
+with all others. At the end a step with the tiles found is timed against one with separate launches
+(SEPARATE in :mod:`vlmo.kernels.moe_ffn.triton.tiles`) and against the backend "composed", whose
+products are cuBLAS's. The row is for the table in the same module.
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ from vlmo.kernels.target import GENERATIONS, describe, interpreted
 
 KERNELS = tuple(kernel.name for kernel in fields(Tiles))
 OURS, COMPOSED = "vlmo:triton", "vlmo:composed"
+# What is compared at the end: the contender, and from which number of tokens launches are separate.
+FORMS = {
+    OURS: (OURS, None),
+    "vlmo:triton, separate launches": (OURS, 0),
+    COMPOSED: (COMPOSED, None),
+}
 _REGISTERS = 65536  # 32-bit registers of a multiprocessor, in every generation
 
 
@@ -123,8 +130,8 @@ def search(trial: Trial, kernel: str, base: Tiles, candidates: Sequence[Tile]) -
     return found
 
 
-def _with(row: Tiles, work: Work) -> object:
-    with use_tiles(row):
+def _with(row: Tiles, work: Work, separate: int | None = None) -> object:
+    with use_tiles(row, separate):
         return work()
 
 
@@ -194,22 +201,22 @@ def row_of(key: tuple[str, str], found: Tiles) -> str:
 
 
 def compare(trial: Trial, best: Tiles) -> None:
-    """Print the times of a step with the tiles found and with the backend "composed"."""
+    """Print the times of a step with the tiles found, with separate launches, and composed."""
     problem, works = trial.problem, {}
-    for name in (OURS, COMPOSED):
+    for label, (name, separate) in FORMS.items():
         if reason := problem.why_not(name):
-            print(f"{name}: not timed: {reason}")
-            return
-        with use_tiles(best):
+            print(f"{label}: not timed: {reason}")
+            continue
+        with use_tiles(best, separate):
             if wrong := why_inexact(name, problem.check(name)):
-                print(f"{name}: not timed: {wrong}")
-                return
-        works[name] = functools.partial(_with, best, problem.work(name))
+                print(f"{label}: not timed: {wrong}")
+                continue
+        works[label] = functools.partial(_with, best, problem.work(name), separate)
     turns = dict(calls=1, rounds=1) if interpreted() else dict(calls=50, rounds=10)
     times = median_seconds(list(works.values()), trial.device, **turns)
-    shown = ", ".join(f"{n} {1e3 * t:.3f} ms" for n, t in zip(works, times, strict=True))
-    winner = OURS if times[0] <= times[1] else COMPOSED
-    print(f"forward and backward: {shown}; the faster is {winner}")
+    found = dict(zip(works, times, strict=True))
+    shown = ", ".join(f"{label} {1e3 * time:.3f} ms" for label, time in found.items())
+    print(f"forward and backward: {shown}; the fastest is {min(found, key=found.__getitem__)}")
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -50,6 +51,25 @@ def test_a_trial_runs_every_kernel_with_the_tiles_in_force(monkeypatch):
 
 
 FEW: dict[str, int | str] = dict(tokens=7, split="3:4")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs without a GPU")
+def test_the_end_compares_one_launch_separate_launches_and_the_composition(launches, capsys):
+    trial = tune.Trial(tune.Case("moe_ffn", "tiny", torch.float32, "forward+backward", FEW), CPU)
+    launches.clear()
+    tune.compare(trial, INTERPRETED)
+    printed = capsys.readouterr().out
+    pattern = " ms, ".join(rf"{re.escape(label)} ([\d.]+)" for label in tune.FORMS)
+    found = re.fullmatch(rf"forward and backward: {pattern} ms; the fastest is (.*)\n", printed)
+    assert found is not None, printed
+    *times, fastest = found.groups()
+    assert fastest == min(zip(map(float, times), tune.FORMS, strict=True))[1]
+    tasks = {
+        sum(n > 0 for n in args[-1].tasks)
+        for name, args in launches
+        if name == "moe_ffn_fwd_kernel"
+    }
+    assert tasks == {1, 3}, "a launch has one phase, or all"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU")
