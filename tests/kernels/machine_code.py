@@ -127,18 +127,23 @@ def phases(
 
 
 def loop_of(blocks: Sequence[Block]) -> list[Instruction]:
-    """The instructions of all main loops, also of those that the compiler has unrolled."""
+    """The instructions of all main loops, also of those that the compiler has unrolled.
+
+    Without tensor cores, a main loop is one with at least 64 multiply-adds.
+    """
     found: list[Instruction] = []
     loops = [*_loops(blocks)]
     seen: set[int] = set()
     for n, block in enumerate(blocks):
-        if n in seen or not _multiplies(blocks, [n]):
+        with_tensor_cores = _multiplies(blocks, [n])
+        scalar = sum(i.name in ("FFMA", "FFMA2") for i in block.instructions)
+        if n in seen or not (with_tensor_cores or scalar >= 64):
             continue
         inner = min((loop for loop in loops if n in loop), key=len, default=set())
         if 0 < len(inner) < len(blocks) / 2:  # the loop over tickets contains everything
             seen |= inner
             found += [i for k in sorted(inner) for i in blocks[k].instructions]
-        else:
+        elif with_tensor_cores:
             places = [k for k, i in enumerate(block.instructions) if i.name in _PRODUCTS]
             found += block.instructions[places[0] : places[-1] + 1]
     return found
