@@ -13,6 +13,9 @@ from vlmo.tasks.losses import compute_losses
 
 GOLDEN = torch.load(Path(__file__).parent / "data" / "golden.pt", weights_only=True)
 TOLERANCE = 1e-5
+# The order of float32 sums depends on the CPU, in the backward as well: on an AMD EPYC of family 25
+# the gradient of one bias differs by 1.005e-5.
+GRADIENT_TOLERANCE = 3e-5
 
 SHARED = dict(
     image_size=64,
@@ -88,7 +91,7 @@ def check_losses_outputs_and_gradients(task: str, model: VLMo) -> None:
     for name, gradient in gradients.items():
         expected = golden["gradients"][name]
         error = (fingerprint(name, gradient) - expected).abs().max()
-        assert error <= TOLERANCE * expected[0], f"{name}: {error / expected[0]:.1e}"
+        assert error <= GRADIENT_TOLERANCE * expected[0], f"{name}: {error / expected[0]:.1e}"
 
 
 @pytest.mark.parametrize("task", GOLDEN)
