@@ -54,7 +54,7 @@ def _library() -> ctypes.CDLL:
     """The pretended libcuda.so.1, loaded so that Triton's modules link to it."""
     folder = tempfile.mkdtemp(prefix="pretended-libcuda-")
     path = os.path.join(folder, "libcuda.so.1")
-    command = [os.environ.get("CC", "cc"), "-O2", "-w", "-shared", "-fPIC", str(SOURCE)]
+    command = ["cc", "-O2", "-w", "-shared", "-fPIC", str(SOURCE)]
     subprocess.run([*command, "-Wl,-soname,libcuda.so.1", "-o", path], check=True)
     os.symlink(path, path.removesuffix(".1"))  # Triton 3.4 links to this name
     knobs.nvidia.libcuda_path = folder

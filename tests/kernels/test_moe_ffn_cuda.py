@@ -362,6 +362,7 @@ def refuses(**changes) -> str | None:
         width=768,
         hidden=(3072, 3072),
         activation="gelu",
+        counted=True,
     )
     return cuda_impl.why_not(**(facts | changes))
 

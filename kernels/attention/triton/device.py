@@ -66,7 +66,7 @@ class Sequences(NamedTuple):
 class Bias(NamedTuple):
     """The bias of pairs of tokens, times log2(e), in one of two forms, and the tokens' positions.
 
-    Expanded (:mod:`.expand`), all pairs of positions have their bias in memory, and a tile of it is
+    Expanded (expand.py), all pairs of positions have their bias in memory, and a tile of it is
     contiguous. As a lookup, a pair has only its row of the table.
 
     A kernel has a tile of tokens and iterates over others. With ``rows``, it iterates over their

@@ -1,6 +1,6 @@
 """Launches the kernels of shared_attention: one forward, two or three backward.
 
-Both begin with one more if they expand the bias (:func:`.arguments.expands`).
+Both begin with one more if they expand the bias (``expands`` in arguments.py).
 """
 
 from __future__ import annotations
