@@ -338,6 +338,8 @@ def _access(statement: Statement) -> _Access | None:
         return _Access(parts[0] != "st", parts[0] != "ld", weak, coherent, address)
     if parts[:2] == ["cp", "async"] and parts[2] in ("ca", "cg"):
         return _Access(True, False, True, "nc" not in parts, operands[1])
+    if statement.opcode == "prefetch.global.L2":
+        return None  # L2 is where programs meet; a copy in L1 might become old
     if parts[0] in _STRANGE or "global" in parts or "bulk" in parts:
         raise Unsupported(statement.text)
     return None
