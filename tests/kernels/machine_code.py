@@ -62,7 +62,11 @@ def disassemble(cubin: bytes) -> list[Block]:
         file.write(cubin)
         file.flush()
         command = [str(_BIN / "nvdisasm"), "-gi", "-c", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def parse(text: str) -> list[Block]:
+    """The blocks of the only kernel in nvdisasm's output."""
     labels: dict[str, int] = {}
     blocks: list[list[Instruction]] = [[]]
     place = ("", 0)
