@@ -10,10 +10,11 @@ each target with the tiles of the library's tables; no GPU is needed, and nothin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,29 +83,38 @@ class Kernel(NamedTuple):
     cubin: bytes
 
 
-def compile_for(target: str, row: Tiles | None = None) -> Iterator[Kernel]:
-    """The kernels of VLMo's layer of moe_ffn, with the tiles of the table or of ``row``."""
+@contextlib.contextmanager
+def compiling(target: str, names: Container[str], prefix: str) -> Iterator[list[Kernel]]:
+    """Compile for ``target`` what is launched inside the block; yields the kernels of ``names``."""
     found: list[Kernel] = []
 
     def compile_only(kernel: Any, device: Any, programs: int, tile: Any, *args: Any) -> None:
-        made = kernel.warmup(*args, grid=(programs,), **compile_options(tile))
-        used = compiled.resources(made.asm["cubin"])
-        name = kernel.fn.__name__.removeprefix("moe_ffn_").removesuffix("_kernel")
-        sizes = used["REG"], used["STACK"] + used["LOCAL"], made.metadata.shared
-        found.append(Kernel(name, tile, *sizes, made.asm["cubin"]))
+        name = kernel.fn.__name__.removeprefix(prefix).removesuffix("_kernel")
+        if name in names:
+            made = kernel.warmup(*args, grid=(programs,), **compile_options(tile))
+            used = compiled.resources(made.asm["cubin"])
+            sizes = used["REG"], used["STACK"] + used["LOCAL"], made.metadata.shared
+            found.append(Kernel(name, tile, *sizes, made.asm["cubin"]))
+
+    driver.set_active(compiled.NoDriver(target))
+    with mock.patch.object(triton_launch, "launch", compile_only):
+        yield found
+
+
+def compile_for(target: str, row: Tiles | None = None) -> list[Kernel]:
+    """The kernels of VLMo's layer of moe_ffn, with the tiles of the table or of ``row``."""
 
     def workers_on(device: torch.device, tile: Tile) -> int:
         return GPUS[target].multiprocessors * tile.programs
 
-    driver.set_active(compiled.NoDriver(target))
     chosen = tiles.TABLE[target, "16-bit"] if row is None else row
     with (
-        mock.patch.object(triton_launch, "launch", compile_only),
+        compiling(target, PHASES, "moe_ffn_") as found,
         mock.patch.object(arguments, "workers_on", workers_on),
         mock.patch.object(tiles, "choose", return_value=chosen),
     ):
         compiled.run_case(DTYPE, **compiled.LAYERS["vlmo"])
-    return iter(found)
+    return found
 
 
 def count(target: str, kernel: Kernel) -> dict[str, Any]:
@@ -235,32 +245,21 @@ LENGTHS = (197, 237, 617, 941)
 HEAD_DIM = 64
 
 
-def compile_attention(target: str, layer: str) -> Iterator[Kernel]:
+def compile_attention(target: str, layer: str) -> list[Kernel]:
     """The kernels of VLMo's joint layer of attention, dense or as in training."""
-    found: dict[str, Kernel] = {}
-
-    def compile_only(kernel: Any, device: Any, programs: int, tile: Any, *args: Any) -> None:
-        name = kernel.fn.__name__.removeprefix("attention_").removesuffix("_kernel")
-        if name not in ATTENTION:
-            return
-        made = kernel.warmup(*args, grid=(programs,), **compile_options(tile))
-        used = compiled.resources(made.asm["cubin"])
-        sizes = used["REG"], used["STACK"] + used["LOCAL"], made.metadata.shared
-        found[name] = Kernel(name, tile, *sizes, made.asm["cubin"])
 
     def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> attention_tiles.Tiles:
         return attention_tiles.TABLE[target, "16-bit", attention_tiles.width_of(head_dim)]
 
-    driver.set_active(compiled.NoDriver(target))
     multiprocessors = GPUS[target].multiprocessors
     host = compiled_attention.host
     with (
-        mock.patch.object(triton_launch, "launch", compile_only),
+        compiling(target, ATTENTION, "attention_") as found,
         mock.patch.object(host.target, "multiprocessors", return_value=multiprocessors),
         mock.patch.object(attention_tiles, "choose", choose),
     ):
         compiled_attention.run(compiled_attention.layer(HEAD_DIM, DTYPE, **LAYERS[layer]))
-    return iter(found.values())
+    return found
 
 
 def count_attention(target: str, layer: str, kernel: Kernel) -> dict[str, Any]:
@@ -270,8 +269,7 @@ def count_attention(target: str, layer: str, kernel: Kernel) -> dict[str, Any]:
     loop = Counter(i.name for i in loop_of(code))
     threads = 32 * tile.num_warps
     pairs = tile.block_q * tile.block_k / threads
-    registers = tile.num_warps * -(-kernel.registers * 32 // 256) * 256
-    fits = min(gpu.registers // registers, gpu.shared_bytes // (kernel.shared_bytes + 1024))
+    fits = residents(gpu, tile, kernel.registers, kernel.shared_bytes)
     row = {
         "target": target,
         "kernel": f"attention_{kernel.name}, {layer}",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from vlmo.kernels._backends.triton import Options
 from vlmo.kernels.moe_ffn.triton.tiles import Tile
 
 ISSUE = 4  # warp instructions a cycle
@@ -73,7 +74,7 @@ class Work(NamedTuple):
         return Work(*(factor * part for part in self))
 
 
-def residents(gpu: Gpu, tile: Tile, registers: int, shared_bytes: int) -> int:
+def residents(gpu: Gpu, tile: Options, registers: int, shared_bytes: int) -> int:
     """Programs that fit on a multiprocessor at a time."""
     # Registers are allocated to a warp in units of 256.
     of_program = tile.num_warps * -(-registers * 32 // 256) * 256
