@@ -118,10 +118,6 @@ class Gradients(NamedTuple):
             scale = _empty(scale, next(flags), scale.dtype)
         return cls(x, lists, scale, Needed(x=wanted(x), **needed, layer_scale=wanted(scale)))
 
-    def wants(self, *names: str) -> bool:
-        """Whether a gradient of one of these parameters is needed for any expert."""
-        return self.needed.wants(*names)
-
     @property
     def scale(self) -> Tensor | None:
         """The gradient of the layer scale; None if there is none or it is not needed."""

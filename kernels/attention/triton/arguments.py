@@ -19,6 +19,7 @@ from .expand import EXPANDED_HEADS, attention_expand_kernel
 from .tiles import EXPAND, Tile
 
 _INTERPRETED_PROGRAMS = 6
+_NO_BIAS = Bias(*(None,) * len(Bias._fields))
 
 
 def unit_of(*tensors: Tensor) -> int:
@@ -98,12 +99,12 @@ def expands(call: Call) -> bool:
 def bias_of(call: Call, sequences: Sequences, backward: bool) -> Bias:
     """The bias of a call; an expanded one is not written yet."""
     if call.table is None:
-        return Bias(*(None,) * len(Bias._fields))
+        return _NO_BIAS
     assert call.matrix is not None and call.affine is not None and call.short is not None
     (entries, heads), size = call.table.shape, call.matrix.shape[0]
     pairs = call.short if call.short.numel() else call.matrix
     positions = None if call.positions is None else call.positions.contiguous()
-    bias = Bias(*(None,) * len(Bias._fields))._replace(
+    bias = _NO_BIAS._replace(
         entries=entries,
         size=size,
         pairs=pairs.contiguous(),

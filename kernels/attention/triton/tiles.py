@@ -98,10 +98,7 @@ _HOPPER = {
 }
 _16_BIT = {
     "sm_80": _AMPERE,
-    "sm_86": {
-        64: _SMALL[64],
-        128: replace(_SMALL[128], table=Tile(32, 64, 8, 2)),
-    },
+    "sm_86": {**_SMALL, 128: replace(_SMALL[128], table=Tile(32, 64, 8, 2))},
     "sm_90": _HOPPER,
     "sm_100": {
         64: replace(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,20 +22,8 @@ _COLUMNS = 256  # of a program that does not have whole rows
 # Elements of each tensor that a program holds, in 4 warps: 32 or, in the backward, 16 per thread.
 _HELD_FORWARD, _HELD_BACKWARD = 4096, 2048
 _WIDE = 4096  # from this model dimension on, programs with whole rows have 16 warps
+_SUMMED = ("b1", "b2", "norm_weight", "norm_bias")  # gradients that the passes sum, per expert
 _TILE = Tile(block_t=16, block_n=_COLUMNS, block_k=16, num_warps=4, num_stages=1)
-
-
-class Wanted(NamedTuple):
-    """The experts whose gradients are needed."""
-
-    b1: tuple[bool, ...]
-    b2: tuple[bool, ...]
-    norm_weight: tuple[bool, ...]
-    norm_bias: tuple[bool, ...]
-
-    @classmethod
-    def of(cls, gradients: Gradients) -> Wanted:
-        return cls(*(tuple(map(wanted, gradients.lists[name])) for name in cls._fields))
 
 
 class Passes:
@@ -70,12 +58,10 @@ class Passes:
         programs = self.tiles * -(-width // _COLUMNS)
         self._launch(kernel, programs, self._tile, self._held // _COLUMNS, *args, self._rows)
 
-    def add_up(self, sums: Tensor, gradients: Gradients, needed: Wanted) -> None:
+    def add_up(self, sums: Tensor, gradients: Gradients) -> None:
         """Add up the lines of ``sums`` to gradients."""
-        given = [
-            tuple(gradients.lists[name]) if any(flags) else None
-            for name, flags in zip(Wanted._fields, needed, strict=True)
-        ]
+        needed = gradients.needed
+        given = [tuple(gradients.lists[name]) if needed.wants(name) else None for name in _SUMMED]
         sizes = (max(map(len, self.call.w1)), *[self.call.x.shape[1]] * 4)
         blocks = sum(-(-size // passes.LINE_COLUMNS.value) for size in sizes)
         self._launch(
@@ -142,17 +128,17 @@ def backward(dy: Tensor, kept: Tensor, call: Call, needs: Sequence[bool]) -> lis
 
 def _differentiate(dy: Tensor, kept: Tensor, layer: _Layer, gradients: Gradients) -> None:
     call, run, scale = layer.call, layer.passes, gradients.scale
-    needed = Wanted.of(gradients)
-    through = wanted(gradients.x) or gradients.wants("norm_weight", "norm_bias")
-    of_h1 = through or gradients.wants("w1")
+    needed = gradients.needed
+    through = needed.x or needed.wants("norm_weight", "norm_bias")
+    of_h1 = through or needed.wants("w1")
     sums = None
-    if scale is not None or any(map(any, needed)):
+    if scale is not None or needed.wants(*_SUMMED):
         lines = (run.tiles, layer.width + 4 * layer.dim)
         sums = call.x.new_empty(lines, dtype=torch.float32)
 
     h1, h2 = layer.kept(kept)
     # Otherwise the pass of the norm's gradient, which reads x as well, computes it.
-    early = h1 is None or (gradients.wants("w1") and (call.norm == "none" or not through))
+    early = h1 is None or (needed.wants("w1") and (call.norm == "none" or not through))
     normed = layer.normed() if early else None
     if h1 is None:
         assert normed is not None
@@ -164,22 +150,22 @@ def _differentiate(dy: Tensor, kept: Tensor, layer: _Layer, gradients: Gradients
     dh2 = layer.new(layer.dim)
     run.over_columns(
         *(passes.moe_ffn_bwd_branch_kernel, layer.dim, dy, None if scale is None else h2, dh2),
-        *(sums if any(needed.b2) or scale is not None else None, layer.b2),
+        *(sums if needed.wants("b2") or scale is not None else None, layer.b2),
         *(arguments.contiguous(t) for t in (call.layer_scale, call.token_scale)),
     )
     dact, dh1 = None, None
-    if of_h1 or any(needed.b1):
+    if of_h1 or needed.wants("b1"):
         dact = layer.new(layer.hidden)
         for w2, rows in layer.experts(call.w2):
             torch.mm(dh2[rows], w2, out=dact[rows, : w2.shape[1]])
         dh1 = layer.new(layer.width) if of_h1 else None
-        written = dact if act is None and gradients.wants("w2") else None
+        written = dact if act is None and needed.wants("w2") else None
         run.over_columns(
             *(passes.moe_ffn_bwd_activation_kernel, layer.hidden, dact, h1, dh1, written),
-            *(sums if any(needed.b1) else None, layer.b1),
+            *(sums if needed.wants("b1") else None, layer.b1),
         )
         act = written if act is None else act
-    if gradients.wants("w2"):
+    if needed.wants("w2"):
         act = layer.activated(h1) if act is None else act
         for gradient, rows in layer.experts(gradients.lists["w2"]):
             if wanted(gradient):
@@ -187,16 +173,16 @@ def _differentiate(dy: Tensor, kept: Tensor, layer: _Layer, gradients: Gradients
     del act, dact, dh2
     if through:
         assert dh1 is not None
-        late = gradients.wants("w1") and normed is None
-        dnormed = layer.undo_norm(dh1, gradients, sums, needed, keeps_normed=late)
+        late = needed.wants("w1") and normed is None
+        dnormed = layer.undo_norm(dh1, gradients, sums, keeps_normed=late)
         normed = dnormed if late else normed
-    if gradients.wants("w1"):
+    if needed.wants("w1"):
         assert dh1 is not None and normed is not None
         for gradient, rows in layer.experts(gradients.lists["w1"]):
             if wanted(gradient):
                 torch.mm(dh1[rows, : len(gradient)].t(), normed[rows], out=gradient)
     if sums is not None:
-        run.add_up(sums, gradients, needed)
+        run.add_up(sums, gradients)
 
 
 class _Layer:
@@ -265,12 +251,11 @@ class _Layer:
         dh1: Tensor,
         gradients: Gradients,
         sums: Tensor | None,
-        needed: Wanted,
         *,
         keeps_normed: bool,
     ) -> Tensor:
         """Write dx and the sums for the norm; returns scratch that holds norm_e(x) if wanted."""
-        call = self.call
+        call, needed = self.call, gradients.needed
         dnormed = gradients.x if self.passes_x else self.new(self.dim)
         for w1, rows in self.experts(call.w1):
             torch.mm(dh1[rows, : len(w1)], w1, out=dnormed[rows])
@@ -278,8 +263,8 @@ class _Layer:
             self.passes.over_rows(
                 *(passes.moe_ffn_bwd_norm_kernel, self.x, dnormed),
                 dnormed if keeps_normed else None,
-                gradients.x if wanted(gradients.x) else None,
-                sums if any(needed.norm_weight + needed.norm_bias) else None,
+                gradients.x if needed.x else None,
+                sums if needed.wants("norm_weight", "norm_bias") else None,
                 *(arguments.pointers(t) for t in (call.norm_weight, call.norm_bias)),
             )
         return dnormed

@@ -24,7 +24,9 @@ from ..triton.device import (
     gate_with_slope,
     normalise,
     select,
+    sum_rows,
     tokens_of,
+    undo_unit_rows,
     unit_rows,
     width_of,
 )
@@ -37,6 +39,12 @@ LINE_COLUMNS = tl.constexpr(64)
 def block_of_rows(start, step, C: tl.constexpr):
     """The grouped rows of a step."""
     return start + step * C.block_r + tl.arange(0, C.block_r)
+
+
+@triton.jit
+def length_of_line(C: tl.constexpr):
+    """Numbers in a line of SUMS."""
+    return C.max_pre + 4 * C.dim
 
 
 @triton.jit
@@ -179,7 +187,7 @@ def moe_ffn_bwd_branch_kernel(
         db2 += d
         tl.store(DH2 + at, d.to(DH2.dtype.element_ty), mask=inside)
     if SUMS is not None:
-        line = SUMS + tile.to(tl.int64) * (C.max_pre + 4 * C.dim) + C.max_pre + columns
+        line = SUMS + tile.to(tl.int64) * length_of_line(C) + C.max_pre + columns
         tl.store(line, tl.sum(db2, 0), mask=within)
         if H2 is not None:
             tl.store(line + C.dim, tl.sum(dscale, 0), mask=within)
@@ -233,7 +241,7 @@ def moe_ffn_bwd_activation_kernel(
         if ACT is not None:
             tl.store(ACT + of_act, act.to(ACT.dtype.element_ty), mask=inside)
     if SUMS is not None:
-        line = SUMS + tile.to(tl.int64) * (C.max_pre + 4 * C.dim) + columns
+        line = SUMS + tile.to(tl.int64) * length_of_line(C) + columns
         tl.store(line, tl.sum(of_gate, 0), mask=within)
         if C.gated:
             tl.store(line + width, tl.sum(of_value, 0), mask=within)
@@ -257,9 +265,10 @@ def moe_ffn_bwd_norm_kernel(
     expert, start, begin, end = find_tile(rows, tile, C)
     columns = tl.arange(0, C.block_d)
     within = columns < C.dim
+    BLOCK_R: tl.constexpr = C.block_r
     BLOCK_D: tl.constexpr = C.block_d
-    dweight = tl.zeros((BLOCK_D,), tl.float32)
-    dbias = tl.zeros((BLOCK_D,), tl.float32)
+    dweight = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    dbias = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for step in range(C.row_steps):
         grouped = block_of_rows(start, step, C)
         token = tokens_of(rows, grouped, expert, begin, end, C)
@@ -269,15 +278,11 @@ def moe_ffn_bwd_norm_kernel(
         if C.norm != "none":
             x = tl.load(X + token[:, None] * C.dim + columns[None, :], mask=inside, other=0.0)
             unit, inverse = unit_rows(x.to(tl.float32), columns, norm_eps, C)
-            dweight += tl.sum(term(d, unit), 0)
-            dbias += tl.sum(d, 0)
+            dweight += term(d, unit)
+            dbias += d
             weight = tl.load(select(NORM_WEIGHT, expert, C) + columns, mask=within, other=0.0)
             weight = weight.to(tl.float32)[None, :]
-            d = term(d, weight)
-            along = tl.sum(term(d, unit), 1) / C.dim
-            if C.norm == "layer":
-                d -= (tl.sum(d, 1) / C.dim)[:, None]
-            d = (d - unit * along[:, None]) * inverse[:, None]
+            d = undo_unit_rows(term(d, weight), unit, inverse, C)
         if DX is not None:
             dx = DX + token[:, None] * C.dim + columns[None, :]
             tl.store(dx, d.to(DX.dtype.element_ty), mask=inside)
@@ -285,9 +290,9 @@ def moe_ffn_bwd_norm_kernel(
             normed = with_bias(unit * weight, NORM_BIAS, expert, columns, within, C)
             tl.store(NORMED + at, normed.to(NORMED.dtype.element_ty), mask=inside)
     if SUMS is not None:
-        line = SUMS + tile.to(tl.int64) * (C.max_pre + 4 * C.dim) + C.max_pre + 2 * C.dim + columns
-        tl.store(line, dweight, mask=within)
-        tl.store(line + C.dim, dbias, mask=within)
+        line = SUMS + tile.to(tl.int64) * length_of_line(C) + C.max_pre + 2 * C.dim + columns
+        tl.store(line, tl.sum(dweight, 0), mask=within)
+        tl.store(line + C.dim, tl.sum(dbias, 0), mask=within)
 
 
 @triton.jit
@@ -300,7 +305,7 @@ def moe_ffn_sums_kernel(
     DNORM_BIAS,
     DSCALE,  # [D]
     rows,
-    WANTED: tl.constexpr,  # Wanted
+    NEEDED: tl.constexpr,
     C: tl.constexpr,
 ):
     """Add up the lines of an expert's tiles, or for the layer scale of all tiles."""
@@ -312,10 +317,10 @@ def moe_ffn_sums_kernel(
     block = tl.where(kind == 0, block, (block - OF_PRE) % OF_DIM)
     columns = block * LINE_COLUMNS + tl.arange(0, LINE_COLUMNS)
     # Up to Triton 3.6 a field cannot be passed directly.
-    OF_B1: tl.constexpr = WANTED.b1
-    OF_B2: tl.constexpr = WANTED.b2
-    OF_WEIGHT: tl.constexpr = WANTED.norm_weight
-    OF_BIAS: tl.constexpr = WANTED.norm_bias
+    OF_B1: tl.constexpr = NEEDED.b1
+    OF_B2: tl.constexpr = NEEDED.b2
+    OF_WEIGHT: tl.constexpr = NEEDED.norm_weight
+    OF_BIAS: tl.constexpr = NEEDED.norm_bias
     if kind == 0:
         if DB1 is not None:
             width = width_of(expert, C) * C.halves
@@ -329,8 +334,9 @@ def moe_ffn_sums_kernel(
             if DSCALE is not None:
                 # Of all tiles, by the programs of expert 0.
                 tiles = tl.where(expert == 0, tile_of_expert(len(C.hidden), rows, C), 0)
-                total = sum_of_lines(source, 0, tiles, columns, C.dim, C)
-                inside = (columns < C.dim) & (expert == 0)
+                within = columns < C.dim
+                total = sum_rows(source, 0, tiles, length_of_line(C), columns, within, LINES)
+                inside = within & (expert == 0)
                 tl.store(DSCALE + columns, total.to(DSCALE.dtype.element_ty), mask=inside)
         elif kind == 3:
             if DNORM_WEIGHT is not None:
@@ -351,20 +357,10 @@ def tile_of_expert(expert, rows, C: tl.constexpr):
 
 
 @triton.jit
-def sum_of_lines(SUMS, begin, end, columns, width, C: tl.constexpr):
-    total = tl.zeros((LINES, LINE_COLUMNS), tl.float32)
-    for first in range(begin, end, LINES):
-        line = first + tl.arange(0, LINES)
-        inside = (line[:, None] < end) & (columns[None, :] < width)
-        at = line[:, None].to(tl.int64) * (C.max_pre + 4 * C.dim) + columns[None, :]
-        total += tl.load(SUMS + at, mask=inside, other=0.0)
-    return tl.sum(total, 0)
-
-
-@triton.jit
 def store_sum(SUMS, OUT, WANTED: tl.constexpr, expert, columns, width, rows, C: tl.constexpr):
     if select(WANTED, expert, C):
         begin, end = tile_of_expert(expert, rows, C), tile_of_expert(expert + 1, rows, C)
-        total = sum_of_lines(SUMS, begin, end, columns, width, C)
+        within = columns < width
+        total = sum_rows(SUMS, begin, end, length_of_line(C), columns, within, LINES)
         out = select(OUT, expert, C) + columns
-        tl.store(out, total.to(out.dtype.element_ty), mask=columns < width)
+        tl.store(out, total.to(out.dtype.element_ty), mask=within)

@@ -51,7 +51,7 @@ def launch_rows(
         block_f=host.TILE,
         block_n=host.TILE,
         row_tasks=host.ROW_TASKS,
-        keeps_normed=gradients.wants("w1"),
+        keeps_normed=needed.wants("w1"),
         keeps_dh2=True,
     )
     scratch = plan.allocate(call)

@@ -37,6 +37,7 @@ from .device import (
     select,
     signal,
     tokens_of,
+    undo_unit_rows,
     unit_rows,
     w1_rows,
     wait,
@@ -216,7 +217,7 @@ def differentiate(
         by_token = tokens_of(rows, grouped, expert, begin, end, C)
     if PRE is None:
         w_rows = w1_rows(first, width, C)
-        again = first_sums(B1, expert, w_rows, C.block_f * C.halves, C)
+        again = first_sums(B1, expert, w_rows, C)
     else:
         pre_of_rows = PRE + in_order * C.max_pre
         prefetch_tile(pre_of_rows, first, width, C.block_f)
@@ -341,11 +342,8 @@ def undo_norm(
         dweight += term(d, unit)
         dbias += d
         if DX is not None:
-            d = term(d, weight.to(tl.float32)[None, :])
-            dx = d - unit * (tl.sum(term(d, unit), 1) / C.dim)[:, None]
-            if C.norm == "layer":
-                dx -= (tl.sum(d, 1) / C.dim)[:, None]
-            tl.store(DX + at, (dx * inverse[:, None]).to(DX.dtype.element_ty), mask=inside)
+            dx = undo_unit_rows(term(d, weight.to(tl.float32)[None, :]), unit, inverse, C)
+            tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=inside)
     if SUM_NORM is not None:
         sums = SUM_NORM + (tile * C.tasks[3] + part).to(tl.int64) * (2 * C.dim) + columns
         tl.store(sums, tl.sum(dweight, 0), mask=within)

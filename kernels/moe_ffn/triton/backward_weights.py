@@ -27,13 +27,14 @@ from .device import (
     leave,
     select,
     signal,
+    sum_rows,
     tokens_of,
     wait,
     width_of,
 )
 
 SUM_COLUMNS = tl.constexpr(plan.SUM_COLUMNS)
-SUM_ROWS = tl.constexpr(32)
+SUM_ROWS = tl.constexpr(32)  # that are added at a time
 
 
 class Work(NamedTuple):
@@ -454,23 +455,11 @@ def finish_scale(
         for first in range(0, C.dim, SUM_COLUMNS):
             columns = first + tl.arange(0, SUM_COLUMNS)
             within = columns < C.dim
-            total = sum_rows(SUM_SCALE, 0, W.scale_rows, C.dim, columns, within)
+            total = sum_rows(SUM_SCALE, 0, W.scale_rows, C.dim, columns, within, SUM_ROWS)
             if SUM_BIAS is not None:
-                total += sum_rows(SUM_BIAS, 0, len(C.hidden), C.dim, columns, within)
+                total += sum_rows(SUM_BIAS, 0, len(C.hidden), C.dim, columns, within, SUM_ROWS)
             out = DLAYER_SCALE + columns
             tl.store(out, total.to(out.dtype.element_ty), mask=within)
-
-
-@triton.jit
-def sum_rows(SOURCE, begin, end, stride, columns, within):
-    """Sums over the rows [begin, end) of some columns, in a fixed order."""
-    total = tl.zeros((SUM_ROWS, SUM_COLUMNS), tl.float32)
-    for first in range(begin, end, SUM_ROWS):
-        r = first + tl.arange(0, SUM_ROWS)
-        at = SOURCE + r[:, None].to(tl.int64) * stride + columns[None, :]
-        inside = (r[:, None] < end) & within[None, :]
-        total += tl.load(at, mask=inside, other=0.0)
-    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -500,7 +489,7 @@ def add_up(SUM_DPRE, SUM_DBRANCH, SUM_NORM, block, rows, C: tl.constexpr, W: tl.
         tiles += tl.cdiv(expert_offset(rows, e + 1) - expert_offset(rows, e), W.rows_block_t)
         end = tl.where(expert == e, tiles, end)
     within = columns < tl.where(kind == 0, width_of(expert, C) * C.halves, C.dim)
-    sums = sum_rows(source, begin * per_tile, end * per_tile, stride, columns, within)
+    sums = sum_rows(source, begin * per_tile, end * per_tile, stride, columns, within, SUM_ROWS)
     return kind, expert, columns, sums
 
 

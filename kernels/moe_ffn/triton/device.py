@@ -329,13 +329,14 @@ def w1_rows(first, width, C: tl.constexpr):
 
 
 @triton.jit
-def first_sums(BIAS, expert, rows, BLOCK_N: tl.constexpr, C: tl.constexpr):
+def first_sums(BIAS, expert, rows, C: tl.constexpr):
     """What accumulators start with: the bias of some rows of a weight, or zeros without a bias.
 
     A bias that is added after the product takes one to three instructions an element. Call this
     before :func:`wait`, so that both latencies overlap.
     """
     BLOCK_T: tl.constexpr = C.block_t
+    BLOCK_N: tl.constexpr = rows.shape[0]
     sums = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     if BIAS is not None:
         sums += tl.load(select(BIAS, expert, C) + rows).to(tl.float32)[None, :]
@@ -406,6 +407,19 @@ def column_sums(tile, C: tl.constexpr):
 
 
 @triton.jit
+def sum_rows(SOURCE, begin, end, stride, columns, within, ROWS: tl.constexpr):
+    """Sums over the rows [begin, end) of some columns, ROWS at a time, in a fixed order."""
+    COLUMNS: tl.constexpr = columns.shape[0]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(begin, end, ROWS):
+        r = first + tl.arange(0, ROWS)
+        at = SOURCE + r[:, None].to(tl.int64) * stride + columns[None, :]
+        inside = (r[:, None] < end) & within[None, :]
+        total += tl.load(at, mask=inside, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
 def inside_tile(grouped, end, columns, width, C: tl.constexpr):
     """Mask of a tile's numbers: rows before ``end``, columns before ``width``."""
     if C.even:
@@ -445,6 +459,15 @@ def unit_rows(x, columns, eps, C: tl.constexpr):
         x = tl.where(columns[None, :] < C.dim, x - mean[:, None], 0.0)
     inverse = tl.rsqrt(tl.sum(term(x, x), 1) / C.dim + eps)
     return x * inverse[:, None], inverse
+
+
+@triton.jit
+def undo_unit_rows(d, unit, inverse, C: tl.constexpr):
+    """The gradient of x from ``d``, that of the results of :func:`unit_rows`."""
+    dx = d - unit * (tl.sum(term(d, unit), 1) / C.dim)[:, None]
+    if C.norm == "layer":
+        dx -= (tl.sum(d, 1) / C.dim)[:, None]
+    return dx * inverse[:, None]
 
 
 @triton.jit

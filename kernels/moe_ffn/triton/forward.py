@@ -143,7 +143,7 @@ def hidden_tile(
     else:
         a_rows = tl.minimum(grouped, end - 1).to(tl.int64)
     w_rows = w1_rows(first, width, C)
-    acc = first_sums(B1, expert, w_rows, C.block_f * C.halves, C)
+    acc = first_sums(B1, expert, w_rows, C)
     if C.tasks[0] > 0:
         wait(normed_rows, C.tasks[0])
     acc = quarters(preactivation(NORMED, a_rows, W1, w_rows, acc, expert, C))
@@ -192,7 +192,7 @@ def output_tile(
     grouped = start + tl.arange(0, C.block_t)
     h_rows = tl.minimum(grouped, end - 1).to(tl.int64)
     w_rows = tl.minimum(first + tl.arange(0, C.block_n), C.dim - 1)
-    acc = first_sums(B2, expert, w_rows, C.block_n, C)
+    acc = first_sums(B2, expert, w_rows, C)
     token = tokens_of(rows, grouped, expert, begin, end, C)
     if RESIDUAL is not None:
         prefetch_tile(RESIDUAL + token * C.dim, first, C.dim, C.block_n)

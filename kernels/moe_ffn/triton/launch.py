@@ -39,8 +39,6 @@ class _Forward(NamedTuple):
     launches: tuple[tuple[Config, int], ...]
     bound: int
     band: int
-    normalises: bool
-    max_hidden: int
 
 
 @functools.lru_cache(_PLANS)
@@ -67,7 +65,7 @@ def _plan_forward(
         overheads=overheads[:2],
     )
     launches = _launches(config, tasks, separate, bound, workers)
-    return _Forward(launches, bound, band, tasks[0] > 0, config.max_hidden)
+    return _Forward(launches, bound, band)
 
 
 def _launches(
@@ -98,8 +96,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         *(Problem.of(call, rows), arguments.precision(), tile, workers),
         *(tiles.overheads(device, dtype), tiles.are_separate(device, dtype, x.shape[0])),
     )
-    normed = x.new_empty(x.shape, dtype=dtype) if plan.normalises else None
-    hidden = x.new_empty((x.shape[0], plan.max_hidden), dtype=dtype)
+    normed = None if call.norm == "none" else x.new_empty(x.shape, dtype=dtype)
+    hidden = x.new_empty((x.shape[0], plan.launches[0][0].max_hidden), dtype=dtype)
     tensors = (
         *(x.contiguous(), normed, pre if call.save_pre else None, hidden, y),
         *map(arguments.pointers, call[1:7]),
