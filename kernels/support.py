@@ -9,6 +9,7 @@ from .arguments import check_choice
 from .attention import op as attention_ops
 from .dispatch import BACKEND_NAMES
 from .moe_ffn import op as moe_ffn_ops
+from .moe_ffn.call import Facts
 
 OPERATIONS = ("moe_ffn", "shared_attention", "routing_index")
 
@@ -32,8 +33,7 @@ def why_not(
     check_choice("backend", backend, BACKEND_NAMES)
     device = torch.device(device)
     if operation == "moe_ffn":
-        facts = (device, dtype, 768, (3072, 3072), "gelu", True)
-        return moe_ffn_ops.BACKENDS[backend].why_not(*facts)
+        return moe_ffn_ops.BACKENDS[backend].why_not(device, Facts(dtype, 768, (3072, 3072)))
     if operation == "shared_attention":
         return attention_ops.BACKENDS[backend].why_not(device, dtype, 64, 1126)
     ids = torch.empty(0, dtype=torch.int32, device=device)

@@ -14,7 +14,7 @@ from .._op import recorded
 from ..arguments import FLOATS, autocast_dtype, check_choice, check_tensor
 from ..dispatch import resolve
 from ..routing import ModalityRouting
-from .call import ACTIVATIONS, GATED, NORMS, Call
+from .call import ACTIVATIONS, GATED, NORMS, Call, Facts
 from .op import BACKENDS, COUNTING, MOE_FFN
 from .reference import moe_ffn_reference
 
@@ -31,6 +31,8 @@ def moe_ffn(
     norm_weight: Sequence[Tensor] | None = None,  # E x [D]
     norm_bias: Sequence[Tensor] | None = None,  # E x [D]
     norm_eps: float = 1e-6,
+    sub_norm_weight: Sequence[Tensor] | None = None,  # E x [F]
+    sub_norm_bias: Sequence[Tensor] | None = None,  # E x [F]
     activation: str = "gelu",
     layer_scale: Tensor | None = None,  # [D]
     token_scale: Tensor | None = None,  # x.shape[:-1]
@@ -42,7 +44,8 @@ def moe_ffn(
 
     For a token t that ``routing`` sends to expert e::
 
-        y_t = residual_t + token_scale_t * layer_scale * (W2_e act(W1_e norm_e(x_t) + b1_e) + b2_e)
+        h_t = act(W1_e norm_e(x_t) + b1_e)
+        y_t = residual_t + token_scale_t * layer_scale * (W2_e sub_norm_e(h_t) + b2_e)
 
     Everything except the two products and the activation is optional. The order of the tokens is
     unchanged. Experts may have no tokens, and may differ in hidden width F.
@@ -55,7 +58,10 @@ def moe_ffn(
         b1, b2: one bias per expert, or None.
         norm: ``"none"``, ``"layer"`` (LayerNorm) or ``"rms"`` (RMSNorm) of x, with one
             ``norm_weight`` per expert and, for LayerNorm, optionally one ``norm_bias``.
-        norm_eps: added to the variance (or mean square).
+        norm_eps: added to the variance (or mean square), also by the sub-norm.
+        sub_norm_weight, sub_norm_bias: LayerNorm of the hidden activations, as in BEiT-3 and
+            Magneto (sub-LN, Wang et al. 2022); the backends ``"cpu"``, ``"composed"`` and
+            ``"reference"`` have it. No sub-norm without a weight.
         activation: ``"gelu"`` (exact, erf), ``"gelu_tanh"``, ``"swiglu"`` or ``"geglu"`` (exact).
         layer_scale: learned scale of each channel (``gamma_2`` of VLMo).
         token_scale: factor of each token's branch, for stochastic depth; not differentiable.
@@ -99,7 +105,7 @@ def moe_ffn(
     check_choice("norm", norm, NORMS)
     routing.check_tokens(x.shape[:-1], x.device)
 
-    given = (w1, w2, b1, b2, norm_weight, norm_bias)
+    given = (w1, w2, b1, b2, norm_weight, norm_bias, sub_norm_weight, sub_norm_bias)
     experts = Experts(*[() if tensors is None else tensors for tensors in given])
     operand_dtype = autocast_dtype(x.device.type)
     experts = experts.autocast(operand_dtype)
@@ -112,9 +118,10 @@ def moe_ffn(
     width = x.shape[-1]
     hidden = tuple([weight.shape[1] for weight in experts.w2])
     counted = bool(routing.counts) or x.device.type == "cpu"
-    facts = (x.device, experts.w1[0].dtype, width, hidden, activation, counted)
+    sub_norm = bool(experts.sub_norm_weight)
+    facts = Facts(experts.w1[0].dtype, width, hidden, activation, counted, sub_norm)
     tensors = (x, *itertools.chain.from_iterable(experts), layer_scale, token_scale, residual)
-    name = resolve("moe_ffn", BACKENDS, backend, tensors, *facts)
+    name = resolve("moe_ffn", BACKENDS, backend, tensors, x.device, facts)
     ids, rows, offsets, pieces = routing.ids, None, None, routing.pieces
     if name != "reference" and not routing.by_arithmetic:
         ids, rows, offsets = routing.grouping(math.prod(x.shape[:-1]), x.device)
@@ -140,7 +147,7 @@ def moe_ffn(
 
 
 class Experts(NamedTuple):
-    """The parameters of all experts: six lists, each with E tensors or empty."""
+    """The parameters of all experts: lists with E tensors or none."""
 
     w1: Sequence[Tensor]
     w2: Sequence[Tensor]
@@ -148,6 +155,8 @@ class Experts(NamedTuple):
     b2: Sequence[Tensor]
     norm_weight: Sequence[Tensor]
     norm_bias: Sequence[Tensor]
+    sub_norm_weight: Sequence[Tensor]
+    sub_norm_bias: Sequence[Tensor]
 
     def autocast(self, dtype: torch.dtype | None) -> Experts:
         """The operands of the products in autocast's ``dtype``; unchanged if that is None."""
@@ -157,11 +166,7 @@ class Experts(NamedTuple):
         def cast(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
             return [t.to(dtype) if isinstance(t, Tensor) else t for t in tensors]
 
-        return Experts(
-            *(cast(self.w1), cast(self.w2), cast(self.b1), cast(self.b2)),
-            norm_weight=self.norm_weight,
-            norm_bias=self.norm_bias,
-        )
+        return Experts._make([*map(cast, self[:4]), *self[4:]])
 
     def check(self, x: Tensor, num_experts: int, activation: str, norm: str, cast: bool) -> None:
         """Raise TypeError or ValueError unless every parameter fits x and the routing."""
@@ -179,6 +184,8 @@ class Experts(NamedTuple):
             raise ValueError(f"norm_weight: missing for norm {norm!r}")
         if norm == "rms" and self.norm_bias:
             raise ValueError("norm_bias: RMSNorm has none")
+        if self.sub_norm_bias and not self.sub_norm_weight:
+            raise ValueError("sub_norm_bias: given without sub_norm_weight")
 
         width, device = x.shape[-1], x.device
         operand = self.w1[0].dtype if cast and isinstance(self.w1[0], Tensor) else x.dtype
@@ -188,12 +195,15 @@ class Experts(NamedTuple):
         halves = 2 if activation in GATED else 1
         rows = [w2.shape[1] * halves for w2 in self.w2]
         of_rows, of_width = [(count,) for count in rows], [(width,)] * num_experts
+        of_hidden = [(w2.shape[1],) for w2 in self.w2]
         for name, tensors, shapes, dtypes in (
             ("w1", self.w1, [(count, width) for count in rows], operands),
             ("b1", self.b1, of_rows, operands),
             ("b2", self.b2, of_width, operands),
             ("norm_weight", self.norm_weight, of_width, vectors),
             ("norm_bias", self.norm_bias, of_width, vectors),
+            ("sub_norm_weight", self.sub_norm_weight, of_hidden, vectors),
+            ("sub_norm_bias", self.sub_norm_bias, of_hidden, vectors),
         ):
             for e, tensor in enumerate(tensors):
                 # Inline, because nearly all tensors fit and the call takes longer than this.

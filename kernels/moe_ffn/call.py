@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu", "geglu")
@@ -22,6 +23,8 @@ class Call(NamedTuple):
     b2: Sequence[Tensor]
     norm_weight: Sequence[Tensor]
     norm_bias: Sequence[Tensor]
+    sub_norm_weight: Sequence[Tensor]  # E x [F]
+    sub_norm_bias: Sequence[Tensor]
     layer_scale: Tensor | None  # [D]
     token_scale: Tensor | None  # [T]
     residual: Tensor | None  # [T, D]
@@ -39,17 +42,33 @@ class Call(NamedTuple):
     save_pre: bool
 
 
-LISTS = Call._fields[1:7]  # the parameters: one tensor per expert, or none
+LISTS = Call._fields[1:9]  # the parameters: one tensor per expert, or none
+WITHOUT_SUB_NORM = LISTS[:6]  # those of backends that have no norm of the hidden activations
+
+
+class Facts(NamedTuple):
+    """What decides, beside the device, whether a backend can run a call."""
+
+    dtype: torch.dtype  # of the weights
+    width: int  # D
+    hidden: Sequence[int]  # E x F
+    activation: str = "gelu"
+    counted: bool = True  # whether the host knows the number of rows of each expert
+    sub_norm: bool = False
+
 
 _MAX_WEIGHT = 2**31  # elements of w1, which kernels partly address in int32
 
 
-def why_not_weight(width: int, hidden: Sequence[int], activation: str) -> str | None:
-    """The reason if the largest weight has more elements than a kernel can address, else None."""
-    elements = width * max(hidden) * (2 if activation in GATED else 1)
-    return (
-        f"a weight of {elements} elements is not below 2**31." if elements >= _MAX_WEIGHT else None
-    )
+def why_not_single_launch(facts: Facts) -> str | None:
+    """The reason why no kernel that computes the whole layer can run, or None."""
+    if facts.sub_norm:
+        return "it has no sub_norm yet."
+    # The largest weight must not have more elements than a kernel can address.
+    elements = facts.width * max(facts.hidden) * (2 if facts.activation in GATED else 1)
+    if elements >= _MAX_WEIGHT:
+        return f"a weight of {elements} elements is not below 2**31."
+    return None
 
 
 def pre_shape(call: Call) -> tuple[int, int]:

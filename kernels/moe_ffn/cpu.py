@@ -21,21 +21,14 @@ from torch import Tensor
 
 from .._backends import cpu as cpu_target
 from . import passes, products
-from .call import GATED, Call
+from .call import GATED, Call, Facts
 from .passes import ExpertRows
 from .rows import rows_of
 
 
-def why_not(
-    device: torch.device,
-    dtype: torch.dtype,
-    width: int,
-    hidden: Sequence[int],
-    activation: str,
-    counted: bool,
-) -> str | None:
+def why_not(device: torch.device, facts: Facts) -> str | None:
     """The reason why :func:`forward` cannot run, or None."""
-    return cpu_target.why_not(device, dtype)
+    return cpu_target.why_not(device, facts.dtype)
 
 
 _Kept = tuple[Tensor, Tensor, Tensor | None]  # h1, act(h1) and h2 for an expert's rows
@@ -71,7 +64,7 @@ def _kept(rows: ExpertRows, pre: Tensor, call: Call, e: int) -> _Kept:
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """y [T, D], and the tensor saved for the backward, in the shape :func:`pre_shape`."""
     if call.residual is not None and call.residual.dtype == torch.float64:
-        y, pre = forward(Call._make((*call[:9], None, *call[10:])))
+        y, pre = forward(call._replace(residual=None))
         return call.residual + y, pre
     call = _prepared(call)
     dtype = call.w2[0].dtype if call.residual is None else call.residual.dtype
@@ -89,15 +82,17 @@ def _branch(rows: ExpertRows, kept: _Kept | None, call: Call, e: int) -> Tensor:
     normed, _ = _norm(rows, call, e)
     b1, b2 = call.b1[e] if call.b1 else None, call.b2[e] if call.b2 else None
     if kept is None:
-        return products.linear(_linear_act(normed, call, e), call.w2[e], b2)
+        hidden, _ = _sub_norm(_linear_act(normed, call, e), call, e)
+        return products.linear(hidden, call.w2[e], b2)
     h1, act, h2 = (None if t is None else _room(t, normed.dtype) for t in kept)
     assert h1 is not None and act is not None
     products.linear_into(h1, normed, call.w1[e], b1)
     _act_into(act, h1, call.activation)
+    hidden, _ = _sub_norm(act, call, e)
     if h2 is None:
-        branch = products.linear(act, call.w2[e], b2)
+        branch = products.linear(hidden, call.w2[e], b2)
     else:
-        products.linear_into(h2, act, call.w2[e], b2)
+        products.linear_into(h2, hidden, call.w2[e], b2)
         branch = h2
     for target, source in zip(kept, (h1, act, h2), strict=True):
         if target is not None and source is not None and target is not source:
@@ -110,7 +105,7 @@ def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list
 
     An empty ``pre`` was not saved and is recomputed.
     """
-    lists = [list(tensors) for tensors in call[1:7]]
+    lists = [list(tensors) for tensors in call[1:9]]
     flags = iter(needs[1:])
     wanted = [list(itertools.islice(flags, len(tensors))) for tensors in lists]
     gradients = [[t.new_empty(0) for t in tensors] for tensors in lists]
@@ -146,7 +141,7 @@ def _expert_backward(
     dx: Tensor | None,  # [T, D], of which the expert's rows are written
     dscale: Tensor | None,  # [D], accumulated
 ) -> list[Tensor | None]:
-    """Gradients of one expert's six parameters, if needed."""
+    """Gradients of one expert's parameters in the order of the schema, if needed."""
     w1, w2 = call.w1[e], call.w2[e]
     normed, statistics = _norm(rows, call, e)
     h2: Tensor | None = None
@@ -156,20 +151,32 @@ def _expert_backward(
     else:
         h1 = products.linear(normed, w1, call.b1[e] if call.b1 else None)
         act = _act_into(h1.new_empty(len(h1), w2.shape[1]), h1, call.activation)
+    hidden, of_hidden = _sub_norm(act, call, e)
     if dscale is not None and h2 is None:
-        h2 = products.linear(act, w2, call.b2[e] if call.b2 else None)
+        h2 = products.linear(hidden, w2, call.b2[e] if call.b2 else None)
     dh2 = act.new_empty(rows.count, len(w2))
     branch = None if dscale is None else h2
     scales = call.layer_scale, call.token_scale
     db2, scale_part = passes.branch_backward(rows, dy, branch, *scales, dh2)
     if dscale is not None:
         dscale += scale_part
-    dw2 = products.product(dh2.T, act) if wants[1] else None
-    del act
+    dw2 = products.product(dh2.T, hidden) if wants[1] else None
+    del hidden
     below = dx is not None or wants[4] or wants[5]
-    if not (below or wants[0] or wants[2]):
-        return [None, dw2, None, db2, None, None]
-    dh1 = _act_backward(products.product(dh2, w2), h1, call.activation)
+    before_act = below or wants[0] or wants[2]
+    of_sub_norm: tuple[Tensor | None, Tensor | None] = None, None
+    if not (before_act or wants[6] or wants[7]):
+        return [None, dw2, None, db2, None, None, None, None]
+    d = products.product(dh2, w2)
+    if of_hidden is not None:
+        every, weight = ExpertRows.every(rows.count), call.sub_norm_weight[e]
+        dact = torch.empty_like(act) if before_act else None
+        of_sub_norm = passes.norm_backward(every, d, act, of_hidden, weight, dact)
+        if dact is None:
+            return [None, dw2, None, db2, None, None, *of_sub_norm]
+        d = dact
+    del act
+    dh1 = _act_backward(d, h1, call.activation)
     dw1 = products.product(dh1.T, normed) if wants[0] else None
     db1 = passes.column_sums(dh1) if wants[2] else None
     of_norm: tuple[Tensor | None, Tensor | None] = None, None
@@ -179,7 +186,7 @@ def _expert_backward(
             of_norm = passes.norm_backward(rows, d, call.x, statistics, call.norm_weight[e], dx)
         elif dx is not None:
             passes.add_branch(rows, dx, d, None, None, None)
-    return [dw1, dw2, db1, db2, *of_norm]
+    return [dw1, dw2, db1, db2, *of_norm, *of_sub_norm]
 
 
 def _norm(
@@ -193,6 +200,18 @@ def _norm(
     bias = call.norm_bias[e] if call.norm_bias else None
     weight = call.norm_weight[e]
     return normed, passes.norm(rows, call.x, weight, bias, call.norm, call.norm_eps, normed)
+
+
+def _sub_norm(
+    act: Tensor, call: Call, e: int
+) -> tuple[Tensor, tuple[Tensor | None, Tensor] | None]:
+    """The sub-norm of the activations [n, F] of an expert, if there is one; its statistics."""
+    if not call.sub_norm_weight:
+        return act, None
+    bias = call.sub_norm_bias[e] if call.sub_norm_bias else None
+    every, out = ExpertRows.every(len(act)), torch.empty_like(act)
+    weight = call.sub_norm_weight[e]
+    return out, passes.norm(every, act, weight, bias, "layer", call.norm_eps, out)
 
 
 def _experts(call: Call) -> Iterator[tuple[int, ExpertRows]]:
@@ -216,9 +235,9 @@ def _prepared(call: Call) -> Call:
         x = x.float()
     x = cpu_target.with_adjacent_elements(x)
     residual = None if residual is None else cpu_target.with_adjacent_elements(residual)
-    scales = (None if t is None else t.float().contiguous() for t in call[7:9])
-    norms = ([t.float().contiguous() for t in tensors] for tensors in call[5:7])
-    return Call._make((x, *call[1:5], *norms, *scales, residual, *call[10:]))
+    scales = (None if t is None else t.float().contiguous() for t in call[9:11])
+    norms = ([t.float().contiguous() for t in tensors] for tensors in call[5:9])
+    return Call._make((x, *call[1:5], *norms, *scales, residual, *call[12:]))
 
 
 def _widened(call: Call, e: int) -> Call:

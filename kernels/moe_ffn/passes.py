@@ -34,6 +34,11 @@ class ExpertRows:
     run: tuple[int, int, int]
     index: Tensor | None = None
 
+    @classmethod
+    def every(cls, count: int) -> ExpertRows:
+        """All rows of a tensor that has only those of the expert."""
+        return cls(0, count, (1, 0, 1))
+
     def of(self, t: Tensor) -> Tensor:
         """Read ``[count, ...]`` from ``[T, ...]``; a view if the rows are contiguous."""
         if self.index is not None:
@@ -110,7 +115,7 @@ def branch_backward(
 def column_sums(d: Tensor) -> Tensor:
     """``d.sum(0)`` in float32."""
     total = _floats(d, d.shape[1])
-    _run("column_sums", ExpertRows(0, len(d), (1, 0, 1)), dict(d=d), {}, sums=(total,))
+    _run("column_sums", ExpertRows.every(len(d)), dict(d=d), {}, sums=(total,))
     return total
 
 

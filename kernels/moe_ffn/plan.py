@@ -39,6 +39,7 @@ class Problem(NamedTuple):
     activation: str
     biased: bool  # whether there are b2
     scaled: bool  # whether there is a layer scale
+    sub_norm: bool
 
     @classmethod
     def of(cls, call: Call, rows: Rows) -> Problem:
@@ -55,6 +56,7 @@ class Problem(NamedTuple):
             activation=call.activation,
             biased=bool(call.b2),
             scaled=call.layer_scale is not None,
+            sub_norm=bool(call.sub_norm_weight),
         )
 
     def tiles(self, block_t: int) -> int:
@@ -72,11 +74,13 @@ class Needed(NamedTuple):
     b2: tuple[bool, ...]
     norm_weight: tuple[bool, ...]
     norm_bias: tuple[bool, ...]
+    sub_norm_weight: tuple[bool, ...]
+    sub_norm_bias: tuple[bool, ...]
     layer_scale: bool
 
     @property
     def lists(self) -> dict[str, tuple[bool, ...]]:
-        return dict(zip(LISTS, self[1:7], strict=True))
+        return dict(zip(LISTS, self[1:-1], strict=True))
 
     def wants(self, *names: str) -> bool:
         """Whether a gradient of one of these parameters is needed for any expert."""
@@ -106,7 +110,8 @@ class Gradients(NamedTuple):
         x = _empty(call.x, next(flags), call.x.dtype)
         lists: dict[str, list[Tensor]] = {}
         needed: dict[str, tuple[bool, ...]] = {}
-        for name, tensors in zip(LISTS, call[1:7], strict=True):
+        for name in LISTS:
+            tensors = getattr(call, name)
             made: list[Tensor] = []
             if tensors:
                 dtype = common_dtype(tensors)
@@ -131,7 +136,8 @@ class Gradients(NamedTuple):
 
     def result(self, call: Call) -> list[Tensor]:
         """All gradients in the dtypes of the call; zeros if it has no tokens."""
-        leaves = [call.x, *itertools.chain(*call[1:7]), call.layer_scale]
+        lists = [getattr(call, name) for name in LISTS]
+        leaves = [call.x, *itertools.chain(*lists), call.layer_scale]
         flat = self.flat
         if call.x.shape[0] == 0:
             for gradient in flat:

@@ -47,9 +47,10 @@ def moe_ffn_reference(call: Call) -> Tensor:
 
 
 def _expert(x: Tensor, e: int, call: Call) -> Tensor:
-    """``layer_scale * (W2_e act(W1_e norm_e(x) + b1_e) + b2_e)`` for some rows [n, D]."""
+    """``layer_scale * (W2_e sub_norm_e(act(W1_e norm_e(x) + b1_e)) + b2_e)`` for rows [n, D]."""
     h1 = F.linear(_norm(x, e, call), call.w1[e], _at(call.b1, e))
-    h2 = F.linear(_act(h1, call.activation), call.w2[e], _at(call.b2, e))
+    hidden = _sub_norm(_act(h1, call.activation), e, call)
+    h2 = F.linear(hidden, call.w2[e], _at(call.b2, e))
     return h2 if call.layer_scale is None else h2 * call.layer_scale
 
 
@@ -63,6 +64,16 @@ def _norm(x: Tensor, e: int, call: Call) -> Tensor:
         return F.rms_norm(x.to(wide), width, weight, call.norm_eps).to(call.w1[e].dtype)
     bias = call.norm_bias[e].to(wide) if call.norm_bias else None
     return F.layer_norm(x.to(wide), width, weight, bias, call.norm_eps).to(call.w1[e].dtype)
+
+
+def _sub_norm(hidden: Tensor, e: int, call: Call) -> Tensor:
+    """LayerNorm of [n, F], computed in float32 or better; unchanged without a sub-norm."""
+    if not call.sub_norm_weight:
+        return hidden
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    weight, bias = call.sub_norm_weight[e].to(wide), _at(call.sub_norm_bias, e)
+    bias = None if bias is None else bias.to(wide)
+    return F.layer_norm(hidden.to(wide), weight.shape, weight, bias, call.norm_eps).to(hidden.dtype)
 
 
 def _act(h: Tensor, activation: str) -> Tensor:

@@ -31,17 +31,16 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
 from machine_code import disassemble, loop_of
-from moe_ffn_cases import CASES, Case, expert_ids, make_tensors
+from moe_ffn_cases import CASES, WITH_SUB_NORM, Case, expert_ids, make_tensors
 from vlmo.kernels._backends import triton_launch
 from vlmo.kernels._backends.triton import compile_options, operands_of
-from vlmo.kernels.moe_ffn.call import GATED, Call
+from vlmo.kernels.moe_ffn.call import GATED, LISTS, Call
 from vlmo.kernels.moe_ffn.composed import backend as composed_impl
 from vlmo.kernels.moe_ffn.triton import arguments as host
 from vlmo.kernels.moe_ffn.triton import backend as triton_impl
 from vlmo.kernels.moe_ffn.triton import tiles
 
 INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
-LISTS = ("w1", "w2", "b1", "b2", "norm_weight", "norm_bias")
 SEQUENCES, DIM, HIDDEN = 32, 768, 3072
 LAYERS = {  # VLMo's layer; a decoder's, routed by ids; both without a saved pre-activation
     "vlmo": dict(activation="gelu", norm="layer", ids=False, save_pre=True),
@@ -83,13 +82,14 @@ def run_case(dtype, activation, norm, ids, save_pre, implementation=triton_impl)
         [
             *(new(tokens, DIM), each(halves * HIDDEN, DIM), each(DIM, HIDDEN)),
             *(each(halves * HIDDEN), each(DIM), each(DIM), each(DIM) if norm == "layer" else []),
+            *([], []),
             *(new(DIM), new(tokens), new(tokens, DIM)),
             *(index if ids else [None] * 3),
             *([0, 40, 1, 197], norm, 1e-6, activation, save_pre),
         ]
     )
     y, pre = implementation.forward(call)
-    needs = [True] * (2 + sum(len(tensors) for tensors in call[1:7]))
+    needs = [True] * (2 + sum(len(getattr(call, name)) for name in LISTS))
     implementation.backward(y, pre, call, needs)
 
 
@@ -125,7 +125,7 @@ def all_options(facts, implementation) -> None:
     everything = ("x", *LISTS, "layer_scale")
     half = torch.bfloat16
     facts["wanted"], facts["dtype"] = (lambda name: True), str(half)
-    for case in CASES:
+    for case in [*CASES, *(WITH_SUB_NORM if implementation is composed_impl else [])]:
         if case.batch:
             facts["case"] = str(case)
             run_options(case, half, half, True, everything, implementation)

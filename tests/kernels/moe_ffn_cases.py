@@ -11,6 +11,7 @@ import attention_cases
 from accuracy import assert_as_accurate_as, relative_errors
 from vlmo.kernels import ModalityRouting, moe_ffn
 from vlmo.kernels.moe_ffn import cpu
+from vlmo.kernels.moe_ffn.call import Facts
 from vlmo.kernels.moe_ffn.op import BACKENDS
 
 GATED = ("swiglu", "geglu")
@@ -30,6 +31,7 @@ class Case:
     norm: str = "layer"
     bias: bool = True
     norm_bias: bool = True
+    sub_norm: bool = False
     layer_scale: bool = True
     token_scale: bool = True
     residual: bool = True
@@ -80,6 +82,14 @@ CASES = [
 ]
 
 
+# A norm of the hidden activations, which not every backend has.
+WITH_SUB_NORM = [
+    Case(sub_norm=True),
+    Case(sub_norm=True, form="ids", activation="swiglu", norm="rms", norm_bias=False, bias=False),
+    Case(sub_norm=True, pieces=((0, 3), (3, 5), (1, 4)), hidden=(17, 64, 8, 33), norm="none"),
+]
+
+
 def expert_ids(case: Case) -> Tensor:
     one = [expert for expert, length in case.pieces for _ in range(length)]
     return torch.tensor(one * case.batch, dtype=torch.int64)
@@ -121,6 +131,10 @@ def make_tensors(case: Case, device, dtype) -> dict:
         tensors["norm_weight"] = [draw(dim, scale=0.1, shift=1.0) for _ in rows]
         if case.norm_bias:
             tensors["norm_bias"] = [draw(dim, scale=0.1) for _ in rows]
+    if case.sub_norm:
+        tensors["sub_norm_weight"] = [draw(h, scale=0.1, shift=1.0) for h in case.hidden]
+        if case.norm_bias:
+            tensors["sub_norm_bias"] = [draw(h, scale=0.1) for h in case.hidden]
     if case.layer_scale:
         tensors["layer_scale"] = draw(dim, scale=0.1, shift=0.3)
     if case.residual:
@@ -163,6 +177,9 @@ def eager(case: Case, ids: Tensor, tensors: dict) -> Tensor:
             h = (F.silu(gate) if case.activation == "swiglu" else F.gelu(gate)) * value
         else:
             h = F.gelu(h, approximate="tanh" if case.activation == "gelu_tanh" else "none")
+        if case.sub_norm:
+            weight = at["sub_norm_weight"]
+            h = F.layer_norm(h, weight.shape, weight, at.get("sub_norm_bias"), 1e-6)
         out = out.masked_scatter(mask[:, None], F.linear(h, at["w2"], at.get("b2")))
     if case.layer_scale:
         out = out * tensors["layer_scale"]
@@ -192,8 +209,8 @@ def eager_autocast(case: Case, ids: Tensor, tensors: dict) -> Tensor:
 def skip_unless_possible(place, case: Case, dtype: torch.dtype) -> None:
     """Skip a test, with the reason, if the backend does not support the call."""
     counted = bool(make_routing(case, place.device).counts) or place.device.type == "cpu"
-    facts = (place.device, dtype, case.dim, case.hidden, case.activation, counted)
-    if reason := BACKENDS[place.backend].why_not(*facts):
+    facts = Facts(dtype, case.dim, case.hidden, case.activation, counted, case.sub_norm)
+    if reason := BACKENDS[place.backend].why_not(place.device, facts):
         pytest.skip(f"{place.backend}: {reason}")
 
 

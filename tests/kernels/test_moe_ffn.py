@@ -13,6 +13,7 @@ from attention_cases import on
 from moe_ffn_cases import (
     CASES,
     PLACES,
+    WITH_SUB_NORM,
     Case,
     Spy,
     assert_parity,
@@ -28,13 +29,14 @@ from moe_ffn_cases import (
 )
 from vlmo.kernels import moe_ffn
 from vlmo.kernels.moe_ffn import op as ops
+from vlmo.kernels.moe_ffn.call import LISTS
 
 
 def parity_cases():
     """Every case in every dtype; of those with little to do with the dtype, one in make test."""
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     for (number, case), dtype, (device, backend) in itertools.product(
-        enumerate(CASES), dtypes, PLACES
+        enumerate([*CASES, *WITH_SUB_NORM]), dtypes, PLACES
     ):
         marks = [pytest.mark.gpu] if device == "cuda" else []
         interpreted = device == "cpu" and backend in ("triton", "composed")
@@ -52,7 +54,11 @@ def test_parity(case, dtype, place):
 
 @pytest.mark.parametrize(
     "case",
-    [c for c in CASES if c.batch and c.dim == 24 and sum(n for _, n in c.pieces) < 21],
+    [
+        c
+        for c in [*CASES, *WITH_SUB_NORM]
+        if c.batch and c.dim == 24 and sum(n for _, n in c.pieces) < 21
+    ],
     ids=str,
 )
 def test_gradcheck(case):
@@ -79,8 +85,8 @@ def test_opcheck(form, save_pre, place):
     routing = make_routing(case, device)
     arguments = (
         x.detach().reshape(-1, 8).requires_grad_(),
-        *(tensors[k] for k in ("w1", "w2", "b1", "b2", "norm_weight", "norm_bias", "layer_scale")),
-        scale.reshape(-1),
+        *(tensors.get(name, []) for name in LISTS),
+        *(tensors["layer_scale"], scale.reshape(-1)),
         residual.detach().reshape(-1, 8).requires_grad_(),
         *(routing.grouping(16, device) if routing.ids is not None else (None, None, None)),
         [n for piece in routing.pieces for n in piece],
@@ -351,6 +357,18 @@ BAD: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "norm_weight: missing for norm 'layer'": (ValueError, dict(norm_weight=None)),
     "norm: 'none', but norm_weight": (ValueError, dict(norm="none")),
     "norm_bias: RMSNorm has none": (ValueError, dict(norm="rms")),
+    r"sub_norm_weight\[1\]: shape \(24,\) does not fit \(40\)": (
+        ValueError,
+        dict(sub_norm_weight=[torch.ones(40), torch.ones(24)]),
+    ),
+    "sub_norm_weight: 1 tensors for 2 experts": (
+        ValueError,
+        dict(sub_norm_weight=[torch.ones(40)]),
+    ),
+    "sub_norm_bias: given without sub_norm_weight": (
+        ValueError,
+        dict(sub_norm_bias=[torch.zeros(40)] * 2),
+    ),
     "activation: 'relu' is not one of": (ValueError, dict(activation="relu")),
     r"layer_scale: shape \(23,\)": (ValueError, dict(layer_scale=torch.zeros(23))),
     r"token_scale: shape \(3, 19\)": (ValueError, dict(token_scale=torch.zeros(3, 19))),

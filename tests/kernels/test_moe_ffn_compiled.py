@@ -10,7 +10,7 @@ from compiling import (
     assert_no_spills,
     compiled,
 )
-from moe_ffn_cases import CASES
+from moe_ffn_cases import CASES, WITH_SUB_NORM
 from vlmo.kernels._backends.triton import OPERANDS
 from vlmo.kernels.moe_ffn.triton.tiles import TABLE
 from vlmo.kernels.target import GENERATIONS
@@ -41,11 +41,12 @@ def test_every_option_has_types(release):
 def test_every_option_of_the_passes_has_types(release):
     reports = compiled(SCRIPT, "composed-types:sm_90", release=release)
     names = [report["kernel"] for report in reports]
-    calls = sum(case.batch > 0 for case in CASES) + 13
+    calls = sum(case.batch > 0 for case in CASES) + len(WITH_SUB_NORM) + 13
     # Where not saved, h2 is computed again for the gradient of the layer scale, from act.
     assert names.count("branch") == names.count("bwd_branch") == calls
-    assert set(names) == {"norm", "activation", "branch", "sums"} | {
-        f"bwd_{name}" for name in ("branch", "activation", "norm")
+    assert names.count("bwd_sub_norm") == len(WITH_SUB_NORM)
+    assert set(names) == {"norm", "activation", "sub_norm", "branch", "sums"} | {
+        f"bwd_{name}" for name in ("branch", "sub_norm", "activation", "norm")
     }
 
 

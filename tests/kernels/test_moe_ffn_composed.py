@@ -20,6 +20,7 @@ from moe_ffn_cases import (
 )
 from vlmo.kernels import ModalityRouting, shared_attention, target, use_backend
 from vlmo.kernels._backends import triton_launch
+from vlmo.kernels.moe_ffn.call import Facts
 from vlmo.kernels.moe_ffn.composed import backend
 
 FORWARD = ["norm", "activation", "branch"]
@@ -206,8 +207,8 @@ def test_no_value_is_read_from_the_device(form, monkeypatch):
 
 
 def test_it_needs_the_counts_on_the_host():
-    facts = (torch.device("cuda"), torch.float16, 768, (3072, 3072), "gelu")
-    reason = backend.why_not(*facts, counted=False)
+    facts = Facts(torch.float16, 768, (3072, 3072), counted=False)
+    reason = backend.why_not(torch.device("cuda"), facts)
     assert reason is not None and "known on the device only" in reason
     assert ModalityRouting.from_ids(torch.tensor([0, 1]), 2).counts == ()
     assert ModalityRouting.segments([(0, 2), (2, 3), (0, 1)]).counts == (3, 0, 3)

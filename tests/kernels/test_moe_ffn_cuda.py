@@ -37,6 +37,7 @@ from vlmo import _C
 from vlmo.kernels import target
 from vlmo.kernels._backends import cuda as cuda_target
 from vlmo.kernels.moe_ffn import counters as launch_counters
+from vlmo.kernels.moe_ffn.call import Facts
 from vlmo.kernels.moe_ffn.counters import Counters
 from vlmo.kernels.moe_ffn.cuda import arguments as cuda_launch
 from vlmo.kernels.moe_ffn.cuda import backend as cuda_impl
@@ -259,15 +260,15 @@ def test_frozen_expert_gets_no_gradient_and_costs_none(place, record):
     all_blocks = list(launches[-1].argument.sum_blocks)
     tensors = make_tensors(case, place.device, torch.float16)
     flat = leaves(tensors)
-    frozen = {f"{name}[0]" for name in cuda_weights.LISTS}
+    frozen = {f"{name}[0]" for name in cuda_weights.WITHOUT_SUB_NORM}
     for name in frozen:
         flat[name].requires_grad_(False)
     y = call(case, make_routing(case, place.device), tensors, backend="cuda")
     generator = torch.Generator().manual_seed(3)
     y.backward(torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y))
     of_first, of_second = launches[-1].argument.gradients[:2]
-    assert [getattr(of_first, name) for name in cuda_weights.LISTS] == [None] * 6
-    assert all(getattr(of_second, name) for name in cuda_weights.LISTS)
+    assert [getattr(of_first, name) for name in cuda_weights.WITHOUT_SUB_NORM] == [None] * 6
+    assert all(getattr(of_second, name) for name in cuda_weights.WITHOUT_SUB_NORM)
     assert all_blocks == list(launches[-1].argument.sum_blocks)
     for name, leaf in flat.items():
         if name in frozen:
@@ -355,20 +356,13 @@ def test_the_emulator_knows_where_tensors_end(kernel, name, monkeypatch):
 # ---- what it refuses
 
 
-def refuses(**changes) -> str | None:
-    facts: dict[str, Any] = dict(
-        device=torch.device("cuda", 0),
-        dtype=torch.float16,
-        width=768,
-        hidden=(3072, 3072),
-        activation="gelu",
-        counted=True,
-    )
-    return cuda_impl.why_not(**(facts | changes))
+def refuses(*, device: str = "cuda:0", **changes: Any) -> str | None:
+    facts = Facts(torch.float16, 768, (3072, 3072))._replace(**changes)
+    return cuda_impl.why_not(torch.device(device), facts)
 
 
 def test_why_not_names_the_obstacle(monkeypatch):
-    assert refuses(device=torch.device("cpu")) == "cpu tensors: its kernels run on NVIDIA GPUs."
+    assert refuses(device="cpu") == "cpu tensors: its kernels run on NVIDIA GPUs."
     monkeypatch.setattr(target, "compute_capability", lambda device: None)
     assert refuses() == "cuda:0 is not an NVIDIA GPU."
     for capability in ((6, 1), (8, 0)):
@@ -380,10 +374,11 @@ def test_why_not_names_the_obstacle(monkeypatch):
     assert refuses(dtype=torch.bfloat16) == "sm_75 has no bf16 tensor cores; use float16."
     assert refuses(dtype=torch.float32) == "it has no kernel for float32, only for float16."
     assert refuses(hidden=(3072,) * 33) == "33 experts; the kernels take at most 32."
+    assert refuses(sub_norm=True) == "it has no sub_norm yet."
     eight = "is not a multiple of 8, as loads of 16 bytes need."
     assert refuses(width=772) == f"model dimension 772 {eight}"
     assert refuses(hidden=(3072, 3076)) == f"hidden width 3076 {eight}"
-    large = dict(width=2**15, hidden=(8, 2**15))
+    large: dict[str, Any] = dict(width=2**15, hidden=(8, 2**15))
     assert refuses(**large, activation="swiglu") == (
         "a weight of 2147483648 elements is not below 2**31."
     )

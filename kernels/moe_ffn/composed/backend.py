@@ -11,28 +11,23 @@ import torch
 from torch import Tensor
 
 from ..._backends import triton as triton_target
-from ..call import Call
+from ..call import Call, Facts
 
-_MAX_DIM = 16384  # the passes of the norm hold a whole row in registers
+_MAX_DIM = 16384  # the passes of the norms hold a whole row in registers
 
 
-def why_not(
-    device: torch.device,
-    dtype: torch.dtype,
-    width: int,
-    hidden: Sequence[int],
-    activation: str,
-    counted: bool,
-) -> str | None:
+def why_not(device: torch.device, facts: Facts) -> str | None:
     """The reason why :func:`forward` cannot run, or None."""
-    if not counted:
+    if not facts.counted:
         return (
             "the number of tokens of each expert is known on the device only, and a product needs "
             "it on the host."
         )
-    if width > _MAX_DIM:
-        return f"model dimension {width} is above {_MAX_DIM}."
-    return triton_target.why_not(device, dtype)
+    if facts.sub_norm and max(facts.hidden) > _MAX_DIM:
+        return f"hidden width {max(facts.hidden)} of a sub-norm is above {_MAX_DIM}."
+    if facts.width > _MAX_DIM:
+        return f"model dimension {facts.width} is above {_MAX_DIM}."
+    return triton_target.why_not(device, facts.dtype)
 
 
 def pre_shape(call: Call) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._backends import triton_launch
-from ..call import Call
+from ..call import LISTS, Call
 from ..plan import Gradients, Problem, wanted
 from ..rows import bound_on_tiles, rows_of
 from ..triton import arguments
@@ -22,7 +22,7 @@ _COLUMNS = 256  # of a program that does not have whole rows
 # Elements of each tensor that a program holds, in 4 warps: 32 or, in the backward, 16 per thread.
 _HELD_FORWARD, _HELD_BACKWARD = 4096, 2048
 _WIDE = 4096  # from this model dimension on, programs with whole rows have 16 warps
-_SUMMED = ("b1", "b2", "norm_weight", "norm_bias")  # gradients that the passes sum, per expert
+_SUMMED = LISTS[2:]  # gradients that the passes sum, per expert
 _TILE = Tile(block_t=16, block_n=_COLUMNS, block_k=16, num_warps=4, num_stages=1)
 
 
@@ -45,11 +45,10 @@ class Passes:
         self.tiles = bound_on_tiles(call, rows, tile.block_t)
         self._rows, self._problem = arguments.passed(rows), Problem.of(call, rows)
 
-    def over_rows(self, kernel: Any, *args: Any) -> None:
-        """Launch a pass whose programs have whole rows."""
-        dim = self.call.x.shape[1]
-        tile = replace(self._tile, num_warps=16) if dim > _WIDE else self._tile
-        block_r = self._held * tile.num_warps // _TILE.num_warps >> (dim - 1).bit_length()
+    def over_rows(self, kernel: Any, width: int, *args: Any) -> None:
+        """Launch a pass whose programs have whole rows of ``width`` columns."""
+        tile = replace(self._tile, num_warps=16) if width > _WIDE else self._tile
+        block_r = self._held * tile.num_warps // _TILE.num_warps >> (width - 1).bit_length()
         args = (*args, self._rows, self.call.norm_eps)
         self._launch(kernel, self.tiles, tile, block_r, *args)
 
@@ -62,7 +61,9 @@ class Passes:
         """Add up the lines of ``sums`` to gradients."""
         needed = gradients.needed
         given = [tuple(gradients.lists[name]) if needed.wants(name) else None for name in _SUMMED]
-        sizes = (max(map(len, self.call.w1)), *[self.call.x.shape[1]] * 4)
+        sizes = [max(map(len, self.call.w1)), *[self.call.x.shape[1]] * 4]
+        if self.call.sub_norm_weight:
+            sizes += [max(map(len, self.call.sub_norm_weight))] * 2
         blocks = sum(-(-size // passes.LINE_COLUMNS.value) for size in sizes)
         self._launch(
             *(passes.moe_ffn_sums_kernel, blocks * len(self.slices), self._tile, 1),
@@ -88,7 +89,10 @@ def _counts(call: Call) -> list[int]:
 
 
 def forward(call: Call, kept: Tensor) -> Tensor:
-    """y [T, D]; writes h1 and h2 to ``kept`` unless it is empty. Three launches of passes."""
+    """y [T, D]; writes h1 and h2 to ``kept`` unless it is empty.
+
+    There are three launches of passes, four with a sub-norm.
+    """
     dtype = call.w2[0].dtype if call.residual is None else call.residual.dtype
     y = call.x.new_empty(call.x.shape, dtype=dtype)
     if len(call.x) == 0:
@@ -101,7 +105,7 @@ def forward(call: Call, kept: Tensor) -> Tensor:
         h2 = normed  # overwritten
     del normed
     act = layer.activated(h1, overwrite=not call.save_pre)
-    h2 = layer.second_products(act, h2)
+    h2 = layer.second_products(layer.sub_normed(act, act), h2)
     vectors = (call.layer_scale, call.token_scale, call.residual)
     layer.passes.over_columns(
         *(passes.moe_ffn_branch_kernel, layer.dim, h2, y, layer.b2),
@@ -131,9 +135,12 @@ def _differentiate(dy: Tensor, kept: Tensor, layer: _Layer, gradients: Gradients
     needed = gradients.needed
     through = needed.x or needed.wants("norm_weight", "norm_bias")
     of_h1 = through or needed.wants("w1")
+    before_act = of_h1 or needed.wants("b1")
+    of_sub_norm = needed.wants("sub_norm_weight", "sub_norm_bias")
     sums = None
     if scale is not None or needed.wants(*_SUMMED):
-        lines = (run.tiles, layer.width + 4 * layer.dim)
+        of_hidden = 2 * layer.hidden if call.sub_norm_weight else 0
+        lines = (run.tiles, layer.width + 4 * layer.dim + of_hidden)
         sums = call.x.new_empty(lines, dtype=torch.float32)
 
     h1, h2 = layer.kept(kept)
@@ -146,7 +153,7 @@ def _differentiate(dy: Tensor, kept: Tensor, layer: _Layer, gradients: Gradients
     act = None
     if scale is not None and h2 is None:
         act = layer.activated(h1)
-        h2 = layer.second_products(act)
+        h2 = layer.second_products(layer.sub_normed(act))
     dh2 = layer.new(layer.dim)
     run.over_columns(
         *(passes.moe_ffn_bwd_branch_kernel, layer.dim, dy, None if scale is None else h2, dh2),
@@ -154,10 +161,22 @@ def _differentiate(dy: Tensor, kept: Tensor, layer: _Layer, gradients: Gradients
         *(arguments.contiguous(t) for t in (call.layer_scale, call.token_scale)),
     )
     dact, dh1 = None, None
-    if of_h1 or needed.wants("b1"):
+    if before_act or of_sub_norm:
         dact = layer.new(layer.hidden)
         for w2, rows in layer.experts(call.w2):
             torch.mm(dh2[rows], w2, out=dact[rows, : w2.shape[1]])
+    if call.sub_norm_weight and (before_act or of_sub_norm or needed.wants("w2")):
+        act = layer.activated(h1) if act is None else act
+        if dact is None:
+            act = layer.sub_normed(act, act)
+        else:
+            run.over_rows(
+                *(passes.moe_ffn_bwd_sub_norm_kernel, layer.hidden, act, dact),
+                *(act if needed.wants("w2") else None, dact if before_act else None),
+                *(sums if of_sub_norm else None, *layer.sub_norm),
+            )
+    if before_act:
+        assert dact is not None
         dh1 = layer.new(layer.width) if of_h1 else None
         written = dact if act is None and needed.wants("w2") else None
         run.over_columns(
@@ -223,7 +242,7 @@ class _Layer:
             return self.x
         call, out = self.call, self.new(self.dim)
         vectors = arguments.pointers(call.norm_weight), arguments.pointers(call.norm_bias)
-        self.passes.over_rows(passes.moe_ffn_norm_kernel, self.x, out, *vectors)
+        self.passes.over_rows(passes.moe_ffn_norm_kernel, self.dim, self.x, out, *vectors)
         return out
 
     def first_products(self, normed: Tensor, out: Tensor | None = None) -> Tensor:
@@ -238,6 +257,20 @@ class _Layer:
         act = h1 if overwrite and self.width == self.hidden else self.new(self.hidden)
         self.passes.over_columns(passes.moe_ffn_activation_kernel, self.hidden, h1, act, self.b1)
         return act
+
+    @property
+    def sub_norm(self) -> tuple[Any, ...]:
+        """The arguments that the passes of the sub-norm share."""
+        lists = self.call.sub_norm_weight, self.call.sub_norm_bias
+        return (*map(arguments.pointers, lists), 1 << (self.hidden - 1).bit_length())
+
+    def sub_normed(self, act: Tensor, out: Tensor | None = None) -> Tensor:
+        """sub_norm_e(act) [T, max F], written to ``out``, which may be act; act without one."""
+        if not self.call.sub_norm_weight:
+            return act
+        out = self.new(self.hidden) if out is None else out
+        self.passes.over_rows(passes.moe_ffn_sub_norm_kernel, self.hidden, act, out, *self.sub_norm)
+        return out
 
     def second_products(self, act: Tensor, out: Tensor | None = None) -> Tensor:
         """h2 = W2_e act [T, D]."""
@@ -261,7 +294,7 @@ class _Layer:
             torch.mm(dh1[rows, : len(w1)], w1, out=dnormed[rows])
         if not self.passes_x:
             self.passes.over_rows(
-                *(passes.moe_ffn_bwd_norm_kernel, self.x, dnormed),
+                *(passes.moe_ffn_bwd_norm_kernel, self.dim, self.x, dnormed),
                 dnormed if keeps_normed else None,
                 gradients.x if needed.x else None,
                 sums if needed.wants("norm_weight", "norm_bias") else None,

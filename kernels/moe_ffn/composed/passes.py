@@ -1,13 +1,14 @@
 """The passes over the rows between the products of moe_ffn, in Triton.
 
 A program processes the rows of one tile: block_t grouped rows of one expert, in steps of block_r.
-In the passes of the norm a program has whole rows, in all others block_n columns. Every row is read
-and written once, computed in float32 and rounded once. Scratch is in grouped order; x, dy, the
+In the passes of the norms a program has whole rows, in all others block_n columns. Every row is
+read and written once, computed in float32 and rounded once. Scratch is in grouped order; x, dy, the
 residual, y and dx are addressed by token. Rows and tiles are described in
 :mod:`vlmo.kernels.moe_ffn.triton.device`.
 
 The passes of the backward also write the sums of a tile's rows, one line of SUMS [tiles, P + 4 D]
-per tile: of the gradients of b1, b2, layer scale, norm weight and norm bias.
+per tile: of the gradients of b1, b2, layer scale, norm weight and norm bias. With a sub-norm, those
+of its weight and bias follow, 2 max F more.
 :func:`moe_ffn_sums_kernel` adds up the lines in a fixed order.
 """
 
@@ -44,7 +45,7 @@ def block_of_rows(start, step, C: tl.constexpr):
 @triton.jit
 def length_of_line(C: tl.constexpr):
     """Numbers in a line of SUMS."""
-    return C.max_pre + 4 * C.dim
+    return C.max_pre + 4 * C.dim + (2 * C.max_hidden if C.sub_norm else 0)
 
 
 @triton.jit
@@ -265,6 +266,7 @@ def moe_ffn_bwd_norm_kernel(
     expert, start, begin, end = find_tile(rows, tile, C)
     columns = tl.arange(0, C.block_d)
     within = columns < C.dim
+    NORM: tl.constexpr = C.norm
     BLOCK_R: tl.constexpr = C.block_r
     BLOCK_D: tl.constexpr = C.block_d
     dweight = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
@@ -277,12 +279,12 @@ def moe_ffn_bwd_norm_kernel(
         d = tl.load(DNORMED + at, mask=inside, other=0.0).to(tl.float32)
         if C.norm != "none":
             x = tl.load(X + token[:, None] * C.dim + columns[None, :], mask=inside, other=0.0)
-            unit, inverse = unit_rows(x.to(tl.float32), columns, norm_eps, C)
+            unit, inverse = unit_rows(x.to(tl.float32), columns, C.dim, norm_eps, NORM)
             dweight += term(d, unit)
             dbias += d
             weight = tl.load(select(NORM_WEIGHT, expert, C) + columns, mask=within, other=0.0)
             weight = weight.to(tl.float32)[None, :]
-            d = undo_unit_rows(term(d, weight), unit, inverse, C)
+            d = undo_unit_rows(term(d, weight), unit, inverse, C.dim, NORM)
         if DX is not None:
             dx = DX + token[:, None] * C.dim + columns[None, :]
             tl.store(dx, d.to(DX.dtype.element_ty), mask=inside)
@@ -296,6 +298,80 @@ def moe_ffn_bwd_norm_kernel(
 
 
 @triton.jit
+def moe_ffn_sub_norm_kernel(
+    ACT,  # [T, max F] grouped
+    HIDDEN,  # [T, max F] grouped, may be ACT
+    SUB_NORM_WEIGHT,
+    SUB_NORM_BIAS,
+    BLOCK_H: tl.constexpr,  # max F, rounded up to a power of two
+    rows,
+    norm_eps,
+    C: tl.constexpr,
+):
+    """sub_norm_e(act)."""
+    expert, start, _, end = find_tile(rows, tl.program_id(0), C)
+    width = width_of(expert, C)
+    columns = tl.arange(0, BLOCK_H)
+    within = columns < width
+    weight = tl.load(select(SUB_NORM_WEIGHT, expert, C) + columns, mask=within, other=0.0)
+    for step in range(C.row_steps):
+        grouped = block_of_rows(start, step, C)
+        inside = (grouped[:, None] < end) & within[None, :]
+        at = grouped[:, None].to(tl.int64) * C.max_hidden + columns[None, :]
+        act = tl.load(ACT + at, mask=inside, other=0.0).to(tl.float32)
+        unit, _ = unit_rows(act, columns, width, norm_eps, "layer")
+        unit *= weight.to(tl.float32)[None, :]
+        hidden = with_bias(unit, SUB_NORM_BIAS, expert, columns, within, C)
+        tl.store(HIDDEN + at, hidden.to(HIDDEN.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def moe_ffn_bwd_sub_norm_kernel(
+    ACT,  # [T, max F] grouped
+    DHIDDEN,  # [T, max F] grouped
+    HIDDEN,  # [T, max F] grouped, may be ACT; None if it is not needed
+    DACT,  # [T, max F] grouped, may be DHIDDEN; None if it is not needed
+    SUMS,  # None if not needed
+    SUB_NORM_WEIGHT,
+    SUB_NORM_BIAS,
+    BLOCK_H: tl.constexpr,
+    rows,
+    norm_eps,
+    C: tl.constexpr,
+):
+    """dact through the sub-norm, sub_norm_e(act), and the sums for the sub-norm."""
+    tile = tl.program_id(0)
+    expert, start, _, end = find_tile(rows, tile, C)
+    width = width_of(expert, C)
+    columns = tl.arange(0, BLOCK_H)
+    within = columns < width
+    weight = tl.load(select(SUB_NORM_WEIGHT, expert, C) + columns, mask=within, other=0.0)
+    weight = weight.to(tl.float32)[None, :]
+    BLOCK_R: tl.constexpr = C.block_r
+    dweight = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
+    dbias = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
+    for step in range(C.row_steps):
+        grouped = block_of_rows(start, step, C)
+        inside = (grouped[:, None] < end) & within[None, :]
+        at = grouped[:, None].to(tl.int64) * C.max_hidden + columns[None, :]
+        act = tl.load(ACT + at, mask=inside, other=0.0).to(tl.float32)
+        d = tl.load(DHIDDEN + at, mask=inside, other=0.0).to(tl.float32)
+        unit, inverse = unit_rows(act, columns, width, norm_eps, "layer")
+        dweight += term(d, unit)
+        dbias += d
+        if HIDDEN is not None:
+            hidden = with_bias(unit * weight, SUB_NORM_BIAS, expert, columns, within, C)
+            tl.store(HIDDEN + at, hidden.to(HIDDEN.dtype.element_ty), mask=inside)
+        if DACT is not None:
+            dact = undo_unit_rows(term(d, weight), unit, inverse, width, "layer")
+            tl.store(DACT + at, dact.to(DACT.dtype.element_ty), mask=inside)
+    if SUMS is not None:
+        line = SUMS + tile.to(tl.int64) * length_of_line(C) + C.max_pre + 4 * C.dim + columns
+        tl.store(line, tl.sum(dweight, 0), mask=within)
+        tl.store(line + C.max_hidden, tl.sum(dbias, 0), mask=within)
+
+
+@triton.jit
 def moe_ffn_sums_kernel(
     SUMS,
     # The gradients, each None if not needed; those of an expert with a frozen parameter are empty
@@ -303,6 +379,8 @@ def moe_ffn_sums_kernel(
     DB2,
     DNORM_WEIGHT,
     DNORM_BIAS,
+    DSUB_NORM_WEIGHT,
+    DSUB_NORM_BIAS,
     DSCALE,  # [D]
     rows,
     NEEDED: tl.constexpr,
@@ -311,20 +389,38 @@ def moe_ffn_sums_kernel(
     """Add up the lines of an expert's tiles, or for the layer scale of all tiles."""
     OF_PRE: tl.constexpr = (C.max_pre + LINE_COLUMNS - 1) // LINE_COLUMNS
     OF_DIM: tl.constexpr = (C.dim + LINE_COLUMNS - 1) // LINE_COLUMNS
-    expert = tl.program_id(0) // (OF_PRE + 4 * OF_DIM)
-    block = tl.program_id(0) % (OF_PRE + 4 * OF_DIM)
+    OF_HIDDEN: tl.constexpr = (C.max_hidden + LINE_COLUMNS - 1) // LINE_COLUMNS
+    OF_OTHERS: tl.constexpr = OF_PRE + 4 * OF_DIM
+    ALL: tl.constexpr = OF_OTHERS + (2 * OF_HIDDEN if C.sub_norm else 0)
+    expert = tl.program_id(0) // ALL
+    block = tl.program_id(0) % ALL
     kind = tl.where(block < OF_PRE, 0, 1 + (block - OF_PRE) // OF_DIM)
-    block = tl.where(kind == 0, block, (block - OF_PRE) % OF_DIM)
+    kind = tl.where(block < OF_OTHERS, kind, 5 + (block - OF_OTHERS) // OF_HIDDEN)
+    of_dim = (block - OF_PRE) % OF_DIM
+    of_hidden = (block - OF_OTHERS) % OF_HIDDEN
+    block = tl.where(kind == 0, block, tl.where(kind < 5, of_dim, of_hidden))
     columns = block * LINE_COLUMNS + tl.arange(0, LINE_COLUMNS)
     # Up to Triton 3.6 a field cannot be passed directly.
     OF_B1: tl.constexpr = NEEDED.b1
     OF_B2: tl.constexpr = NEEDED.b2
     OF_WEIGHT: tl.constexpr = NEEDED.norm_weight
     OF_BIAS: tl.constexpr = NEEDED.norm_bias
+    OF_SUB_WEIGHT: tl.constexpr = NEEDED.sub_norm_weight
+    OF_SUB_BIAS: tl.constexpr = NEEDED.sub_norm_bias
     if kind == 0:
         if DB1 is not None:
             width = width_of(expert, C) * C.halves
             store_sum(SUMS, DB1, OF_B1, expert, columns, width, rows, C)
+    elif kind >= 5:
+        source = SUMS + C.max_pre + 4 * C.dim
+        width = width_of(expert, C)
+        if kind == 5:
+            if DSUB_NORM_WEIGHT is not None:
+                store_sum(source, DSUB_NORM_WEIGHT, OF_SUB_WEIGHT, expert, columns, width, rows, C)
+        else:
+            if DSUB_NORM_BIAS is not None:
+                source += C.max_hidden
+                store_sum(source, DSUB_NORM_BIAS, OF_SUB_BIAS, expert, columns, width, rows, C)
     else:
         source = SUMS + C.max_pre + (kind - 1) * C.dim
         if kind == 1:

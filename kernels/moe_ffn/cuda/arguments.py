@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import target
-from ..call import GATED, LISTS, Call
+from ..call import GATED, WITHOUT_SUB_NORM, Call
 from ..rows import Rows
 
 TILE = 128  # rows and columns of a tile, kTile
@@ -33,7 +33,7 @@ STAGGERED = 640
 
 class Expert(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in LISTS),
+        *((name, ctypes.c_void_p) for name in WITHOUT_SUB_NORM),
         ("hidden", ctypes.c_int64),
     ]
 
@@ -148,7 +148,7 @@ def call_argument(
         stagger=STAGGER if bound * sum(tasks) >= STAGGERED else 0,
     )
     for e, expert in enumerate(argument.experts[: len(call.w1)]):
-        for name in LISTS:
+        for name in WITHOUT_SUB_NORM:
             tensors = getattr(call, name)
             setattr(expert, name, pointer(tensors[e]) if tensors else None)
         expert.hidden = call.w2[e].shape[1]

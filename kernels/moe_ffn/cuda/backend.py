@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._backends import cuda as cuda_target
-from ..call import Call, pre_shape, why_not_weight
+from ..call import Call, Facts, pre_shape, why_not_single_launch
 from ..plan import Gradients
 from ..rows import rows_of
 from . import arguments as host
@@ -17,23 +17,16 @@ from .backward_weights import launch_weights
 from .forward import CUBIN, launch_forward
 
 
-def why_not(
-    device: torch.device,
-    dtype: torch.dtype,
-    width: int,
-    hidden: Sequence[int],
-    activation: str,
-    counted: bool,
-) -> str | None:
+def why_not(device: torch.device, facts: Facts) -> str | None:
     """The reason why :func:`forward` cannot run, or None."""
-    if len(hidden) > host.MAX_EXPERTS:
-        return f"{len(hidden)} experts; the kernels take at most {host.MAX_EXPERTS}."
-    if width % 8:
-        return f"model dimension {width} is not a multiple of 8, as loads of 16 bytes need."
-    for size in hidden:
+    if len(facts.hidden) > host.MAX_EXPERTS:
+        return f"{len(facts.hidden)} experts; the kernels take at most {host.MAX_EXPERTS}."
+    if facts.width % 8:
+        return f"model dimension {facts.width} is not a multiple of 8, as loads of 16 bytes need."
+    for size in facts.hidden:
         if size % 8:
             return f"hidden width {size} is not a multiple of 8, as loads of 16 bytes need."
-    return why_not_weight(width, hidden, activation) or cuda_target.why_not(CUBIN, device, dtype)
+    return why_not_single_launch(facts) or cuda_target.why_not(CUBIN, device, facts.dtype)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._backends import cuda as cuda_target
-from ..call import LISTS, Call
+from ..call import WITHOUT_SUB_NORM, Call
 from ..counters import take_counters
 from ..plan import Gradients, Problem, RowsPlan, RowsScratch, plan_weights
 from ..rows import Rows
@@ -21,7 +21,7 @@ _COUNTERS = 3  # next ticket, finished CTAs, contributions to dlayer_scale; then
 class GradientArgument(ctypes.Structure):
     """``Gradient`` of moe_ffn_bwd_weights.cu."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in LISTS]
+    _fields_ = [(name, ctypes.c_void_p) for name in WITHOUT_SUB_NORM]
 
 
 class BackwardWeightsArgument(ctypes.Structure):
@@ -106,13 +106,13 @@ def launch_weights(
 
 def _gradient_arguments(lists: dict[str, list[Tensor]]) -> ctypes.Array[GradientArgument]:
     arguments = (GradientArgument * host.MAX_EXPERTS)()
-    for name in LISTS:
+    for name in WITHOUT_SUB_NORM:
         for argument, gradient in zip(arguments, lists[name], strict=False):
             setattr(argument, name, host.pointer(gradient) if gradient.numel() else None)
     return arguments
 
 
 def _norm_is_half(lists: dict[str, list[Tensor]]) -> bool:
-    dtypes = {t.dtype for name in LISTS[4:] for t in lists[name] if t.numel()}
+    dtypes = {t.dtype for name in WITHOUT_SUB_NORM[4:] for t in lists[name] if t.numel()}
     assert len(dtypes) <= 1, dtypes
     return dtypes == {torch.float16}

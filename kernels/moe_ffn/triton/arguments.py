@@ -74,6 +74,7 @@ def make_config(
     rounds: bool,
     tile: Tile,
     descriptors: bool = False,
+    sub_norm: bool = False,
 ) -> Config:
     """Compile-time constants of a kernel; the kernel's launcher sets its phases."""
     gated = activation in GATED
@@ -88,6 +89,7 @@ def make_config(
         gated=gated,
         halves=halves,
         max_pre=max(hidden) * halves,
+        sub_norm=sub_norm,
         precision=precision,
         rounds=rounds,
         tasks=(),
@@ -114,7 +116,7 @@ def make_config(
 def config_of(problem: Problem, precision: str, tile: Tile, descriptors: bool = False) -> Config:
     rounds = problem.dtype != torch.float32
     facts = (problem.dim, problem.hidden, problem.norm, problem.activation, precision, rounds)
-    return make_config(*facts, tile, descriptors)
+    return make_config(*facts, tile, descriptors, problem.sub_norm)
 
 
 def uses_descriptors(tile: Tile, w1: Sequence[Tensor], w2: Sequence[Tensor]) -> bool:

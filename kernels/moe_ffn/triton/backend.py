@@ -13,27 +13,18 @@ import torch
 from torch import Tensor
 
 from ..._backends import triton as triton_target
-from ..call import Call, pre_shape, why_not_weight
+from ..call import Call, Facts, pre_shape, why_not_single_launch
 
 __all__ = ["backward", "forward", "pre_shape", "why_not"]
 
 _MAX_DIM = 16384  # the phases without products hold a whole row in registers
 
 
-def why_not(
-    device: torch.device,
-    dtype: torch.dtype,
-    width: int,
-    hidden: Sequence[int],
-    activation: str,
-    counted: bool,
-) -> str | None:
+def why_not(device: torch.device, facts: Facts) -> str | None:
     """The reason why :func:`forward` cannot run, or None."""
-    if width > _MAX_DIM:
-        return f"model dimension {width} is above {_MAX_DIM}."
-    if reason := why_not_weight(width, hidden, activation):
-        return reason
-    return triton_target.why_not(device, dtype)
+    if facts.width > _MAX_DIM:
+        return f"model dimension {facts.width} is above {_MAX_DIM}."
+    return why_not_single_launch(facts) or triton_target.why_not(device, facts.dtype)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

@@ -368,6 +368,7 @@ def undo_norm(
     columns = tl.arange(0, C.block_d)
     within = columns < C.dim
     weight = tl.load(select(NORM_WEIGHT, expert, C) + columns, mask=within, other=0.0)
+    NORM: tl.constexpr = C.norm
     BLOCK_D: tl.constexpr = C.block_d
     BLOCK_R: tl.constexpr = C.block_r
     dweight = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
@@ -379,13 +380,14 @@ def undo_norm(
 
         at = token[:, None] * C.dim + columns[None, :]
         x = tl.load(X + at, mask=within[None, :], other=0.0)
-        unit, inverse = unit_rows(x.to(tl.float32), columns, norm_eps, C)
+        unit, inverse = unit_rows(x.to(tl.float32), columns, C.dim, norm_eps, NORM)
         dnormed = DNORMED + grouped[:, None].to(tl.int64) * C.dim + columns[None, :]
         d = tl.load(dnormed, mask=inside, other=0.0).to(tl.float32)
         dweight += term(d, unit)
         dbias += d
         if DX is not None:
-            dx = undo_unit_rows(term(d, weight.to(tl.float32)[None, :]), unit, inverse, C)
+            d = term(d, weight.to(tl.float32)[None, :])
+            dx = undo_unit_rows(d, unit, inverse, C.dim, NORM)
             tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=inside)
     if SUM_NORM is not None:
         sums = SUM_NORM + (tile * C.tasks[3] + part).to(tl.int64) * (2 * C.dim) + columns

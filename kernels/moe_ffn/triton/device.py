@@ -29,6 +29,7 @@ class Config(NamedTuple):
     gated: bool
     halves: int  # of a pre-activation: 2 (gate and value) or 1
     max_pre: int  # columns of the widest expert's pre-activation: P
+    sub_norm: bool  # whether the hidden activations are normalised
     precision: str  # of float32 products: "ieee" or "tf32"
     rounds: bool  # whether activations are rounded to 16 bits
     tasks: tuple[int, ...]  # tasks of a row tile in each phase
@@ -453,21 +454,21 @@ def gate_and_value(h, C: tl.constexpr):
 
 
 @triton.jit
-def unit_rows(x, columns, eps, C: tl.constexpr):
+def unit_rows(x, columns, width, eps, NORM: tl.constexpr):
     """The normalised rows xhat of LayerNorm or RMSNorm, and each row's 1 / deviation; float32."""
-    if C.norm == "layer":
-        mean = tl.sum(x, 1) / C.dim
-        x = tl.where(columns[None, :] < C.dim, x - mean[:, None], 0.0)
-    inverse = tl.rsqrt(tl.sum(term(x, x), 1) / C.dim + eps)
+    if NORM == "layer":
+        mean = tl.sum(x, 1) / width
+        x = tl.where(columns[None, :] < width, x - mean[:, None], 0.0)
+    inverse = tl.rsqrt(tl.sum(term(x, x), 1) / width + eps)
     return x * inverse[:, None], inverse
 
 
 @triton.jit
-def undo_unit_rows(d, unit, inverse, C: tl.constexpr):
+def undo_unit_rows(d, unit, inverse, width, NORM: tl.constexpr):
     """The gradient of x from ``d``, that of the results of :func:`unit_rows`."""
-    dx = d - unit * (tl.sum(term(d, unit), 1) / C.dim)[:, None]
-    if C.norm == "layer":
-        dx -= (tl.sum(d, 1) / C.dim)[:, None]
+    dx = d - unit * (tl.sum(term(d, unit), 1) / width)[:, None]
+    if NORM == "layer":
+        dx -= (tl.sum(d, 1) / width)[:, None]
     return dx * inverse[:, None]
 
 
@@ -490,7 +491,8 @@ def normalise(
     inside = (grouped[:, None] < end) & within[None, :]
 
     x = tl.load(X + token[:, None] * C.dim + columns[None, :], mask=within[None, :], other=0.0)
-    unit, _ = unit_rows(x.to(tl.float32), columns, norm_eps, C)
+    NORM: tl.constexpr = C.norm
+    unit, _ = unit_rows(x.to(tl.float32), columns, C.dim, norm_eps, NORM)
     weight = tl.load(select(NORM_WEIGHT, expert, C) + columns, mask=within, other=0.0)
     y = unit * weight.to(tl.float32)[None, :]
     if NORM_BIAS is not None:

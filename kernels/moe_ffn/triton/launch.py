@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..._backends import triton_launch
-from ..call import LISTS, Call, pre_shape
+from ..call import WITHOUT_SUB_NORM, Call, pre_shape
 from ..counters import take_counters
 from ..plan import Gradients, Needed, Problem, RowsPlan, WeightsPlan, plan_rows, plan_weights
 from ..rows import rows_of
@@ -105,7 +105,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     tensors = (
         *(x.contiguous(), normed, pre if call.save_pre else None, hidden, y),
         *(w1, w2, *others),
-        *map(arguments.contiguous, call[7:10]),  # layer_scale, token_scale, residual
+        *map(arguments.contiguous, (call.layer_scale, call.token_scale, call.residual)),
         arguments.passed(rows),
     )
     for config, programs in plan.launches:
@@ -179,7 +179,7 @@ def _plan_backward(
         w2_tiles=weights.w2_tiles,
         whole=weights.whole,
         workers=weights.workers,
-        **needed.lists,
+        **{name: needed.lists[name] for name in WITHOUT_SUB_NORM},
         sum_blocks=weights.sum_blocks,
         dbranch_rows=rows.tasks[0],
         norm_rows=rows.tasks[3],
@@ -256,7 +256,7 @@ def _launch(dy: Tensor, pre: Tensor | None, call: Call, gradients: Gradients) ->
             made.dpre if made.hidden is None else made.hidden,
             *(partial if tensor is None else tensor for tensor in sums),
             *(partial, scratch.sum_scale, scratch.sum_bias),
-            *(tuple(gradients.lists[name]) or None for name in LISTS),
+            *(tuple(gradients.lists[name]) or None for name in WITHOUT_SUB_NORM),
             *(gradients.scale, w2, b2, layer_scale, passed, counters),
             *(call.norm == "none", dbranch is None, plan.weights_config, plan.work),
         )
