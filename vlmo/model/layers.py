@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmo.kernels import Constants, moe_ffn
+from vlmo.kernels import Constants
+from vlmo.kernels.nn import FeedForward, feed_forward
+from vlmo.kernels.wrappers import is_plain, rows_of
 from vlmo.model.config import VLMoConfig
 from vlmo.model.layout import Chosen, Experts, Layout, Tokens
-from vlmo.model.wrappers import is_plain, rows_of
 
 
 class PatchEmbedding(nn.Module):
@@ -80,23 +80,6 @@ class Attention(nn.Module):
         return qkv.unflatten(-1, (3, self.heads, -1))
 
 
-class Mlp(nn.Module):
-    """One expert. :func:`vlmo.kernels.moe_ffn` reads its weights directly if ``is_plain``."""
-
-    def __init__(self, config: VLMoConfig):
-        super().__init__()
-        hidden = int(config.dim * config.mlp_ratio)
-        self.fc1 = nn.Linear(config.dim, hidden)
-        self.fc2 = nn.Linear(hidden, config.dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-    def is_plain(self) -> bool:
-        """Whether its weights determine its output, see :func:`vlmo.model.wrappers.is_plain`."""
-        return is_plain(self, Mlp) and all(is_plain(fc, nn.Linear) for fc in (self.fc1, self.fc2))
-
-
 class Block(nn.Module):
     """Pre-norm block: shared self-attention, then the expert of each token's modality."""
 
@@ -112,7 +95,8 @@ class Block(nn.Module):
             self.attn_text = Attention(config)
         for expert in ("text", "imag", *(("vl",) if self.has_vl else ())):
             self.add_module(f"norm2_{expert}", nn.LayerNorm(config.dim, eps=1e-6))
-            self.add_module(f"mlp_{expert}", Mlp(config))
+            hidden = int(config.dim * config.mlp_ratio)
+            self.add_module(f"mlp_{expert}", FeedForward(config.dim, hidden))
         self.gamma_1 = self.gamma_2 = None
         if config.layer_scale is not None:
             self.gamma_1 = nn.Parameter(torch.full((config.dim,), config.layer_scale))
@@ -146,25 +130,11 @@ class Block(nn.Module):
         token_scale = None
         if drops:
             token_scale = tokens.drop_path_of_experts(self.drop_path, self.has_vl, x.device)
-        plain = all(isinstance(mlp, Mlp) and mlp.is_plain() for mlp in mlps)
-        if not plain or not all(is_plain(norm, nn.LayerNorm) for norm in norms):
-            branch = _through_modules(x, experts, norms, mlps)
-            if self.gamma_2 is not None:
-                branch = branch * self.gamma_2
-            if token_scale is not None:
-                branch = (branch * token_scale[..., None]).to(branch.dtype)
-            return x + branch
-        return moe_ffn(
+        return feed_forward(
             x,
             experts.routing,
-            [mlp.fc1.weight for mlp in mlps],
-            [mlp.fc2.weight for mlp in mlps],
-            b1=[mlp.fc1.bias for mlp in mlps],
-            b2=[mlp.fc2.bias for mlp in mlps],
-            norm="layer",
-            norm_weight=[norm.weight for norm in norms],
-            norm_bias=[norm.bias for norm in norms],
-            norm_eps=1e-6,
+            mlps,
+            norms=norms,
             layer_scale=self.gamma_2,
             token_scale=token_scale,
             residual=x,
@@ -183,22 +153,6 @@ class Block(nn.Module):
         if self.attn_text is None:
             return self.attn.proj(attended)
         return tokens.by_modality(attended, self.attn_text.proj, self.attn.proj)
-
-
-def _through_modules(
-    x: Tensor,  # [..., D]
-    experts: Experts,
-    norms: Sequence[nn.Module],
-    mlps: Sequence[nn.Module],
-) -> Tensor:  # [..., D]
-    """Apply each token's expert, ``mlp(norm(x))``, by calling the modules."""
-    flat = x.flatten(0, -2)
-    if len(mlps) == 1:
-        return mlps[0](norms[0](flat)).view(*x.shape[:-1], -1)
-    rows = experts.routing.grouping(flat.shape[0], x.device).rows.long()
-    parts = flat[rows].split(experts.counts)
-    out = torch.cat([mlp(norm(p)) for mlp, norm, p in zip(mlps, norms, parts, strict=True)])
-    return torch.empty_like(out).index_copy(0, rows, out).view(*x.shape[:-1], -1)
 
 
 class MultiwayTransformer(nn.Module):

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlmo.kernels import Constants, RelativePositionIndex
 from vlmo.kernels.arguments import check_values
+from vlmo.kernels.wrappers import rows_of
 from vlmo.model.config import VLMoConfig
 from vlmo.model.layers import (
     Attention,
@@ -30,7 +31,6 @@ from vlmo.model.layers import (
     classifier,
 )
 from vlmo.model.layout import Chosen, Layout, Packed, Padded, Run
-from vlmo.model.wrappers import rows_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
