@@ -9,18 +9,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmo.kernels import Constants
+from vlmo.kernels.arguments import check_values
 from vlmo.kernels.nn import FeedForward, feed_forward
 from vlmo.kernels.wrappers import is_plain, rows_of
 from vlmo.model.config import VLMoConfig
 from vlmo.model.layout import Chosen, Experts, Layout, Tokens
 
+_LARGEST_PIXEL = 16.0  # larger than usual normalisations give, smaller than values of 0..255
+
+
+def normalised_pixels(
+    image: Tensor,  # [B, 3, S, S], uint8 or floating point
+    size: int,
+    dtype: torch.dtype,
+    mean: float | Tensor = 0.5,
+    std: float | Tensor = 0.5,
+) -> Tensor:  # [B, 3, S, S]
+    """Images as a model takes them; floats are unchanged, uint8 is normalised to ``dtype``.
+
+    Raises:
+        ValueError: the shape is wrong, or floats are far outside [-1, 1], such as 0 to 255; on a
+            GPU the last case is a device-side assertion.
+    """
+    if image.dim() != 4 or image.shape[1:] != (3, size, size):
+        raise ValueError(f"image: shape {tuple(image.shape)} is not (batch, 3, {size}, {size})")
+    if image.dtype == torch.uint8:
+        return image.to(dtype).div(255 * std).sub(mean / std)
+    check_values("image", image, image.abs() > _LARGEST_PIXEL, "not scaled to -1..1")
+    return image
+
 
 class PatchEmbedding(nn.Module):
     """Pixels ``[B, 3, S, S]`` to patches ``[B, (S / patch)^2, D]``, row by row."""
 
-    def __init__(self, config: VLMoConfig):
+    def __init__(self, dim: int, patch_size: int):
         super().__init__()
-        self.proj = nn.Conv2d(3, config.dim, config.patch_size, stride=config.patch_size)
+        self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.proj(image).flatten(2).transpose(1, 2)
@@ -160,7 +184,7 @@ class MultiwayTransformer(nn.Module):
 
     def __init__(self, config: VLMoConfig):
         super().__init__()
-        self.patch_embed = PatchEmbedding(config)
+        self.patch_embed = PatchEmbedding(config.dim, config.patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
         self.pos_embed = None
         if config.absolute_position:
