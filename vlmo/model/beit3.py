@@ -14,7 +14,8 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Concatenate, NamedTuple, ParamSpec, TypeVar, cast
+from pathlib import Path
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -367,6 +368,20 @@ class BEiT3(nn.Module):
         self.beit3 = Backbone(config)
         self._add_heads(config)
         self.init_weights()
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, **changes: Any) -> BEiT3:
+        """Load the model of a checkpoint file; ``changes`` replace fields of its configuration.
+
+        Use :func:`vlmo.load_checkpoint` to get its report; it also documents the layouts and
+        errors.
+        """
+        from vlmo.checkpoint.beit3 import config_of
+        from vlmo.checkpoint.io import load_checkpoint
+
+        model = cls(config_of(path, **changes))
+        load_checkpoint(model, path)
+        return model
 
     def _add_heads(self, config: BEiT3Config) -> None:
         tasks, dim = set(config.tasks), config.dim
