@@ -323,15 +323,15 @@ def by_expert(
     routing.check_tokens(x.shape[:-1], x.device)
     flat = x.flatten(0, -2)
     if len(functions) == 1:
-        return functions[0](flat).view(*x.shape[:-1], -1)
+        return functions[0](flat).unflatten(0, x.shape[:-1])
     if routing.by_arithmetic:
         sequences = flat.view(-1, routing.max_length, flat.shape[-1])
         parts = sequences.split([length for _, length in routing.pieces], dim=1)
         outs = [
-            functions[expert](part.flatten(0, 1)).view(*part.shape[:2], -1)
+            functions[expert](part.flatten(0, 1)).unflatten(0, part.shape[:2])
             for (expert, _), part in zip(routing.pieces, parts, strict=True)
         ]
-        return torch.cat(outs, dim=1).view(*x.shape[:-1], -1)
+        return torch.cat(outs, dim=1).flatten(0, 1).unflatten(0, x.shape[:-1])
     grouping = routing.grouping(flat.shape[0], x.device)
     counts = routing.counts or tuple(grouping.offsets.diff().tolist())
     if routing.pieces:
@@ -339,7 +339,7 @@ def by_expert(
     rows = grouping.rows.long()
     parts = flat[rows].split(counts)
     out = torch.cat([function(part) for function, part in zip(functions, parts, strict=True)])
-    return torch.empty_like(out).index_copy(0, rows, out).view(*x.shape[:-1], -1)
+    return torch.empty_like(out).index_copy(0, rows, out).unflatten(0, x.shape[:-1])
 
 
 def _reference_linear(

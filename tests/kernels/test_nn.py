@@ -271,3 +271,19 @@ def test_each_function_is_called_once_for_tokens_without_padding():
         x = torch.randn(2, 5, D)
         assert torch.equal(by_expert(x, routing, [function] * 2), x)
         assert shapes == [(ids.count(e), D) for e in used]
+
+
+def test_no_tokens():
+    ffn, linear = MultiwayFFN(D, F, NAMES, sub_norm=True), MultiwayLinear(D, 6, NAMES)
+    norm = MultiwayNorm(D, NAMES)
+    for kind in ("segments", "interleaved", "one expert"):
+        routing, _ = ROUTINGS[kind]
+        out = linear(ffn(torch.randn(0, 5, D), routing, norm=norm), routing)
+        assert out.shape == (0, 5, 6)
+    routing = ModalityRouting.packed([[(1, 3)]], num_experts=2)  # none for the first expert
+    linear(ffn(torch.randn(3, D), routing, norm=norm), routing).sum().backward()
+    for module in (ffn, norm, linear):
+        for name, expert in module.items():
+            gradients = [p.grad for p in expert.parameters() if p.grad is not None]
+            assert len(gradients) == len([*expert.parameters()])
+            assert any(bool(grad.any()) for grad in gradients) == (name == "text")

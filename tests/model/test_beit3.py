@@ -224,12 +224,39 @@ def test_autocast(batch, kernels):
 
 
 @pytest.mark.heavy
-def test_compiles_in_one_graph(batch):
-    model = model_of("irtr", "captioning")
-    compiled = torch.compile(model.fuse, backend="aot_eager", fullgraph=True)
-    for causal in (False, True):
-        inputs = batch["text_ids"], batch["text_mask"], batch["image"]
-        assert_same([*compiled(*inputs, causal=causal)], [*model.fuse(*inputs, causal=causal)])
+def test_compiles_once_for_all_lengths_of_texts(batch):
+    model = model_of()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(model.fuse, backend=backend, fullgraph=True, dynamic=True)
+    for length in (4, 5, 7):
+        text, mask = (batch[name][:, :length].contiguous() for name in ("text_ids", "text_mask"))
+        inputs = text, mask, batch["image"]
+        assert_same([*compiled(*inputs)], [*model.fuse(*inputs)])
+        assert_same([*compiled(*inputs, causal=True)], [*model.fuse(*inputs, causal=True)])
+    assert len(graphs) == 2
+
+
+@pytest.mark.heavy
+def test_export(batch):
+    model = model_of()
+    inputs = batch["text_ids"], batch["text_mask"], batch["image"]
+
+    class Fuse(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, *inputs: Tensor) -> list[Tensor]:
+            return [*self.model.fuse(*inputs)]
+
+    exported = torch.export.export(Fuse(), inputs).module()
+    assert_same(exported(*inputs), [*model.fuse(*inputs)])
 
 
 @pytest.mark.parametrize(
