@@ -27,6 +27,7 @@ from harness.contenders import Case, Work, leaves
 from harness.meter import median_seconds
 from harness.session import describe_error, why_inexact
 from vlmo.device import versions
+from vlmo.kernels._backends.triton import has_descriptors
 from vlmo.kernels.moe_ffn.triton import tiles
 from vlmo.kernels.moe_ffn.triton.tiles import Tile, Tiles, use_tiles
 from vlmo.kernels.target import GENERATIONS, describe, interpreted
@@ -160,8 +161,10 @@ def _why_dropped(trial: Trial, kernel: str, row: Tiles) -> str | None:
         return describe_error(error)
 
 
-def candidates(shared_bytes: int, itemsize: int, quick: bool = False) -> list[Tile]:
-    """The tiles that fit on a multiprocessor."""
+def candidates(
+    shared_bytes: int, itemsize: int, quick: bool = False, descriptors: bool = False
+) -> list[Tile]:
+    """The tiles that fit on a multiprocessor; each also with ``descriptors`` if that is set."""
     if quick:
         axes: tuple[Sequence[int], ...] = (
             (128,),
@@ -173,7 +176,8 @@ def candidates(shared_bytes: int, itemsize: int, quick: bool = False) -> list[Ti
         )
     else:
         axes = ((64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4, 5), (1, 2))
-    tiles_of = itertools.starmap(Tile, itertools.product(*axes))
+    ways = (False, True) if descriptors else (False,)
+    tiles_of = itertools.starmap(Tile, itertools.product(*axes, ways))
     return [tile for tile in tiles_of if _fits(tile, shared_bytes, itemsize)]
 
 
@@ -195,8 +199,10 @@ def row_of(key: tuple[str, str], found: Tiles) -> str:
     for kernel in KERNELS:
         tile = getattr(found, kernel)
         sizes = [tile.block_t, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages]
-        sizes += [tile.programs] if tile.programs != 1 else []
-        lines.append(f"        {kernel}=Tile({', '.join(map(str, sizes))}),")
+        words = [*map(str, sizes)]
+        words += [f"programs={tile.programs}"] if tile.programs != 1 else []
+        words += ["descriptors=True"] if tile.descriptors else []
+        lines.append(f"        {kernel}=Tile({', '.join(words)}),")
     return "\n".join([*lines, "    ),"])
 
 
@@ -240,8 +246,10 @@ def main() -> int:
         print("Interpreted: this shows that the search works; its times mean nothing.")
     else:
         device = torch.device("cuda", torch.cuda.current_device())
-        shared = GENERATIONS[tiles.key_of(device, dtype)[0]].shared_bytes
-        shapes = candidates(shared, dtype.itemsize, given.quick)
+        generation = GENERATIONS[tiles.key_of(device, dtype)[0]]
+        # Hopper and Blackwell have an engine for copies by tensor descriptors.
+        described = dtype.itemsize == 2 and generation.since >= (9, 0) and has_descriptors()
+        shapes = candidates(generation.shared_bytes, dtype.itemsize, given.quick, described)
     shape = dict(tokens=given.tokens, split=given.split)
     trial = Trial(Case("moe_ffn", given.size, dtype, "forward+backward", shape), device)
     best = tiles.choose(device, dtype)

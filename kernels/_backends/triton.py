@@ -12,6 +12,7 @@ from .. import target
 OPERANDS = ("16-bit", "32-bit")  # kinds of operand that have their own rows in tile tables
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _OLDEST_TRITON = (3, 4)  # the first version that accepts a NamedTuple of constants
+_DESCRIPTORS = (3, 6)  # the first version whose tensor descriptors are tested here
 
 
 def _installed_triton() -> str | None:
@@ -29,7 +30,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why no Triton kernel can run on ``device`` in ``dtype``, or None."""
     if _TRITON is None:
         return "Triton is not installed."
-    if tuple(map(int, _TRITON.split(".")[:2])) < _OLDEST_TRITON:
+    if _version(_TRITON) < _OLDEST_TRITON:
         oldest = ".".join(map(str, _OLDEST_TRITON))
         return f"Triton {_TRITON} is older than {oldest}."
     if dtype not in _DTYPES:
@@ -47,6 +48,24 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         name = "sm_{}{}".format(*capability)
         return f"{device} is {name}; Triton has no tensor cores below sm_80."
     return None
+
+
+def _version(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")[:2]))
+
+
+def has_descriptors() -> bool:
+    """Whether the installed Triton is recent enough for tensor descriptors."""
+    return _TRITON is not None and _version(_TRITON) >= _DESCRIPTORS
+
+
+def require_descriptors() -> None:
+    """Raise NotImplementedError without a Triton that :func:`has_descriptors`."""
+    if not has_descriptors():
+        oldest = ".".join(map(str, _DESCRIPTORS))
+        raise NotImplementedError(
+            f"tiles with descriptors=True need Triton {oldest}, and {_TRITON} is installed."
+        )
 
 
 def operands_of(dtype: torch.dtype) -> str:

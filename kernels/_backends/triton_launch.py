@@ -8,6 +8,7 @@ under a key of its own, which is quick to make, and passes the arguments to Trit
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import itertools
 import operator
@@ -36,14 +37,27 @@ def launch(kernel: Any, device: torch.device, programs: int, tile: Options, *arg
         kernel: a function decorated with ``triton.jit``.
         device: device of the tensors.
         programs: size of the grid.
-        tile: its numbers of warps and stages are used.
+        tile: its numbers of warps and stages are used, and whether it has tensor descriptors.
         args: arguments of the kernel.
     """
     if _ahead is not None:
         _ahead.add(kernel, device, *args, grid=(programs,), **compile_options(tile))
         return
     with _on(device):
-        _run(kernel, (programs,), tile, args)
+        if getattr(tile, "descriptors", False):
+            # Triton asks an allocator for their memory; the caller may have set another one.
+            contextvars.copy_context().run(_run_with_scratch, kernel, (programs,), tile, args)
+        else:
+            _run(kernel, (programs,), tile, args)
+
+
+def _run_with_scratch(*args: Any) -> None:
+    triton.set_allocator(_allocate)
+    _run(*args)
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device="cuda")  # aligned to 512 bytes
 
 
 _compiled: dict[tuple, CompiledKernel] = {}

@@ -3,7 +3,8 @@
 ``python tests/kernels/compiled.py table:sm_90`` prints one JSON line for each kernel that the
 library would launch on that GPU, with the tensor-core instructions in the PTX, the bytes of local
 memory, its accesses inside main loops and the registers in the machine code, and the shared memory.
-``layer`` instead of ``table`` does this for VLMo's layer in bfloat16 only. ``options`` compiles the
+``layer`` instead of ``table`` does this for VLMo's layer in bfloat16 only, and ``descriptors`` for
+16-bit layers whose operands are read through tensor descriptors. ``options`` compiles the
 cases of the parity tests in small tiles, because the interpreter that runs them does not check
 types. ``types`` only checks types. ``lanes`` compiles two cases in tiles so small that every sum is
 over lanes. ``composed`` and ``composed-types`` do for the passes of the backend "composed" what
@@ -18,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -137,6 +138,10 @@ def all_options(facts, implementation) -> None:
             run_options(case, x_dtype, half, len(needs) > 1, needs, implementation)
 
 
+def with_descriptors(row: tiles.Tiles) -> tiles.Tiles:
+    return tiles.Tiles(*(replace(getattr(row, f.name), descriptors=True) for f in fields(row)))
+
+
 def say(**facts) -> None:
     """Print a line of JSON that includes Triton's version."""
     print(json.dumps(dict(triton=triton.__version__, **facts)), flush=True)
@@ -200,7 +205,8 @@ def compile_for(generation: str, what: str) -> None:
             return tiles.INTERPRETED
         if what == "lanes":
             return tiles.Tiles(*[tiles.Tile(16, 32, 16, 4, 2)] * 4)
-        return tiles.TABLE[generation, operands_of(dtype)]
+        row = tiles.TABLE[generation, operands_of(dtype)]
+        return with_descriptors(row) if what == "descriptors" else row
 
     def compile_only(kernel, device, programs, tile, *args):
         name = kernel.fn.__name__.removeprefix("moe_ffn_").removesuffix("_kernel")
@@ -226,6 +232,7 @@ def compile_for(generation: str, what: str) -> None:
             shared_bytes=compiled.metadata.shared,
             products=compiled.asm["ttgir"].count("dot"),
             async_copies=ptx.count("cp.async.c"),
+            tensor_copies=ptx.count("cp.async.bulk.tensor"),
             contracted=contracted(ptx),
             **counts,
         )
@@ -251,6 +258,8 @@ def compile_for(generation: str, what: str) -> None:
                 if tf32 and (layer != "vlmo" or implementation is composed_impl):
                     continue
                 if what == "layer" and (layer, dtype) != ("vlmo", torch.bfloat16):
+                    continue
+                if what == "descriptors" and dtype != torch.bfloat16:
                     continue
                 every = saved or implementation is composed_impl
                 facts["wanted"] = (lambda name: True) if every else (lambda name: "rows" in name)

@@ -120,20 +120,35 @@ def phases(
     owners = _owners(blocks, source, {n for functions in wanted.values() for n in functions})
     found = {}
     for name, functions in wanted.items():
-        mine = [n for n, owner in enumerate(owners) if owner in functions]
-        inner = [loop for loop in loops if _multiplies(blocks, loop) and loop <= {*mine}]
-        inside = min(inner, key=len) if inner else set()
+        mine = {n for n, owner in enumerate(owners) if owner in functions}
+        inside = min(
+            (loop for loop in loops if _is_main(blocks, loop, mine)), key=len, default=set()
+        )
         # Loops of one block without a product, for example over partial tiles, are rarely entered.
         rare = {n for n in mine if n in blocks[n].next} - inside
-        line = [(n in inside, i) for n in mine if n not in rare for i in blocks[n].instructions]
+        # The compiler may have put a part of the loop, such as a wait, behind the phase.
+        place = min(inside, default=0)
+        order = sorted(mine - rare | inside, key=lambda n: (place if n in inside else n, n))
+        line = [(n in inside, i) for n in order for i in blocks[n].instructions]
         found[name] = _phase(line, products)
     return found
+
+
+def _is_main(blocks: Sequence[Block], loop: set[int], mine: Container[int]) -> bool:
+    """Whether a loop has products, all of one phase; the loop over tickets has everything."""
+    products = [n for n in loop if _multiplies(blocks, [n])]
+    return bool(products) and not _takes_tickets(blocks, loop) and all(n in mine for n in products)
+
+
+def _takes_tickets(blocks: Sequence[Block], loop: Iterable[int]) -> bool:
+    return any(i.name == "ATOMG" for n in loop for i in blocks[n].instructions)
 
 
 def loop_of(blocks: Sequence[Block]) -> list[Instruction]:
     """The instructions of all main loops, also of those that the compiler has unrolled.
 
-    Without tensor cores, a main loop is one with at least 64 multiply-adds.
+    Without tensor cores, a main loop is one with at least 64 multiply-adds. The loop over tickets,
+    which is around all others, is none.
     """
     found: list[Instruction] = []
     loops = [*_loops(blocks)]
@@ -144,7 +159,7 @@ def loop_of(blocks: Sequence[Block]) -> list[Instruction]:
         if n in seen or not (with_tensor_cores or scalar >= 64):
             continue
         inner = min((loop for loop in loops if n in loop), key=len, default=set())
-        if 0 < len(inner) < len(blocks) / 2:  # the loop over tickets contains everything
+        if inner and not _takes_tickets(blocks, inner):
             seen |= inner
             found += [i for k in sorted(inner) for i in blocks[k].instructions]
         elif with_tensor_cores:
@@ -188,15 +203,43 @@ def _owners(blocks: Sequence[Block], source: Path, wanted: Container[str]) -> li
         if not owner and n and n in blocks[n - 1].next:
             owner = owners[-1]  # for example a main loop
         owners.append(owner)
-    for n in reversed(range(len(blocks) - 1)):
-        if owners[n] not in wanted and _multiplies(blocks, [n]):
+    following = ""
+    for n in reversed(range(len(blocks))):
+        multiplies = _multiplies(blocks, [n])
+        if multiplies and owners[n] not in wanted and n + 1 < len(blocks):
             owners[n] = owners[n + 1]
+        if multiplies:
+            following = owners[n]
+        elif any(i.name == "UTMALDG" for i in blocks[n].instructions):
+            owners[n] = following  # copies by tensor descriptors, before the first step
     return owners
 
 
 def _loops(blocks: Sequence[Block]) -> Iterator[set[int]]:
-    """The blocks of each loop: those between a backward branch and its target."""
+    """The blocks of each loop: those that reach a branch back to its first block.
+
+    The compiler puts what it expects to be rare behind the rest of the code, so that not every
+    branch backward closes a loop, and not every block of a loop is between its ends.
+    """
+    before: list[list[int]] = [[] for _ in blocks]
     for n, block in enumerate(blocks):
         for target in block.next:
-            if target <= n:
-                yield set(range(target, n + 1))
+            if target < len(blocks):
+                before[target].append(n)
+    for n, block in enumerate(blocks):
+        for first in block.next:
+            if first <= n:
+                body = _reaching(n, first, before)
+                if first == 0 or 0 not in body:  # else control enters the loop elsewhere, too
+                    yield body
+
+
+def _reaching(last: int, first: int, before: Sequence[Sequence[int]]) -> set[int]:
+    """The blocks from which control reaches ``last`` without passing ``first``, and ``first``."""
+    body, open_ends = {first, last}, [last] if last != first else []
+    while open_ends:
+        for n in before[open_ends.pop()]:
+            if n not in body:
+                body.add(n)
+                open_ends.append(n)
+    return body

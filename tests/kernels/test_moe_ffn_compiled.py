@@ -70,6 +70,25 @@ def test_vlmo_s_layer_compiles_for_every_kind_of_tensor_core(release):
     assert_good(reports)
 
 
+@pytest.mark.parametrize(
+    ("generation", "release"),
+    [
+        ("sm_90", "installed"),
+        *(
+            pytest.param(generation, release, marks=pytest.mark.slow)
+            for generation in ("sm_90", "sm_100", "sm_120")
+            for release in ("installed", "newest")
+            if (generation, release) != ("sm_90", "installed")
+        ),
+    ],
+)
+def test_descriptors_compile_to_tensor_copies(generation, release):
+    reports = compiled(SCRIPT, f"descriptors:{generation}", release=release)
+    # Three kernels of two layers, and two that recompute.
+    assert len(reports) == 8
+    assert_good(reports, copies="tensor_copies")
+
+
 @pytest.mark.parametrize("release", WITH_INSTALLED)
 def test_lanes_that_hold_one_sum_agree(release):
     reports = compiled(SCRIPT, "lanes:sm_80", release=release)
@@ -100,12 +119,13 @@ def test_compiled(generation, release):
     assert_good(reports)
 
 
-def assert_good(reports: list[dict]) -> None:
+def assert_good(reports: list[dict], copies: str = "async_copies") -> None:
     for report in reports:
         generation = report["generation"]
         assert_no_spills(report)
         assert report["shared_bytes"] <= GENERATIONS[generation].shared_bytes, report
-        assert report["async_copies"] > 0, report
+        for kind in ("async_copies", "tensor_copies"):
+            assert (report[kind] > 0) == (kind == copies), report
         assert report["contracted"] == 0, report
         found = report[PRODUCTS[generation]]
         if report["dtype"] == "torch.float32":  # exact products have no tensor cores

@@ -6,10 +6,12 @@ import triton
 import triton.language as tl
 
 from moe_ffn_cases import Case, call, leaves, make_routing, make_tensors, outputs_and_gradients
+from vlmo.kernels._backends import triton as triton_target
 from vlmo.kernels.moe_ffn import counters as launch_counters
 from vlmo.kernels.moe_ffn.counters import Counters
 from vlmo.kernels.moe_ffn.triton import tiles
 from vlmo.kernels.moe_ffn.triton.backward_weights import SUM_COLUMNS, add_up
+from vlmo.kernels.moe_ffn.triton.device import Config
 from vlmo.kernels.moe_ffn.triton.tiles import Tile, Tiles
 
 SMALL = Tile(16, 32, 16, 4, 1)
@@ -115,6 +117,71 @@ def test_separate_launches_change_no_bit(case, triton_place, launches):
     assert len(launches) == (8 if case.norm != "none" else 6)
     for name, value in together.items():
         assert torch.equal(value, found[name]), name
+
+
+DESCRIBED = Tile(16, 32, 16, 4, 1, descriptors=True)
+WITH_DESCRIPTORS = [
+    Case(batch=4),
+    Case(batch=4, form="ids", hidden=(48, 48)),
+    Case(pieces=((0, 3), (3, 5), (1, 4)), hidden=(16, 64, 8, 40), form="ids", activation="geglu"),
+    Case(pieces=((1, 9),), norm="none", token_scale=False, layer_scale=False),
+]
+
+
+@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize("case", WITH_DESCRIPTORS, ids=str)
+def test_descriptors_change_no_bit(case, save, triton_place, launches):
+    device, backend = triton_place
+    routing = make_routing(case, device)
+
+    def run(tile: Tile) -> dict[str, torch.Tensor]:
+        launches.clear()
+        with tiles.use_tiles(Tiles(tile, tile, tile, tile)):
+            return outputs_and_gradients(
+                lambda tensors: call(case, routing, tensors, backend=backend, recompute=not save),
+                make_tensors(case, device, torch.float16),
+            )
+
+    through_pointers = run(SMALL)
+    assert configs(launches) == {False}
+    through_descriptors = run(DESCRIBED)
+    assert configs(launches) == {True}
+    for name, value in through_pointers.items():
+        assert torch.equal(value, through_descriptors[name]), name
+
+
+def configs(launches) -> set[bool]:
+    """Whether the kernels launched were asked to use tensor descriptors."""
+    found = [next(a for a in args if isinstance(a, Config)) for _, args in launches]
+    return {config.descriptors for config in found}
+
+
+@pytest.mark.parametrize("reason", ["D", "F", "address", "float32"])
+def test_operands_that_have_no_descriptor(reason, triton_place, launches):
+    device, backend = triton_place
+    case = Case(dim=20 if reason == "D" else 24, hidden=(40, 36) if reason == "F" else (40, 40))
+    dtype = torch.float32 if reason == "float32" else torch.bfloat16
+    tensors = make_tensors(case, device, dtype)
+    if reason == "address":
+        w1 = tensors["w1"][0]
+        tensors["w1"][0] = w1.new_empty(w1.numel() + 1)[1:].view_as(w1).copy_(w1)
+    leaves(tensors)
+    with tiles.use_tiles(Tiles(DESCRIBED, DESCRIBED, DESCRIBED, DESCRIBED)):
+        call(case, make_routing(case, device), tensors, backend=backend).sum().backward()
+    assert len(launches) == 3 and configs(launches) == {False}
+
+
+def test_descriptors_need_a_recent_triton(triton_place, launches, monkeypatch):
+    device, backend = triton_place
+    monkeypatch.setattr(triton_target, "_TRITON", "3.5.1")
+    tensors = make_tensors(Case(), device, torch.bfloat16)
+    routing = make_routing(Case(), device)
+    with (
+        tiles.use_tiles(Tiles(DESCRIBED, DESCRIBED, DESCRIBED, DESCRIBED)),
+        pytest.raises(NotImplementedError, match=r"descriptors=True need Triton 3\.6, and 3\.5\.1"),
+    ):
+        call(Case(), routing, tensors, backend=backend)
+    assert not launches
 
 
 def test_norms_of_two_dtypes(triton_place):

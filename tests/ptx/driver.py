@@ -270,11 +270,25 @@ class _Launcher:
     def __init__(self, source, metadata) -> None:
         self.name = source.fn.fn.__name__
         self.types = tuple(source.signature.values())
+        self.scratch_bytes, self.scratch_align = (  # of a program
+            metadata.global_scratch_size,
+            metadata.global_scratch_align,
+        )
 
     def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *args) -> None:
         assert _active is not None and y == z == 1
         text, shared_bytes = function
-        _active.launch(self.name, text, shared_bytes, x, [*_flattened(self.types, args)])
+        arguments = [*_flattened(self.types, args)]
+        if self.scratch_bytes:  # the first of the compiler's own parameters
+            arguments.append(("*", self._scratch(x, _active)))
+        _active.launch(self.name, text, shared_bytes, x, arguments)
+
+    def _scratch(self, programs: int, state: Emulated) -> torch.Tensor:
+        """Unwritten global memory for the programs, which keep descriptors of tensors there."""
+        size = programs * self.scratch_bytes
+        memory = state.note_empty(torch.empty(size + self.scratch_align, dtype=torch.uint8))
+        begin = -memory.data_ptr() % self.scratch_align
+        return memory[begin : begin + size]
 
 
 def _flattened(types, values) -> Iterator[tuple[str, Any]]:

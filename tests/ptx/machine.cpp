@@ -3,12 +3,13 @@
 // Control flow: on divergence the paths are executed one after the other, and lanes reconverge at the
 // immediate post-dominator of the branch.
 #include "products.h"
+#include "tensor_copies.h"
 
 static void nothing(Warp&, const Instruction&) {}
 
 static Table make_table() {
   Table t;
-  integers(t), floats(t), conversions(t), exchanges(t);
+  integers(t), floats(t), conversions(t), exchanges(t), tensor_copies(t);
   t["ld.global"] = load<false>, t["ld.shared"] = load<true>, t["ld.param"] = load_parameter;
   t["st.global"] = store<false>, t["st.shared"] = store<true>, t["atom"] = atomic;
   t["ld.acquire"] = load_ordered<true>, t["ld.relaxed"] = load_ordered<false>;
@@ -17,10 +18,13 @@ static Table make_table() {
   t["ldmatrix"] = load_matrix, t["stmatrix"] = store_matrix;
   t["mma.f16"] = multiply<F16>, t["mma.bf16"] = multiply<BF16>, t["mma.tf32"] = multiply<TF32>;
   t["wgmma"] = start_product, t["wgmma.commit_group"] = commit_products, t["wgmma.wait_group"] = wait_products;
-  t["wgmma.fence"] = nothing;
-  t["fence.proxy.async"] = [](Warp& w, const Instruction&) { fence_proxy(w); };
+  t["nothing"] = nothing;
+  t["fence.proxy.async"] = [](Warp& w, const Instruction& i) {
+    for (const Space space : {SHARED, GLOBAL})
+      if (i.operands[0] >> space & 1) fence_proxy(w, space);
+  };
   t["bar.warp.sync"] = [](Warp& w, const Instruction& i) {
-    if (whole_warp(w, i)) w.synchronised = ++w.clock;
+    if (whole_warp(w, i)) synchronise_warp(w);
   };
   t["bra"] = t["bar"] = t["ret"] = nothing;  // handled by Machine::run
   return t;
@@ -57,12 +61,22 @@ void Machine::report(Finding finding, const Warp& w, int lane, int at, u64 addre
   reports.push_back({(int)finding, at, other, address, w.global_thread(lane), other_thread, 1});
 }
 
-static void pass_barrier(Cta& cta) {
-  for (auto& [thread, known] : cta.acquired) cta.known.join(known);
-  cta.acquired.clear();
-  cta.epoch++;
-  cta.arrived = 0;
-  for (auto& w : cta.warps) w->waiting = false;
+// operands of bar: number of the barrier, threads that meet there (0: all)
+static void arrive_at_barrier(Warp& w, const Instruction& i) {
+  Cta& cta = *w.cta;
+  const int threads = i.operands[1] ? i.operands[1] : cta.machine->threads;
+  Meeting& meeting = cta.meetings[i.operands[0]];
+  if (w.active != ALL_LANES) return cta.machine->fail(w, i, "part of a warp at a barrier");
+  if (cta.live < threads / LANES) return cta.machine->fail(w, i, "a warp has ended that others wait for at a barrier");
+  if (!meeting.arrived.empty() && meeting.warps != threads / LANES)
+    return cta.machine->fail(w, i, "a barrier of different numbers of threads");
+  meeting.warps = threads / LANES;
+  meeting.arrived.push_back(&w);
+  w.waiting = true;
+  if ((int)meeting.arrived.size() < meeting.warps) return;
+  meet(cta, meeting.arrived);
+  for (Warp* other : meeting.arrived) other->waiting = false;
+  meeting.arrived.clear();
 }
 
 // Pops the paths that are empty or have reached their join.
@@ -99,7 +113,11 @@ static void finish_lanes(Warp& w, const Instruction& i) {
   bool left = any(w.product_groups) || !w.products.empty();
   for (int l = 0; l < LANES; l++) left |= any(w.copy_groups[l]) || !w.copies[l].empty();
   if (left) m.report(Finding::NEVER_WAITED_FOR, w, 0, i.number, 0, 0, -1);
-  if (--w.cta->live && w.cta->arrived == w.cta->live) m.fail(w, i, "a warp has ended that others wait for at a barrier");
+  if (!--w.cta->live)
+    for (auto& [address, b] : w.cta->mbarriers) expect_waited(w, 0, b);
+  for (auto& [number, meeting] : w.cta->meetings)
+    if (!meeting.arrived.empty() && meeting.warps > w.cta->live)
+      m.fail(w, i, "a warp has ended that others wait for at a barrier");
 }
 
 static void run(Warp& w, u64 count) {
@@ -116,6 +134,7 @@ static void run(Warp& w, u64 count) {
       case Flow::NEXT:
         if (w.active && !w.used_by_products.empty()) check_registers(w, i);
         if (w.active) i.run(w, i);
+        if (w.waiting) return;
         path.next++;
         leave_paths(w);
         break;
@@ -123,12 +142,9 @@ static void run(Warp& w, u64 count) {
         branch(w, i, w.active);
         break;
       case Flow::BARRIER:
-        if (w.active != ALL_LANES) return m.fail(w, i, "part of a warp at a barrier");
-        if (w.cta->live < (int)w.cta->warps.size()) return m.fail(w, i, "a warp has ended that others wait for at a barrier");
         path.next++;
         leave_paths(w);
-        w.waiting = true;
-        if (++w.cta->arrived == w.cta->live) pass_barrier(*w.cta);
+        arrive_at_barrier(w, i);
         if (w.waiting) return;
         break;
       case Flow::EXIT:
@@ -143,6 +159,7 @@ static void run(Warp& w, u64 count) {
 static std::unique_ptr<Cta> make_cta(Machine& m, int id, int grid) {
   auto cta = std::make_unique<Cta>(&m, id, m.shared_bytes);
   cta->live = m.threads / LANES;
+  cta->group = std::max(4, (cta->live + GROUPS - 1) / GROUPS);
   for (int k = 0; k < cta->live; k++) {
     auto w = std::make_unique<Warp>();
     w->cta = cta.get();
@@ -240,6 +257,7 @@ Machine* ptx_new(int size, const char** names, const int* codes, int pool_size, 
     m->code.push_back({table().at(names[k]), (Flow)codes[0], k, codes[1], (bool)codes[2], codes[3], codes[4], codes[5],
                        m->pool.data() + codes[6], codes[7], m->pool.data() + codes[8]});
   const auto stores_byte = [](auto& i) { return i.run == store<false> && i.operands[2] * i.operands[5] == 1; };
+  m->copies_tiles = std::any_of(m->code.begin(), m->code.end(), [](auto& i) { return i.run == start_tile_copy; });
   m->granule = std::any_of(m->code.begin(), m->code.end(), stores_byte) ? 1 : 2;
   m->initial_registers.assign(registers, registers + register_bytes);
   m->threads = threads;

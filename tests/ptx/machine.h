@@ -29,7 +29,8 @@ using f64 = double;
 
 constexpr u32 ALL_LANES = 0xffffffffu;
 constexpr int LANES = 32;
-constexpr int MAX_THREADS = 1024;  // per CTA
+constexpr int REAL_THREADS = 1024;           // of a CTA, at most
+constexpr int MAX_THREADS = 2 * REAL_THREADS;  // numbers per CTA; those above stand for the copies of an mbarrier
 
 struct Warp;
 struct Cta;
@@ -67,6 +68,9 @@ enum class Finding : int {
   READERS_FORGOTTEN,
   NEVER_WAITED_FOR,
   REGISTER_IN_FLIGHT,
+  COPY_READS_UNFENCED,
+  COPY_WRITES_UNFENCED,
+  NO_TENSORMAP_FENCE,
 };
 
 struct Report {
@@ -83,10 +87,12 @@ struct Event {
   int at;
 };
 
+// Several warps of a CTA; SEVERAL_WARPS - 1 - k: several warps of group k of Cta::group warps.
 constexpr int SEVERAL_WARPS = -1000;
+constexpr int GROUPS = 3;
 struct Reader {
   u32 cta;  // 1 + CTA; 0: none
-  int who;  // a thread of the CTA, or -1 - warp for several of a warp, or SEVERAL_WARPS
+  int who;  // a thread of the CTA, or -1 - warp for several of a warp, or as above for several warps
   u32 epoch, clock;
 };
 
@@ -97,8 +103,8 @@ template <int READERS> struct Shadow {
   int read_at;
   Reader readers[READERS];
 };
-using SharedShadow = Shadow<1>;  // one per byte
-using GlobalShadow = Shadow<8>;  // one per granule of Machine::granule bytes
+using SharedShadow = Shadow<GROUPS>;  // one per byte; a reader per group of warps
+using GlobalShadow = Shadow<8>;       // one per granule of Machine::granule bytes; a reader per CTA
 
 // Zeroed memory; only pages that are used are allocated.
 template <class T> struct Zeroed {
@@ -112,13 +118,32 @@ template <class T> struct Zeroed {
 
 struct Knowledge {
   struct Released {
-    u32 thread, epoch, clock;
+    u32 thread, epoch, clock;  // see warp_of for releases by a whole warp
   };
   std::vector<u32> epochs;         // per CTA: everything in earlier epochs
   std::vector<Released> releases;  // everything that a thread did before this clock
   void join(const Knowledge& other);
   bool epoch_of(u32 cta, u32 epoch) const { return cta < epochs.size() && epochs[cta] > epoch; }
   bool covers(u32 thread, u32 epoch, u32 clock) const;
+};
+
+// The clock of each warp of a CTA, and of each of its mbarriers.
+struct Clocks {
+  std::vector<u32> at;
+  u32 operator[](size_t k) const { return k < at.size() ? at[k] : 0; }
+  void raise(size_t k, u32 clock);
+  void join(const Clocks& other);
+};
+
+enum Space { SHARED, GLOBAL };
+
+// What happened before an instruction.
+struct Order {
+  Clocks seen;               // in its CTA: every access with a smaller clock
+  Clocks fenced[2];          // the same for accesses that a fence made visible to the asynchronous proxy, per Space
+  Knowledge known;           // in other CTAs, besides Cta::known
+  Knowledge known_fenced;    // the same for global memory that a fence made visible to the asynchronous proxy
+  void join(const Order& other);
 };
 
 // ---- Asynchronous work of a warp.
@@ -139,8 +164,39 @@ struct Path {  // lanes that execute together; an entry of the stack of branches
   u32 lanes;
 };
 
-struct Fence {
-  u32 epoch = 0, clock = 0;
+// A descriptor of a tensor of `rank` + 1 dimensions, the innermost first. The format is the emulator's own; that of
+// the hardware is secret.
+struct TensorMap {
+  u64 address, strides[4];  // bytes, from the second dimension on
+  u32 dims[5], box[5], steps[5];
+  u8 rank, type, interleave, swizzle, fill;
+};
+constexpr u32 TENSOR_MAP_BYTES = 128;
+static_assert(sizeof(TensorMap) <= TENSOR_MAP_BYTES);
+
+struct TileCopy {  // from global to shared memory
+  const Instruction* instruction;
+  Warp* warp;
+  int lane;
+  TensorMap map;
+  s32 from[5];  // coordinates
+  u32 to, size;
+};
+
+struct Mbarrier {
+  int slot;                  // of its copies: see copies_of
+  u32 count, pending;        // arrivals of a phase, and those still missing
+  s64 transactions = 0;      // bytes still missing in this phase
+  u32 phase = 0;             // the number of completed phases
+  u32 copied = 0, waited = 0;  // phases: that of the last copy, plus one; those that a wait has seen complete
+  int copied_at = 0;         // the last copy's instruction
+  std::vector<TileCopy> copies = {};  // of this phase
+  Order arrived = {}, completed = {};  // released by arrivals; by completed phases
+};
+
+struct Meeting {  // at a named barrier
+  std::vector<Warp*> arrived;
+  int warps = 0;
 };
 
 struct Warp {
@@ -150,9 +206,9 @@ struct Warp {
   u32 active = 0;  // lanes that execute the current instruction
   std::vector<Path> paths;
   bool waiting = false, done = false;
-  u32 clock = 1;         // logical clock, advanced by what orders accesses of this warp: see history.h
-  u32 synchronised = 0;  // the clock after the last bar.warp.sync
-  Fence fences[2];       // the latest fences of the asynchronous proxy, of two epochs, newest first
+  const Mbarrier* awaited = nullptr;  // where it is waiting
+  u32 clock = 1;                      // advanced by what orders accesses of this warp: see history.h
+  Order order;
   std::vector<Copy> copies[LANES];  // not committed yet
   std::deque<std::vector<Copy>> copy_groups[LANES];
   std::vector<Product> products;
@@ -170,10 +226,15 @@ struct Cta {
   std::vector<std::unique_ptr<Warp>> warps;
   std::vector<u8> shared;
   Zeroed<SharedShadow> shadow;
-  u32 epoch = 1;
+  int group = 4;                                // warps per group
+  u32 epoch = 1, time = 1;                      // the number of barriers; the latest clock of a warp
+  u32 epoch_began = 1;                          // its clock
   Knowledge known;                              // to every thread of the CTA
   std::unordered_map<int, Knowledge> acquired;  // by single threads, in this epoch
-  int arrived = 0, live = 0;
+  std::map<int, Meeting> meetings;              // per barrier
+  std::map<u32, Mbarrier> mbarriers;            // per address
+  std::unordered_map<u64, std::pair<Event, Event>> tensormaps;  // per address: the last acquire, and the write before
+  int live = 0;
   double weight = 1;
 
   Cta(Machine* machine, u32 id, size_t shared_bytes)
@@ -211,6 +272,7 @@ struct Machine {
   std::vector<Instruction> code;
   std::vector<u8> initial_registers;
   int threads, shared_bytes;
+  bool copies_tiles;
   int granule;  // bytes of global memory with one shadow: 1 if the program stores single bytes, else 2
   s64 tid, ctaid, nctaid, laneid;  // offsets of the special registers
   // the launch

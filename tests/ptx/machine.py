@@ -32,8 +32,11 @@ FINDINGS = [  # in the order of the enumeration Finding in machine.h
     "write to memory with more readers than are remembered",
     "asynchronous work is never waited for",
     "register of a product in flight",
+    "copy of a tile reads global memory without a proxy fence behind the write",
+    "copy of a tile overwrites shared memory without a proxy fence behind the write",
+    "descriptor is used without a tensormap fence behind its write",
 ]
-_THREADS = 1024  # MAX_THREADS in machine.h
+_THREADS, _REAL_THREADS = 2048, 1024  # MAX_THREADS and REAL_THREADS in machine.h
 _FORMATS = {"i1": "<i1", "u1": "<u1", "fp16": "<f2", "fp32": "<f4", "fp64": "<f8"}
 _FORMATS |= {f"{kind}{8 * size}": f"<{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)}
 
@@ -231,4 +234,6 @@ def _thread(number: int) -> str:
     if not number:
         return "several threads"
     cta, thread = divmod(number - 1, _THREADS)
+    if thread >= _REAL_THREADS:
+        return f"CTA {cta}, copies of its mbarrier {thread - _REAL_THREADS}"
     return f"CTA {cta}, thread {thread}"

@@ -91,7 +91,7 @@ inline f32 shared_operand(Warp& w, const Instruction& i, u32 address, OperandTyp
   const u8* from = shared_at(w, i, address, size, size);
   if (!from) return 0;
   const SharedShadow* s = &w.cta->shadow[address];
-  if (w.cta->machine->options.races && s->write.thread && !fenced(w, s->write))
+  if (w.cta->machine->options.races && s->write.thread && !fenced(w, s->write, SHARED))
     w.cta->machine->report(Finding::NO_PROXY_FENCE, w, 0, i.number, address, s->write.thread, s->write.at);
   read_shared(w, 0, i.number, address, size);
   u32 bits = 0;

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from .flow import joins_of
-from .text import WIDTHS, Kernel, Statement, Unsupported, in_braces
+from .text import WIDTHS, Kernel, Statement, Unsupported, in_braces, split
 
 NEXT, BRANCH, BARRIER, EXIT = range(4)
 SPECIALS = ("%tid.x", "%ctaid.x", "%nctaid.x", "%laneid")  # set by a launch
-ZEROS = ("%tid.y", "%tid.z", "%ctaid.y", "%ctaid.z")
+FIXED = dict.fromkeys(("%tid.y", "%tid.z", "%ctaid.y", "%ctaid.z"), 0)
+FIXED |= {"%nctaid.y": 1, "%nctaid.z": 1}
 SYMBOLS = {"global_smem": 0}  # addresses in shared memory
 NONE = -1
 
@@ -32,6 +33,14 @@ MMA = {
 WGMMA_TYPES = ("f16", "bf16", "tf32")
 ATOMIC_OPERATIONS = {("add", "u32"): 0, ("add", "s32"): 0, ("add", "u64"): 0, ("add", "f32"): 1}
 ATOMIC_OPERATIONS |= {("exch", "b32"): 2, ("exch", "b64"): 2}
+# Fields of a tensor's descriptor, in the order of the enumeration Field in tensor_copies.h
+FIELDS = [
+    *("global_address", "rank", "box_dim", "global_dim", "global_stride", "element_stride"),
+    *("elemtype", "interleave_layout", "swizzle_mode", "fill_mode"),
+]
+# Whether a fence orders accesses to shared memory (1), to global memory (2) or to both.
+PROXY_FENCES = {"fence.proxy.async": 3, "fence.proxy.async.global": 2}
+PROXY_FENCES |= {f"fence.proxy.async.shared::c{scope}": 1 for scope in ("ta", "luster")}
 ORDERS = ("relaxed", "acquire", "release", "acq_rel")
 
 
@@ -68,10 +77,10 @@ class Program:
         self._joins = joins_of(kernel)
         self._offsets = {p.name: p.offset for p in kernel.parameters}
         self._nowhere = self._new(8)  # for results that are discarded
-        for name in (*SPECIALS, *ZEROS):
+        for name in (*SPECIALS, *FIXED):
             self._places[name] = self._new(4)
-        for name in ZEROS:
-            self._values.append((self._places[name], 0, 4))
+        for name, value in FIXED.items():
+            self._values.append((self._places[name], value, 4))
         self.names: list[str] = []
         self.pool: list[int] = []
         self._unsupported: dict[str, str] = {}
@@ -94,7 +103,7 @@ class Program:
     def _register(self, name: str) -> int:
         if name not in self._places:
             for prefix in self._prefixes:
-                if re.fullmatch(re.escape(prefix) + r"\d+", name):
+                if re.fullmatch(re.escape(prefix) + r"\d*", name):
                     self._places[name] = self._new(self.kernel.registers[prefix])
                     break
             else:
@@ -171,9 +180,8 @@ class Program:
         elif s.parts[0] in ("ret", "exit"):
             name, operands, flow = "ret", [], EXIT
         elif s.opcode in ("bar.sync", "barrier.sync"):
-            if s.operands != ("0",):
-                raise Unsupported("a barrier of some of the threads")
-            name, operands, flow = "bar", [], BARRIER
+            barrier, *threads = map(int, s.operands)
+            name, operands, flow = "bar", [barrier, *(threads or [0])], BARRIER
         else:
             name, operands = self._plain(s)
         if not self._knows(name):
@@ -258,12 +266,75 @@ class Program:
             return s.opcode, []
         if s.opcode == "cp.async.wait_group":
             return s.opcode, [int(s.operands[0])]
+        if s.parts[2] == "bulk":
+            return self._bulk_copy(s)
         if not re.match(r"cp\.async\.c[ag]\.shared(::cta)?\.global", s.opcode):
             raise Unsupported("copy")
         to, source, size, *read = s.operands
         registers = self._values_of(read, 4) or [NONE]
         places = [*self._address(to, shared=True), *self._address(source, shared=False)]
         return "cp.async", [*places, int(size, 0), *registers]
+
+    def _bulk_copy(self, s: Statement) -> tuple[str, list[int]]:
+        # Copies to global memory are not implemented, so that there is nothing to wait for.
+        if s.opcode in ("cp.async.bulk.commit_group", "cp.async.bulk.wait_group.read"):
+            return "nothing", []
+        form = r"cp\.async\.bulk\.tensor\.([1-5])d\.shared::c(ta|luster)\.global"
+        found = re.fullmatch(form + r"\.mbarrier::complete_tx::bytes", s.opcode)
+        if found is None or len(s.operands) != 3:
+            raise Unsupported("copy")
+        to, source, mbarrier = s.operands
+        descriptor, coordinates = split(source.removeprefix("[").removesuffix("]"))
+        registers = self._values_of(in_braces(coordinates), 4)
+        assert len(registers) == int(found[1])
+        places = [*self._address(to, shared=True), *self._address(mbarrier, shared=True)]
+        return "cp.async.bulk.tensor", [
+            *(*places, self._value(descriptor, 8), len(registers), *registers),
+        ]
+
+    def _mbarrier(self, s: Statement) -> tuple[str, list[int]]:
+        name = re.sub(r"\.shared(::cta)?\.b64$", "", s.opcode)
+        operands = list(s.operands)
+        if name in ("mbarrier.arrive", "mbarrier.arrive.expect_tx"):
+            if operands.pop(0) != "_":
+                raise Unsupported("state of an mbarrier")
+            memory, *values = operands
+            registers = self._values_of(values, 4)
+            expected = [registers.pop(0)] if name.endswith("expect_tx") else [NONE]
+            places = [*self._address(memory, shared=True), *expected, *(registers or [NONE])]
+            return "mbarrier.arrive", places
+        if name == "mbarrier.try_wait.parity":  # a time limit has no effect
+            complete, memory, parity, *_ = operands
+            places = [*self._address(memory, shared=True), self._value(parity, 4)]
+            return name, [*places, self._register(complete)]
+        memory, *values = operands  # init, inval
+        return name, [*self._address(memory, shared=True), *self._values_of(values, 4)]
+
+    def _tensormap(self, s: Statement) -> tuple[str, list[int]]:
+        if s.parts[1] == "cp_fenceproxy":
+            to, source, size = s.operands
+            spaces = s.parts[2:5]
+            if spaces != ["global", "shared::cta", "tensormap::generic"] or int(size, 0) != 128:
+                raise Unsupported("copy of a descriptor")
+            return "tensormap.cp_fenceproxy", [
+                *(*self._address(to, shared=False), *self._address(source, shared=False)),
+            ]
+        what, kind, field, space, *_, type_ = s.parts[1:]
+        if (what, kind, space) != ("replace", "tile", "shared::cta"):
+            raise Unsupported("change of a descriptor")
+        memory, *index, value = s.operands
+        return "tensormap.replace", [
+            *(*self._address(memory, shared=False), FIELDS.index(field)),
+            *(*(int(text, 0) for text in index or ["0"]), self._value(value, WIDTHS[type_])),
+        ]
+
+    def _elect(self, s: Statement) -> tuple[str, list[int]]:
+        if s.opcode != "elect.sync" or int(s.operands[1], 0) not in (-1, 0xFFFFFFFF):
+            raise Unsupported("choice of a lane")
+        return s.opcode, [self._register(name) for name in s.operands[0].split("|")]
+
+    def _setmaxnreg(self, s: Statement) -> tuple[str, list[int]]:
+        return "nothing", []
 
     def _ldmatrix(self, s: Statement, memory: int = 1) -> tuple[str, list[int]]:
         count = int(next(part for part in s.parts if re.fullmatch(r"x[124]", part))[1:])
@@ -286,8 +357,10 @@ class Program:
     def _wgmma(self, s: Statement) -> tuple[str, list[int]]:
         if s.parts[1] == "wait_group":
             return "wgmma.wait_group", [int(s.operands[0])]
-        if s.parts[1] in ("commit_group", "fence"):
-            return f"wgmma.{s.parts[1]}", []
+        if s.parts[1] == "fence":
+            return "nothing", []
+        if s.parts[1] == "commit_group":
+            return "wgmma.commit_group", []
         shape, result, type_ = s.parts[4:7]
         columns = int(re.fullmatch(r"m64n(\d+)k\d+", shape)[1])  # type: ignore[index]
         sums, left, right, add, sign_left, sign_right, *across = s.operands
@@ -313,8 +386,14 @@ class Program:
         return "prefetch", self._address(s.operands[0], shared=False)
 
     def _fence(self, s: Statement) -> tuple[str, list[int]]:
-        if s.opcode.startswith("fence.proxy.async"):
-            return "fence.proxy.async", []
+        if s.opcode in PROXY_FENCES:
+            return "fence.proxy.async", [PROXY_FENCES[s.opcode]]
+        if s.opcode == "fence.proxy.tensormap::generic.acquire.gpu":
+            if int(s.operands[1], 0) != 128:
+                raise Unsupported("fence of another size than that of a descriptor")
+            return "fence.proxy.tensormap", self._address(s.operands[0], shared=False)
+        if s.opcode.startswith("fence.mbarrier_init"):
+            return "nothing", []
         raise Unsupported("fence")
 
     def _bar(self, s: Statement) -> tuple[str, list[int]]:
@@ -345,6 +424,11 @@ class Program:
             places = self._values_of(parts, each)
             return f"pack.{8 * width}.{8 * each}", [self._register(to), *places]
         return s.opcode, [self._register(to), self._value(source, width)]
+
+    def _cvta(self, s: Statement) -> tuple[str, list[int]]:
+        if s.opcode not in ("cvta.global.u64", "cvta.to.global.u64"):
+            raise Unsupported("address")
+        return "mov.b64", [self._register(s.operands[0]), self._value(s.operands[1], 8)]
 
     def _cvt(self, s: Statement) -> tuple[str, list[int]]:
         to, *sources = s.operands

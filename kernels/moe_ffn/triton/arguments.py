@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import target
+from ..._backends import triton as triton_target
 from ..._backends.triton import tf32_allowed
 from ..._backends.triton_device import INTERPRETED, odd
 from ..call import GATED
@@ -72,6 +73,7 @@ def make_config(
     precision: str,
     rounds: bool,
     tile: Tile,
+    descriptors: bool = False,
 ) -> Config:
     """Compile-time constants of a kernel; the kernel's launcher sets its phases."""
     gated = activation in GATED
@@ -104,14 +106,30 @@ def make_config(
         block_r=max(1, min(tile.block_t, 16384 // block_d)),
         row_steps=1,
         num_warps=tile.num_warps,
+        descriptors=descriptors,
         overhead=TILE_OVERHEAD,
     )
 
 
-def config_of(problem: Problem, precision: str, tile: Tile) -> Config:
+def config_of(problem: Problem, precision: str, tile: Tile, descriptors: bool = False) -> Config:
     rounds = problem.dtype != torch.float32
     facts = (problem.dim, problem.hidden, problem.norm, problem.activation, precision, rounds)
-    return make_config(*facts, tile)
+    return make_config(*facts, tile, descriptors)
+
+
+def uses_descriptors(tile: Tile, w1: Sequence[Tensor], w2: Sequence[Tensor]) -> bool:
+    """Whether a kernel reads operands through tensor descriptors, see :class:`Tile`.
+
+    Raises:
+        NotImplementedError: the tile asks for them, and Triton is too old.
+    """
+    if not tile.descriptors or w1[0].dtype == torch.float32:
+        return False
+    triton_target.require_descriptors()
+    sizes = [size for weight in w2 for size in weight.shape]
+    return all(size % 8 == 0 for size in sizes) and all(
+        weight.data_ptr() % 16 == 0 for weight in (*w1, *w2)
+    )
 
 
 def precision() -> str:

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from ..._backends.triton_device import term
+from .descriptors import described_nn, described_nt, operands_nn, operands_nt
 from .device import (
     column_sums,
     count_tiles,
@@ -85,6 +86,22 @@ def moe_ffn_bwd_rows_kernel(
     prepared = COUNTERS + 2
     differentiated = prepared + bound
     multiplied = differentiated + bound
+    DESCRIBED: tl.constexpr = C.descriptors
+    again_operands = (
+        operands_nt(NORMED, "dim", W1, "pre", rows, C)
+        if DESCRIBED and C.tasks[1] > 0 and PRE is None and NORMED is not None
+        else ()
+    )
+    dhidden_operands = (
+        operands_nn(DH2, "dim", W2, "dim", C.block_f, rows, C)
+        if DESCRIBED and C.tasks[1] > 0 and DH2 is not None
+        else ()
+    )
+    dnormed_operands = (
+        operands_nn(DPRE, "pre", W1, "pre", C.block_n, rows, C)
+        if DESCRIBED and C.tasks[2] > 0
+        else ()
+    )
 
     ticket = tl.atomic_add(COUNTERS, 1, sem="relaxed")
     while ticket < total:
@@ -104,6 +121,7 @@ def moe_ffn_bwd_rows_kernel(
                     differentiate(
                         *(DY if DH2 is None else DH2, X if NORMED is None else NORMED, PRE),
                         *(HIDDEN, DPRE, SUM_DPRE, W1, W2, B1, prepared + tile),
+                        *(again_operands, dhidden_operands),
                         *(rows, tile, part, expert, start, begin, end),
                         *(DH2 is None, NORMED is None, C),
                     )
@@ -112,7 +130,10 @@ def moe_ffn_bwd_rows_kernel(
             if C.tasks[2] > 0:
                 if C.tasks[1] > 0:
                     wait(differentiated + tile, C.tasks[1])
-                multiply(DPRE, DNORMED, DX, W1, rows, part, expert, start, begin, end, C)
+                multiply(
+                    *(DPRE, DNORMED, DX, W1, dnormed_operands),
+                    *(rows, part, expert, start, begin, end, C),
+                )
                 signal(multiplied + tile)
         else:
             if C.tasks[3] > 0:
@@ -196,6 +217,8 @@ def differentiate(
     W2,
     B1,
     prepared,
+    again_operands,
+    dhidden_operands,
     rows,
     tile,
     part,
@@ -228,15 +251,20 @@ def differentiate(
 
     if PRE is None:
         a_rows = by_token if NORMED_BY_TOKEN else in_order
-        again = preactivation(NORMED, a_rows, W1, w_rows, again, expert, C)
+        if len(again_operands) > 0:
+            again = described_nt(again_operands, expert, start, first, again, C.dim, C)
+        else:
+            again = preactivation(NORMED, a_rows, W1, w_rows, again, expert, C)
         # Rounded here to free registers for the product that follows.
         again = quarters(again.to(DPRE.dtype.element_ty))
-    dhidden = quarters(
-        product_nn(
+    if len(dhidden_operands) > 0:
+        acc = described_nn(dhidden_operands, expert, start, first, C.dim, C.block_f, C)
+    else:
+        acc = product_nn(
             *(DH2, by_token if DH2_BY_TOKEN else in_order, select(W2, expert, C), first, width),
             *(C.dim, C.dim, width, C.even, C.block_f, C),
         )
-    )
+    dhidden = quarters(acc)
     QUARTER: tl.constexpr = C.block_f // 4
     local = tl.arange(0, C.block_t)[:, None]
     pre_base = start.to(tl.int64) * C.max_pre
@@ -278,18 +306,33 @@ def differentiate(
 
 
 @triton.jit
-def multiply(DPRE, DNORMED, DX, W1, rows, part, expert, start, begin, end, C: tl.constexpr):
+def multiply(
+    DPRE,
+    DNORMED,
+    DX,
+    W1,
+    operands,
+    rows,
+    part,
+    expert,
+    start,
+    begin,
+    end,
+    C: tl.constexpr,
+):
     """Phase 2: block_t rows, block_n columns."""
     first = part * C.block_n
     grouped = start + tl.arange(0, C.block_t)
     dpre_rows = tl.minimum(grouped, end - 1).to(tl.int64)
-    acc = quarters(
-        product_nn(
+    depth = width_of(expert, C) * C.halves
+    if len(operands) > 0:
+        acc = described_nn(operands, expert, start, first, depth, C.block_n, C)
+    else:
+        acc = product_nn(
             *(DPRE, dpre_rows, select(W1, expert, C), first, C.dim),
-            *(width_of(expert, C) * C.halves, C.max_pre, C.dim),
-            *(C.even, C.block_n, C),
+            *(depth, C.max_pre, C.dim, C.even, C.block_n, C),
         )
-    )
+    acc = quarters(acc)
     QUARTER: tl.constexpr = C.block_n // 4
     if DNORMED is not None:
         OUT = DNORMED

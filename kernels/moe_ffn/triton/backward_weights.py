@@ -20,6 +20,7 @@ import triton.language as tl
 
 from ..._backends.triton_device import dot
 from .. import plan
+from .descriptors import describe_rows, of_expert
 from .device import (
     eighths,
     expert_offset,
@@ -173,6 +174,16 @@ def moe_ffn_bwd_weights_kernel(
     NORM_WEIGHT_WANTED: tl.constexpr = W.norm_weight
     NORM_BIAS_WANTED: tl.constexpr = W.norm_bias
     partial_ready = COUNTERS + 3
+    operands = (
+        (
+            describe_rows(DPRE, rows, "pre", C.block_k, C.block_t, C),
+            describe_rows(NORMED, rows, "dim", C.block_k, C.block_n, C),
+            describe_rows(DBRANCH, rows, "dim", C.block_k, C.block_t, C),
+            describe_rows(HIDDEN, rows, "hidden", C.block_k, C.block_n, C),
+        )
+        if C.descriptors and not NORMED_BY_TOKEN and not DBRANCH_BY_TOKEN
+        else ()
+    )
     ranges = W.workers
     for e in tl.static_range(len(C.hidden)):
         ranges += W.whole[e]
@@ -189,7 +200,7 @@ def moe_ffn_bwd_weights_kernel(
                     is_w1 = tile < select(W1_TILES, expert, C)
                     corner = tile_corner(expert, tile, is_w1, C, W)
                     acc = weight_product(
-                        *(DPRE, NORMED, DBRANCH, HIDDEN, rows, expert, is_w1, corner),
+                        *(DPRE, NORMED, DBRANCH, HIDDEN, operands, rows, expert, is_w1, corner),
                         *(step, last, NORMED_BY_TOKEN, DBRANCH_BY_TOKEN, C),
                     )
                     if step > 0:
@@ -272,6 +283,7 @@ def weight_product(
     NORMED,
     DBRANCH,
     HIDDEN,
+    operands,
     rows,
     expert,
     is_w1,
@@ -288,10 +300,7 @@ def weight_product(
     B = tl.where(is_w1, NORMED, HIDDEN)
     stride_a = tl.where(is_w1, C.max_pre, C.dim)
     stride_b = tl.where(is_w1, C.dim, C.max_hidden)
-    begin, end = 0, 0
-    for e in tl.static_range(len(C.hidden)):
-        begin = tl.where(expert == e, expert_offset(rows, e), begin)
-        end = tl.where(expert == e, expert_offset(rows, e + 1), end)
+    begin, end = rows_of(rows, expert, C)
     m = first_m + tl.arange(0, C.block_t)
     n = first_n + tl.arange(0, C.block_n)
 
@@ -302,6 +311,17 @@ def weight_product(
     b_local = k[:, None] * stride_b + n[None, :]
 
     acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    if len(operands) > 0:
+        dpre, normed, dbranch, hidden = operands
+        a_blocks, b_blocks = of_expert(dbranch, expert, C), of_expert(hidden, expert, C)
+        if is_w1:
+            a_blocks, b_blocks = of_expert(dpre, expert, C), of_expert(normed, expert, C)
+        # An expert without rows has a step, and a descriptor has at least one row.
+        for number in tl.range(step, tl.where(begin < end, last, step)):
+            row = begin + number * C.block_k
+            acc = dot(a_blocks.load([row, first_m]).T, b_blocks.load([row, first_n]), acc, C)
+        return acc
+
     # Only the last step of an expert needs masks, which with tensor cores would cost a third of
     # every step. float32 has no tensor cores, and would spill with a second product.
     WHOLE: tl.constexpr = C.rounds
@@ -322,6 +342,16 @@ def weight_product(
                 *(False, NORMED_BY_TOKEN, DBRANCH_BY_TOKEN, C),
             )
     return acc
+
+
+@triton.jit
+def rows_of(rows, expert, C: tl.constexpr):
+    """The grouped rows [begin, end) of an expert."""
+    begin, end = 0, 0
+    for e in tl.static_range(len(C.hidden)):
+        begin = tl.where(expert == e, expert_offset(rows, e), begin)
+        end = tl.where(expert == e, expert_offset(rows, e + 1), end)
+    return begin, end
 
 
 @triton.jit

@@ -43,6 +43,7 @@ class Config(NamedTuple):
     block_r: int  # rows that a phase without products processes at once
     row_steps: int  # number of iterations in a task of such a phase
     num_warps: int
+    descriptors: bool  # whether grouped operands are read through tensor descriptors
     overhead: int  # empty positions before a tile of the weights that is divided
 
 

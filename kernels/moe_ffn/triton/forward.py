@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .descriptors import described_nt, operands_nt
 from .device import (
     count_tiles,
     find_tile,
@@ -65,6 +66,15 @@ def moe_ffn_fwd_kernel(
     total = tiles * (C.tasks[0] + C.tasks[1] + C.tasks[2])
     normed_rows = COUNTERS + 2
     hidden_rows = normed_rows + bound
+    DESCRIBED: tl.constexpr = C.descriptors
+    hidden_operands = (
+        operands_nt(NORMED, "dim", W1, "pre", rows, C)
+        if DESCRIBED and C.tasks[1] > 0 and NORMED is not None
+        else ()
+    )
+    output_operands = (
+        operands_nt(HIDDEN, "hidden", W2, "dim", rows, C) if DESCRIBED and C.tasks[2] > 0 else ()
+    )
 
     ticket = tl.atomic_add(COUNTERS, 1, sem="relaxed")
     while ticket < total:
@@ -82,14 +92,24 @@ def moe_ffn_fwd_kernel(
                 if part * C.block_f < width_of(expert, C):
                     hidden_tile(
                         *(X if NORMED is None else NORMED, PRE, HIDDEN, W1, B1, normed_rows + tile),
-                        *(rows, part, expert, start, begin, end, NORMED is None, C),
+                        *(
+                            hidden_operands,
+                            rows,
+                            part,
+                            expert,
+                            start,
+                            begin,
+                            end,
+                            NORMED is None,
+                            C,
+                        ),
                     )
                 signal(hidden_rows + tile)
         else:
             if C.tasks[2] > 0:
                 output_tile(
                     *(HIDDEN, Y, W2, B2, LAYER_SCALE, TOKEN_SCALE, RESIDUAL, hidden_rows + tile),
-                    *(rows, part, expert, start, begin, end, C),
+                    *(output_operands, rows, part, expert, start, begin, end, C),
                 )
         # Not earlier: a ticket taken during a task would wait, and so would its dependents.
         ticket = tl.atomic_add(COUNTERS, 1, sem="relaxed")
@@ -125,6 +145,7 @@ def hidden_tile(
     W1,
     B1,
     normed_rows,
+    operands,
     rows,
     part,
     expert,
@@ -146,7 +167,11 @@ def hidden_tile(
     acc = first_sums(B1, expert, w_rows, C)
     if C.tasks[0] > 0:
         wait(normed_rows, C.tasks[0])
-    acc = quarters(preactivation(NORMED, a_rows, W1, w_rows, acc, expert, C))
+    if len(operands) > 0:
+        acc = described_nt(operands, expert, start, first, acc, C.dim, C)
+    else:
+        acc = preactivation(NORMED, a_rows, W1, w_rows, acc, expert, C)
+    acc = quarters(acc)
 
     QUARTER: tl.constexpr = C.block_f // 4
     local = tl.arange(0, C.block_t)[:, None]
@@ -178,6 +203,7 @@ def output_tile(
     TOKEN_SCALE,
     RESIDUAL,
     hidden_rows,
+    operands,
     rows,
     part,
     expert,
@@ -198,12 +224,14 @@ def output_tile(
         prefetch_tile(RESIDUAL + token * C.dim, first, C.dim, C.block_n)
     if C.tasks[1] > 0:
         wait(hidden_rows, C.tasks[1])
-    acc = quarters(
-        product_nt(
+    if len(operands) > 0:
+        acc = described_nt(operands, expert, start, first, acc, width, C)
+    else:
+        acc = product_nt(
             *(HIDDEN, h_rows, select(W2, expert, C), w_rows.to(tl.int64), acc),
             *(width, C.max_hidden, width, C.even_hidden, C),
         )
-    )
+    acc = quarters(acc)
 
     QUARTER: tl.constexpr = C.block_n // 4
     token = tokens_of(rows, grouped, expert, begin, end, C)

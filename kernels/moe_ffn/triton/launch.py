@@ -49,8 +49,9 @@ def _plan_forward(
     workers: int,
     overheads: Overheads,
     separate: bool,
+    descriptors: bool,
 ) -> _Forward:
-    config = arguments.config_of(problem, precision, tile)
+    config = arguments.config_of(problem, precision, tile, descriptors)
     dim, bound = problem.dim, problem.tiles(tile.block_t)
     tasks = (
         0 if problem.norm == "none" else -(-tile.block_t // config.block_r),
@@ -92,15 +93,18 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     device, rows = x.device, rows_of(call)
     row = tiles.choose(device, dtype)
     tile, workers = row.forward, arguments.workers_on(device, row.forward)
+    w1, w2, *others = map(arguments.pointers, call[1:7])
+    assert w1 is not None and w2 is not None
     plan = _plan_forward(
         *(Problem.of(call, rows), arguments.precision(), tile, workers),
         *(tiles.overheads(device, dtype), tiles.are_separate(device, dtype, x.shape[0])),
+        arguments.uses_descriptors(tile, w1, w2),
     )
     normed = None if call.norm == "none" else x.new_empty(x.shape, dtype=dtype)
     hidden = x.new_empty((x.shape[0], plan.launches[0][0].max_hidden), dtype=dtype)
     tensors = (
         *(x.contiguous(), normed, pre if call.save_pre else None, hidden, y),
-        *map(arguments.pointers, call[1:7]),
+        *(w1, w2, *others),
         *map(arguments.contiguous, call[7:10]),  # layer_scale, token_scale, residual
         arguments.passed(rows),
     )
@@ -138,9 +142,11 @@ def _plan_backward(
     weights_workers: int,
     overheads: Overheads,
     separate: bool,
+    rows_descriptors: bool,
+    weights_descriptors: bool,
 ) -> _Backward:
     tile = rows_tile
-    config = arguments.config_of(problem, precision, tile)
+    config = arguments.config_of(problem, precision, tile, rows_descriptors)
     block_r = max(1, min(tile.block_t, _HELD // config.block_d))
     row_steps = max(1, min(tile.block_t, _ROWS_PER_TASK) // block_r)
     rows = plan_rows(
@@ -186,7 +192,7 @@ def _plan_backward(
         rows_launches=_launches(config, rows.tasks, separate, rows.bound, rows_workers),
         band=band,
         weights=weights,
-        weights_config=arguments.config_of(problem, precision, tile)._replace(
+        weights_config=arguments.config_of(problem, precision, tile, weights_descriptors)._replace(
             overhead=overheads.weights
         ),
         work=work,
@@ -211,15 +217,17 @@ def _launch(dy: Tensor, pre: Tensor | None, call: Call, gradients: Gradients) ->
     device, rows, row = x.device, rows_of(call), tiles.choose(x.device, dtype)
     tile = row.recompute if pre is None else row.rows
     scaled = call.layer_scale is not None or call.token_scale is not None
+    w1, w2, b1, b2, norm_weight, norm_bias = map(arguments.pointers, call[1:7])
+    assert w1 is not None and w2 is not None
     plan = _plan_backward(
         *(Problem.of(call, rows), needed, arguments.precision()),
         *(pre is None, scaled or dy.dtype != dtype),
         *(tile, arguments.workers_on(device, tile)),
         *(row.weights, arguments.workers_on(device, row.weights)),
         *(tiles.overheads(device, dtype), tiles.are_separate(device, dtype, x.shape[0])),
+        *(arguments.uses_descriptors(each, w1, w2) for each in (tile, row.weights)),
     )
     made, bound, passed = plan.rows.allocate(call), plan.rows.bound, arguments.passed(rows)
-    w1, w2, b1, b2, norm_weight, norm_bias = map(arguments.pointers, call[1:7])
     layer_scale = arguments.contiguous(call.layer_scale)
     tensors = (
         *(dy, x, pre, *made, gradients.x if needed.x else None),

@@ -21,14 +21,22 @@ from ..schedule import TILE_OVERHEAD
 
 @dataclass(frozen=True)
 class Tile:
-    """The tile of a kernel: block_t x block_n results, in steps of depth block_k."""
+    """The tile of a kernel: block_t x block_n results, in steps of depth block_k.
+
+    Attributes:
+        programs: resident programs per multiprocessor (registers, shared memory).
+        descriptors: read operands in grouped order through tensor descriptors (TMA), provided that
+            they have 16-bit numbers, that D and every F are multiples of 8, and that every weight
+            begins at a multiple of 16 bytes. From Triton 3.6 on.
+    """
 
     block_t: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
-    programs: int = 1  # resident programs per multiprocessor (registers, shared memory)
+    programs: int = 1
+    descriptors: bool = False
 
 
 @dataclass(frozen=True)

@@ -416,11 +416,14 @@ ELSEWHERE = {
     *("bra", "bar", "ret", "bar.warp.sync", "ld.param", "ld.global", "ld.shared", "st.global"),
     *("st.shared", "ld.acquire", "ld.relaxed", "atom", "cp.async", "cp.async.commit_group"),
     *("cp.async.wait_group", "ldmatrix", "stmatrix", "fence.proxy.async"),
-    *("prefetch", "mma.f16", "mma.bf16", "mma.tf32", "wgmma", "wgmma.fence", "wgmma.commit_group"),
+    *("prefetch", "mma.f16", "mma.bf16", "mma.tf32", "wgmma", "wgmma.commit_group", "nothing"),
     *("cvt.integer", "wgmma.wait_group", "pack.32.16", "pack.64.32", "pack.64.16", "unpack.32.16"),
     *("unpack.64.32", "shfl.bfly", "shfl.idx", "shfl.up", "shfl.down"),
     *(f"redux.sync.{name}" for name in ("min.s32", "max.s32", "add.s32", "min.u32", "max.u32")),
-    *("redux.sync.add.u32", "redux.sync.and.b32", "redux.sync.or.b32"),
+    *("redux.sync.add.u32", "redux.sync.and.b32", "redux.sync.or.b32", "elect.sync"),
+    *("mbarrier.init", "mbarrier.inval", "mbarrier.arrive", "mbarrier.try_wait.parity"),
+    *("tensormap.replace", "tensormap.cp_fenceproxy", "fence.proxy.tensormap"),
+    *("cp.async.bulk.tensor",),
 }  # fmt: skip
 
 
