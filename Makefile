@@ -75,8 +75,9 @@ $(VENV)/.installed-demo: $(BUILD_FILES) $(CONSTRAINTS) | $(BIN)/python
 	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[demo]'
 	touch $@
 
-$(VENV)/.installed-test: $(BUILD_FILES) $(CONSTRAINTS) | $(BIN)/python
+$(VENV)/.installed-test: $(BUILD_FILES) $(CONSTRAINTS) tests/model/torchscale.txt | $(BIN)/python
 	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[demo,test,docs]'
+	$(BIN)/python -m pip install -q --no-deps -r tests/model/torchscale.txt
 	touch $(VENV)/.installed-demo $@
 
 build/torch-%.txt: constraints.txt

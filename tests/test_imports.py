@@ -23,8 +23,12 @@ LAYERS = [
     ["vlmo.commands"],
     ["vlmo.__main__"],
 ]
-# VLMo.from_checkpoint, a shorthand for load_checkpoint, imports it when it is called.
-UPWARD = {("vlmo.model.vlmo", "vlmo.checkpoint.io")}
+# from_checkpoint of a model, a shorthand for load_checkpoint, imports it when it is called.
+UPWARD = {
+    ("vlmo.model.vlmo", "vlmo.checkpoint.io"),
+    ("vlmo.model.beit3", "vlmo.checkpoint.io"),
+    ("vlmo.model.beit3", "vlmo.checkpoint.beit3"),
+}
 
 BLOCK = 10  # lines that are not blank
 # Files that share a block of them, and what it is.

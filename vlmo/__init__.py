@@ -1,4 +1,4 @@
-"""vlmo: fused kernels for multiway transformers, and the VLMo model on top of them.
+"""vlmo: fused kernels for multiway transformers, and the models VLMo and BEiT-3.
 
 ``vlmo.kernels`` holds the operations; everything else here is plain PyTorch that calls them. Names
 are imported on first use, so that ``from vlmo.kernels import moe_ffn`` loads no model code.
@@ -12,6 +12,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "BEiT3": "model.beit3",
+    "BEiT3Config": "model.beit3",
     "Predictor": "predictor",
     "VLMo": "model.vlmo",
     "VLMoConfig": "model.config",
@@ -19,7 +21,15 @@ _HOME = {
     "save_checkpoint": "checkpoint.io",
 }
 
-__all__ = ["Predictor", "VLMo", "VLMoConfig", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "BEiT3",
+    "BEiT3Config",
+    "Predictor",
+    "VLMo",
+    "VLMoConfig",
+    "load_checkpoint",
+    "save_checkpoint",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -37,7 +37,7 @@ def eager_attention(qkv: Tensor, *, offsets: Tensor, **_) -> Tensor:
 @pytest.fixture(autouse=True)
 def dense(monkeypatch):
     """The kernels' operations hide their products from the counter."""
-    monkeypatch.setattr("vlmo.model.layers.moe_ffn", eager_moe_ffn)
+    monkeypatch.setattr("vlmo.kernels.nn.moe_ffn", eager_moe_ffn)
     monkeypatch.setattr("vlmo.model.layout.shared_attention", eager_attention)
 
 

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from vlmo.checkpoint import io as checkpoint_module
+from vlmo.checkpoint.configs import ratio_of_widths
 from vlmo.checkpoint.formats import CONFIG_RECORD, CheckpointError, read_content
 from vlmo.checkpoint.io import LoadReport, config_of, load_checkpoint, save_checkpoint
 from vlmo.checkpoint.resize import (
@@ -228,7 +229,7 @@ def test_config_of_applies_changes(tmp_path):
 
 @given(dim=st.integers(1, 4000), hidden=st.integers(1, 16000))
 def test_any_hidden_width_has_a_ratio(dim, hidden):
-    assert int(dim * checkpoint_module._mlp_ratio(dim, hidden)) == hidden
+    assert int(dim * ratio_of_widths(dim, hidden)) == hidden
 
 
 def test_config_of_believes_tensors_more_than_the_record(tmp_path):

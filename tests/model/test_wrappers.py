@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from test_model import make_batch
 from vlmo import VLMo, VLMoConfig, save_checkpoint
-from vlmo.model import layers
+from vlmo.kernels import nn as multiway
 from vlmo.tasks.losses import compute_losses
 
 TINY = VLMoConfig(
@@ -227,7 +227,7 @@ def test_wrapped_models_are_not_saved_under_foreign_keys(model, tmp_path):
 
 def fused_calls(model: nn.Module) -> int:
     """Calls of moe_ffn in one forward."""
-    with mock.patch.object(layers, "moe_ffn", wraps=layers.moe_ffn) as moe_ffn:
+    with mock.patch.object(multiway, "moe_ffn", wraps=multiway.moe_ffn) as moe_ffn:
         outputs(model)
     return moe_ffn.call_count
 

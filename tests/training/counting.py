@@ -8,6 +8,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from vlmo.kernels import nn as multiway
 from vlmo.model import layers, layout
 
 _WAITS = {
@@ -64,7 +65,7 @@ def counting() -> Iterator[Counter]:
 
     with (
         mock.patch.object(
-            layers, "moe_ffn", wrapped(layers.moe_ffn, lambda x: x.shape[:-1].numel())
+            multiway, "moe_ffn", wrapped(multiway.moe_ffn, lambda x: x.shape[:-1].numel())
         ),
         mock.patch.object(
             layout, "shared_attention", wrapped(layout.shared_attention, lambda x: 0)

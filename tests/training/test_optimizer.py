@@ -3,8 +3,13 @@
 import pytest
 import torch
 
-from vlmo import VLMo
-from vlmo.training.optimizer import linear_schedule, parameter_groups, warmup_then_decay
+from vlmo import BEiT3, BEiT3Config, VLMo
+from vlmo.training.optimizer import (
+    beit3_parameter_groups,
+    linear_schedule,
+    parameter_groups,
+    warmup_then_decay,
+)
 from vlmo.training.recipes import tiny
 
 
@@ -33,3 +38,39 @@ def test_parameter_groups_follow_the_official_rule():
     assert found["transformer.blocks.0.attn.q_bias"] == (0.0, 1.0)
     assert found["vqa_classifier.0.weight"] == (0.1, 20.0)
     assert set(found) == set(names.values()) - {"transformer.cls_token"}
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_parameter_groups_of_beit3_follow_the_official_rule(wrapped):
+    """The layer of each parameter is that of unilm's ``get_num_layer_for_vit``."""
+    sizes = BEiT3Config(dim=8, depth=3, heads=2, image_size=32, vocab_size=10, max_text_length=4)
+    model = BEiT3(sizes.replace(tasks=("irtr", "nlvr2")))
+    model.language_head.requires_grad_(False)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    module = torch.nn.DataParallel(model) if wrapped else model
+    groups = beit3_parameter_groups(
+        module, lr=2.0, weight_decay=0.1, layer_decay=0.5, head_lr_scale=10.0
+    )
+    found = {names[p]: (g["weight_decay"], g["lr"]) for g in groups for p in g["params"]}
+    assert set(found) == set(names.values()) - {"language_head.weight"}
+    embeddings, lowest, highest = (2.0 * 0.5**power for power in (4, 3, 1))
+    for name, expected in {
+        "beit3.text_embed.weight": (0.1, embeddings),
+        "beit3.vision_embed.proj.weight": (0.1, embeddings),
+        "beit3.vision_embed.proj.bias": (0.0, embeddings),
+        "beit3.vision_embed.cls_token": (0.0, embeddings),
+        "beit3.vision_embed.mask_token": (0.1, embeddings),
+        "beit3.encoder.embed_positions.A.weight": (0.0, embeddings),
+        "beit3.encoder.embed_positions.B.weight": (0.1, embeddings),
+        "beit3.encoder.layers.0.ffn.A.fc1.weight": (0.1, lowest),
+        "beit3.encoder.layers.0.self_attn_layer_norm.B.weight": (0.0, lowest),
+        "beit3.encoder.layers.2.self_attn.q_proj.B.weight": (0.1, highest),
+        "beit3.encoder.layers.2.ffn.A.fc1.bias": (0.0, highest),
+        "beit3.encoder.layer_norm.A.weight": (0.0, 2.0),
+        "vision_head.weight": (0.1, 2.0),
+        "logit_scale": (0.0, 2.0),
+        "head.dense1.weight": (0.1, 20.0),
+        "head.norm1.bias": (0.0, 20.0),
+    }.items():
+        assert found[name] == expected, name
+    assert [len(g["params"]) for g in groups if g["params"][0].dim() == 0] == [1]

@@ -40,9 +40,9 @@ ZIP_END_REACH = 22 + 2**16
 
 # Entries that save_checkpoint records in the metadata, which both formats support: the
 # configuration, and digests of the vocabulary and the answers that the weights were trained with.
-CONFIG_RECORD = "vlmo_config"
+CONFIG_RECORD, BEIT3_RECORD = "vlmo_config", "vlmo_beit3_config"
 VOCABULARY_RECORD, ANSWERS_RECORD = "vlmo_vocabulary", "vlmo_answers"
-_RECORDS = (CONFIG_RECORD, VOCABULARY_RECORD, ANSWERS_RECORD)
+_RECORDS = (CONFIG_RECORD, BEIT3_RECORD, VOCABULARY_RECORD, ANSWERS_RECORD)
 
 # Entries of a training.pt, which has its weights under "model", as BEiT files do.
 _STATE_OF_TRAINING = {"version", "run", "step", "model", "optimizer", "schedule"}
@@ -337,8 +337,10 @@ def summary(keys: Sequence[Any], limit: int = 12) -> str:
     """A short summary of keys: one entry per head or kind of block tensor, with its count."""
     groups: dict[str, list[str]] = {}
     for key in map(str, keys):
-        parts = re.sub(r"blocks\.\d+\.", "blocks.*.", key).split(".")
+        parts = re.sub(r"(blocks|layers)\.\d+\.", r"\1.*.", key).split(".")
         depth = 4 if parts[:2] == ["transformer", "blocks"] else 1
+        if parts[0] == "beit3":
+            depth = 5 if parts[2:3] == ["layers"] else 3
         groups.setdefault(".".join(parts[:depth]), []).append(key)
     shown = [
         members[0] if len(members) == 1 else f"{group}.* ({len(members)})"

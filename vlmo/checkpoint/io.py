@@ -1,9 +1,9 @@
-"""Reads, writes and identifies VLMo checkpoints.
+"""Reads, writes and identifies checkpoints of VLMo, and reads and writes those of BEiT-3.
 
 :func:`load_checkpoint` reads every published layout into a model, :func:`save_checkpoint` writes a
 file that unilm, the reference implementation, can read, and :func:`config_of` infers the
-configuration of a file's model. No code from a file is executed: pickles are read with
-``torch.load(weights_only=True)``.
+configuration of a file's VLMo; :func:`vlmo.checkpoint.beit3.config_of` that of a BEiT-3. No code
+from a file is executed: pickles are read with ``torch.load(weights_only=True)``.
 
 The layers of a file, in the order in which they are removed:
 
@@ -17,11 +17,7 @@ The layers of a file, in the order in which they are removed:
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 import os
-import reprlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,8 +29,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vlmo.checkpoint import beit3
+from vlmo.checkpoint.configs import fields_to_record, ratio_of_widths, recorded_fields
 from vlmo.checkpoint.formats import (
     ANSWERS_RECORD,
+    BEIT3_RECORD,
     CONFIG_RECORD,
     KEY_PREFIXES,
     POSITION_IDS,
@@ -58,6 +57,8 @@ from vlmo.checkpoint.resize import (
     table_tail,
 )
 from vlmo.files import replacing
+from vlmo.model.beit3 import RUN_FIELDS as BEIT3_RUN_FIELDS
+from vlmo.model.beit3 import BEiT3
 from vlmo.model.config import RUN_FIELDS, TASKS, VLMoConfig
 from vlmo.model.vlmo import VLMo
 
@@ -153,10 +154,12 @@ def load_checkpoint(
     model keeps its own last rows, which is only allowed if it does not use them); token types to
     its 2 or 3 rows (NLVR2's second image starts as a copy of the first). A BEiT checkpoint fills
     the image experts and the image rows of the table, whose text and cross-modal rows become zero;
-    a table that BEiT shares among its layers is repeated for each layer.
+    a table that BEiT shares among its layers is repeated for each layer. Of a BEiT-3 checkpoint,
+    only the positions of patches are converted.
 
     Args:
-        model: a :class:`vlmo.VLMo`, possibly wrapped (DistributedDataParallel, torch.compile).
+        model: a :class:`vlmo.VLMo` or :class:`vlmo.model.beit3.BEiT3`, possibly wrapped
+            (DistributedDataParallel, torch.compile).
         source: path of a file, or the content of such a file.
         strict: raise unless file and model have the same keys.
         skip: prefixes of unilm's keys that are not loaded, e.g. ``["vqa_classifier."]`` to
@@ -180,7 +183,7 @@ def load_checkpoint(
     keys = (*content.state, *target)
     if idle := [p for p in prefixes if not any(key.startswith(p) for key in keys)]:
         raise ValueError(f"skip: no key of the file or the model starts with {', '.join(idle)}")
-    values, report = _plan(content, target, inner.config, prefixes)
+    values, report = _plan(content, target, inner, prefixes)
     if strict and (report.missing or report.unexpected):
         raise ValueError(f"strict: file and model differ\n{report}")
     with torch.no_grad():
@@ -190,15 +193,17 @@ def load_checkpoint(
 
 
 def _plan(
-    content: Content, target: dict[str, Tensor], config: VLMoConfig, skip: tuple[str, ...]
+    content: Content, target: dict[str, Tensor], model: Any, skip: tuple[str, ...]
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """The tensors to write into the model, by its keys and in its shapes; writes nothing."""
     skipped = {key for key in content.state if key.startswith(skip)}
     ours = [key for key in content.state if key in target]
-    if not _holds_a_block(ours):
+    is_beit3 = isinstance(model, BEiT3)
+    if not (beit3.holds_a_layer(ours) if is_beit3 else _holds_a_block(ours)):
         found = f"only {len(ours)}" if ours else "none"
+        kind = "BEiT-3" if is_beit3 else "VLMo or BEiT"
         raise CheckpointError(
-            f"{content.name}: not a VLMo or BEiT checkpoint: {found} of its {len(content.state)} "
+            f"{content.name}: not a {kind} checkpoint: {found} of its {len(content.state)} "
             f"tensors belong to the model, and no transformer block with its attention and an "
             f"expert (it has {summary(list(content.state))}){likeness(content.state)}"
         )
@@ -207,7 +212,10 @@ def _plan(
     resized: list[Resized] = []
     for key in common:
         value, wanted = content.state[key], target[key]
-        fit = fit_tensor(key, value, wanted, config, beit=content.beit)
+        if is_beit3:
+            fit = beit3.fit_tensor(key, value, wanted, model.config)
+        else:
+            fit = fit_tensor(key, value, wanted, model.config, beit=content.beit)
         if fit is None:
             raise ValueError(
                 f"{content.name}: {key} is {_described(value)} and cannot be made to fit the "
@@ -241,7 +249,7 @@ def save_checkpoint(
     vocabulary: str | None = None,
     answers: str | None = None,
 ) -> None:
-    """Write ``model`` as a flat state dict of unilm, including ``text_embeddings.position_ids``.
+    """Write ``model`` as a flat state dict of unilm, for VLMo with its ``position_ids``.
 
     The file is replaced atomically, when the new one is complete and on disk: a failed save leaves
     an older file unchanged and no other trace (a killed one may leave a hidden file beside it). The
@@ -249,7 +257,8 @@ def save_checkpoint(
     :func:`vlmo.run_folder.digests_of` read them and other programs ignore them.
 
     Args:
-        model: a :class:`vlmo.VLMo`, possibly wrapped, on any device, in any dtype.
+        model: a :class:`vlmo.VLMo` or :class:`vlmo.model.beit3.BEiT3`, possibly wrapped, on any
+            device, in any dtype.
         path: ``.pt``, ``.pth`` or ``.bin`` for torch's format, ``.safetensors`` for that format.
         vocabulary: :func:`vlmo.run_folder.digest` of the tokens that the model was trained with, in
             the order of their ids. Loading the model then rejects any other vocabulary.
@@ -267,9 +276,10 @@ def save_checkpoint(
     inner = _inner(model)
     _require_official_keys(inner)
     state = _official_state(inner)
-    fields = dataclasses.asdict(inner.config)
-    fields = {name: value for name, value in fields.items() if name not in RUN_FIELDS}
-    records = {CONFIG_RECORD: json.dumps(fields)}
+    if isinstance(inner, BEiT3):
+        records = {BEIT3_RECORD: fields_to_record(inner.config, BEIT3_RUN_FIELDS)}
+    else:
+        records = {CONFIG_RECORD: fields_to_record(inner.config, RUN_FIELDS)}
     given = {VOCABULARY_RECORD: vocabulary, ANSWERS_RECORD: answers}
     records |= {name: value for name, value in given.items() if value is not None}
 
@@ -322,7 +332,7 @@ def config_of(
             "VLMoConfig and load_checkpoint into it"
         )
     _require_sizes(content)
-    recorded = _recorded(content)
+    recorded = recorded_fields(content, CONFIG_RECORD, VLMoConfig, RUN_FIELDS)
     found = _inferred(
         content,
         recorded,
@@ -342,8 +352,9 @@ def _described(tensor: Tensor) -> str:
 
 def _require_official_keys(model: Any) -> None:
     """Raise if the model has keys that its configuration does not account for."""
+    kind: Any = BEiT3 if isinstance(model, BEiT3) else VLMo
     with torch.device("meta"):
-        expected = VLMo(model.config).state_dict().keys()
+        expected = kind(model.config).state_dict().keys()
     foreign = [key for key in model.state_dict() if key not in expected]
     if foreign:
         raise ValueError(
@@ -367,7 +378,7 @@ def _official_state(model: nn.Module) -> OrderedDict[str, Tensor]:
             tensor = tensor.clone()
         seen.add(tensor.untyped_storage().data_ptr())
         state[key] = tensor
-    if POSITION_IDS not in state:
+    if TEXT_POSITIONS in state and POSITION_IDS not in state:
         state[POSITION_IDS] = torch.arange(state[TEXT_POSITIONS].shape[0]).unsqueeze(0)
     return state
 
@@ -420,7 +431,7 @@ def _inferred(
         dim=dim,
         depth=depth,
         heads=_heads(content, dim, depth, heads),
-        mlp_ratio=_mlp_ratio(dim, state[HIDDEN].shape[0]),
+        mlp_ratio=ratio_of_widths(dim, state[HIDDEN].shape[0]),
         vl_start=min(experts) if experts else min(vl_start, depth),
         image_size=grid * patch,
         patch_size=patch,
@@ -434,39 +445,6 @@ def _inferred(
         vqa_labels=known.vqa_labels if answers is None else answers.shape[0],
         separate_attention=bool(blocks_with(state, "attn_text.")),
     )
-
-
-def _mlp_ratio(dim: int, hidden: int) -> float:
-    """A ratio for which ``int(dim * ratio)`` is ``hidden``, despite rounding."""
-    ratio = hidden / dim
-    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
-
-
-def _recorded(content: Content) -> dict[str, Any]:
-    """Fields of the recorded configuration; unknown fields are left out."""
-    if CONFIG_RECORD not in content.records:
-        return {}
-    try:
-        fields = json.loads(content.records[CONFIG_RECORD])
-        fields["tasks"] = tuple(fields["tasks"])
-        names = {field.name for field in dataclasses.fields(VLMoConfig)} - set(RUN_FIELDS)
-        fields = {name: value for name, value in fields.items() if name in names}
-        _check_kinds(fields)
-        VLMoConfig(**fields)
-    except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
-        raise CheckpointError(f"{content.name}: its {CONFIG_RECORD} is damaged: {error}") from error
-    return fields
-
-
-def _check_kinds(fields: Mapping[str, Any]) -> None:
-    """Raise TypeError unless the fields of a configuration have the types of the defaults."""
-    for name, value in fields.items():
-        default = getattr(VLMoConfig, name)
-        kinds = (int, float) if isinstance(default, float) else (type(default),)
-        if name == "layer_scale":
-            kinds = (*kinds, type(None))
-        if type(value) not in kinds:
-            raise TypeError(f"{name} is {reprlib.repr(value)}")
 
 
 def _heads(content: Content, dim: int, depth: int, told: int | None) -> int:
@@ -524,7 +502,7 @@ def _tasks(state: Mapping[str, Any], has_experts: bool, recorded: Sequence[str])
 
 
 def _inner(model: nn.Module) -> Any:
-    """The VLMo inside DistributedDataParallel, DataParallel or torch.compile."""
+    """The model inside DistributedDataParallel, DataParallel or torch.compile."""
     inner: Any = model
     while True:
         wrapped = next((p.rstrip(".") for p in KEY_PREFIXES if p.rstrip(".") in inner._modules), "")

@@ -135,32 +135,35 @@ def resize_relative_table(
 
 
 def resize_absolute_positions(
-    positions: Tensor,  # [1, 1 + w * w, D]
+    positions: Tensor,  # [1, kept + w * w, D]
     grid: int,
+    *,
+    kept: int = 1,
 ) -> Tensor:
-    """Resample learned patch positions to a ``grid`` x ``grid`` image; the [CLS] row is kept.
+    """Resample learned patch positions to a ``grid`` x ``grid`` image; the first rows are kept.
 
     Args:
         positions: any floating dtype.
         grid: patches along one side of the new image.
+        kept: number of rows before those of the patches: [CLS], for BEiT-3 after two unused ones.
 
     Returns:
-        ``[1, 1 + grid * grid, D]``, float32 (``positions`` itself if the grid is the same), bicubic
-        with ``align_corners=False`` as in unilm.
+        ``[1, kept + grid * grid, D]``, float32 (``positions`` itself if the grid is the same),
+        bicubic with ``align_corners=False`` as in unilm.
 
     Raises:
-        ValueError: the number of rows after the first is not a square.
+        ValueError: the number of rows after the first ones is not a square.
     """
-    side = grid_of_patches(positions.shape[1] - 1)
+    side = grid_of_patches(positions.shape[1] - kept)
     if side is None:
-        raise ValueError(f"{positions.shape[1]} rows are no [CLS] and a square of patches")
+        raise ValueError(f"{positions.shape[1]} rows are not {kept} and a square of patches")
     if side == grid:
         return positions
     width = positions.shape[2]
-    cls, patches = positions.float().split([1, side * side], dim=1)
+    first, patches = positions.float().split([kept, side * side], dim=1)
     square = patches.reshape(1, side, side, width).permute(0, 3, 1, 2)
     square = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([cls, square.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+    return torch.cat([first, square.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
 def fit_tensor(

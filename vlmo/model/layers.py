@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmo.kernels import Constants, moe_ffn
+from vlmo.kernels import Constants
+from vlmo.kernels.arguments import check_values
+from vlmo.kernels.nn import FeedForward, feed_forward
+from vlmo.kernels.wrappers import is_plain, rows_of
 from vlmo.model.config import VLMoConfig
 from vlmo.model.layout import Chosen, Experts, Layout, Tokens
-from vlmo.model.wrappers import is_plain, rows_of
+
+_LARGEST_PIXEL = 16.0  # larger than usual normalisations give, smaller than values of 0..255
+
+
+def normalised_pixels(
+    image: Tensor,  # [B, 3, S, S], uint8 or floating point
+    size: int,
+    dtype: torch.dtype,
+    mean: float | Tensor = 0.5,
+    std: float | Tensor = 0.5,
+) -> Tensor:  # [B, 3, S, S]
+    """Images as a model takes them; floats are unchanged, uint8 is normalised to ``dtype``.
+
+    Raises:
+        ValueError: the shape is wrong, or floats are far outside [-1, 1], such as 0 to 255; on a
+            GPU the last case is a device-side assertion.
+    """
+    if image.dim() != 4 or image.shape[1:] != (3, size, size):
+        raise ValueError(f"image: shape {tuple(image.shape)} is not (batch, 3, {size}, {size})")
+    if image.dtype == torch.uint8:
+        return image.to(dtype).div(255 * std).sub(mean / std)
+    check_values("image", image, image.abs() > _LARGEST_PIXEL, "not scaled to -1..1")
+    return image
 
 
 class PatchEmbedding(nn.Module):
     """Pixels ``[B, 3, S, S]`` to patches ``[B, (S / patch)^2, D]``, row by row."""
 
-    def __init__(self, config: VLMoConfig):
+    def __init__(self, dim: int, patch_size: int):
         super().__init__()
-        self.proj = nn.Conv2d(3, config.dim, config.patch_size, stride=config.patch_size)
+        self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.proj(image).flatten(2).transpose(1, 2)
@@ -80,23 +104,6 @@ class Attention(nn.Module):
         return qkv.unflatten(-1, (3, self.heads, -1))
 
 
-class Mlp(nn.Module):
-    """One expert. :func:`vlmo.kernels.moe_ffn` reads its weights directly if ``is_plain``."""
-
-    def __init__(self, config: VLMoConfig):
-        super().__init__()
-        hidden = int(config.dim * config.mlp_ratio)
-        self.fc1 = nn.Linear(config.dim, hidden)
-        self.fc2 = nn.Linear(hidden, config.dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-    def is_plain(self) -> bool:
-        """Whether its weights determine its output, see :func:`vlmo.model.wrappers.is_plain`."""
-        return is_plain(self, Mlp) and all(is_plain(fc, nn.Linear) for fc in (self.fc1, self.fc2))
-
-
 class Block(nn.Module):
     """Pre-norm block: shared self-attention, then the expert of each token's modality."""
 
@@ -112,7 +119,8 @@ class Block(nn.Module):
             self.attn_text = Attention(config)
         for expert in ("text", "imag", *(("vl",) if self.has_vl else ())):
             self.add_module(f"norm2_{expert}", nn.LayerNorm(config.dim, eps=1e-6))
-            self.add_module(f"mlp_{expert}", Mlp(config))
+            hidden = int(config.dim * config.mlp_ratio)
+            self.add_module(f"mlp_{expert}", FeedForward(config.dim, hidden))
         self.gamma_1 = self.gamma_2 = None
         if config.layer_scale is not None:
             self.gamma_1 = nn.Parameter(torch.full((config.dim,), config.layer_scale))
@@ -146,25 +154,11 @@ class Block(nn.Module):
         token_scale = None
         if drops:
             token_scale = tokens.drop_path_of_experts(self.drop_path, self.has_vl, x.device)
-        plain = all(isinstance(mlp, Mlp) and mlp.is_plain() for mlp in mlps)
-        if not plain or not all(is_plain(norm, nn.LayerNorm) for norm in norms):
-            branch = _through_modules(x, experts, norms, mlps)
-            if self.gamma_2 is not None:
-                branch = branch * self.gamma_2
-            if token_scale is not None:
-                branch = (branch * token_scale[..., None]).to(branch.dtype)
-            return x + branch
-        return moe_ffn(
+        return feed_forward(
             x,
             experts.routing,
-            [mlp.fc1.weight for mlp in mlps],
-            [mlp.fc2.weight for mlp in mlps],
-            b1=[mlp.fc1.bias for mlp in mlps],
-            b2=[mlp.fc2.bias for mlp in mlps],
-            norm="layer",
-            norm_weight=[norm.weight for norm in norms],
-            norm_bias=[norm.bias for norm in norms],
-            norm_eps=1e-6,
+            mlps,
+            norms=norms,
             layer_scale=self.gamma_2,
             token_scale=token_scale,
             residual=x,
@@ -185,28 +179,12 @@ class Block(nn.Module):
         return tokens.by_modality(attended, self.attn_text.proj, self.attn.proj)
 
 
-def _through_modules(
-    x: Tensor,  # [..., D]
-    experts: Experts,
-    norms: Sequence[nn.Module],
-    mlps: Sequence[nn.Module],
-) -> Tensor:  # [..., D]
-    """Apply each token's expert, ``mlp(norm(x))``, by calling the modules."""
-    flat = x.flatten(0, -2)
-    if len(mlps) == 1:
-        return mlps[0](norms[0](flat)).view(*x.shape[:-1], -1)
-    rows = experts.routing.grouping(flat.shape[0], x.device).rows.long()
-    parts = flat[rows].split(experts.counts)
-    out = torch.cat([mlp(norm(p)) for mlp, norm, p in zip(mlps, norms, parts, strict=True)])
-    return torch.empty_like(out).index_copy(0, rows, out).view(*x.shape[:-1], -1)
-
-
 class MultiwayTransformer(nn.Module):
     """Patch embedding, blocks and the final norm, which all passes share."""
 
     def __init__(self, config: VLMoConfig):
         super().__init__()
-        self.patch_embed = PatchEmbedding(config)
+        self.patch_embed = PatchEmbedding(config.dim, config.patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
         self.pos_embed = None
         if config.absolute_position:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlmo.kernels import Constants, RelativePositionIndex
-from vlmo.kernels.arguments import check_values
+from vlmo.kernels.wrappers import rows_of
 from vlmo.model.config import VLMoConfig
 from vlmo.model.layers import (
     Attention,
@@ -28,15 +28,14 @@ from vlmo.model.layers import (
     Projection,
     TextEmbeddings,
     classifier,
+    normalised_pixels,
 )
 from vlmo.model.layout import Chosen, Layout, Packed, Padded, Run
-from vlmo.model.wrappers import rows_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 LOGIT_SCALE = math.log(1 / 0.07)  # initial value, the temperature of CLIP
-_LARGEST_PIXEL = 16.0  # larger than usual normalisations give, smaller than values of 0..255
 
 
 class FusionOutput(NamedTuple):
@@ -305,17 +304,12 @@ class VLMo(nn.Module):
                 outside [-1, 1], such as 0 to 255; on a GPU the last case is a device-side
                 assertion.
         """
-        size = self.config.image_size
-        if image.dim() != 4 or image.shape[1:] != (3, size, size):
-            raise ValueError(f"image: shape {tuple(image.shape)} is not (batch, 3, {size}, {size})")
         if not 1 <= image_type < self.config.token_types:
             raise ValueError(
                 f"image_type: {image_type} is not within 1..{self.config.token_types - 1}"
             )
-        if image.dtype == torch.uint8:  # mean and standard deviation 0.5, as in unilm's transforms
-            image = image.to(self.transformer.cls_token.dtype).div(127.5).sub(1)
-        else:
-            check_values("image", image, image.abs() > _LARGEST_PIXEL, "not scaled to -1..1")
+        dtype = self.transformer.cls_token.dtype
+        image = normalised_pixels(image, self.config.image_size, dtype)
         return self.transformer.embed(image) + rows_of(self.token_type_embeddings, image_type)
 
     def _embed_padded(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:

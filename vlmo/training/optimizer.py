@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 # relative position table) and these norms, but not the norms of the experts.
 _NOT_DECAYED = ("bias", "LayerNorm.weight", "norm.weight", "norm1.weight")
 _FINE_TUNING_HEADS = ("vqa_classifier.", "nlvr2_classifier.")
+# Parameters of BEiT-3 without weight decay, besides vectors.
+_NOT_DECAYED_OF_BEIT3 = ("vision_embed.cls_token", "embed_positions.A.weight", "logit_scale")
 
 
 def parameter_groups(
@@ -31,12 +34,67 @@ def parameter_groups(
         weight_decay: for the parameters that have weight decay.
         head_lr_scale: factor of ``lr`` for the VQA and NLVR2 classifiers.
     """
+
+    def rule(name: str, parameter: nn.Parameter) -> tuple[float, float]:
+        decay = 0.0 if any(part in name for part in _NOT_DECAYED) else weight_decay
+        head = any(part in name for part in _FINE_TUNING_HEADS)
+        return decay, lr * head_lr_scale if head else lr
+
+    return _grouped(model, rule)
+
+
+def beit3_parameter_groups(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float = 0.05,
+    layer_decay: float = 1.0,
+    head_lr_scale: float = 1.0,
+) -> list[dict[str, Any]]:
+    """Parameter groups for fine-tuning BEiT-3, with the rules of unilm's ``optim_factory.py``.
+
+    Layer i of L has the learning rate ``lr * layer_decay ** (L - i)`` (i from 0), the embeddings
+    below it ``lr * layer_decay ** (L + 1)``, the final norm and the heads ``lr``. Vectors (biases,
+    norms), scalars, [CLS] and the positions of images have no weight decay.
+
+    Args:
+        model: a :class:`vlmo.BEiT3`, possibly wrapped; parameters without ``requires_grad`` are
+            omitted.
+        lr: learning rate.
+        weight_decay: for the parameters that have weight decay.
+        layer_decay: factor from each layer to the one below it.
+        head_lr_scale: factor of ``lr`` for ``head``, the classifier of VQA, NLVR2 or images; unilm
+            uses it without layer decay only.
+    """
+    depth = 1 + max(_layer_of(name) for name, _ in model.named_parameters())
+
+    def rule(name: str, parameter: nn.Parameter) -> tuple[float, float]:
+        layer = _layer_of(name)
+        exponent = 0 if layer < 0 else depth - layer
+        if "embed" in name:
+            exponent = depth + 1
+        rate = lr * layer_decay**exponent
+        head = re.search(r"(^|\.)head\.", name)
+        vector = parameter.dim() <= 1 or name.endswith(_NOT_DECAYED_OF_BEIT3)
+        return 0.0 if vector else weight_decay, rate * head_lr_scale if head else rate
+
+    return _grouped(model, rule)
+
+
+def _layer_of(name: str) -> int:
+    """Number of the encoder layer of a parameter of BEiT-3; -1 if it is in none."""
+    found = re.search(r"encoder\.layers\.(\d+)\.", name)
+    return -1 if found is None else int(found[1])
+
+
+def _grouped(
+    model: nn.Module, rule: Callable[[str, nn.Parameter], tuple[float, float]]
+) -> list[dict[str, Any]]:
+    """Groups of equal weight decay and learning rate, which ``rule`` gives a parameter."""
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decay = 0.0 if any(part in name for part in _NOT_DECAYED) else weight_decay
-            head = any(part in name for part in _FINE_TUNING_HEADS)
-            key = (decay, lr * head_lr_scale if head else lr, parameter.dim() == 0)
+            key = (*rule(name, parameter), parameter.dim() == 0)
             groups.setdefault(key, []).append(parameter)
     return [
         {"params": members, "weight_decay": decay, "lr": rate}

@@ -1,0 +1,450 @@
+"""Modules for multiway transformers: a linear layer, a norm or a feed-forward network per expert.
+
+A multiway module contains one ordinary module per expert under the expert's name, so its state dict
+reads like those of separate networks: ``ffn.text.fc1.weight``. Its forward takes the routing of the
+tokens along with them. Parameters of plain submodules are passed to a fused operation; submodules
+that were wrapped, replaced or hooked are called (see :mod:`vlmo.kernels.wrappers`).
+
+An expert that has no piece in :meth:`vlmo.kernels.ModalityRouting.segments` takes no part: its
+parameters get no gradient, not even zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .arguments import check_choice
+from .moe_ffn.api import moe_ffn
+from .moe_ffn.call import ACTIVATIONS, GATED
+from .moe_ffn.reference import _act
+from .routing import ModalityRouting
+from .wrappers import is_plain
+
+Function = Callable[[Tensor], Tensor]
+
+# The norms that a feed-forward network may begin with, and their names in moe_ffn.
+_NORMS: dict[str, type[nn.LayerNorm] | type[nn.RMSNorm]] = {
+    "layer": nn.LayerNorm,
+    "rms": nn.RMSNorm,
+}
+
+
+class Multiway(nn.ModuleDict):
+    """One module per expert, in the order of the routing's experts.
+
+    Args:
+        experts: the experts' names, or their number for the names "0", "1", ...
+        make: makes the module of an expert.
+    """
+
+    def __init__(self, experts: int | Sequence[str], make: Callable[[], nn.Module]):
+        names = [*map(str, range(experts))] if isinstance(experts, int) else list(experts)
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"experts: {experts!r} are not one or more different names")
+        super().__init__({name: make() for name in names})
+
+    def reset_parameters(self) -> None:
+        """Set every parameter to its initial value."""
+        for module in self.values():
+            module.reset_parameters()  # type: ignore[operator]  # all of them have it
+
+    def routed(self, routing: ModalityRouting) -> tuple[list[Any], ModalityRouting]:
+        """The modules of the experts that take part, and the routing of the tokens to these."""
+        modules = [*self.values()]
+        if not isinstance(routing, ModalityRouting):
+            raise TypeError(f"routing: expected a ModalityRouting, got {type(routing).__name__}")
+        if routing.num_experts != len(modules):
+            raise ValueError(
+                f"routing: {routing.num_experts} experts, but the module has {len(modules)} "
+                f"({', '.join(self)})"
+            )
+        used = sorted({expert for expert, _ in routing.pieces})
+        if len(used) in (0, len(modules)):
+            return modules, routing
+        pieces = [(used.index(expert), length) for expert, length in routing.pieces]
+        return [modules[expert] for expert in used], ModalityRouting.segments(pieces)
+
+
+class MultiwayLinear(Multiway):
+    """A linear layer per expert: ``y_t = W_e x_t + b_e`` for a token t of expert e.
+
+    Args:
+        in_features, out_features, bias: as for :class:`torch.nn.Linear`.
+        experts: the experts' names, or their number.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        experts: int | Sequence[str],
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        factory: Any = dict(device=device, dtype=dtype)
+        super().__init__(experts, lambda: nn.Linear(in_features, out_features, bias, **factory))
+
+    def forward(
+        self,
+        x: Tensor,  # [..., D]
+        routing: ModalityRouting,
+    ) -> Tensor:  # [..., out_features]
+        linears, routing = self.routed(routing)
+        if not all(is_plain(linear, nn.Linear) for linear in linears):
+            return by_expert(x, routing, linears)
+        return _reference_linear(
+            x,
+            routing,
+            [linear.weight for linear in linears],
+            bias=None if linears[0].bias is None else [linear.bias for linear in linears],
+        )
+
+
+class MultiwayNorm(Multiway):
+    """A norm per expert.
+
+    Args:
+        dim: width D.
+        experts: the experts' names, or their number.
+        eps: added to the variance (or mean square).
+        kind: ``"layer"`` (LayerNorm with weight and bias) or ``"rms"`` (RMSNorm).
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        experts: int | Sequence[str],
+        eps: float = 1e-6,
+        kind: str = "layer",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        check_choice("kind", kind, [*_NORMS])
+        super().__init__(experts, lambda: _NORMS[kind](dim, eps=eps, device=device, dtype=dtype))
+
+    def forward(
+        self,
+        x: Tensor,  # [..., D]
+        routing: ModalityRouting,
+    ) -> Tensor:  # [..., D]
+        norms, routing = self.routed(routing)
+        return by_expert(x, routing, norms)
+
+
+class FeedForward(nn.Module):
+    """One expert: ``fc2(act(fc1(x)))``, with a sub-norm ``fc2(ffn_layernorm(act(fc1(x))))``.
+
+    Args:
+        dim: width D.
+        hidden: hidden width F.
+        activation: as for :func:`vlmo.kernels.moe_ffn`; a gated one doubles the rows of ``fc1``.
+        sub_norm: normalise the hidden units (the sub-LayerNorm of Magneto, arXiv 2210.06423).
+        eps: added to the variance by the sub-norm.
+        bias: whether both layers have biases.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        *,
+        activation: str = "gelu",
+        sub_norm: bool = False,
+        eps: float = 1e-5,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        check_choice("activation", activation, ACTIVATIONS)
+        factory: Any = dict(device=device, dtype=dtype)
+        self.activation = activation
+        self.fc1 = nn.Linear(dim, hidden * (2 if activation in GATED else 1), bias, **factory)
+        self.fc2 = nn.Linear(hidden, dim, bias, **factory)
+        self.ffn_layernorm = nn.LayerNorm(hidden, eps, **factory) if sub_norm else None
+
+    def reset_parameters(self) -> None:
+        """Set every parameter to its initial value."""
+        for module in self.children():
+            module.reset_parameters()  # type: ignore[operator]  # all of them have it
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc1(x)
+        hidden = _act(hidden.flatten(0, -2), self.activation).unflatten(0, x.shape[:-1])
+        if self.ffn_layernorm is not None:
+            hidden = self.ffn_layernorm(hidden)
+        return self.fc2(hidden)
+
+    def is_plain(self) -> bool:
+        """Whether its weights determine its output, see :mod:`vlmo.kernels.wrappers`."""
+        return (
+            is_plain(self, FeedForward)
+            and is_plain(self.fc1, nn.Linear)
+            and is_plain(self.fc2, nn.Linear)
+            and (self.ffn_layernorm is None or is_plain(self.ffn_layernorm, nn.LayerNorm))
+        )
+
+
+class MultiwayFFN(Multiway):
+    """A feed-forward network per expert, with the norm before it and the residual after it.
+
+    Args:
+        dim: width D.
+        hidden: hidden width F of every expert.
+        experts: the experts' names, or their number.
+        activation, sub_norm, eps, bias, device, dtype: as for :class:`FeedForward`.
+        backend: as for :func:`vlmo.kernels.moe_ffn`. Networks with a sub-norm run in plain PyTorch.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        experts: int | Sequence[str],
+        *,
+        activation: str = "gelu",
+        sub_norm: bool = False,
+        eps: float = 1e-5,
+        bias: bool = True,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        factory: Any = dict(bias=bias, device=device, dtype=dtype)
+        options: Any = dict(activation=activation, sub_norm=sub_norm, eps=eps, **factory)
+        super().__init__(experts, lambda: FeedForward(dim, hidden, **options))
+        self.backend = backend
+
+    def forward(
+        self,
+        x: Tensor,  # [..., D]
+        routing: ModalityRouting,
+        *,
+        norm: MultiwayNorm | None = None,
+        layer_scale: Tensor | None = None,  # [D]
+        token_scale: Tensor | None = None,  # x.shape[:-1]
+        residual: Tensor | None = None,  # [..., D]
+    ) -> Tensor:  # [..., D]
+        """``residual + token_scale * layer_scale * ffn(norm(x))``; all but ``ffn`` is optional."""
+        norms = None
+        if norm is not None and is_plain(norm, MultiwayNorm):
+            norms, _ = norm.routed(routing)
+        elif norm is not None:
+            x = norm(x, routing)
+        experts, routing = self.routed(routing)
+        return feed_forward(
+            x,
+            routing,
+            experts,
+            norms=norms,
+            layer_scale=layer_scale,
+            token_scale=token_scale,
+            residual=residual,
+            backend=self.backend,
+        )
+
+
+def feed_forward(
+    x: Tensor,  # [..., D]
+    routing: ModalityRouting,
+    experts: Sequence[Any],
+    *,
+    norms: Sequence[Any] | None = None,
+    layer_scale: Tensor | None = None,  # [D]
+    token_scale: Tensor | None = None,  # x.shape[:-1]
+    residual: Tensor | None = None,  # [..., D]
+    backend: str | None = None,
+) -> Tensor:  # [..., D]
+    """``residual + token_scale * layer_scale * expert(norm(x))`` with each token's own modules.
+
+    Args:
+        x: input.
+        routing: the expert of each token.
+        experts: one module per expert. If all are plain, and the norms as well, one operation reads
+            their parameters; otherwise all are called.
+        norms: one norm per expert, or None.
+        layer_scale, token_scale, residual, backend: as for :func:`vlmo.kernels.moe_ffn`.
+    """
+    kind = "none" if norms is None else _kind_of(norms)
+    plain = all(isinstance(expert, FeedForward) and expert.is_plain() for expert in experts)
+    if kind is None or not plain or not _alike(experts):
+        functions = experts if norms is None else [*map(_after, norms, experts)]
+        return _finish(by_expert(x, routing, functions), layer_scale, token_scale, residual)
+    parameters: dict[str, Any] = dict(
+        w1=[expert.fc1.weight for expert in experts],
+        w2=[expert.fc2.weight for expert in experts],
+        b1=_vectors([expert.fc1 for expert in experts], "bias"),
+        b2=_vectors([expert.fc2 for expert in experts], "bias"),
+        activation=experts[0].activation,
+        layer_scale=layer_scale,
+        token_scale=token_scale,
+        residual=residual,
+    )
+    if norms is not None:
+        parameters |= dict(
+            norm=kind,
+            norm_weight=_vectors(norms, "weight"),
+            norm_bias=_vectors(norms, "bias") if kind == "layer" else None,
+            norm_eps=norms[0].eps,
+        )
+    if experts[0].ffn_layernorm is None:
+        return moe_ffn(x, routing, backend=backend, **parameters)
+    sub_norms = [expert.ffn_layernorm for expert in experts]
+    return _reference_ffn_with_sub_norm(
+        x,
+        routing,
+        sub_norm_weight=[norm.weight for norm in sub_norms],
+        sub_norm_bias=[norm.bias for norm in sub_norms],
+        sub_norm_eps=sub_norms[0].eps,
+        **parameters,
+    )
+
+
+def by_expert(
+    x: Tensor,  # [..., D]
+    routing: ModalityRouting,
+    functions: Sequence[Function],
+) -> Tensor:  # [..., any]
+    """Apply to each token the function of its expert, each once, to tokens ``[n, D]``.
+
+    Waits for the device if only it knows how many tokens each expert has.
+    """
+    routing.check_tokens(x.shape[:-1], x.device)
+    flat = x.flatten(0, -2)
+    if len(functions) == 1:
+        return functions[0](flat).unflatten(0, x.shape[:-1])
+    if routing.by_arithmetic:
+        sequences = flat.view(-1, routing.max_length, flat.shape[-1])
+        parts = sequences.split([length for _, length in routing.pieces], dim=1)
+        outs = [
+            functions[expert](part.flatten(0, 1)).unflatten(0, part.shape[:2])
+            for (expert, _), part in zip(routing.pieces, parts, strict=True)
+        ]
+        return torch.cat(outs, dim=1).flatten(0, 1).unflatten(0, x.shape[:-1])
+    grouping = routing.grouping(flat.shape[0], x.device)
+    counts = routing.counts or tuple(grouping.offsets.diff().tolist())
+    if routing.pieces:
+        counts = tuple(count * (flat.shape[0] // routing.max_length) for count in counts)
+    rows = grouping.rows.long()
+    parts = flat[rows].split(counts)
+    out = torch.cat([function(part) for function, part in zip(functions, parts, strict=True)])
+    return torch.empty_like(out).index_copy(0, rows, out).unflatten(0, x.shape[:-1])
+
+
+def _reference_linear(
+    x: Tensor,  # [..., D]
+    routing: ModalityRouting,
+    weight: Sequence[Tensor],  # E x [out, D]
+    *,
+    bias: Sequence[Tensor] | None = None,  # E x [out]
+) -> Tensor:  # [..., out]
+    """``W_e x_t + b_e`` for each token t of expert e, in plain PyTorch."""
+
+    def expert(e: int) -> Function:
+        return lambda rows: F.linear(rows, weight[e], None if bias is None else bias[e])
+
+    return by_expert(x, routing, [expert(e) for e in range(len(weight))])
+
+
+def _reference_ffn_with_sub_norm(
+    x: Tensor,  # [..., D]
+    routing: ModalityRouting,
+    *,
+    w1: Sequence[Tensor],  # E x [F, D], or E x [2 F, D] for a gated activation
+    w2: Sequence[Tensor],  # E x [D, F]
+    b1: Sequence[Tensor] | None = None,  # E x [F] or [2 F]
+    b2: Sequence[Tensor] | None = None,  # E x [D]
+    norm: str = "none",
+    norm_weight: Sequence[Tensor] | None = None,  # E x [D]
+    norm_bias: Sequence[Tensor] | None = None,  # E x [D]
+    norm_eps: float = 1e-6,
+    activation: str = "gelu",
+    sub_norm_weight: Sequence[Tensor],  # E x [F]
+    sub_norm_bias: Sequence[Tensor],  # E x [F]
+    sub_norm_eps: float = 1e-5,
+    layer_scale: Tensor | None = None,  # [D]
+    token_scale: Tensor | None = None,  # x.shape[:-1]
+    residual: Tensor | None = None,  # [..., D]
+) -> Tensor:  # [..., D]
+    """:func:`vlmo.kernels.moe_ffn` with a LayerNorm of the hidden units, in plain PyTorch.
+
+    As in torchscale, the activation is computed in float32 or better.
+    """
+
+    def expert(e: int, rows: Tensor) -> Tensor:
+        if norm_weight is not None:
+            own_bias = None if norm_bias is None else norm_bias[e]
+            rows = _normalise(rows, norm, norm_weight[e], own_bias, norm_eps).to(w1[e].dtype)
+        h1 = F.linear(rows, w1[e], None if b1 is None else b1[e])
+        hidden = _act(h1.to(torch.promote_types(h1.dtype, torch.float32)), activation)
+        hidden = _normalise(hidden, "layer", sub_norm_weight[e], sub_norm_bias[e], sub_norm_eps)
+        return F.linear(hidden.to(h1.dtype), w2[e], None if b2 is None else b2[e])
+
+    functions = [lambda rows, e=e: expert(e, rows) for e in range(len(w1))]
+    return _finish(by_expert(x, routing, functions), layer_scale, token_scale, residual)
+
+
+def _normalise(x: Tensor, kind: str, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm or RMSNorm of x, computed and returned in float32 or better."""
+    wide, width = torch.promote_types(x.dtype, torch.float32), x.shape[-1:]
+    if kind == "rms":
+        return F.rms_norm(x.to(wide), width, weight.to(wide), eps)
+    return F.layer_norm(
+        x.to(wide), width, weight.to(wide), None if bias is None else bias.to(wide), eps
+    )
+
+
+def _finish(
+    branch: Tensor,
+    layer_scale: Tensor | None,
+    token_scale: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    if layer_scale is not None:
+        branch = branch * layer_scale
+    if token_scale is not None:
+        branch = (branch * token_scale[..., None]).to(branch.dtype)
+    return branch if residual is None else residual + branch
+
+
+def _after(norm: Function, function: Function) -> Function:
+    return lambda rows: function(norm(rows))
+
+
+def _kind_of(norms: Sequence[Any]) -> str | None:
+    """The kind that all norms have, with one eps; None if they differ or one is not plain."""
+    for kind, module in _NORMS.items():
+        if all(is_plain(norm, module) and norm.eps == norms[0].eps for norm in norms):
+            return kind
+    return None
+
+
+def _alike(experts: Sequence[FeedForward]) -> bool:
+    """Whether plain experts have the same activation, biases and sub-norm."""
+    kinds = {
+        (
+            expert.activation,
+            expert.fc1.bias is None,
+            expert.fc2.bias is None,
+            None if expert.ffn_layernorm is None else expert.ffn_layernorm.eps,
+        )
+        for expert in experts
+    }
+    return len(kinds) == 1
+
+
+def _vectors(modules: Sequence[Any], name: str) -> list[Tensor] | None:
+    """A parameter of each module; None if the modules have none of this name."""
+    found = [getattr(module, name) for module in modules]
+    return None if found[0] is None else found
