@@ -204,7 +204,7 @@ class MultiwayFFN(Multiway):
         hidden: hidden width F of every expert.
         experts: the experts' names, or their number.
         activation, sub_norm, eps, bias, device, dtype: as for :class:`FeedForward`.
-        backend: as for :func:`vlmo.kernels.moe_ffn`. Networks with a sub-norm run in plain PyTorch.
+        backend: as for :func:`vlmo.kernels.moe_ffn`.
     """
 
     def __init__(
@@ -298,17 +298,14 @@ def feed_forward(
             norm_bias=_vectors(norms, "bias") if kind == "layer" else None,
             norm_eps=norms[0].eps,
         )
-    if experts[0].ffn_layernorm is None:
-        return moe_ffn(x, routing, backend=backend, **parameters)
-    sub_norms = [expert.ffn_layernorm for expert in experts]
-    return _reference_ffn_with_sub_norm(
-        x,
-        routing,
-        sub_norm_weight=[norm.weight for norm in sub_norms],
-        sub_norm_bias=[norm.bias for norm in sub_norms],
-        sub_norm_eps=sub_norms[0].eps,
-        **parameters,
-    )
+    if experts[0].ffn_layernorm is not None:
+        sub_norms = [expert.ffn_layernorm for expert in experts]
+        parameters |= dict(
+            sub_norm_weight=_vectors(sub_norms, "weight"),
+            sub_norm_bias=_vectors(sub_norms, "bias"),
+            sub_norm_eps=sub_norms[0].eps,
+        )
+    return moe_ffn(x, routing, backend=backend, **parameters)
 
 
 def by_expert(
@@ -355,54 +352,6 @@ def _reference_linear(
         return lambda rows: F.linear(rows, weight[e], None if bias is None else bias[e])
 
     return by_expert(x, routing, [expert(e) for e in range(len(weight))])
-
-
-def _reference_ffn_with_sub_norm(
-    x: Tensor,  # [..., D]
-    routing: ModalityRouting,
-    *,
-    w1: Sequence[Tensor],  # E x [F, D], or E x [2 F, D] for a gated activation
-    w2: Sequence[Tensor],  # E x [D, F]
-    b1: Sequence[Tensor] | None = None,  # E x [F] or [2 F]
-    b2: Sequence[Tensor] | None = None,  # E x [D]
-    norm: str = "none",
-    norm_weight: Sequence[Tensor] | None = None,  # E x [D]
-    norm_bias: Sequence[Tensor] | None = None,  # E x [D]
-    norm_eps: float = 1e-6,
-    activation: str = "gelu",
-    sub_norm_weight: Sequence[Tensor],  # E x [F]
-    sub_norm_bias: Sequence[Tensor],  # E x [F]
-    sub_norm_eps: float = 1e-5,
-    layer_scale: Tensor | None = None,  # [D]
-    token_scale: Tensor | None = None,  # x.shape[:-1]
-    residual: Tensor | None = None,  # [..., D]
-) -> Tensor:  # [..., D]
-    """:func:`vlmo.kernels.moe_ffn` with a LayerNorm of the hidden units, in plain PyTorch.
-
-    As in torchscale, the activation is computed in float32 or better.
-    """
-
-    def expert(e: int, rows: Tensor) -> Tensor:
-        if norm_weight is not None:
-            own_bias = None if norm_bias is None else norm_bias[e]
-            rows = _normalise(rows, norm, norm_weight[e], own_bias, norm_eps).to(w1[e].dtype)
-        h1 = F.linear(rows, w1[e], None if b1 is None else b1[e])
-        hidden = _act(h1.to(torch.promote_types(h1.dtype, torch.float32)), activation)
-        hidden = _normalise(hidden, "layer", sub_norm_weight[e], sub_norm_bias[e], sub_norm_eps)
-        return F.linear(hidden.to(h1.dtype), w2[e], None if b2 is None else b2[e])
-
-    functions = [lambda rows, e=e: expert(e, rows) for e in range(len(w1))]
-    return _finish(by_expert(x, routing, functions), layer_scale, token_scale, residual)
-
-
-def _normalise(x: Tensor, kind: str, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """LayerNorm or RMSNorm of x, computed and returned in float32 or better."""
-    wide, width = torch.promote_types(x.dtype, torch.float32), x.shape[-1:]
-    if kind == "rms":
-        return F.rms_norm(x.to(wide), width, weight.to(wide), eps)
-    return F.layer_norm(
-        x.to(wide), width, weight.to(wide), None if bias is None else bias.to(wide), eps
-    )
 
 
 def _finish(

@@ -33,6 +33,7 @@ def moe_ffn(
     norm_eps: float = 1e-6,
     sub_norm_weight: Sequence[Tensor] | None = None,  # E x [F]
     sub_norm_bias: Sequence[Tensor] | None = None,  # E x [F]
+    sub_norm_eps: float = 1e-5,
     activation: str = "gelu",
     layer_scale: Tensor | None = None,  # [D]
     token_scale: Tensor | None = None,  # x.shape[:-1]
@@ -58,10 +59,11 @@ def moe_ffn(
         b1, b2: one bias per expert, or None.
         norm: ``"none"``, ``"layer"`` (LayerNorm) or ``"rms"`` (RMSNorm) of x, with one
             ``norm_weight`` per expert and, for LayerNorm, optionally one ``norm_bias``.
-        norm_eps: added to the variance (or mean square), also by the sub-norm.
+        norm_eps: added to the variance (or mean square).
         sub_norm_weight, sub_norm_bias: LayerNorm of the hidden activations, as in BEiT-3 and
             Magneto (sub-LN, Wang et al. 2022); the backends ``"cpu"``, ``"composed"`` and
             ``"reference"`` have it. No sub-norm without a weight.
+        sub_norm_eps: added to the variance by the sub-norm.
         activation: ``"gelu"`` (exact, erf), ``"gelu_tanh"``, ``"swiglu"`` or ``"geglu"`` (exact).
         layer_scale: learned scale of each channel (``gamma_2`` of VLMo).
         token_scale: factor of each token's branch, for stochastic depth; not differentiable.
@@ -137,6 +139,7 @@ def moe_ffn(
         [number for piece in pieces for number in piece],
         norm,
         norm_eps,
+        sub_norm_eps,
         activation,
         save_pre=not recompute and recorded(tensors),
     )

@@ -38,6 +38,7 @@ class Call(NamedTuple):
     pieces: Sequence[int]  # expert, length, expert, length, ...
     norm: str
     norm_eps: float
+    sub_norm_eps: float
     activation: str
     save_pre: bool
 

@@ -211,7 +211,7 @@ def _sub_norm(
     bias = call.sub_norm_bias[e] if call.sub_norm_bias else None
     every, out = ExpertRows.every(len(act)), torch.empty_like(act)
     weight = call.sub_norm_weight[e]
-    return out, passes.norm(every, act, weight, bias, "layer", call.norm_eps, out)
+    return out, passes.norm(every, act, weight, bias, "layer", call.sub_norm_eps, out)
 
 
 def _experts(call: Call) -> Iterator[tuple[int, ExpertRows]]:

@@ -73,7 +73,9 @@ def _sub_norm(hidden: Tensor, e: int, call: Call) -> Tensor:
     wide = torch.promote_types(hidden.dtype, torch.float32)
     weight, bias = call.sub_norm_weight[e].to(wide), _at(call.sub_norm_bias, e)
     bias = None if bias is None else bias.to(wide)
-    return F.layer_norm(hidden.to(wide), weight.shape, weight, bias, call.norm_eps).to(hidden.dtype)
+    return F.layer_norm(hidden.to(wide), weight.shape, weight, bias, call.sub_norm_eps).to(
+        hidden.dtype
+    )
 
 
 def _act(h: Tensor, activation: str) -> Tensor:

@@ -85,7 +85,7 @@ def run_case(dtype, activation, norm, ids, save_pre, implementation=triton_impl)
             *([], []),
             *(new(DIM), new(tokens), new(tokens, DIM)),
             *(index if ids else [None] * 3),
-            *([0, 40, 1, 197], norm, 1e-6, activation, save_pre),
+            *([0, 40, 1, 197], norm, 1e-6, 1e-5, activation, save_pre),
         ]
     )
     y, pre = implementation.forward(call)
@@ -112,7 +112,7 @@ def run_options(case, x_dtype, half, save_pre, needs, implementation=triton_impl
             tensors["residual"].reshape(-1, case.dim).to(x_dtype) if case.residual else None,
             *(index if indexed else [None] * 3),
             [number for piece in counted for number in piece],
-            *(case.norm, 1e-6, case.activation, save_pre),
+            *(case.norm, 1e-6, 1e-5, case.activation, save_pre),
         ]
     )
     y, pre = implementation.forward(call)

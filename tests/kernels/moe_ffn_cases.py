@@ -179,7 +179,7 @@ def eager(case: Case, ids: Tensor, tensors: dict) -> Tensor:
             h = F.gelu(h, approximate="tanh" if case.activation == "gelu_tanh" else "none")
         if case.sub_norm:
             weight = at["sub_norm_weight"]
-            h = F.layer_norm(h, weight.shape, weight, at.get("sub_norm_bias"), 1e-6)
+            h = F.layer_norm(h, weight.shape, weight, at.get("sub_norm_bias"), 1e-5)
         out = out.masked_scatter(mask[:, None], F.linear(h, at["w2"], at.get("b2")))
     if case.layer_scale:
         out = out * tensors["layer_scale"]

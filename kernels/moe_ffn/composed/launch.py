@@ -45,12 +45,11 @@ class Passes:
         self.tiles = bound_on_tiles(call, rows, tile.block_t)
         self._rows, self._problem = arguments.passed(rows), Problem.of(call, rows)
 
-    def over_rows(self, kernel: Any, width: int, *args: Any) -> None:
+    def over_rows(self, kernel: Any, width: int, eps: float, *args: Any) -> None:
         """Launch a pass whose programs have whole rows of ``width`` columns."""
         tile = replace(self._tile, num_warps=16) if width > _WIDE else self._tile
         block_r = self._held * tile.num_warps // _TILE.num_warps >> (width - 1).bit_length()
-        args = (*args, self._rows, self.call.norm_eps)
-        self._launch(kernel, self.tiles, tile, block_r, *args)
+        self._launch(kernel, self.tiles, tile, block_r, *args, self._rows, eps)
 
     def over_columns(self, kernel: Any, width: int, *args: Any) -> None:
         """Launch a pass whose programs have a block of the ``width`` columns."""
@@ -171,7 +170,7 @@ def _differentiate(dy: Tensor, kept: Tensor, layer: _Layer, gradients: Gradients
             act = layer.sub_normed(act, act)
         else:
             run.over_rows(
-                *(passes.moe_ffn_bwd_sub_norm_kernel, layer.hidden, act, dact),
+                *(passes.moe_ffn_bwd_sub_norm_kernel, layer.hidden, call.sub_norm_eps, act, dact),
                 *(act if needed.wants("w2") else None, dact if before_act else None),
                 *(sums if of_sub_norm else None, *layer.sub_norm),
             )
@@ -242,7 +241,9 @@ class _Layer:
             return self.x
         call, out = self.call, self.new(self.dim)
         vectors = arguments.pointers(call.norm_weight), arguments.pointers(call.norm_bias)
-        self.passes.over_rows(passes.moe_ffn_norm_kernel, self.dim, self.x, out, *vectors)
+        self.passes.over_rows(
+            passes.moe_ffn_norm_kernel, self.dim, call.norm_eps, self.x, out, *vectors
+        )
         return out
 
     def first_products(self, normed: Tensor, out: Tensor | None = None) -> Tensor:
@@ -269,7 +270,10 @@ class _Layer:
         if not self.call.sub_norm_weight:
             return act
         out = self.new(self.hidden) if out is None else out
-        self.passes.over_rows(passes.moe_ffn_sub_norm_kernel, self.hidden, act, out, *self.sub_norm)
+        self.passes.over_rows(
+            *(passes.moe_ffn_sub_norm_kernel, self.hidden, self.call.sub_norm_eps),
+            *(act, out, *self.sub_norm),
+        )
         return out
 
     def second_products(self, act: Tensor, out: Tensor | None = None) -> Tensor:
@@ -294,7 +298,7 @@ class _Layer:
             torch.mm(dh1[rows, : len(w1)], w1, out=dnormed[rows])
         if not self.passes_x:
             self.passes.over_rows(
-                *(passes.moe_ffn_bwd_norm_kernel, self.dim, self.x, dnormed),
+                *(passes.moe_ffn_bwd_norm_kernel, self.dim, call.norm_eps, self.x, dnormed),
                 dnormed if keeps_normed else None,
                 gradients.x if needed.x else None,
                 sums if needed.wants("norm_weight", "norm_bias") else None,

@@ -305,11 +305,11 @@ def moe_ffn_sub_norm_kernel(
     SUB_NORM_BIAS,
     BLOCK_H: tl.constexpr,  # max F, rounded up to a power of two
     rows,
-    norm_eps,
+    sub_norm_eps,
     C: tl.constexpr,
 ):
     """sub_norm_e(act)."""
-    expert, start, _, end = find_tile(rows, tl.program_id(0), C)
+    expert, start, _begin, end = find_tile(rows, tl.program_id(0), C)
     width = width_of(expert, C)
     columns = tl.arange(0, BLOCK_H)
     within = columns < width
@@ -319,7 +319,7 @@ def moe_ffn_sub_norm_kernel(
         inside = (grouped[:, None] < end) & within[None, :]
         at = grouped[:, None].to(tl.int64) * C.max_hidden + columns[None, :]
         act = tl.load(ACT + at, mask=inside, other=0.0).to(tl.float32)
-        unit, _ = unit_rows(act, columns, width, norm_eps, "layer")
+        unit, _ = unit_rows(act, columns, width, sub_norm_eps, "layer")
         unit *= weight.to(tl.float32)[None, :]
         hidden = with_bias(unit, SUB_NORM_BIAS, expert, columns, within, C)
         tl.store(HIDDEN + at, hidden.to(HIDDEN.dtype.element_ty), mask=inside)
@@ -336,7 +336,7 @@ def moe_ffn_bwd_sub_norm_kernel(
     SUB_NORM_BIAS,
     BLOCK_H: tl.constexpr,
     rows,
-    norm_eps,
+    sub_norm_eps,
     C: tl.constexpr,
 ):
     """dact through the sub-norm, sub_norm_e(act), and the sums for the sub-norm."""
@@ -356,7 +356,7 @@ def moe_ffn_bwd_sub_norm_kernel(
         at = grouped[:, None].to(tl.int64) * C.max_hidden + columns[None, :]
         act = tl.load(ACT + at, mask=inside, other=0.0).to(tl.float32)
         d = tl.load(DHIDDEN + at, mask=inside, other=0.0).to(tl.float32)
-        unit, inverse = unit_rows(act, columns, width, norm_eps, "layer")
+        unit, inverse = unit_rows(act, columns, width, sub_norm_eps, "layer")
         dweight += term(d, unit)
         dbias += d
         if HIDDEN is not None:
