@@ -211,8 +211,8 @@ def test_copy(late):
 
 def test_copy_without_a_wait():
     """Also with a barrier, and if only the other warp waits."""
-    late = copy(*START, EXPECTS, COPY, BARRIER, LOAD, STORE)
-    assert late == ({IN_FLIGHT, NEVER_WAITED_FOR}, 64 * [0xFFFFFFFF])
+    found = copy(*START, EXPECTS, COPY, BARRIER, LOAD, STORE)
+    assert found == ({IN_FLIGHT, NEVER_WAITED_FOR}, 64 * [0xFFFFFFFF])
     assert copy(*START, EXPECTS, COPY, BARRIER, LOAD, STORE, late=False)[0] == {
         *(READ_RACE, NEVER_WAITED_FOR)
     }
