@@ -106,6 +106,7 @@ inline std::pair<int, int> warps_of(const Cta& cta, const Reader& r) {
 inline bool ordered(const Warp& w, int lane, const Reader& r) {
   const u32 cta = r.cta - 1;
   if (cta == w.cta->id) {
+    if (r.who >= REAL_THREADS) return r.clock < w.order.seen[clock_of(r.who)];
     if (r.epoch < w.cta->epoch || r.who == w.thread(lane)) return true;
     bool all = true;
     for (auto [warp, end] = warps_of(*w.cta, r); all && warp < end; warp++) all = r.clock < w.order.seen[warp];
@@ -118,9 +119,10 @@ inline bool ordered(const Warp& w, int lane, const Reader& r) {
 
 template <class S> constexpr bool is_shared = std::is_same_v<S, SharedShadow>;
 
-template <class S> void add_reader(const Warp& w, int lane, S& s, int at) {
-  const int me = w.thread(lane);
-  const Reader now = {w.cta->id + 1, me, w.cta->epoch, w.clock};
+inline Reader reader(const Warp& w, int lane) { return {w.cta->id + 1, w.thread(lane), w.cta->epoch, w.clock}; }
+
+// now: the lane, or a copy that it starts
+template <class S> void add_reader(const Warp& w, int lane, S& s, int at, const Reader& now) {
   s.read_at = at;
   Reader* free = nullptr;
   for (auto& r : s.readers) {
@@ -128,6 +130,8 @@ template <class S> void add_reader(const Warp& w, int lane, S& s, int at) {
     if (r.cta == now.cta && (!is_shared<S> || warps_of(*w.cta, r).first / w.cta->group == group)) {
       if (ordered(w, lane, r)) {
         r = now;
+      } else if (std::max(r.who, now.who) >= REAL_THREADS) {  // a copy and others: until the next barrier
+        r = {now.cta, SEVERAL_WARPS, now.epoch, ~0u};
       } else {  // several threads that are not ordered
         if (r.who <= SEVERAL_WARPS || warps_of(*w.cta, r).first != w.id) r.who = SEVERAL_WARPS - is_shared<S> * (1 + group);
         else r.who = -1 - w.id;
@@ -155,7 +159,7 @@ inline void check_atomics(Warp& w, int lane, int at, u64 address) {
   }
 }
 
-template <class S> void note_read(Warp& w, int lane, S& s, u64 address, int at) {
+template <class S> void note_read(Warp& w, int lane, S& s, u64 address, int at, const Reader& now) {
   Machine& m = *w.cta->machine;
   if (s.flags & IN_FLIGHT)
     m.report(Finding::COPY_IN_FLIGHT, w, lane, at, address, s.write.thread, s.write.at);
@@ -163,7 +167,7 @@ template <class S> void note_read(Warp& w, int lane, S& s, u64 address, int at) 
     m.report(is_shared<S> ? Finding::SHARED_READ_AFTER_WRITE : Finding::GLOBAL_READ_AFTER_WRITE, w, lane, at, address,
              s.write.thread, s.write.at);
   if (s.flags & ATOMIC) check_atomics(w, lane, at, address);
-  add_reader(w, lane, s, at);
+  add_reader(w, lane, s, at, now);
 }
 
 // same: the store does not change the values; several lanes of one instruction may then do it.

@@ -20,7 +20,8 @@ inline u8* shared_at(Warp& w, const Instruction& i, u32 address, u32 size, u32 a
   return nullptr;
 }
 
-inline void read_global(Warp& w, int lane, int at, u64 address, u32 size) {
+// copy: the reader, if it is a copy that the lane starts
+inline void read_global(Warp& w, int lane, int at, u64 address, u32 size, const Reader* copy = nullptr) {
   Machine& m = *w.cta->machine;
   Buffer& b = *m.find(address, size);
   const u64 offset = address - b.begin;
@@ -28,7 +29,7 @@ inline void read_global(Warp& w, int lane, int at, u64 address, u32 size) {
     m.report(Finding::UNWRITTEN_GLOBAL, w, lane, at, address, 0, -1);
   if (!m.options.races) return;
   for (u64 k = offset / m.granule; k * m.granule < offset + size; k++)
-    note_read(w, lane, b.shadow[k], b.begin + k * m.granule, at);
+    note_read(w, lane, b.shadow[k], b.begin + k * m.granule, at, copy ? *copy : reader(w, lane));
 }
 
 inline void write_global(Warp& w, int lane, int at, u64 address, u32 size, bool same) {
@@ -50,7 +51,7 @@ inline void read_shared(Warp& w, int lane, int at, u32 address, u32 size) {
       break;
     }
   if (m.options.races)
-    for (u32 k = 0; k < size; k++) note_read(w, lane, s[k], address + k, at);
+    for (u32 k = 0; k < size; k++) note_read(w, lane, s[k], address + k, at, reader(w, lane));
 }
 
 inline void write_shared(Warp& w, int lane, int at, u32 address, u32 size, bool same, bool in_flight = false) {

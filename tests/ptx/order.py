@@ -12,17 +12,19 @@ reports accesses that may happen in the wrong order. A kernel must meet three co
 * Every store of such data is followed by a barrier and then by the release, before the next ticket.
 * The load is coherent. After an acquire and a barrier a weak load is coherent with any cache
   operator: PTX defines .ca, .cg and the like as performance hints, and cp.async reads as a weak
-  load does. A load with .nc is not coherent, and an operation of the async proxy (cp.async.bulk)
-  needs a proxy fence.
+  load does. A load with .nc is not coherent, and a copy of a tile (cp.async.bulk.tensor), which the
+  async proxy executes, needs a proxy fence behind the acquire and the barrier.
 
 The data and the counter that an address refers to are derived from the code: from the kernel
-parameters that its registers are computed from.
+parameters that its registers are computed from. A copy of a tile refers to the data whose address
+the program has put into its descriptor.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,7 +32,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from .flow import END, blocks_of, joins_of
-from .text import Kernel, Statement, Unsupported
+from .text import Kernel, Statement, Unsupported, split
 
 COUNTERS, BOUND = "COUNTERS", "bound"
 _COUNTER_BYTES = 4
@@ -89,6 +91,7 @@ class Rule(IntEnum):
     NOT_COHERENT = 5
     UNKNOWN_ADDRESS = 6
     UNKNOWN_OPERATION = 7
+    NO_PROXY_FENCE = 8
 
 
 _MEANING = {
@@ -100,6 +103,7 @@ _MEANING = {
     Rule.NOT_COHERENT: "data of other programs is read by a load that is not coherent",
     Rule.UNKNOWN_ADDRESS: "an address in global memory that comes from no parameter",
     Rule.UNKNOWN_OPERATION: "an operation on global memory that this check does not know",
+    Rule.NO_PROXY_FENCE: "data of other programs is copied without a proxy fence behind the wait",
 }
 
 
@@ -220,6 +224,21 @@ class Values:
                 total = total.plus(Linear({}, int(term, 0)))
         return total
 
+    def choices(self, text: str) -> list[Linear]:
+        """What an operand may be, where branches or a selection decide between addresses."""
+        found: list[Linear] = []
+        work, seen = [text], set()
+        while work:
+            seen.add(text := work.pop())
+            registers = _registers(text)
+            made = [self._statements[n] for n in self._made.get(text, ())]
+            if made and {s.parts[0] for s in made} <= {"mov", "cvta", "selp"}:
+                sources = [o for s in made for o in s.operands[1 : 2 + (s.parts[0] == "selp")]]
+                work += {*sources} - seen
+            elif registers and (value := self.linear(text)) not in found:
+                found.append(value)
+        return found
+
     def _flow(self, wanted: Iterable[str]) -> dict[str, set[str]]:
         """Origins of registers, and of all registers that they are computed from.
 
@@ -311,7 +330,8 @@ class _Access(NamedTuple):
     writes: bool
     weak: bool  # an ordinary load or store
     coherent: bool
-    address: str
+    address: str  # of a copy of a tile, that of its descriptor
+    copies: bool = False  # whether it is a copy of a tile
 
 
 _OTHER_SPACES = {"shared", "shared::cta", "shared::cluster", "param", "local", "const"}
@@ -340,9 +360,27 @@ def _access(statement: Statement) -> _Access | None:
         return _Access(True, False, True, "nc" not in parts, operands[1])
     if statement.opcode == "prefetch.global.L2":
         return None  # L2 is where programs meet; a copy in L1 might become old
+    if re.match(r"cp\.async\.bulk\.tensor\.\dd\.shared::\w+\.global\.", statement.opcode):
+        descriptor, *_ = split(operands[1].removeprefix("[").removesuffix("]"))
+        return _Access(True, False, True, True, descriptor, copies=True)
+    if statement.opcode in _WITHOUT_ACCESS or _is_proxy_fence(statement):
+        return None
     if parts[0] in _STRANGE or "global" in parts or "bulk" in parts:
         raise Unsupported(statement.text)
     return None
+
+
+# These wait for copies to global memory, change the kind of an address, or order descriptors.
+_WITHOUT_ACCESS = {
+    *("cp.async.bulk.commit_group", "cp.async.bulk.wait_group.read", "cvta.global.u64"),
+    *("cvta.to.global.u64", "fence.proxy.tensormap::generic.acquire.gpu"),
+}
+
+
+def _is_proxy_fence(statement: Statement) -> bool:
+    """Whether the async proxy sees what was written to global memory before the statement."""
+    fences = statement.opcode in ("fence.proxy.async", "fence.proxy.async.global")
+    return fences and statement.guard is None
 
 
 def _of_shared_memory(statement: Statement) -> str | None:
@@ -394,6 +432,7 @@ class _State(NamedTuple):
     seen: tuple[Seen, ...]  # per channel
     # The last store of each channel that is not yet released, or -1, and whether a barrier followed
     stored: tuple[tuple[int, bool], ...]
+    fenced: tuple[bool, ...]  # per channel whether a proxy fence followed the acquire and barrier
     channel: int  # the channel whose counter value is in `holders`, or -1
     holders: frozenset[str]  # registers and shared memory
     known: frozenset[tuple[str, bool]]  # predicates
@@ -404,10 +443,12 @@ class _Event(NamedTuple):
 
     ticket: bool = False
     barrier: bool = False
+    fence: bool = False
     acquires: int = -1  # a channel
     releases: int = -1
     reads: tuple[int, ...] = ()  # channels
     writes: tuple[int, ...] = ()
+    copies: tuple[int, ...] = ()  # reads by copies of tiles
 
 
 def check(
@@ -435,6 +476,7 @@ class _Check:
         }
         names = [name for _, name in arguments]
         self.values = Values(kernel, names, self._addresses())
+        self.described = self._described()
         self.pointers = frozenset(name for type_, name in arguments if type_.startswith("*"))
         self.findings: dict[tuple[Rule, str, int], Finding] = {}
         self.uses = {c.name: Uses([], [], [], [], []) for c in channels}
@@ -450,7 +492,8 @@ class _Check:
 
     def run(self) -> Result:
         nothing = tuple(Seen.NOTHING for _ in self.channels)
-        start = _State(nothing, ((-1, False),) * len(self.channels), -1, frozenset(), frozenset())
+        stored, fenced = ((-1, False),) * len(nothing), (False,) * len(nothing)
+        start = _State(nothing, stored, fenced, -1, frozenset(), frozenset())
         states: list[set[_State]] = [set() for _ in self.blocks]
         work = [(0, start)]
         while work:
@@ -478,16 +521,48 @@ class _Check:
                 if (access := _access(statement)) is not None:
                     yield access.address
                     yield statement.guard or ""
+            if statement.parts[0] == "tensormap":
+                yield statement.operands[-1 if "replace" in statement.parts else 0]
+
+    def _described(self) -> list[tuple[Linear, frozenset[str]]]:
+        """For each descriptor, its address in global memory and the origins of its tensor's.
+
+        A program makes it in shared memory and then copies it to global memory.
+        """
+        tensors: dict[str, frozenset[str]] = {}  # in shared memory
+        found = []
+        for statement in self.kernel.statements:
+            if statement.opcode.startswith("tensormap.replace.tile.global_address.shared"):
+                tensors[statement.operands[0]] = self.values.origins(statement.operands[1])
+            elif statement.opcode.startswith("tensormap.cp_fenceproxy.global.shared"):
+                to, source, _ = statement.operands
+                found.append((self.values.linear(to), tensors.pop(source, frozenset())))
+        return found
+
+    def _tensors_of(self, descriptor: str) -> frozenset[str]:
+        """The origins of the address of a copy's tensor; empty if one of them is unknown."""
+        origins = [
+            [tensor for at, tensor in self.described if at == choice]
+            for choice in self.values.choices(descriptor)
+        ]
+        if not all(origins) or not all(self.pointers & t for each in origins for t in each):
+            return frozenset()
+        return frozenset().union(*itertools.chain(*origins))
 
     def _event(self, number: int, statement: Statement) -> _Event:
+        if statement.parts[:2] == ["tensormap", "cp_fenceproxy"]:
+            if self.values.origins(statement.operands[0]) & self.pointers:
+                self._find(Rule.UNKNOWN_OPERATION, "", number)
+            return _Event()  # in the compiler's own memory
         try:
             access = _access(statement)
         except Unsupported:
             self._find(Rule.UNKNOWN_OPERATION, "", number)
             return _Event()
         if access is None:
-            return _Event(barrier=_is_barrier(statement))
-        pointed = self.values.origins(access.address) & self.pointers
+            return _Event(barrier=_is_barrier(statement), fence=_is_proxy_fence(statement))
+        tensors = self._tensors_of if access.copies else self.values.origins
+        pointed = tensors(access.address) & self.pointers
         if not pointed:
             self._find(Rule.UNKNOWN_ADDRESS, "", number)
         if COUNTERS in pointed and not access.weak:
@@ -504,7 +579,9 @@ class _Check:
             if access.writes:
                 uses.writes.append(number)
         return _Event(
-            reads=touched if access.reads else (), writes=touched if access.writes else ()
+            reads=touched if access.reads else (),
+            writes=touched if access.writes else (),
+            copies=touched if access.copies else (),
         )
 
     def _counting(self, number: int, statement: Statement, access: _Access) -> _Event:
@@ -546,8 +623,10 @@ class _Check:
         """
         amounts: dict[str, list[int]] = {}
         for number, event in self.events.items():
+            if event.releases < 0:
+                continue
             amount = self.kernel.statements[number].operands[-1]
-            if event.releases >= 0 and re.fullmatch(r"%\w+", amount):
+            if re.fullmatch(r"%\w+", amount):
                 amounts.setdefault(amount, []).append(event.releases)
         return amounts
 
@@ -619,10 +698,13 @@ class _Check:
                 yield target, after
 
     def _after(self, number: int, event: _Event, state: _State) -> _State:
-        seen, stored = list(state.seen), list(state.stored)
+        seen, stored, fenced = list(state.seen), list(state.stored), list(state.fenced)
         for i in event.reads:
             if seen[i] != Seen.HIGH:
                 self._find(Rule.READ_BEFORE_WAIT, self.channels[i].name, number)
+        for i in event.copies:
+            if seen[i] == Seen.HIGH and not fenced[i]:
+                self._find(Rule.NO_PROXY_FENCE, self.channels[i].name, number)
         for i in event.writes:
             if self.channels[i] == _LEAVE:
                 if seen[i] != Seen.HIGH:
@@ -638,18 +720,21 @@ class _Check:
                 data = self.channels[event.releases].name
                 self._find(Rule.RELEASE_WITHOUT_BARRIER, data, number)
             stored[event.releases] = -1, False
-        state = state._replace(seen=tuple(seen), stored=tuple(stored))
+        if event.fence:
+            fenced = [f or s >= Seen.SHARED for f, s in zip(fenced, seen, strict=True)]
+        state = state._replace(seen=tuple(seen), stored=tuple(stored), fenced=tuple(fenced))
         if event.acquires >= 0:
-            seen[event.acquires] = Seen.ACQUIRED
+            seen[event.acquires], fenced[event.acquires] = Seen.ACQUIRED, False
             holders = frozenset({_ACQUIRE})  # until its destination is processed
-            state = state._replace(seen=tuple(seen), channel=event.acquires, holders=holders)
+            state = state._replace(
+                seen=tuple(seen), fenced=tuple(fenced), channel=event.acquires, holders=holders
+            )
         if event.ticket:
             self._expect_released(state)
             nothing = tuple(Seen.NOTHING for _ in seen)
             stored = [(-1, False)] * len(stored)
-            state = state._replace(
-                seen=nothing, stored=tuple(stored), channel=-1, holders=frozenset()
-            )
+            fences = (False,) * len(fenced)
+            state = _State(nothing, tuple(stored), fences, -1, frozenset(), state.known)
         return state
 
     def _expect_released(self, state: _State) -> None:

@@ -276,10 +276,11 @@ inline void start_tile_copy(Warp& w, const Instruction& i) {
     }
     Mbarrier* b = mbarrier_at(w, i, l, address_of<true>(w, i, l, 2));
     if (!b || !shared_at(w, i, c.to, c.size, 128)) return;
+    const Reader as_reader = {w.cta->id + 1, REAL_THREADS + b->slot, w.cta->epoch, b->phase};
     each_row(c, [&](u32, u64 address, u32, u32 bytes) {
       if (!bytes || !m.error.empty() || !global_at(w, i, address, bytes, 1)) return;
       if (m.options.races) check_source(c, address, bytes);
-      read_global(w, l, i.number, address, bytes);
+      read_global(w, l, i.number, address, bytes, &as_reader);
     });
     if (!m.error.empty()) return;
     if (m.options.races) occupy_destination(c, *b);

@@ -325,7 +325,7 @@ $NEXT:
     [
         "mul.f32 %r1, %r2, %r3, %r4;",
         "frobnicate.b32 %r1, %r2;",
-        "bar.sync 1, 64;",
+        "bar.arrive 1, 64;",
         "mov.b32 %x, 1;",
     ],
 )

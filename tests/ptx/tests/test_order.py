@@ -23,6 +23,8 @@ from compiled import LAYERS, NoDriver, run_case
 from ptx.driver import CACHE
 from ptx.flow import END, blocks_of
 from ptx.order import CHANNELS, COUNTERS, Channel, Result, Rule, check
+from ptx.tests import tensor_kernels
+from ptx.tests.programs import program
 from ptx.text import Kernel, Statement, parse
 from vlmo.kernels._backends import triton_launch
 from vlmo.kernels._backends.triton import compile_options, operands_of
@@ -431,3 +433,94 @@ def test_names_in_braces_are_told_apart():
     assert [kernel.labels[s.operands[0]] for s in waits] == [0, 3]
     assert len({s.guard for s in waits}) == 2
     assert [s.line for s in waits] == [11, 18]
+
+
+# ---- copies of tiles
+
+DESCRIPTORS = """
+    setp.eq.u32 %p0, %r99, 0;
+    mov.u32 %r0, global_smem;
+    cvt.u64.u32 %d0, %r0;
+    add.s64 %d4, %d103, 128;
+    cvta.global.u64 %d5, %d103;
+    cvta.global.u64 %d6, %d4;
+""" + "".join(
+    f"""
+    @%p0 tensormap.replace.tile.global_address.shared::cta.b1024.b64 [ %d0 + 0 ], {tensor};
+    tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned """
+    f"""[ {at} + 0 ], [ %d0 + 0 ], 0x80;
+    fence.proxy.tensormap::generic.acquire.gpu [ {at} + 0 ], 0x80;
+    bar.sync 0;
+"""
+    for tensor, at in (("%d100", "%d103"), ("%d101", "%d4"))
+)
+WAITING = """
+$LOOP:
+    @%p0 ld.global.gpu.acquire.b32 %r8, [ %d102 + 8 ];
+    @%p0 st.shared.b32 [ %r0 + 512 ], %r8;
+    bar.sync 0;
+    ld.shared.b32 %r9, [ %r0 + 512 ];
+    setp.lt.u32 %p3, %r9, 3;
+    @%p3 bra $LOOP;
+    bar.sync 0;
+"""
+PROXY_FENCE = "fence.proxy.async.global;\n"
+COPYING = """
+    @%p0 cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes
+"""
+COPYING = COPYING.rstrip() + " [%r0], [{}, {{%r50, %r51}}], [%r2];\n"
+SELECTED = "setp.eq.u32 %p4, %r50, 1;\nselp.b64 %d7, %d5, %d6, %p4;\n"
+BRANCHED = "mov.b64 %d7, %d5;\n@%p5 bra $SAME;\nmov.b64 %d7, %d6;\n$SAME:\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "found", "reads"),
+    [
+        ((WAITING, PROXY_FENCE, COPYING.format("%d5")), set(), 1),
+        ((WAITING, "fence.proxy.async;\n", COPYING.format("%d5")), set(), 1),
+        ((SELECTED, WAITING, PROXY_FENCE, COPYING.format("%d7")), set(), 1),
+        ((BRANCHED, WAITING, PROXY_FENCE, COPYING.format("%d7")), set(), 1),
+        ((COPYING.format("%d6"),), set(), 0),  # of data that no program writes
+        ((WAITING, COPYING.format("%d5")), {Rule.NO_PROXY_FENCE}, 1),
+        ((BRANCHED, WAITING, COPYING.format("%d7")), {Rule.NO_PROXY_FENCE}, 1),
+        ((PROXY_FENCE, WAITING, COPYING.format("%d5")), {Rule.NO_PROXY_FENCE}, 1),
+        (
+            (WAITING, "fence.proxy.async.shared::cta;\n", COPYING.format("%d5")),
+            {Rule.NO_PROXY_FENCE},
+            1,
+        ),
+        ((PROXY_FENCE, COPYING.format("%d5")), {Rule.READ_BEFORE_WAIT}, 1),
+        ((WAITING, PROXY_FENCE, COPYING.format("%d8")), {Rule.UNKNOWN_ADDRESS}, 0),
+        (
+            ("ld.global.b64 %d5, [ %d101 ];\n", WAITING, PROXY_FENCE, COPYING.format("%d5")),
+            {Rule.UNKNOWN_ADDRESS},
+            0,
+        ),
+    ],
+)
+def test_copies_of_tiles(lines, found, reads):
+    """DATA is another program's; the descriptors of it and of OTHER lie behind the parameters."""
+    kernel = parse(program(DESCRIPTORS + "".join(lines), parameters=4))
+    arguments = [("*", "DATA"), ("*", "OTHER"), ("*", COUNTERS)]
+    result = check(kernel, arguments, [Channel(("DATA",), at=8)])
+    assert {finding.rule for finding in result.findings} == found
+    assert len(result.uses["DATA"].reads) == reads
+
+
+@pytest.mark.parametrize(("data", "reads"), [("A", 3), ("B0", 3), ("B1", 3), ("C", 0)])
+def test_copies_of_a_compiled_kernel(data, reads):
+    """Two stages are copied ahead of the loop; a copy may use the descriptor of either expert."""
+    half, out = torch.empty(256, 256, dtype=torch.float16, device="meta"), "meta"
+    c = torch.empty(256, 256, device=out)
+    with compiling("sm_90"):
+        compiled = tensor_kernels.selected_product.warmup(
+            *(half, half, half, c, 256, 256, 256, 2, 128, 128, 64),
+            **dict(grid=(4,), num_warps=4, num_stages=3),
+        )
+    names = ("A", "B0", "B1", "C", "M", "N", "K", "expert")
+    arguments = [("*" if name.isupper() and len(name) < 3 else "i32", name) for name in names]
+    kernel = parse(compiled.asm["ptx"])
+    result = check(kernel, arguments, [Channel((data,), at=8)])
+    assert len(result.uses[data].reads) == reads
+    rule = Rule.READ_BEFORE_WAIT if reads else Rule.STORE_WITHOUT_RELEASE
+    assert {finding.rule for finding in result.findings} == {rule}
