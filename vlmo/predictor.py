@@ -146,7 +146,7 @@ class Predictor:
 
         Args:
             source: run folder, or checkpoint of any layout.
-            vocabulary: vocab.txt; a run folder has its own.
+            vocabulary: file for :func:`vlmo.data.load_vocabulary`; a run folder has its own.
             answers: answers to visual questions; the run folder of a VQA training has its own.
             device: "auto" for the GPU if there is one, "cpu", "cuda" or "cuda:1".
             dtype: dtype of the matrix products: "float32", "bfloat16" or "float16"; "auto" is

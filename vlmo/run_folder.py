@@ -21,7 +21,7 @@ from vlmo.checkpoint.formats import (
     summary,
 )
 from vlmo.checkpoint.io import config_of, load_checkpoint
-from vlmo.data.tokenizer import load_vocabulary
+from vlmo.data.tokenizer import SENTENCEPIECE_FILE, WORDPIECE_FILE, load_vocabulary
 from vlmo.files import read_text
 from vlmo.model.config import VLMoConfig
 from vlmo.model.vlmo import VLMo
@@ -29,7 +29,7 @@ from vlmo.tasks.losses import unused_parameters
 
 # Files of a run folder.
 WEIGHTS, RECIPE = "model.safetensors", "recipe.json"
-VOCABULARY, ANSWERS = "vocab.txt", "answers.json"
+VOCABULARIES, ANSWERS = (WORDPIECE_FILE, SENTENCEPIECE_FILE), "answers.json"
 
 
 class Digests(NamedTuple):
@@ -71,9 +71,10 @@ def load_model(
 
     Args:
         source: a checkpoint of any layout that :func:`vlmo.load_checkpoint` reads; or a run folder,
-            which has a vocab.txt and, after VQA training, an answers.json beside its weights; or a
+            which has a vocabulary and, after VQA training, an answers.json beside its weights; or a
             checkpoint in such a folder, such as best.safetensors.
-        vocabulary: vocab.txt of the model, if the folder has none or another one is wanted.
+        vocabulary: file for :func:`vlmo.data.load_vocabulary`, if the folder has none or another
+            one is wanted.
         answers: the answers in the order of their ids, or a JSON file with a list of them.
         changes: fields to change in the configuration of the checkpoint, e.g. ``image_size=480``.
 
@@ -87,8 +88,7 @@ def load_model(
     path = weights_of(source)
     folder = path.parent
     if Path(source).is_dir() or (folder / RECIPE).is_file():
-        if vocabulary is None and (folder / VOCABULARY).is_file():
-            vocabulary = folder / VOCABULARY
+        vocabulary = vocabulary or vocabulary_in(folder)
         if answers is None and (folder / ANSWERS).is_file():
             answers = folder / ANSWERS
     config = config_of(path, **changes)
@@ -124,6 +124,12 @@ def weights_of(source: str | os.PathLike[str]) -> Path:
             f"{path}: has no {WEIGHTS}, so it is no run folder{contents_of(path)}"
         )
     return path / WEIGHTS
+
+
+def vocabulary_in(folder: str | os.PathLike[str]) -> Path | None:
+    """The vocabulary of a run folder, a vocab.txt or a tokenizer.json; None if it has none."""
+    found = (Path(folder) / name for name in VOCABULARIES)
+    return next((path for path in found if path.is_file()), None)
 
 
 def digest(words: Sequence[str]) -> str:

@@ -238,7 +238,7 @@ ERRORS = {
         *("digits_pretrian", "--data", "digits"),
     ],
     "nowhere does not exist": ["digits_pretrain", "--data", "nowhere"],
-    "vocab: a vocab.txt is needed": ["digits_textmlm", "--data", "texts.txt"],
+    "vocab: a vocabulary is needed": ["digits_textmlm", "--data", "texts.txt"],
     "missing.txt": ["digits_textmlm", "--data", "digits", "--vocab", "missing.txt"],
     "micro_batch: 5 does not divide the 64 rows of a process (batch_size 64 over 1 processes)": [
         *("digits_pretrain", "--data", "digits", "--micro-batch", "5"),

@@ -5,8 +5,10 @@ import json
 import pytest
 
 from processes import command, rows_of
+from test_spm import trained
 from training_cases import run, small
 from training_data import DATASETS, SOURCES, make
+from vlmo.run_folder import load_model
 
 pytestmark = pytest.mark.heavy
 
@@ -47,3 +49,20 @@ def test_from_the_command_line(tmp_path, monkeypatch, task, source):
     arguments += ["--output", tmp_path / "run", "--steps", 1, "--batch-size", 2]
     assert command(monkeypatch, *arguments, "--device", "cpu", "--no-tensorboard") == 0
     assert JUDGED_BY[task] in rows_of(tmp_path / "run")[0]
+
+
+def test_a_run_keeps_its_sentencepiece_vocabulary(tmp_path):
+    data = make(tmp_path / "data", "retrieval", "records")
+    (tmp_path / "beit3.spm").write_bytes(trained())
+    given = dict(data=str(data), vocabulary=tmp_path / "beit3.spm")
+    run(small("retrieval", steps=1, batch_size=2), tmp_path / "run", **given)
+    loaded = load_model(tmp_path / "run")
+    assert (tmp_path / "run" / "tokenizer.json").is_file()
+    assert loaded.vocabulary is not None and loaded.digests.vocabulary is not None
+    assert loaded.vocabulary.encode("The cat").tokens[:2] == ["<s>", "\u2581"]
+
+    found = small("retrieval", steps=2, batch_size=2)  # resumes with the vocabulary of the run
+    assert "Resuming" in run(found, tmp_path / "run", data=str(data))
+    given = dict(data=str(data), vocabulary=tmp_path / "vocab.txt", initial=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"vocab: is not the vocabulary that .*run \(--init\)"):
+        run(found, tmp_path / "second", **given)

@@ -99,8 +99,8 @@ def evaluate(
         loaded = load_model(model, vocabulary=vocabulary, answers=answers, kernels=backend, **size)
         if loaded.vocabulary is None:
             raise ValueError(
-                f"vocab: {model} has no vocab.txt beside it; for the published models it is that "
-                "of bert-base-uncased"
+                f"vocab: {model} has no vocabulary beside it; for the published models it is the "
+                "vocab.txt of bert-base-uncased, for those of BEiT-3 beit3.spm"
             )
         dataset = open_data(
             *(data, task, split),

@@ -33,7 +33,7 @@ VocabularyOption = Annotated[
     Path | None,
     typer.Option(
         "--vocab",
-        help="WordPiece vocabulary of the model (vocab.txt).",
+        help="Vocabulary of the model: vocab.txt, or a SentencePiece model (.spm).",
         show_default="that of the run folder",
     ),
 ]

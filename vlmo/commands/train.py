@@ -56,7 +56,7 @@ def train(
         Path | None,
         typer.Option(
             "--vocab",
-            help="WordPiece vocabulary (vocab.txt).",
+            help="Vocabulary: vocab.txt, or a SentencePiece model (.spm).",
             show_default="that of the run or of --init",
         ),
     ] = None,

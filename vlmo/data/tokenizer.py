@@ -1,4 +1,7 @@
-"""WordPiece tokenizer with BERT's rules, trained here or read from a vocab.txt."""
+"""Texts to ids: BERT's WordPiece, trained here or read from a vocab.txt, or SentencePiece.
+
+VLMo uses WordPiece, the published BEiT-3 SentencePiece (:mod:`vlmo.data.spm`).
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from vlmo.files import read_lines, replacing
+from vlmo.data import spm
+from vlmo.files import read_lines, read_text, replacing
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONTINUATION = "##"
+# Names of vocabularies in a run folder, of WordPiece and of SentencePiece.
+WORDPIECE_FILE, SENTENCEPIECE_FILE = "vocab.txt", "tokenizer.json"
 _NORMALIZER = normalizers.BertNormalizer(lowercase=True)
 VISIBLE = "[!-~]"  # regular expression for characters that no normaliser removes
 _BLOCK = 2**16  # number of texts that are counted at a time
@@ -56,15 +62,23 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_vocabulary(path: str | os.PathLike) -> Tokenizer:
-    """Load a tokenizer from a BERT vocabulary file.
+    """Load a tokenizer from the vocabulary of a model.
 
     Args:
-        path: vocab.txt with one token per line; a token's id is its line number from 0.
+        path: vocab.txt of BERT with one token per line, whose id is the line number from 0; or a
+            SentencePiece model (.spm or .model, such as beit3.spm); or the tokenizer.json that
+            :meth:`TextTokenizer.save_vocabulary` writes for the latter.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: special tokens are missing, a token is on two lines, or the file is not text.
+        ValueError: special tokens are missing, a token is on two lines, the file is not text, or
+            not of the kind that its suffix says.
     """
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in spm.SUFFIXES:
+        return spm.load_spm(path)
+    if suffix == ".json":
+        return _load_json(path)
     # Not splitlines(): published vocabularies contain characters that it treats as line ends.
     tokens = [*read_lines(path)]
     vocabulary = {token: n for n, token in enumerate(tokens)}
@@ -80,6 +94,18 @@ def load_vocabulary(path: str | os.PathLike) -> Tokenizer:
     return _assemble(vocabulary)
 
 
+def _load_json(path: str | os.PathLike) -> Tokenizer:
+    content = read_text(path)
+    try:
+        tokenizer = Tokenizer.from_str(content)
+    except Exception as error:  # the only type that tokenizers raises
+        raise ValueError(f"{path}: is no file of tokenizers: {error}") from error
+    missing = [token for token in spm.SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
+    if missing:
+        raise ValueError(f"{path}: the vocabulary lacks {', '.join(missing)}")
+    return tokenizer
+
+
 def is_blank(text: str) -> bool:
     """Whether a text has no tokens: it is empty or only spaces, control characters and marks."""
     if re.search(VISIBLE, text):
@@ -90,6 +116,8 @@ def is_blank(text: str) -> bool:
 class TextTokenizer:
     """Texts to tensors of one length: [CLS] words [SEP] [PAD] ...
 
+    With SentencePiece these tokens are <s>, </s> and <pad>.
+
     Args:
         tokenizer: from :func:`train_wordpiece` or :func:`load_vocabulary`; it is copied.
         max_length: T, including [CLS] and [SEP]; longer texts are truncated at the end.
@@ -99,7 +127,9 @@ class TextTokenizer:
         vocab_size: V, the number of ids.
         pad_id, unk_id, cls_id, sep_id, mask_id: ids of the special tokens.
         is_special: bool [V], True for special tokens.
-        is_continuation: bool [V], True for pieces "##x", which continue the preceding word.
+        is_continuation: bool [V], True for pieces that continue the preceding word: "##x" of
+            WordPiece, those without a leading space of SentencePiece.
+        file_name: name of the vocabulary in a run folder.
 
     Raises:
         ValueError: ``max_length`` is below 3.
@@ -114,19 +144,28 @@ class TextTokenizer:
         vocabulary = self._tokenizer.get_vocab()
         self._tokens = sorted(vocabulary, key=vocabulary.__getitem__)
         self.vocab_size = len(self._tokens)
-        ids = [vocabulary[token] for token in SPECIAL_TOKENS]
+        wordpiece = CLS in vocabulary
+        self.file_name = WORDPIECE_FILE if wordpiece else SENTENCEPIECE_FILE
+        special = SPECIAL_TOKENS if wordpiece else spm.SPECIAL_TOKENS
+        ids = [vocabulary[token] for token in special]
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids
         self.is_special = torch.zeros(self.vocab_size, dtype=torch.bool)
         self.is_special[ids] = True
         self.is_continuation = torch.zeros(self.vocab_size, dtype=torch.bool)
-        continuations = [n for token, n in vocabulary.items() if token.startswith(CONTINUATION)]
+        start = CONTINUATION if wordpiece else spm.SPACE
+        continuations = [
+            n
+            for token, n in vocabulary.items()
+            if token.startswith(start) == wordpiece and token not in special
+        ]
         self.is_continuation[continuations] = True
 
     def encode(self, texts: str | Sequence[str]) -> dict[str, Tensor]:
         """Tokenise texts.
 
         Args:
-            texts: B texts; one string is B = 1. "[MASK]" in a text becomes the mask token.
+            texts: B texts; one string is B = 1. "[MASK]", or "<mask>", in a text becomes the mask
+                token.
 
         Returns:
             text_ids int64 [B, T]; text_masks int64 [B, T], 1 for tokens and 0 for padding.
@@ -140,7 +179,7 @@ class TextTokenizer:
         return {"text_ids": torch.from_numpy(ids), "text_masks": torch.from_numpy(masks)}
 
     def decode(self, ids: Tensor) -> list[str]:
-        """The texts of ids [B, T], in lower case and without special tokens."""
+        """The texts of ids [B, T] without special tokens, of WordPiece in lower case."""
         return self._tokenizer.decode_batch(ids.tolist(), skip_special_tokens=True)
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
@@ -148,10 +187,15 @@ class TextTokenizer:
         return [self._tokens[n] for n in ids]
 
     def save_vocabulary(self, path: str | os.PathLike) -> None:
-        """Write a vocab.txt for :func:`load_vocabulary`, atomically."""
-        lines = "".join(f"{token}\n" for token in self._tokens)
+        """Write ``file_name`` for :func:`load_vocabulary`, atomically."""
+        if self.file_name == WORDPIECE_FILE:
+            content = "".join(f"{token}\n" for token in self._tokens)
+        else:
+            whole = Tokenizer.from_str(self._tokenizer.to_str())
+            whole.no_truncation()
+            content = whole.to_str()
         with replacing(path) as temporary:
-            temporary.write_text(lines, encoding="utf-8", newline="\n")
+            temporary.write_text(content, encoding="utf-8", newline="\n")
 
 
 def _assemble(vocabulary: dict[str, int]) -> Tokenizer:

@@ -31,12 +31,13 @@ from vlmo.model.vlmo import VLMo
 from vlmo.run_folder import (
     ANSWERS,
     RECIPE,
-    VOCABULARY,
+    VOCABULARIES,
     WEIGHTS,
     check_finite,
     digest,
     digests_of,
     read_answers,
+    vocabulary_in,
 )
 from vlmo.tasks.losses import unused_parameters
 from vlmo.training.bad_samples import FILE, bearable
@@ -50,10 +51,10 @@ from vlmo.training.state import STATE
 
 METRICS, BEST = "metrics.json", "best.safetensors"
 _RESULTS = (WEIGHTS, BEST, METRICS, TABLE, LINES, FILE)  # files that only a training writes
-RUN_FILES = (*_RESULTS, STATE, RECIPE, VOCABULARY, ANSWERS)
+RUN_FILES = (*_RESULTS, STATE, RECIPE, *VOCABULARIES, ANSWERS)
 # Names of the temporary files of vlmo.files.replacing.
 _UNFINISHED = re.compile(
-    r"\.(training|model|best|log|recipe|vocab|answers|metrics|bad_samples)\.\d+-[0-9a-f]{8}\.\w+"
+    r"\.(training|model|best|log|recipe|vocab|tokenizer|answers|metrics|bad_samples)\.\d+-[0-9a-f]{8}\.\w+"
 )
 _LARGEST_SEED = 2**63 - 1
 
@@ -67,7 +68,8 @@ class Settings:
         data: source for :func:`vlmo.data.open_data`.
         output: folder of the run; created if missing.
         datasets: which of unilm's data sets to use; None for those of the recipe.
-        vocabulary: vocab.txt; None for that of ``initial`` or of the run, or of digit scenes.
+        vocabulary: file for :func:`vlmo.data.load_vocabulary`; None for that of the
+            run or of ``initial``, or of digit scenes.
         initial: checkpoint or run folder to start from.
         skip: prefixes of keys of ``initial`` that are not loaded.
         answers: JSON file with a list of VQA's answers; None for those of the data.
@@ -281,7 +283,8 @@ def _check_folder(
                 "begins would replace it; move it away, or choose another folder"
             )
     tokens = tokenizer.tokens(range(tokenizer.vocab_size))
-    for name, ours in ((VOCABULARY, digest(tokens)), (ANSWERS, answers and digest(answers))):
+    digests = {**dict.fromkeys(VOCABULARIES, digest(tokens)), ANSWERS: answers and digest(answers)}
+    for name, ours in digests.items():
         if not known and ours and _digest_of_file(folder / name) not in (None, ours):
             raise ValueError(
                 f"output: {folder} holds another {name}, which the training would replace; move it "
@@ -375,7 +378,7 @@ def write_folder(settings: Settings, materials: Materials) -> None:
         facts["removed"] = materials.removed
     if materials.step < materials.total:
         write_record(settings.output, materials.run, facts, step=materials.step)
-    materials.tokenizer.save_vocabulary(settings.output / VOCABULARY)
+    materials.tokenizer.save_vocabulary(settings.output / materials.tokenizer.file_name)
     if materials.run["answers"]:
         write_json(settings.output / ANSWERS, list(cast(Any, materials.data).answers))
 
@@ -387,11 +390,13 @@ def _tokenizer(settings: Settings) -> TextTokenizer:
     if settings.data == "digits":
         return digit_tokenizer(length)
     for folder in (settings.output, settings.initial):
-        if folder is not None and (folder / VOCABULARY).is_file():
-            return TextTokenizer(load_vocabulary(folder / VOCABULARY), length)
+        found = None if folder is None else vocabulary_in(folder)
+        if found is not None:
+            return TextTokenizer(load_vocabulary(found), length)
     raise ValueError(
-        "vocab: a vocab.txt is needed (--vocab): that of bert-base-uncased for the published "
-        "models, or your own, which vlmo vocab learns from the data"
+        "vocab: a vocabulary is needed (--vocab): the vocab.txt of bert-base-uncased for the "
+        "published models of VLMo, beit3.spm for those of BEiT-3, or your own, which vlmo vocab "
+        "learns from the data"
     )
 
 
@@ -437,7 +442,7 @@ def _check_initial(settings: Settings, vocabulary: str, answers: str | None) -> 
     if given is None or path is None:
         return
     known = digests_of(path)
-    words = {known.vocabulary, _digest_of_file(given / VOCABULARY)} - {None}
+    words = {known.vocabulary, *(_digest_of_file(given / name) for name in VOCABULARIES)} - {None}
     if words - {vocabulary}:
         raise ValueError(f"vocab: is not the vocabulary that {given} (--init) was trained with")
     lists = {known.answers, _digest_of_file(given / ANSWERS)} - {None}
@@ -450,7 +455,7 @@ def _check_initial(settings: Settings, vocabulary: str, answers: str | None) -> 
 
 
 def _digest_of_file(path: Path) -> str | None:
-    """Digest of a vocab.txt or answers.json; None if there is no such file."""
+    """Digest of a vocabulary or answers.json; None if there is no such file."""
     if not path.is_file():
         return None
     if path.name == ANSWERS:
