@@ -21,9 +21,10 @@ from typer.main import get_command
 
 from processes import command
 from test_data_arrow import PAIRS, QUESTIONS, STATEMENTS, TEXTS, UNLABELLED, write
-from vlmo import VLMo, save_checkpoint
+from test_spm import trained as trained_spm
+from vlmo import BEiT3, VLMo, save_checkpoint
 from vlmo.commands.app import app
-from vlmo.data import TextTokenizer, sources, train_wordpiece
+from vlmo.data import TextTokenizer, load_vocabulary, sources, train_wordpiece
 from vlmo.data.arrow import DATASETS
 from vlmo.training import recipes
 
@@ -129,11 +130,13 @@ def world(tmp_path_factory) -> Iterator[Path]:
         patch.setattr(sources, "_DIGIT_GALLERY", 8)
         patch.setitem(recipes.SIZES, "base", recipes.tiny)
         patch.setitem(recipes.SIZES, "small", recipes.tiny)
+        patch.setitem(recipes.SIZES, "beit3_base", recipes.beit3_tiny)
         for name, found in recipes.RECIPES.items():
             patch.setitem(recipes.RECIPES, name, found.replace(**TINY))
         _write_pictures(folder)
         _write_arrow(folder / "arrow")
         tokenizer = _write_models(folder)
+        _write_beit3(folder)
         _write_records(folder)
         assert tokenizer.vocab_size > 20
         yield folder
@@ -191,6 +194,22 @@ def _write_models(folder: Path) -> TextTokenizer:
     }
     torch.save({"model": beit}, folder / "beit_base_patch16_224_pt22k_ft22kto1k.pth")
     return tokenizer
+
+
+def _write_beit3(folder: Path) -> None:
+    """A SentencePiece model, and files of BEiT-3 by the names of the published ones."""
+    (folder / "beit3.spm").write_bytes(trained_spm())
+    tokens = load_vocabulary(folder / "beit3.spm").get_vocab_size()
+    published: dict[str, tuple[str, ...]] = {
+        "beit3_base_patch16_224.pth": (),
+        "beit3_base_itc_patch16_224.pth": ("irtr",),
+        "beit3_base_patch16_384_coco_retrieval.pth": ("irtr",),
+        "beit3_base_patch16_480_vqa.pth": ("vqa",),
+    }
+    for name, tasks in published.items():
+        torch.manual_seed(0)
+        config = recipes.beit3_tiny(vocab_size=tokens, vqa_labels=3, tasks=tasks)
+        save_checkpoint(BEiT3(config), folder / name)
 
 
 def _write_records(folder: Path) -> None:

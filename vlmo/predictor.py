@@ -1,4 +1,4 @@
-"""Inference with a trained VLMo on images and texts.
+"""Inference with a trained VLMo or BEiT-3 on images and texts.
 
 from vlmo import Predictor
 predictor = Predictor.load("run/")
@@ -13,7 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -27,17 +27,19 @@ from vlmo.device import chosen_device, chosen_dtype, require_backend
 from vlmo.inputs import Picture, Pictures, Texts, decoded
 from vlmo.inputs import pictures as pictures_of
 from vlmo.inputs import texts as texts_of
-from vlmo.model import layout, packed
+from vlmo.model import layout
 from vlmo.model.attention_maps import AttentionMaps, attention_weights
+from vlmo.model.models import Model, fits_vocabulary, name_of
 from vlmo.model.vlmo import VLMo
 from vlmo.run_folder import load_model
-from vlmo.tasks import losses
+from vlmo.tasks import heads
 from vlmo.tasks.inference import device_of, even_batches, precision
 from vlmo.tasks.retrieval import (
     Embeddings,
     Gallery,
     Shortlist,
     Shortlists,
+    embed_images,
     embed_texts,
     matching_logits,
     shortlist,
@@ -104,7 +106,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: VLMo,
+        model: Model,
         vocabulary: Tokenizer | None = None,
         answers: Sequence[str] | None = None,
         *,
@@ -113,7 +115,9 @@ class Predictor:
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size: {batch_size} is not positive")
-        if vocabulary is not None and vocabulary.get_vocab_size() != model.config.vocab_size:
+        if vocabulary is not None and not fits_vocabulary(
+            model.config, vocabulary.get_vocab_size()
+        ):
             raise ValueError(
                 f"vocabulary: has {vocabulary.get_vocab_size()} tokens, the model has "
                 f"{model.config.vocab_size}"
@@ -203,9 +207,7 @@ class Predictor:
         shown = pictures_of("images", images)
         batches = even_batches(range(len(shown)), self.batch_size)
         with self._precision():
-            found = [
-                self.model.encode_image(pixels).embedding for pixels in self._pixels(shown, batches)
-            ]
+            found = [embed_images(self.model, pixels) for pixels in self._pixels(shown, batches)]
         return self._joined(found, (self.model.config.dim,))
 
     @torch.no_grad()
@@ -238,9 +240,10 @@ class Predictor:
                 model has no matching head, or there is no vocabulary.
         """
         self._require("match", "itm")
+        model = cast(VLMo, self.model)
 
         def matched(texts: layout.Texts, pixels: Tensor, places: Sequence[int]) -> Tensor:
-            return matching_logits(self.model, texts, pixels, places)
+            return matching_logits(model, texts, pixels, places)
 
         found = self._joined([*self._pairs(matched, images, texts)], (2,))
         return found.softmax(1)[:, 1]
@@ -278,8 +281,9 @@ class Predictor:
         model, names = self.model, self.answers
 
         def logits(texts: layout.Texts, pixels: Tensor, places: Sequence[int]) -> Tensor:
-            cls = packed.fuse(model, texts, model.embed_image(pixels), torch.tensor([*places]))
-            return model.vqa_classifier(model.pooler(cls))
+            return heads.vqa_logits(
+                model, texts, model.embed_image(pixels), torch.tensor([*places])
+            )
 
         found = [
             part.sigmoid().topk(min(top, len(names)), dim=1)
@@ -310,12 +314,8 @@ class Predictor:
         pixels = zip(self._pixels(first, batches), self._pixels(second, batches), strict=True)
         with self._precision():
             for rows, (one, other) in zip(batches, pixels, strict=True):
-                batch = self._encoded([said[row] for row in rows])
-                batch |= {"image_0": one, "image_1": other}
-                # The labels are placeholders; the loss is not used.
-                batch["answers"] = torch.zeros(len(rows), dtype=torch.int64, device=one.device)
-                output = losses.nlvr2(self.model, batch)
-                found.append(output["nlvr2_logits"])
+                words = self._words([said[row] for row in rows])
+                found.append(heads.nlvr2_logits(self.model, words, one, other))
         return self._joined(found, (2,)).softmax(1)[:, 1]
 
     @torch.no_grad()
@@ -342,8 +342,12 @@ class Predictor:
         Raises:
             FileNotFoundError: the image does not exist.
             ValueError: neither or several were given, the image cannot be read, there is no such
-                layer, or there is no vocabulary.
+                layer, there is no vocabulary, or the model is a BEiT-3.
         """
+        if not isinstance(self.model, VLMo):
+            raise ValueError(
+                f"attention: has no maps of {name_of(self.model.config)}, only of VLMo"
+            )
         shown = [] if image is None else pictures_of("image", image)
         said = [] if text is None else texts_of("text", text)
         if not 0 < max(len(shown), len(said)) < 2:
@@ -415,16 +419,17 @@ class Predictor:
             torch.zeros(len(images), 0, device=device),
         )
         lists = Shortlists(Shortlist(*(part.to(device) for part in found)), nothing)
+        model = cast(VLMo, self.model)
         reranked = rerank_lists(
-            self.model, gallery, lists, batch_size=self.batch_size, autocast=self.autocast
+            model, gallery, lists, batch_size=self.batch_size, autocast=self.autocast
         )
         return Shortlist(*(part.cpu() for part in reranked.image))
 
     def _require(self, method: str, *heads: str) -> None:
         if not self.has(*heads):
             raise ValueError(
-                f"{method}: the model has no head of {' or '.join(heads)}, it has those of "
-                f"{', '.join(self.model.config.tasks)}"
+                f"{method}: the model ({name_of(self.model.config)}) has no head of "
+                f"{' or '.join(heads)}, it has those of {', '.join(self.model.config.tasks)}"
             )
 
     def _precision(self):

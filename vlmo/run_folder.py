@@ -20,11 +20,10 @@ from vlmo.checkpoint.formats import (
     read_records,
     summary,
 )
-from vlmo.checkpoint.io import config_of, load_checkpoint
+from vlmo.checkpoint.io import load_checkpoint, model_config_of
 from vlmo.data.tokenizer import SENTENCEPIECE_FILE, WORDPIECE_FILE, load_vocabulary
 from vlmo.files import read_text
-from vlmo.model.config import VLMoConfig
-from vlmo.model.vlmo import VLMo
+from vlmo.model.models import Config, Model, build, fits_vocabulary
 from vlmo.tasks.losses import unused_parameters
 
 # Files of a run folder.
@@ -54,7 +53,7 @@ class Loaded(NamedTuple):
         digests: digests of the vocabulary and the answers that the model was trained with.
     """
 
-    model: VLMo
+    model: Model
     vocabulary: Tokenizer | None
     answers: list[str] | None
     digests: Digests
@@ -91,17 +90,18 @@ def load_model(
         vocabulary = vocabulary or vocabulary_in(folder)
         if answers is None and (folder / ANSWERS).is_file():
             answers = folder / ANSWERS
-    config = config_of(path, **changes)
+    config = model_config_of(path, **changes)
     digests = digests_of(path)
     tokenizer = named = None
     if vocabulary is not None:
         tokenizer = load_vocabulary(vocabulary)
         words = tokenizer.get_vocab()
+        fits = fits_vocabulary(config, len(words))
         check_words(
             f"vocabulary: {os.fspath(vocabulary)}",
             sorted(words, key=words.__getitem__),
             "tokens",
-            (config.vocab_size, digests.vocabulary),
+            (len(words) if fits else config.vocab_size, digests.vocabulary),
             path,
         )
     if answers is not None and "vqa" in config.tasks:
@@ -193,9 +193,9 @@ def check_words(
         )
 
 
-def _model(path: Path, config: VLMoConfig) -> VLMo:
+def _model(path: Path, config: Config) -> Model:
     """The model in evaluation mode; raises if a weight that it uses is missing or not finite."""
-    model = VLMo(config)
+    model = build(config)
     report = load_checkpoint(model, path)
     missing = sorted(set(report.missing) - unused_parameters(config))
     if missing:

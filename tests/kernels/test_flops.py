@@ -1,5 +1,7 @@
 """The formulas of vlmo.model.flops, compared with PyTorch's FLOP counter on dense products."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from test_model import TINY, make_batch
-from vlmo import VLMo
+from vlmo import BEiT3, BEiT3Config, VLMo
 from vlmo.model.flops import step_flops
 from vlmo.tasks.losses import compute_losses
 from vlmo.training.recipes import TEXT_PARTS
@@ -53,7 +55,7 @@ def words_of(batch: dict[str, Tensor]) -> int:
     return int((batch["text_labels_mlm"] >= 0).sum())
 
 
-def counted(model: VLMo, batch: dict[str, Tensor]) -> tuple[int, int]:
+def counted(model: VLMo | BEiT3, batch: dict[str, Tensor]) -> tuple[int, int]:
     """Operations of the forward and of the backward."""
     with FlopCounterMode(display=False) as forward:
         loss = model(compute_losses, batch)["loss"]
@@ -69,6 +71,18 @@ def test_operations_are_those_that_pytorch_counts(tasks, separate):
     batch = batch_of(LENGTHS)
     flops = step_flops(config, LENGTHS, words=words_of(batch))
     assert (flops.forward, flops.backward) == counted(VLMo(config), batch)
+
+
+@pytest.mark.parametrize("tasks", [("irtr",), ("vqa",), ("nlvr2",)])
+def test_operations_of_beit3_are_those_that_pytorch_counts(tasks, monkeypatch):
+    monkeypatch.undo()  # the counter sees the products of the reference
+    sizes: dict[str, Any] = dict(
+        dim=24, depth=3, heads=2, image_size=32, patch_size=16, max_text_length=8
+    )
+    config = BEiT3Config(tasks=tasks, vocab_size=50, vqa_labels=7, kernels="reference", **sizes)
+    lengths = [5] * 4  # passes are padded to the longest
+    flops = step_flops(config, lengths)
+    assert (flops.forward, flops.backward) == counted(BEiT3(config), batch_of(lengths))
 
 
 def test_matching_counts_three_pairs_a_row():

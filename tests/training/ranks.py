@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from test_step import TASKS, TINY, batch_of, model_of
+from test_step import CONFIGS, batch_of, model_of
 from vlmo import distributed
 from vlmo.tasks import losses
 from vlmo.training import step
@@ -15,10 +15,14 @@ from vlmo.training.parallel import wrapped
 ROWS = 8
 
 
-def wrap(model, how):
+def freeze_unused(model):
     unused = losses.unused_parameters(model.config)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in unused)
+
+
+def wrap(model, how):
+    freeze_unused(model)
     return wrapped(model, how)
 
 
@@ -31,18 +35,18 @@ def main(output: Path) -> None:
     dist.init_process_group("gloo")
     size = ROWS // distributed.world_size()
     results = {}
-    for tasks in TASKS:
+    for name, config in CONFIGS.items():
         share = step.split(batch_of(ROWS), size)[distributed.rank()]
         for how in ("ddp", "fsdp"):
             for micro_batch in (size, size // 2):
-                model = model_of(TINY.replace(tasks=tasks))
+                model = model_of(config)
                 module = wrap(model, how)
                 losses = step.backward(module, share, micro_batch=micro_batch, seed=(1, 2))
                 # Reading a sharded gradient is a collective operation.
                 grads = {
                     n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None
                 }
-                results[tasks, how, micro_batch] = losses, grads
+                results[name, how, micro_batch] = losses, grads
     if distributed.rank() == 0:
         torch.save(results, output)
     dist.destroy_process_group()

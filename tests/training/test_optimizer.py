@@ -1,13 +1,18 @@
 """Learning rates and groups of parameters."""
 
+import math
+
 import pytest
 import torch
 
 from vlmo import BEiT3, BEiT3Config, VLMo
 from vlmo.training.optimizer import (
+    adamw,
     beit3_parameter_groups,
+    cosine_schedule,
     linear_schedule,
     parameter_groups,
+    warmup_then_cosine,
     warmup_then_decay,
 )
 from vlmo.training.recipes import tiny
@@ -24,6 +29,35 @@ def test_schedule_rises_and_falls():
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx([1.0, 2.0, 1.5, 1.0, 0.5])
+
+
+def test_a_cosine_rises_and_falls():
+    factors = [warmup_then_cosine(step, warmup=2, total=6, least=0.2) for step in range(8)]
+    half = math.sqrt(0.5) / 2
+    falling = [1.0, 0.2 + 0.8 * (0.5 + half), 0.6, 0.2 + 0.8 * (0.5 - half)]
+    assert factors == pytest.approx([0.5, 1.0, *falling, 0.2, 0.2])
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    groups = [{"params": [p], "lr": lr} for p, lr in zip(parameters, (2.0, 1.0), strict=True)]
+    optimizer = torch.optim.SGD(groups)
+    schedule = cosine_schedule(optimizer, warmup=0, total=2, least=0.5)
+    rates = []
+    for _ in range(3):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    assert rates == [pytest.approx([2 * f, f]) for f in (1.0, 0.75, 0.5)]
+
+
+def test_adamw_has_the_groups_of_the_model():
+    sizes = dict(dim=8, depth=2, heads=2, image_size=32, vocab_size=10, max_text_length=4)
+    beit3 = BEiT3(BEiT3Config(tasks=("vqa",), **sizes))
+    optimizer = adamw(
+        torch.nn.DataParallel(beit3), lr=1.0, layer_decay=0.5, head_lr_scale=3.0, beta2=0.9
+    )
+    assert {group["lr"] for group in optimizer.param_groups} == {0.125, 0.25, 0.5, 1.0, 3.0}
+    assert optimizer.defaults["betas"] == (0.9, 0.9)
+    with pytest.raises(ValueError, match=r"layer_decay: 0\.5 is for BEiT-3, not for VLMo"):
+        adamw(VLMo(tiny(tasks=("vqa",), dim=32)), lr=1.0, layer_decay=0.5)
 
 
 def test_parameter_groups_follow_the_official_rule():

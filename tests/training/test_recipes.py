@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from vlmo import VLMo
+from vlmo import BEiT3Config, VLMo
 from vlmo.tasks.losses import unused_parameters
 from vlmo.training.optimizer import parameter_groups
 from vlmo.training.recipes import RECIPES, Recipe, recipe
@@ -58,7 +58,23 @@ CODE = [
     ("flickr30k_retrieval_base_plus", 3e-5, 3072, 1500, None, 150, 384, 0.2),
     ("flickr30k_retrieval_large_code", 2e-5, 3072, 1500, None, 150, 384, 0.2),
 ]
-PUBLISHED = [name for name, found in RECIPES.items() if found.size not in ("small", "tiny")]
+# The commands of beit3/get_started of unilm: name, lr, batch, epochs, warm-up epochs, pixels, drop
+# path, layer decay, weight decay, factor of the head's lr, second beta.
+BEIT3 = [
+    ("beit3_vqa_base", 3e-5, 128, 10, 1, 480, 0.1, 1.0, 0.01, 20, 0.98),
+    ("beit3_vqa_large", 2e-5, 128, 10, 1, 480, 0.15, 1.0, 0.01, 20, 0.98),
+    ("beit3_nlvr2_base", 7e-4, 256, 20, 5, 224, 0.2, 0.65, 0.2, 1, 0.999),
+    ("beit3_nlvr2_large", 3e-4, 256, 20, 5, 224, 0.2, 0.85, 0.2, 1, 0.999),
+    ("beit3_coco_retrieval_base", 2e-4, 3072, 15, 3, 384, 0.2, 0.65, 0.05, 1, 0.999),
+    ("beit3_coco_retrieval_large", 5e-5, 3072, 15, 3, 384, 0.2, 0.85, 0.05, 1, 0.999),
+    ("beit3_flickr30k_retrieval_base", 1e-4, 3072, 20, 5, 384, 0.2, 0.65, 0.05, 1, 0.999),
+    ("beit3_flickr30k_retrieval_large", 5e-5, 3072, 20, 5, 384, 0.2, 0.85, 0.05, 1, 0.999),
+]
+PUBLISHED = [
+    name
+    for name, found in RECIPES.items()
+    if found.size not in ("small", "tiny") and not found.is_beit3
+]
 
 
 @pytest.mark.parametrize("row", SUPPLEMENT, ids=lambda row: row[0])
@@ -81,6 +97,30 @@ def test_numbers_of_the_official_configurations(row):
     assert pixels is None or found.image_size == pixels
 
 
+@pytest.mark.parametrize("row", BEIT3, ids=lambda row: row[0])
+def test_numbers_of_the_commands_of_beit3(row):
+    name, lr, batch, epochs, warmup, pixels, drop_path, decay, weight_decay, head, beta2 = row
+    found = RECIPES[name]
+    assert (found.lr, found.batch_size, found.epochs, found.steps) == (lr, batch, epochs, None)
+    assert found.warmup_share == pytest.approx(warmup / epochs)
+    assert (found.image_size, found.drop_path) == (pixels, drop_path)
+    assert (found.layer_decay, found.weight_decay) == (decay, weight_decay)
+    assert (found.head_lr_scale, found.beta2) == (head, beta2)
+    assert (found.schedule, found.min_lr, found.clip_norm) == ("cosine", 1e-6, None)
+    assert (found.text_length, found.source) == (64, "code")
+    published = BEiT3Config.large if name.endswith("large") else BEiT3Config.base
+    same = dict(tasks=found.tasks, image_size=pixels, drop_path=drop_path)
+    assert found.config() == published(**same)
+
+
+def test_a_published_embedding_has_rows_for_every_vocabulary():
+    found = RECIPES["beit3_vqa_base"]
+    assert [found.config(vocab_size=n).vocab_size for n in (40, 64002, 250002)] == [
+        *(64010, 64010, 250002)
+    ]
+    assert RECIPES["digits_beit3_vqa"].config(vocab_size=40).vocab_size == 40
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_what_every_official_configuration_has_in_common(name):
     found = RECIPES[name]
@@ -99,11 +139,11 @@ def test_models_are_valid_and_start_from_what_exists(name):
     config = found.config()
     assert config.tasks == found.tasks
     assert config.image_size == found.image_size
-    assert found.initial_from in (None, "BEiT", *RECIPES)
+    assert found.initial_from in (None, "BEiT", "BEiT-3", *RECIPES)
     if found.initial_from in RECIPES:
         assert RECIPES[found.initial_from].size == found.size
     dims = {"base": 768, "base_plus": 544, "large": 1024, "small": 384, "tiny": 96}
-    assert config.dim == dims[found.size]
+    assert config.dim == dims[found.size.removeprefix("beit3_")]
 
 
 def test_flickr30k_starts_from_coco():
@@ -227,3 +267,37 @@ def test_the_table_shows_every_recipe_and_needs_no_torch():
 def test_changes_without_an_effect_are_refused(change):
     with pytest.raises(ValueError, match=f"{next(iter(change))}: vqa"):
         recipe("digits_vqa").replace(**change)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("retrieval_small", dict(losses=("itc", "itm")), "a BEiT-3, which has no itc or itm for"),
+        (
+            "pretrain_small",
+            {},
+            "no mlm or itc or itm for the stage 'pretrain'; its losses are irtr",
+        ),
+        ("textmlm_small", {}, "size: 'beit3_base' is a BEiT-3, which has no textmlm"),
+        ("retrieval_small", dict(itc_grad_scale=0.5), "itc_grad_scale: is for VLMo only"),
+        ("vqa_small", dict(separate_attention=True), "separate_attention: is for VLMo only"),
+    ],
+)
+def test_what_beit3_does_not_have_is_refused(name, changes, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(name).replace(size="beit3_base", **changes)
+    assert recipe("retrieval_small").replace(size="beit3_base").is_beit3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(layer_decay=0.5), "layer_decay: 0.5 is for BEiT-3, not for VLMo"),
+        (dict(schedule="step"), "schedule: 'step' is not one of"),
+        (dict(min_lr=1e-9), "min_lr: 1e-09 does not suit a linear schedule"),
+        (dict(beta2=1.0), r"beta2: 1.0 is not within \[0, 1\)"),
+    ],
+)
+def test_optimisers_that_do_not_exist(changes, message):
+    with pytest.raises(ValueError, match=message):
+        recipe("vqa_base").replace(**changes)

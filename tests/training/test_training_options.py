@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from processes import command, forked, rows_of, steps_of
 from training_cases import run, shrink_digits, small
 from training_data import make
+from vlmo import VLMoConfig
 from vlmo.run_folder import load_model
 from vlmo.training import trainer
 from vlmo.training.logs import RunLog
@@ -37,11 +38,13 @@ def test_sizes_of_text_and_model(tmp_path):
     found = small("textmlm", steps=1, text_length=20, mask_share=0.5, drop_path=0.1)
     run(found, tmp_path)
     config = load_model(tmp_path).model.config
+    assert isinstance(config, VLMoConfig)
     assert (config.max_text_length, config.text_capacity, config.drop_path) == (20, 20, 0.1)
 
 
 def test_a_model_between_tiny_and_base():
     found = small("textmlm", size="small").config(vocab_size=100)
+    assert isinstance(found, VLMoConfig)
     assert (found.dim, found.depth, found.heads, found.vl_start) == (384, 12, 6, 10)
     assert found.patch_size == 16
 

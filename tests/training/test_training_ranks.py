@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
         shrink_digits(patch)
         patch.setattr(trainer, "save_state", trainer.save_state)  # put back at the end
         keep_states()
-        for stage in STAGES:
+        for stage in dict.fromkeys(stage for stage, *_ in CASES):
             run(small(stage), folder / stage, evaluate_every=None)
         shutil.copy(folder / "pretrain" / "state2.pt", folder / "given.pt")
         data = make(folder / "data" / "pairs", "pretrain", "records", count=12)
@@ -64,6 +64,8 @@ def assert_same_training(actual: Path, expected: Path, steps=range(1, STEPS + 1)
     # Where a gradient is next to nothing, AdamW makes a step out of its rounding error.
     lr = small("pretrain").lr
     for name, tensor in wanted.items():
+        if "k_proj" in name and name.endswith("bias"):  # softmax cancels it
+            continue
         error = (weights[name] - tensor).float()
         assert error.abs().max() <= lr, name
         assert error.square().mean().sqrt() <= 0.01 * lr, name

@@ -24,6 +24,7 @@ STEPS = 4
 CASES: list[tuple[str, str, int | None]] = [(stage, "ddp", None) for stage in STAGES]
 CASES += [(stage, "fsdp", 2) for stage in STAGES]
 CASES += [("pretrain", "ddp", 2), ("pretrain", "fsdp", None)]
+CASES += [("beit3_vqa", "ddp", None), ("beit3_retrieval", "fsdp", 2)]
 
 SIZES = {"train": 96, "val": 24, "test": 24}
 

@@ -45,7 +45,7 @@ PUBLISHED_HEADS = {(768, 12): 12, (1024, 24): 16}
 _KEPT = FIRST_POSITION + 1  # rows of the image positions before those of the patches
 
 
-def config_of(source: Source, *, heads: int | None = None, **changes: Any) -> BEiT3Config:
+def config_of(source: Source | Content, *, heads: int | None = None, **changes: Any) -> BEiT3Config:
     """Infer the configuration of the model that a BEiT-3 checkpoint was saved from.
 
     Sizes and tasks are inferred from keys and shapes. The rest comes from the record of

@@ -74,8 +74,10 @@ class Content:
     beit: bool
 
 
-def read_content(source: Source) -> Content:
+def read_content(source: Source | Content) -> Content:
     """Open, unwrap and convert a checkpoint to unilm's keys."""
+    if isinstance(source, Content):
+        return source
     raw: Any = source
     name = "state dict"
     records: dict[str, str] = {}

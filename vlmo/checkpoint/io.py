@@ -2,8 +2,9 @@
 
 :func:`load_checkpoint` reads every published layout into a model, :func:`save_checkpoint` writes a
 file that unilm, the reference implementation, can read, and :func:`config_of` infers the
-configuration of a file's VLMo; :func:`vlmo.checkpoint.beit3.config_of` that of a BEiT-3. No code
-from a file is executed: pickles are read with ``torch.load(weights_only=True)``.
+configuration of a file's VLMo; :func:`vlmo.checkpoint.beit3.config_of` that of a BEiT-3, and
+:func:`model_config_of` that of either. No code from a file is executed: pickles are read with
+``torch.load(weights_only=True)``.
 
 The layers of a file, in the order in which they are removed:
 
@@ -58,7 +59,7 @@ from vlmo.checkpoint.resize import (
 )
 from vlmo.files import replacing
 from vlmo.model.beit3 import RUN_FIELDS as BEIT3_RUN_FIELDS
-from vlmo.model.beit3 import BEiT3
+from vlmo.model.beit3 import BEiT3, BEiT3Config
 from vlmo.model.config import RUN_FIELDS, TASKS, VLMoConfig
 from vlmo.model.vlmo import VLMo
 
@@ -298,7 +299,7 @@ def save_checkpoint(
 
 
 def config_of(
-    source: Source,
+    source: Source | Content,
     *,
     heads: int | None = None,
     text_capacity: int | None = None,
@@ -340,6 +341,14 @@ def config_of(
         text_capacity or recorded.get("text_capacity"),
     )
     return found.replace(**changes)
+
+
+def model_config_of(source: Source, **changes: Any) -> VLMoConfig | BEiT3Config:
+    """As :func:`config_of`, or :func:`vlmo.checkpoint.beit3.config_of` for a file of BEiT-3."""
+    content = read_content(source)
+    if beit3.holds_a_layer(content.state):
+        return beit3.config_of(content, **changes)
+    return config_of(content, **changes)
 
 
 # Writing

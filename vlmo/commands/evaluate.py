@@ -76,7 +76,7 @@ def evaluate(
     """
     options = locals() | {"dtype": dtype or "auto", "datasets": datasets or None}
     limit_spinning()
-    from vlmo.checkpoint.io import config_of
+    from vlmo.checkpoint.io import model_config_of
     from vlmo.commands.outputs import check_outputs, path_of_data
     from vlmo.data import BadSample, TextTokenizer, open_data
     from vlmo.device import chosen_dtype, require_backend
@@ -94,7 +94,7 @@ def evaluate(
         autocast = chosen_dtype(options["dtype"], place)
         require_backend(backend, place, autocast)
         weights = weights_of(model)
-        config = config_of(weights, **size)
+        config = model_config_of(weights, **size)
         check_task(config, task, rerank=rerank, predictions=predictions)
         loaded = load_model(model, vocabulary=vocabulary, answers=answers, kernels=backend, **size)
         if loaded.vocabulary is None:

@@ -23,7 +23,7 @@ _OF_RECIPE = "the recipe's"  # shown as the default of options that change the r
 _CHANGES = (
     *("size", "steps", "epochs", "warmup", "lr", "weight_decay", "batch_size", "image_size"),
     *("text_length", "mask_share", "drop_path", "clip_norm", "itc_grad_scale", "max_logit_scale"),
-    *("separate_attention", "official_masking", "official_batches"),
+    *("layer_decay", "separate_attention", "official_masking", "official_batches"),
 )
 
 
@@ -86,7 +86,8 @@ def train(
     size: Annotated[
         str | None,
         typer.Option(
-            help="Model size: tiny, small, base, base_plus or large.",
+            help="Model size: tiny, small, base, base_plus or large of VLMo; beit3_tiny, "
+            "beit3_base or beit3_large of BEiT-3.",
             show_default=_OF_RECIPE,
         ),
     ] = None,
@@ -119,6 +120,13 @@ def train(
         float | None,
         typer.Option(
             help="Weight decay, 0 to 1; biases and most norms are exempt.", show_default=_OF_RECIPE
+        ),
+    ] = None,
+    layer_decay: Annotated[
+        float | None,
+        typer.Option(
+            help="Factor of the learning rate from each layer of BEiT-3 to the one below it.",
+            show_default=_OF_RECIPE,
         ),
     ] = None,
     batch_size: Annotated[

@@ -450,8 +450,19 @@ class BEiT3(nn.Module):
                 image tokens only to the image, as captioning does.
             masked: True for patches that the mask token replaces.
         """
+        patches = self.embed_image(image, masked)
+        return self.fuse_patches(text_ids, text_mask, patches, causal=causal)
+
+    def fuse_patches(
+        self,
+        text_ids: Tensor,  # [B, T]
+        text_mask: Tensor,  # [B, T]
+        patches: Tensor,  # [B, patches + 1, D]
+        *,
+        causal: bool = False,
+    ) -> FusionOutput:
+        """As :meth:`fuse`, with images from :meth:`embed_image`."""
         text, mask = self._embed_text(text_ids, text_mask)
-        patches = self._embed_image(image, masked)
         if text.shape[0] != patches.shape[0]:
             raise ValueError(f"image: {patches.shape[0]} images for {text.shape[0]} texts")
         layout = Padded.of(patches, text, mask, causal=causal)
@@ -466,8 +477,11 @@ class BEiT3(nn.Module):
 
     def encode_image(self, image: Tensor, *, masked: Tensor | None = None) -> StreamOutput:
         """Encode images alone; ``masked`` is that of :meth:`fuse`."""
-        x = self._embed_image(image, masked)
-        tokens = self.beit3.encoder(x, Padded.of(x, None, None))
+        return self.encode_patches(self.embed_image(image, masked))
+
+    def encode_patches(self, patches: Tensor) -> StreamOutput:
+        """As :meth:`encode_image`, with images ``[B, patches + 1, D]`` from :meth:`embed_image`."""
+        tokens = self.beit3.encoder(patches, Padded.of(patches, None, None))
         return StreamOutput(tokens, self._embedding("vision_head", tokens))
 
     def vqa_logits(self, text_ids: Tensor, text_mask: Tensor, image: Tensor) -> Tensor:
@@ -519,8 +533,8 @@ class BEiT3(nn.Module):
         mask = text_mask.bool()
         return self.beit3.embed_text(text_ids, mask), mask
 
-    def _embed_image(self, image: Tensor, masked: Tensor | None) -> Tensor:
-        """Embeddings ``[B, patches + 1, D]``; raises ValueError for a wrong shape or range."""
+    def embed_image(self, image: Tensor, masked: Tensor | None = None) -> Tensor:
+        """Pixels to ``[B, patches + 1, D]``; raises ValueError for a wrong shape or range."""
         mean: float | Tensor = 0.5
         std: float | Tensor = 0.5
         if "classification" in self.config.tasks and image.dtype == torch.uint8:

@@ -9,7 +9,8 @@ These are the projections of attention, the expert, and attention scores and wei
 last block applies its output projection and expert only to the tokens that a head reads: CLS, or
 the masked words. The backward has two products for each of these: for the gradient of the input
 and, if it is trained, of the weight. The total also includes the patch embedding (2 * 3 * 16^2 * D
-per patch), the heads on the tokens that they read, and the cosines of the contrastive loss.
+per patch), the heads on the tokens that they read, and the cosines of the contrastive loss. The
+last layer of BEiT-3 runs on all tokens.
 
 Recomputation to save memory (activation checkpointing, micro-batches) and padding do not count, so
 the operations divided by time and peak rate are the model FLOPs utilisation (MFU).
@@ -20,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from vlmo.model.beit3 import BEiT3Config
 from vlmo.model.config import VLMoConfig
 
 Trains = Callable[[str], bool]
@@ -39,7 +41,7 @@ class Flops:
 
 
 def step_flops(
-    config: VLMoConfig,
+    config: VLMoConfig | BEiT3Config,
     text_lengths: Sequence[int],
     *,
     words: int = 0,
@@ -58,6 +60,8 @@ def step_flops(
         others: images or texts of other processes that the contrastive loss compares with.
         trains: whether the parameter with a given name is trained.
     """
+    if isinstance(config, BEiT3Config):
+        return _BEiT3Step(config, list(text_lengths), others, trains).count()
     return _Step(config, list(text_lengths), words, others, trains).count()
 
 
@@ -78,14 +82,85 @@ def matching_flops(config: VLMoConfig, text_lengths: Sequence[int], images: int)
     return step.flops.forward
 
 
-class _Step:
+class _Products:
+    def __init__(
+        self, config: VLMoConfig | BEiT3Config, texts: list[int], others: int, trains: Trains
+    ):
+        self.texts, self.others, self.trains = texts, others, trains
+        self.dim, self.patch_values = config.dim, 3 * config.patch_size**2
+        self.flops = Flops()
+        self.image = config.grid**2 + 1
+
+    def linear(
+        self, rows: int, inputs: int, outputs: int, name: str, *, sends_back: bool = True
+    ) -> None:
+        product = 2 * rows * inputs * outputs
+        self.flops.forward += product
+        self.flops.backward += product * (sends_back + self.trains(name))
+
+    def attention(self, sequences: Sequence[int]) -> None:
+        """Add scores and weighted values of sequences with these lengths."""
+        squares = sum(length**2 for length in sequences)
+        self.flops.forward += 4 * self.dim * squares
+        self.flops.backward += 8 * self.dim * squares
+
+    def patches(self, images: int, name: str = "transformer.patch_embed.proj.weight") -> None:
+        rows = images * (self.image - 1)
+        self.linear(rows, self.patch_values, self.dim, name, sends_back=False)
+
+    def cosines(self) -> None:
+        """Add those of the contrastive loss, in both directions."""
+        rows = len(self.texts)
+        cosines = 2 * 2 * rows * (rows + self.others) * self.dim
+        self.flops.forward += cosines
+        self.flops.backward += 2 * cosines
+
+
+class _BEiT3Step(_Products):
+    def __init__(self, config: BEiT3Config, texts: list[int], others: int, trains: Trains):
+        super().__init__(config, texts, others, trains)
+        self.config = config
+
+    def count(self) -> Flops:
+        tasks, rows, dim = set(self.config.tasks), len(self.texts), self.dim
+        pairs = [text + self.image for text in self.texts]
+        if "irtr" in tasks:
+            self._layers([*self.texts, *[self.image] * rows], images=rows)
+            self.linear(rows, dim, dim, "language_head.weight")
+            self.linear(rows, dim, dim, "vision_head.weight")
+            self.cosines()
+        if "vqa" in tasks:
+            self._layers(pairs, images=rows)
+            self.linear(rows, dim, dim, "pooler.dense.weight")
+            self.linear(rows, dim, 2 * dim, "head.0.weight")
+            self.linear(rows, 2 * dim, self.config.vqa_labels, "head.3.weight")
+        if "nlvr2" in tasks:
+            self._layers(pairs * 2, images=2 * rows)
+            self.linear(rows, 4 * dim, 2 * dim, "head.dense1.weight")
+            self.linear(rows, 2 * dim, 2, "head.dense2.weight")
+        return self.flops
+
+    def _layers(self, sequences: list[int], images: int) -> None:
+        """Add all layers on sequences that contain so many images, and their patches."""
+        dim, hidden = self.dim, self.config.hidden
+        self.patches(images, "beit3.vision_embed.proj.weight")
+        image = images * self.image
+        for number in range(self.config.depth):
+            name = f"beit3.encoder.layers.{number}."
+            for expert, tokens in (("A", image), ("B", sum(sequences) - image)):
+                for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
+                    self.linear(tokens, dim, dim, f"{name}self_attn.{projection}.{expert}.weight")
+                self.linear(tokens, dim, hidden, f"{name}ffn.{expert}.fc1.weight")
+                self.linear(tokens, hidden, dim, f"{name}ffn.{expert}.fc2.weight")
+            self.attention(sequences)
+
+
+class _Step(_Products):
     def __init__(
         self, config: VLMoConfig, texts: list[int], words: int, others: int, trains: Trains
     ):
-        self.config, self.texts, self.words = config, texts, words
-        self.others, self.trains = others, trains
-        self.flops = Flops()
-        self.image = config.grid**2 + 1
+        super().__init__(config, texts, others, trains)
+        self.config, self.words = config, words
 
     def count(self) -> Flops:
         tasks, rows = set(self.config.tasks), len(self.texts)
@@ -112,18 +187,6 @@ class _Step:
             self._classifier("nlvr2_classifier", 2 * dim, 2)
         return self.flops
 
-    def linear(
-        self, rows: int, inputs: int, outputs: int, name: str, *, sends_back: bool = True
-    ) -> None:
-        product = 2 * rows * inputs * outputs
-        self.flops.forward += product
-        self.flops.backward += product * (sends_back + self.trains(name))
-
-    def patches(self, images: int) -> None:
-        values = 3 * self.config.patch_size**2
-        name = "transformer.patch_embed.proj.weight"
-        self.linear(images * (self.image - 1), values, self.config.dim, name, sends_back=False)
-
     def _blocks(
         self,
         sequences: Sequence[int],
@@ -140,13 +203,11 @@ class _Step:
         ``read`` is the number of tokens of each modality that heads read from the last block.
         """
         dim, hidden = self.config.dim, int(self.config.dim * self.config.mlp_ratio)
-        squares = sum(length**2 for length in sequences)
         for number in range(start, self.config.depth if stop is None else stop):
             name = f"transformer.blocks.{number}."
             below = number < self.config.first_vl_block
             self._attention(name, "qkv", text, image, 3 * dim, below=below)
-            self.flops.forward += 4 * dim * squares
-            self.flops.backward += 8 * dim * squares
+            self.attention(sequences)
             if number == self.config.depth - 1 and read is not None:
                 text, image = read
             self._attention(name, "proj", text, image, dim, below=below)
@@ -181,9 +242,7 @@ class _Step:
             for stream in ("text", "image"):
                 name = f"itc{tail}_{stream}_proj.fc.weight"
                 self.linear(rows, self.config.dim, self.config.dim, name)
-            cosines = 2 * 2 * rows * (rows + self.others) * self.config.dim
-            self.flops.forward += cosines
-            self.flops.backward += 2 * cosines
+            self.cosines()
 
     def _words(self) -> None:
         dim = self.config.dim

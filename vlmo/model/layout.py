@@ -139,6 +139,15 @@ def end_to_end(text_ids: Tensor, lengths: Tensor) -> Texts:
     return Texts(text_ids[text, places], places, lengths)
 
 
+def padded(texts: Texts) -> tuple[Tensor, Tensor]:
+    """Ids ``[B, T]`` and mask ``[B, T]`` bool of texts, with the length of the longest as T."""
+    columns = torch.arange(int(texts.lengths.max()))
+    mask = upload(columns < texts.lengths[:, None], texts.ids.device)
+    ids = torch.zeros(mask.shape, dtype=texts.ids.dtype, device=texts.ids.device)
+    text, _ = numbered(upload(texts.lengths, texts.ids.device), texts.ids.shape[0])
+    return ids.index_put((text, texts.places), texts.ids), mask
+
+
 def _bias(table: Tensor | None, index: RelativePositionIndex | None) -> RelativePositionBias | None:
     return None if table is None or index is None else RelativePositionBias(table, index)
 

@@ -318,15 +318,3 @@ class VLMo(nn.Module):
             if tensor.shape != wanted:
                 raise ValueError(f"{name}: shape {tuple(tensor.shape)} is not {wanted}")
         return self.embed_text(text_ids)
-
-
-def inner(wrapped: nn.Module) -> VLMo:
-    """The VLMo inside DistributedDataParallel, torch.compile, PEFT or any other wrapper.
-
-    Raises:
-        TypeError: there is none.
-    """
-    for module in wrapped.modules():
-        if isinstance(module, VLMo):
-            return module
-    raise TypeError(f"model: no VLMo is in this {type(wrapped).__name__}")

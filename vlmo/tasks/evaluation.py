@@ -24,9 +24,9 @@ from vlmo.data import Draw, TextTokenizer, loader, to_device
 from vlmo.data.draws import hashed
 from vlmo.distributed import rank
 from vlmo.files import replacing
-from vlmo.model.config import VLMoConfig
 from vlmo.model.layout import text_lengths
-from vlmo.model.vlmo import VLMo, inner
+from vlmo.model.models import Config, Model, fits_vocabulary, inner, name_of
+from vlmo.model.vlmo import VLMo
 from vlmo.tasks import losses
 from vlmo.tasks.gallery import gallery_of as gallery_of
 from vlmo.tasks.gallery import readable_gallery
@@ -110,8 +110,8 @@ def evaluate(
     same on every run.
 
     Args:
-        model: a :class:`vlmo.VLMo`, or one wrapped in DistributedDataParallel or FSDP2; its mode
-            (training or evaluation) is restored.
+        model: a :class:`vlmo.VLMo` or :class:`vlmo.model.beit3.BEiT3`, or one wrapped in
+            DistributedDataParallel or FSDP2; its mode (training or evaluation) is restored.
         dataset: from :func:`vlmo.data.open_data`, opened for this task and without augmentation.
         tokenizer: with the model's text length.
         task: one of ``TASKS``.
@@ -135,18 +135,18 @@ def evaluate(
         FloatingPointError: the model's outputs are NaN or infinite.
         OSError: ``predictions`` cannot be written.
     """
-    model = inner(model)
-    check_task(model.config, task, rerank=rerank, predictions=predictions)
-    _check_data(model.config, dataset, tokenizer, task)
+    plain = inner(model)
+    check_task(plain.config, task, rerank=rerank, predictions=predictions)
+    _check_data(plain.config, dataset, tokenizer, task)
     if on_bad_sample not in ON_BAD_SAMPLE:
         raise ValueError(f"on_bad_sample: {on_bad_sample!r} is not one of {ON_BAD_SAMPLE}")
     skips = on_bad_sample == "skip"
     if task == "retrieval":
         gallery, bad = readable_gallery(dataset, tokenizer, workers=workers, skips=skips)
         options = {"batch_size": batch_size, "workers": workers, "autocast": autocast}
-        return _retrieval(model, gallery, rerank, options) | _left_out(bad, "samples")
+        return _retrieval(plain, gallery, rerank, options) | _left_out(bad, "samples")
     batches = _Batches(len(cast(Sized, dataset)), batch_size, shuffled=task == "pretrain")
-    if task == "pretrain" and "itm" in model.config.tasks:
+    if task == "pretrain" and "itm" in plain.config.tasks:
         _check_negatives(batches)
     loaded = loader(
         dataset,
@@ -156,7 +156,7 @@ def evaluate(
         workers=workers,
         on_bad="leave_out" if skips else "error",
     )
-    found = _found(model, task, batches, loaded, autocast, predictions is not None)
+    found = _found(plain, task, batches, loaded, autocast, predictions is not None)
     bad = [pair for batch in found for pair in batch.bad]
     if len(bad) == batches.size:
         raise ValueError(f"dataset: no sample can be read, the first because of {bad[0][1]}")
@@ -197,7 +197,7 @@ class _Found(NamedTuple):
 
 
 def _found(
-    model: VLMo,
+    model: Model,
     task: str,
     batches: _Batches,
     loaded: Iterable[dict[str, Any]],
@@ -293,13 +293,15 @@ class _Batches:
 
 
 def _retrieval(
-    model: VLMo, gallery: Gallery, candidates: int, options: dict[str, Any]
+    model: Model, gallery: Gallery, candidates: int, options: dict[str, Any]
 ) -> dict[str, float]:
     embeddings = encode(model, gallery, **options)
     _require_finite(*embeddings)
     result = _named(recall_at(embeddings, gallery.image_of_text))
     if candidates:
-        lists = rerank_lists(model, gallery, shortlist(embeddings, candidates), **options)
+        lists = rerank_lists(
+            cast(VLMo, model), gallery, shortlist(embeddings, candidates), **options
+        )
         _require_finite(lists.image.scores, lists.text.scores)
         fused = _named(recall_at(lists, gallery.image_of_text))
         result |= {f"reranked_{name}": value for name, value in fused.items()}
@@ -312,7 +314,7 @@ def _named(recall: Recall) -> dict[str, float]:
     return named | {"mean_recall": recall.mean}
 
 
-def _vqa(model: VLMo, batch: Batch, number: int) -> Measured:
+def _vqa(model: Model, batch: Batch, number: int) -> Measured:
     output = losses.vqa(model, batch, model.embed_image(batch["image"]))
     targets, rows = output["vqa_targets"], len(batch["text_ids"])
     best = output["vqa_logits"].argmax(1)
@@ -324,7 +326,7 @@ def _vqa(model: VLMo, batch: Batch, number: int) -> Measured:
     return Measured(sums, best)
 
 
-def _nlvr2(model: VLMo, batch: Batch, number: int) -> Measured:
+def _nlvr2(model: Model, batch: Batch, number: int) -> Measured:
     output = losses.nlvr2(model, batch)
     best, rows = output["nlvr2_logits"].argmax(1), len(batch["text_ids"])
     right = best == output["nlvr2_labels"]
@@ -341,12 +343,13 @@ def _nlvr2(model: VLMo, batch: Batch, number: int) -> Measured:
     return Measured(sums, best)
 
 
-def _text_mlm(model: VLMo, batch: Batch, number: int) -> Measured:
-    return Measured(_words(losses.text_mlm(model, batch, _alone(batch)), batch))
+def _text_mlm(model: Model, batch: Batch, number: int) -> Measured:
+    return Measured(_words(losses.text_mlm(cast(VLMo, model), batch, _alone(batch)), batch))
 
 
-def _pretrain(model: VLMo, batch: Batch, number: int) -> Measured:
+def _pretrain(model: Model, batch: Batch, number: int) -> Measured:
     tasks, rows = model.config.tasks, len(batch["text_ids"])
+    full = cast(VLMo, model)  # in tasks that BEiT-3 does not have
     patches = model.embed_image(batch["image"])
     sums: Sums = {}
     if {"itc", "irtr"} & set(tasks):
@@ -358,17 +361,17 @@ def _pretrain(model: VLMo, batch: Batch, number: int) -> Measured:
             sums |= {f"irtr_{name}": (right, rows) for name, right in accuracies.items()}
         if "itc" in tasks:
             assert streams.vl_image is not None and streams.vl_text is not None
-            vl_logits = model.logit_vl_scale.exp() * streams.vl_image @ streams.vl_text.T
+            vl_logits = full.logit_vl_scale.exp() * streams.vl_image @ streams.vl_text.T
             vl_loss, vl_accuracies = _contrast(vl_logits)
             sums |= {"itc_loss": (0.5 * (loss + vl_loss) * rows, rows)}
             sums |= {f"itc_{name}": (right, rows) for name, right in accuracies.items()}
             sums |= {f"itc_vl_{name}": (right, rows) for name, right in vl_accuracies.items()}
     if "itm" in tasks:
-        output = losses.itm(model, batch, patches, _negatives(logits, batch, number))
+        output = losses.itm(full, batch, patches, _negatives(logits, batch, number))
         right = (output["itm_logits"].argmax(1) == output["itm_labels"]).sum()
         sums |= {"itm_loss": (output["itm_loss"] * rows, rows), "itm_accuracy": (right, 3 * rows)}
     if "mlm" in tasks:
-        sums |= _words(losses.mlm(model, batch, patches, _alone(batch)), batch)
+        sums |= _words(losses.mlm(full, batch, patches, _alone(batch)), batch)
     return Measured(sums)
 
 
@@ -403,7 +406,7 @@ def _words(output: losses.Output, batch: Batch) -> Sums:
     return {"mlm_loss": (output["mlm_loss"] * words, words), "mlm_accuracy": (right, words)}
 
 
-_MEASURES: dict[str, Callable[[VLMo, Batch, int], Measured]] = {
+_MEASURES: dict[str, Callable[[Model, Batch, int], Measured]] = {
     "vqa": _vqa,
     "nlvr2": _nlvr2,
     "pretrain": _pretrain,
@@ -430,7 +433,7 @@ def _finished(result: dict[str, float]) -> dict[str, float]:
 
 
 def check_task(
-    config: VLMoConfig,
+    config: Config,
     task: str,
     *,
     rerank: int = 0,
@@ -443,20 +446,24 @@ def check_task(
         raise ValueError(f"rerank: {rerank} candidates cannot be re-ranked for task {task!r}")
     needed = _NEEDED[task]
     if not set(needed) & set(config.tasks):
-        heads = " or ".join(needed)
-        raise ValueError(f"task: {task!r} needs a head of {heads}, the model has {config.tasks}")
+        raise ValueError(
+            f"task: {task!r} needs a head of {' or '.join(needed)}, the model has {config.tasks} "
+            f"({name_of(config)})"
+        )
     if task == "pretrain" and "itm" in config.tasks and "itc" not in config.tasks:
         raise ValueError(f"task: itm needs itc, which weighs its negatives, not {config.tasks}")
     if rerank and "itm" not in config.tasks:
-        raise ValueError(f"rerank: needs the head of itm, the model has {config.tasks}")
+        raise ValueError(
+            f"rerank: needs the head of itm, the model has {config.tasks} ({name_of(config)})"
+        )
     if predictions is not None and task not in _NAME_OF:
         raise ValueError(f"predictions: task {task!r} has none, only {sorted(_NAME_OF)}")
 
 
-def _check_data(config: VLMoConfig, dataset: Any, tokenizer: TextTokenizer, task: str) -> None:
+def _check_data(config: Config, dataset: Any, tokenizer: TextTokenizer, task: str) -> None:
     if not len(dataset):
         raise ValueError("dataset: holds no sample")
-    if tokenizer.vocab_size != config.vocab_size:
+    if not fits_vocabulary(config, tokenizer.vocab_size):
         raise ValueError(
             f"tokenizer: has {tokenizer.vocab_size} tokens, the model has {config.vocab_size}"
         )

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vlmo.distributed import gather, rank, world_size
-from vlmo.model.vlmo import VLMo
+from vlmo.model.models import Model
 
 
 def own_share(count: int) -> list[int]:
@@ -58,7 +58,7 @@ def even_batches(numbers: Sequence[int], batch_size: int) -> list[list[int]]:
 
 
 @contextlib.contextmanager
-def evaluating(model: VLMo) -> Iterator[Callable[..., Any]]:
+def evaluating(model: Model) -> Iterator[Callable[..., Any]]:
     """Put ``model`` into evaluation mode for the block and restore its mode afterwards.
 
     Yields:

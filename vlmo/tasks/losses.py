@@ -1,4 +1,7 @@
-"""Losses of VLMo's tasks, as defined by unilm, the reference implementation (``objectives.py``).
+"""Losses of all tasks, as defined by unilm, the reference implementation.
+
+Those of VLMo are in ``objectives.py`` of unilm's ``vlmo``. BEiT-3 has those of irtr, vqa and nlvr2,
+which are the same (``engine_for_finetuning.py`` of ``beit3``).
 
 A batch is a mapping. Each task reads:
 
@@ -25,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +37,13 @@ from torch import Tensor
 from vlmo import distributed
 from vlmo.kernels.transfer import upload
 from vlmo.model import packed
-from vlmo.model.config import VLMoConfig
+from vlmo.model.beit3 import BEiT3, BEiT3Config
+from vlmo.model.config import TASKS, VLMoConfig
 from vlmo.model.layout import Places, end_to_end, refuse, text_lengths
+from vlmo.model.models import Config, Model, build, name_of
 from vlmo.model.packed import Streams
 from vlmo.model.vlmo import VLMo
+from vlmo.tasks import heads
 from vlmo.tasks.negatives import Negatives, PendingNegatives
 
 Batch = Mapping[str, Any]
@@ -65,7 +71,7 @@ class Whole:
 
 
 def compute_losses(
-    model: VLMo,
+    model: Model,
     batch: Batch,
     *,
     whole: Whole | None = None,
@@ -89,10 +95,13 @@ def compute_losses(
 
     Raises:
         KeyError: the batch lacks a tensor that a task reads.
-        ValueError: ITM is used without ITC, a text has no tokens, a label is on padding, or
-            contrast has a single pair, whose loss is always 0.
+        ValueError: a task has no loss, ITM is used without ITC, a text has no tokens, a label is on
+            padding, or contrast has a single pair, whose loss is always 0.
     """
     tasks = model.config.tasks
+    if not tasks or set(tasks) - set(TASKS):
+        raise ValueError(f"tasks: {tasks} of {name_of(model.config)} are not all tasks with a loss")
+    full = cast(VLMo, model)  # in tasks that BEiT-3 does not have
     if "itm" in tasks and "itc" not in tasks:
         raise ValueError(f"tasks: {tasks} have itm without itc, which weighs its negatives")
     if {"mlm", "textmlm"} & set(tasks):
@@ -111,7 +120,7 @@ def compute_losses(
         words = _words(batch) if joined else None
         streams, masked = encode_streams(model, batch, patches, words)
         if masked is not None:
-            output |= _mlm_output(model, batch, masked, whole, weight=MLM_WEIGHT)
+            output |= _mlm_output(full, batch, masked, whole, weight=MLM_WEIGHT)
         if streams_only:
             return {name: v for name, v in streams._asdict().items() if v is not None}
         if whole is None:
@@ -125,13 +134,13 @@ def compute_losses(
             output |= {name: whole.losses[name] for name in others}
             output[first] = whole.losses[first] + surrogate - surrogate.detach()
     if "textmlm" in tasks:
-        output |= text_mlm(model, batch, whole)
+        output |= text_mlm(full, batch, whole)
     if "mlm" in tasks and not joined:
-        output |= mlm(model, batch, patches, whole)
+        output |= mlm(full, batch, patches, whole)
     if pending is not None:
         negatives = pending.all()
     if negatives is not None:
-        output |= itm(model, batch, patches, negatives)
+        output |= itm(full, batch, patches, negatives)
     if "vqa" in tasks:
         output |= vqa(model, batch, patches)
     if "nlvr2" in tasks:
@@ -210,13 +219,15 @@ def _mlm_output(
 
 
 def encode_streams(
-    model: VLMo, batch: Batch, patches: Tensor, words: packed.Words | None = None
+    model: Model, batch: Batch, patches: Tensor, words: packed.Words | None = None
 ) -> tuple[Streams, Tensor | None]:
     """Inputs of the contrastive loss, with the configured gradient scale, and masked tokens.
 
     See :func:`vlmo.model.packed.encode_streams`.
     """
     texts = end_to_end(batch["text_ids"], text_lengths(batch))
+    if isinstance(model, BEiT3):
+        return heads.streams(model, texts, patches), None
     vl_tail = "itc" in model.config.tasks
     streams, masked = packed.encode_streams(model, texts, patches, vl_tail=vl_tail, words=words)
     scale = model.config.itc_grad_scale
@@ -227,7 +238,7 @@ def encode_streams(
     return streams, masked
 
 
-def contrast(model: VLMo, streams: Streams) -> Output:
+def contrast(model: Model, streams: Streams) -> Output:
     """Image-text contrast of itc (streams and VL streams, averaged) or irtr (streams only).
 
     Returns:
@@ -246,7 +257,7 @@ def contrast(model: VLMo, streams: Streams) -> Output:
     if "itc" in model.config.tasks:
         assert streams.vl_image is not None and streams.vl_text is not None
         *_, vl_loss = _directions(
-            streams.vl_image, streams.vl_text, everyone[2:], model.logit_vl_scale
+            streams.vl_image, streams.vl_text, everyone[2:], cast(VLMo, model).logit_vl_scale
         )
         halved = 0.5 * (loss + vl_loss)
         output |= {"itc_loss": halved, "itc_i2t_logits": i2t, "itc_t2i_logits": t2i}
@@ -289,11 +300,10 @@ def itm(model: VLMo, batch: Batch, patches: Tensor, negatives: Negatives) -> Out
     return {"itm_loss": loss, "itm_logits": logits, "itm_labels": labels}
 
 
-def vqa(model: VLMo, batch: Batch, patches: Tensor) -> Output:
+def vqa(model: Model, batch: Batch, patches: Tensor) -> Output:
     """VQA as classification with soft targets: mean BCE times the number of answers."""
     texts = end_to_end(batch["text_ids"], text_lengths(batch))
-    cls = packed.fuse(model, texts, patches, torch.arange(patches.shape[0]))
-    logits = model.vqa_classifier(model.pooler(cls))
+    logits = heads.vqa_logits(model, texts, patches)
     if "vqa_targets" in batch:
         targets = batch["vqa_targets"]
     else:
@@ -304,24 +314,50 @@ def vqa(model: VLMo, batch: Batch, patches: Tensor) -> Output:
     return {"vqa_loss": loss * targets.shape[1], "vqa_logits": logits, "vqa_targets": targets}
 
 
-def nlvr2(model: VLMo, batch: Batch) -> Output:
+def nlvr2(model: Model, batch: Batch) -> Output:
     """NLVR2: each text with each of its images, 2 B rows in one pass, and a joint classifier."""
-    lengths = text_lengths(batch)
-    texts = end_to_end(torch.cat([batch["text_ids"]] * 2), lengths.repeat(2))
-    patches = torch.cat([model.embed_image(batch[f"image_{i}"], i + 1) for i in range(2)])
-    cls = packed.fuse(model, texts, patches, torch.arange(patches.shape[0]))
-    first, second = model.pooler(cls).chunk(2)
-    logits = model.nlvr2_classifier(torch.cat([first, second], dim=1))
+    texts = end_to_end(batch["text_ids"], text_lengths(batch))
+    logits = heads.nlvr2_logits(model, texts, batch["image_0"], batch["image_1"])
     labels = batch["answers"].long()
     loss = F.cross_entropy(logits.float(), labels)
     return {"nlvr2_loss": loss, "nlvr2_logits": logits, "nlvr2_labels": labels}
 
 
-def unused_parameters(config: VLMoConfig) -> set[str]:
-    """Names of the parameters that do not affect any loss of ``config.tasks``.
+def unused_parameters(config: Config) -> set[str]:
+    """Names of the parameters that do not affect any output of ``config.tasks``.
 
-    They get no gradient and must be frozen before the model is wrapped in DistributedDataParallel.
+    They get no gradient, or zeros, and must be frozen before the model is wrapped in
+    DistributedDataParallel, which otherwise waits for their gradients.
     """
+    if isinstance(config, BEiT3Config):
+        unused = _unused_by_beit3(config)
+    else:
+        unused = _unused_by_vlmo(config)
+    with torch.device("meta"):
+        names = [name for name, _ in build(config).named_parameters()]
+    return {name for name in names if name.startswith(tuple(unused))}
+
+
+def _unused_by_beit3(config: BEiT3Config) -> list[str]:
+    """Prefixes of the names of the unused parameters."""
+    tasks, layers = set(config.tasks), "beit3.encoder.layers."
+    parts = ["beit3.vision_embed.mask_token"]
+    reads = ["self_attn.q_proj", "self_attn.inner_attn_ln", "self_attn.out_proj"]
+    reads += ["final_layer_norm", "ffn"]
+    if tasks == {"classification"}:  # images alone
+        parts += ["beit3.text_embed.", "beit3.encoder.embed_positions.B."]
+        every = [*reads, "self_attn_layer_norm", "self_attn.k_proj", "self_attn.v_proj"]
+        parts += [f"{layers}{n}.{module}.B." for n in range(config.depth) for module in every]
+    elif tasks == {"vqa"}:  # of the last layer, the head reads the first image token alone
+        parts += [f"{layers}{config.depth - 1}.{module}.B." for module in reads]
+    elif tasks == {"captioning"}:  # of the last layer, the head reads text tokens alone
+        parts += [f"{layers}{config.depth - 1}.{module}.A." for module in reads]
+        parts.append("beit3.encoder.layer_norm.A.")
+    return parts
+
+
+def _unused_by_vlmo(config: VLMoConfig) -> list[str]:
+    """Prefixes of the names of the unused parameters."""
     tasks = set(config.tasks)
     alone, fused = bool(tasks & {"itc", "irtr"}), bool(tasks & {"mlm", "itm", "vqa", "nlvr2"})
     pictures = alone or fused
@@ -342,6 +378,4 @@ def unused_parameters(config: VLMoConfig) -> set[str]:
             parts += [f"{block}norm2_{expert}.", f"{block}mlp_{expert}."]
         if config.separate_attention and not top and not pictures:
             parts.append(f"{block}attn.")
-    with torch.device("meta"):
-        names = [name for name, _ in VLMo(config).named_parameters()]
-    return {name for name in names if name.startswith(tuple(parts))}
+    return parts

@@ -20,7 +20,10 @@ from torch import Tensor
 from vlmo.data.loading import guarded_loader
 from vlmo.model import packed
 from vlmo.model.layout import Texts, end_to_end
+from vlmo.model.models import Model
 from vlmo.model.vlmo import VLMo
+from vlmo.tasks.heads import embed_images as embed_images
+from vlmo.tasks.heads import embed_texts as embed_texts
 from vlmo.tasks.inference import device_of, evaluating, even_batches, of_all, own_share, precision
 
 RECALL_AT = (1, 5, 10)
@@ -115,7 +118,7 @@ class Recall(NamedTuple):
 
 @torch.no_grad()
 def encode(
-    model: VLMo,
+    model: Model,
     gallery: Gallery,
     *,
     batch_size: int = 256,
@@ -151,17 +154,6 @@ def encode(
     return Embeddings(
         of_all(torch.cat(of_images), len(gallery.images)), of_all(in_order, len(gallery.text_ids))
     )
-
-
-def embed_images(model: VLMo, pixels: Tensor) -> Tensor:
-    """Unit vectors ``[n, D]`` float32 of the dual encoder."""
-    cls = packed.encode_images(model, model.embed_image(pixels))
-    return model.project("itc_image_proj", cls).float()
-
-
-def embed_texts(model: VLMo, texts: Texts) -> Tensor:
-    """Unit vectors ``[n, D]`` float32 of the dual encoder."""
-    return model.project("itc_text_proj", packed.encode_text(model, texts)).float()
 
 
 def matching_logits(model: VLMo, texts: Texts, pixels: Tensor, images: Sequence[int]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from vlmo.model.beit3 import BEiT3
+from vlmo.model.models import inner
 
 # Parameters whose names contain one of these have no weight decay: every bias (including the
 # relative position table) and these norms, but not the norms of the experts.
@@ -102,17 +106,42 @@ def _grouped(
     ]
 
 
-def adamw(model: nn.Module, *, lr: float, weight_decay: float = 0.01, **options) -> Optimizer:
-    """AdamW with unilm's betas; ``options`` are those of :func:`parameter_groups`.
+def adamw(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float = 0.01,
+    head_lr_scale: float = 1.0,
+    layer_decay: float = 1.0,
+    beta2: float = 0.98,
+) -> Optimizer:
+    """AdamW for a model, possibly wrapped, with the parameter groups of unilm.
 
-    unilm uses the AdamW of transformers 4.8, which applies weight decay after the update, by the
-    same factor.
+    For VLMo, unilm uses the AdamW of transformers 4.8, which applies weight decay after the update,
+    by the same factor.
+
+    Args:
+        model: see :func:`parameter_groups` and :func:`beit3_parameter_groups`.
+        lr: learning rate.
+        weight_decay: for the parameters that have weight decay.
+        head_lr_scale: factor of ``lr`` for the classifiers of fine-tuning.
+        layer_decay: factor of ``lr`` from each layer of BEiT-3 to the one below it.
+        beta2: decay of the second moments.
+
+    Raises:
+        ValueError: ``layer_decay`` is not 1 for VLMo.
     """
-    groups = parameter_groups(model, lr=lr, weight_decay=weight_decay, **options)
+    options: dict[str, Any] = dict(lr=lr, weight_decay=weight_decay, head_lr_scale=head_lr_scale)
+    if isinstance(inner(model), BEiT3):
+        groups = beit3_parameter_groups(model, layer_decay=layer_decay, **options)
+    elif layer_decay == 1:
+        groups = parameter_groups(model, **options)
+    else:
+        raise ValueError(f"layer_decay: {layer_decay} is for BEiT-3, not for VLMo")
     # One loop for all parameters, and no copies of them.
     devices = {p.device.type for group in groups for p in group["params"]}
     fused = devices in ({"cuda"}, {"cpu"})
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8, fused=fused or None)
+    return torch.optim.AdamW(groups, betas=(0.9, beta2), eps=1e-8, fused=fused or None)
 
 
 def warmup_then_decay(step: int, *, warmup: int, total: int, power: float = 1.0) -> float:
@@ -126,6 +155,27 @@ def linear_schedule(optimizer: Optimizer, *, warmup: int, total: int) -> LambdaL
     """Apply :func:`warmup_then_decay` to every group; the rate of the first step is above 0."""
     return LambdaLR(
         optimizer, lambda step: warmup_then_decay(step + 1, warmup=warmup, total=total + 1)
+    )
+
+
+def warmup_then_cosine(step: int, *, warmup: int, total: int, least: float = 0.0) -> float:
+    """Factor of the learning rate: linear warm-up to 1, then a cosine to ``least`` at ``total``.
+
+    As ``cosine_scheduler`` in unilm's ``beit3``, whose first step has a rate of 0.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min((step - warmup) / max(total - warmup, 1), 1.0)
+    return least + (1 - least) * (1 + math.cos(math.pi * done)) / 2
+
+
+def cosine_schedule(
+    optimizer: Optimizer, *, warmup: int, total: int, least: float = 0.0
+) -> LambdaLR:
+    """Apply :func:`warmup_then_cosine` to every group."""
+    return LambdaLR(
+        optimizer,
+        lambda step: warmup_then_cosine(step, warmup=warmup, total=total, least=least),
     )
 
 

@@ -6,18 +6,18 @@ import contextlib
 import inspect
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from vlmo.device import chosen_device
 from vlmo.distributed import rank, world_size
-from vlmo.model.vlmo import VLMo
+from vlmo.model.models import Model, blocks_of
 
 WAYS = ("ddp", "fsdp")
 T = TypeVar("T")
@@ -66,7 +66,7 @@ def check_way(way: str) -> None:
         raise ValueError("parallel: 'fsdp' needs processes started by torchrun")
 
 
-def wrapped(model: VLMo, way: str) -> nn.Module:
+def wrapped(model: Model, way: str) -> nn.Module:
     """Wrap the model for :func:`vlmo.training.step.backward` on all ranks.
 
     Args:
@@ -76,13 +76,14 @@ def wrapped(model: VLMo, way: str) -> nn.Module:
     """
     if way == "fsdp":
         mesh = init_device_mesh(next(model.parameters()).device.type, (world_size(),))
-        for block in model.transformer.blocks:
+        blocks = blocks_of(model)
+        for block in blocks:
             fully_shard(block, mesh=mesh)
         scalars = {parameter for parameter in model.parameters() if parameter.dim() == 0}
         fully_shard(model, mesh=mesh, ignored_params=scalars)
         if mesh.device_type == "cpu":  # gloo of torch 2.8 silently sums instead of averaging
-            for part in (*model.transformer.blocks, model):
-                part.set_force_sum_reduction_for_comms(True)
+            for part in (*blocks, model):
+                cast(FSDPModule, part).set_force_sum_reduction_for_comms(True)
         return model
     if world_size() == 1:
         return model

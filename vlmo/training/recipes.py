@@ -1,10 +1,10 @@
-"""Every training of the paper as a named recipe, and small recipes for digit scenes.
+"""Every training of the paper as a named recipe, fine-tuning of BEiT-3, and small recipes.
 
 Sources, given in :attr:`Recipe.source`: "supplement" is the supplementary material of the paper
 (NeurIPS 2022); "code" are the configurations of the reference implementation (``vlmo/config.py`` of
-microsoft/unilm). If the two differ, the supplement's values have the plain name and those of the
-code the same name with ``_code``. Values that the supplement does not give are those of the code.
-"own" marks values that neither has.
+microsoft/unilm; of BEiT-3, the commands in ``beit3/get_started``). If the two differ, the
+supplement's values have the plain name and those of the code the same name with ``_code``. Values
+that the supplement does not give are those of the code. "own" marks values that neither has.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -23,6 +23,9 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from vlmo.model.config import VLMoConfig
+
+if TYPE_CHECKING:
+    from vlmo.model.beit3 import BEiT3Config
 
 STAGES = ("textmlm", "pretrain", "vqa", "nlvr2", "retrieval")
 TASKS_OF = {
@@ -72,13 +75,38 @@ def small(**changes: Any) -> VLMoConfig:
     return VLMoConfig(**{"dim": 384, "heads": 6, **changes})
 
 
-SIZES = {
+def beit3_base(**changes: Any) -> BEiT3Config:
+    """The published BEiT-3 base; its embedding has at least as many rows as that has."""
+    from vlmo.model.beit3 import BEiT3Config  # imports torch, which vlmo recipes does not need
+
+    rows = max(BEiT3Config.vocab_size, changes.get("vocab_size", 0))
+    return BEiT3Config.base(**{**changes, "vocab_size": rows})
+
+
+def beit3_large(**changes: Any) -> BEiT3Config:
+    """The published BEiT-3 large."""
+    return beit3_base(**{**dict(dim=1024, depth=24, heads=16), **changes})
+
+
+def beit3_tiny(**changes: Any) -> BEiT3Config:
+    """A BEiT-3 for digit scenes that trains in minutes on two CPU cores."""
+    from vlmo.model.beit3 import BEiT3Config
+
+    sizes = {name: _TINY[name] for name in ("dim", "depth", "heads", "mlp_ratio", "patch_size")}
+    return BEiT3Config(**{**sizes, "image_size": 32, "drop_path": 0.0, **changes})
+
+
+BEIT3_SIZES = {"beit3_base": beit3_base, "beit3_large": beit3_large, "beit3_tiny": beit3_tiny}
+BEIT3_LOSSES = ("irtr", "vqa", "nlvr2")  # the losses that BEiT-3 has
+SIZES: dict[str, Callable[..., VLMoConfig | BEiT3Config]] = {
     "base": VLMoConfig.base,
     "base_plus": VLMoConfig.base_plus,
     "large": VLMoConfig.large,
     "small": small,
     "tiny": tiny,
+    **BEIT3_SIZES,
 }
+SCHEDULES = ("linear", "cosine")
 CONTRASTS = ("itc", "irtr")  # losses that compare the pairs of a batch
 _FLOAT32_MAX = 3.4e38
 
@@ -103,12 +131,15 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
             "text_capacity",
             "head_lr_scale",
             "clip_norm",
+            "layer_decay",
         ),
         (_positive, "positive and finite"),
     ),
-    **dict.fromkeys(("warmup", "itc_grad_scale"), (_not_negative, "finite and at least 0")),
+    **dict.fromkeys(
+        ("warmup", "itc_grad_scale", "min_lr"), (_not_negative, "finite and at least 0")
+    ),
     **dict.fromkeys(("warmup_share", "weight_decay"), (lambda v: 0 <= v <= 1, "within [0, 1]")),
-    "drop_path": (lambda v: 0 <= v < 1, "within [0, 1)"),
+    **dict.fromkeys(("drop_path", "beta2"), (lambda v: 0 <= v < 1, "within [0, 1)")),
     "mask_share": (lambda v: 0 < v <= 1, "within (0, 1]"),
     "text_length": (lambda v: v >= 3, "at least 3: [CLS], a token, [SEP]"),
     "max_logit_scale": (lambda v: 1 <= v < math.inf, "finite and at least 1"),
@@ -135,6 +166,10 @@ class Recipe:
         drop_path: stochastic depth rate of the last block, and dropout rate of the text embedding.
         weight_decay: for the parameters that have weight decay.
         head_lr_scale: factor of ``lr`` for the classifier of VQA or NLVR2.
+        layer_decay: factor of ``lr`` from each layer of BEiT-3 to the one below it.
+        beta2: decay of AdamW's second moments.
+        schedule: how the learning rate falls after the warm-up, one of ``SCHEDULES``.
+        min_lr: learning rate at the end of a cosine.
         clip_norm: largest norm of the gradient, or None for no clipping, as in unilm.
         trained: parameters whose names contain one of these are trained; None for all.
         initial_from: origin of the initial weights: a recipe, "BEiT", or None for random weights.
@@ -173,6 +208,10 @@ class Recipe:
     drop_path: float = 0.1
     weight_decay: float = 0.01
     head_lr_scale: float = 1.0
+    layer_decay: float = 1.0
+    beta2: float = 0.98
+    schedule: str = "linear"
+    min_lr: float = 0.0
     clip_norm: float | None = None
     trained: tuple[str, ...] | None = None
     initial_from: str | None = None
@@ -188,7 +227,8 @@ class Recipe:
     source: str = "supplement"
 
     def __post_init__(self):
-        for name, known in (("stage", STAGES), ("size", tuple(SIZES))):
+        known_of = {"stage": STAGES, "size": tuple(SIZES), "schedule": SCHEDULES}
+        for name, known in known_of.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {known}")
         for pair in (("steps", "epochs"), ("warmup", "warmup_share")):
@@ -213,6 +253,23 @@ class Recipe:
             )
         if self.itc_grad_scale != 1 and not contrasts:
             raise ValueError(f"itc_grad_scale: {', '.join(self.tasks)} have no contrast")
+        self._check_model()
+
+    def _check_model(self) -> None:
+        """Raise ValueError for what the model of this size does not have."""
+        if not self.is_beit3:
+            if self.layer_decay != 1:
+                raise ValueError(f"layer_decay: {self.layer_decay} is for BEiT-3, not for VLMo")
+            return
+        lacking = [task for task in self.tasks if task not in BEIT3_LOSSES]
+        if lacking:
+            raise ValueError(
+                f"size: {self.size!r} is a BEiT-3, which has no {' or '.join(lacking)} for the "
+                f"stage {self.stage!r}; its losses are {', '.join(BEIT3_LOSSES)}"
+            )
+        if self.itc_grad_scale != 1 or self.separate_attention:
+            name = "separate_attention" if self.separate_attention else "itc_grad_scale"
+            raise ValueError(f"{name}: is for VLMo only, not for BEiT-3")
 
     def _check_numbers(self) -> None:
         for name, (within, wanted) in _RANGES.items():
@@ -220,6 +277,10 @@ class Recipe:
             # Comparisons with NaN are false.
             if value is not None and not within(value):
                 raise ValueError(f"{name}: {value} is not {wanted}")
+        if self.min_lr and (self.schedule != "cosine" or self.min_lr > self.lr):
+            raise ValueError(
+                f"min_lr: {self.min_lr} does not suit a {self.schedule} schedule from {self.lr}"
+            )
         # The first steps of AdamW are up to ten times the learning rate, in float32.
         if not 10 * self.lr * max(self.head_lr_scale, 1.0) < _FLOAT32_MAX:
             raise ValueError(f"lr: {self.lr} is too large for float32")
@@ -233,6 +294,11 @@ class Recipe:
     def tasks(self) -> tuple[str, ...]:
         """The losses, as in :attr:`VLMoConfig.tasks`."""
         return self.losses or TASKS_OF[self.stage]
+
+    @property
+    def is_beit3(self) -> bool:
+        """Whether the model is a BEiT-3."""
+        return self.size in BEIT3_SIZES
 
     def replace(self, **changes: Any) -> Recipe:
         """A copy with some fields changed; steps and epochs are exclusive, as are both warm-ups."""
@@ -259,17 +325,20 @@ class Recipe:
         assert self.warmup_share is not None
         return int(self.warmup_share * total)
 
-    def config(self, **changes: Any) -> VLMoConfig:
+    def config(self, **changes: Any) -> VLMoConfig | BEiT3Config:
         """Configuration of the model; ``changes`` come from data and run, as ``vocab_size``."""
-        fields = dict(
+        fields: dict[str, Any] = dict(
             tasks=self.tasks,
             image_size=self.image_size,
             max_text_length=self.text_length,
-            text_capacity=self.text_capacity,
             drop_path=self.drop_path,
-            itc_grad_scale=self.itc_grad_scale,
-            separate_attention=self.separate_attention,
         )
+        if not self.is_beit3:
+            fields |= dict(
+                text_capacity=self.text_capacity,
+                itc_grad_scale=self.itc_grad_scale,
+                separate_attention=self.separate_attention,
+            )
         return SIZES[self.size](**{**fields, **changes})
 
     def trains(self, parameter: str) -> bool:
@@ -404,6 +473,64 @@ def _retrieval() -> Iterator[Recipe]:
     )
 
 
+def _beit3() -> Iterator[Recipe]:
+    """Fine-tuning of BEiT-3, with the options of the commands in unilm's ``beit3/get_started``."""
+    tuned = functools.partial(
+        Recipe, text_length=64, schedule="cosine", min_lr=1e-6, initial_from="BEiT-3", source="code"
+    )
+    # AdamW's second beta is unilm's default, except for VQA.
+    decayed = functools.partial(tuned, beta2=0.999, drop_path=0.2)
+    retrieval = functools.partial(
+        decayed, stage="retrieval", batch_size=3072, image_size=384, weight_decay=0.05
+    )
+    for size, decay, vqa_lr, vqa_drop_path, nlvr2_lr, lr in (
+        ("base", 0.65, 3e-5, 0.1, 7e-4, 2e-4),
+        ("large", 0.85, 2e-5, 0.15, 3e-4, 5e-5),
+    ):
+        model = f"beit3_{size}"
+        yield tuned(
+            f"beit3_vqa_{size}",
+            "vqa",
+            model,
+            vqa_lr,
+            128,
+            epochs=10,
+            warmup_share=0.1,
+            image_size=480,
+            drop_path=vqa_drop_path,
+            head_lr_scale=20.0,
+        )
+        yield decayed(
+            f"beit3_nlvr2_{size}",
+            "nlvr2",
+            model,
+            nlvr2_lr,
+            256,
+            epochs=20,
+            warmup_share=0.25,
+            layer_decay=decay,
+            weight_decay=0.2,
+        )
+        yield retrieval(
+            f"beit3_coco_retrieval_{size}",
+            size=model,
+            lr=lr,
+            epochs=15,
+            warmup_share=0.2,
+            layer_decay=decay,
+            datasets=("coco",),
+        )
+        yield retrieval(
+            f"beit3_flickr30k_retrieval_{size}",
+            size=model,
+            lr=1e-4 if size == "base" else lr,
+            epochs=20,
+            warmup_share=0.25,
+            layer_decay=decay,
+            datasets=("f30k",),
+        )
+
+
 def _own() -> Iterator[Recipe]:
     """Recipes for a user's own data, thousands to a few million pairs, on one GPU."""
     own = functools.partial(
@@ -445,11 +572,16 @@ def _digits() -> Iterator[Recipe]:
     yield longer("digits_nlvr2", stage="nlvr2")
     yield tuned("digits_retrieval", stage="retrieval")
     yield tuned("digits_rerank", stage="retrieval", losses=RERANK_LOSSES)
+    beit3 = functools.partial(digits, size="beit3_tiny")
+    yield beit3("digits_beit3_retrieval", stage="retrieval", steps=1500)
+    longer = functools.partial(longer, size="beit3_tiny", initial_from="digits_beit3_retrieval")
+    yield longer("digits_beit3_vqa", stage="vqa")
+    yield longer("digits_beit3_nlvr2", stage="nlvr2")
 
 
 RECIPES: dict[str, Recipe] = {
     found.name: found
-    for group in (_pretraining, _classification, _retrieval, _own, _digits)
+    for group in (_pretraining, _classification, _retrieval, _beit3, _own, _digits)
     for found in group()
 }
 

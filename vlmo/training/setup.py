@@ -27,7 +27,7 @@ from vlmo.device import versions
 from vlmo.distributed import world_size
 from vlmo.files import write_json
 from vlmo.model.config import VLMoConfig
-from vlmo.model.vlmo import VLMo
+from vlmo.model.models import Config, Model, answers_head, build
 from vlmo.run_folder import (
     ANSWERS,
     RECIPE,
@@ -140,7 +140,7 @@ class Materials(NamedTuple):
     data: Dataset
     keys: Sequence[Hashable] | None
     validation: Dataset | None
-    config: VLMoConfig
+    config: Config
     total: int
     run: dict[str, Any]
     state: dict[str, Any] | None
@@ -184,8 +184,6 @@ def prepare(settings: Settings, console: Console) -> Materials:
     state, before = earlier(settings.output)
     initial = initial_weights(settings.initial, settings.skip, before, anew=state is None)
     digests = digest(tokenizer.tokens(range(tokenizer.vocab_size))), answers and digest(answers)
-    if state is None:
-        _check_initial(settings, *digests)
     validation = _validation(settings, answers, console)
     config = recipe.config(
         vocab_size=tokenizer.vocab_size,
@@ -193,6 +191,8 @@ def prepare(settings: Settings, console: Console) -> Materials:
         kernels=settings.backend,
         checkpointing=settings.checkpointing,
     )
+    if state is None:
+        _check_initial(settings, answers_head(config), *digests)
     run = identity(
         recipe,
         seed=settings.seed,
@@ -304,10 +304,10 @@ def _check_keys(keys: Sequence[Hashable] | None, batch_size: int, samples: int) 
         )
 
 
-def new_model(settings: Settings, config: VLMoConfig, console: Console) -> VLMo:
+def new_model(settings: Settings, config: Config, console: Console) -> Model:
     """The model that a new training starts from, on the CPU; equal on all ranks."""
     torch.manual_seed(settings.seed)
-    model = VLMo(config)
+    model = build(config)
     if settings.recipe.wide_start:
         start_wide(model)
     path = weights_file(settings.initial)
@@ -352,7 +352,7 @@ class FirstSamples(Dataset):
         return self._dataset.image_ids[: self._count]
 
 
-def freeze(model: VLMo, recipe: Recipe) -> None:
+def freeze(model: Model, recipe: Recipe) -> None:
     """Require gradients only for parameters that the recipe trains and that affect its losses."""
     unused = unused_parameters(model.config)
     for name, parameter in model.named_parameters():
@@ -433,10 +433,11 @@ def _validation(settings: Settings, answers: list[str] | None, console: Console)
         return None
 
 
-def _check_initial(settings: Settings, vocabulary: str, answers: str | None) -> None:
+def _check_initial(settings: Settings, head: str, vocabulary: str, answers: str | None) -> None:
     """Reject initial weights whose token ids or answers have other meanings.
 
-    Both the metadata of the checkpoint and the files of a run's folder are checked.
+    Both the metadata of the checkpoint and the files of a run's folder are checked. ``head`` is the
+    prefix of the names of the parameters of the classifier of answers.
     """
     given, path = settings.initial, weights_file(settings.initial)
     if given is None or path is None:
@@ -446,11 +447,11 @@ def _check_initial(settings: Settings, vocabulary: str, answers: str | None) -> 
     if words - {vocabulary}:
         raise ValueError(f"vocab: is not the vocabulary that {given} (--init) was trained with")
     lists = {known.answers, _digest_of_file(given / ANSWERS)} - {None}
-    if answers is not None and "vqa_classifier." not in settings.skip and lists - {answers}:
+    if answers is not None and head not in settings.skip and lists - {answers}:
         raise ValueError(
             f"init: {given} was trained with other answers than those of the data, or with the "
             "same in another order; give its list as --answers, or start with a new head by "
-            "--skip vqa_classifier."
+            f"--skip {head}"
         )
 
 

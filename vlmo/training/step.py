@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vlmo import distributed
+from vlmo.model.models import Model, inner
 from vlmo.model.packed import Streams
-from vlmo.model.vlmo import VLMo, inner
 from vlmo.tasks.losses import Whole, compute_losses, contrast, masked_tokens
 from vlmo.tasks.negatives import PendingNegatives
 
@@ -44,8 +44,8 @@ def backward(
     """Accumulate the gradient of the global batch's loss in ``.grad``.
 
     Args:
-        wrapped: a :class:`vlmo.VLMo`, or a wrapper around one: DistributedDataParallel, FSDP2,
-            torch.compile, PEFT.
+        wrapped: a :class:`vlmo.VLMo` or :class:`vlmo.model.beit3.BEiT3`, or a wrapper around one:
+            DistributedDataParallel, FSDP2, torch.compile, PEFT.
         batch: this rank's rows of the global batch, on the device; every rank has the same number
             of rows.
         micro_batch: rows of a micro-batch; None for all rows at once.
@@ -114,7 +114,7 @@ def split(batch: Batch, size: int) -> list[dict[str, Any]]:
 
 
 def _wholes(
-    model: VLMo, batch: Batch, streams: list[Streams], count: int, generator: torch.Generator
+    model: Model, batch: Batch, streams: list[Streams], count: int, generator: torch.Generator
 ) -> Iterator[Whole]:
     """The :class:`Whole` of each of ``count`` micro-batches; ``streams`` are those of all."""
     device = batch["text_ids"].device

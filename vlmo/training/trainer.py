@@ -16,6 +16,8 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 
 from vlmo.checkpoint.io import save_checkpoint
@@ -25,13 +27,14 @@ from vlmo.distributed import rank, world_size
 from vlmo.files import write_json
 from vlmo.kernels.target import describe
 from vlmo.model.flops import step_flops
-from vlmo.model.vlmo import VLMo, inner
+from vlmo.model.models import Config, Model, build, inner
 from vlmo.run_folder import WEIGHTS
 from vlmo.tasks.evaluation import evaluate
+from vlmo.tasks.inference import device_of
 from vlmo.training.bad_samples import SPARES, BadSamples, add_to_list, write_list
 from vlmo.training.lock import FolderLock
 from vlmo.training.logs import RunLog, why_no_board
-from vlmo.training.optimizer import adamw, clip_gradients, linear_schedule
+from vlmo.training.optimizer import adamw, clip_gradients, cosine_schedule, linear_schedule
 from vlmo.training.parallel import (
     Agreement,
     check_way,
@@ -117,7 +120,7 @@ def _train(
         done, total = materials.step, materials.total
         told = f"Resuming from {settings.output / STATE}: step {done} of {total}"
         console.print(told, markup=False)
-        model = VLMo(materials.config)
+        model = build(materials.config)
     run = Run(settings, materials, model.to(device), autocast, console)
     if settings.dry_run:
         return run.try_out()
@@ -145,13 +148,13 @@ class Run:
         self,
         settings: Settings,
         materials: Materials,
-        model: VLMo,
+        model: Model,
         autocast: torch.dtype | None,
         console: Console,
     ):
         self.settings, self.materials, self.console = settings, materials, console
         self.recipe, self.autocast = settings.recipe, autocast
-        self.device = model.transformer.cls_token.device
+        self.device = device_of(model)
         freeze(model, self.recipe)
         count = sum(parameter.numel() for parameter in model.parameters())
         module = wrapped(model, settings.parallel).train()
@@ -160,9 +163,10 @@ class Run:
             lr=self.recipe.lr,
             weight_decay=self.recipe.weight_decay,
             head_lr_scale=self.recipe.head_lr_scale,
+            layer_decay=self.recipe.layer_decay,
+            beta2=self.recipe.beta2,
         )
-        warmup = self.recipe.warmup_steps(materials.total)
-        schedule = linear_schedule(optimizer, warmup=warmup, total=materials.total)
+        schedule = self._schedule(optimizer)
         scaler = torch.amp.GradScaler(self.device.type, enabled=autocast == torch.float16)
         self.training = Training(module, optimizer, schedule, scaler)
         if materials.state is not None:
@@ -180,6 +184,14 @@ class Run:
         self._since = self.training.step
         self._flops, self._rate = 0, 0.0
         self._describe(count)
+
+    def _schedule(self, optimizer: Optimizer) -> LambdaLR:
+        recipe, total = self.recipe, self.materials.total
+        warmup = recipe.warmup_steps(total)
+        if recipe.schedule == "linear":
+            return linear_schedule(optimizer, warmup=warmup, total=total)
+        least = recipe.min_lr / recipe.lr
+        return cosine_schedule(optimizer, warmup=warmup, total=total, least=least)
 
     def begin(self, *, new: bool) -> None:
         """Write the files that a run's folder holds from the start.
@@ -572,7 +584,7 @@ class Run:
         )
 
 
-def _whole(model: nn.Module, config: Any) -> nn.Module:
+def _whole(model: nn.Module, config: Config) -> nn.Module:
     """The unsharded model for :func:`save_checkpoint`; a collective call."""
     if not isinstance(model, FSDPModule):
         return model
@@ -581,7 +593,7 @@ def _whole(model: nn.Module, config: Any) -> nn.Module:
     if not is_first():
         return model
     with torch.device("meta"):
-        plain = VLMo(config)
+        plain = build(config)
     plain.load_state_dict(state, assign=True)
     return plain
 
