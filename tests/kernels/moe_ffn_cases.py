@@ -239,8 +239,10 @@ def outputs_and_gradients(function, tensors: dict) -> dict[str, Tensor]:
     return {"y": y.detach(), **grads}
 
 
-def assert_parity(case: Case, dtype: torch.dtype, place) -> dict[str, tuple[float, ...]]:
+def assert_parity(case: Case, dtype: torch.dtype, place, **options) -> dict[str, tuple[float, ...]]:
     """Check the output and every gradient of a case against the error bound.
+
+    ``options`` are passed to moe_ffn.
 
     Returns:
         By name, the relative error of ``place.backend`` and that of eager PyTorch in ``dtype``.
@@ -261,7 +263,7 @@ def assert_parity(case: Case, dtype: torch.dtype, place) -> dict[str, tuple[floa
 
     exact = run(lambda t: eager(case, ids, t), torch.float64)
     baseline = run(lambda t: eager(case, ids, t), dtype)
-    actual = run(lambda t: call(case, routing, t, backend=backend), dtype)
+    actual = run(lambda t: call(case, routing, t, backend=backend, **options), dtype)
     for name, value in actual.items():
         assert_as_accurate_as(name, value, exact[name], baseline[name])
     return relative_errors(actual, baseline, exact)

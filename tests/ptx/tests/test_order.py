@@ -19,7 +19,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
 import compiled_attention
-from compiled import LAYERS, NoDriver, run_case
+from compiled import LAYERS, NoDriver, run_case, with_descriptors
 from ptx.driver import CACHE
 from ptx.flow import END, blocks_of
 from ptx.order import CHANNELS, COUNTERS, Channel, Result, Rule, check
@@ -68,7 +68,7 @@ def parameters_of(name: str, type_: object) -> Iterator[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def compiling(generation: str) -> Iterator[list[Compiled]]:
+def compiling(generation: str, descriptors: bool = False) -> Iterator[list[Compiled]]:
     """In this context, launches compile the kernel to PTX and append it to the yielded list."""
     found: list[Compiled] = []
 
@@ -79,7 +79,8 @@ def compiling(generation: str) -> Iterator[list[Compiled]]:
         found.append(Compiled(parse(compiled.asm["ptx"]), arguments))
 
     def moe_ffn_row(device, dtype):
-        return moe_ffn_tiles.TABLE[generation, operands_of(dtype)]
+        row = moe_ffn_tiles.TABLE[generation, operands_of(dtype)]
+        return with_descriptors(row) if descriptors else row
 
     def attention_row(device, dtype, head_dim):
         width = attention_tiles.width_of(head_dim)
@@ -113,8 +114,10 @@ def products_in(precision: str) -> Iterator[torch.dtype]:
 
 
 @functools.cache
-def moe_ffn(generation: str, precision: str, layer: str) -> list[Compiled]:
-    with compiling(generation) as found, products_in(precision) as dtype:
+def moe_ffn(
+    generation: str, precision: str, layer: str, descriptors: bool = False
+) -> list[Compiled]:
+    with compiling(generation, descriptors) as found, products_in(precision) as dtype:
         run_case(dtype, **LAYERS[layer])
     return found
 
@@ -162,6 +165,14 @@ def test_moe_ffn(generation, precision, layer):
     kernels = moe_ffn(generation, precision, layer)
     assert {compiled.kernel.name for compiled in kernels} == set(CHANNELS)
     for compiled in kernels:
+        assert_ordered(compiled)
+
+
+def test_moe_ffn_through_descriptors():
+    """The copies by tensor descriptors are behind a proxy fence."""
+    kernels = moe_ffn("sm_90", "16-bit", "vlmo", descriptors=True)
+    for compiled in kernels:
+        assert any("bulk.tensor" in s.text for s in compiled.kernel.statements)
         assert_ordered(compiled)
 
 
