@@ -61,8 +61,8 @@ def moe_ffn(
             ``norm_weight`` per expert and, for LayerNorm, optionally one ``norm_bias``.
         norm_eps: added to the variance (or mean square).
         sub_norm_weight, sub_norm_bias: LayerNorm of the hidden activations, as in BEiT-3 and
-            Magneto (sub-LN, Wang et al. 2022); the backends ``"cpu"``, ``"composed"`` and
-            ``"reference"`` have it. No sub-norm without a weight.
+            Magneto (sub-LN, Wang et al. 2022), on every backend but ``"cuda"``. No sub-norm without
+            a weight.
         sub_norm_eps: added to the variance by the sub-norm.
         activation: ``"gelu"`` (exact, erf), ``"gelu_tanh"``, ``"swiglu"`` or ``"geglu"`` (exact).
         layer_scale: learned scale of each channel (``gamma_2`` of VLMo).

@@ -79,11 +79,7 @@ CASES = [
         token_scale=False,
         residual=False,
     ),
-]
-
-
-# A norm of the hidden activations, which not every backend has.
-WITH_SUB_NORM = [
+    # with a norm of the hidden activations
     Case(sub_norm=True),
     Case(sub_norm=True, form="ids", activation="swiglu", norm="rms", norm_bias=False, bias=False),
     Case(sub_norm=True, pieces=((0, 3), (3, 5), (1, 4)), hidden=(17, 64, 8, 33), norm="none"),

@@ -13,7 +13,6 @@ from attention_cases import on
 from moe_ffn_cases import (
     CASES,
     PLACES,
-    WITH_SUB_NORM,
     Case,
     Spy,
     assert_parity,
@@ -36,7 +35,7 @@ def parity_cases():
     """Every case in every dtype; of those with little to do with the dtype, one in make test."""
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     for (number, case), dtype, (device, backend) in itertools.product(
-        enumerate([*CASES, *WITH_SUB_NORM]), dtypes, PLACES
+        enumerate(CASES), dtypes, PLACES
     ):
         marks = [pytest.mark.gpu] if device == "cuda" else []
         interpreted = device == "cpu" and backend in ("triton", "composed")
@@ -54,11 +53,7 @@ def test_parity(case, dtype, place):
 
 @pytest.mark.parametrize(
     "case",
-    [
-        c
-        for c in [*CASES, *WITH_SUB_NORM]
-        if c.batch and c.dim == 24 and sum(n for _, n in c.pieces) < 21
-    ],
+    [c for c in CASES if c.batch and c.dim == 24 and sum(n for _, n in c.pieces) < 21],
     ids=str,
 )
 def test_gradcheck(case):

@@ -374,7 +374,7 @@ def test_why_not_names_the_obstacle(monkeypatch):
     assert refuses(dtype=torch.bfloat16) == "sm_75 has no bf16 tensor cores; use float16."
     assert refuses(dtype=torch.float32) == "it has no kernel for float32, only for float16."
     assert refuses(hidden=(3072,) * 33) == "33 experts; the kernels take at most 32."
-    assert refuses(sub_norm=True) == "it has no sub_norm yet."
+    assert refuses(sub_norm=True) == "its kernels have no sub_norm."
     eight = "is not a multiple of 8, as loads of 16 bytes need."
     assert refuses(width=772) == f"model dimension 772 {eight}"
     assert refuses(hidden=(3072, 3076)) == f"hidden width 3076 {eight}"

@@ -205,7 +205,7 @@ def test_norms_of_two_dtypes(triton_place):
 @triton.jit
 def add_up_kernel(SUM_DPRE, OUT, rows, C: tl.constexpr, W: tl.constexpr):
     block = tl.program_id(0)
-    _, _, _, sums = add_up(SUM_DPRE, SUM_DPRE, SUM_DPRE, block, rows, C, W)
+    _, _, _, sums = add_up(SUM_DPRE, SUM_DPRE, SUM_DPRE, SUM_DPRE, block, rows, C, W)
     tl.store(OUT + block * SUM_COLUMNS + tl.arange(0, SUM_COLUMNS), sums)
 
 

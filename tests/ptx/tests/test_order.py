@@ -39,7 +39,7 @@ PRECISIONS = {  # of products: the dtype, and whether those of float32 are in TF
     "tf32": (torch.float32, True),
 }
 OFTEN = [(generation, "16-bit", "vlmo") for generation in ("sm_80", "sm_90", "sm_120")]
-OFTEN += [("sm_90", "16-bit", "decoder")]
+OFTEN += [("sm_90", "16-bit", layer) for layer in ("decoder", "beit3", "beit3, recomputed")]
 ATTENTION_OFTEN = [("sm_90", "16-bit", 64, "vlmo")]
 MULTIPROCESSORS = 132
 
@@ -50,8 +50,18 @@ class Compiled(NamedTuple):
     kernel: Kernel
     arguments: list[tuple[str, str]]
 
+    @property
+    def channels(self) -> list[Channel]:
+        """The channels of this variant of the kernel."""
+        names = {name for _, name in self.arguments}
+        return [
+            channel
+            for channel in CHANNELS.get(self.kernel.name, ())
+            if not channel.optional or not names.isdisjoint(channel.data)
+        ]
+
     def check(self) -> Result:
-        return check(self.kernel, self.arguments, CHANNELS.get(self.kernel.name, ()))
+        return check(self.kernel, self.arguments, self.channels)
 
 
 # ---- compiling
@@ -142,7 +152,7 @@ def each(*choices: Iterable, often: list[tuple]) -> list:
 def assert_ordered(compiled: Compiled) -> None:
     result, kernel = compiled.check(), compiled.kernel
     assert not result.findings, "\n".join(map(str, result.findings))
-    channels = CHANNELS[kernel.name]
+    channels = compiled.channels
     # Without waits and releases the check would be vacuous.
     assert len(result.tickets) >= 2 and result.barriers
     assert set(result.uses) == {channel.name for channel in channels}
@@ -358,7 +368,7 @@ class Faults:
 
 def assert_faults_seen(compiled: Compiled, step: int) -> None:
     """Inject every fault, one at a time: each violates its rules and no others."""
-    for channel in CHANNELS[compiled.kernel.name]:
+    for channel in compiled.channels:
         for what, plant, rules in Faults(compiled, channel, step).all():
             changed = compiled._replace(kernel=planted(compiled.kernel, plant))
             findings = changed.check().findings
@@ -367,9 +377,12 @@ def assert_faults_seen(compiled: Compiled, step: int) -> None:
             assert {f.data for f in findings} <= {channel.name, ""}, (where, findings)
 
 
-@pytest.mark.parametrize("kernel", CHANNELS)
-def test_planted_faults(kernel):
-    (compiled,) = (c for c in moe_ffn("sm_90", "16-bit", "vlmo") if c.kernel.name == kernel)
+@pytest.mark.parametrize(
+    ("kernel", "layer"),
+    [*((kernel, "vlmo") for kernel in CHANNELS), ("moe_ffn_bwd_rows_kernel", "beit3")],
+)
+def test_planted_faults(kernel, layer):
+    (compiled,) = (c for c in moe_ffn("sm_90", "16-bit", layer) if c.kernel.name == kernel)
     assert_faults_seen(compiled, step=16)
 
 
