@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu", "geglu")
-GATED = ("swiglu", "geglu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu2", "swiglu", "geglu", "geglu_tanh")
+GATED = ("swiglu", "geglu", "geglu_tanh")
+TANH = ("gelu_tanh", "geglu_tanh")  # with GELU's approximation by tanh
 NORMS = ("none", "layer", "rms")
 
 

@@ -11,11 +11,20 @@ import attention_cases
 from accuracy import assert_as_accurate_as, relative_errors
 from vlmo.kernels import ModalityRouting, moe_ffn
 from vlmo.kernels.moe_ffn import cpu
-from vlmo.kernels.moe_ffn.call import Facts
+from vlmo.kernels.moe_ffn.call import GATED, Facts
 from vlmo.kernels.moe_ffn.op import BACKENDS
 
-GATED = ("swiglu", "geglu")
 PLACES = [*attention_cases.PLACES, ("cpu", "composed"), ("cuda", "composed")]
+
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
+    "relu2": lambda h: F.relu(h) ** 2,
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "geglu_tanh": lambda h: F.gelu(h, approximate="tanh"),
+}
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,8 @@ CASES = [
     Case(sub_norm=True),
     Case(sub_norm=True, form="ids", activation="swiglu", norm="rms", norm_bias=False, bias=False),
     Case(sub_norm=True, pieces=((0, 3), (3, 5), (1, 4)), hidden=(17, 64, 8, 33), norm="none"),
+    Case(activation="relu2"),
+    Case(activation="geglu_tanh", norm="rms", norm_bias=False),
 ]
 
 
@@ -170,9 +181,9 @@ def eager(case: Case, ids: Tensor, tensors: dict) -> Tensor:
         h = F.linear(h, at["w1"], at.get("b1"))
         if case.activation in GATED:
             gate, value = h.chunk(2, -1)
-            h = (F.silu(gate) if case.activation == "swiglu" else F.gelu(gate)) * value
+            h = ACTIVATIONS[case.activation](gate) * value
         else:
-            h = F.gelu(h, approximate="tanh" if case.activation == "gelu_tanh" else "none")
+            h = ACTIVATIONS[case.activation](h)
         if case.sub_norm:
             weight = at["sub_norm_weight"]
             h = F.layer_norm(h, weight.shape, weight, at.get("sub_norm_bias"), 1e-5)

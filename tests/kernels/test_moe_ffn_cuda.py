@@ -374,6 +374,7 @@ def test_why_not_names_the_obstacle(monkeypatch):
     assert refuses(dtype=torch.bfloat16) == "sm_75 has no bf16 tensor cores; use float16."
     assert refuses(dtype=torch.float32) == "it has no kernel for float32, only for float16."
     assert refuses(hidden=(3072,) * 33) == "33 experts; the kernels take at most 32."
+    assert refuses(activation="relu2") == "its kernels have no activation 'relu2'."
     assert refuses(sub_norm=True) == "its kernels have no sub_norm."
     eight = "is not a multiple of 8, as loads of 16 bytes need."
     assert refuses(width=772) == f"model dimension 772 {eight}"

@@ -16,9 +16,13 @@ from .backward_rows import launch_rows
 from .backward_weights import launch_weights
 from .forward import CUBIN, launch_forward
 
+_ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu", "geglu")
+
 
 def why_not(device: torch.device, facts: Facts) -> str | None:
     """The reason why :func:`forward` cannot run, or None."""
+    if facts.activation not in _ACTIVATIONS:
+        return f"its kernels have no activation {facts.activation!r}."
     if facts.sub_norm:
         return "its kernels have no sub_norm."
     if len(facts.hidden) > host.MAX_EXPERTS:

@@ -296,7 +296,10 @@ def gate(x, C: tl.constexpr):
     """The activation function; for a gated activation, the factor of the value."""
     if C.activation == "swiglu":
         return x * sigmoid(x, C)
-    elif C.activation == "gelu_tanh":
+    elif C.activation == "relu2":
+        x = tl.maximum(x, 0.0)
+        return x * x
+    elif C.activation == "gelu_tanh" or C.activation == "geglu_tanh":
         # x * (1 + tanh(u)) / 2 = x * sigmoid(2 u)
         return x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x), C)
     elif C.rounds:
@@ -312,7 +315,10 @@ def gate_with_slope(x, C: tl.constexpr):
     if C.activation == "swiglu":
         s = sigmoid(x, C)
         return x * s, s * (1.0 + x * (1.0 - s))
-    elif C.activation == "gelu_tanh":
+    elif C.activation == "relu2":
+        x = tl.maximum(x, 0.0)
+        return x * x, 2.0 * x
+    elif C.activation == "gelu_tanh" or C.activation == "geglu_tanh":
         s = sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x), C)
         inner = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
         return x * s, s * (1.0 + x * (1.0 - s) * inner)
