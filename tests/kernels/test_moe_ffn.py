@@ -90,6 +90,31 @@ def test_opcheck(form, save_pre, place):
     torch.library.opcheck(ops.MOE_FFN.forward, arguments)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    "wanted", [("sub_norm_weight",), ("sub_norm_bias",), ("w2",), ("w1",), ("layer_scale",), ("x",)]
+)
+@on("cpu", "triton", "composed", places=PLACES)
+def test_single_gradients_with_a_sub_norm(wanted, recompute, place):
+    case, device = Case(sub_norm=True), place.device
+    skip_unless_possible(place, case, torch.float32)
+    routing = make_routing(case, device)
+
+    def gradients(backend: str, **options) -> list[torch.Tensor]:
+        tensors = make_tensors(case, device, torch.float32)
+        inputs = [t for name in wanted for t in tensors[name]]
+        if isinstance(tensors[wanted[0]], torch.Tensor):
+            inputs = [tensors[name] for name in wanted]
+        for tensor in inputs:
+            tensor.requires_grad_()
+        y = call(case, routing, tensors, backend=backend, **options)
+        return [*torch.autograd.grad(y.square().sum(), inputs)]
+
+    expected = gradients("reference")
+    for value, exact in zip(gradients(place.backend, recompute=recompute), expected, strict=True):
+        torch.testing.assert_close(value, exact, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("form", ["segments", "ids"])
 def test_compile_fullgraph(form, place):
