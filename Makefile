@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(TORCH),build/torch-$(TORCH).txt,constraints.txt)
 # What an editable install depends on; Python files are used where they lie.
 BUILD_FILES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f -not -name '*.pyc')
+# Models of others that are compared with, installed without their dependencies.
+BARE := tests/model/torchscale.txt tests/integrations/third_party.txt
 # File by file, in the order of the files: the few long ones do not end up as the last.
 PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
 # Kernels that are compiled and kernels that are interpreted do not go together in one process.
@@ -75,9 +77,9 @@ $(VENV)/.installed-demo: $(BUILD_FILES) $(CONSTRAINTS) | $(BIN)/python
 	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[demo]'
 	touch $@
 
-$(VENV)/.installed-test: $(BUILD_FILES) $(CONSTRAINTS) tests/model/torchscale.txt | $(BIN)/python
+$(VENV)/.installed-test: $(BUILD_FILES) $(CONSTRAINTS) $(BARE) | $(BIN)/python
 	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[demo,test,docs]'
-	$(BIN)/python -m pip install -q --no-deps -r tests/model/torchscale.txt
+	$(BIN)/python -m pip install -q --no-deps $(BARE:%=-r %)
 	touch $(VENV)/.installed-demo $@
 
 build/torch-%.txt: constraints.txt

@@ -1,4 +1,4 @@
-"""Writes the numbers of README.md and docs/*.md from the committed results.
+"""Writes the numbers of README.md and docs/ from the committed results.
 
     python benchmarks/tables.py [--check]
 
@@ -42,7 +42,7 @@ REPORTS = "benchmarks/results"
 
 def files() -> list[Path]:
     """The files that may contain blocks."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def render(path: Path, text: str) -> str:

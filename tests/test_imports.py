@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["vlmo"],
     ["vlmo.kernels"],
+    ["vlmo.integrations"],
     ["vlmo.files", "vlmo.device", "vlmo.testing"],
     ["vlmo.distributed", "vlmo.plotting"],
     ["vlmo.model"],

@@ -15,7 +15,7 @@ import pytest
 import vlmo
 
 ROOT = Path(__file__).parent.parent
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 SOURCES = [p for folder in ("vlmo", "kernels") for p in sorted((ROOT / folder).rglob("*.py"))]
 OF_OTHERS = {"metrics.py"}  # of the NLVR2 data set

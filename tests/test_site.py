@@ -33,7 +33,9 @@ def test_every_name_of_the_reference_exists():
         resolve(name)
 
 
-@pytest.mark.parametrize("package", ["vlmo", "vlmo.kernels", "vlmo.data", "vlmo.training"])
+@pytest.mark.parametrize(
+    "package", ["vlmo", "vlmo.kernels", "vlmo.integrations", "vlmo.data", "vlmo.training"]
+)
 def test_every_public_name_is_in_the_reference(package):
     documented = {name.rpartition(".")[2]: resolve(name) for name in in_the_reference()}
     module = importlib.import_module(package)

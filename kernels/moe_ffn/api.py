@@ -58,13 +58,15 @@ def moe_ffn(
             a gated activation the first F rows of ``w1`` are for the gate, the rest for the value.
         b1, b2: one bias per expert, or None.
         norm: ``"none"``, ``"layer"`` (LayerNorm) or ``"rms"`` (RMSNorm) of x, with one
-            ``norm_weight`` per expert and, for LayerNorm, optionally one ``norm_bias``.
+            ``norm_weight`` per expert and, for LayerNorm, optionally one ``norm_bias``. For an
+            RMSNorm that scales by 1 + w, as in Gemma, pass ``1 + w.float()``.
         norm_eps: added to the variance (or mean square).
         sub_norm_weight, sub_norm_bias: LayerNorm of the hidden activations, as in BEiT-3 and
-            Magneto (sub-LN, Wang et al. 2022); the backends ``"cpu"``, ``"composed"`` and
-            ``"reference"`` have it. No sub-norm without a weight.
+            Magneto (sub-LN, Wang et al. 2022), on every backend but ``"cuda"``. No sub-norm without
+            a weight.
         sub_norm_eps: added to the variance by the sub-norm.
-        activation: ``"gelu"`` (exact, erf), ``"gelu_tanh"``, ``"swiglu"`` or ``"geglu"`` (exact).
+        activation: ``"gelu"`` (exact, erf), ``"gelu_tanh"``, ``"relu2"`` (the square of ReLU), or,
+            gated, ``"swiglu"``, ``"geglu"`` (exact) or ``"geglu_tanh"``.
         layer_scale: learned scale of each channel (``gamma_2`` of VLMo).
         token_scale: factor of each token's branch, for stochastic depth; not differentiable.
         residual: added at the end; often x itself.

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu", "geglu")
-GATED = ("swiglu", "geglu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu2", "swiglu", "geglu", "geglu_tanh")
+GATED = ("swiglu", "geglu", "geglu_tanh")
+TANH = ("gelu_tanh", "geglu_tanh")  # with GELU's approximation by tanh
 NORMS = ("none", "layer", "rms")
 
 
@@ -61,11 +62,8 @@ class Facts(NamedTuple):
 _MAX_WEIGHT = 2**31  # elements of w1, which kernels partly address in int32
 
 
-def why_not_single_launch(facts: Facts) -> str | None:
-    """The reason why no kernel that computes the whole layer can run, or None."""
-    if facts.sub_norm:
-        return "it has no sub_norm yet."
-    # The largest weight must not have more elements than a kernel can address.
+def why_not_weight(facts: Facts) -> str | None:
+    """The reason if the largest weight has more elements than a kernel can address, else None."""
     elements = facts.width * max(facts.hidden) * (2 if facts.activation in GATED else 1)
     if elements >= _MAX_WEIGHT:
         return f"a weight of {elements} elements is not below 2**31."

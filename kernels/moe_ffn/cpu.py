@@ -16,12 +16,11 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._backends import cpu as cpu_target
 from . import passes, products
-from .call import GATED, Call, Facts
+from .call import GATED, TANH, Call, Facts
 from .passes import ExpertRows
 from .rows import rows_of
 
@@ -258,32 +257,45 @@ def _room(kept: Tensor, dtype: torch.dtype) -> Tensor:
 def _linear_act(x: Tensor, call: Call, e: int) -> Tensor:
     """act(W1_e x + b1_e)."""
     bias = call.b1[e] if call.b1 else None
-    if call.activation not in GATED:
+    if call.activation in products.GELU:
         return products.linear_gelu(x, call.w1[e], bias, call.activation)
     h1 = products.linear(x, call.w1[e], bias)
-    return _act_into(h1.new_empty(len(h1), h1.shape[1] // 2), h1, call.activation)
+    return _act_into(h1.new_empty(len(h1), call.w2[e].shape[1]), h1, call.activation)
 
 
 def _act_into(out: Tensor, h: Tensor, activation: str) -> Tensor:
     """act(h): [rows, F], from [rows, F] or, gated, [rows, 2 F]."""
     if activation in GATED:
         gate, value = h.chunk(2, dim=1)
-        (torch.ops.aten.silu if activation == "swiglu" else torch.ops.aten.gelu).out(gate, out=out)
-        return out.mul_(value)
+        return _gate_into(out, gate, activation).mul_(value)
+    return _gate_into(out, h, activation)
+
+
+def _gate_into(out: Tensor, h: Tensor, activation: str) -> Tensor:
+    """The activation function itself; for a gated activation, that of the gate."""
+    if activation == "swiglu":
+        return torch.ops.aten.silu.out(h, out=out)
+    if activation == "relu2":
+        return torch.clamp(h, min=0, out=out).square_()
     return torch.ops.aten.gelu.out(h, approximate=_approximate(activation), out=out)
 
 
 def _approximate(activation: str) -> str:
-    return "tanh" if activation == "gelu_tanh" else "none"
+    return "tanh" if activation in TANH else "none"
 
 
 def _act_backward(d: Tensor, h: Tensor, activation: str) -> Tensor:
     """The gradient of h from that of act(h); in place unless gated."""
     aten = torch.ops.aten
+    if activation == "relu2":
+        return d.mul_(2 * h.clamp(min=0))
+    how = _approximate(activation)
     if activation not in GATED:
-        how = _approximate(activation)
         return aten.gelu_backward.grad_input(d, h, approximate=how, grad_input=d)
     gate, value = h.chunk(2, dim=1)
-    opened = F.silu(gate) if activation == "swiglu" else F.gelu(gate)
-    gate_backward = aten.silu_backward if activation == "swiglu" else aten.gelu_backward
-    return torch.cat([gate_backward(d * value, gate), d * opened], dim=1)
+    opened = _gate_into(torch.empty_like(gate), gate, activation)
+    if activation == "swiglu":
+        dgate = aten.silu_backward(d * value, gate)
+    else:
+        dgate = aten.gelu_backward(d * value, gate, approximate=how)
+    return torch.cat([dgate, d * opened], dim=1)

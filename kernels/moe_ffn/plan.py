@@ -163,7 +163,7 @@ class RowsScratch(NamedTuple):
     dpre: Tensor  # [T, P]
     dnormed: Tensor | None  # [T, D]
     sum_dbranch: Tensor | None  # [bound * tasks[0], D]
-    sum_dpre: Tensor | None  # [bound, P]
+    sum_dpre: Tensor | None  # [bound, P]; with a sub-norm several lines of each row tile
     sum_norm: Tensor | None  # [bound * tasks[3], 2 D]: for the weight, then the bias
 
 
@@ -193,6 +193,7 @@ def plan_rows(
     row_tasks: int,
     keeps_normed: bool,
     keeps_dh2: bool,
+    dpre_lines: int = 1,
 ) -> RowsPlan:
     """Plan the launch of the rows.
 
@@ -203,6 +204,7 @@ def plan_rows(
         row_tasks: tasks of a row tile in a phase without products.
         keeps_normed: whether norm(x) is written for the launch of the weights.
         keeps_dh2: whether the gradient of the second layer's output differs from dy.
+        dpre_lines: partial sums of dpre for each row tile.
     """
     tokens, dim = problem.tokens, problem.dim
     max_hidden, max_pre = max(problem.hidden), max(problem.pre)
@@ -234,7 +236,7 @@ def plan_rows(
         ),
         sums=(
             (bound * tasks[0], dim) if of_dbranch else None,
-            (bound, max_pre) if needed.wants("b1") else None,
+            (bound * dpre_lines, max_pre) if needed.wants("b1") else None,
             (bound * tasks[3], 2 * dim) if of_norm else None,
         ),
     )
@@ -256,12 +258,13 @@ class WeightsPlan(NamedTuple):
     whole: tuple[int, ...]  # tiles per expert, of dw1 and dw2, that are not divided
     workers: int  # number of equal shares of the other tiles
     sum_blocks: tuple[int, int, int, int]  # column blocks of dpre, dbranch, norm weight, norm bias
+    sub_norm_blocks: tuple[int, int]  # of the sub-norm's weight and bias
     scale_lines: int  # rows of sum_scale: column blocks of hidden units of all experts
     scratch: tuple[tuple[int, ...] | None, ...]  # shapes of WeightsScratch
 
     @property
     def tickets(self) -> int:
-        return sum(self.whole) + self.workers + sum(self.sum_blocks)
+        return sum(self.whole) + self.workers + sum(self.sum_blocks + self.sub_norm_blocks)
 
     def allocate(self, call: Call) -> WeightsScratch:
         x = call.x
@@ -293,6 +296,7 @@ def plan_weights(
         of_dim if needed.wants("norm_weight") else 0,
         of_dim if needed.wants("norm_bias") else 0,
     )
+    of_hidden = experts * -(-max(problem.hidden) // SUM_COLUMNS)
     lines = sum(hidden_blocks)
     return WeightsPlan(
         w1_tiles=w1_tiles,
@@ -300,6 +304,10 @@ def plan_weights(
         whole=whole,
         workers=workers,
         sum_blocks=sum_blocks,
+        sub_norm_blocks=(
+            of_hidden if needed.wants("sub_norm_weight") else 0,
+            of_hidden if needed.wants("sub_norm_bias") else 0,
+        ),
         scale_lines=lines,
         scratch=(
             (workers, block_t, block_n) if tiles != whole else None,

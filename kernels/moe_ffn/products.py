@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .._backends import cpu as cpu_target
 
-_GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # ATen's names of the approximation
+GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # ATen's names of the approximation
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = No
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """:func:`linear` followed by the activation "gelu" or "gelu_tanh"."""
-    approximate = _GELU[activation]
+    approximate = GELU[activation]
     if _fuses(weight.dtype):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], approximate)
     return torch.ops.aten.gelu_(linear(x, weight, bias), approximate=approximate)

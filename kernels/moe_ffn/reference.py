@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..arguments import without_autocast
 from ..dispatch import exporting, transformed
-from .call import GATED, Call
+from .call import GATED, TANH, Call
 
 
 def why_not(*facts: Any) -> str | None:
@@ -82,8 +82,17 @@ def _act(h: Tensor, activation: str) -> Tensor:
     """act(h): [n, F], from [n, F] or, gated, [n, 2 F]."""
     if activation in GATED:
         gate, value = h.chunk(2, dim=1)
-        return (F.silu(gate) if activation == "swiglu" else F.gelu(gate)) * value
-    return F.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
+        return _gate(gate, activation) * value
+    return _gate(h, activation)
+
+
+def _gate(h: Tensor, activation: str) -> Tensor:
+    """The activation function itself; for a gated activation, that of the gate."""
+    if activation == "swiglu":
+        return F.silu(h)
+    if activation == "relu2":
+        return F.relu(h).square()
+    return F.gelu(h, approximate="tanh" if activation in TANH else "none")
 
 
 def _rows_of_experts(call: Call) -> Iterator[tuple[int, Any]]:

@@ -31,7 +31,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
 from machine_code import disassemble, loop_of
-from moe_ffn_cases import CASES, WITH_SUB_NORM, Case, expert_ids, make_tensors
+from moe_ffn_cases import CASES, Case, expert_ids, make_tensors
 from vlmo.kernels._backends import triton_launch
 from vlmo.kernels._backends.triton import compile_options, operands_of
 from vlmo.kernels.moe_ffn.call import GATED, LISTS, Call
@@ -42,11 +42,15 @@ from vlmo.kernels.moe_ffn.triton import tiles
 
 INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 SEQUENCES, DIM, HIDDEN = 32, 768, 3072
-LAYERS = {  # VLMo's layer; a decoder's, routed by ids; both without a saved pre-activation
+LAYERS = {  # VLMo's layer; a decoder's, routed by ids; BEiT-3's; without a saved pre-activation
     "vlmo": dict(activation="gelu", norm="layer", ids=False, save_pre=True),
     "decoder": dict(activation="swiglu", norm="rms", ids=True, save_pre=True),
+    "beit3": dict(activation="gelu", norm="layer", ids=False, save_pre=True, sub_norm=True),
     "vlmo, recomputed": dict(activation="gelu", norm="layer", ids=False, save_pre=False),
     "decoder, recomputed": dict(activation="swiglu", norm="rms", ids=True, save_pre=False),
+    "beit3, recomputed": dict(
+        activation="gelu", norm="layer", ids=False, save_pre=False, sub_norm=True
+    ),
 }
 
 
@@ -66,7 +70,7 @@ class NoDriver:
         return 0
 
 
-def run_case(dtype, activation, norm, ids, save_pre, implementation=triton_impl):
+def run_case(dtype, activation, norm, ids, save_pre, sub_norm=False, implementation=triton_impl):
     """Forward and backward of a call on tensors without storage."""
     experts, halves = 2, 2 if activation in GATED else 1
     tokens = SEQUENCES * 237
@@ -82,7 +86,7 @@ def run_case(dtype, activation, norm, ids, save_pre, implementation=triton_impl)
         [
             *(new(tokens, DIM), each(halves * HIDDEN, DIM), each(DIM, HIDDEN)),
             *(each(halves * HIDDEN), each(DIM), each(DIM), each(DIM) if norm == "layer" else []),
-            *([], []),
+            *((each(HIDDEN), each(HIDDEN)) if sub_norm else ([], [])),
             *(new(DIM), new(tokens), new(tokens, DIM)),
             *(index if ids else [None] * 3),
             *([0, 40, 1, 197], norm, 1e-6, 1e-5, activation, save_pre),
@@ -125,7 +129,7 @@ def all_options(facts, implementation) -> None:
     everything = ("x", *LISTS, "layer_scale")
     half = torch.bfloat16
     facts["wanted"], facts["dtype"] = (lambda name: True), str(half)
-    for case in [*CASES, *(WITH_SUB_NORM if implementation is composed_impl else [])]:
+    for case in CASES:
         if case.batch:
             facts["case"] = str(case)
             run_options(case, half, half, True, everything, implementation)

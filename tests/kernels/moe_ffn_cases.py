@@ -11,11 +11,20 @@ import attention_cases
 from accuracy import assert_as_accurate_as, relative_errors
 from vlmo.kernels import ModalityRouting, moe_ffn
 from vlmo.kernels.moe_ffn import cpu
-from vlmo.kernels.moe_ffn.call import Facts
+from vlmo.kernels.moe_ffn.call import GATED, Facts
 from vlmo.kernels.moe_ffn.op import BACKENDS
 
-GATED = ("swiglu", "geglu")
 PLACES = [*attention_cases.PLACES, ("cpu", "composed"), ("cuda", "composed")]
+
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
+    "relu2": lambda h: F.relu(h) ** 2,
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "geglu_tanh": lambda h: F.gelu(h, approximate="tanh"),
+}
 
 
 @dataclass(frozen=True)
@@ -79,14 +88,12 @@ CASES = [
         token_scale=False,
         residual=False,
     ),
-]
-
-
-# A norm of the hidden activations, which not every backend has.
-WITH_SUB_NORM = [
+    # with a norm of the hidden activations
     Case(sub_norm=True),
     Case(sub_norm=True, form="ids", activation="swiglu", norm="rms", norm_bias=False, bias=False),
     Case(sub_norm=True, pieces=((0, 3), (3, 5), (1, 4)), hidden=(17, 64, 8, 33), norm="none"),
+    Case(activation="relu2"),
+    Case(activation="geglu_tanh", norm="rms", norm_bias=False),
 ]
 
 
@@ -174,9 +181,9 @@ def eager(case: Case, ids: Tensor, tensors: dict) -> Tensor:
         h = F.linear(h, at["w1"], at.get("b1"))
         if case.activation in GATED:
             gate, value = h.chunk(2, -1)
-            h = (F.silu(gate) if case.activation == "swiglu" else F.gelu(gate)) * value
+            h = ACTIVATIONS[case.activation](gate) * value
         else:
-            h = F.gelu(h, approximate="tanh" if case.activation == "gelu_tanh" else "none")
+            h = ACTIVATIONS[case.activation](h)
         if case.sub_norm:
             weight = at["sub_norm_weight"]
             h = F.layer_norm(h, weight.shape, weight, at.get("sub_norm_bias"), 1e-5)
@@ -239,8 +246,10 @@ def outputs_and_gradients(function, tensors: dict) -> dict[str, Tensor]:
     return {"y": y.detach(), **grads}
 
 
-def assert_parity(case: Case, dtype: torch.dtype, place) -> dict[str, tuple[float, ...]]:
+def assert_parity(case: Case, dtype: torch.dtype, place, **options) -> dict[str, tuple[float, ...]]:
     """Check the output and every gradient of a case against the error bound.
+
+    ``options`` are passed to moe_ffn.
 
     Returns:
         By name, the relative error of ``place.backend`` and that of eager PyTorch in ``dtype``.
@@ -261,7 +270,7 @@ def assert_parity(case: Case, dtype: torch.dtype, place) -> dict[str, tuple[floa
 
     exact = run(lambda t: eager(case, ids, t), torch.float64)
     baseline = run(lambda t: eager(case, ids, t), dtype)
-    actual = run(lambda t: call(case, routing, t, backend=backend), dtype)
+    actual = run(lambda t: call(case, routing, t, backend=backend, **options), dtype)
     for name, value in actual.items():
         assert_as_accurate_as(name, value, exact[name], baseline[name])
     return relative_errors(actual, baseline, exact)

@@ -13,7 +13,6 @@ from attention_cases import on
 from moe_ffn_cases import (
     CASES,
     PLACES,
-    WITH_SUB_NORM,
     Case,
     Spy,
     assert_parity,
@@ -36,7 +35,7 @@ def parity_cases():
     """Every case in every dtype; of those with little to do with the dtype, one in make test."""
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     for (number, case), dtype, (device, backend) in itertools.product(
-        enumerate([*CASES, *WITH_SUB_NORM]), dtypes, PLACES
+        enumerate(CASES), dtypes, PLACES
     ):
         marks = [pytest.mark.gpu] if device == "cuda" else []
         interpreted = device == "cpu" and backend in ("triton", "composed")
@@ -54,11 +53,7 @@ def test_parity(case, dtype, place):
 
 @pytest.mark.parametrize(
     "case",
-    [
-        c
-        for c in [*CASES, *WITH_SUB_NORM]
-        if c.batch and c.dim == 24 and sum(n for _, n in c.pieces) < 21
-    ],
+    [c for c in CASES if c.batch and c.dim == 24 and sum(n for _, n in c.pieces) < 21],
     ids=str,
 )
 def test_gradcheck(case):
@@ -93,6 +88,31 @@ def test_opcheck(form, save_pre, place):
         *("layer", 1e-6, 1e-5, "gelu", save_pre, place.backend),
     )
     torch.library.opcheck(ops.MOE_FFN.forward, arguments)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    "wanted", [("sub_norm_weight",), ("sub_norm_bias",), ("w2",), ("w1",), ("layer_scale",), ("x",)]
+)
+@on("cpu", "triton", "composed", places=PLACES)
+def test_single_gradients_with_a_sub_norm(wanted, recompute, place):
+    case, device = Case(sub_norm=True), place.device
+    skip_unless_possible(place, case, torch.float32)
+    routing = make_routing(case, device)
+
+    def gradients(backend: str, **options) -> list[torch.Tensor]:
+        tensors = make_tensors(case, device, torch.float32)
+        inputs = [t for name in wanted for t in tensors[name]]
+        if isinstance(tensors[wanted[0]], torch.Tensor):
+            inputs = [tensors[name] for name in wanted]
+        for tensor in inputs:
+            tensor.requires_grad_()
+        y = call(case, routing, tensors, backend=backend, **options)
+        return [*torch.autograd.grad(y.square().sum(), inputs)]
+
+    expected = gradients("reference")
+    for value, exact in zip(gradients(place.backend, recompute=recompute), expected, strict=True):
+        torch.testing.assert_close(value, exact, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.heavy

@@ -10,7 +10,7 @@ from compiling import (
     assert_no_spills,
     compiled,
 )
-from moe_ffn_cases import CASES, WITH_SUB_NORM
+from moe_ffn_cases import CASES
 from vlmo.kernels._backends.triton import OPERANDS
 from vlmo.kernels.moe_ffn.triton.tiles import TABLE
 from vlmo.kernels.target import GENERATIONS
@@ -41,10 +41,10 @@ def test_every_option_has_types(release):
 def test_every_option_of_the_passes_has_types(release):
     reports = compiled(SCRIPT, "composed-types:sm_90", release=release)
     names = [report["kernel"] for report in reports]
-    calls = sum(case.batch > 0 for case in CASES) + len(WITH_SUB_NORM) + 13
+    calls = sum(case.batch > 0 for case in CASES) + 13
     # Where not saved, h2 is computed again for the gradient of the layer scale, from act.
     assert names.count("branch") == names.count("bwd_branch") == calls
-    assert names.count("bwd_sub_norm") == len(WITH_SUB_NORM)
+    assert names.count("bwd_sub_norm") == sum(case.sub_norm for case in CASES)
     assert set(names) == {"norm", "activation", "sub_norm", "branch", "sums"} | {
         f"bwd_{name}" for name in ("branch", "sub_norm", "activation", "norm")
     }
@@ -57,8 +57,9 @@ def test_every_option_of_the_passes_has_types(release):
 )
 def test_the_passes_spill_nothing(generation, release):
     reports = compiled(SCRIPT, f"composed:{generation}", release=release)
-    # Of two layers in two dtypes, each also without what the forward saves.
-    assert len(reports) == 2 * 2 * (7 + 9)
+    # Of two layers without and one with a sub-norm, each also without what the forward saves, in
+    # two dtypes.
+    assert len(reports) == 2 * (2 * (7 + 9) + 10 + 12)
     for report in reports:
         assert_no_spills(report)
         assert report["contracted"] == 0, report
@@ -85,8 +86,8 @@ def test_vlmo_s_layer_compiles_for_every_kind_of_tensor_core(release):
 )
 def test_descriptors_compile_to_tensor_copies(generation, release):
     reports = compiled(SCRIPT, f"descriptors:{generation}", release=release)
-    # Three kernels of two layers, and two that recompute.
-    assert len(reports) == 8
+    # Three kernels of three layers, and three that recompute.
+    assert len(reports) == 12
     assert_good(reports, copies="tensor_copies")
 
 
@@ -115,8 +116,8 @@ def assert_all_there(reports: list[dict]) -> None:
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_compiled(generation, release):
     reports = compiled(SCRIPT, f"table:{generation}", release=release)
-    # Three kernels of two layers and two kernels that recompute, in two dtypes; TF32 once.
-    assert len(reports) == 19
+    # Three kernels of three layers and three kernels that recompute, in two dtypes; TF32 once.
+    assert len(reports) == 27
     assert_good(reports)
 
 

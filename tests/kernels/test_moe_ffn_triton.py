@@ -68,6 +68,7 @@ MANY_TILES = [
     Case(batch=4, form="ids", hidden=(48, 48)),
     Case(batch=3, form="ids", activation="swiglu", norm="rms", norm_bias=False, hidden=(48, 33)),
     Case(batch=3, norm="none", token_scale=False, layer_scale=False, hidden=(48, 32)),
+    Case(batch=3, sub_norm=True, hidden=(48, 33)),
 ]
 
 
@@ -114,7 +115,8 @@ def test_separate_launches_change_no_bit(case, triton_place, launches):
     assert len(launches) == 3
     found = run(tokens)
     # Norm and two products; preparation, two products and norm; weights.
-    assert len(launches) == (8 if case.norm != "none" else 6)
+    # With a sub-norm, a phase of the forward and one of the backward more.
+    assert len(launches) == (8 if case.norm != "none" else 6) + 2 * case.sub_norm
     for name, value in together.items():
         assert torch.equal(value, found[name]), name
 
@@ -205,7 +207,7 @@ def test_norms_of_two_dtypes(triton_place):
 @triton.jit
 def add_up_kernel(SUM_DPRE, OUT, rows, C: tl.constexpr, W: tl.constexpr):
     block = tl.program_id(0)
-    _, _, _, sums = add_up(SUM_DPRE, SUM_DPRE, SUM_DPRE, block, rows, C, W)
+    _, _, _, sums = add_up(SUM_DPRE, SUM_DPRE, SUM_DPRE, SUM_DPRE, block, rows, C, W)
     tl.store(OUT + block * SUM_COLUMNS + tl.arange(0, SUM_COLUMNS), sums)
 
 

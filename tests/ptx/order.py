@@ -49,12 +49,14 @@ class Channel(NamedTuple):
         at: byte offset of the only counter; None if each row tile or share has one.
         last: the program that makes the last increment continues, and none waits; else consumers
             wait until the counter is high enough.
+        optional: not every variant of the kernel has the parameters.
     """
 
     data: tuple[str, ...]
     bounds: int = 0
     at: int | None = None
     last: bool = False
+    optional: bool = False
 
     @property
     def name(self) -> str:
@@ -65,11 +67,17 @@ class Channel(NamedTuple):
 _LEAVE = Channel((COUNTERS,), at=4, last=True)
 _TICKET = Channel((), at=0)
 CHANNELS = {
-    "moe_ffn_fwd_kernel": (Channel(("NORMED",)), Channel(("HIDDEN",), bounds=1), _LEAVE),
+    "moe_ffn_fwd_kernel": (
+        Channel(("NORMED",)),
+        Channel(("HIDDEN",), bounds=1),
+        Channel(("SUB_NORMED",), bounds=2, optional=True),
+        _LEAVE,
+    ),
     "moe_ffn_bwd_rows_kernel": (
         Channel(("DH2", "NORMED")),
         Channel(("DPRE",), bounds=1),
         Channel(("DNORMED",), bounds=2),
+        Channel(("DHIDDEN", "AGAIN"), bounds=3, optional=True),
         _LEAVE,
     ),
     "moe_ffn_bwd_weights_kernel": (

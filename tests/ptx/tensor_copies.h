@@ -249,8 +249,10 @@ inline void occupy_destination(const TileCopy& c, const Mbarrier& b) {
   for (u32 k = 0; k < c.size; k++) {
     SharedShadow& s = w.cta->shadow[c.to + k];
     const Event before = s.write;
-    // Triton places mbarriers that it never uses where tiles are copied to.
-    const bool exempt = !before.thread || m.code[before.at].run == make_mbarrier || !ordered(w, c.lane, before);
+    // Triton has no fence between an mbarrier and a tile that is copied to the same place: its pass
+    // that inserts proxy fences ignores mbarrier.init and mbarrier.inval.
+    const auto writer = before.thread ? m.code[before.at].run : nullptr;
+    const bool exempt = !writer || writer == make_mbarrier || writer == end_mbarrier || !ordered(w, c.lane, before);
     if (!exempt && !fenced(w, before, SHARED))
       m.report(Finding::COPY_WRITES_UNFENCED, w, c.lane, at, c.to + k, before.thread, before.at);
     note_write(w, c.lane, s, c.to + k, at, false, true);

@@ -25,6 +25,8 @@ from ..triton.device import (
     gate_with_slope,
     normalise,
     select,
+    sub_normalise,
+    sub_normed,
     sum_rows,
     tokens_of,
     undo_unit_rows,
@@ -309,20 +311,12 @@ def moe_ffn_sub_norm_kernel(
     C: tl.constexpr,
 ):
     """sub_norm_e(act)."""
-    expert, start, _begin, end = find_tile(rows, tl.program_id(0), C)
-    width = width_of(expert, C)
-    columns = tl.arange(0, BLOCK_H)
-    within = columns < width
-    weight = tl.load(select(SUB_NORM_WEIGHT, expert, C) + columns, mask=within, other=0.0)
+    expert, start, _, end = find_tile(rows, tl.program_id(0), C)
     for step in range(C.row_steps):
-        grouped = block_of_rows(start, step, C)
-        inside = (grouped[:, None] < end) & within[None, :]
-        at = grouped[:, None].to(tl.int64) * C.max_hidden + columns[None, :]
-        act = tl.load(ACT + at, mask=inside, other=0.0).to(tl.float32)
-        unit, _ = unit_rows(act, columns, width, sub_norm_eps, "layer")
-        unit *= weight.to(tl.float32)[None, :]
-        hidden = with_bias(unit, SUB_NORM_BIAS, expert, columns, within, C)
-        tl.store(HIDDEN + at, hidden.to(HIDDEN.dtype.element_ty), mask=inside)
+        sub_normalise(
+            *(ACT, HIDDEN, SUB_NORM_WEIGHT, SUB_NORM_BIAS, block_of_rows(start, step, C)),
+            *(end, expert, sub_norm_eps, BLOCK_H, C),
+        )
 
 
 @triton.jit
@@ -345,8 +339,6 @@ def moe_ffn_bwd_sub_norm_kernel(
     width = width_of(expert, C)
     columns = tl.arange(0, BLOCK_H)
     within = columns < width
-    weight = tl.load(select(SUB_NORM_WEIGHT, expert, C) + columns, mask=within, other=0.0)
-    weight = weight.to(tl.float32)[None, :]
     BLOCK_R: tl.constexpr = C.block_r
     dweight = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
     dbias = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
@@ -359,8 +351,10 @@ def moe_ffn_bwd_sub_norm_kernel(
         unit, inverse = unit_rows(act, columns, width, sub_norm_eps, "layer")
         dweight += term(d, unit)
         dbias += d
+        hidden, weight = sub_normed(
+            unit, SUB_NORM_WEIGHT, SUB_NORM_BIAS, expert, columns, within, C
+        )
         if HIDDEN is not None:
-            hidden = with_bias(unit * weight, SUB_NORM_BIAS, expert, columns, within, C)
             tl.store(HIDDEN + at, hidden.to(HIDDEN.dtype.element_ty), mask=inside)
         if DACT is not None:
             dact = undo_unit_rows(term(d, weight), unit, inverse, width, "layer")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._backends import cuda as cuda_target
-from ..call import Call, Facts, pre_shape, why_not_single_launch
+from ..call import Call, Facts, pre_shape, why_not_weight
 from ..plan import Gradients
 from ..rows import rows_of
 from . import arguments as host
@@ -16,9 +16,15 @@ from .backward_rows import launch_rows
 from .backward_weights import launch_weights
 from .forward import CUBIN, launch_forward
 
+_ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu", "geglu")
+
 
 def why_not(device: torch.device, facts: Facts) -> str | None:
     """The reason why :func:`forward` cannot run, or None."""
+    if facts.activation not in _ACTIVATIONS:
+        return f"its kernels have no activation {facts.activation!r}."
+    if facts.sub_norm:
+        return "its kernels have no sub_norm."
     if len(facts.hidden) > host.MAX_EXPERTS:
         return f"{len(facts.hidden)} experts; the kernels take at most {host.MAX_EXPERTS}."
     if facts.width % 8:
@@ -26,7 +32,7 @@ def why_not(device: torch.device, facts: Facts) -> str | None:
     for size in facts.hidden:
         if size % 8:
             return f"hidden width {size} is not a multiple of 8, as loads of 16 bytes need."
-    return why_not_single_launch(facts) or cuda_target.why_not(CUBIN, device, facts.dtype)
+    return why_not_weight(facts) or cuda_target.why_not(CUBIN, device, facts.dtype)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

@@ -13,18 +13,21 @@ import torch
 from torch import Tensor
 
 from ..._backends import triton as triton_target
-from ..call import Call, Facts, pre_shape, why_not_single_launch
+from ..call import Call, Facts, pre_shape, why_not_weight
 
 __all__ = ["backward", "forward", "pre_shape", "why_not"]
 
 _MAX_DIM = 16384  # the phases without products hold a whole row in registers
+_MAX_SUB_NORM = 4096  # and several numbers for each of its elements
 
 
 def why_not(device: torch.device, facts: Facts) -> str | None:
     """The reason why :func:`forward` cannot run, or None."""
     if facts.width > _MAX_DIM:
         return f"model dimension {facts.width} is above {_MAX_DIM}."
-    return why_not_single_launch(facts) or triton_target.why_not(device, facts.dtype)
+    if facts.sub_norm and max(facts.hidden) > _MAX_SUB_NORM:
+        return f"hidden width {max(facts.hidden)} of a sub-norm is above {_MAX_SUB_NORM}."
+    return why_not_weight(facts) or triton_target.why_not(device, facts.dtype)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,10 @@ A row tile passes through four phases, in the order of
 2. dnormed = dpre W1; without a norm this is dx.
 3. dx through the norm.
 
+With a sub-norm, phase 1 only multiplies: it stores dh2 W2, and pre if that is recomputed. A phase
+of whole rows follows, which computes dpre through the sub-norm and the activation, and the
+sub-norm of the hidden activations for the gradient of w2.
+
 For the gradients of biases, norm parameters and layer scale, each task writes one row of partial
 sums over tokens; the kernel of the weights reduces these in a fixed order.
 """
@@ -37,6 +41,7 @@ from .device import (
     quarters,
     select,
     signal,
+    sub_normed,
     tokens_of,
     undo_unit_rows,
     unit_rows,
@@ -62,30 +67,41 @@ def moe_ffn_bwd_rows_kernel(
     HIDDEN,  # [T, max F]
     DPRE,  # [T, P]
     DNORMED,  # [T, D]
+    DHIDDEN,  # [T, max F]; only with a sub-norm
+    AGAIN,  # [T, P], pre if it is recomputed; only with a sub-norm
     # Partial sums, one row per task, None if not needed
     SUM_DBRANCH,  # [.., D]
     SUM_DPRE,  # [.., P]
     SUM_NORM,  # [.., 2 D]: for the norm's weight, then its bias
+    SUM_SUB_NORM,  # [.., 2 max F]
     DX,  # [T, D]
     W1,  # E pointers, like all tuples in capitals
     W2,
     B1,
     NORM_WEIGHT,
     NORM_BIAS,
+    SUB_NORM_WEIGHT,
+    SUB_NORM_BIAS,
     LAYER_SCALE,
     TOKEN_SCALE,
     rows,
-    COUNTERS,  # [2 + 3 * bound on row tiles]: ticket, finished programs, phases 0 to 2
+    COUNTERS,  # [2 + phases * bound on row tiles]: ticket, finished programs, phases but the last
     bound,
     band,
     norm_eps,
+    sub_norm_eps,
     C: tl.constexpr,
 ):
     tiles = count_tiles(rows, C)
-    total = tiles * (C.tasks[0] + C.tasks[1] + C.tasks[2] + C.tasks[3])
+    LAST: tl.constexpr = len(C.tasks) - 1
+    MULTIPLY: tl.constexpr = LAST - 1
+    total = 0
+    for p in tl.static_range(len(C.tasks)):
+        total += tiles * C.tasks[p]
     prepared = COUNTERS + 2
     differentiated = prepared + bound
     multiplied = differentiated + bound
+    projected = multiplied + bound  # only with a sub-norm
     DESCRIBED: tl.constexpr = C.descriptors
     again_operands = (
         operands_nt(NORMED, "dim", W1, "pre", rows, C)
@@ -99,7 +115,7 @@ def moe_ffn_bwd_rows_kernel(
     )
     dnormed_operands = (
         operands_nn(DPRE, "pre", W1, "pre", C.block_n, rows, C)
-        if DESCRIBED and C.tasks[2] > 0
+        if DESCRIBED and C.tasks[MULTIPLY] > 0
         else ()
     )
 
@@ -117,7 +133,24 @@ def moe_ffn_bwd_rows_kernel(
                 signal(prepared + tile)
         elif phase == 1:
             if C.tasks[1] > 0:
-                if part * C.block_f < width_of(expert, C):
+                block = part // 2 if AGAIN is not None else part
+                inside = block * C.block_f < width_of(expert, C)
+                if C.sub_norm:
+                    if inside:
+                        first = block * C.block_f
+                        if AGAIN is not None and part % 2 == 1:
+                            recompute(
+                                *(X if NORMED is None else NORMED, AGAIN, W1, B1, prepared + tile),
+                                *(again_operands, rows, first, expert, start, begin, end),
+                                *(NORMED is None, C),
+                            )
+                        else:
+                            project(
+                                *(DY if DH2 is None else DH2, DHIDDEN, W2, prepared + tile),
+                                *(dhidden_operands, rows, first, expert, start, begin, end),
+                                *(DH2 is None, C),
+                            )
+                elif inside:
                     differentiate(
                         *(DY if DH2 is None else DH2, X if NORMED is None else NORMED, PRE),
                         *(HIDDEN, DPRE, SUM_DPRE, W1, W2, B1, prepared + tile),
@@ -125,27 +158,35 @@ def moe_ffn_bwd_rows_kernel(
                         *(rows, tile, part, expert, start, begin, end),
                         *(DH2 is None, NORMED is None, C),
                     )
+                signal((projected if C.sub_norm else differentiated) + tile)
+        elif phase < MULTIPLY:
+            if C.sub_norm and C.tasks[2] > 0:
+                undo_sub_norm(
+                    *(PRE if AGAIN is None else AGAIN, DHIDDEN, HIDDEN, DPRE),
+                    *(SUM_DPRE, SUM_SUB_NORM, SUB_NORM_WEIGHT, SUB_NORM_BIAS),
+                    *(projected + tile, tile, part, expert, start, end, sub_norm_eps, C),
+                )
                 signal(differentiated + tile)
-        elif phase == 2:
-            if C.tasks[2] > 0:
-                if C.tasks[1] > 0:
-                    wait(differentiated + tile, C.tasks[1])
+        elif phase == MULTIPLY:
+            if C.tasks[MULTIPLY] > 0:
+                if C.tasks[MULTIPLY - 1] > 0:
+                    wait(differentiated + tile, C.tasks[MULTIPLY - 1])
                 multiply(
                     *(DPRE, DNORMED, DX, W1, dnormed_operands),
                     *(rows, part, expert, start, begin, end, C),
                 )
                 signal(multiplied + tile)
         else:
-            if C.tasks[3] > 0:
-                if C.tasks[2] > 0:
-                    wait(multiplied + tile, C.tasks[2])
+            if C.tasks[LAST] > 0:
+                if C.tasks[MULTIPLY] > 0:
+                    wait(multiplied + tile, C.tasks[MULTIPLY])
                 undo_norm(
                     *(X, DNORMED, DX, SUM_NORM, NORM_WEIGHT),
                     *(rows, tile, part, expert, start, begin, end, norm_eps, C),
                 )
         # Not earlier: a ticket taken during a task would wait, and so would its dependents.
         ticket = tl.atomic_add(COUNTERS, 1, sem="relaxed")
-    leave(COUNTERS, 2 + 3 * bound)
+    leave(COUNTERS, 2 + LAST * bound)
 
 
 @triton.jit
@@ -306,6 +347,171 @@ def differentiate(
 
 
 @triton.jit
+def recompute(
+    NORMED,
+    AGAIN,
+    W1,
+    B1,
+    prepared,
+    operands,
+    rows,
+    first,
+    expert,
+    start,
+    begin,
+    end,
+    BY_TOKEN: tl.constexpr,
+    C: tl.constexpr,
+):
+    """A task of phase 1 with a sub-norm: block_t rows, block_f hidden columns of pre."""
+    width = width_of(expert, C)
+    grouped = start + tl.arange(0, C.block_t)
+    w_rows = w1_rows(first, width, C)
+    acc = first_sums(B1, expert, w_rows, C)
+    if C.tasks[0] > 0:
+        wait(prepared, C.tasks[0])
+    if len(operands) > 0:
+        acc = described_nt(operands, expert, start, first, acc, C.dim, C)
+    else:
+        if BY_TOKEN:
+            a_rows = tokens_of(rows, grouped, expert, begin, end, C)
+        else:
+            a_rows = tl.minimum(grouped, end - 1).to(tl.int64)
+        acc = preactivation(NORMED, a_rows, W1, w_rows, acc, expert, C)
+    again = quarters(acc)
+    QUARTER: tl.constexpr = C.block_f // 4
+    local = tl.arange(0, C.block_t)[:, None]
+    for i in tl.static_range(4):
+        columns = first + i * QUARTER + tl.arange(0, QUARTER)
+        inside = inside_tile(grouped, end, columns, width, C)
+        at = AGAIN + start.to(tl.int64) * C.max_pre + (local * C.max_pre + columns[None, :])
+        h, value = gate_and_value(again[i], C)
+        tl.store(at, h.to(AGAIN.dtype.element_ty), mask=inside)
+        if C.gated:
+            tl.store(at + width, value.to(AGAIN.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def project(
+    DH2,
+    DHIDDEN,
+    W2,
+    prepared,
+    operands,
+    rows,
+    first,
+    expert,
+    start,
+    begin,
+    end,
+    BY_TOKEN: tl.constexpr,
+    C: tl.constexpr,
+):
+    """A task of phase 1 with a sub-norm: block_t rows, block_f hidden columns of dh2 W2."""
+    width = width_of(expert, C)
+    grouped = start + tl.arange(0, C.block_t)
+    if C.tasks[0] > 0:
+        wait(prepared, C.tasks[0])
+    if len(operands) > 0:
+        acc = described_nn(operands, expert, start, first, C.dim, C.block_f, C)
+    else:
+        if BY_TOKEN:
+            a_rows = tokens_of(rows, grouped, expert, begin, end, C)
+        else:
+            a_rows = tl.minimum(grouped, end - 1).to(tl.int64)
+        acc = product_nn(
+            *(DH2, a_rows, select(W2, expert, C), first, width),
+            *(C.dim, C.dim, width, C.even, C.block_f, C),
+        )
+    dhidden = quarters(acc)
+    QUARTER: tl.constexpr = C.block_f // 4
+    local = tl.arange(0, C.block_t)[:, None]
+    for i in tl.static_range(4):
+        columns = first + i * QUARTER + tl.arange(0, QUARTER)
+        inside = inside_tile(grouped, end, columns, width, C)
+        at = DHIDDEN + start.to(tl.int64) * C.max_hidden
+        at += local * C.max_hidden + columns[None, :]
+        tl.store(at, dhidden[i].to(DHIDDEN.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def undo_sub_norm(
+    PRE,
+    DHIDDEN,
+    HIDDEN,
+    DPRE,
+    SUM_DPRE,
+    SUM_SUB_NORM,
+    SUB_NORM_WEIGHT,
+    SUB_NORM_BIAS,
+    projected,
+    tile,
+    part,
+    expert,
+    start,
+    end,
+    sub_norm_eps,
+    C: tl.constexpr,
+):
+    """The phase of the sub-norm: sub_r * sub_steps rows."""
+    width = width_of(expert, C)
+    BLOCK_H: tl.constexpr = C.block_h
+    SUB_R: tl.constexpr = C.sub_r
+    columns = tl.arange(0, BLOCK_H)
+    within = columns < width
+    dpre_sums = tl.zeros((SUB_R, BLOCK_H), tl.float32)
+    dvalue_sums = tl.zeros((SUB_R, BLOCK_H), tl.float32)
+    dweight = tl.zeros((SUB_R, BLOCK_H), tl.float32)
+    dbias = tl.zeros((SUB_R, BLOCK_H), tl.float32)
+    if C.tasks[1] > 0:
+        wait(projected, C.tasks[1])
+    for step in range(C.sub_steps):
+        grouped = start + (part * C.sub_steps + step) * C.sub_r + tl.arange(0, C.sub_r)
+        inside = (grouped[:, None] < end) & within[None, :]
+        row = grouped[:, None].to(tl.int64)
+        at_pre = row * C.max_pre + columns[None, :]
+        at_hidden = row * C.max_hidden + columns[None, :]
+
+        h = tl.load(PRE + at_pre, mask=inside, other=0.0).to(tl.float32)
+        d = tl.load(DHIDDEN + at_hidden, mask=inside, other=0.0).to(tl.float32)
+        gated, slope = gate_with_slope(h, C)
+        hidden = gated
+        if C.gated:
+            value = tl.load(PRE + at_pre + width, mask=inside, other=0.0).to(tl.float32)
+            hidden = gated * value
+        # As the forward stores it.
+        hidden = tl.where(inside, hidden.to(DHIDDEN.dtype.element_ty).to(tl.float32), 0.0)
+        unit, inverse = unit_rows(hidden, columns, width, sub_norm_eps, "layer")
+        normed, weight = sub_normed(
+            unit, SUB_NORM_WEIGHT, SUB_NORM_BIAS, expert, columns, within, C
+        )
+        if HIDDEN is not None:
+            tl.store(HIDDEN + at_hidden, normed.to(HIDDEN.dtype.element_ty), mask=inside)
+        if SUM_SUB_NORM is not None:
+            dweight += term(d, unit)
+            dbias += d
+        dhidden = undo_unit_rows(term(d, weight), unit, inverse, width, "layer")
+        if C.gated:
+            dvalue = tl.where(inside, term(dhidden, gated), 0.0)
+            dvalue_sums += dvalue
+            tl.store(DPRE + at_pre + width, dvalue.to(DPRE.dtype.element_ty), mask=inside)
+            dhidden *= value
+        dpre = tl.where(inside, term(dhidden, slope), 0.0)
+        dpre_sums += dpre
+        tl.store(DPRE + at_pre, dpre.to(DPRE.dtype.element_ty), mask=inside)
+    line = (tile * C.tasks[2] + part).to(tl.int64)
+    if SUM_DPRE is not None:
+        sums = SUM_DPRE + line * C.max_pre + columns
+        tl.store(sums, tl.sum(dpre_sums, 0), mask=within)
+        if C.gated:
+            tl.store(sums + width, tl.sum(dvalue_sums, 0), mask=within)
+    if SUM_SUB_NORM is not None:
+        sums = SUM_SUB_NORM + line * (2 * C.max_hidden) + columns
+        tl.store(sums, tl.sum(dweight, 0), mask=within)
+        tl.store(sums + C.max_hidden, tl.sum(dbias, 0), mask=within)
+
+
+@triton.jit
 def multiply(
     DPRE,
     DNORMED,
@@ -320,7 +526,7 @@ def multiply(
     end,
     C: tl.constexpr,
 ):
-    """Phase 2: block_t rows, block_n columns."""
+    """The phase before the last: block_t rows, block_n columns."""
     first = part * C.block_n
     grouped = start + tl.arange(0, C.block_t)
     dpre_rows = tl.minimum(grouped, end - 1).to(tl.int64)
@@ -364,7 +570,7 @@ def undo_norm(
     norm_eps,
     C: tl.constexpr,
 ):
-    """Phase 3: block_r * row_steps rows."""
+    """The last phase: block_r * row_steps rows."""
     columns = tl.arange(0, C.block_d)
     within = columns < C.dim
     weight = tl.load(select(NORM_WEIGHT, expert, C) + columns, mask=within, other=0.0)
@@ -390,6 +596,7 @@ def undo_norm(
             dx = undo_unit_rows(d, unit, inverse, C.dim, NORM)
             tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=inside)
     if SUM_NORM is not None:
-        sums = SUM_NORM + (tile * C.tasks[3] + part).to(tl.int64) * (2 * C.dim) + columns
+        LAST: tl.constexpr = len(C.tasks) - 1
+        sums = SUM_NORM + (tile * C.tasks[LAST] + part).to(tl.int64) * (2 * C.dim) + columns
         tl.store(sums, tl.sum(dweight, 0), mask=within)
         tl.store(sums + C.dim, tl.sum(dbias, 0), mask=within)

@@ -52,8 +52,11 @@ class Work(NamedTuple):
     b2: tuple[bool, ...]
     norm_weight: tuple[bool, ...]
     norm_bias: tuple[bool, ...]
+    sub_norm_weight: tuple[bool, ...]
+    sub_norm_bias: tuple[bool, ...]
     # Column blocks of each kind of sum, over all experts, and its rows per row tile
-    sum_blocks: tuple[int, ...]  # dpre, dbranch, norm weight, norm bias
+    sum_blocks: tuple[int, ...]  # dpre, dbranch, norm weight, norm bias, and those of the sub-norm
+    dpre_rows: int
     dbranch_rows: int
     norm_rows: int
     rows_block_t: int  # rows of the row tiles that the sums were computed for
@@ -148,6 +151,7 @@ def moe_ffn_bwd_weights_kernel(
     SUM_DPRE,  # partial sums from the kernel of the rows; arbitrary if not needed
     SUM_DBRANCH,
     SUM_NORM,
+    SUM_SUB_NORM,
     PARTIAL,  # [workers, block_t, block_n] float32 scratch
     SUM_SCALE,  # [scale_rows, D] float32 scratch, None if dlayer_scale is not needed
     SUM_BIAS,  # [E, D] float32 scratch: b2 * sum of dbranch; None if not needed
@@ -157,6 +161,8 @@ def moe_ffn_bwd_weights_kernel(
     DB2,
     DNORM_WEIGHT,
     DNORM_BIAS,
+    DSUB_NORM_WEIGHT,
+    DSUB_NORM_BIAS,
     DLAYER_SCALE,
     W2,
     B2,
@@ -173,6 +179,8 @@ def moe_ffn_bwd_weights_kernel(
     B2_WANTED: tl.constexpr = W.b2
     NORM_WEIGHT_WANTED: tl.constexpr = W.norm_weight
     NORM_BIAS_WANTED: tl.constexpr = W.norm_bias
+    SUB_NORM_WEIGHT_WANTED: tl.constexpr = W.sub_norm_weight
+    SUB_NORM_BIAS_WANTED: tl.constexpr = W.sub_norm_bias
     partial_ready = COUNTERS + 3
     operands = (
         (
@@ -187,7 +195,9 @@ def moe_ffn_bwd_weights_kernel(
     ranges = W.workers
     for e in tl.static_range(len(C.hidden)):
         ranges += W.whole[e]
-    total = ranges + W.sum_blocks[0] + W.sum_blocks[1] + W.sum_blocks[2] + W.sum_blocks[3]
+    total = ranges
+    for k in tl.static_range(len(W.sum_blocks)):
+        total += W.sum_blocks[k]
 
     ticket = tl.atomic_add(COUNTERS, 1, sem="relaxed")
     while ticket < total:
@@ -218,7 +228,7 @@ def moe_ffn_bwd_weights_kernel(
                         brought += tl.where(is_w1, 0, 1)
         else:
             kind, expert, columns, sums = add_up(
-                SUM_DPRE, SUM_DBRANCH, SUM_NORM, ticket - ranges, rows, C, W
+                SUM_DPRE, SUM_DBRANCH, SUM_NORM, SUM_SUB_NORM, ticket - ranges, rows, C, W
             )
             if kind == 0:
                 if DB1 is not None:
@@ -240,9 +250,19 @@ def moe_ffn_bwd_weights_kernel(
             elif kind == 2:
                 if DNORM_WEIGHT is not None:
                     store_sum(DNORM_WEIGHT, NORM_WEIGHT_WANTED, expert, columns, C.dim, sums, C)
-            else:
+            elif kind == 3:
                 if DNORM_BIAS is not None:
                     store_sum(DNORM_BIAS, NORM_BIAS_WANTED, expert, columns, C.dim, sums, C)
+            elif kind == 4:
+                if DSUB_NORM_WEIGHT is not None:
+                    width = width_of(expert, C)
+                    store_sum(
+                        DSUB_NORM_WEIGHT, SUB_NORM_WEIGHT_WANTED, expert, columns, width, sums, C
+                    )
+            else:
+                if DSUB_NORM_BIAS is not None:
+                    width = width_of(expert, C)
+                    store_sum(DSUB_NORM_BIAS, SUB_NORM_BIAS_WANTED, expert, columns, width, sums, C)
         if SUM_SCALE is not None:  # noqa: SIM102 (decided when compiled, the next when run)
             if brought > 0:
                 finish_scale(SUM_SCALE, SUM_BIAS, DLAYER_SCALE, COUNTERS + 2, brought, C, W)
@@ -493,14 +513,23 @@ def finish_scale(
 
 
 @triton.jit
-def add_up(SUM_DPRE, SUM_DBRANCH, SUM_NORM, block, rows, C: tl.constexpr, W: tl.constexpr):
+def add_up(
+    SUM_DPRE,
+    SUM_DBRANCH,
+    SUM_NORM,
+    SUM_SUB_NORM,
+    block,
+    rows,
+    C: tl.constexpr,
+    W: tl.constexpr,
+):
     """Reduce a block of columns of partial sums of one kind: kind, expert, columns, sums.
 
-    Kinds: 0 dpre, 1 dbranch, 2 the norm's weight, 3 its bias.
+    Kinds: 0 dpre, 1 dbranch, 2 the norm's weight, 3 its bias, 4 the sub-norm's weight, 5 its bias.
     """
     kind = 0
     blocks = W.sum_blocks[0]
-    for i in tl.static_range(1, 4):
+    for i in tl.static_range(1, len(W.sum_blocks)):
         behind = (kind == i - 1) & (block >= blocks)
         block -= tl.where(behind, blocks, 0)
         kind = tl.where(behind, i, kind)
@@ -512,13 +541,20 @@ def add_up(SUM_DPRE, SUM_DBRANCH, SUM_NORM, block, rows, C: tl.constexpr, W: tl.
     source = tl.where(kind == 0, SUM_DPRE, tl.where(kind == 1, SUM_DBRANCH, SUM_NORM))
     source += tl.where(kind == 3, C.dim, 0)
     stride = tl.where(kind == 0, C.max_pre, tl.where(kind == 1, C.dim, 2 * C.dim))
-    per_tile = tl.where(kind == 0, 1, tl.where(kind == 1, W.dbranch_rows, W.norm_rows))
+    per_tile = tl.where(kind == 0, W.dpre_rows, tl.where(kind == 1, W.dbranch_rows, W.norm_rows))
+    width = tl.where(kind == 0, width_of(expert, C) * C.halves, C.dim)
+    if C.sub_norm:
+        source = tl.where(kind >= 4, SUM_SUB_NORM, source)
+        source += tl.where(kind == 5, C.max_hidden, 0)
+        stride = tl.where(kind >= 4, 2 * C.max_hidden, stride)
+        per_tile = tl.where(kind >= 4, W.dpre_rows, per_tile)
+        width = tl.where(kind >= 4, width_of(expert, C), width)
     begin, end, tiles = 0, 0, 0
     for e in tl.static_range(len(C.hidden)):
         begin = tl.where(expert == e, tiles, begin)
         tiles += tl.cdiv(expert_offset(rows, e + 1) - expert_offset(rows, e), W.rows_block_t)
         end = tl.where(expert == e, tiles, end)
-    within = columns < tl.where(kind == 0, width_of(expert, C) * C.halves, C.dim)
+    within = columns < width
     sums = sum_rows(source, begin * per_tile, end * per_tile, stride, columns, within, SUM_ROWS)
     return kind, expert, columns, sums
 

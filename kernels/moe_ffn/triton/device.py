@@ -43,6 +43,9 @@ class Config(NamedTuple):
     block_d: int  # D, rounded up to a power of two
     block_r: int  # rows that a phase without products processes at once
     row_steps: int  # number of iterations in a task of such a phase
+    block_h: int  # max F, rounded up to a power of two
+    sub_r: int  # rows that the sub-norm processes at once
+    sub_steps: int  # number of iterations in a task of the sub-norm
     num_warps: int
     descriptors: bool  # whether grouped operands are read through tensor descriptors
     overhead: int  # empty positions before a tile of the weights that is divided
@@ -293,7 +296,10 @@ def gate(x, C: tl.constexpr):
     """The activation function; for a gated activation, the factor of the value."""
     if C.activation == "swiglu":
         return x * sigmoid(x, C)
-    elif C.activation == "gelu_tanh":
+    elif C.activation == "relu2":
+        x = tl.maximum(x, 0.0)
+        return x * x
+    elif C.activation == "gelu_tanh" or C.activation == "geglu_tanh":
         # x * (1 + tanh(u)) / 2 = x * sigmoid(2 u)
         return x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x), C)
     elif C.rounds:
@@ -309,7 +315,10 @@ def gate_with_slope(x, C: tl.constexpr):
     if C.activation == "swiglu":
         s = sigmoid(x, C)
         return x * s, s * (1.0 + x * (1.0 - s))
-    elif C.activation == "gelu_tanh":
+    elif C.activation == "relu2":
+        x = tl.maximum(x, 0.0)
+        return x * x, 2.0 * x
+    elif C.activation == "gelu_tanh" or C.activation == "geglu_tanh":
         s = sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x), C)
         inner = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
         return x * s, s * (1.0 + x * (1.0 - s) * inner)
@@ -470,6 +479,43 @@ def undo_unit_rows(d, unit, inverse, width, NORM: tl.constexpr):
     if NORM == "layer":
         dx -= (tl.sum(d, 1) / width)[:, None]
     return dx * inverse[:, None]
+
+
+@triton.jit
+def sub_normed(unit, SUB_NORM_WEIGHT, SUB_NORM_BIAS, expert, columns, within, C: tl.constexpr):
+    """Scale and shift normalised rows by the sub-norm's weight and bias; the weight [1, F]."""
+    weight = tl.load(select(SUB_NORM_WEIGHT, expert, C) + columns, mask=within, other=0.0)
+    weight = weight.to(tl.float32)[None, :]
+    hidden = unit * weight
+    if SUB_NORM_BIAS is not None:
+        bias = tl.load(select(SUB_NORM_BIAS, expert, C) + columns, mask=within, other=0.0)
+        hidden += bias.to(tl.float32)[None, :]
+    return hidden, weight
+
+
+@triton.jit
+def sub_normalise(
+    HIDDEN,  # [T, max F] grouped
+    OUT,  # [T, max F] grouped, may be HIDDEN
+    SUB_NORM_WEIGHT,
+    SUB_NORM_BIAS,
+    grouped,  # [rows]
+    end,
+    expert,
+    eps,
+    BLOCK_H: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Store sub_norm_e(hidden) of some rows."""
+    width = width_of(expert, C)
+    columns = tl.arange(0, BLOCK_H)
+    within = columns < width
+    inside = (grouped[:, None] < end) & within[None, :]
+    at = grouped[:, None].to(tl.int64) * C.max_hidden + columns[None, :]
+    hidden = tl.load(HIDDEN + at, mask=inside, other=0.0).to(tl.float32)
+    unit, _ = unit_rows(hidden, columns, width, eps, "layer")
+    y, _ = sub_normed(unit, SUB_NORM_WEIGHT, SUB_NORM_BIAS, expert, columns, within, C)
+    tl.store(OUT + at, y.to(OUT.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """The forward of moe_ffn in one launch: norm, first product and activation, second product.
 
 A row tile passes through three phases: 0 normalises rows into scratch, 1 computes tiles of the
-hidden activations, 2 computes tiles of y. The kernel is persistent: programs take tickets in the
+hidden activations, 2 computes tiles of y. With a sub-norm, a phase between 1 and 2 normalises rows
+of the hidden activations. The kernel is persistent: programs take tickets in the
 order of :class:`vlmo.kernels.moe_ffn.schedule.Banded`, and a task waits until the previous phase
 has finished the same row tile. A task only waits for tasks with earlier tickets, so the program
 with the earliest unfinished ticket never waits, and there is no deadlock for any number of resident
@@ -32,6 +33,7 @@ from .device import (
     quarters,
     select,
     signal,
+    sub_normalise,
     tokens_of,
     w1_rows,
     wait,
@@ -45,6 +47,7 @@ def moe_ffn_fwd_kernel(
     NORMED,  # [T, D] grouped scratch; None without norm
     PRE,  # [T, P] grouped, P = max F or, gated, max 2 F; None if not saved
     HIDDEN,  # [T, max F] grouped scratch
+    SUB_NORMED,  # [T, max F] grouped scratch; None without a sub-norm
     Y,  # [T, D]
     W1,  # E pointers, like all tuples in capitals
     W2,
@@ -52,20 +55,27 @@ def moe_ffn_fwd_kernel(
     B2,
     NORM_WEIGHT,
     NORM_BIAS,
+    SUB_NORM_WEIGHT,
+    SUB_NORM_BIAS,
     LAYER_SCALE,  # [D]
     TOKEN_SCALE,  # [T]
     RESIDUAL,  # [T, D]
     rows,
-    COUNTERS,  # [2 + 2 * bound on row tiles]: ticket, finished programs, phase 0, phase 1
+    COUNTERS,  # [2 + phases * bound on row tiles]: ticket, finished programs, phases but the last
     bound,
     band,
     norm_eps,
+    sub_norm_eps,
     C: tl.constexpr,
 ):
     tiles = count_tiles(rows, C)
-    total = tiles * (C.tasks[0] + C.tasks[1] + C.tasks[2])
+    LAST: tl.constexpr = len(C.tasks) - 1
+    total = 0
+    for p in tl.static_range(len(C.tasks)):
+        total += tiles * C.tasks[p]
     normed_rows = COUNTERS + 2
     hidden_rows = normed_rows + bound
+    sub_normed_rows = hidden_rows + bound
     DESCRIBED: tl.constexpr = C.descriptors
     hidden_operands = (
         operands_nt(NORMED, "dim", W1, "pre", rows, C)
@@ -73,7 +83,9 @@ def moe_ffn_fwd_kernel(
         else ()
     )
     output_operands = (
-        operands_nt(HIDDEN, "hidden", W2, "dim", rows, C) if DESCRIBED and C.tasks[2] > 0 else ()
+        operands_nt(HIDDEN if SUB_NORMED is None else SUB_NORMED, "hidden", W2, "dim", rows, C)
+        if DESCRIBED and C.tasks[LAST] > 0
+        else ()
     )
 
     ticket = tl.atomic_add(COUNTERS, 1, sem="relaxed")
@@ -105,15 +117,24 @@ def moe_ffn_fwd_kernel(
                         ),
                     )
                 signal(hidden_rows + tile)
+        elif phase < LAST:
+            if SUB_NORMED is not None and C.tasks[2] > 0:
+                sub_norm_rows(
+                    *(HIDDEN, SUB_NORMED, SUB_NORM_WEIGHT, SUB_NORM_BIAS, hidden_rows + tile),
+                    *(part, expert, start, end, sub_norm_eps, C),
+                )
+                signal(sub_normed_rows + tile)
         else:
-            if C.tasks[2] > 0:
+            if C.tasks[LAST] > 0:
                 output_tile(
-                    *(HIDDEN, Y, W2, B2, LAYER_SCALE, TOKEN_SCALE, RESIDUAL, hidden_rows + tile),
+                    *(HIDDEN if SUB_NORMED is None else SUB_NORMED, Y, W2, B2),
+                    *(LAYER_SCALE, TOKEN_SCALE, RESIDUAL),
+                    (hidden_rows if SUB_NORMED is None else sub_normed_rows) + tile,
                     *(output_operands, rows, part, expert, start, begin, end, C),
                 )
         # Not earlier: a ticket taken during a task would wait, and so would its dependents.
         ticket = tl.atomic_add(COUNTERS, 1, sem="relaxed")
-    leave(COUNTERS, 2 + 2 * bound)
+    leave(COUNTERS, 2 + LAST * bound)
 
 
 @triton.jit
@@ -194,6 +215,32 @@ def hidden_tile(
 
 
 @triton.jit
+def sub_norm_rows(
+    HIDDEN,
+    SUB_NORMED,
+    SUB_NORM_WEIGHT,
+    SUB_NORM_BIAS,
+    hidden_rows,
+    part,
+    expert,
+    start,
+    end,
+    sub_norm_eps,
+    C: tl.constexpr,
+):
+    """The phase of the sub-norm: sub_r * sub_steps rows."""
+    BLOCK_H: tl.constexpr = C.block_h
+    if C.tasks[1] > 0:
+        wait(hidden_rows, C.tasks[1])
+    for step in range(C.sub_steps):
+        grouped = start + (part * C.sub_steps + step) * C.sub_r + tl.arange(0, C.sub_r)
+        sub_normalise(
+            *(HIDDEN, SUB_NORMED, SUB_NORM_WEIGHT, SUB_NORM_BIAS),
+            *(grouped, end, expert, sub_norm_eps, BLOCK_H, C),
+        )
+
+
+@triton.jit
 def output_tile(
     HIDDEN,
     Y,
@@ -212,7 +259,7 @@ def output_tile(
     end,
     C: tl.constexpr,
 ):
-    """Phase 2: block_t rows, block_n columns of y."""
+    """The last phase: block_t rows, block_n columns of y."""
     width = width_of(expert, C)
     first = part * C.block_n
     grouped = start + tl.arange(0, C.block_t)
@@ -222,8 +269,9 @@ def output_tile(
     token = tokens_of(rows, grouped, expert, begin, end, C)
     if RESIDUAL is not None:
         prefetch_tile(RESIDUAL + token * C.dim, first, C.dim, C.block_n)
-    if C.tasks[1] > 0:
-        wait(hidden_rows, C.tasks[1])
+    BEFORE: tl.constexpr = len(C.tasks) - 2
+    if C.tasks[BEFORE] > 0:
+        wait(hidden_rows, C.tasks[BEFORE])
     if len(operands) > 0:
         acc = described_nt(operands, expert, start, first, acc, width, C)
     else:

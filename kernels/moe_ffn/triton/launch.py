@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..._backends import triton_launch
-from ..call import WITHOUT_SUB_NORM, Call, pre_shape
+from ..call import LISTS, Call, pre_shape
 from ..counters import take_counters
 from ..plan import Gradients, Needed, Problem, RowsPlan, WeightsPlan, plan_rows, plan_weights
 from ..rows import rows_of
@@ -29,6 +29,8 @@ from .tiles import Overheads, Tile
 # kernel spills on sm_80), and rows per task; more rows give fewer partial sums.
 _HELD = 4096
 _ROWS_PER_TASK = 64
+# Rows of hidden activations in a task of the sub-norm.
+_SUB_NORM_ROWS = 16
 # Plans kept for later calls. One for each number of tokens, if texts differ in length.
 _PLANS = 1024
 
@@ -53,12 +55,14 @@ def _plan_forward(
 ) -> _Forward:
     config = arguments.config_of(problem, precision, tile, descriptors)
     dim, bound = problem.dim, problem.tiles(tile.block_t)
+    config, sub_tasks = _with_sub_norm(config, tile, 2 * _HELD)
     tasks = (
         0 if problem.norm == "none" else -(-tile.block_t // config.block_r),
         -(-config.max_hidden // config.block_f),
+        *sub_tasks,
         -(-dim // tile.block_n),
     )
-    depths = (None, dim, config.max_hidden)
+    depths = (None, dim, *(None for _ in sub_tasks), config.max_hidden)
     band = band_of(
         *(bound, tasks, workers, depths),
         step=config.block_k,
@@ -67,6 +71,16 @@ def _plan_forward(
     )
     launches = _launches(config, tasks, separate, bound, workers)
     return _Forward(launches, bound, band)
+
+
+def _with_sub_norm(config: Config, tile: Tile, held: int) -> tuple[Config, tuple[int, ...]]:
+    """The configuration with rows of the sub-norm, and the tasks of its phase if there is one."""
+    if not config.sub_norm:
+        return config, ()
+    sub_r = max(1, min(tile.block_t, _SUB_NORM_ROWS, held // config.block_h))
+    sub_steps = max(1, min(tile.block_t, _SUB_NORM_ROWS) // sub_r)
+    config = config._replace(sub_r=sub_r, sub_steps=sub_steps)
+    return config, (-(-tile.block_t // (sub_r * sub_steps)),)
 
 
 def _launches(
@@ -93,7 +107,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     device, rows = x.device, rows_of(call)
     row = tiles.choose(device, dtype)
     tile, workers = row.forward, arguments.workers_on(device, row.forward)
-    w1, w2, *others = map(arguments.pointers, call[1:7])
+    w1, w2, *others = map(arguments.pointers, call[1:9])
     assert w1 is not None and w2 is not None
     plan = _plan_forward(
         *(Problem.of(call, rows), arguments.precision(), tile, workers),
@@ -102,17 +116,18 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     )
     normed = None if call.norm == "none" else x.new_empty(x.shape, dtype=dtype)
     hidden = x.new_empty((x.shape[0], plan.launches[0][0].max_hidden), dtype=dtype)
+    sub_normed = torch.empty_like(hidden) if call.sub_norm_weight else None
     tensors = (
-        *(x.contiguous(), normed, pre if call.save_pre else None, hidden, y),
+        *(x.contiguous(), normed, pre if call.save_pre else None, hidden, sub_normed, y),
         *(w1, w2, *others),
         *map(arguments.contiguous, (call.layer_scale, call.token_scale, call.residual)),
         arguments.passed(rows),
     )
     for config, programs in plan.launches:
-        with take_counters(device, 2 + 2 * plan.bound) as counters:
+        with take_counters(device, 2 + (len(config.tasks) - 1) * plan.bound) as counters:
             triton_launch.launch(
                 *(moe_ffn_fwd_kernel, device, programs, tile, *tensors),
-                *(counters, plan.bound, plan.band, call.norm_eps, config),
+                *(counters, plan.bound, plan.band, call.norm_eps, call.sub_norm_eps, config),
             )
     return y, pre
 
@@ -122,6 +137,7 @@ class _Backward(NamedTuple):
 
     rows: RowsPlan
     rows_launches: tuple[tuple[Config, int], ...]  # configuration and number of programs
+    sub_norm_lines: int  # partial sums of the sub-norm
     band: int
     weights: WeightsPlan
     weights_config: Config
@@ -149,6 +165,7 @@ def _plan_backward(
     config = arguments.config_of(problem, precision, tile, rows_descriptors)
     block_r = max(1, min(tile.block_t, _HELD // config.block_d))
     row_steps = max(1, min(tile.block_t, _ROWS_PER_TASK) // block_r)
+    config, sub_tasks = _with_sub_norm(config, tile, _HELD)
     rows = plan_rows(
         *(problem, needed),
         block_t=tile.block_t,
@@ -157,9 +174,15 @@ def _plan_backward(
         row_tasks=-(-tile.block_t // (block_r * row_steps)),
         keeps_normed=problem.norm != "none" and (needed.wants("w1") or recomputes),
         keeps_dh2=keeps_dh2,
+        dpre_lines=sum(sub_tasks) or 1,
     )
+    first = rows.tasks[1]
+    if sub_tasks and recomputes:
+        first *= 2  # tasks that recompute the pre-activation
+    tasks = (rows.tasks[0], first, *sub_tasks, *rows.tasks[2:])
+    depths = (*rows.depths[:2], *(None for _ in sub_tasks), *rows.depths[2:])
     band = band_of(
-        *(rows.bound, rows.tasks, rows_workers, rows.depths),
+        *(rows.bound, tasks, rows_workers, depths),
         step=config.block_k,
         rows_cost=arguments.ROWS_COST,
         overheads=overheads[2:4],
@@ -179,8 +202,9 @@ def _plan_backward(
         w2_tiles=weights.w2_tiles,
         whole=weights.whole,
         workers=weights.workers,
-        **{name: needed.lists[name] for name in WITHOUT_SUB_NORM},
-        sum_blocks=weights.sum_blocks,
+        **needed.lists,
+        sum_blocks=weights.sum_blocks + weights.sub_norm_blocks * problem.sub_norm,
+        dpre_rows=sum(sub_tasks) or 1,
         dbranch_rows=rows.tasks[0],
         norm_rows=rows.tasks[3],
         rows_block_t=rows_tile.block_t,
@@ -189,7 +213,8 @@ def _plan_backward(
     )
     return _Backward(
         rows=rows,
-        rows_launches=_launches(config, rows.tasks, separate, rows.bound, rows_workers),
+        rows_launches=_launches(config, tasks, separate, rows.bound, rows_workers),
+        sub_norm_lines=rows.bound * sum(sub_tasks),
         band=band,
         weights=weights,
         weights_config=arguments.config_of(problem, precision, tile, weights_descriptors)._replace(
@@ -217,7 +242,7 @@ def _launch(dy: Tensor, pre: Tensor | None, call: Call, gradients: Gradients) ->
     device, rows, row = x.device, rows_of(call), tiles.choose(x.device, dtype)
     tile = row.recompute if pre is None else row.rows
     scaled = call.layer_scale is not None or call.token_scale is not None
-    w1, w2, b1, b2, norm_weight, norm_bias = map(arguments.pointers, call[1:7])
+    w1, w2, b1, b2, *norms = map(arguments.pointers, call[1:9])
     assert w1 is not None and w2 is not None
     plan = _plan_backward(
         *(Problem.of(call, rows), needed, arguments.precision()),
@@ -229,16 +254,17 @@ def _launch(dy: Tensor, pre: Tensor | None, call: Call, gradients: Gradients) ->
     )
     made, bound, passed = plan.rows.allocate(call), plan.rows.bound, arguments.passed(rows)
     layer_scale = arguments.contiguous(call.layer_scale)
+    dhidden, again, sum_sub_norm = _sub_norm_scratch(call, needed, plan, pre is None)
     tensors = (
-        *(dy, x, pre, *made, gradients.x if needed.x else None),
-        *(w1, w2, b1, norm_weight, norm_bias),
+        *(dy, x, pre, *made[:6], dhidden, again, *made[6:], sum_sub_norm),
+        *(gradients.x if needed.x else None, w1, w2, b1, *norms),
         *(layer_scale, arguments.contiguous(call.token_scale), passed),
     )
     for config, programs in plan.rows_launches:
-        with take_counters(device, 2 + 3 * bound) as counters:
+        with take_counters(device, 2 + (len(config.tasks) - 1) * bound) as counters:
             triton_launch.launch(
                 *(moe_ffn_bwd_rows_kernel, device, programs, tile, *tensors),
-                *(counters, bound, plan.band, call.norm_eps, config),
+                *(counters, bound, plan.band, call.norm_eps, call.sub_norm_eps, config),
             )
     if not needed.sums:
         return
@@ -247,7 +273,7 @@ def _launch(dy: Tensor, pre: Tensor | None, call: Call, gradients: Gradients) ->
     partial = x.new_empty(1, dtype=torch.float32) if scratch.partial is None else scratch.partial
     normed = made.dpre if made.normed is None else made.normed
     dbranch = made.dbranch if made.dbranch is not None else made.dh2
-    sums = (made.sum_dpre, made.sum_dbranch, made.sum_norm)
+    sums = (made.sum_dpre, made.sum_dbranch, made.sum_norm, sum_sub_norm)
     with take_counters(device, 3 + plan.weights.workers) as counters:
         triton_launch.launch(
             *(moe_ffn_bwd_weights_kernel, device, plan.weights_programs, row.weights),
@@ -256,7 +282,23 @@ def _launch(dy: Tensor, pre: Tensor | None, call: Call, gradients: Gradients) ->
             made.dpre if made.hidden is None else made.hidden,
             *(partial if tensor is None else tensor for tensor in sums),
             *(partial, scratch.sum_scale, scratch.sum_bias),
-            *(tuple(gradients.lists[name]) or None for name in WITHOUT_SUB_NORM),
+            *(tuple(gradients.lists[name]) or None for name in LISTS),
             *(gradients.scale, w2, b2, layer_scale, passed, counters),
             *(call.norm == "none", dbranch is None, plan.weights_config, plan.work),
         )
+
+
+def _sub_norm_scratch(
+    call: Call, needed: Needed, plan: _Backward, recomputes: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dh2 W2 [T, max F], the recomputed pre-activation [T, P] and the sums; None if not needed."""
+    if not call.sub_norm_weight:
+        return None, None, None
+    x, config = call.x, plan.rows_launches[0][0]
+    dhidden = x.new_empty((len(x), config.max_hidden), dtype=call.w1[0].dtype)
+    again = dhidden.new_empty((len(x), config.max_pre)) if recomputes else None
+    sums = None
+    if needed.wants("sub_norm_weight", "sub_norm_bias"):
+        shape = (plan.sub_norm_lines, 2 * config.max_hidden)
+        sums = x.new_empty(shape, dtype=torch.float32)
+    return dhidden, again, sums

@@ -55,8 +55,10 @@ def test_moe_ffn_composed(case, dtype, target):
     with emulated(target) as gpu:
         moe_ffn_cases.assert_parity(case, dtype, COMPOSED)
     # With biases or norm parameters the sums; without a norm, x is copied in the backward, too.
-    parameters = case.bias or case.layer_scale or case.norm != "none"
-    assert len(gpu.launches) == 6 + parameters + (case.norm == "none")
+    parameters = case.bias or case.layer_scale or case.norm != "none" or case.sub_norm
+    # A sub-norm has two passes, and the backward needs the activations before it.
+    others = (case.norm == "none") + 3 * case.sub_norm
+    assert len(gpu.launches) == 6 + parameters + others
     assert not gpu.reports, gpu.reports
 
 
@@ -120,6 +122,45 @@ def test_moe_ffn_of_many_tiles(target, case):
     assert not gpu.reports, gpu.reports
     for launch in gpu.launches:
         assert acquires(gpu, launch.kernel) > 0, launch.kernel
+
+
+# Widths that a descriptor can have; experts without rows, and of unequal widths.
+WITH_DESCRIPTORS = [
+    moe_ffn_cases.Case(batch=8),
+    moe_ffn_cases.Case(
+        *(((0, 3), (3, 5), (1, 4)), "ids", 8, 24, (16, 64, 8, 40), "geglu"), layer_scale=False
+    ),
+    moe_ffn_cases.Case(
+        *(((1, 9),), "packed", 8, 24, (48, 40), "gelu", "none"), token_scale=False, residual=False
+    ),
+]
+
+
+@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize("case", WITH_DESCRIPTORS, ids=str)
+def test_moe_ffn_through_descriptors(case, save):
+    tile = moe_ffn_tiles.Tile(64, 64, 32, 4, 3, descriptors=True)
+    row = moe_ffn_tiles.Tiles(tile, tile, tile, tile)
+    with emulated("sm_90", multiprocessors=5) as gpu, moe_ffn_tiles.use_tiles(row):
+        moe_ffn_cases.assert_parity(case, torch.float16, PLACE, recompute=not save)
+    assert not gpu.reports, gpu.reports
+    assert len(gpu.launches) == 3
+    for launch in gpu.launches:
+        executed = [launch.machine.executed(result) for result in launch.results]
+        copies = [sum(n for name, n in e.items() if "bulk.tensor" in name) for e in executed]
+        # Without a norm and scales, the weights are multiplied with x and dy by token.
+        by_token = case.norm == "none" and not case.token_scale and "weights" in launch.kernel
+        assert all(copies) if not by_token else not any(copies), launch.kernel
+
+
+def test_a_missing_proxy_fence_is_reported():
+    tile = moe_ffn_tiles.Tile(64, 64, 32, 4, 3, descriptors=True)
+    row = moe_ffn_tiles.Tiles(tile, tile, tile, tile)
+    with emulated("sm_90", multiprocessors=5) as gpu, moe_ffn_tiles.use_tiles(row):
+        gpu.change = lambda ptx: ptx.replace("fence.proxy.async.global;", "")
+        moe_ffn_cases.assert_parity(WITH_DESCRIPTORS[0], torch.float16, PLACE)
+    found = {report.finding for report in gpu.reports}
+    assert found == {"copy of a tile reads global memory without a proxy fence behind the write"}
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -19,7 +19,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
 import compiled_attention
-from compiled import LAYERS, NoDriver, run_case
+from compiled import LAYERS, NoDriver, run_case, with_descriptors
 from ptx.driver import CACHE
 from ptx.flow import END, blocks_of
 from ptx.order import CHANNELS, COUNTERS, Channel, Result, Rule, check
@@ -39,7 +39,7 @@ PRECISIONS = {  # of products: the dtype, and whether those of float32 are in TF
     "tf32": (torch.float32, True),
 }
 OFTEN = [(generation, "16-bit", "vlmo") for generation in ("sm_80", "sm_90", "sm_120")]
-OFTEN += [("sm_90", "16-bit", "decoder")]
+OFTEN += [("sm_90", "16-bit", layer) for layer in ("decoder", "beit3", "beit3, recomputed")]
 ATTENTION_OFTEN = [("sm_90", "16-bit", 64, "vlmo")]
 MULTIPROCESSORS = 132
 
@@ -50,8 +50,18 @@ class Compiled(NamedTuple):
     kernel: Kernel
     arguments: list[tuple[str, str]]
 
+    @property
+    def channels(self) -> list[Channel]:
+        """The channels of this variant of the kernel."""
+        names = {name for _, name in self.arguments}
+        return [
+            channel
+            for channel in CHANNELS.get(self.kernel.name, ())
+            if not channel.optional or not names.isdisjoint(channel.data)
+        ]
+
     def check(self) -> Result:
-        return check(self.kernel, self.arguments, CHANNELS.get(self.kernel.name, ()))
+        return check(self.kernel, self.arguments, self.channels)
 
 
 # ---- compiling
@@ -68,7 +78,7 @@ def parameters_of(name: str, type_: object) -> Iterator[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def compiling(generation: str) -> Iterator[list[Compiled]]:
+def compiling(generation: str, descriptors: bool = False) -> Iterator[list[Compiled]]:
     """In this context, launches compile the kernel to PTX and append it to the yielded list."""
     found: list[Compiled] = []
 
@@ -79,7 +89,8 @@ def compiling(generation: str) -> Iterator[list[Compiled]]:
         found.append(Compiled(parse(compiled.asm["ptx"]), arguments))
 
     def moe_ffn_row(device, dtype):
-        return moe_ffn_tiles.TABLE[generation, operands_of(dtype)]
+        row = moe_ffn_tiles.TABLE[generation, operands_of(dtype)]
+        return with_descriptors(row) if descriptors else row
 
     def attention_row(device, dtype, head_dim):
         width = attention_tiles.width_of(head_dim)
@@ -113,8 +124,10 @@ def products_in(precision: str) -> Iterator[torch.dtype]:
 
 
 @functools.cache
-def moe_ffn(generation: str, precision: str, layer: str) -> list[Compiled]:
-    with compiling(generation) as found, products_in(precision) as dtype:
+def moe_ffn(
+    generation: str, precision: str, layer: str, descriptors: bool = False
+) -> list[Compiled]:
+    with compiling(generation, descriptors) as found, products_in(precision) as dtype:
         run_case(dtype, **LAYERS[layer])
     return found
 
@@ -139,7 +152,7 @@ def each(*choices: Iterable, often: list[tuple]) -> list:
 def assert_ordered(compiled: Compiled) -> None:
     result, kernel = compiled.check(), compiled.kernel
     assert not result.findings, "\n".join(map(str, result.findings))
-    channels = CHANNELS[kernel.name]
+    channels = compiled.channels
     # Without waits and releases the check would be vacuous.
     assert len(result.tickets) >= 2 and result.barriers
     assert set(result.uses) == {channel.name for channel in channels}
@@ -162,6 +175,14 @@ def test_moe_ffn(generation, precision, layer):
     kernels = moe_ffn(generation, precision, layer)
     assert {compiled.kernel.name for compiled in kernels} == set(CHANNELS)
     for compiled in kernels:
+        assert_ordered(compiled)
+
+
+def test_moe_ffn_through_descriptors():
+    """The copies by tensor descriptors are behind a proxy fence."""
+    kernels = moe_ffn("sm_90", "16-bit", "vlmo", descriptors=True)
+    for compiled in kernels:
+        assert any("bulk.tensor" in s.text for s in compiled.kernel.statements)
         assert_ordered(compiled)
 
 
@@ -347,7 +368,7 @@ class Faults:
 
 def assert_faults_seen(compiled: Compiled, step: int) -> None:
     """Inject every fault, one at a time: each violates its rules and no others."""
-    for channel in CHANNELS[compiled.kernel.name]:
+    for channel in compiled.channels:
         for what, plant, rules in Faults(compiled, channel, step).all():
             changed = compiled._replace(kernel=planted(compiled.kernel, plant))
             findings = changed.check().findings
@@ -356,9 +377,12 @@ def assert_faults_seen(compiled: Compiled, step: int) -> None:
             assert {f.data for f in findings} <= {channel.name, ""}, (where, findings)
 
 
-@pytest.mark.parametrize("kernel", CHANNELS)
-def test_planted_faults(kernel):
-    (compiled,) = (c for c in moe_ffn("sm_90", "16-bit", "vlmo") if c.kernel.name == kernel)
+@pytest.mark.parametrize(
+    ("kernel", "layer"),
+    [*((kernel, "vlmo") for kernel in CHANNELS), ("moe_ffn_bwd_rows_kernel", "beit3")],
+)
+def test_planted_faults(kernel, layer):
+    (compiled,) = (c for c in moe_ffn("sm_90", "16-bit", layer) if c.kernel.name == kernel)
     assert_faults_seen(compiled, step=16)
 
 
