@@ -68,8 +68,8 @@ def moe_ffn_fwd_kernel(
     sub_norm_eps,
     C: tl.constexpr,
 ):
-    tiles = count_tiles(rows, C)
     LAST: tl.constexpr = len(C.tasks) - 1
+    tiles = count_tiles(rows, C)
     total = 0
     for p in tl.static_range(len(C.tasks)):
         total += tiles * C.tasks[p]
