@@ -92,7 +92,7 @@ CASES = [
     Case(sub_norm=True),
     Case(sub_norm=True, form="ids", activation="swiglu", norm="rms", norm_bias=False, bias=False),
     Case(sub_norm=True, pieces=((0, 3), (3, 5), (1, 4)), hidden=(17, 64, 8, 33), norm="none"),
-    Case(activation="relu2"),
+    Case(activation="relu2", batch=5),
     Case(activation="geglu_tanh", norm="rms", norm_bias=False),
 ]
 

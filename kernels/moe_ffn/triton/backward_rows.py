@@ -23,21 +23,18 @@ import triton
 import triton.language as tl
 
 from ..._backends.triton_device import term
-from .descriptors import described_nn, described_nt, operands_nn, operands_nt
+from .descriptors import operands_nn, operands_nt
 from .device import (
     column_sums,
     count_tiles,
     find_tile,
-    first_sums,
     gate_and_value,
     gate_with_slope,
     inside_tile,
     leave,
     locate,
     normalise,
-    preactivation,
     prefetch_tile,
-    product_nn,
     quarters,
     select,
     signal,
@@ -45,10 +42,10 @@ from .device import (
     tokens_of,
     undo_unit_rows,
     unit_rows,
-    w1_rows,
     wait,
     width_of,
 )
+from .products import hidden_gradient, operand_rows, preactivation, product_nn
 
 # The pre-activation of a row or column outside the expert: every activation and slope is 0 there,
 # so that nothing is added to the sums over a tile.
@@ -275,37 +272,27 @@ def differentiate(
     width = width_of(expert, C)
     first = part * C.block_f
     grouped = start + tl.arange(0, C.block_t)
-    in_order = tl.minimum(grouped, end - 1).to(tl.int64)
-    by_token = in_order
-    if DH2_BY_TOKEN or NORMED_BY_TOKEN:
-        by_token = tokens_of(rows, grouped, expert, begin, end, C)
-    if PRE is None:
-        w_rows = w1_rows(first, width, C)
-        again = first_sums(B1, expert, w_rows, C)
-    else:
+    if PRE is not None:
+        in_order = operand_rows(rows, start, expert, begin, end, False, C)
         pre_of_rows = PRE + in_order * C.max_pre
         prefetch_tile(pre_of_rows, first, width, C.block_f)
         if C.gated:
             prefetch_tile(pre_of_rows + width, first, width, C.block_f)
-    if C.tasks[0] > 0:
-        wait(prepared, C.tasks[0])
-
-    if PRE is None:
-        a_rows = by_token if NORMED_BY_TOKEN else in_order
-        if len(again_operands) > 0:
-            again = described_nt(again_operands, expert, start, first, again, C.dim, C)
-        else:
-            again = preactivation(NORMED, a_rows, W1, w_rows, again, expert, C)
+        if C.tasks[0] > 0:
+            wait(prepared, C.tasks[0])
+    else:
+        again = preactivation(
+            *(again_operands, NORMED, W1, B1, prepared),
+            *(rows, first, expert, start, begin, end, NORMED_BY_TOKEN, C),
+        )
         # Rounded here to free registers for the product that follows.
         again = quarters(again.to(DPRE.dtype.element_ty))
-    if len(dhidden_operands) > 0:
-        acc = described_nn(dhidden_operands, expert, start, first, C.dim, C.block_f, C)
-    else:
-        acc = product_nn(
-            *(DH2, by_token if DH2_BY_TOKEN else in_order, select(W2, expert, C), first, width),
-            *(C.dim, C.dim, width, C.even, C.block_f, C),
+    dhidden = quarters(
+        hidden_gradient(
+            *(dhidden_operands, DH2, W2),
+            *(rows, first, expert, start, begin, end, DH2_BY_TOKEN, C),
         )
-    dhidden = quarters(acc)
+    )
     QUARTER: tl.constexpr = C.block_f // 4
     local = tl.arange(0, C.block_t)[:, None]
     pre_base = start.to(tl.int64) * C.max_pre
@@ -366,19 +353,12 @@ def recompute(
     """A task of phase 1 with a sub-norm: block_t rows, block_f hidden columns of pre."""
     width = width_of(expert, C)
     grouped = start + tl.arange(0, C.block_t)
-    w_rows = w1_rows(first, width, C)
-    acc = first_sums(B1, expert, w_rows, C)
-    if C.tasks[0] > 0:
-        wait(prepared, C.tasks[0])
-    if len(operands) > 0:
-        acc = described_nt(operands, expert, start, first, acc, C.dim, C)
-    else:
-        if BY_TOKEN:
-            a_rows = tokens_of(rows, grouped, expert, begin, end, C)
-        else:
-            a_rows = tl.minimum(grouped, end - 1).to(tl.int64)
-        acc = preactivation(NORMED, a_rows, W1, w_rows, acc, expert, C)
-    again = quarters(acc)
+    again = quarters(
+        preactivation(
+            *(operands, NORMED, W1, B1, prepared),
+            *(rows, first, expert, start, begin, end, BY_TOKEN, C),
+        )
+    )
     QUARTER: tl.constexpr = C.block_f // 4
     local = tl.arange(0, C.block_t)[:, None]
     for i in tl.static_range(4):
@@ -412,18 +392,11 @@ def project(
     grouped = start + tl.arange(0, C.block_t)
     if C.tasks[0] > 0:
         wait(prepared, C.tasks[0])
-    if len(operands) > 0:
-        acc = described_nn(operands, expert, start, first, C.dim, C.block_f, C)
-    else:
-        if BY_TOKEN:
-            a_rows = tokens_of(rows, grouped, expert, begin, end, C)
-        else:
-            a_rows = tl.minimum(grouped, end - 1).to(tl.int64)
-        acc = product_nn(
-            *(DH2, a_rows, select(W2, expert, C), first, width),
-            *(C.dim, C.dim, width, C.even, C.block_f, C),
+    dhidden = quarters(
+        hidden_gradient(
+            *(operands, DH2, W2, rows, first, expert, start, begin, end, BY_TOKEN, C),
         )
-    dhidden = quarters(acc)
+    )
     QUARTER: tl.constexpr = C.block_f // 4
     local = tl.arange(0, C.block_t)[:, None]
     for i in tl.static_range(4):
@@ -529,16 +502,13 @@ def multiply(
     """The phase before the last: block_t rows, block_n columns."""
     first = part * C.block_n
     grouped = start + tl.arange(0, C.block_t)
-    dpre_rows = tl.minimum(grouped, end - 1).to(tl.int64)
-    depth = width_of(expert, C) * C.halves
-    if len(operands) > 0:
-        acc = described_nn(operands, expert, start, first, depth, C.block_n, C)
-    else:
-        acc = product_nn(
-            *(DPRE, dpre_rows, select(W1, expert, C), first, C.dim),
-            *(depth, C.max_pre, C.dim, C.even, C.block_n, C),
+    dpre_rows = operand_rows(rows, start, expert, begin, end, False, C)
+    acc = quarters(
+        product_nn(
+            *(operands, DPRE, dpre_rows, W1, expert, start, first),
+            *(C.dim, width_of(expert, C) * C.halves, C.max_pre, C.block_n, C),
         )
-    acc = quarters(acc)
+    )
     QUARTER: tl.constexpr = C.block_n // 4
     if DNORMED is not None:
         OUT = DNORMED

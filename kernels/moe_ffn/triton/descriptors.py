@@ -47,7 +47,7 @@ def describe_transposed(W, KIND: tl.constexpr, BLOCK_N: tl.constexpr, C: tl.cons
     """E descriptors of w1 ("pre") or w2 ("dim") for :func:`described_nt`.
 
     w1 [2 F, D] of a gated activation is described as [F, 2, D], so that a block has the gate and
-    the value of a hidden column in adjacent rows, like ``w1_rows`` in device.py.
+    the value of a hidden column in adjacent rows, like ``w1_rows`` in products.py.
     """
     HALVES: tl.constexpr = C.halves if KIND == "pre" else 1
     made = ()  # type: tuple
@@ -115,7 +115,7 @@ def see_stores():
 
 @triton.jit
 def described_nt(operands, expert, first_row, first_column, acc, K, C: tl.constexpr):
-    """A[rows] @ W_e[columns]^T + acc, like ``product_nt``.
+    """A[rows] @ W_e[columns]^T + acc, like ``product_nt`` in products.py.
 
     Args:
         operands: by :func:`operands_nt`.
@@ -137,7 +137,7 @@ def described_nt(operands, expert, first_row, first_column, acc, K, C: tl.conste
 def described_nn(
     operands, expert, first_row, first_column, K, BLOCK_N: tl.constexpr, C: tl.constexpr
 ):
-    """A[rows] @ W_e[:, columns], like ``product_nn``.
+    """A[rows] @ W_e[:, columns], like ``product_nn`` in products.py.
 
     Args:
         operands: by :func:`operands_nn`, for BLOCK_N columns.

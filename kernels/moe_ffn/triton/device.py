@@ -1,4 +1,4 @@
-"""Device functions shared by moe_ffn's Triton kernels: rows, tickets, products, activations.
+"""Device functions shared by moe_ffn's Triton kernels: rows, tickets, activations, norms.
 
 Rows have two numberings. A *token* is a row of x and y. *Grouped* rows number the tokens expert by
 expert: expert e owns the grouped rows ``[offset_e, offset_e + count_e)``, in token order. A row
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..._backends.triton_device import dot, from_odd, prefetch, reciprocal, term
+from ..._backends.triton_device import from_odd, prefetch, reciprocal, term
 
 
 class Config(NamedTuple):
@@ -193,75 +193,6 @@ def leave(counters, size):
 
 
 @triton.jit
-def product_nt(
-    A,  # [rows, >= K], row stride stride_a
-    a_rows,  # [block_t] int64, valid rows of A
-    B,  # [N, K], row stride stride_b
-    b_rows,  # [columns] int64, valid rows of B
-    acc,  # [block_t, columns] float32
-    K,
-    stride_a: tl.constexpr,
-    stride_b,
-    EVEN_K: tl.constexpr,
-    C: tl.constexpr,
-):
-    """A[a_rows] @ B[b_rows]^T + acc: [block_t, columns] float32.
-
-    Rows of the tile that the caller does not store must repeat valid rows. This is cheaper than a
-    mask in the loop, and rows and columns of a product are independent of each other.
-    """
-    k = tl.arange(0, C.block_k)
-    a_pointers = A + a_rows[:, None] * stride_a + k[None, :]
-    b_pointers = B + b_rows[None, :] * stride_b + k[:, None]
-    for start in tl.range(0, K, C.block_k):
-        if EVEN_K:
-            a = tl.load(a_pointers)
-            b = tl.load(b_pointers)
-        else:
-            a = tl.load(a_pointers, mask=k[None, :] < K - start, other=0.0)
-            b = tl.load(b_pointers, mask=k[:, None] < K - start, other=0.0)
-        acc = dot(a, b, acc, C)
-        a_pointers += C.block_k
-        b_pointers += C.block_k
-    return acc
-
-
-@triton.jit
-def product_nn(
-    A,  # [rows, >= K], row stride stride_a
-    a_rows,  # [block_t] int64, valid rows of A
-    B,  # [K, N], row stride stride_b
-    first,  # first column of B
-    N,
-    K,
-    stride_a: tl.constexpr,
-    stride_b,
-    EVEN: tl.constexpr,  # whether block_k divides K, and BLOCK_N divides N
-    BLOCK_N: tl.constexpr,
-    C: tl.constexpr,
-):
-    """A[a_rows] @ B[:, first : first + BLOCK_N]: [block_t, BLOCK_N] float32, zero beyond N."""
-    k = tl.arange(0, C.block_k)
-    columns = first + tl.arange(0, BLOCK_N)
-    a_pointers = A + a_rows[:, None] * stride_a + k[None, :]
-    b_pointers = B + k[:, None].to(tl.int64) * stride_b + columns[None, :]
-    BLOCK_T: tl.constexpr = C.block_t
-    acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    for start in tl.range(0, K, C.block_k):
-        if EVEN:
-            a = tl.load(a_pointers)
-            b = tl.load(b_pointers)
-        else:
-            a = tl.load(a_pointers, mask=k[None, :] < K - start, other=0.0)
-            within = (k[:, None] < K - start) & (columns[None, :] < N)
-            b = tl.load(b_pointers, mask=within, other=0.0)
-        acc = dot(a, b, acc, C)
-        a_pointers += C.block_k
-        b_pointers += C.block_k * stride_b
-    return acc
-
-
-@triton.jit
 def sigmoid(x, C: tl.constexpr):
     if C.rounds:
         return reciprocal(1.0 + tl.exp2(-1.4426950408889634 * x))
@@ -329,38 +260,6 @@ def gate_with_slope(x, C: tl.constexpr):
     else:
         cdf = normal_cdf(x)
         return x * cdf, cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-
-
-@triton.jit
-def w1_rows(first, width, C: tl.constexpr):
-    """Rows of w1 for block_f hidden columns; gate and value of a column are adjacent."""
-    HALVES: tl.constexpr = C.halves
-    lane = tl.arange(0, C.block_f * HALVES)
-    return tl.minimum(first + lane // HALVES, width - 1) + (lane % HALVES) * width
-
-
-@triton.jit
-def first_sums(BIAS, expert, rows, C: tl.constexpr):
-    """What accumulators start with: the bias of some rows of a weight, or zeros without a bias.
-
-    A bias that is added after the product takes one to three instructions an element. Call this
-    before :func:`wait`, so that both latencies overlap.
-    """
-    BLOCK_T: tl.constexpr = C.block_t
-    BLOCK_N: tl.constexpr = rows.shape[0]
-    sums = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    if BIAS is not None:
-        sums += tl.load(select(BIAS, expert, C) + rows).to(tl.float32)[None, :]
-    return sums
-
-
-@triton.jit
-def preactivation(A, a_rows, W1, w_rows, acc, expert, C: tl.constexpr):
-    """A[a_rows] W1[w_rows]^T + acc, for :func:`w1_rows`."""
-    return product_nt(
-        *(A, a_rows, select(W1, expert, C), w_rows.to(tl.int64), acc),
-        *(C.dim, C.dim, C.dim, C.even_dim, C),
-    )
 
 
 @triton.jit

@@ -16,29 +16,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .descriptors import described_nt, operands_nt
+from .descriptors import operands_nt
 from .device import (
     count_tiles,
     find_tile,
-    first_sums,
     gate,
     gate_and_value,
     inside_tile,
     leave,
     locate,
     normalise,
-    preactivation,
     prefetch_tile,
-    product_nt,
     quarters,
-    select,
     signal,
     sub_normalise,
     tokens_of,
-    w1_rows,
     wait,
     width_of,
 )
+from .products import first_sums, last_sums, operand_rows, preactivation, product_nt
 
 
 @triton.jit(do_not_specialize=["bound", "band"])
@@ -104,17 +100,8 @@ def moe_ffn_fwd_kernel(
                 if part * C.block_f < width_of(expert, C):
                     hidden_tile(
                         *(X if NORMED is None else NORMED, PRE, HIDDEN, W1, B1, normed_rows + tile),
-                        *(
-                            hidden_operands,
-                            rows,
-                            part,
-                            expert,
-                            start,
-                            begin,
-                            end,
-                            NORMED is None,
-                            C,
-                        ),
+                        *(hidden_operands, rows, part, expert, start, begin, end),
+                        *(NORMED is None, C),
                     )
                 signal(hidden_rows + tile)
         elif phase < LAST:
@@ -180,19 +167,12 @@ def hidden_tile(
     width = width_of(expert, C)
     first = part * C.block_f
     grouped = start + tl.arange(0, C.block_t)
-    if BY_TOKEN:
-        a_rows = tokens_of(rows, grouped, expert, begin, end, C)
-    else:
-        a_rows = tl.minimum(grouped, end - 1).to(tl.int64)
-    w_rows = w1_rows(first, width, C)
-    acc = first_sums(B1, expert, w_rows, C)
-    if C.tasks[0] > 0:
-        wait(normed_rows, C.tasks[0])
-    if len(operands) > 0:
-        acc = described_nt(operands, expert, start, first, acc, C.dim, C)
-    else:
-        acc = preactivation(NORMED, a_rows, W1, w_rows, acc, expert, C)
-    acc = quarters(acc)
+    acc = quarters(
+        preactivation(
+            *(operands, NORMED, W1, B1, normed_rows),
+            *(rows, first, expert, start, begin, end, BY_TOKEN, C),
+        )
+    )
 
     QUARTER: tl.constexpr = C.block_f // 4
     local = tl.arange(0, C.block_t)[:, None]
@@ -263,7 +243,7 @@ def output_tile(
     width = width_of(expert, C)
     first = part * C.block_n
     grouped = start + tl.arange(0, C.block_t)
-    h_rows = tl.minimum(grouped, end - 1).to(tl.int64)
+    h_rows = operand_rows(rows, start, expert, begin, end, False, C)
     w_rows = tl.minimum(first + tl.arange(0, C.block_n), C.dim - 1)
     acc = first_sums(B2, expert, w_rows, C)
     token = tokens_of(rows, grouped, expert, begin, end, C)
@@ -272,14 +252,11 @@ def output_tile(
     BEFORE: tl.constexpr = len(C.tasks) - 2
     if C.tasks[BEFORE] > 0:
         wait(hidden_rows, C.tasks[BEFORE])
-    if len(operands) > 0:
-        acc = described_nt(operands, expert, start, first, acc, width, C)
-    else:
-        acc = product_nt(
-            *(HIDDEN, h_rows, select(W2, expert, C), w_rows.to(tl.int64), acc),
-            *(width, C.max_hidden, width, C.even_hidden, C),
-        )
-    acc = quarters(acc)
+    acc = product_nt(
+        *(operands, HIDDEN, h_rows, W2, w_rows, acc, expert, start, first),
+        *(width, C.max_hidden, width, C.even_hidden, C),
+    )
+    acc = quarters(last_sums(acc, B2, expert, w_rows, C))
 
     QUARTER: tl.constexpr = C.block_n // 4
     token = tokens_of(rows, grouped, expert, begin, end, C)
