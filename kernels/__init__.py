@@ -5,11 +5,11 @@ Shape letters, used in every file of this package:
     B batch   L sequence   T tokens (B * L)   D model     F hidden
     E experts H heads      K head dim         N attention length
 
-Every operation takes ``backend="cuda" | "triton" | "cpu" | "reference"``, and :func:`moe_ffn` also
-``"composed"``; without one, :func:`use_backend`, then the environment variable ``VLMO_KERNELS``,
-then the first backend that can run decides. A backend requested by name never falls back: it runs
-or raises its reason. A name may be for one operation, as in ``"moe_ffn=composed"``; the others are
-then chosen as if there were no name.
+Every operation takes ``backend="cuda" | "triton" | "cpu" | "reference"``, and :func:`moe_ffn` and
+:func:`moe_linear` also ``"composed"``; without one, :func:`use_backend`, then the environment
+variable ``VLMO_KERNELS``, then the first backend that can run decides. A backend requested by name
+never falls back: it runs or raises its reason. A name may be for one operation, as in
+``"moe_ffn=composed"``; the others are then chosen as if there were no name.
 """
 
 if __name__ == "vlmo.kernels":
@@ -19,6 +19,7 @@ if __name__ == "vlmo.kernels":
     from .decompositions import decompositions
     from .dispatch import BACKEND_NAMES, use_backend
     from .moe_ffn.api import moe_ffn
+    from .moe_ffn.linear import moe_linear
     from .routing import ModalityRouting
     from .support import why_not
 else:
@@ -44,6 +45,7 @@ __all__ = [
     "RelativePositionIndex",
     "decompositions",
     "moe_ffn",
+    "moe_linear",
     "shared_attention",
     "use_backend",
     "why_not",

@@ -70,7 +70,7 @@ class Operation:
             added: field whose gradient equals that of the output (the residual), if any.
             keeps_output: whether the first tensor in ``saved`` of a backward is the output.
         """
-        self._name, self._call, self._backends = name, call, backends
+        self.name, self._call, self._backends = name, call, backends
         self._empty_outputs, self._keeps_output = empty_outputs, keeps_output
         self._kinds = [_KINDS[kind] for kind in get_type_hints(call).values()]
         self._is_list = [kind == "Tensor[]" for kind in self._kinds]
@@ -235,7 +235,7 @@ class Operation:
         return *result, None
 
     def _refuse(self, *_: Any) -> None:
-        raise NotImplementedError(f"{self._name}: second derivatives are not available.")
+        raise NotImplementedError(f"{self.name}: second derivatives are not available.")
 
 
 class _Direct(torch.autograd.Function):

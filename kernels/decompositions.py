@@ -9,7 +9,7 @@ import torch
 
 from .attention.op import ATTENTION
 from .attention.reference import shared_attention_reference
-from .moe_ffn.op import MOE_FFN
+from .moe_ffn.op import MOE_FFN, MOE_LINEAR
 from .moe_ffn.reference import moe_ffn_reference
 
 
@@ -30,5 +30,6 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     operations = torch.ops.vlmo
     return {
         operations.moe_ffn_fwd.default: MOE_FFN.decompose(moe_ffn_reference),
+        operations.moe_linear_fwd.default: MOE_LINEAR.decompose(moe_ffn_reference),
         operations.attention_fwd.default: ATTENTION.decompose(shared_attention_reference),
     }

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 BACKEND_NAMES = ("cuda", "triton", "composed", "cpu", "reference")
 # The operations that a name can choose a backend for: "moe_ffn=composed,shared_attention=triton".
-NAMED_OPERATIONS = ("moe_ffn", "shared_attention")
+NAMED_OPERATIONS = ("moe_ffn", "moe_linear", "shared_attention")
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 # The backends of devices on which Triton kernels can only run in its interpreter, which is for
 # tests: such a kernel must be requested by name.

@@ -37,6 +37,8 @@ def _register() -> dict[Any, Callable[..., int]]:
     formulas: dict[Any, Callable[..., int]] = {
         operations.moe_ffn_fwd: _moe_ffn_forward,
         operations.moe_ffn_bwd: _moe_ffn_backward,
+        operations.moe_linear_fwd: _moe_ffn_forward,
+        operations.moe_linear_bwd: _moe_linear_backward,
         operations.attention_fwd: _attention_forward,
         operations.attention_bwd: _attention_backward,
     }
@@ -65,18 +67,26 @@ def _moe_ffn_backward(grad, saved, *inputs, out_val=None) -> int:
     return total
 
 
+def _moe_linear_backward(grad, saved, *inputs, out_val=None) -> int:
+    """A product for x and one for each weight that needs a gradient."""
+    *fields, needs, _ = inputs
+    call = MoeFfnCall(*fields)
+    of_weight = needs[1 : 1 + len(call.w2)]
+    return sum(n * (needs[0] + of_weight[e]) for e, (_, n) in enumerate(_products(call)))
+
+
 def _products(call: MoeFfnCall) -> list[tuple[int, int]]:
-    """Operations of the two products of each expert."""
-    width = call.x.shape[1]
+    """Operations of the two products of each expert; none of the first for moe_linear."""
+    first = [w1.numel() for w1 in call.w1] or [0] * len(call.w2)
     return [
-        (2 * tokens * width * w1.shape[0], 2 * tokens * width * w2.shape[1])
-        for tokens, w1, w2 in zip(_tokens(call), call.w1, call.w2, strict=True)
+        (2 * tokens * elements, 2 * tokens * w2.numel())
+        for tokens, elements, w2 in zip(_tokens(call), first, call.w2, strict=True)
     ]
 
 
 def _tokens(call: MoeFfnCall) -> Sequence[int]:
     """Tokens of each expert; equal shares if ids have no values (FakeTensor, meta)."""
-    total, experts = call.x.shape[0], len(call.w1)
+    total, experts = call.x.shape[0], len(call.w2)
     if call.pieces:
         counts = [0] * experts
         for expert, length in zip(call.pieces[::2], call.pieces[1::2], strict=True):

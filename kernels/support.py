@@ -11,7 +11,7 @@ from .dispatch import BACKEND_NAMES
 from .moe_ffn import op as moe_ffn_ops
 from .moe_ffn.call import Facts
 
-OPERATIONS = ("moe_ffn", "shared_attention", "routing_index")
+OPERATIONS = ("moe_ffn", "moe_linear", "shared_attention", "routing_index")
 
 
 def why_not(
@@ -34,6 +34,9 @@ def why_not(
     device = torch.device(device)
     if operation == "moe_ffn":
         return moe_ffn_ops.BACKENDS[backend].why_not(device, Facts(dtype, 768, (3072, 3072)))
+    if operation == "moe_linear":
+        facts = Facts(dtype, 768, (768, 768), linear=768)
+        return moe_ffn_ops.BACKENDS[backend].why_not(device, facts)
     if operation == "shared_attention":
         return attention_ops.BACKENDS[backend].why_not(device, dtype, 64, 1126)
     ids = torch.empty(0, dtype=torch.int32, device=device)

@@ -1,4 +1,7 @@
-"""The public function moe_ffn: contract, argument checks and dispatch."""
+"""The public function moe_ffn: contract, argument checks and dispatch.
+
+The public function moe_linear (linear.py) shares the checks and the dispatch.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._op import recorded
+from .._op import Operation, recorded
 from ..arguments import FLOATS, autocast_dtype, check_choice, check_tensor
 from ..dispatch import resolve
 from ..routing import ModalityRouting
@@ -100,15 +103,9 @@ def moe_ffn(
             not the routing's number of experts.
         NotImplementedError: the requested backend cannot run this call (with its reason).
     """
-    if not isinstance(routing, ModalityRouting):
-        raise TypeError(f"routing: expected a ModalityRouting, got {type(routing).__name__}")
-    check_tensor("x", x, dtypes=FLOATS)
-    if x.dim() < 2:
-        raise ValueError(f"x: shape {tuple(x.shape)} has no token dimension before the model's")
+    check_input(x, routing)
     check_choice("activation", activation, ACTIVATIONS)
     check_choice("norm", norm, NORMS)
-    routing.check_tokens(x.shape[:-1], x.device)
-
     given = (w1, w2, b1, b2, norm_weight, norm_bias, sub_norm_weight, sub_norm_bias)
     experts = Experts(*[() if tensors is None else tensors for tensors in given])
     operand_dtype = autocast_dtype(x.device.type)
@@ -116,16 +113,38 @@ def moe_ffn(
     if operand_dtype is not None and norm == "none":
         x = x.to(operand_dtype)
     experts.check(x, routing.num_experts, activation, norm, cast=operand_dtype is not None)
-    _check_vectors(x, layer_scale, token_scale, residual)
-    experts = Experts(*map(list, experts))
+    check_vectors(x, x.shape[-1], layer_scale, token_scale, residual)
+    options = (norm, norm_eps, sub_norm_eps, activation)
+    vectors = (layer_scale, token_scale, residual)
+    return dispatch(MOE_FFN, x, routing, experts, vectors, options, recompute, backend)
 
-    width = x.shape[-1]
-    hidden = tuple([weight.shape[1] for weight in experts.w2])
-    counted = bool(routing.counts) or x.device.type == "cpu"
-    sub_norm = bool(experts.sub_norm_weight)
-    facts = Facts(experts.w1[0].dtype, width, hidden, activation, counted, sub_norm)
-    tensors = (x, *itertools.chain.from_iterable(experts), layer_scale, token_scale, residual)
-    name = resolve("moe_ffn", BACKENDS, backend, tensors, x.device, facts)
+
+def dispatch(
+    operation: Operation,
+    x: Tensor,  # [..., D]
+    routing: ModalityRouting,
+    experts: Experts,
+    vectors: tuple[Tensor | None, Tensor | None, Tensor | None],  # layer, token scale, residual
+    options: tuple[str, float, float, str],  # norm, norm_eps, sub_norm_eps, activation
+    recompute: bool,
+    backend: str | None,
+) -> Tensor:  # [..., O]
+    """Run moe_ffn or moe_linear with checked arguments."""
+    experts = Experts(*map(list, experts))
+    layer_scale, token_scale, residual = vectors
+    norm, norm_eps, sub_norm_eps, activation = options
+    width, out = x.shape[-1], (*x.shape[:-1], experts.w2[0].shape[0])
+    facts = Facts(
+        dtype=experts.w2[0].dtype,
+        width=width,
+        hidden=tuple([weight.shape[1] for weight in experts.w2]),
+        activation=activation,
+        counted=bool(routing.counts) or x.device.type == "cpu",
+        sub_norm=bool(experts.sub_norm_weight),
+        linear=0 if experts.w1 else out[-1],
+    )
+    tensors = (x, *itertools.chain.from_iterable(experts), *vectors)
+    name = resolve(operation.name, BACKENDS, backend, tensors, x.device, facts)
     ids, rows, offsets, pieces = routing.ids, None, None, routing.pieces
     if name != "reference" and not routing.by_arithmetic:
         ids, rows, offsets = routing.grouping(math.prod(x.shape[:-1]), x.device)
@@ -136,7 +155,7 @@ def moe_ffn(
         *experts,
         layer_scale,
         None if token_scale is None else token_scale.reshape(-1),
-        None if residual is None else residual.reshape(-1, width),
+        None if residual is None else residual.reshape(-1, out[-1]),
         *(ids, rows, offsets),
         [number for piece in pieces for number in piece],
         norm,
@@ -146,9 +165,23 @@ def moe_ffn(
         save_pre=not recompute and recorded(tensors),
     )
     if name == "reference":
-        return moe_ffn_reference(call).reshape(x.shape)
+        return moe_ffn_reference(call).reshape(out)
     # Like nn.Linear, this returns a tensor that is not a view; FSDP warns about views.
-    return torch.ops.aten._unsafe_view.default(MOE_FFN.run(call, name), x.shape)
+    return torch.ops.aten._unsafe_view.default(operation.run(call, name), out)
+
+
+def check_input(x: Tensor, routing: ModalityRouting) -> None:
+    """Raise TypeError or ValueError unless x [..., D] is a tensor that the routing fits."""
+    if not isinstance(routing, ModalityRouting):
+        raise TypeError(f"routing: expected a ModalityRouting, got {type(routing).__name__}")
+    check_tensor("x", x, dtypes=FLOATS)
+    if x.dim() < 2:
+        raise ValueError(f"x: shape {tuple(x.shape)} has no token dimension before the model's")
+    routing.check_tokens(x.shape[:-1], x.device)
+
+
+# The public names of the fields of Experts in moe_linear.
+_LINEAR = ("w1", "weight", "b1", "bias", "norm_weight", "norm_bias", "", "")
 
 
 class Experts(NamedTuple):
@@ -173,14 +206,21 @@ class Experts(NamedTuple):
 
         return Experts._make([*map(cast, self[:4]), *self[4:]])
 
-    def check(self, x: Tensor, num_experts: int, activation: str, norm: str, cast: bool) -> None:
-        """Raise TypeError or ValueError unless every parameter fits x and the routing."""
-        for name, tensors in zip(Experts._fields, self, strict=True):
+    def check(
+        self, x: Tensor, num_experts: int, activation: str | None, norm: str, cast: bool
+    ) -> None:
+        """Raise TypeError or ValueError unless every parameter fits x and the routing.
+
+        Without an activation these are the parameters of moe_linear.
+        """
+        linear = activation is None
+        names, required = (_LINEAR, ("weight",)) if linear else (Experts._fields, ("w1", "w2"))
+        for name, tensors in zip(names, self, strict=True):
             if isinstance(tensors, Tensor):
                 raise TypeError(
                     f"{name}: expected a sequence of one tensor per expert, got a tensor"
                 )
-            optional = name not in ("w1", "w2") and len(tensors) == 0
+            optional = name not in required and len(tensors) == 0
             if len(tensors) != num_experts and not optional:
                 raise ValueError(f"{name}: {len(tensors)} tensors for {num_experts} experts")
         if norm == "none" and (self.norm_weight or self.norm_bias):
@@ -193,10 +233,13 @@ class Experts(NamedTuple):
             raise ValueError("sub_norm_bias: given without sub_norm_weight")
 
         width, device = x.shape[-1], x.device
-        operand = self.w1[0].dtype if cast and isinstance(self.w1[0], Tensor) else x.dtype
+        first = self.w2[0]
+        operand = first.dtype if cast and isinstance(first, Tensor) else x.dtype
         operands, vectors = (operand,), tuple({x.dtype, torch.float32, operand})
+        # moe_ffn returns the width of x and has any hidden width, moe_linear the opposite.
         for e, w2 in enumerate(self.w2):
-            check_tensor("w2", w2, shape=(width, -1), dtypes=operands, device=device, item=e)
+            shape = (-1 if e == 0 else first.shape[0], width) if linear else (width, -1)
+            check_tensor(names[1], w2, shape=shape, dtypes=operands, device=device, item=e)
         halves = 2 if activation in GATED else 1
         rows = [w2.shape[1] * halves for w2 in self.w2]
         of_rows, of_width = [(count,) for count in rows], [(width,)] * num_experts
@@ -204,7 +247,7 @@ class Experts(NamedTuple):
         for name, tensors, shapes, dtypes in (
             ("w1", self.w1, [(count, width) for count in rows], operands),
             ("b1", self.b1, of_rows, operands),
-            ("b2", self.b2, of_width, operands),
+            (names[3], self.b2, [(first.shape[0],)] * num_experts, operands),
             ("norm_weight", self.norm_weight, of_width, vectors),
             ("norm_bias", self.norm_bias, of_width, vectors),
             ("sub_norm_weight", self.sub_norm_weight, of_hidden, vectors),
@@ -223,15 +266,21 @@ class Experts(NamedTuple):
                     )
 
 
-def _check_vectors(
-    x: Tensor, layer_scale: Tensor | None, token_scale: Tensor | None, residual: Tensor | None
+def check_vectors(
+    x: Tensor,
+    out: int,  # O
+    layer_scale: Tensor | None,
+    token_scale: Tensor | None,
+    residual: Tensor | None,
 ) -> None:
+    """Raise TypeError or ValueError unless these fit x [..., D] and y [..., O]."""
     dtypes = tuple({x.dtype, torch.float32})
     if layer_scale is not None:
-        check_tensor("layer_scale", layer_scale, shape=x.shape[-1:], dtypes=dtypes, device=x.device)
+        check_tensor("layer_scale", layer_scale, shape=(out,), dtypes=dtypes, device=x.device)
     if token_scale is not None:
         check_tensor("token_scale", token_scale, shape=x.shape[:-1], dtypes=dtypes, device=x.device)
         if token_scale.requires_grad:
-            raise ValueError("token_scale: requires a gradient, but moe_ffn gives it none")
+            raise ValueError("token_scale: requires a gradient, but it is not differentiable")
     if residual is not None:
-        check_tensor("residual", residual, shape=x.shape, dtypes=FLOATS, device=x.device)
+        shape = (*x.shape[:-1], out)
+        check_tensor("residual", residual, shape=shape, dtypes=FLOATS, device=x.device)

@@ -18,17 +18,18 @@ class Call(NamedTuple):
     """The arguments of one call, in the order of the operation's schema."""
 
     x: Tensor  # [T, D]
+    # moe_linear has no first layer: w1 is empty, and F is D. In moe_ffn, O is D.
     w1: Sequence[Tensor]  # E x [F, D] or [2 F, D]
-    w2: Sequence[Tensor]  # E x [D, F]
+    w2: Sequence[Tensor]  # E x [O, F]
     b1: Sequence[Tensor]
     b2: Sequence[Tensor]
     norm_weight: Sequence[Tensor]
     norm_bias: Sequence[Tensor]
     sub_norm_weight: Sequence[Tensor]  # E x [F]
     sub_norm_bias: Sequence[Tensor]
-    layer_scale: Tensor | None  # [D]
+    layer_scale: Tensor | None  # [O]
     token_scale: Tensor | None  # [T]
-    residual: Tensor | None  # [T, D]
+    residual: Tensor | None  # [T, O]
     # The rows of each expert are given by ids or by pieces. For all backends but "reference", rows
     # and offsets of a Grouping accompany ids, and pieces have at most one run per expert. Beside
     # rows, pieces are each expert's number of tokens, in a sequence or in all, if the host knows it
@@ -42,6 +43,11 @@ class Call(NamedTuple):
     sub_norm_eps: float
     activation: str
     save_pre: bool
+
+    @property
+    def out(self) -> tuple[int, int]:
+        """The shape [T, O] of y."""
+        return self.x.shape[0], self.w2[0].shape[0]
 
 
 LISTS = Call._fields[1:9]  # the parameters: one tensor per expert, or none
@@ -57,6 +63,7 @@ class Facts(NamedTuple):
     activation: str = "gelu"
     counted: bool = True  # whether the host knows the number of rows of each expert
     sub_norm: bool = False
+    linear: int = 0  # O of moe_linear, whose ``hidden`` is E x D
 
 
 _MAX_WEIGHT = 2**31  # elements of w1, which kernels partly address in int32
@@ -65,6 +72,8 @@ _MAX_WEIGHT = 2**31  # elements of w1, which kernels partly address in int32
 def why_not_weight(facts: Facts) -> str | None:
     """The reason if the largest weight has more elements than a kernel can address, else None."""
     elements = facts.width * max(facts.hidden) * (2 if facts.activation in GATED else 1)
+    if facts.linear:
+        elements = facts.width * facts.linear
     if elements >= _MAX_WEIGHT:
         return f"a weight of {elements} elements is not below 2**31."
     return None
@@ -72,6 +81,6 @@ def why_not_weight(facts: Facts) -> str | None:
 
 def pre_shape(call: Call) -> tuple[int, int]:
     """Shape [T, max F] (max 2 F if gated) of the saved pre-activation; (0, 0) if not saved."""
-    if not call.save_pre:
+    if not call.save_pre or not call.w1:
         return (0, 0)
     return (call.x.shape[0], max(weight.shape[0] for weight in call.w1))

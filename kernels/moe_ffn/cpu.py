@@ -1,4 +1,4 @@
-"""moe_ffn on the CPU: matrix products with one pass over the rows between them.
+"""moe_ffn and moe_linear on the CPU: matrix products with one pass over the rows between them.
 
 The products take nine tenths of the time (``products.py``); the rest are C++ kernels
 (``passes.py``). For a backward, the activations and the operand of LayerScale are saved beside the
@@ -38,7 +38,8 @@ def pre_shape(call: Call) -> tuple[int, int]:
 
     It contains h1 of all rows, then act(h1), then with a layer scale h2; each expert by expert.
     """
-    return (call.x.shape[0], sum(_kept_columns(call))) if call.save_pre else (0, 0)
+    saves = call.save_pre and len(call.w1) > 0
+    return (call.x.shape[0], sum(_kept_columns(call))) if saves else (0, 0)
 
 
 def _kept_columns(call: Call) -> list[int]:
@@ -61,16 +62,16 @@ def _kept(rows: ExpertRows, pre: Tensor, call: Call, e: int) -> _Kept:
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """y [T, D], and the tensor saved for the backward, in the shape :func:`pre_shape`."""
+    """y [T, O], and the tensor saved for the backward, in the shape :func:`pre_shape`."""
     if call.residual is not None and call.residual.dtype == torch.float64:
         y, pre = forward(call._replace(residual=None))
         return call.residual + y, pre
     call = _prepared(call)
     dtype = call.w2[0].dtype if call.residual is None else call.residual.dtype
-    y = call.x.new_empty(call.x.shape, dtype=dtype)
-    pre = call.x.new_empty(pre_shape(call), dtype=call.w1[0].dtype)
+    y = call.x.new_empty(call.out, dtype=dtype)
+    pre = call.x.new_empty(pre_shape(call), dtype=call.w2[0].dtype)
     for e, rows in _experts(call):
-        kept = _kept(rows, pre, call, e) if call.save_pre else None
+        kept = _kept(rows, pre, call, e) if pre.numel() else None
         branch = _branch(rows, kept, _widened(call, e), e)
         passes.add_branch(rows, y, branch, call.residual, call.layer_scale, call.token_scale)
     return y, pre
@@ -80,6 +81,8 @@ def _branch(rows: ExpertRows, kept: _Kept | None, call: Call, e: int) -> Tensor:
     """W2_e act(W1_e norm_e(x) + b1_e) + b2_e; writes the tensors in ``kept``."""
     normed, _ = _norm(rows, call, e)
     b1, b2 = call.b1[e] if call.b1 else None, call.b2[e] if call.b2 else None
+    if not call.w1:
+        return products.linear(normed, call.w2[e], b2)
     if kept is None:
         hidden, _ = _sub_norm(_linear_act(normed, call, e), call, e)
         return products.linear(hidden, call.w2[e], b2)
@@ -141,6 +144,8 @@ def _expert_backward(
     dscale: Tensor | None,  # [D], accumulated
 ) -> list[Tensor | None]:
     """Gradients of one expert's parameters in the order of the schema, if needed."""
+    if not call.w1:
+        return _linear_backward(dy, call, e, rows, wants, dx, dscale)
     w1, w2 = call.w1[e], call.w2[e]
     normed, statistics = _norm(rows, call, e)
     h2: Tensor | None = None
@@ -178,21 +183,60 @@ def _expert_backward(
     dh1 = _act_backward(d, h1, call.activation)
     dw1 = products.product(dh1.T, normed) if wants[0] else None
     db1 = passes.column_sums(dh1) if wants[2] else None
-    of_norm: tuple[Tensor | None, Tensor | None] = None, None
-    if below:
-        d = products.product(dh1, w1)
-        if statistics is not None:
-            of_norm = passes.norm_backward(rows, d, call.x, statistics, call.norm_weight[e], dx)
-        elif dx is not None:
-            passes.add_branch(rows, dx, d, None, None, None)
+    of_norm = _undo_norm(rows, dh1, w1, statistics, call, e, dx) if below else (None, None)
     return [dw1, dw2, db1, db2, *of_norm, *of_sub_norm]
+
+
+def _linear_backward(
+    dy: Tensor,
+    call: Call,
+    e: int,
+    rows: ExpertRows,
+    wants: Sequence[bool],
+    dx: Tensor | None,
+    dscale: Tensor | None,
+) -> list[Tensor | None]:
+    """:func:`_expert_backward` of moe_linear."""
+    w2 = call.w2[e]
+    normed, statistics = _norm(rows, call, e)
+    branch = None
+    if dscale is not None:
+        branch = products.linear(normed, w2, call.b2[e] if call.b2 else None)
+    d = w2.new_empty(rows.count, len(w2))
+    scales = call.layer_scale, call.token_scale
+    db2, scale_part = passes.branch_backward(rows, dy, branch, *scales, d)
+    if dscale is not None:
+        dscale += scale_part
+    dw2 = products.product(d.T, normed) if wants[1] else None
+    of_norm: tuple[Tensor | None, Tensor | None] = None, None
+    if dx is not None or wants[4] or wants[5]:
+        of_norm = _undo_norm(rows, d, w2, statistics, call, e, dx)
+    return [None, dw2, None, db2, *of_norm, None, None]
+
+
+def _undo_norm(
+    rows: ExpertRows,
+    d: Tensor,  # [n, P], the gradient of weight @ norm_e(x)
+    weight: Tensor,  # [P, D]
+    statistics: tuple[Tensor | None, Tensor] | None,
+    call: Call,
+    e: int,
+    dx: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Write the expert's rows of dx; the gradients of the norm's weight and bias."""
+    d = products.product(d, weight)
+    if statistics is not None:
+        return passes.norm_backward(rows, d, call.x, statistics, call.norm_weight[e], dx)
+    if dx is not None:
+        passes.add_branch(rows, dx, d, None, None, None)
+    return None, None
 
 
 def _norm(
     rows: ExpertRows, call: Call, e: int
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor] | None]:
     """norm_e(x) of the expert's rows in the dtype of its weights, and the statistics."""
-    dtype = call.w1[e].dtype
+    dtype = call.w2[e].dtype
     if call.norm == "none":
         return rows.of(call.x).to(dtype), None
     normed = call.x.new_empty(rows.count, call.x.shape[1], dtype=dtype)
@@ -241,7 +285,7 @@ def _prepared(call: Call) -> Call:
 
 def _widened(call: Call, e: int) -> Call:
     """The call with the parameters of expert ``e`` converted to this CPU's operand dtype."""
-    dtype = call.w1[e].dtype
+    dtype = call.w2[e].dtype
     operand = cpu_target.operand_dtype(dtype)
     if operand == dtype:
         return call

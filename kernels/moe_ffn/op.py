@@ -1,4 +1,4 @@
-"""The torch.library operations vlmo::moe_ffn_fwd and vlmo::moe_ffn_bwd, and their backends."""
+"""The torch.library operations vlmo::moe_ffn_* and vlmo::moe_linear_*, and their backends."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ COUNTING = ("composed",)
 
 
 def _empty_outputs(call: Call, backend: str) -> tuple[Tensor, Tensor]:
-    """y [T, D], and the pre-activation saved for the backward, in the backend's pre_shape."""
+    """y [T, O], and the pre-activation saved for the backward, in the backend's pre_shape."""
     dtype = call.w2[0].dtype if call.residual is None else call.residual.dtype
-    y = call.x.new_empty(call.x.shape, dtype=dtype)
-    return y, call.x.new_empty(BACKENDS[backend].pre_shape(call), dtype=call.w1[0].dtype)
+    y = call.x.new_empty(call.out, dtype=dtype)
+    return y, call.x.new_empty(BACKENDS[backend].pre_shape(call), dtype=call.w2[0].dtype)
 
 
 # A pre-activation that was not saved is empty, and the backward recomputes it.
-MOE_FFN = Operation(
-    *("moe_ffn", "moe_ffn", Call, BACKENDS, _empty_outputs),
-    leaves=("x", *LISTS, "layer_scale"),
-    added="residual",
+MOE_FFN, MOE_LINEAR = (
+    Operation(
+        *(name, name, Call, BACKENDS, _empty_outputs),
+        leaves=("x", *LISTS, "layer_scale"),
+        added="residual",
+    )
+    for name in ("moe_ffn", "moe_linear")
 )

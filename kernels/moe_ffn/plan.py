@@ -30,8 +30,9 @@ class Problem(NamedTuple):
 
     tokens: int
     dim: int
-    hidden: tuple[int, ...]  # E x F
-    pre: tuple[int, ...]  # E x columns of the pre-activation: F, or 2 F if gated
+    out: int  # O; D but for moe_linear
+    hidden: tuple[int, ...]  # E x F; D for moe_linear
+    pre: tuple[int, ...]  # E x columns of the pre-activation: F, 2 F if gated, 0 for moe_linear
     lengths: tuple[int, ...] | None  # of Rows
     sequences: int
     dtype: torch.dtype  # of the weights
@@ -40,6 +41,7 @@ class Problem(NamedTuple):
     biased: bool  # whether there are b2
     scaled: bool  # whether there is a layer scale
     sub_norm: bool
+    linear: bool
 
     @classmethod
     def of(cls, call: Call, rows: Rows) -> Problem:
@@ -47,16 +49,18 @@ class Problem(NamedTuple):
         return cls(
             tokens=tokens,
             dim=dim,
+            out=call.w2[0].shape[0],
             hidden=tuple([weight.shape[1] for weight in call.w2]),
-            pre=tuple([weight.shape[0] for weight in call.w1]),
+            pre=tuple([weight.shape[0] for weight in call.w1] or [0] * len(call.w2)),
             lengths=rows.lengths,
             sequences=rows.sequences,
-            dtype=call.w1[0].dtype,
+            dtype=call.w2[0].dtype,
             norm=call.norm,
             activation=call.activation,
             biased=bool(call.b2),
             scaled=call.layer_scale is not None,
             sub_norm=bool(call.sub_norm_weight),
+            linear=not call.w1,
         )
 
     def tiles(self, block_t: int) -> int:
@@ -156,13 +160,13 @@ class RowsScratch(NamedTuple):
     The partial sums are float32, with one row per task of a row tile.
     """
 
-    dbranch: Tensor | None  # [T, D]
-    dh2: Tensor | None  # [T, D]
+    dbranch: Tensor | None  # [T, O]
+    dh2: Tensor | None  # [T, O]
     normed: Tensor | None  # [T, D]
     hidden: Tensor | None  # [T, max F]
-    dpre: Tensor  # [T, P]
+    dpre: Tensor | None  # [T, P]
     dnormed: Tensor | None  # [T, D]
-    sum_dbranch: Tensor | None  # [bound * tasks[0], D]
+    sum_dbranch: Tensor | None  # [bound * tasks[0], O]
     sum_dpre: Tensor | None  # [bound, P]; with a sub-norm several lines of each row tile
     sum_norm: Tensor | None  # [bound * tasks[3], 2 D]: for the weight, then the bias
 
@@ -177,10 +181,10 @@ class RowsPlan(NamedTuple):
     sums: tuple[tuple[int, int] | None, ...]  # shapes of the others
 
     def allocate(self, call: Call) -> RowsScratch:
-        x, dtype = call.x, call.w1[0].dtype
+        x, dtype = call.x, call.w2[0].dtype
         scratch = [s if s is None else x.new_empty(s, dtype=dtype) for s in self.scratch]
         sums = [s if s is None else x.new_empty(s, dtype=torch.float32) for s in self.sums]
-        return RowsScratch(*scratch, *sums)  # type: ignore[arg-type]
+        return RowsScratch(*scratch, *sums)
 
 
 def plan_rows(
@@ -195,7 +199,7 @@ def plan_rows(
     keeps_dh2: bool,
     dpre_lines: int = 1,
 ) -> RowsPlan:
-    """Plan the launch of the rows.
+    """Plan the launch of the rows; moe_linear has no phase 1.
 
     Args:
         block_t: rows of a row tile.
@@ -206,7 +210,7 @@ def plan_rows(
         keeps_dh2: whether the gradient of the second layer's output differs from dy.
         dpre_lines: partial sums of dpre for each row tile.
     """
-    tokens, dim = problem.tokens, problem.dim
+    tokens, dim, out = problem.tokens, problem.dim, problem.out
     max_hidden, max_pre = max(problem.hidden), max(problem.pre)
     of_w2 = needed.wants("w2") or needed.layer_scale
     of_norm = needed.wants("norm_weight", "norm_bias")
@@ -218,24 +222,24 @@ def plan_rows(
     prepares = of_dbranch or keeps_normed or keeps_dh2 or keeps_dbranch
     tasks = (
         row_tasks if prepares else 0,
-        -(-max_hidden // block_f),
+        0 if problem.linear else -(-max_hidden // block_f),
         -(-dim // block_n) if through else 0,
         row_tasks if of_x else 0,
     )
     return RowsPlan(
         bound=bound,
         tasks=tasks,
-        depths=(None, dim, max_pre, None),
+        depths=(None, None, out, None) if problem.linear else (None, out, max_pre, None),
         scratch=(
-            (tokens, dim) if keeps_dbranch else None,
-            (tokens, dim) if keeps_dh2 else None,
+            (tokens, out) if keeps_dbranch else None,
+            (tokens, out) if keeps_dh2 else None,
             (tokens, dim) if keeps_normed else None,
-            (tokens, max_hidden) if of_w2 else None,
-            (tokens, max_pre),
+            (tokens, max_hidden) if of_w2 and not problem.linear else None,
+            None if problem.linear else (tokens, max_pre),
             (tokens, dim) if of_x else None,
         ),
         sums=(
-            (bound * tasks[0], dim) if of_dbranch else None,
+            (bound * tasks[0], out) if of_dbranch else None,
             (bound * dpre_lines, max_pre) if needed.wants("b1") else None,
             (bound * tasks[3], 2 * dim) if of_norm else None,
         ),
@@ -246,8 +250,8 @@ class WeightsScratch(NamedTuple):
     """Scratch of the launch of the weights, in float32; None if it is not needed."""
 
     partial: Tensor | None  # [workers, block_t, block_n], partial tiles
-    sum_scale: Tensor | None  # [scale_lines, D]
-    sum_bias: Tensor | None  # [E, D]
+    sum_scale: Tensor | None  # [scale_lines, O]
+    sum_bias: Tensor | None  # [E, O]
 
 
 class WeightsPlan(NamedTuple):
@@ -277,11 +281,12 @@ def plan_weights(
 ) -> WeightsPlan:
     """Plan the launch of the weights after that of ``rows``, with tiles of block_t x block_n."""
     experts, dim, scales = len(problem.hidden), problem.dim, needed.layer_scale
-    down, across = -(-dim // block_t), -(-dim // block_n)
+    out, of_w1 = problem.out, needed.w1 or (False,) * experts
+    down, across = -(-out // block_t), -(-dim // block_n)
     hidden_blocks = [-(-hidden // block_n) for hidden in problem.hidden]
     w1_tiles = tuple(
         -(-pre // block_t) * across if need else 0
-        for pre, need in zip(problem.pre, needed.w1, strict=True)
+        for pre, need in zip(problem.pre, of_w1, strict=True)
     )
     w2_tiles = tuple(
         down * blocks if need or scales else 0
@@ -292,7 +297,7 @@ def plan_weights(
     of_dim = experts * -(-dim // SUM_COLUMNS)
     sum_blocks = (
         experts * -(-max(problem.pre) // SUM_COLUMNS) if needed.wants("b1") else 0,
-        of_dim if rows.sums[0] is not None else 0,
+        experts * -(-out // SUM_COLUMNS) if rows.sums[0] is not None else 0,
         of_dim if needed.wants("norm_weight") else 0,
         of_dim if needed.wants("norm_bias") else 0,
     )
@@ -311,8 +316,8 @@ def plan_weights(
         scale_lines=lines,
         scratch=(
             (workers, block_t, block_n) if tiles != whole else None,
-            (lines, dim) if scales else None,
-            (experts, dim) if scales and problem.biased else None,
+            (lines, out) if scales else None,
+            (experts, out) if scales and problem.biased else None,
         ),
     )
 

@@ -1,4 +1,4 @@
-"""moe_ffn in plain PyTorch with autograd: the test oracle and the backend "reference"."""
+"""moe_ffn and moe_linear in plain PyTorch with autograd: test oracle, and backend "reference"."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def why_not(*facts: Any) -> str | None:
 
 
 def moe_ffn_reference(call: Call) -> Tensor:
-    """y [T, D], for any device and dtype; written for clarity, not for speed.
+    """y [T, O], for any device and dtype; written for clarity, not for speed.
 
     If ``save_pre`` is False, the backward recomputes each expert from its rows of x.
     """
@@ -29,7 +29,7 @@ def moe_ffn_reference(call: Call) -> Tensor:
     again = again and not exporting() and not transformed(call[:1])
     with without_autocast(call.x.device):
         dtype = call.w2[0].dtype if call.residual is None else call.residual.dtype
-        y = call.x.new_zeros(call.x.shape, dtype=dtype)
+        y = call.x.new_zeros(call.out, dtype=dtype)
         for e, rows in _rows_of_experts(call):
             x = _take(call.x, rows)
             if again:
@@ -47,9 +47,14 @@ def moe_ffn_reference(call: Call) -> Tensor:
 
 
 def _expert(x: Tensor, e: int, call: Call) -> Tensor:
-    """``layer_scale * (W2_e sub_norm_e(act(W1_e norm_e(x) + b1_e)) + b2_e)`` for rows [n, D]."""
-    h1 = F.linear(_norm(x, e, call), call.w1[e], _at(call.b1, e))
-    hidden = _sub_norm(_act(h1, call.activation), e, call)
+    """``layer_scale * (W2_e sub_norm_e(act(W1_e norm_e(x) + b1_e)) + b2_e)`` for rows [n, D].
+
+    Without w1, ``layer_scale * (W2_e norm_e(x) + b2_e)``.
+    """
+    hidden = _norm(x, e, call)
+    if call.w1:
+        h1 = F.linear(hidden, call.w1[e], _at(call.b1, e))
+        hidden = _sub_norm(_act(h1, call.activation), e, call)
     h2 = F.linear(hidden, call.w2[e], _at(call.b2, e))
     return h2 if call.layer_scale is None else h2 * call.layer_scale
 
@@ -61,9 +66,9 @@ def _norm(x: Tensor, e: int, call: Call) -> Tensor:
     wide, width = torch.promote_types(x.dtype, torch.float32), x.shape[-1:]
     weight = call.norm_weight[e].to(wide)
     if call.norm == "rms":
-        return F.rms_norm(x.to(wide), width, weight, call.norm_eps).to(call.w1[e].dtype)
+        return F.rms_norm(x.to(wide), width, weight, call.norm_eps).to(call.w2[e].dtype)
     bias = call.norm_bias[e].to(wide) if call.norm_bias else None
-    return F.layer_norm(x.to(wide), width, weight, bias, call.norm_eps).to(call.w1[e].dtype)
+    return F.layer_norm(x.to(wide), width, weight, bias, call.norm_eps).to(call.w2[e].dtype)
 
 
 def _sub_norm(hidden: Tensor, e: int, call: Call) -> Tensor:
@@ -104,7 +109,7 @@ def _rows_of_experts(call: Call) -> Iterator[tuple[int, Any]]:
     """
     traced = not exporting() and (torch.compiler.is_compiling() or is_fake(call.x))
     counts_rows = call.x.device.type == "cpu" and not traced
-    for e in range(len(call.w1)):
+    for e in range(len(call.w2)):
         if call.ids is not None:
             mask = call.ids == e
             yield e, mask.nonzero()[:, 0] if counts_rows else mask

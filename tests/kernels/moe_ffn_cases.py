@@ -9,7 +9,7 @@ from torch import Tensor
 
 import attention_cases
 from accuracy import assert_as_accurate_as, relative_errors
-from vlmo.kernels import ModalityRouting, moe_ffn
+from vlmo.kernels import ModalityRouting, moe_ffn, moe_linear
 from vlmo.kernels.moe_ffn import cpu
 from vlmo.kernels.moe_ffn.call import GATED, Facts
 from vlmo.kernels.moe_ffn.op import BACKENDS
@@ -41,6 +41,7 @@ class Case:
     bias: bool = True
     norm_bias: bool = True
     sub_norm: bool = False
+    linear: int = 0  # output width of moe_linear, which has no first layer
     layer_scale: bool = True
     token_scale: bool = True
     residual: bool = True
@@ -94,6 +95,21 @@ CASES = [
     Case(sub_norm=True, pieces=((0, 3), (3, 5), (1, 4)), hidden=(17, 64, 8, 33), norm="none"),
     Case(activation="relu2", batch=5),
     Case(activation="geglu_tanh", norm="rms", norm_bias=False),
+    # moe_linear
+    Case(linear=40),
+    Case(linear=24, form="ids", norm="none"),
+    Case(linear=59, form="packed", norm="rms", norm_bias=False, layer_scale=False),
+    Case(linear=16, pieces=((0, 3), (3, 5), (1, 4)), hidden=(1, 1, 1, 1), token_scale=False),
+    Case(
+        *(((0, 7), (1, 13)), "segments", 3, 72, (1, 1)),
+        norm="none",
+        bias=False,
+        norm_bias=False,
+        layer_scale=False,
+        token_scale=False,
+        residual=False,
+        linear=24,
+    ),
 ]
 
 
@@ -127,13 +143,16 @@ def make_tensors(case: Case, device, dtype) -> dict:
     length = sum(n for _, n in case.pieces)
     leading = (case.batch, length) if case.form == "segments" else (case.batch * length,)
     dim, rows = case.dim, [h * (2 if case.activation in GATED else 1) for h in case.hidden]
-    tensors = {
-        "x": draw(*leading, dim),
-        "w1": [draw(r, dim, scale=dim**-0.5) for r in rows],
-        "w2": [draw(dim, h, scale=h**-0.5) for h in case.hidden],
-    }
-    if case.bias:
-        tensors |= {"b1": [draw(r) for r in rows], "b2": [draw(dim) for _ in rows]}
+    out, tensors = case.linear or dim, {"x": draw(*leading, dim)}
+    if case.linear:
+        tensors["w2"] = [draw(out, dim, scale=dim**-0.5) for _ in rows]
+        if case.bias:
+            tensors["b2"] = [draw(out) for _ in rows]
+    else:
+        tensors["w1"] = [draw(r, dim, scale=dim**-0.5) for r in rows]
+        tensors["w2"] = [draw(dim, h, scale=h**-0.5) for h in case.hidden]
+        if case.bias:
+            tensors |= {"b1": [draw(r) for r in rows], "b2": [draw(dim) for _ in rows]}
     if case.norm != "none":
         tensors["norm_weight"] = [draw(dim, scale=0.1, shift=1.0) for _ in rows]
         if case.norm_bias:
@@ -143,9 +162,9 @@ def make_tensors(case: Case, device, dtype) -> dict:
         if case.norm_bias:
             tensors["sub_norm_bias"] = [draw(h, scale=0.1) for h in case.hidden]
     if case.layer_scale:
-        tensors["layer_scale"] = draw(dim, scale=0.1, shift=0.3)
+        tensors["layer_scale"] = draw(out, scale=0.1, shift=0.3)
     if case.residual:
-        tensors["residual"] = draw(*leading, dim)
+        tensors["residual"] = draw(*leading, out)
     if case.token_scale:
         tensors["token_scale"] = (draw(*leading) > 0).to(dtype) * 2
     return tensors
@@ -169,7 +188,8 @@ def leaves(tensors: dict) -> dict[str, Tensor]:
 def eager(case: Case, ids: Tensor, tensors: dict) -> Tensor:
     """moe_ffn in its usual form: boolean masks, F.linear, F.layer_norm, autograd."""
     x = tensors["x"].reshape(-1, case.dim)
-    out = torch.zeros_like(x)
+    shape = (*tensors["x"].shape[:-1], case.linear or case.dim)
+    out = x.new_zeros(len(x), shape[-1])
     for e in range(len(case.hidden)):
         mask = (ids == e).to(x.device)
         at = {k: v[e] if isinstance(v, list) else v for k, v in tensors.items()}
@@ -178,11 +198,12 @@ def eager(case: Case, ids: Tensor, tensors: dict) -> Tensor:
             h = F.layer_norm(h, (case.dim,), at["norm_weight"], at.get("norm_bias"), 1e-6)
         elif case.norm == "rms":
             h = F.rms_norm(h, (case.dim,), at["norm_weight"], 1e-6)
-        h = F.linear(h, at["w1"], at.get("b1"))
+        if not case.linear:
+            h = F.linear(h, at["w1"], at.get("b1"))
         if case.activation in GATED:
             gate, value = h.chunk(2, -1)
             h = ACTIVATIONS[case.activation](gate) * value
-        else:
+        elif not case.linear:
             h = ACTIVATIONS[case.activation](h)
         if case.sub_norm:
             weight = at["sub_norm_weight"]
@@ -193,8 +214,8 @@ def eager(case: Case, ids: Tensor, tensors: dict) -> Tensor:
     if case.token_scale:
         out = out * tensors["token_scale"].reshape(-1, 1)
     if case.residual:
-        out = tensors["residual"].reshape(-1, case.dim) + out
-    return out.view(tensors["x"].shape)
+        out = tensors["residual"].reshape(out.shape) + out
+    return out.view(shape)
 
 
 def eager_autocast(case: Case, ids: Tensor, tensors: dict) -> Tensor:
@@ -216,12 +237,17 @@ def eager_autocast(case: Case, ids: Tensor, tensors: dict) -> Tensor:
 def skip_unless_possible(place, case: Case, dtype: torch.dtype) -> None:
     """Skip a test, with the reason, if the backend does not support the call."""
     counted = bool(make_routing(case, place.device).counts) or place.device.type == "cpu"
-    facts = Facts(dtype, case.dim, case.hidden, case.activation, counted, case.sub_norm)
+    hidden = (case.dim,) * len(case.hidden) if case.linear else case.hidden
+    facts = Facts(dtype, case.dim, hidden, case.activation, counted, case.sub_norm, case.linear)
     if reason := BACKENDS[place.backend].why_not(place.device, facts):
         pytest.skip(f"{place.backend}: {reason}")
 
 
 def call(case: Case, routing: ModalityRouting, tensors: dict, **options) -> Tensor:
+    if case.linear:
+        names = {"w2": "weight", "b2": "bias"}
+        given = {names.get(k, k): v for k, v in tensors.items()}
+        return moe_linear(routing=routing, norm=case.norm, **given, **options)
     arguments = {k: v for k, v in tensors.items() if k not in ("x", "w1", "w2")}
     return moe_ffn(
         tensors["x"],

@@ -35,7 +35,7 @@ def pre_shape(call: Call) -> tuple[int, int]:
 
     It contains h1 = W1_e norm_e(x) of all rows, then with a layer scale h2 = W2_e act(h1 + b1_e).
     """
-    if not call.save_pre:
+    if not call.save_pre or not call.w1:
         return (0, 0)
     tokens, dim = call.x.shape
     columns = max(weight.shape[0] for weight in call.w1)
@@ -43,10 +43,10 @@ def pre_shape(call: Call) -> tuple[int, int]:
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """y [T, D], and the tensor saved for the backward, in the shape :func:`pre_shape`."""
+    """y [T, O], and the tensor saved for the backward, in the shape :func:`pre_shape`."""
     from .launch import forward
 
-    kept = call.x.new_empty(pre_shape(call), dtype=call.w1[0].dtype)
+    kept = call.x.new_empty(pre_shape(call), dtype=call.w2[0].dtype)
     return forward(call, kept), kept
 
 

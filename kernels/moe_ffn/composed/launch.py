@@ -60,7 +60,8 @@ class Passes:
         """Add up the lines of ``sums`` to gradients."""
         needed = gradients.needed
         given = [tuple(gradients.lists[name]) if needed.wants(name) else None for name in _SUMMED]
-        sizes = [max(map(len, self.call.w1)), *[self.call.x.shape[1]] * 4]
+        sizes = [max(map(len, self.call.w1), default=0)]
+        sizes += [max(self.call.x.shape[1], len(self.call.w2[0]))] * 4
         if self.call.sub_norm_weight:
             sizes += [max(map(len, self.call.sub_norm_weight))] * 2
         blocks = sum(-(-size // passes.LINE_COLUMNS.value) for size in sizes)
@@ -88,26 +89,29 @@ def _counts(call: Call) -> list[int]:
 
 
 def forward(call: Call, kept: Tensor) -> Tensor:
-    """y [T, D]; writes h1 and h2 to ``kept`` unless it is empty.
+    """y [T, O]; writes h1 and h2 to ``kept`` unless it is empty.
 
-    There are three launches of passes, four with a sub-norm.
+    There are three launches of passes, four with a sub-norm, two for moe_linear.
     """
     dtype = call.w2[0].dtype if call.residual is None else call.residual.dtype
-    y = call.x.new_empty(call.x.shape, dtype=dtype)
+    y = call.x.new_empty(call.out, dtype=dtype)
     if len(call.x) == 0:
         return y
     layer = _Layer(call, _TILE, _HELD_FORWARD)
-    h1, h2 = layer.kept(kept)
     normed = layer.normed()
-    h1 = layer.first_products(normed, h1)
-    if h2 is None and not layer.passes_x:
-        h2 = normed  # overwritten
-    del normed
-    act = layer.activated(h1, overwrite=not call.save_pre)
-    h2 = layer.second_products(layer.sub_normed(act, act), h2)
+    if call.w1:
+        h1, h2 = layer.kept(kept)
+        h1 = layer.first_products(normed, h1)
+        if h2 is None and not layer.passes_x:
+            h2 = normed  # overwritten
+        del normed
+        act = layer.activated(h1, overwrite=not call.save_pre)
+        h2 = layer.second_products(layer.sub_normed(act, act), h2)
+    else:
+        h2 = layer.second_products(normed)
     vectors = (call.layer_scale, call.token_scale, call.residual)
     layer.passes.over_columns(
-        *(passes.moe_ffn_branch_kernel, layer.dim, h2, y, layer.b2),
+        *(passes.moe_ffn_branch_kernel, layer.out, h2, y, layer.b2),
         *(arguments.contiguous(t) for t in vectors),
     )
     return y
@@ -125,7 +129,10 @@ def backward(dy: Tensor, kept: Tensor, call: Call, needs: Sequence[bool]) -> lis
         each = len(call.x) // (4 * arguments.workers_on(dy.device, _TILE))
         block_t = min(64, max(16, 1 << max(each, 1).bit_length() - 1))
         layer = _Layer(call, replace(_TILE, block_t=block_t), _HELD_BACKWARD)
-        _differentiate(dy.contiguous(), kept, layer, gradients)
+        if call.w1:
+            _differentiate(dy.contiguous(), kept, layer, gradients)
+        else:
+            _differentiate_linear(dy.contiguous(), layer, gradients)
     return gradients.result(call)
 
 
@@ -136,12 +143,7 @@ def _differentiate(dy: Tensor, kept: Tensor, layer: _Layer, gradients: Gradients
     of_h1 = through or needed.wants("w1")
     before_act = of_h1 or needed.wants("b1")
     of_sub_norm = needed.wants("sub_norm_weight", "sub_norm_bias")
-    sums = None
-    if scale is not None or needed.wants(*_SUMMED):
-        of_hidden = 2 * layer.hidden if call.sub_norm_weight else 0
-        lines = (run.tiles, layer.width + 4 * layer.dim + of_hidden)
-        sums = call.x.new_empty(lines, dtype=torch.float32)
-
+    sums = layer.sums(gradients)
     h1, h2 = layer.kept(kept)
     # Otherwise the pass of the norm's gradient, which reads x as well, computes it.
     early = h1 is None or (needed.wants("w1") and (call.norm == "none" or not through))
@@ -153,12 +155,7 @@ def _differentiate(dy: Tensor, kept: Tensor, layer: _Layer, gradients: Gradients
     if scale is not None and h2 is None:
         act = layer.activated(h1)
         h2 = layer.second_products(layer.sub_normed(act))
-    dh2 = layer.new(layer.dim)
-    run.over_columns(
-        *(passes.moe_ffn_bwd_branch_kernel, layer.dim, dy, None if scale is None else h2, dh2),
-        *(sums if needed.wants("b2") or scale is not None else None, layer.b2),
-        *(arguments.contiguous(t) for t in (call.layer_scale, call.token_scale)),
-    )
+    dh2 = layer.undo_branch(dy, h2, gradients, sums)
     dact, dh1 = None, None
     if before_act or of_sub_norm:
         dact = layer.new(layer.hidden)
@@ -192,7 +189,7 @@ def _differentiate(dy: Tensor, kept: Tensor, layer: _Layer, gradients: Gradients
     if through:
         assert dh1 is not None
         late = needed.wants("w1") and normed is None
-        dnormed = layer.undo_norm(dh1, gradients, sums, keeps_normed=late)
+        dnormed = layer.undo_norm(dh1, call.w1, gradients, sums, keeps_normed=late)
         normed = dnormed if late else normed
     if needed.wants("w1"):
         assert dh1 is not None and normed is not None
@@ -203,11 +200,30 @@ def _differentiate(dy: Tensor, kept: Tensor, layer: _Layer, gradients: Gradients
         run.add_up(sums, gradients)
 
 
+def _differentiate_linear(dy: Tensor, layer: _Layer, gradients: Gradients) -> None:
+    """:func:`_differentiate` for moe_linear."""
+    call, needed = layer.call, gradients.needed
+    of_weight, of_scale = needed.wants("w2"), gradients.scale is not None
+    normed = layer.normed() if of_weight or of_scale else None
+    h2 = layer.second_products(normed) if of_scale and normed is not None else None
+    sums = layer.sums(gradients)
+    dh2 = layer.undo_branch(dy, h2, gradients, sums)
+    if of_weight and normed is not None:
+        for gradient, rows in layer.experts(gradients.lists["w2"]):
+            if wanted(gradient):
+                torch.mm(dh2[rows].t(), normed[rows], out=gradient)
+    if needed.x or needed.wants("norm_weight", "norm_bias"):
+        layer.undo_norm(dh2, call.w2, gradients, sums, keeps_normed=False)
+    if sums is not None:
+        layer.passes.add_up(sums, gradients)
+
+
 class _Layer:
     """The steps that forward and backward share.
 
     Attributes:
-        dim, hidden, width: D, the largest F, and the columns of h1: the largest F, or 2 F if gated.
+        dim, out, hidden: D, O and the largest F.
+        width: the columns of h1: the largest F, or 2 F if gated; 0 for moe_linear.
         passes_x: whether x serves as norm_e(x): there is no norm, and one expert has all tokens.
     """
 
@@ -215,13 +231,13 @@ class _Layer:
         self.call, self.passes = call, Passes(call, tile, held)
         self.x = call.x.contiguous()
         self.dim, self.hidden = call.x.shape[1], max(w.shape[1] for w in call.w2)
-        self.width = max(len(w) for w in call.w1)
+        self.out, self.width = len(call.w2[0]), max(map(len, call.w1), default=0)
         self.b1, self.b2 = arguments.pointers(call.b1), arguments.pointers(call.b2)
         self.passes_x = call.norm == "none" and self.passes.in_order
 
     def new(self, columns: int) -> Tensor:
         """Uninitialised scratch [T, columns] in the dtype of the weights."""
-        return self.x.new_empty(len(self.x), columns, dtype=self.call.w1[0].dtype)
+        return self.x.new_empty(len(self.x), columns, dtype=self.call.w2[0].dtype)
 
     def experts(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, slice]]:
         """The tensor of each expert, and the expert's grouped rows."""
@@ -277,15 +293,36 @@ class _Layer:
         return out
 
     def second_products(self, act: Tensor, out: Tensor | None = None) -> Tensor:
-        """h2 = W2_e act [T, D]."""
-        out = self.new(self.dim) if out is None else out
+        """h2 = W2_e act [T, O]."""
+        out = self.new(self.out) if out is None else out
         for w2, rows in self.experts(self.call.w2):
             torch.mm(act[rows, : w2.shape[1]], w2.t(), out=out[rows])
         return out
 
+    def sums(self, gradients: Gradients) -> Tensor | None:
+        """Scratch for the sums of the passes; None if no gradient needs any."""
+        if gradients.scale is None and not gradients.needed.wants(*_SUMMED):
+            return None
+        of_hidden = 2 * self.hidden if self.call.sub_norm_weight else 0
+        lines = (self.passes.tiles, self.width + 4 * max(self.dim, self.out) + of_hidden)
+        return self.x.new_empty(lines, dtype=torch.float32)
+
+    def undo_branch(
+        self, dy: Tensor, h2: Tensor | None, gradients: Gradients, sums: Tensor | None
+    ) -> Tensor:
+        """dh2 [T, O]; writes the sums for b2 and, from h2, for the layer scale."""
+        scale, dh2 = gradients.scale, self.new(self.out)
+        self.passes.over_columns(
+            *(passes.moe_ffn_bwd_branch_kernel, self.out, dy, None if scale is None else h2, dh2),
+            *(sums if gradients.needed.wants("b2") or scale is not None else None, self.b2),
+            *(arguments.contiguous(t) for t in (self.call.layer_scale, self.call.token_scale)),
+        )
+        return dh2
+
     def undo_norm(
         self,
-        dh1: Tensor,
+        d: Tensor,  # [T, any], the gradient of weights @ norm_e(x)
+        weights: Sequence[Tensor],
         gradients: Gradients,
         sums: Tensor | None,
         *,
@@ -294,8 +331,8 @@ class _Layer:
         """Write dx and the sums for the norm; returns scratch that holds norm_e(x) if wanted."""
         call, needed = self.call, gradients.needed
         dnormed = gradients.x if self.passes_x else self.new(self.dim)
-        for w1, rows in self.experts(call.w1):
-            torch.mm(dh1[rows, : len(w1)], w1, out=dnormed[rows])
+        for weight, rows in self.experts(weights):
+            torch.mm(d[rows, : len(weight)], weight, out=dnormed[rows])
         if not self.passes_x:
             self.passes.over_rows(
                 *(passes.moe_ffn_bwd_norm_kernel, self.dim, call.norm_eps, self.x, dnormed),

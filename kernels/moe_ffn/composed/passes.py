@@ -7,7 +7,8 @@ residual, y and dx are addressed by token. Rows and tiles are described in
 :mod:`vlmo.kernels.moe_ffn.triton.device`.
 
 The passes of the backward also write the sums of a tile's rows, one line of SUMS [tiles, P + 4 D]
-per tile: of the gradients of b1, b2, layer scale, norm weight and norm bias. With a sub-norm, those
+per tile: of the gradients of b1, b2, layer scale, norm weight and norm bias. In moe_linear, D is
+then the larger one of D and O. With a sub-norm, those
 of its weight and bias follow, 2 max F more.
 :func:`moe_ffn_sums_kernel` adds up the lines in a fixed order.
 """
@@ -47,7 +48,13 @@ def block_of_rows(start, step, C: tl.constexpr):
 @triton.jit
 def length_of_line(C: tl.constexpr):
     """Numbers in a line of SUMS."""
-    return C.max_pre + 4 * C.dim + (2 * C.max_hidden if C.sub_norm else 0)
+    return C.max_pre + 4 * widest(C) + (2 * C.max_hidden if C.sub_norm else 0)
+
+
+@triton.jit
+def widest(C: tl.constexpr):
+    """The larger one of D and O."""
+    return C.dim if C.dim > C.out else C.out
 
 
 @triton.jit
@@ -115,32 +122,32 @@ def moe_ffn_activation_kernel(
 
 @triton.jit
 def moe_ffn_branch_kernel(
-    H2,  # [T, D] grouped
-    Y,  # [T, D]
+    H2,  # [T, O] grouped
+    Y,  # [T, O]
     B2,
-    LAYER_SCALE,  # [D]
+    LAYER_SCALE,  # [O]
     TOKEN_SCALE,  # [T]
-    RESIDUAL,  # [T, D]
+    RESIDUAL,  # [T, O]
     rows,
     C: tl.constexpr,
 ):
     """residual + token_scale * layer_scale * (h2 + b2)."""
-    BLOCKS: tl.constexpr = (C.dim + C.block_n - 1) // C.block_n
+    BLOCKS: tl.constexpr = (C.out + C.block_n - 1) // C.block_n
     expert, start, begin, end = find_tile(rows, tl.program_id(0) // BLOCKS, C)
     columns = (tl.program_id(0) % BLOCKS) * C.block_n + tl.arange(0, C.block_n)
-    within = columns < C.dim
+    within = columns < C.out
     for step in range(C.row_steps):
         grouped = block_of_rows(start, step, C)
         token = tokens_of(rows, grouped, expert, begin, end, C)
         inside = (grouped[:, None] < end) & within[None, :]
-        h2 = H2 + grouped[:, None].to(tl.int64) * C.dim + columns[None, :]
+        h2 = H2 + grouped[:, None].to(tl.int64) * C.out + columns[None, :]
         y = with_bias(tl.load(h2, mask=inside, other=0.0), B2, expert, columns, within, C)
         if LAYER_SCALE is not None:
             scale = tl.load(LAYER_SCALE + columns, mask=within, other=0.0)
             y *= scale.to(tl.float32)[None, :]
         if TOKEN_SCALE is not None:
             y *= tl.load(TOKEN_SCALE + token).to(tl.float32)[:, None]
-        at = token[:, None] * C.dim + columns[None, :]
+        at = token[:, None] * C.out + columns[None, :]
         if RESIDUAL is not None:
             residual = tl.load(RESIDUAL + at, mask=inside, other=0.0)
             if Y.dtype.element_ty == tl.float64:
@@ -152,9 +159,9 @@ def moe_ffn_branch_kernel(
 
 @triton.jit
 def moe_ffn_bwd_branch_kernel(
-    DY,  # [T, D]
-    H2,  # [T, D] grouped; None if the gradient of the layer scale is not needed
-    DH2,  # [T, D] grouped
+    DY,  # [T, O]
+    H2,  # [T, O] grouped; None if the gradient of the layer scale is not needed
+    DH2,  # [T, O] grouped
     SUMS,  # None if neither sum is needed
     B2,
     LAYER_SCALE,
@@ -163,11 +170,11 @@ def moe_ffn_bwd_branch_kernel(
     C: tl.constexpr,
 ):
     """dh2 = layer_scale * token_scale * dy, and the sums for b2 and the layer scale."""
-    BLOCKS: tl.constexpr = (C.dim + C.block_n - 1) // C.block_n
+    BLOCKS: tl.constexpr = (C.out + C.block_n - 1) // C.block_n
     tile = tl.program_id(0) // BLOCKS
     expert, start, begin, end = find_tile(rows, tile, C)
     columns = (tl.program_id(0) % BLOCKS) * C.block_n + tl.arange(0, C.block_n)
-    within = columns < C.dim
+    within = columns < C.out
     BLOCK_R: tl.constexpr = C.block_r
     BLOCK_N: tl.constexpr = C.block_n
     db2 = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
@@ -176,8 +183,8 @@ def moe_ffn_bwd_branch_kernel(
         grouped = block_of_rows(start, step, C)
         token = tokens_of(rows, grouped, expert, begin, end, C)
         inside = (grouped[:, None] < end) & within[None, :]
-        at = grouped[:, None].to(tl.int64) * C.dim + columns[None, :]
-        dy = tl.load(DY + token[:, None] * C.dim + columns[None, :], mask=inside, other=0.0)
+        at = grouped[:, None].to(tl.int64) * C.out + columns[None, :]
+        dy = tl.load(DY + token[:, None] * C.out + columns[None, :], mask=inside, other=0.0)
         d = dy.to(tl.float32)
         if TOKEN_SCALE is not None:
             d *= tl.load(TOKEN_SCALE + token).to(tl.float32)[:, None]
@@ -193,7 +200,7 @@ def moe_ffn_bwd_branch_kernel(
         line = SUMS + tile.to(tl.int64) * length_of_line(C) + C.max_pre + columns
         tl.store(line, tl.sum(db2, 0), mask=within)
         if H2 is not None:
-            tl.store(line + C.dim, tl.sum(dscale, 0), mask=within)
+            tl.store(line + widest(C), tl.sum(dscale, 0), mask=within)
 
 
 @triton.jit
@@ -294,9 +301,9 @@ def moe_ffn_bwd_norm_kernel(
             normed = with_bias(unit * weight, NORM_BIAS, expert, columns, within, C)
             tl.store(NORMED + at, normed.to(NORMED.dtype.element_ty), mask=inside)
     if SUMS is not None:
-        line = SUMS + tile.to(tl.int64) * length_of_line(C) + C.max_pre + 2 * C.dim + columns
+        line = SUMS + tile.to(tl.int64) * length_of_line(C) + C.max_pre + 2 * widest(C) + columns
         tl.store(line, tl.sum(dweight, 0), mask=within)
-        tl.store(line + C.dim, tl.sum(dbias, 0), mask=within)
+        tl.store(line + widest(C), tl.sum(dbias, 0), mask=within)
 
 
 @triton.jit
@@ -360,7 +367,7 @@ def moe_ffn_bwd_sub_norm_kernel(
             dact = undo_unit_rows(term(d, weight), unit, inverse, width, "layer")
             tl.store(DACT + at, dact.to(DACT.dtype.element_ty), mask=inside)
     if SUMS is not None:
-        line = SUMS + tile.to(tl.int64) * length_of_line(C) + C.max_pre + 4 * C.dim + columns
+        line = SUMS + tile.to(tl.int64) * length_of_line(C) + C.max_pre + 4 * widest(C) + columns
         tl.store(line, tl.sum(dweight, 0), mask=within)
         tl.store(line + C.max_hidden, tl.sum(dbias, 0), mask=within)
 
@@ -375,14 +382,14 @@ def moe_ffn_sums_kernel(
     DNORM_BIAS,
     DSUB_NORM_WEIGHT,
     DSUB_NORM_BIAS,
-    DSCALE,  # [D]
+    DSCALE,  # [O]
     rows,
     NEEDED: tl.constexpr,
     C: tl.constexpr,
 ):
     """Add up the lines of an expert's tiles, or for the layer scale of all tiles."""
     OF_PRE: tl.constexpr = (C.max_pre + LINE_COLUMNS - 1) // LINE_COLUMNS
-    OF_DIM: tl.constexpr = (C.dim + LINE_COLUMNS - 1) // LINE_COLUMNS
+    OF_DIM: tl.constexpr = (max(C.dim, C.out) + LINE_COLUMNS - 1) // LINE_COLUMNS
     OF_HIDDEN: tl.constexpr = (C.max_hidden + LINE_COLUMNS - 1) // LINE_COLUMNS
     OF_OTHERS: tl.constexpr = OF_PRE + 4 * OF_DIM
     ALL: tl.constexpr = OF_OTHERS + (2 * OF_HIDDEN if C.sub_norm else 0)
@@ -406,7 +413,7 @@ def moe_ffn_sums_kernel(
             width = width_of(expert, C) * C.halves
             store_sum(SUMS, DB1, OF_B1, expert, columns, width, rows, C)
     elif kind >= 5:
-        source = SUMS + C.max_pre + 4 * C.dim
+        source = SUMS + C.max_pre + 4 * widest(C)
         width = width_of(expert, C)
         if kind == 5:
             if DSUB_NORM_WEIGHT is not None:
@@ -416,15 +423,15 @@ def moe_ffn_sums_kernel(
                 source += C.max_hidden
                 store_sum(source, DSUB_NORM_BIAS, OF_SUB_BIAS, expert, columns, width, rows, C)
     else:
-        source = SUMS + C.max_pre + (kind - 1) * C.dim
+        source = SUMS + C.max_pre + (kind - 1) * widest(C)
         if kind == 1:
             if DB2 is not None:
-                store_sum(source, DB2, OF_B2, expert, columns, C.dim, rows, C)
+                store_sum(source, DB2, OF_B2, expert, columns, C.out, rows, C)
         elif kind == 2:
             if DSCALE is not None:
                 # Of all tiles, by the programs of expert 0.
                 tiles = tl.where(expert == 0, tile_of_expert(len(C.hidden), rows, C), 0)
-                within = columns < C.dim
+                within = columns < C.out
                 total = sum_rows(source, 0, tiles, length_of_line(C), columns, within, LINES)
                 inside = within & (expert == 0)
                 tl.store(DSCALE + columns, total.to(DSCALE.dtype.element_ty), mask=inside)

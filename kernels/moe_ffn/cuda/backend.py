@@ -21,6 +21,8 @@ _ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu", "geglu")
 
 def why_not(device: torch.device, facts: Facts) -> str | None:
     """The reason why :func:`forward` cannot run, or None."""
+    if facts.linear:
+        return "it has no kernel for moe_linear."
     if facts.activation not in _ACTIVATIONS:
         return f"its kernels have no activation {facts.activation!r}."
     if facts.sub_norm:

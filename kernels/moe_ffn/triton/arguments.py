@@ -75,20 +75,27 @@ def make_config(
     tile: Tile,
     descriptors: bool = False,
     sub_norm: bool = False,
+    linear: int = 0,
 ) -> Config:
-    """Compile-time constants of a kernel; the kernel's launcher sets its phases."""
+    """Compile-time constants of a kernel; the kernel's launcher sets its phases.
+
+    ``linear`` is O of moe_linear.
+    """
+    out = linear or dim
     gated = activation in GATED
     halves = 2 if gated else 1
     block_d = 1 << (dim - 1).bit_length()
     return Config(
         dim=dim,
+        out=out,
+        linear=linear > 0,
         hidden=hidden,
         max_hidden=max(hidden),
         norm=norm,
         activation=activation,
         gated=gated,
         halves=halves,
-        max_pre=max(hidden) * halves,
+        max_pre=0 if linear else max(hidden) * halves,
         sub_norm=sub_norm,
         precision=precision,
         rounds=rounds,
@@ -97,7 +104,7 @@ def make_config(
         even_hidden=all(f % tile.block_k == 0 for f in hidden),
         even=all(
             size % block == 0
-            for size in (dim, *hidden)
+            for size in (dim, out, *hidden)
             for block in (tile.block_t, tile.block_n, tile.block_k)
         ),
         block_t=tile.block_t,
@@ -105,6 +112,7 @@ def make_config(
         block_f=tile.block_n // halves,
         block_k=tile.block_k,
         block_d=block_d,
+        block_o=1 << (out - 1).bit_length(),
         block_r=max(1, min(tile.block_t, 16384 // block_d)),
         row_steps=1,
         block_h=1 << (max(hidden) - 1).bit_length(),
@@ -119,7 +127,8 @@ def make_config(
 def config_of(problem: Problem, precision: str, tile: Tile, descriptors: bool = False) -> Config:
     rounds = problem.dtype != torch.float32
     facts = (problem.dim, problem.hidden, problem.norm, problem.activation, precision, rounds)
-    return make_config(*facts, tile, descriptors, problem.sub_norm)
+    linear = problem.out if problem.linear else 0
+    return make_config(*facts, tile, descriptors, problem.sub_norm, linear)
 
 
 def uses_descriptors(tile: Tile, w1: Sequence[Tensor], w2: Sequence[Tensor]) -> bool:
@@ -128,7 +137,7 @@ def uses_descriptors(tile: Tile, w1: Sequence[Tensor], w2: Sequence[Tensor]) -> 
     Raises:
         NotImplementedError: the tile asks for them, and Triton is too old.
     """
-    if not tile.descriptors or w1[0].dtype == torch.float32:
+    if not tile.descriptors or w2[0].dtype == torch.float32:
         return False
     triton_target.require_descriptors()
     sizes = [size for weight in w2 for size in weight.shape]

@@ -1,4 +1,4 @@
-"""The Triton backend of moe_ffn: what it can run, and its entry points.
+"""The Triton backend of moe_ffn and moe_linear: what it can run, and its entry points.
 
 Triton is imported when the first kernel is launched.
 """
@@ -25,13 +25,15 @@ def why_not(device: torch.device, facts: Facts) -> str | None:
     """The reason why :func:`forward` cannot run, or None."""
     if facts.width > _MAX_DIM:
         return f"model dimension {facts.width} is above {_MAX_DIM}."
+    if facts.linear > _MAX_DIM:
+        return f"output width {facts.linear} is above {_MAX_DIM}."
     if facts.sub_norm and max(facts.hidden) > _MAX_SUB_NORM:
         return f"hidden width {max(facts.hidden)} of a sub-norm is above {_MAX_SUB_NORM}."
     return why_not_weight(facts) or triton_target.why_not(device, facts.dtype)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """y [T, D], and the pre-activation in grouped order; one launch."""
+    """y [T, O], and the pre-activation in grouped order; one launch."""
     return _launch().forward(call)
 
 

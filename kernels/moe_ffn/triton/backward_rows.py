@@ -9,6 +9,8 @@ A row tile passes through four phases, in the order of
 2. dnormed = dpre W1; without a norm this is dx.
 3. dx through the norm.
 
+moe_linear has no phase 1: dnormed = dh2 W2.
+
 With a sub-norm, phase 1 only multiplies: it stores dh2 W2, and pre if that is recomputed. A phase
 of whole rows follows, which computes dpre through the sub-norm and the activation, and the
 sub-norm of the hidden activations for the gradient of w2.
@@ -54,20 +56,20 @@ OUTSIDE = tl.constexpr(-30000.0)
 
 @triton.jit(do_not_specialize=["bound", "band"])
 def moe_ffn_bwd_rows_kernel(
-    DY,  # [T, D]
+    DY,  # [T, O]
     X,  # [T, D]
     PRE,  # [T, P] grouped, P = max F or, gated, max 2 F; None: recomputed
     # Scratch in grouped order, None if not needed
-    DBRANCH,  # [T, D]
-    DH2,  # [T, D]; None if it is dy
+    DBRANCH,  # [T, O]
+    DH2,  # [T, O]; None if it is dy
     NORMED,  # [T, D]
     HIDDEN,  # [T, max F]
-    DPRE,  # [T, P]
+    DPRE,  # [T, P]; None in moe_linear
     DNORMED,  # [T, D]
     DHIDDEN,  # [T, max F]; only with a sub-norm
     AGAIN,  # [T, P], pre if it is recomputed; only with a sub-norm
     # Partial sums, one row per task, None if not needed
-    SUM_DBRANCH,  # [.., D]
+    SUM_DBRANCH,  # [.., O]
     SUM_DPRE,  # [.., P]
     SUM_NORM,  # [.., 2 D]: for the norm's weight, then its bias
     SUM_SUB_NORM,  # [.., 2 max F]
@@ -106,13 +108,23 @@ def moe_ffn_bwd_rows_kernel(
         else ()
     )
     dhidden_operands = (
-        operands_nn(DH2, "dim", W2, "dim", C.block_f, rows, C)
+        operands_nn(DH2, "out", W2, "out", C.block_f, rows, C)
         if DESCRIBED and C.tasks[1] > 0 and DH2 is not None
         else ()
     )
+    # What the phase before the last multiplies, and the phase that computes it.
+    BEFORE: tl.constexpr = 0 if C.linear else MULTIPLY - 1
+    BY_TOKEN: tl.constexpr = C.linear and DH2 is None
+    if C.linear:
+        MULTIPLIED = DY if DH2 is None else DH2
+        WEIGHT = W2
+    else:
+        MULTIPLIED = DPRE
+        WEIGHT = W1
+    KIND: tl.constexpr = "out" if C.linear else "pre"
     dnormed_operands = (
-        operands_nn(DPRE, "pre", W1, "pre", C.block_n, rows, C)
-        if DESCRIBED and C.tasks[MULTIPLY] > 0
+        operands_nn(MULTIPLIED, KIND, WEIGHT, KIND, C.block_n, rows, C)
+        if DESCRIBED and C.tasks[MULTIPLY] > 0 and not BY_TOKEN
         else ()
     )
 
@@ -166,11 +178,11 @@ def moe_ffn_bwd_rows_kernel(
                 signal(differentiated + tile)
         elif phase == MULTIPLY:
             if C.tasks[MULTIPLY] > 0:
-                if C.tasks[MULTIPLY - 1] > 0:
-                    wait(differentiated + tile, C.tasks[MULTIPLY - 1])
+                if C.tasks[BEFORE] > 0:
+                    wait((prepared if C.linear else differentiated) + tile, C.tasks[BEFORE])
                 multiply(
-                    *(DPRE, DNORMED, DX, W1, dnormed_operands),
-                    *(rows, part, expert, start, begin, end, C),
+                    *(MULTIPLIED, DNORMED, DX, WEIGHT, dnormed_operands),
+                    *(rows, part, expert, start, begin, end, BY_TOKEN, C),
                 )
                 signal(multiplied + tile)
         else:
@@ -209,18 +221,18 @@ def prepare(
     C: tl.constexpr,
 ):
     """Phase 0: block_r * row_steps rows."""
-    BLOCK_D: tl.constexpr = C.block_d
-    columns = tl.arange(0, BLOCK_D)
-    within = columns < C.dim
+    BLOCK_O: tl.constexpr = C.block_o
+    columns = tl.arange(0, BLOCK_O)
+    within = columns < C.out
     BLOCK_R: tl.constexpr = C.block_r
-    total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
     for step in range(C.row_steps):
         grouped = start + (part * C.row_steps + step) * C.block_r + tl.arange(0, C.block_r)
         token = tokens_of(rows, grouped, expert, begin, end, C)
         inside = (grouped[:, None] < end) & within[None, :]
-        at = grouped[:, None].to(tl.int64) * C.dim + columns[None, :]
+        at = grouped[:, None].to(tl.int64) * C.out + columns[None, :]
 
-        dy = tl.load(DY + token[:, None] * C.dim + columns[None, :], mask=inside, other=0.0)
+        dy = tl.load(DY + token[:, None] * C.out + columns[None, :], mask=inside, other=0.0)
         dbranch = dy.to(tl.float32)
         if TOKEN_SCALE is not None:
             dbranch *= tl.load(TOKEN_SCALE + token).to(tl.float32)[:, None]
@@ -240,7 +252,7 @@ def prepare(
             )
     if SUM_DBRANCH is not None:
         row = (tile * C.tasks[0] + part).to(tl.int64)
-        tl.store(SUM_DBRANCH + row * C.dim + columns, tl.sum(total, 0), mask=within)
+        tl.store(SUM_DBRANCH + row * C.out + columns, tl.sum(total, 0), mask=within)
 
 
 @triton.jit
@@ -486,10 +498,10 @@ def undo_sub_norm(
 
 @triton.jit
 def multiply(
-    DPRE,
+    A,  # dpre [T, P], or in moe_linear dh2 [T, O]
     DNORMED,
     DX,
-    W1,
+    W,
     operands,
     rows,
     part,
@@ -497,16 +509,19 @@ def multiply(
     start,
     begin,
     end,
+    BY_TOKEN: tl.constexpr,
     C: tl.constexpr,
 ):
     """The phase before the last: block_t rows, block_n columns."""
     first = part * C.block_n
     grouped = start + tl.arange(0, C.block_t)
-    dpre_rows = operand_rows(rows, start, expert, begin, end, False, C)
+    a_rows = operand_rows(rows, start, expert, begin, end, BY_TOKEN, C)
+    STRIDE: tl.constexpr = C.out if C.linear else C.max_pre
+    depth = C.out if C.linear else width_of(expert, C) * C.halves
     acc = quarters(
         product_nn(
-            *(operands, DPRE, dpre_rows, W1, expert, start, first),
-            *(C.dim, width_of(expert, C) * C.halves, C.max_pre, C.block_n, C),
+            *(operands, A, a_rows, W, expert, start, first),
+            *(C.dim, depth, STRIDE, C.block_n, C),
         )
     )
     QUARTER: tl.constexpr = C.block_n // 4

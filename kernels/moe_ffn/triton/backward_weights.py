@@ -3,12 +3,14 @@
     dw1 = dpre^T norm(x)         dw2 = layer_scale * G, G = dbranch^T hidden
     dlayer_scale = row sums of (w2 * G) + b2 * sum of dbranch
 
-so the layer scale needs no third product. Two or three experts give too few tiles of dw1 and dw2 to
-fill a GPU evenly, so they are divided (stream-K): whole tiles as long as they fill all programs,
-then one equal share of the remaining steps for each program. A share may begin or end
-inside a tile. The program with a tile's first step owns the tile and reduces the partial tiles of
-the other programs in a fixed order, so the result is bitwise reproducible. Tickets start with the
-last share, so that an owner only waits for programs with earlier tickets.
+so the layer scale needs no third product. moe_linear has dw2 only, with norm(x) for hidden.
+
+Two or three experts give too few tiles of dw1 and dw2 to fill a GPU evenly, so they are divided
+(stream-K): whole tiles as long as they fill all programs, then one equal share of the remaining
+steps for each program. A share may begin or end inside a tile. The program with a tile's first step
+owns the tile and reduces the partial tiles of the other programs in a fixed order, so the result is
+bitwise reproducible. Tickets start with the last share, so that an owner only waits for programs
+with earlier tickets.
 """
 
 from __future__ import annotations
@@ -144,17 +146,17 @@ def find_range(ticket, rows, C: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def moe_ffn_bwd_weights_kernel(
-    DPRE,  # [T, P] grouped
-    NORMED,  # [T, D] grouped, or x by token if NORMED_BY_TOKEN
-    DBRANCH,  # [T, D] grouped, or dy by token if DBRANCH_BY_TOKEN
-    HIDDEN,  # [T, max F] grouped
+    DPRE,  # [T, P] grouped; in moe_linear DBRANCH
+    NORMED,  # [T, D] grouped, or x by token if NORMED_BY_TOKEN; arbitrary in moe_linear
+    DBRANCH,  # [T, O] grouped, or dy by token if DBRANCH_BY_TOKEN
+    HIDDEN,  # [T, max F] grouped; in moe_linear NORMED
     SUM_DPRE,  # partial sums from the kernel of the rows; arbitrary if not needed
     SUM_DBRANCH,
     SUM_NORM,
     SUM_SUB_NORM,
     PARTIAL,  # [workers, block_t, block_n] float32 scratch
-    SUM_SCALE,  # [scale_rows, D] float32 scratch, None if dlayer_scale is not needed
-    SUM_BIAS,  # [E, D] float32 scratch: b2 * sum of dbranch; None if not needed
+    SUM_SCALE,  # [scale_rows, O] float32 scratch, None if dlayer_scale is not needed
+    SUM_BIAS,  # [E, O] float32 scratch: b2 * sum of dbranch; None if not needed
     DW1,  # E pointers, like all tuples in capitals
     DW2,
     DB1,
@@ -184,9 +186,9 @@ def moe_ffn_bwd_weights_kernel(
     partial_ready = COUNTERS + 3
     operands = (
         (
-            describe_rows(DPRE, rows, "pre", C.block_k, C.block_t, C),
+            describe_rows(DPRE, rows, "out" if C.linear else "pre", C.block_k, C.block_t, C),
             describe_rows(NORMED, rows, "dim", C.block_k, C.block_n, C),
-            describe_rows(DBRANCH, rows, "dim", C.block_k, C.block_t, C),
+            describe_rows(DBRANCH, rows, "out", C.block_k, C.block_t, C),
             describe_rows(HIDDEN, rows, "hidden", C.block_k, C.block_n, C),
         )
         if C.descriptors and not NORMED_BY_TOKEN and not DBRANCH_BY_TOKEN
@@ -235,18 +237,18 @@ def moe_ffn_bwd_weights_kernel(
                     width = width_of(expert, C) * C.halves
                     store_sum(DB1, B1_WANTED, expert, columns, width, sums, C)
             elif kind == 1:
-                within = columns < C.dim
+                within = columns < C.out
                 if SUM_BIAS is not None:
                     brings = within & (sums != 0.0)
                     b2 = tl.load(select(B2, expert, C) + columns, mask=brings, other=0.0)
-                    at = SUM_BIAS + expert * C.dim + columns
+                    at = SUM_BIAS + expert * C.out + columns
                     tl.store(at, sums * b2.to(tl.float32), mask=within)
                     brought += 1
                 if DB2 is not None:
                     if LAYER_SCALE is not None:
                         scale = tl.load(LAYER_SCALE + columns, mask=within, other=0.0)
                         sums *= scale.to(tl.float32)
-                    store_sum(DB2, B2_WANTED, expert, columns, C.dim, sums, C)
+                    store_sum(DB2, B2_WANTED, expert, columns, C.out, sums, C)
             elif kind == 2:
                 if DNORM_WEIGHT is not None:
                     store_sum(DNORM_WEIGHT, NORM_WEIGHT_WANTED, expert, columns, C.dim, sums, C)
@@ -287,10 +289,10 @@ def partial_at(PARTIAL, number, i: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def tile_corner(expert, tile, is_w1, C: tl.constexpr, W: tl.constexpr):
-    """First row and column of a tile of dw1 [F or 2 F, D] or dw2 [D, F], and the matrix's shape."""
+    """First row and column of a tile of dw1 [F or 2 F, D] or dw2 [O, F], and the matrix's shape."""
     W1_TILES: tl.constexpr = W.w1_tiles
     hidden = width_of(expert, C)
-    tile_rows = tl.where(is_w1, hidden * C.halves, C.dim)
+    tile_rows = tl.where(is_w1, hidden * C.halves, C.out)
     tile_columns = tl.where(is_w1, C.dim, hidden)
     local = tile - tl.where(is_w1, 0, select(W1_TILES, expert, C))
     across = tl.cdiv(tile_columns, C.block_n)
@@ -318,7 +320,7 @@ def weight_product(
     first_m, first_n, tile_rows, tile_columns = corner
     A = tl.where(is_w1, DPRE, DBRANCH)
     B = tl.where(is_w1, NORMED, HIDDEN)
-    stride_a = tl.where(is_w1, C.max_pre, C.dim)
+    stride_a = tl.where(is_w1, C.max_pre, C.out)
     stride_b = tl.where(is_w1, C.dim, C.max_hidden)
     begin, end = rows_of(rows, expert, C)
     m = first_m + tl.arange(0, C.block_t)
@@ -409,7 +411,8 @@ def add_step(
     else:
         a_at = A + first.to(tl.int64) * stride_a + a_local
     if NORMED_BY_TOKEN:
-        b_at = B + (tl.where(is_w1, token, in_order)[:, None] * stride_b + n[None, :])
+        normed_rows = token if C.linear else tl.where(is_w1, token, in_order)
+        b_at = B + (normed_rows[:, None] * stride_b + n[None, :])
     else:
         b_at = B + first.to(tl.int64) * stride_b + b_local
     # Loaded in the layout of the product, [block_t, block_k] and [block_k, block_n]: for an operand
@@ -491,7 +494,7 @@ def finish_tile(
         for e in tl.static_range(len(C.hidden)):
             line += tl.where(e < expert, tl.cdiv(C.hidden[e], C.block_n), 0)
         sums = tl.sum(of_scale, 1)
-        tl.store(SUM_SCALE + line * C.dim + m, sums, mask=(m < C.dim) & (not is_w1))
+        tl.store(SUM_SCALE + line * C.out + m, sums, mask=(m < C.out) & (not is_w1))
 
 
 @triton.jit
@@ -502,12 +505,12 @@ def finish_scale(
     tl.debug_barrier()
     before = tl.atomic_add(counter, brought, sem="acq_rel")
     if before + brought == W.scale_signals:
-        for first in range(0, C.dim, SUM_COLUMNS):
+        for first in range(0, C.out, SUM_COLUMNS):
             columns = first + tl.arange(0, SUM_COLUMNS)
-            within = columns < C.dim
-            total = sum_rows(SUM_SCALE, 0, W.scale_rows, C.dim, columns, within, SUM_ROWS)
+            within = columns < C.out
+            total = sum_rows(SUM_SCALE, 0, W.scale_rows, C.out, columns, within, SUM_ROWS)
             if SUM_BIAS is not None:
-                total += sum_rows(SUM_BIAS, 0, len(C.hidden), C.dim, columns, within, SUM_ROWS)
+                total += sum_rows(SUM_BIAS, 0, len(C.hidden), C.out, columns, within, SUM_ROWS)
             out = DLAYER_SCALE + columns
             tl.store(out, total.to(out.dtype.element_ty), mask=within)
 
@@ -540,9 +543,10 @@ def add_up(
 
     source = tl.where(kind == 0, SUM_DPRE, tl.where(kind == 1, SUM_DBRANCH, SUM_NORM))
     source += tl.where(kind == 3, C.dim, 0)
-    stride = tl.where(kind == 0, C.max_pre, tl.where(kind == 1, C.dim, 2 * C.dim))
+    stride = tl.where(kind == 0, C.max_pre, tl.where(kind == 1, C.out, 2 * C.dim))
     per_tile = tl.where(kind == 0, W.dpre_rows, tl.where(kind == 1, W.dbranch_rows, W.norm_rows))
     width = tl.where(kind == 0, width_of(expert, C) * C.halves, C.dim)
+    width = tl.where(kind == 1, C.out, width)
     if C.sub_norm:
         source = tl.where(kind >= 4, SUM_SUB_NORM, source)
         source += tl.where(kind == 5, C.max_hidden, 0)

@@ -26,12 +26,14 @@ def describe_rows(
     """E descriptors of a grouped tensor, for blocks [BLOCK_R, BLOCK_C].
 
     Args:
-        KIND: "dim" for norm(x) and dbranch, "hidden" for the activations, "pre" for dpre.
+        KIND: "dim" for norm(x), "out" for dbranch, "hidden" for the activations, "pre" for dpre.
     """
     made = ()  # type: tuple
     for e in tl.static_range(len(C.hidden)):
         if KIND == "dim":
             columns, stride = C.dim, C.dim
+        elif KIND == "out":
+            columns, stride = C.out, C.out
         elif KIND == "hidden":
             columns, stride = C.hidden[e], C.max_hidden
         else:
@@ -44,7 +46,7 @@ def describe_rows(
 
 @triton.jit
 def describe_transposed(W, KIND: tl.constexpr, BLOCK_N: tl.constexpr, C: tl.constexpr):
-    """E descriptors of w1 ("pre") or w2 ("dim") for :func:`described_nt`.
+    """E descriptors of w1 ("pre") or w2 ("out") for :func:`described_nt`.
 
     w1 [2 F, D] of a gated activation is described as [F, 2, D], so that a block has the gate and
     the value of a hidden column in adjacent rows, like ``w1_rows`` in products.py.
@@ -52,7 +54,7 @@ def describe_transposed(W, KIND: tl.constexpr, BLOCK_N: tl.constexpr, C: tl.cons
     HALVES: tl.constexpr = C.halves if KIND == "pre" else 1
     made = ()  # type: tuple
     for e in tl.static_range(len(C.hidden)):
-        height = C.hidden[e] if KIND == "pre" else C.dim
+        height = C.hidden[e] if KIND == "pre" else C.out
         width = C.dim if KIND == "pre" else C.hidden[e]
         block = tl.make_tensor_descriptor(
             *(W[e], [height, HALVES, width], [width, height * width, 1]),
@@ -64,10 +66,10 @@ def describe_transposed(W, KIND: tl.constexpr, BLOCK_N: tl.constexpr, C: tl.cons
 
 @triton.jit
 def describe_straight(W, KIND: tl.constexpr, BLOCK_N: tl.constexpr, C: tl.constexpr):
-    """E descriptors of w1 ("pre") or w2 ("dim") for :func:`described_nn`."""
+    """E descriptors of w1 ("pre") or w2 ("out") for :func:`described_nn`."""
     made = ()  # type: tuple
     for e in tl.static_range(len(C.hidden)):
-        height = C.hidden[e] * C.halves if KIND == "pre" else C.dim
+        height = C.hidden[e] * C.halves if KIND == "pre" else C.out
         width = C.dim if KIND == "pre" else C.hidden[e]
         block = tl.make_tensor_descriptor(W[e], [height, width], [width, 1], [C.block_k, BLOCK_N])
         made += (block,)

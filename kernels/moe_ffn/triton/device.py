@@ -22,6 +22,8 @@ class Config(NamedTuple):
     """Compile-time constants of a kernel."""
 
     dim: int  # D
+    out: int  # O, the width of y; D but for moe_linear
+    linear: bool  # whether there is no first layer, so that F is D
     hidden: tuple[int, ...]  # E x F
     max_hidden: int
     norm: str
@@ -35,12 +37,13 @@ class Config(NamedTuple):
     tasks: tuple[int, ...]  # tasks of a row tile in each phase
     even_dim: bool  # block_k divides D
     even_hidden: bool  # block_k divides every F
-    even: bool  # every block divides both
+    even: bool  # every block divides D, O and every F
     block_t: int  # rows of a tile
     block_n: int  # columns of a tile; of hidden columns there are block_f, half as many if gated
     block_f: int
     block_k: int
     block_d: int  # D, rounded up to a power of two
+    block_o: int  # O, likewise
     block_r: int  # rows that a phase without products processes at once
     row_steps: int  # number of iterations in a task of such a phase
     block_h: int  # max F, rounded up to a power of two

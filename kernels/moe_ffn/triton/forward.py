@@ -1,5 +1,7 @@
 """The forward of moe_ffn in one launch: norm, first product and activation, second product.
 
+moe_linear is the same without a first layer: its last phase multiplies norm(x), or x by token.
+
 A row tile passes through three phases: 0 normalises rows into scratch, 1 computes tiles of the
 hidden activations, 2 computes tiles of y. With a sub-norm, a phase between 1 and 2 normalises rows
 of the hidden activations. The kernel is persistent: programs take tickets in the
@@ -42,9 +44,9 @@ def moe_ffn_fwd_kernel(
     X,  # [T, D]
     NORMED,  # [T, D] grouped scratch; None without norm
     PRE,  # [T, P] grouped, P = max F or, gated, max 2 F; None if not saved
-    HIDDEN,  # [T, max F] grouped scratch
+    HIDDEN,  # [T, max F] grouped scratch; None in moe_linear
     SUB_NORMED,  # [T, max F] grouped scratch; None without a sub-norm
-    Y,  # [T, D]
+    Y,  # [T, O]
     W1,  # E pointers, like all tuples in capitals
     W2,
     B1,
@@ -53,9 +55,9 @@ def moe_ffn_fwd_kernel(
     NORM_BIAS,
     SUB_NORM_WEIGHT,
     SUB_NORM_BIAS,
-    LAYER_SCALE,  # [D]
+    LAYER_SCALE,  # [O]
     TOKEN_SCALE,  # [T]
-    RESIDUAL,  # [T, D]
+    RESIDUAL,  # [T, O]
     rows,
     COUNTERS,  # [2 + phases * bound on row tiles]: ticket, finished programs, phases but the last
     bound,
@@ -78,9 +80,16 @@ def moe_ffn_fwd_kernel(
         if DESCRIBED and C.tasks[1] > 0 and NORMED is not None
         else ()
     )
+    # What the last phase multiplies, and the phase that computes it.
+    BY_TOKEN: tl.constexpr = C.linear and NORMED is None
+    BEFORE: tl.constexpr = 0 if C.linear else LAST - 1
+    if C.linear:
+        MULTIPLIED = X if NORMED is None else NORMED
+    else:
+        MULTIPLIED = HIDDEN if SUB_NORMED is None else SUB_NORMED
     output_operands = (
-        operands_nt(HIDDEN if SUB_NORMED is None else SUB_NORMED, "hidden", W2, "dim", rows, C)
-        if DESCRIBED and C.tasks[LAST] > 0
+        operands_nt(MULTIPLIED, "hidden", W2, "out", rows, C)
+        if DESCRIBED and C.tasks[LAST] > 0 and not BY_TOKEN
         else ()
     )
 
@@ -114,10 +123,9 @@ def moe_ffn_fwd_kernel(
         else:
             if C.tasks[LAST] > 0:
                 output_tile(
-                    *(HIDDEN if SUB_NORMED is None else SUB_NORMED, Y, W2, B2),
-                    *(LAYER_SCALE, TOKEN_SCALE, RESIDUAL),
-                    (hidden_rows if SUB_NORMED is None else sub_normed_rows) + tile,
-                    *(output_operands, rows, part, expert, start, begin, end, C),
+                    *(MULTIPLIED, Y, W2, B2, LAYER_SCALE, TOKEN_SCALE, RESIDUAL),
+                    *(normed_rows + BEFORE * bound + tile, output_operands),
+                    *(rows, part, expert, start, begin, end, BEFORE, BY_TOKEN, C),
                 )
         # Not earlier: a ticket taken during a task would wait, and so would its dependents.
         ticket = tl.atomic_add(COUNTERS, 1, sem="relaxed")
@@ -237,19 +245,20 @@ def output_tile(
     start,
     begin,
     end,
+    BEFORE: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
     C: tl.constexpr,
 ):
     """The last phase: block_t rows, block_n columns of y."""
     width = width_of(expert, C)
     first = part * C.block_n
     grouped = start + tl.arange(0, C.block_t)
-    h_rows = operand_rows(rows, start, expert, begin, end, False, C)
-    w_rows = tl.minimum(first + tl.arange(0, C.block_n), C.dim - 1)
+    h_rows = operand_rows(rows, start, expert, begin, end, BY_TOKEN, C)
+    w_rows = tl.minimum(first + tl.arange(0, C.block_n), C.out - 1)
     acc = first_sums(B2, expert, w_rows, C)
     token = tokens_of(rows, grouped, expert, begin, end, C)
     if RESIDUAL is not None:
-        prefetch_tile(RESIDUAL + token * C.dim, first, C.dim, C.block_n)
-    BEFORE: tl.constexpr = len(C.tasks) - 2
+        prefetch_tile(RESIDUAL + token * C.out, first, C.out, C.block_n)
     if C.tasks[BEFORE] > 0:
         wait(hidden_rows, C.tasks[BEFORE])
     acc = product_nt(
@@ -260,15 +269,15 @@ def output_tile(
 
     QUARTER: tl.constexpr = C.block_n // 4
     token = tokens_of(rows, grouped, expert, begin, end, C)
-    out = token[:, None] * C.dim
+    out = token[:, None] * C.out
     if TOKEN_SCALE is not None:
         token_scale = tl.load(TOKEN_SCALE + token).to(tl.float32)
     for i in tl.static_range(4):
         columns = first + i * QUARTER + tl.arange(0, QUARTER)
-        inside = inside_tile(grouped, end, columns, C.dim, C)
+        inside = inside_tile(grouped, end, columns, C.out, C)
         y = acc[i]
         if LAYER_SCALE is not None:
-            scale = tl.load(LAYER_SCALE + columns, mask=columns < C.dim, other=0.0)
+            scale = tl.load(LAYER_SCALE + columns, mask=columns < C.out, other=0.0)
             y *= scale.to(tl.float32)[None, :]
         if TOKEN_SCALE is not None:
             y *= token_scale[:, None]

@@ -1,4 +1,4 @@
-"""Launches the kernels of moe_ffn: one forward, and two backward as planned in plan.py.
+"""Launches the kernels: one forward, and two backward as planned in plan.py.
 
 ``tiles.SEPARATE`` makes several launches of the forward and of the first of the backward.
 """
@@ -58,11 +58,12 @@ def _plan_forward(
     config, sub_tasks = _with_sub_norm(config, tile, 2 * _HELD)
     tasks = (
         0 if problem.norm == "none" else -(-tile.block_t // config.block_r),
-        -(-config.max_hidden // config.block_f),
+        0 if problem.linear else -(-config.max_hidden // config.block_f),
         *sub_tasks,
-        -(-dim // tile.block_n),
+        -(-problem.out // tile.block_n),
     )
-    depths = (None, dim, *(None for _ in sub_tasks), config.max_hidden)
+    first = None if problem.linear else dim
+    depths = (None, first, *(None for _ in sub_tasks), config.max_hidden)
     band = band_of(
         *(bound, tasks, workers, depths),
         step=config.block_k,
@@ -95,10 +96,10 @@ def _launches(
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """y [T, D], and the pre-activation in grouped order; one launch."""
-    x, dtype = call.x, call.w1[0].dtype
+    """y [T, O], and the pre-activation in grouped order; one launch."""
+    x, dtype = call.x, call.w2[0].dtype
     y = x.new_empty(
-        x.shape, dtype=(call.residual if call.residual is not None else call.w2[0]).dtype
+        call.out, dtype=(call.residual if call.residual is not None else call.w2[0]).dtype
     )
     pre = x.new_empty(pre_shape(call), dtype=dtype)
     if x.shape[0] == 0:
@@ -108,15 +109,16 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     row = tiles.choose(device, dtype)
     tile, workers = row.forward, arguments.workers_on(device, row.forward)
     w1, w2, *others = map(arguments.pointers, call[1:9])
-    assert w1 is not None and w2 is not None
+    assert w2 is not None
     plan = _plan_forward(
         *(Problem.of(call, rows), arguments.precision(), tile, workers),
         *(tiles.overheads(device, dtype), tiles.are_separate(device, dtype, x.shape[0])),
-        arguments.uses_descriptors(tile, w1, w2),
+        arguments.uses_descriptors(tile, w1 or (), w2),
     )
     normed = None if call.norm == "none" else x.new_empty(x.shape, dtype=dtype)
-    hidden = x.new_empty((x.shape[0], plan.launches[0][0].max_hidden), dtype=dtype)
-    sub_normed = torch.empty_like(hidden) if call.sub_norm_weight else None
+    of_hidden = (x.shape[0], plan.launches[0][0].max_hidden)
+    hidden = x.new_empty(of_hidden, dtype=dtype) if call.w1 else None
+    sub_normed = x.new_empty(of_hidden, dtype=dtype) if call.sub_norm_weight else None
     tensors = (
         *(x.contiguous(), normed, pre if call.save_pre else None, hidden, sub_normed, y),
         *(w1, w2, *others),
@@ -163,7 +165,7 @@ def _plan_backward(
 ) -> _Backward:
     tile = rows_tile
     config = arguments.config_of(problem, precision, tile, rows_descriptors)
-    block_r = max(1, min(tile.block_t, _HELD // config.block_d))
+    block_r = max(1, min(tile.block_t, _HELD // max(config.block_d, config.block_o)))
     row_steps = max(1, min(tile.block_t, _ROWS_PER_TASK) // block_r)
     config, sub_tasks = _with_sub_norm(config, tile, _HELD)
     rows = plan_rows(
@@ -172,7 +174,7 @@ def _plan_backward(
         block_f=config.block_f,
         block_n=tile.block_n,
         row_tasks=-(-tile.block_t // (block_r * row_steps)),
-        keeps_normed=problem.norm != "none" and (needed.wants("w1") or recomputes),
+        keeps_normed=problem.norm != "none" and _reads_normed(problem, needed, recomputes),
         keeps_dh2=keeps_dh2,
         dpre_lines=sum(sub_tasks) or 1,
     )
@@ -225,6 +227,13 @@ def _plan_backward(
     )
 
 
+def _reads_normed(problem: Problem, needed: Needed, recomputes: bool) -> bool:
+    """Whether the backward multiplies with norm(x)."""
+    if problem.linear:
+        return needed.wants("w2") or needed.layer_scale
+    return needed.wants("w1") or recomputes
+
+
 def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list[Tensor]:
     """The gradients flagged in ``needs``, in the order of the schema; the others are empty.
 
@@ -238,23 +247,24 @@ def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list
 
 
 def _launch(dy: Tensor, pre: Tensor | None, call: Call, gradients: Gradients) -> None:
-    x, dtype, needed = call.x.contiguous(), call.w1[0].dtype, gradients.needed
+    x, dtype, needed = call.x.contiguous(), call.w2[0].dtype, gradients.needed
     device, rows, row = x.device, rows_of(call), tiles.choose(x.device, dtype)
-    tile = row.recompute if pre is None else row.rows
+    recomputes = pre is None and len(call.w1) > 0
+    tile = row.recompute if recomputes else row.rows
     scaled = call.layer_scale is not None or call.token_scale is not None
     w1, w2, b1, b2, *norms = map(arguments.pointers, call[1:9])
-    assert w1 is not None and w2 is not None
+    assert w2 is not None
     plan = _plan_backward(
         *(Problem.of(call, rows), needed, arguments.precision()),
-        *(pre is None, scaled or dy.dtype != dtype),
+        *(recomputes, scaled or dy.dtype != dtype),
         *(tile, arguments.workers_on(device, tile)),
         *(row.weights, arguments.workers_on(device, row.weights)),
         *(tiles.overheads(device, dtype), tiles.are_separate(device, dtype, x.shape[0])),
-        *(arguments.uses_descriptors(each, w1, w2) for each in (tile, row.weights)),
+        *(arguments.uses_descriptors(each, w1 or (), w2) for each in (tile, row.weights)),
     )
     made, bound, passed = plan.rows.allocate(call), plan.rows.bound, arguments.passed(rows)
     layer_scale = arguments.contiguous(call.layer_scale)
-    dhidden, again, sum_sub_norm = _sub_norm_scratch(call, needed, plan, pre is None)
+    dhidden, again, sum_sub_norm = _sub_norm_scratch(call, needed, plan, recomputes)
     tensors = (
         *(dy, x, pre, *made[:6], dhidden, again, *made[6:], sum_sub_norm),
         *(gradients.x if needed.x else None, w1, w2, b1, *norms),
@@ -271,20 +281,21 @@ def _launch(dy: Tensor, pre: Tensor | None, call: Call, gradients: Gradients) ->
     scratch = plan.weights.allocate(call)
     # An absent tensor is replaced by one of the same dtype, which is not read.
     partial = x.new_empty(1, dtype=torch.float32) if scratch.partial is None else scratch.partial
-    normed = made.dpre if made.normed is None else made.normed
-    dbranch = made.dbranch if made.dbranch is not None else made.dh2
+    given = made.dbranch if made.dbranch is not None else made.dh2
+    dbranch = dy if given is None else given
+    dpre = dbranch if made.dpre is None else made.dpre
+    normed = x if call.norm == "none" else dpre if made.normed is None else made.normed
+    hidden = dpre if made.hidden is None else made.hidden
     sums = (made.sum_dpre, made.sum_dbranch, made.sum_norm, sum_sub_norm)
     with take_counters(device, 3 + plan.weights.workers) as counters:
         triton_launch.launch(
             *(moe_ffn_bwd_weights_kernel, device, plan.weights_programs, row.weights),
-            *(made.dpre, x if call.norm == "none" else normed),
-            dy if dbranch is None else dbranch,
-            made.dpre if made.hidden is None else made.hidden,
+            *(dpre, normed, dbranch, hidden if call.w1 else normed),
             *(partial if tensor is None else tensor for tensor in sums),
             *(partial, scratch.sum_scale, scratch.sum_bias),
             *(tuple(gradients.lists[name]) or None for name in LISTS),
             *(gradients.scale, w2, b2, layer_scale, passed, counters),
-            *(call.norm == "none", dbranch is None, plan.weights_config, plan.work),
+            *(call.norm == "none", given is None, plan.weights_config, plan.work),
         )
 
 

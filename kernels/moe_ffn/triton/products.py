@@ -189,5 +189,5 @@ def hidden_gradient(
     a_rows = operand_rows(rows, start, expert, begin, end, BY_TOKEN, C)
     return product_nn(
         *(operands, DH2, a_rows, W2, expert, start, first),
-        *(width_of(expert, C), C.dim, C.dim, C.block_f, C),
+        *(width_of(expert, C), C.out, C.out, C.block_f, C),
     )
