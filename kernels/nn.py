@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arguments import check_choice
 from .moe_ffn.api import moe_ffn
 from .moe_ffn.call import ACTIVATIONS, GATED
+from .moe_ffn.linear import moe_linear
 from .moe_ffn.reference import _act
 from .routing import ModalityRouting
 from .wrappers import is_plain
@@ -71,11 +71,12 @@ class Multiway(nn.ModuleDict):
 
 
 class MultiwayLinear(Multiway):
-    """A linear layer per expert: ``y_t = W_e x_t + b_e`` for a token t of expert e.
+    """A linear layer per expert, with the norm before it and the residual after it.
 
     Args:
         in_features, out_features, bias: as for :class:`torch.nn.Linear`.
         experts: the experts' names, or their number.
+        backend: as for :func:`vlmo.kernels.moe_linear`.
         device, dtype: of the parameters.
     """
 
@@ -86,25 +87,39 @@ class MultiwayLinear(Multiway):
         experts: int | Sequence[str],
         bias: bool = True,
         *,
+        backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         factory: Any = dict(device=device, dtype=dtype)
         super().__init__(experts, lambda: nn.Linear(in_features, out_features, bias, **factory))
+        self.backend = backend
 
     def forward(
         self,
         x: Tensor,  # [..., D]
         routing: ModalityRouting,
-    ) -> Tensor:  # [..., out_features]
+        *,
+        norm: MultiwayNorm | None = None,
+        layer_scale: Tensor | None = None,  # [O]
+        token_scale: Tensor | None = None,  # x.shape[:-1]
+        residual: Tensor | None = None,  # [..., O]
+    ) -> Tensor:  # [..., O]
+        """``residual + token_scale * layer_scale * linear(norm(x))``; all but ``linear`` optional.
+
+        O is ``out_features``.
+        """
+        x, norms = _norms_of(norm, x, routing)
         linears, routing = self.routed(routing)
-        if not all(is_plain(linear, nn.Linear) for linear in linears):
-            return by_expert(x, routing, linears)
-        return _reference_linear(
+        return linear(
             x,
             routing,
-            [linear.weight for linear in linears],
-            bias=None if linears[0].bias is None else [linear.bias for linear in linears],
+            linears,
+            norms=norms,
+            layer_scale=layer_scale,
+            token_scale=token_scale,
+            residual=residual,
+            backend=self.backend,
         )
 
 
@@ -237,11 +252,7 @@ class MultiwayFFN(Multiway):
         residual: Tensor | None = None,  # [..., D]
     ) -> Tensor:  # [..., D]
         """``residual + token_scale * layer_scale * ffn(norm(x))``; all but ``ffn`` is optional."""
-        norms = None
-        if norm is not None and is_plain(norm, MultiwayNorm):
-            norms, _ = norm.routed(routing)
-        elif norm is not None:
-            x = norm(x, routing)
+        x, norms = _norms_of(norm, x, routing)
         experts, routing = self.routed(routing)
         return feed_forward(
             x,
@@ -253,6 +264,45 @@ class MultiwayFFN(Multiway):
             residual=residual,
             backend=self.backend,
         )
+
+
+def linear(
+    x: Tensor,  # [..., D]
+    routing: ModalityRouting,
+    linears: Sequence[Any],
+    *,
+    norms: Sequence[Any] | None = None,
+    layer_scale: Tensor | None = None,  # [O]
+    token_scale: Tensor | None = None,  # x.shape[:-1]
+    residual: Tensor | None = None,  # [..., O]
+    backend: str | None = None,
+) -> Tensor:  # [..., O]
+    """``residual + token_scale * layer_scale * linear(norm(x))`` with each token's own modules.
+
+    Args:
+        x: input.
+        routing: the expert of each token.
+        linears: one module per expert. If all are plain, and the norms as well, one operation reads
+            their parameters; otherwise all are called.
+        norms: one norm per expert, or None.
+        layer_scale, token_scale, residual, backend: as for :func:`vlmo.kernels.moe_linear`.
+    """
+    kind = "none" if norms is None else _kind_of(norms)
+    plain = all(is_plain(module, nn.Linear) for module in linears)
+    if kind is None or not plain or len({module.bias is None for module in linears}) > 1:
+        functions = linears if norms is None else [*map(_after, norms, linears)]
+        return _finish(by_expert(x, routing, functions), layer_scale, token_scale, residual)
+    return moe_linear(
+        x,
+        routing,
+        [module.weight for module in linears],
+        _vectors(linears, "bias"),
+        layer_scale=layer_scale,
+        token_scale=token_scale,
+        residual=residual,
+        backend=backend,
+        **_norm_arguments(norms, kind),
+    )
 
 
 def feed_forward(
@@ -291,13 +341,7 @@ def feed_forward(
         token_scale=token_scale,
         residual=residual,
     )
-    if norms is not None:
-        parameters |= dict(
-            norm=kind,
-            norm_weight=_vectors(norms, "weight"),
-            norm_bias=_vectors(norms, "bias") if kind == "layer" else None,
-            norm_eps=norms[0].eps,
-        )
+    parameters |= _norm_arguments(norms, kind)
     if experts[0].ffn_layernorm is not None:
         sub_norms = [expert.ffn_layernorm for expert in experts]
         parameters |= dict(
@@ -339,21 +383,6 @@ def by_expert(
     return torch.empty_like(out).index_copy(0, rows, out).unflatten(0, x.shape[:-1])
 
 
-def _reference_linear(
-    x: Tensor,  # [..., D]
-    routing: ModalityRouting,
-    weight: Sequence[Tensor],  # E x [out, D]
-    *,
-    bias: Sequence[Tensor] | None = None,  # E x [out]
-) -> Tensor:  # [..., out]
-    """``W_e x_t + b_e`` for each token t of expert e, in plain PyTorch."""
-
-    def expert(e: int) -> Function:
-        return lambda rows: F.linear(rows, weight[e], None if bias is None else bias[e])
-
-    return by_expert(x, routing, [expert(e) for e in range(len(weight))])
-
-
 def _finish(
     branch: Tensor,
     layer_scale: Tensor | None,
@@ -365,6 +394,29 @@ def _finish(
     if token_scale is not None:
         branch = (branch * token_scale[..., None]).to(branch.dtype)
     return branch if residual is None else residual + branch
+
+
+def _norms_of(
+    norm: MultiwayNorm | None, x: Tensor, routing: ModalityRouting
+) -> tuple[Tensor, Sequence[Any] | None]:
+    """x and the norms of the experts that take part; if the norm is not plain, norm(x) and None."""
+    if norm is None:
+        return x, None
+    if not is_plain(norm, MultiwayNorm):
+        return norm(x, routing), None
+    return x, norm.routed(routing)[0]
+
+
+def _norm_arguments(norms: Sequence[Any] | None, kind: str) -> dict[str, Any]:
+    """The arguments of an operation for plain norms of one kind."""
+    if norms is None:
+        return {}
+    return dict(
+        norm=kind,
+        norm_weight=_vectors(norms, "weight"),
+        norm_bias=_vectors(norms, "bias") if kind == "layer" else None,
+        norm_eps=norms[0].eps,
+    )
 
 
 def _after(norm: Function, function: Function) -> Function:

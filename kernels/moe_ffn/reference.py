@@ -46,6 +46,26 @@ def moe_ffn_reference(call: Call) -> Tensor:
     return y
 
 
+def moe_ffn_gradients(dy: Tensor, call: Call, needs: Sequence[bool]) -> list[Tensor]:
+    """The gradients flagged in ``needs``, in the order of the schema; the others are empty.
+
+    The forward runs again.
+    """
+    flags, leaves = iter(needs), []
+
+    def leaf(tensor: Tensor) -> Tensor:
+        leaves.append(tensor.detach().requires_grad_(next(flags)))
+        return leaves[-1]
+
+    x, lists = leaf(call.x), [[leaf(t) for t in tensors] for tensors in call[1:9]]
+    scale = None if call.layer_scale is None else leaf(call.layer_scale)
+    with torch.enable_grad():
+        y = moe_ffn_reference(Call._make((x, *lists, scale, *call[10:])))
+    wanted = [t for t in leaves if t.requires_grad]
+    found = iter(torch.autograd.grad(y, wanted, dy, materialize_grads=True))
+    return [next(found) if t.requires_grad else t.new_empty(0) for t in leaves]
+
+
 def _expert(x: Tensor, e: int, call: Call) -> Tensor:
     """``layer_scale * (W2_e sub_norm_e(act(W1_e norm_e(x) + b1_e)) + b2_e)`` for rows [n, D].
 

@@ -180,7 +180,8 @@ def test_stochastic_depth_drops_a_whole_branch_of_a_sequence(batch):
     torch.manual_seed(1)
     attention, network = (layout.drop_path(0.5, x.device)[..., None] for _ in range(2))
     routing = layout.routing
-    middle = x + attention * layer.self_attn(layer.self_attn_layer_norm(x, routing), layout)
+    branch = layer.self_attn(x, layout, layer.self_attn_layer_norm, None) - x
+    middle = x + attention * branch
     expected = middle + network * layer.ffn(layer.final_layer_norm(middle, routing), routing)
     torch.testing.assert_close(actual, expected)
     for kept in (attention, network):

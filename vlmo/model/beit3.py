@@ -239,19 +239,26 @@ class Attention(nn.Module):
     def __init__(self, config: BEiT3Config):
         super().__init__()
         self.heads, self.kernels, dim = config.heads, config.kernels, config.dim
-        self.q_proj = MultiwayLinear(dim, dim, EXPERTS)
-        self.k_proj = MultiwayLinear(dim, dim, EXPERTS)
-        self.v_proj = MultiwayLinear(dim, dim, EXPERTS)
+        self.q_proj = MultiwayLinear(dim, dim, EXPERTS, backend=config.kernels)
+        self.k_proj = MultiwayLinear(dim, dim, EXPERTS, backend=config.kernels)
+        self.v_proj = MultiwayLinear(dim, dim, EXPERTS, backend=config.kernels)
         self.inner_attn_ln = MultiwayNorm(dim, EXPERTS, EPS)
-        self.out_proj = MultiwayLinear(dim, dim, EXPERTS)
+        self.out_proj = MultiwayLinear(dim, dim, EXPERTS, backend=config.kernels)
 
-    def forward(self, x: Tensor, layout: Padded) -> Tensor:
+    def forward(
+        self, x: Tensor, layout: Padded, norm: MultiwayNorm, token_scale: Tensor | None
+    ) -> Tensor:
+        """``x + token_scale * attention(norm(x))``."""
+        routing = layout.routing
         q, k, v = (
-            project(x, layout.routing).unflatten(-1, (self.heads, -1))
+            # The norm is part of the operation of each projection.
+            project(x, routing, norm=norm).unflatten(-1, (self.heads, -1))
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         attended = layout.attend(q, k, v, self.kernels).flatten(-2)
-        return self.out_proj(self.inner_attn_ln(attended, layout.routing), layout.routing)
+        return self.out_proj(
+            attended, routing, norm=self.inner_attn_ln, token_scale=token_scale, residual=x
+        )
 
 
 class EncoderLayer(nn.Module):
@@ -268,15 +275,13 @@ class EncoderLayer(nn.Module):
         )
 
     def forward(self, x: Tensor, layout: Padded) -> Tensor:
-        attended = self.self_attn(self.self_attn_layer_norm(x, layout.routing), layout)
-        token_scale = None
+        kept_attention = kept_ffn = None
         if self.training and self.drop_path > 0:
-            kept = layout.drop_path(self.drop_path, x.device)[..., None]
-            attended = (attended * kept).to(attended.dtype)
-            token_scale = layout.drop_path(self.drop_path, x.device)
-        x = x + attended
+            kept_attention = layout.drop_path(self.drop_path, x.device)
+            kept_ffn = layout.drop_path(self.drop_path, x.device)
+        x = self.self_attn(x, layout, self.self_attn_layer_norm, kept_attention)
         return self.ffn(
-            x, layout.routing, norm=self.final_layer_norm, token_scale=token_scale, residual=x
+            x, layout.routing, norm=self.final_layer_norm, token_scale=kept_ffn, residual=x
         )
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmo.kernels import Constants
+from vlmo.kernels import Constants, moe_linear
 from vlmo.kernels.arguments import check_values
-from vlmo.kernels.nn import FeedForward, feed_forward
+from vlmo.kernels.nn import FeedForward, by_expert, feed_forward, linear
 from vlmo.kernels.wrappers import is_plain, rows_of
 from vlmo.model.config import VLMoConfig
 from vlmo.model.layout import Chosen, Experts, Layout, Tokens
@@ -93,15 +93,17 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(config.dim))
         self.proj = nn.Linear(config.dim, config.dim)
 
+    @property
+    def bias(self) -> Tensor:
+        """``[3 D]``: of queries, keys and values."""
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+
     def project(self, x: Tensor) -> Tensor:
-        """``[B, N, D]`` to packed queries, keys and values ``[B, N, 3, H, K]``."""
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        """``[..., D]`` to packed queries, keys and values ``[..., 3 D]``."""
         if is_plain(self.qkv, nn.Linear):
-            qkv = F.linear(x, self.qkv.weight, bias)
-        else:
-            qkv = self.qkv(x)
-            qkv = qkv + bias.to(qkv.dtype)
-        return qkv.unflatten(-1, (3, self.heads, -1))
+            return F.linear(x, self.qkv.weight, self.bias)
+        qkv = self.qkv(x)
+        return qkv + self.bias.to(qkv.dtype)
 
 
 class Block(nn.Module):
@@ -135,12 +137,15 @@ class Block(nn.Module):
         chosen: Chosen | None = None,
     ) -> Tensor:
         """The block's output for all tokens, or for ``chosen`` with their ``experts``."""
-        attended = self._attend(self.norm1(x), layout, table)
+        own = experts
+        if chosen is not None and self.attn_text is not None:
+            own = layout.experts(self.has_vl)
+        attended = self._attend(self.norm1(x), layout, table, own)
         tokens: Tokens = layout
         if chosen is not None:
             x, attended = (t.index_select(0, chosen.index) for t in (x, attended))
             tokens = chosen
-        attended = self._project(attended, tokens)
+        attended = self._project(attended, experts)
         if self.gamma_1 is not None:
             attended = attended * self.gamma_1
         drops = self.training and self.drop_path > 0
@@ -165,18 +170,30 @@ class Block(nn.Module):
             backend=self.kernels,
         )
 
-    def _attend(self, x: Tensor, layout: Layout, table: Tensor | None) -> Tensor:
+    def _attend(self, x: Tensor, layout: Layout, table: Tensor | None, experts: Experts) -> Tensor:
         if self.attn_text is None:
             qkv = self.attn.project(x)
         else:
             # Each modality has its own projections; every token still attends to all others.
-            qkv = layout.by_modality(x, self.attn_text.project, self.attn.project)
+            own, routing = self._of_modality(experts), experts.routing
+            if all(is_plain(attn.qkv, nn.Linear) for attn in own):
+                weights, biases = [attn.qkv.weight for attn in own], [attn.bias for attn in own]
+                qkv = moe_linear(x, routing, weights, biases, backend=self.kernels)
+            else:
+                qkv = by_expert(x, routing, [attn.project for attn in own])
+        qkv = qkv.unflatten(-1, (3, self.attn.heads, -1))
         return layout.attend(qkv, table, self.kernels).flatten(-2)
 
-    def _project(self, attended: Tensor, tokens: Tokens) -> Tensor:
+    def _project(self, attended: Tensor, experts: Experts) -> Tensor:
         if self.attn_text is None:
             return self.attn.proj(attended)
-        return tokens.by_modality(attended, self.attn_text.proj, self.attn.proj)
+        projections = [attn.proj for attn in self._of_modality(experts)]
+        return linear(attended, experts.routing, projections, backend=self.kernels)
+
+    def _of_modality(self, experts: Experts) -> list[Attention]:
+        """The attention of each expert, if text and image have separate ones."""
+        own = [self.attn_text if name == "text" else self.attn for name in experts.names]
+        return cast(list[Attention], own)
 
 
 class MultiwayTransformer(nn.Module):

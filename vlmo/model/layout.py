@@ -10,7 +10,7 @@ A layout is computed from tensors before the first block. It does not depend on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -26,8 +26,6 @@ from vlmo.kernels import (
 )
 from vlmo.kernels.transfer import upload
 
-Project = Callable[[Tensor], Tensor]
-
 
 class Experts(NamedTuple):
     """The experts that a block runs on a batch, and the routing of tokens to them."""
@@ -42,9 +40,6 @@ class Tokens(Protocol):
 
     def experts(self, has_vl: bool) -> Experts:
         """The experts of all blocks with (``has_vl``) or without a vision-language expert."""
-
-    def by_modality(self, x: Tensor, text: Project, image: Project) -> Tensor:
-        """Apply ``text`` to text tokens and ``image`` to image tokens; the order is unchanged."""
 
     def drop_path(self, rate: float, device: torch.device) -> Tensor:
         """Factor of the attention branch for each token: one random draw per sequence."""
@@ -185,10 +180,6 @@ class Padded:
         bias = _bias(table, self.index)
         return shared_attention(qkv, bias=bias, key_mask=self.key_mask, backend=backend)
 
-    def by_modality(self, x: Tensor, text: Project, image: Project) -> Tensor:
-        runs = ((text, x[:, : self.text]), (image, x[:, self.text :]))
-        return torch.cat([project(run) for project, run in runs if run.shape[1]], dim=1)
-
     def drop_path(self, rate: float, device: torch.device) -> Tensor:
         return survival(self.batch, rate, device)[:, None].expand(-1, self.text + self.image)
 
@@ -256,8 +247,6 @@ class Packed:
         index: relative position index of joint sequences, None for a model without relative
             positions.
         positions: ``[T]`` int32, row of ``index`` for each token; None without an index.
-        text_first: ``[T]`` int64, rows of the text tokens followed by those of the image tokens;
-            None unless the modalities have separate attention.
     """
 
     runs: tuple[Run, ...]
@@ -268,7 +257,6 @@ class Packed:
     joined: Tensor | None
     index: RelativePositionIndex | None
     positions: Tensor | None
-    text_first: Tensor | None
 
     @classmethod
     def of(
@@ -279,7 +267,6 @@ class Packed:
         longest_text: int,
         index: RelativePositionIndex | None = None,
         image_position: int = 0,
-        separate: bool = False,
     ) -> Packed:
         """The layout of some runs; does not synchronise with the device.
 
@@ -290,7 +277,6 @@ class Packed:
                 graph).
             index: see :class:`Packed`.
             image_position: row of ``index`` for the first token of an image.
-            separate: whether the modalities have separate attention.
         """
 
         def of_each(values: Sequence[Tensor | int | bool]) -> Tensor:
@@ -323,7 +309,6 @@ class Packed:
             joined=joined,
             index=index,
             positions=positions,
-            text_first=is_image.byte().argsort(stable=True) if separate else None,
         )
 
     def experts(self, has_vl: bool) -> Experts:
@@ -350,18 +335,6 @@ class Packed:
             validate=False,  # valid by construction, and shared by all layers
             backend=backend,
         )
-
-    def by_modality(self, x: Tensor, text: Project, image: Project) -> Tensor:
-        if all(run.texts is None for run in self.runs):
-            return image(x)
-        if not any(run.image for run in self.runs):
-            return text(x)
-        assert self.text_first is not None
-        apart = x[self.text_first]
-        words = sum(run.words for run in self.runs)
-        texts, images = apart.split([words, x.shape[0] - words])
-        out = torch.cat([text(texts), image(images)])
-        return torch.empty_like(out).index_copy(0, self.text_first, out)
 
     def drop_path(self, rate: float, device: torch.device) -> Tensor:
         return survival(self.offsets.shape[0] - 1, rate, device)[self.sequence]
@@ -422,12 +395,6 @@ class Chosen:
         names, device = _names(found), self.index.device
         numbers = [torch.full((count,), names.index(name), device=device) for name, count in found]
         return _routed(found, torch.cat(numbers))
-
-    def by_modality(self, x: Tensor, text: Project, image: Project) -> Tensor:
-        parts = x.split([part.tokens for part in self.parts])
-        return torch.cat(
-            [(image if p.image else text)(part) for p, part in zip(self.parts, parts, strict=True)]
-        )
 
     def drop_path(self, rate: float, device: torch.device) -> Tensor:
         return self.packed.drop_path(rate, device)[self.index]

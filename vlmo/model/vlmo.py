@@ -280,7 +280,6 @@ class VLMo(nn.Module):
             longest_text=self.config.max_text_length,
             index=self._index("joint"),
             image_position=self.config.max_text_length,
-            separate=self.config.separate_attention,
         )
 
     def _padded(self, x: Tensor, text: int, image: int, mask: Tensor | None, *, vl: bool) -> Padded:

@@ -1,4 +1,7 @@
-"""The CUDA backend of moe_ffn, for the tensor cores of sm_70 and sm_75: host side."""
+"""The CUDA backend of moe_ffn, for the tensor cores of sm_70 and sm_75: host side.
+
+moe_linear has no kernel of its own: PyTorch multiplies the rows of each expert.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import Tensor
 from ..._backends import cuda as cuda_target
 from ..call import Call, Facts, pre_shape, why_not_weight
 from ..plan import Gradients
+from ..reference import moe_ffn_gradients, moe_ffn_reference
 from ..rows import rows_of
 from . import arguments as host
 from .backward_rows import launch_rows
@@ -22,7 +26,7 @@ _ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu", "geglu")
 def why_not(device: torch.device, facts: Facts) -> str | None:
     """The reason why :func:`forward` cannot run, or None."""
     if facts.linear:
-        return "it has no kernel for moe_linear."
+        return cuda_target.why_not(CUBIN, device, facts.dtype)
     if facts.activation not in _ACTIVATIONS:
         return f"its kernels have no activation {facts.activation!r}."
     if facts.sub_norm:
@@ -38,7 +42,9 @@ def why_not(device: torch.device, facts: Facts) -> str | None:
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """y [T, D], and the pre-activation in grouped order; one launch."""
+    """y [T, O], and the pre-activation in grouped order; one launch."""
+    if not call.w1:
+        return moe_ffn_reference(call), call.x.new_empty(0, 0)
     residual = call.residual
     # A residual that the kernel cannot read is added afterwards.
     fused = residual is None or residual.dtype in (torch.float16, torch.float32)
@@ -59,6 +65,8 @@ def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list
     There is one launch for the rows and, if parameters need gradients, one for these. A
     pre-activation that was not saved is recomputed first, by a launch of the forward kernel.
     """
+    if not call.w1:
+        return moe_ffn_gradients(dy, call, needs)
     readable = host.readable_call(call)
     gradients = Gradients.empty(readable, needs)
     if len(call.x):
