@@ -113,7 +113,7 @@ def run_options(case, x_dtype, half, save_pre, needs, implementation=triton_impl
         [
             *(tensors["x"].reshape(-1, case.dim).to(x_dtype), *lists, tensors.get("layer_scale")),
             tensors["token_scale"].reshape(-1) if case.token_scale else None,
-            tensors["residual"].reshape(-1, case.dim).to(x_dtype) if case.residual else None,
+            tensors["residual"].reshape(tokens, -1).to(x_dtype) if case.residual else None,
             *(index if indexed else [None] * 3),
             [number for piece in counted for number in piece],
             *(case.norm, 1e-6, 1e-5, case.activation, save_pre),

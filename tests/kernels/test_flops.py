@@ -27,6 +27,15 @@ def eager_moe_ffn(x: Tensor, routing, w1, w2, *, b1, b2, residual, **_) -> Tenso
     return residual + torch.cat(parts)[torch.cat(rows).argsort()]
 
 
+def eager_moe_linear(x: Tensor, routing, weight, bias, *, residual=None, **_) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    ids = routing.expert_ids(len(flat), x.device)
+    rows = [(ids == expert).nonzero()[:, 0] for expert in range(len(weight))]
+    parts = [F.linear(flat[own], weight[e], bias[e]) for e, own in enumerate(rows)]
+    y = torch.cat(parts)[torch.cat(rows).argsort()].unflatten(0, x.shape[:-1])
+    return y if residual is None else residual + y
+
+
 def eager_attention(qkv: Tensor, *, offsets: Tensor, **_) -> Tensor:
     lengths = offsets.diff().tolist()
     parts = []
@@ -40,6 +49,8 @@ def eager_attention(qkv: Tensor, *, offsets: Tensor, **_) -> Tensor:
 def dense(monkeypatch):
     """The kernels' operations hide their products from the counter."""
     monkeypatch.setattr("vlmo.kernels.nn.moe_ffn", eager_moe_ffn)
+    for place in ("vlmo.kernels.nn", "vlmo.model.layers"):
+        monkeypatch.setattr(f"{place}.moe_linear", eager_moe_linear)
     monkeypatch.setattr("vlmo.model.layout.shared_attention", eager_attention)
 
 

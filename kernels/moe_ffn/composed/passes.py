@@ -389,7 +389,8 @@ def moe_ffn_sums_kernel(
 ):
     """Add up the lines of an expert's tiles, or for the layer scale of all tiles."""
     OF_PRE: tl.constexpr = (C.max_pre + LINE_COLUMNS - 1) // LINE_COLUMNS
-    OF_DIM: tl.constexpr = (max(C.dim, C.out) + LINE_COLUMNS - 1) // LINE_COLUMNS
+    WIDEST: tl.constexpr = C.dim if C.dim > C.out else C.out
+    OF_DIM: tl.constexpr = (WIDEST + LINE_COLUMNS - 1) // LINE_COLUMNS
     OF_HIDDEN: tl.constexpr = (C.max_hidden + LINE_COLUMNS - 1) // LINE_COLUMNS
     OF_OTHERS: tl.constexpr = OF_PRE + 4 * OF_DIM
     ALL: tl.constexpr = OF_OTHERS + (2 * OF_HIDDEN if C.sub_norm else 0)

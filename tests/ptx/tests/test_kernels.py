@@ -57,8 +57,8 @@ def test_moe_ffn_composed(case, dtype, target):
     # With biases or norm parameters the sums; without a norm, x is copied in the backward, too.
     parameters = case.bias or case.layer_scale or case.norm != "none" or case.sub_norm
     # A sub-norm has two passes, and the backward needs the activations before it.
-    others = (case.norm == "none") + 3 * case.sub_norm
-    assert len(gpu.launches) == 6 + parameters + others
+    others = 5 if case.linear else 6 + (case.norm == "none") + 3 * case.sub_norm
+    assert len(gpu.launches) == others + parameters
     assert not gpu.reports, gpu.reports
 
 
@@ -98,6 +98,7 @@ MANY_TILES = [
     moe_ffn_cases.Case(
         *(((0, 7), (1, 13)), "ids", 8, 24, (48, 33), "swiglu", "rms"), norm_bias=False
     ),
+    moe_ffn_cases.Case(batch=8, linear=72),
 ]
 
 
@@ -133,6 +134,7 @@ WITH_DESCRIPTORS = [
     moe_ffn_cases.Case(
         *(((1, 9),), "packed", 8, 24, (48, 40), "gelu", "none"), token_scale=False, residual=False
     ),
+    moe_ffn_cases.Case(form="ids", batch=8, linear=72),
 ]
 
 
