@@ -93,7 +93,9 @@ def parse(text: str) -> Kernel:
     body = text[entry.end() : end.start() if end else None]
     body = re.split(r"^\s*\.section", body, maxsplit=1, flags=re.M)[0]
     registers, statements, labels = _body(
-        _told_apart(body), first_line=text[: entry.end()].count("\n") + 1, files=_files(text)
+        _without_tables(_told_apart(body)),
+        first_line=text[: entry.end()].count("\n") + 1,
+        files=_files(text),
     )
     return Kernel(name, int(threads[1]), _parameters(parameters), registers, statements, labels)
 
@@ -115,6 +117,25 @@ def _told_apart(body: str) -> str:
         return text
 
     return re.sub(r"^\{\s*?\n.*?^\}", rename, body, flags=re.M | re.S)
+
+
+def _without_tables(body: str) -> str:
+    """Replace indexed branches by comparisons of the index with each number; keeps line numbers."""
+    count = 0
+
+    def compare(table: re.Match[str]) -> str:
+        nonlocal count
+        count += 1
+        targets, index, equal = re.split(r",\s*", table[2].strip()), table[3], f"%indexed_{count}"
+        branches = [
+            f"setp.eq.u32 {equal}, {index}, {number}; @{equal} bra {target};"
+            for number, target in enumerate(targets[:-1])
+        ]
+        lines = [f".reg .pred {equal};", f"{' '.join(branches)} bra {targets[-1]};"]
+        return "\n".join(lines + [""] * (table[0].count("\n") - 1))
+
+    branch = r"(\$\w+):\s*\.branchtargets\s+([^;]*);\s*brx\.idx\s+(%\w+),\s*\1;"
+    return re.sub(branch, compare, body)
 
 
 def _files(text: str) -> dict[str, str]:

@@ -48,13 +48,7 @@ def block_of_rows(start, step, C: tl.constexpr):
 @triton.jit
 def length_of_line(C: tl.constexpr):
     """Numbers in a line of SUMS."""
-    return C.max_pre + 4 * widest(C) + (2 * C.max_hidden if C.sub_norm else 0)
-
-
-@triton.jit
-def widest(C: tl.constexpr):
-    """The larger one of D and O."""
-    return C.dim if C.dim > C.out else C.out
+    return C.max_pre + 4 * C.widest + (2 * C.max_hidden if C.sub_norm else 0)
 
 
 @triton.jit
@@ -200,7 +194,7 @@ def moe_ffn_bwd_branch_kernel(
         line = SUMS + tile.to(tl.int64) * length_of_line(C) + C.max_pre + columns
         tl.store(line, tl.sum(db2, 0), mask=within)
         if H2 is not None:
-            tl.store(line + widest(C), tl.sum(dscale, 0), mask=within)
+            tl.store(line + C.widest, tl.sum(dscale, 0), mask=within)
 
 
 @triton.jit
@@ -301,9 +295,9 @@ def moe_ffn_bwd_norm_kernel(
             normed = with_bias(unit * weight, NORM_BIAS, expert, columns, within, C)
             tl.store(NORMED + at, normed.to(NORMED.dtype.element_ty), mask=inside)
     if SUMS is not None:
-        line = SUMS + tile.to(tl.int64) * length_of_line(C) + C.max_pre + 2 * widest(C) + columns
+        line = SUMS + tile.to(tl.int64) * length_of_line(C) + C.max_pre + 2 * C.widest + columns
         tl.store(line, tl.sum(dweight, 0), mask=within)
-        tl.store(line + widest(C), tl.sum(dbias, 0), mask=within)
+        tl.store(line + C.widest, tl.sum(dbias, 0), mask=within)
 
 
 @triton.jit
@@ -367,7 +361,7 @@ def moe_ffn_bwd_sub_norm_kernel(
             dact = undo_unit_rows(term(d, weight), unit, inverse, width, "layer")
             tl.store(DACT + at, dact.to(DACT.dtype.element_ty), mask=inside)
     if SUMS is not None:
-        line = SUMS + tile.to(tl.int64) * length_of_line(C) + C.max_pre + 4 * widest(C) + columns
+        line = SUMS + tile.to(tl.int64) * length_of_line(C) + C.max_pre + 4 * C.widest + columns
         tl.store(line, tl.sum(dweight, 0), mask=within)
         tl.store(line + C.max_hidden, tl.sum(dbias, 0), mask=within)
 
@@ -389,8 +383,7 @@ def moe_ffn_sums_kernel(
 ):
     """Add up the lines of an expert's tiles, or for the layer scale of all tiles."""
     OF_PRE: tl.constexpr = (C.max_pre + LINE_COLUMNS - 1) // LINE_COLUMNS
-    WIDEST: tl.constexpr = C.dim if C.dim > C.out else C.out
-    OF_DIM: tl.constexpr = (WIDEST + LINE_COLUMNS - 1) // LINE_COLUMNS
+    OF_DIM: tl.constexpr = (C.widest + LINE_COLUMNS - 1) // LINE_COLUMNS
     OF_HIDDEN: tl.constexpr = (C.max_hidden + LINE_COLUMNS - 1) // LINE_COLUMNS
     OF_OTHERS: tl.constexpr = OF_PRE + 4 * OF_DIM
     ALL: tl.constexpr = OF_OTHERS + (2 * OF_HIDDEN if C.sub_norm else 0)
@@ -414,7 +407,7 @@ def moe_ffn_sums_kernel(
             width = width_of(expert, C) * C.halves
             store_sum(SUMS, DB1, OF_B1, expert, columns, width, rows, C)
     elif kind >= 5:
-        source = SUMS + C.max_pre + 4 * widest(C)
+        source = SUMS + C.max_pre + 4 * C.widest
         width = width_of(expert, C)
         if kind == 5:
             if DSUB_NORM_WEIGHT is not None:
@@ -424,7 +417,7 @@ def moe_ffn_sums_kernel(
                 source += C.max_hidden
                 store_sum(source, DSUB_NORM_BIAS, OF_SUB_BIAS, expert, columns, width, rows, C)
     else:
-        source = SUMS + C.max_pre + (kind - 1) * widest(C)
+        source = SUMS + C.max_pre + (kind - 1) * C.widest
         if kind == 1:
             if DB2 is not None:
                 store_sum(source, DB2, OF_B2, expert, columns, C.out, rows, C)

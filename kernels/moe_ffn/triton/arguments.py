@@ -88,6 +88,7 @@ def make_config(
     return Config(
         dim=dim,
         out=out,
+        widest=max(dim, out),
         linear=linear > 0,
         hidden=hidden,
         max_hidden=max(hidden),

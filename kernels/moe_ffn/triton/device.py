@@ -23,6 +23,7 @@ class Config(NamedTuple):
 
     dim: int  # D
     out: int  # O, the width of y; D but for moe_linear
+    widest: int  # the larger one of both
     linear: bool  # whether there is no first layer, so that F is D
     hidden: tuple[int, ...]  # E x F
     max_hidden: int

@@ -411,6 +411,32 @@ def test_a_parameter_at_a_selected_address():
     assert arrays[2].tolist() == [first] * 7 + [second] * 25
 
 
+def test_a_table_of_branches():
+    body = """
+    and.b32 %r1, %r99, 3;
+    $L_brx_0: .branchtargets
+        $L_0,
+        $L_1,
+        $L_2,
+        $L_0;
+    brx.idx %r1, $L_brx_0;
+$L_0:
+    mov.u32 %r2, 10;
+    bra.uni $L_end;
+$L_1:
+    mov.u32 %r2, 11;
+    bra.uni $L_end;
+$L_2:
+    mov.u32 %r2, 12;
+$L_end:
+    mad.wide.u32 %d1, %r99, 4, %d100;
+    st.global.b32 [ %d1 + 0 ], %r2;
+    """
+    found = np.zeros(32, np.uint32)
+    run(program(body), found)
+    assert found.tolist() == [10, 11, 12, 10] * 8
+
+
 # Instructions that have tests of their own, below or in test_memory.py and test_products.py.
 ELSEWHERE = {
     *("bra", "bar", "ret", "bar.warp.sync", "ld.param", "ld.global", "ld.shared", "st.global"),
