@@ -118,6 +118,10 @@ class ModelProblem(WholeModel):
         wide.load_state_dict(model.state_dict())
         return Small(model, batch, eager, self.results(right, wide, widened(batch)))
 
+    def compares(self, output: str) -> bool:
+        """Losses, of which there are several."""
+        return output.endswith("loss")
+
     def ours(self) -> Form:
         return _packed
 

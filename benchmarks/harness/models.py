@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from harness.contenders import (
     COMPILED,
@@ -79,15 +80,22 @@ class WholeModel(abc.ABC):
     def official(self, compiler: str | None) -> Form:
         """That of the reference implementation; ``compiler`` is a backend of torch.compile."""
 
-    def why_not_ours(self, contender: str) -> str | None:
+    def why_not_ours(
+        self, contender: str, operations: Sequence[str] = ("moe_ffn", "shared_attention")
+    ) -> str | None:
         """The reason if one of this library's contenders cannot run on this machine, else None."""
         if contender == "vlmo:reference" and self.device.type == "cpu" and self.case.size != "tiny":
             return "the oracle of tests: on a CPU it would take a third of the time."
-        facts = (self.case, self.device, backend_of(contender))
-        reason = why_not_ours("moe_ffn", *facts)
-        if reason is None and backend_of(contender) != "composed":
-            reason = why_not_ours("shared_attention", *facts)
-        return reason
+        backend = backend_of(contender)
+        for operation in operations:
+            # Attention has no backend "composed": it runs on the first that can.
+            if (operation, backend) != ("shared_attention", "composed") and (
+                reason := why_not_ours(
+                    operation, backend=backend, case=self.case, device=self.device
+                )
+            ):
+                return reason
+        return None
 
     def work(self, contender: str) -> Work:
         """A call of the contender: forward without gradients, or forward and backward."""
@@ -116,7 +124,7 @@ class WholeModel(abc.ABC):
         actual = self.results(self.form(contender), model, batch)
         layers: dict[str, list[str]] = {}
         for name in exact:
-            layers.setdefault(name.rpartition(".")[0] or name, []).append(name)
+            layers.setdefault(self.layer_of(name), []).append(name)
 
         def distance(found: Named, names: list[str]) -> float:
             return math.hypot(*(float((found[n].double() - exact[n]).norm()) for n in names))
@@ -130,17 +138,28 @@ class WholeModel(abc.ABC):
         return deviations
 
     def results(self, form: Form, model: nn.Module, batch: Batch) -> Named:
-        """Outputs, or losses and every gradient."""
+        """Outputs, or what :meth:`compares` of a step's outputs and every gradient."""
         if not self.trains:
             with torch.no_grad():
                 return form(self.phase, model, batch)
         output = form(self.phase, model, batch)
         output["loss"].backward()
-        found = {name: v.detach() for name, v in output.items() if name.endswith("loss")}
+        found = {name: v.detach() for name, v in output.items() if self.compares(name)}
         found |= {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         model.zero_grad(set_to_none=True)
-        numbers = torch.stack([found[n].double() for n in sorted(found) if not found[n].dim()])
-        return {"numbers": numbers} | {n: t for n, t in found.items() if t.dim()}
+        scalars = [found.pop(name).double() for name in sorted(found) if not found[name].dim()]
+        return found | ({"numbers": torch.stack(scalars)} if scalars else {})
+
+    def layer_of(self, name: str) -> str:
+        """The layer of a parameter; other tensors are compared alone."""
+        return name.rpartition(".")[0] or name
+
+    def compares(self, output: str) -> bool:
+        """Whether a step's output is compared: by default all but the loss.
+
+        The error of a single scalar may be small by chance in eager PyTorch, and the bound with it.
+        """
+        return output != "loss"
 
     def form(self, contender: str) -> Form:
         """The function by which a contender computes the phase."""
@@ -148,7 +167,6 @@ class WholeModel(abc.ABC):
         if contender not in OURS:
             return self.official(compiler)
         form = self.ours() if compiler is None else compiled(self.ours(), compiler)
-        # Attention has no backend "composed": it runs on the first that can.
         name = backend_of(contender)
         name = "moe_ffn=composed" if name == "composed" else name
 
@@ -195,6 +213,28 @@ def widened(batch: Mapping[str, Any]) -> Batch:
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in batch.items()
     }
+
+
+class Exactly(TorchFunctionMode):
+    """A context in which float64 takes the place of float32, in calls that name it.
+
+    Reference implementations compute norms and softmaxes in float32 whatever the dtype; in this
+    context, and with operands in float64, everything is in float64.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        wide = {torch.float32: torch.float64}
+        args = [
+            wide.get(value, value) if isinstance(value, torch.dtype) else value for value in args
+        ]
+        options = {
+            name: wide.get(value, value) if isinstance(value, torch.dtype) else value
+            for name, value in (kwargs or {}).items()
+        }
+        wider: Callable[..., Any] = Tensor.double if function is Tensor.float else function
+        return wider(*args, **options)
 
 
 def pair_batch(
