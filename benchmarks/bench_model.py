@@ -11,37 +11,30 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from harness import official
-from harness.contenders import (
-    COMPILED,
-    Case,
-    Scale,
-    Suite,
-    Work,
-    compiler_of,
-    is_compiled,
-    why_not_ours,
-    without_fallback,
-)
+from harness.contenders import COMPILED, Case, Scale, Suite
 from harness.cost import Cost
+from harness.models import (
+    OURS,
+    Batch,
+    Form,
+    Named,
+    Small,
+    WholeModel,
+    on_device,
+    pair_batch,
+    widened,
+)
 from harness.official import SwitchedVLMo
-from vlmo.kernels import BACKEND_NAMES, use_backend
 from vlmo.model import layout
 from vlmo.model.config import VLMoConfig
 from vlmo.model.flops import matching_flops, step_flops
 from vlmo.tasks import losses, retrieval
-from vlmo.testing import Deviation
-
-Batch = dict[str, Any]
-Named = dict[str, Tensor]
-Form = Callable[[str, SwitchedVLMo, Batch], Named]
 
 MATCHING, ENCODING, RERANKING = "matching", "retrieval encoding", "re-ranking"
 PRETRAINING, VQA = "pre-training step", "VQA step"
@@ -49,7 +42,6 @@ STEPS = (PRETRAINING, VQA)
 PHASES = (PRETRAINING, MATCHING, RERANKING, ENCODING, VQA)
 
 _OFFICIAL = ("official", f"official{COMPILED}")
-_OURS = (*(f"vlmo:{name}" for name in BACKEND_NAMES), f"vlmo:cpu{COMPILED}")
 _PIXELS = {"tiny": 32, "base": 224, "large": 224}
 _VQA_PIXELS = 480  # as in the published fine-tuning; two pairs have about 1,900 tokens
 _CANDIDATES = 4  # images that re-ranking matches each text with
@@ -92,122 +84,49 @@ def config_of(size: str, phase: str, pixels: int) -> VLMoConfig:
     return VLMoConfig.large(**changes) if size == "large" else VLMoConfig.base(**changes)
 
 
-class ModelProblem:
+class ModelProblem(WholeModel):
     """Pairs of images and texts, and a model that processes them in one phase.
 
     See :class:`harness.contenders.Problem`.
     """
 
     def __init__(self, case: Case, device: torch.device) -> None:
-        # Otherwise the shapes of earlier cases count towards Dynamo's recompilation limit.
-        torch._dynamo.reset()
-        self.case, self.phase, self.dtype, self.device = case, case.phase, case.dtype, device
+        super().__init__(case, device, trains=case.phase in STEPS)
         self.config = config_of(case.size, case.phase, int(case.shape["pixels"]))
-        self.contenders = (*_OURS, *_OFFICIAL)
+        self.contenders = (*OURS, *_OFFICIAL)
         self.samples = int(case.shape["pairs"])
         self.batch = _batch(self.config, self.samples, device, case.dtype)
         self.cost = _cost(self.config, self.batch, case)
 
     def why_not(self, contender: str) -> str | None:
         """The reason if it cannot run on this machine, else None."""
-        if contender in _OFFICIAL:
-            return None
-        if contender == "vlmo:reference" and self.device.type == "cpu" and self.case.size != "tiny":
-            return "the oracle of tests: on a CPU it would take a third of the time."
-        facts = (self.case, self.device, _backend(contender))
-        reason = why_not_ours("moe_ffn", *facts)
-        if reason is None and _backend(contender) != "composed":
-            reason = why_not_ours("shared_attention", *facts)
-        return reason
+        return None if contender in _OFFICIAL else self.why_not_ours(contender)
 
     @functools.cached_property
     def model(self) -> SwitchedVLMo:
-        """The model, created when first needed because it may take gigabytes."""
         return _model(self.config, self.device, self.dtype)
 
-    def work(self, contender: str) -> Work:
-        """A call of the contender: forward without gradients, or forward and backward."""
-        model, batch, phase = self.model, self.batch, self.phase
-        form = self._form(contender)
-
-        def step() -> None:
-            form(phase, model, batch)["loss"].backward()
-            # Otherwise the next call would accumulate, and peak memory would include them.
-            model.zero_grad(set_to_none=True)
-
-        def forward() -> Named:
-            with torch.no_grad():
-                return form(phase, model, batch)
-
-        return step if phase in STEPS else forward
-
-    def check(self, contender: str) -> Sequence[Deviation]:
-        """Compare a model of this width, with two blocks and a smaller vocabulary, with float64.
-
-        A few pairs suffice. Errors are L2 norms over the parameters of a layer, because the
-        gradient of a bias alone may be dominated by cancellation; and over all scalars, such as
-        losses, because the error of a single one may be small by chance.
-        """
-        model, batch, eager, exact = self._small
-        actual = self._results(self._form(contender), model, batch)
-        unit = torch.finfo(self.dtype).eps
-        layers: dict[str, list[str]] = {}
-        for name in exact:
-            layers.setdefault(name.rpartition(".")[0] or name, []).append(name)
-
-        def distance(found: Named, names: list[str]) -> float:
-            return math.hypot(*(float((found[n].double() - exact[n]).norm()) for n in names))
-
-        deviations = []
-        for layer, names in layers.items():
-            size = math.hypot(*(float(exact[name].norm()) for name in names))
-            errors = distance(actual, names), distance(eager, names)
-            deviations.append(Deviation(layer, *errors, 2 * errors[1] + unit * size))
-        return deviations
-
     @functools.cached_property
-    def _small(self) -> tuple[SwitchedVLMo, Batch, Named, Named]:
-        """Model and batch of the check, and their results in its dtype and in float64."""
+    def small(self) -> Small:
+        """A model of this width, with two blocks and a smaller vocabulary, and a few pairs."""
         words = min(_CHECKED_WORDS, self.config.vocab_size)
         config = self.config.replace(depth=2, vl_start=1, vocab_size=words)
         batch = _batch(config, _CHECKED[self.phase], self.device, self.dtype)
         model, right = _model(config, self.device, self.dtype), _as_unilm(wide=True)
-        eager = self._results(right, model, batch)
+        eager = self.results(right, model, batch)
         wide = _model(config, self.device, torch.float64)
         wide.load_state_dict(model.state_dict())
-        floats = {
-            k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
-            for k, v in batch.items()
-        }
-        return model, batch, eager, self._results(right, wide, floats)
+        return Small(model, batch, eager, self.results(right, wide, widened(batch)))
 
-    def _results(self, form: Form, model: SwitchedVLMo, batch: Batch) -> Named:
-        """Outputs, or losses and every gradient."""
-        if self.phase not in STEPS:
-            with torch.no_grad():
-                return form(self.phase, model, batch)
-        output = form(self.phase, model, batch)
-        output["loss"].backward()
-        found = {name: v.detach() for name, v in output.items() if name.endswith("loss")}
-        found |= {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        model.zero_grad(set_to_none=True)
-        numbers = torch.stack([found[n].double() for n in sorted(found) if not found[n].dim()])
-        return {"numbers": numbers} | {n: t for n, t in found.items() if t.dim()}
+    def compares(self, output: str) -> bool:
+        """Losses, of which there are several."""
+        return output.endswith("loss")
 
-    def _form(self, contender: str) -> Form:
-        """The function by which a contender computes the phase."""
-        compiler = compiler_of(self.case, self.device) if is_compiled(contender) else None
-        if contender in _OFFICIAL:
-            return _as_unilm(compiler=compiler)
-        form = _packed if compiler is None else _compiled_packed(compiler)
+    def ours(self) -> Form:
+        return _packed
 
-        def packed(phase: str, model: SwitchedVLMo, batch: Batch) -> Named:
-            # Attention has no backend "composed": it runs on the first that can.
-            name = _backend(contender)
-            with use_backend("moe_ffn=composed" if name == "composed" else name):
-                return form(phase, model, batch)
-
-        return packed
+    def official(self, compiler: str | None) -> Form:
+        return _as_unilm(compiler=compiler)
 
 
 SUITE = Suite("model", cases, ModelProblem)
@@ -231,26 +150,6 @@ def _packed(phase: str, model: SwitchedVLMo, batch: Batch) -> Named:
         return {"image": images, "text": retrieval.embed_texts(model, texts)}
     images, pairs = _candidates(phase, batch)
     return {"logits": retrieval.matching_logits(model, texts, images, pairs)}
-
-
-@functools.cache
-def _compiled_packed(compiler: str) -> Form:
-    """:func:`_packed` in graphs, between which the number of tokens is read.
-
-    A single graph (``fullgraph=True``) is what Inductor may fail on (docs/compiling.md).
-    """
-    compiled = torch.compile(_packed, dynamic=False, backend=compiler)
-
-    def form(phase: str, model: SwitchedVLMo, batch: Batch) -> Named:
-        with without_fallback():
-            return compiled(phase, model, batch)
-
-    return form
-
-
-def _backend(contender: str) -> str:
-    """The backend in the name of one of our contenders."""
-    return contender.removeprefix("vlmo:").removesuffix(COMPILED)
 
 
 def _official(phase: str, model: SwitchedVLMo, batch: Batch) -> Named:
@@ -293,23 +192,19 @@ def _random_model(config: VLMoConfig) -> SwitchedVLMo:
 
 
 def _batch(config: VLMoConfig, rows: int, device: torch.device, dtype: torch.dtype) -> Batch:
-    random = torch.Generator().manual_seed(0)
-    length, side = config.max_text_length, config.image_size
-    lengths = 8 + 5 * torch.arange(rows) % 9  # 12 on average
-    masks = torch.arange(length) < lengths[:, None]
-    ids = torch.randint(1, config.vocab_size, (rows, length), generator=random) * masks
+    batch = pair_batch(
+        rows,
+        length=config.max_text_length,
+        words=config.vocab_size,
+        pixels=config.image_size,
+        answers=config.vqa_labels,
+    )
+    lengths, ids = batch.pop("text_lengths"), batch["text_ids"]
     labels = torch.full_like(ids, -100)
     labels[:, 1 : 1 + _MASKED] = ids[:, 1 : 1 + _MASKED]
-    image = torch.rand(rows, 3, side, side, generator=random) * 2 - 1
-    on_device = dict(
-        text_ids=ids,
-        text_masks=masks.long(),
-        text_ids_mlm=torch.where(labels < 0, ids, 1),
-        text_labels_mlm=labels,
-        image=image.to(dtype),
-        vqa_targets=torch.rand(rows, config.vqa_labels, generator=random).to(dtype),
-    )
-    return {name: tensor.to(device) for name, tensor in on_device.items()} | dict(
+    masked = torch.where(labels < 0, ids, 1)
+    batch |= dict(text_ids_mlm=masked, text_labels_mlm=labels)
+    return on_device(batch, device, dtype) | dict(
         text_lengths=lengths, mlm_tokens=(labels.flatten() >= 0).nonzero()[:, 0]
     )
 

@@ -27,6 +27,8 @@ from vlmo.kernels.target import interpreted
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MINUTES = {"cpu": 60.0, "cuda": 20.0}
+# The slowest phases in Triton's interpreter, whose layers other phases cover.
+LONG = (("model", "pre-training step"), ("beit3", "VQA step"))
 SESSION = pytest.StashKey[Session]()
 
 
@@ -68,8 +70,7 @@ def pytest_generate_tests(metafunc):
     cases = tiny if scale is Scale.smoke else suite.cases(DEVICE, scale)
 
     def marks(case: Case, name: str) -> list[pytest.MarkDecorator]:
-        # This phase is the slowest in Triton's interpreter, and others cover its layers.
-        slow = name == "vlmo:triton" and case.phase == "pre-training step" and interpreted()
+        slow = name == "vlmo:triton" and (case.suite, case.phase) in LONG and interpreted()
         group = ", ".join(map(str, case.labels.values()))
         marks = [pytest.mark.benchmark(group=group, timer=CLOCK.time)]
         return [*marks, pytest.mark.slow] if slow else marks

@@ -32,8 +32,9 @@ MEASURED = (
     *("share_of_roof", "samples_per_s", "peak_mib", "launches", "millijoules", "clock_mhz"),
     *("temperature_c", "throttled", "error"),
 )
-# The contenders that compute as unilm, the reference implementation, does.
-OFFICIAL = ("slices", "eager", "official")
+# The contenders that compute as unilm, the reference implementation; its BEiT-3 is torchscale.
+OFFICIAL = ("slices", "eager", "official", "torchscale")
+MODELS = ("model", "beit3")  # suites of whole models
 # Notes about contenders that affect the interpretation of their numbers.
 NOTES = {
     "dense": "all tokens through one expert",
@@ -338,7 +339,7 @@ _COLUMNS = (
     _measured("TFLOP/s", "tflops"),
     _measured("GB/s", "gb_per_s"),
     _measured("of roof", "share_of_roof", "{:.0%}".format),
-    _measured("samples/s", "samples_per_s")._replace(shown=lambda g: g.labels["suite"] == "model"),
+    _measured("samples/s", "samples_per_s")._replace(shown=lambda g: g.labels["suite"] in MODELS),
     _speedup("best peer", lambda group: group.best_peer),
     _speedup("unilm", lambda group: group.official),
     _speedup("dense", lambda group: group.dense),

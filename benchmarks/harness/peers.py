@@ -41,6 +41,15 @@ class Rows(NamedTuple):
         return cls(ids, experts, order, ends, counts)
 
 
+def why_not_installed(package: str) -> str | None:
+    """The reason if pip has not installed a package, else None."""
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return f"{package} is not installed."
+    return None
+
+
 def why_not(
     package: str,
     module: str,
@@ -58,10 +67,9 @@ def why_not(
         dtype: dtype of its operands.
         capability: lowest compute capability that it has kernels for.
     """
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return f"{package} is not installed."
+    reason = why_not_installed(package)
+    if reason is not None:
+        return reason
     found = compute_capability(device)
     if found is None:
         return f"{package} needs an NVIDIA GPU."

@@ -1,8 +1,13 @@
-"""Reports of the benchmarks with invented numbers."""
+"""Reports of the benchmarks with invented numbers, and a check of their results in float64."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
+
+import torch
 
 from report import Record, Report
 
@@ -56,3 +61,23 @@ def report(*records: Record, **changes: Any) -> Report:
         records=list(records),
     )
     return Report(**(content | changes))
+
+
+@contextlib.contextmanager
+def float64_only() -> Iterator[None]:
+    """Fail if a tensor in float64 becomes one of a narrower floating-point dtype in the block."""
+    seen = []
+    real = torch.Tensor.to
+
+    def to(tensor: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        result = real(tensor, *arguments, **options)
+        if tensor.dtype == torch.float64 and result.is_floating_point():
+            seen.append(result.dtype)
+        return result
+
+    with (
+        mock.patch.object(torch.Tensor, "to", to),
+        mock.patch.object(torch.Tensor, "float", lambda tensor: to(tensor, torch.float32)),
+    ):
+        yield
+    assert set(seen) <= {torch.float64}

@@ -106,6 +106,13 @@ def test_compiled_peers_are_peers_and_our_compiled_model_is_ours():
         assert found["speedup over best peer"] == times and found["speedup over unilm"] == "3.00 x"
 
 
+def test_torchscale_is_what_beit3_is_compared_with():
+    records = [measured("vlmo:cpu", 4.0), measured("torchscale", 8.0)]
+    it = report(*(record | {"suite": "beit3"} for record in records))
+    found = dict(zip(row(it.markdown(), "contender"), row(it.markdown(), "vlmo:cpu"), strict=True))
+    assert found["speedup over unilm"] == "2.00 x" and "samples/s" in found
+
+
 def test_columns_without_a_value_are_left_out():
     bare, full = measured("slices", 1.0), measured("slices", 1.0, peak_mib=12.0, millijoules=3.0)
     assert not {"peak MiB", "launches", "mJ"} & set(row(report(bare).markdown(), "contender"))

@@ -212,8 +212,6 @@ def test_copy_has_its_own_parameters(one, calls):
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-# Of torchscale, the tests have only classes that cannot be imported (official_beit3.py).
-@pytest.mark.parametrize("one", [n for n in MODELS if n != "torchscale"], indirect=True)
 def test_pickled_model_is_the_original(one, calls):
     model, inputs = one.make(), one.inputs()
     wanted = one.run(model, inputs)

@@ -25,6 +25,7 @@ from vlmo.model.beit3 import BEiT3Config
 
 WIDTH, HIDDEN, HEADS = 32, 48, 4
 LAYERS = 2
+STD = 0.2  # of parameters
 
 Inputs = dict[str, Tensor]
 
@@ -50,12 +51,12 @@ class Case:
     unused: str = ""
 
 
-def _randomised(model: nn.Module) -> nn.Module:
+def _randomised(model: nn.Module, std: float) -> nn.Module:
     """Random values for every parameter, so that no two tensors agree by being constant."""
     with torch.no_grad():
         for name, parameter in model.double().named_parameters():
             is_norm = parameter.dim() == 1 and name.endswith("weight")
-            parameter.normal_(std=0.2).add_(float(is_norm))
+            parameter.normal_(std=std).add_(float(is_norm))
     return model
 
 
@@ -66,32 +67,39 @@ def _draw(*shape: int) -> Tensor:
 # torchscale: the whole BEiT-3
 
 
-def beit3(**options: Any) -> Any:
-    config = BEiT3Config(
-        dim=WIDTH,
-        depth=LAYERS,
-        heads=HEADS,
-        image_size=16,
-        patch_size=8,
-        max_text_length=7,
-        text_positions=20,
-        vocab_size=50,
-        drop_path=0.0,
-    )
+BEIT3 = BEiT3Config(
+    dim=WIDTH,
+    depth=LAYERS,
+    heads=HEADS,
+    image_size=16,
+    patch_size=8,
+    max_text_length=7,
+    text_positions=20,
+    vocab_size=50,
+    drop_path=0.0,
+)
+
+
+def beit3(config: BEiT3Config = BEIT3, *, std: float = STD, **options: Any) -> Any:
     model: Any = official_beit3(config)
     for layer in model.encoder.layers:
         vars(layer).update(options)
-    return _randomised(model)
+    return _randomised(model, std)
 
 
-def _beit3_inputs() -> Inputs:
-    return {"image": _draw(3, 3, 16, 16), "text": torch.randint(50, (3, 7))}
+def beit3_inputs(config: BEiT3Config = BEIT3, *, batch: int = 3) -> Inputs:
+    length, side = config.max_text_length, config.image_size
+    lengths = torch.linspace(length, 1, batch).long()
+    return {
+        "image": _draw(batch, 3, side, side),
+        "text": torch.randint(config.vocab_size, (batch, length)),
+        "padding": torch.arange(length) >= lengths[:, None],
+    }
 
 
-def _run_beit3(names: Sequence[str]) -> Callable[[Any, Inputs], Sequence[Tensor]]:
+def run_beit3(names: Sequence[str]) -> Callable[[Any, Inputs], Sequence[Tensor]]:
     def run(model: Any, inputs: Inputs) -> Sequence[Tensor]:
-        text = inputs["text"] if "text" in names else None
-        padding = None if text is None else torch.arange(7) >= torch.tensor([[7], [4], [1]])
+        text, padding = (inputs[n] if "text" in names else None for n in ("text", "padding"))
         image = inputs["image"] if "image" in names else None
         return [model(text, image, padding)["encoder_out"]]
 
@@ -103,7 +111,7 @@ def _run_beit3(names: Sequence[str]) -> Callable[[Any, Inputs], Sequence[Tensor]
 TOKENS = 23
 
 
-def bagel(**options: Any) -> Any:
+def bagel(*, layers: int = LAYERS, std: float = STD, **options: Any) -> Any:
     config = SimpleNamespace(
         hidden_size=WIDTH,
         intermediate_size=HIDDEN,
@@ -120,18 +128,26 @@ def bagel(**options: Any) -> Any:
     )
     vars(config).update(options)
     layer = third_party.bagel().Qwen2MoTDecoderLayer
-    return _randomised(nn.ModuleList([layer(config, i) for i in range(LAYERS)]))
+    return _randomised(nn.ModuleList([layer(config, i) for i in range(layers)]), std)
 
 
-def _bagel_inputs(generated: slice, listed: int = TOKENS) -> Callable[[], Inputs]:
+def bagel_inputs(
+    generated: slice,
+    listed: int | None = None,
+    *,
+    tokens: int = TOKENS,
+    width: int = WIDTH,
+    head: int = WIDTH // HEADS,
+) -> Callable[[], Inputs]:
     def inputs() -> Inputs:
-        is_generated = torch.zeros(TOKENS, dtype=torch.bool)
+        is_generated = torch.zeros(tokens, dtype=torch.bool)
         is_generated[generated] = True
-        is_listed = torch.arange(TOKENS) < listed
+        is_listed = torch.arange(tokens) < (tokens if listed is None else listed)
         return {
-            "x": _draw(TOKENS, WIDTH),
-            "cos": _draw(TOKENS, WIDTH // HEADS).detach(),
-            "sin": _draw(TOKENS, WIDTH // HEADS),
+            "x": _draw(tokens, width),
+            "cos": _draw(tokens, head),
+            "sin": _draw(tokens, head),
+            "mask": torch.ones(tokens, tokens, dtype=torch.bool).tril(),
             "und": (is_listed & ~is_generated).nonzero()[:, 0],
             "gen": (is_listed & is_generated).nonzero()[:, 0],
         }
@@ -139,7 +155,7 @@ def _bagel_inputs(generated: slice, listed: int = TOKENS) -> Callable[[], Inputs
     return inputs
 
 
-def _run_bagel(model: Any, inputs: Inputs) -> Sequence[Tensor]:
+def run_bagel(model: Any, inputs: Inputs) -> Sequence[Tensor]:
     """Training; in place of FlexAttention, which has no backward on a CPU, a masked softmax."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool, block_mask: Tensor) -> Tensor:
@@ -150,8 +166,8 @@ def _run_bagel(model: Any, inputs: Inputs) -> Sequence[Tensor]:
         for layer in model:
             x = layer(
                 packed_sequence=x,
-                sample_lens=[TOKENS],
-                attention_mask=torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril(),
+                sample_lens=[len(x)],
+                attention_mask=inputs["mask"],
                 packed_position_embeddings=(inputs["cos"], inputs["sin"]),
                 packed_und_token_indexes=inputs["und"],
                 packed_gen_token_indexes=inputs["gen"],
@@ -173,32 +189,38 @@ class _Attention(nn.Module):
         return self.q_proj(hidden_states), None, None
 
 
-def wall_x(hidden: Sequence[int] = (HIDDEN, 24, 16), **options: Any) -> Any:
-    experts = [
-        dict(hidden_size=WIDTH, intermediate_size=width, hidden_act="silu") for width in hidden
-    ]
+def wall_x(
+    hidden: Sequence[int] = (HIDDEN, 24, 16),
+    *,
+    width: int = WIDTH,
+    layers: int = LAYERS,
+    std: float = STD,
+    **options: Any,
+) -> Any:
+    experts = [dict(hidden_size=width, intermediate_size=f, hidden_act="silu") for f in hidden]
     config = SimpleNamespace(
-        hidden_size=WIDTH,
+        hidden_size=width,
         rms_norm_eps=1e-6,
         use_sliding_window=False,
         mlp_moe=True,
         _attn_implementation="linear",
         experts=experts,
-        dim_inputs=(WIDTH,) * len(experts),
+        dim_inputs=(width,) * len(experts),
     )
     vars(config).update(options)
     module = third_party.wall_x()
     with mock.patch.dict(module.QWEN2_5_VL_ATTENTION_CLASSES, linear=_Attention):
         layer = module.Qwen2_5_VLDecoderLayer_with_MoE
-        layers = [layer(config, i, len(experts)) for i in range(LAYERS)]
-    return _randomised(nn.ModuleList(layers))
+        made = [layer(config, i, len(experts)) for i in range(layers)]
+    return _randomised(nn.ModuleList(made), std)
 
 
-def _wall_x_inputs() -> Inputs:
-    return {"x": _draw(2, 11, WIDTH), "types": torch.randint(2, (2, 11))}  # none for expert 2
+def wall_x_inputs(*, batch: int = 2, length: int = 11, width: int = WIDTH) -> Inputs:
+    """Tokens of the first two experts; a third gets none."""
+    return {"x": _draw(batch, length, width), "types": torch.randint(2, (batch, length))}
 
 
-def _run_wall_x(model: Any, inputs: Inputs) -> Sequence[Tensor]:
+def run_wall_x(model: Any, inputs: Inputs) -> Sequence[Tensor]:
     x = inputs["x"]
     for layer in model:
         (x,) = layer(x, token_types=inputs["types"])
@@ -208,7 +230,7 @@ def _run_wall_x(model: Any, inputs: Inputs) -> Sequence[Tensor]:
 # Cosmos3: its decoder layers
 
 
-def cosmos3(**options: Any) -> Any:
+def cosmos3(*, layers: int = LAYERS, std: float = STD, **options: Any) -> Any:
     sizes: dict[str, Any] = dict(
         hidden_size=WIDTH,
         head_dim=WIDTH // HEADS,
@@ -218,16 +240,23 @@ def cosmos3(**options: Any) -> Any:
         attention_bias=False,
         rms_norm_eps=1e-6,
     )
+    sizes |= options
     layer = third_party.cosmos3().Cosmos3VLTextMoTDecoderLayer
-    return _randomised(nn.ModuleList([layer(**sizes, **options) for _ in range(LAYERS)]))
+    return _randomised(nn.ModuleList([layer(**sizes) for _ in range(layers)]), std)
 
 
-def _cosmos3_inputs(understood: int = 7, generated: int = 12) -> Callable[[], Inputs]:
+def cosmos3_inputs(
+    understood: int = 7,
+    generated: int = 12,
+    *,
+    width: int = WIDTH,
+    head: int = WIDTH // HEADS,
+) -> Callable[[], Inputs]:
     def inputs() -> Inputs:
         sizes = dict(und=understood, gen=generated)
-        streams = {name: _draw(size, WIDTH) for name, size in sizes.items()}
+        streams = {name: _draw(size, width) for name, size in sizes.items()}
         rotary = {
-            f"{part}_{name}": _draw(size, WIDTH // HEADS)
+            f"{part}_{name}": _draw(size, head)
             for name, size in sizes.items()
             for part in ("cos", "sin")
         }
@@ -236,7 +265,7 @@ def _cosmos3_inputs(understood: int = 7, generated: int = 12) -> Callable[[], In
     return inputs
 
 
-def _run_cosmos3(model: Any, inputs: Inputs) -> Sequence[Tensor]:
+def run_cosmos3(model: Any, inputs: Inputs) -> Sequence[Tensor]:
     und, gen = inputs["und"], inputs["gen"]
     rotary = tuple(inputs[name] for name in ("cos_und", "sin_und", "cos_gen", "sin_gen"))
     for layer in model:
@@ -245,18 +274,18 @@ def _run_cosmos3(model: Any, inputs: Inputs) -> Sequence[Tensor]:
 
 
 def _torchscale(*names: str, **options: Any) -> Case:
-    run, network = _run_beit3(names), "encoder.layers.0.ffn.A.fc1"
-    return Case(apply_to_torchscale, lambda: beit3(**options), _beit3_inputs, run, network)
+    run, network = run_beit3(names), "encoder.layers.0.ffn.A.fc1"
+    return Case(apply_to_torchscale, lambda: beit3(**options), beit3_inputs, run, network)
 
 
 def _bagel(generated: slice, **options: Any) -> Case:
-    inputs = _bagel_inputs(generated, **options)
-    return Case(apply_to_bagel, bagel, inputs, _run_bagel, "0.mlp.gate_proj")
+    inputs = bagel_inputs(generated, **options)
+    return Case(apply_to_bagel, bagel, inputs, run_bagel, "0.mlp.gate_proj")
 
 
 def _cosmos3(**options: Any) -> Case:
-    inputs = _cosmos3_inputs(**options)
-    return Case(apply_to_cosmos3, cosmos3, inputs, _run_cosmos3, "0.mlp.gate_proj")
+    inputs = cosmos3_inputs(**options)
+    return Case(apply_to_cosmos3, cosmos3, inputs, run_cosmos3, "0.mlp.gate_proj")
 
 
 CASES = {
@@ -269,7 +298,7 @@ CASES = {
     "bagel, padding": _bagel(slice(5, 17), listed=20),
     "bagel, nothing generated": _bagel(slice(0)),
     "wall_x": Case(
-        *(apply_to_wall_x, wall_x, _wall_x_inputs, _run_wall_x),
+        *(apply_to_wall_x, wall_x, wall_x_inputs, run_wall_x),
         network="0.moe.experts.0.gate_proj",
         unused="experts.2.",
     ),

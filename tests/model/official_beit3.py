@@ -32,6 +32,12 @@ with mock.patch.dict(sys.modules, _stand_ins()):
     from torchscale.architecture.config import EncoderConfig
     from torchscale.model.BEiT3 import BEiT3
 
+    _imported = {
+        name: module for name, module in sys.modules.items() if name.startswith("torchscale.")
+    }
+# By their names, torch.compile and pickle find modules again.
+sys.modules.update(_imported)
+
 
 def official_beit3(config: BEiT3Config) -> nn.Module:
     """The model without heads; its keys are those of ours without the prefix ``beit3.``."""
