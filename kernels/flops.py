@@ -57,11 +57,13 @@ def _moe_ffn_backward(grad, saved, *inputs, out_val=None) -> int:
     """
     *fields, needs, _ = inputs
     call, (pre,) = MoeFfnCall(*fields), saved
-    experts = len(call.w1)
-    of_w1, of_w2 = needs[1 : 1 + experts], needs[1 + experts : 1 + 2 * experts]
+    count, experts = len(call.w1), len(call.w2)
+    of_w1, of_w2 = needs[1 : 1 + count], needs[1 + count : 1 + count + experts]
     total = 0
     for e, (first, second) in enumerate(_products(call)):
-        total += first * (needs[0] + of_w1[e] + (pre.numel() == 0)) + second * (1 + of_w2[e])
+        total += first * (needs[0] + (pre.numel() == 0)) + second * (1 + of_w2[e])
+        own = of_w1[2 * e : 2 * e + 2] if call.split else of_w1[e : e + 1]
+        total += first * sum(own) // len(own)
     return total
 
 
@@ -69,14 +71,14 @@ def _products(call: MoeFfnCall) -> list[tuple[int, int]]:
     """Operations of the two products of each expert."""
     width = call.x.shape[1]
     return [
-        (2 * tokens * width * w1.shape[0], 2 * tokens * width * w2.shape[1])
-        for tokens, w1, w2 in zip(_tokens(call), call.w1, call.w2, strict=True)
+        (2 * tokens * width * columns, 2 * tokens * width * w2.shape[1])
+        for tokens, columns, w2 in zip(_tokens(call), call.pre_columns, call.w2, strict=True)
     ]
 
 
 def _tokens(call: MoeFfnCall) -> Sequence[int]:
     """Tokens of each expert; equal shares if ids have no values (FakeTensor, meta)."""
-    total, experts = call.x.shape[0], len(call.w1)
+    total, experts = call.x.shape[0], len(call.w2)
     if call.pieces:
         counts = [0] * experts
         for expert, length in zip(call.pieces[::2], call.pieces[1::2], strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,10 +22,12 @@ from .reference import moe_ffn_reference
 def moe_ffn(
     x: Tensor,  # [..., D]
     routing: ModalityRouting,
-    w1: Sequence[Tensor],  # E x [F, D], or E x [2 F, D] for a gated activation
+    # E x [F, D]; for a gated activation E x [2 F, D], or pairs ([F, D], [F, D]) of gate and value
+    w1: Sequence[Tensor] | Sequence[Sequence[Tensor]],
     w2: Sequence[Tensor],  # E x [D, F]
     *,
-    b1: Sequence[Tensor] | None = None,  # E x [F] or [2 F]
+    # E x [F] or [2 F], or pairs ([F], [F]) like w1
+    b1: Sequence[Tensor] | Sequence[Sequence[Tensor]] | None = None,
     b2: Sequence[Tensor] | None = None,  # E x [D]
     norm: str = "none",
     norm_weight: Sequence[Tensor] | None = None,  # E x [D]
@@ -55,8 +57,10 @@ def moe_ffn(
         x: input, floating point; the last dimension is D.
         routing: the expert of each token of ``x.shape[:-1]``.
         w1, w2: one matrix per expert, in the layout of the weight of :class:`torch.nn.Linear`. For
-            a gated activation the first F rows of ``w1`` are for the gate, the rest for the value.
-        b1, b2: one bias per expert, or None.
+            a gated activation the first F rows of ``w1[e]`` are for the gate, the rest for the
+            value; or ``w1[e]`` is a pair of two matrices, gate and value, for every expert, on
+            every backend but ``"cuda"``. They are read where they are, not concatenated.
+        b1, b2: one bias per expert, or None; ``b1[e]`` is a pair if ``w1[e]`` is one.
         norm: ``"none"``, ``"layer"`` (LayerNorm) or ``"rms"`` (RMSNorm) of x, with one
             ``norm_weight`` per expert and, for LayerNorm, optionally one ``norm_bias``. For an
             RMSNorm that scales by 1 + w, as in Gemma, pass ``1 + w.float()``.
@@ -109,13 +113,18 @@ def moe_ffn(
     check_choice("norm", norm, NORMS)
     routing.check_tokens(x.shape[:-1], x.device)
 
-    given = (w1, w2, b1, b2, norm_weight, norm_bias, sub_norm_weight, sub_norm_bias)
+    split = _has_pairs(w1) or _has_pairs(b1)
+    if split:
+        w1 = _gates_and_values("w1", w1, routing.num_experts, activation)
+        b1 = _gates_and_values("b1", b1, routing.num_experts, activation)
+    given: Any = (w1, w2, b1, b2, norm_weight, norm_bias, sub_norm_weight, sub_norm_bias)
     experts = Experts(*[() if tensors is None else tensors for tensors in given])
     operand_dtype = autocast_dtype(x.device.type)
     experts = experts.autocast(operand_dtype)
     if operand_dtype is not None and norm == "none":
         x = x.to(operand_dtype)
-    experts.check(x, routing.num_experts, activation, norm, cast=operand_dtype is not None)
+    cast = operand_dtype is not None
+    experts.check(x, routing.num_experts, activation, norm, cast, split)
     _check_vectors(x, layer_scale, token_scale, residual)
     experts = Experts(*map(list, experts))
 
@@ -123,7 +132,7 @@ def moe_ffn(
     hidden = tuple([weight.shape[1] for weight in experts.w2])
     counted = bool(routing.counts) or x.device.type == "cpu"
     sub_norm = bool(experts.sub_norm_weight)
-    facts = Facts(experts.w1[0].dtype, width, hidden, activation, counted, sub_norm)
+    facts = Facts(experts.w1[0].dtype, width, hidden, activation, counted, sub_norm, split)
     tensors = (x, *itertools.chain.from_iterable(experts), layer_scale, token_scale, residual)
     name = resolve("moe_ffn", BACKENDS, backend, tensors, x.device, facts)
     ids, rows, offsets, pieces = routing.ids, None, None, routing.pieces
@@ -152,7 +161,7 @@ def moe_ffn(
 
 
 class Experts(NamedTuple):
-    """The parameters of all experts: lists with E tensors or none."""
+    """The parameters of all experts: lists with E tensors or none; w1 and b1 as in Call."""
 
     w1: Sequence[Tensor]
     w2: Sequence[Tensor]
@@ -173,15 +182,18 @@ class Experts(NamedTuple):
 
         return Experts._make([*map(cast, self[:4]), *self[4:]])
 
-    def check(self, x: Tensor, num_experts: int, activation: str, norm: str, cast: bool) -> None:
+    def check(
+        self, x: Tensor, num_experts: int, activation: str, norm: str, cast: bool, split: bool
+    ) -> None:
         """Raise TypeError or ValueError unless every parameter fits x and the routing."""
+        each = {"w1": 2, "b1": 2} if split else {}
         for name, tensors in zip(Experts._fields, self, strict=True):
             if isinstance(tensors, Tensor):
                 raise TypeError(
                     f"{name}: expected a sequence of one tensor per expert, got a tensor"
                 )
             optional = name not in ("w1", "w2") and len(tensors) == 0
-            if len(tensors) != num_experts and not optional:
+            if len(tensors) != num_experts * each.get(name, 1) and not optional:
                 raise ValueError(f"{name}: {len(tensors)} tensors for {num_experts} experts")
         if norm == "none" and (self.norm_weight or self.norm_bias):
             raise ValueError("norm: 'none', but norm_weight or norm_bias was given")
@@ -197,8 +209,8 @@ class Experts(NamedTuple):
         operands, vectors = (operand,), tuple({x.dtype, torch.float32, operand})
         for e, w2 in enumerate(self.w2):
             check_tensor("w2", w2, shape=(width, -1), dtypes=operands, device=device, item=e)
-        halves = 2 if activation in GATED else 1
-        rows = [w2.shape[1] * halves for w2 in self.w2]
+        halves = 2 if activation in GATED and not split else 1
+        rows = [w2.shape[1] * halves for w2 in self.w2 for _ in range(2 if split else 1)]
         of_rows, of_width = [(count,) for count in rows], [(width,)] * num_experts
         of_hidden = [(w2.shape[1],) for w2 in self.w2]
         for name, tensors, shapes, dtypes in (
@@ -218,9 +230,34 @@ class Experts(NamedTuple):
                     and tensor.dtype in dtypes
                     and tensor.device == device
                 ):
+                    if name in each:
+                        name, e = f"{name}[{e // 2}]", e % 2
                     check_tensor(
                         name, tensor, shape=shapes[e], dtypes=dtypes, device=device, item=e
                     )
+
+
+def _has_pairs(tensors: object) -> bool:
+    return isinstance(tensors, Sequence) and any(isinstance(t, Sequence) for t in tensors)
+
+
+def _gates_and_values(name: str, pairs: Any, num_experts: int, activation: str) -> Any:
+    """The pairs of all experts one after the other; what has no experts is left to check."""
+    if isinstance(pairs, Tensor) or not pairs:
+        return pairs
+    if activation not in GATED:
+        raise ValueError(f"{name}: pairs, but activation {activation!r} is not gated")
+    for e, pair in enumerate(pairs):
+        if not isinstance(pair, Sequence):
+            raise TypeError(
+                f"{name}[{e}]: expected a pair of gate and value, because other experts or "
+                f"parameters have pairs, got {'a tensor' if isinstance(pair, Tensor) else pair!r}"
+            )
+        if len(pair) != 2:
+            raise ValueError(f"{name}[{e}]: {len(pair)} tensors, expected gate and value")
+    if len(pairs) != num_experts:
+        raise ValueError(f"{name}: {len(pairs)} pairs for {num_experts} experts")
+    return list(itertools.chain.from_iterable(pairs))
 
 
 def _check_vectors(

@@ -18,7 +18,9 @@ class Call(NamedTuple):
     """The arguments of one call, in the order of the operation's schema."""
 
     x: Tensor  # [T, D]
-    w1: Sequence[Tensor]  # E x [F, D] or [2 F, D]
+    # E x [F, D] or [2 F, D]; if gate and value are separate 2 E x [F, D], the gate of expert 0, its
+    # value, the gate of expert 1, ... b1 likewise.
+    w1: Sequence[Tensor]
     w2: Sequence[Tensor]  # E x [D, F]
     b1: Sequence[Tensor]
     b2: Sequence[Tensor]
@@ -43,6 +45,24 @@ class Call(NamedTuple):
     activation: str
     save_pre: bool
 
+    @property
+    def split(self) -> bool:
+        """Whether gate and value of the first layer are separate tensors."""
+        return len(self.w1) > len(self.w2)
+
+    @property
+    def pre_columns(self) -> tuple[int, ...]:
+        """Columns of the pre-activation of each expert: F, or 2 F if gated."""
+        halves = 2 if self.activation in GATED else 1
+        return tuple([halves * weight.shape[1] for weight in self.w2])
+
+    def first_layer(self, e: int) -> list[tuple[Tensor, Tensor | None]]:
+        """The weight and bias of an expert's first layer; of the gate and the value if split."""
+        each = 2 if self.split else 1
+        return [
+            (self.w1[i], self.b1[i] if self.b1 else None) for i in range(each * e, each * (e + 1))
+        ]
+
 
 LISTS = Call._fields[1:9]  # the parameters: one tensor per expert, or none
 WITHOUT_SUB_NORM = LISTS[:6]  # those of backends that have no norm of the hidden activations
@@ -57,6 +77,7 @@ class Facts(NamedTuple):
     activation: str = "gelu"
     counted: bool = True  # whether the host knows the number of rows of each expert
     sub_norm: bool = False
+    split: bool = False  # whether gate and value of the first layer are separate tensors
 
 
 _MAX_WEIGHT = 2**31  # elements of w1, which kernels partly address in int32
@@ -74,4 +95,4 @@ def pre_shape(call: Call) -> tuple[int, int]:
     """Shape [T, max F] (max 2 F if gated) of the saved pre-activation; (0, 0) if not saved."""
     if not call.save_pre:
         return (0, 0)
-    return (call.x.shape[0], max(weight.shape[0] for weight in call.w1))
+    return (call.x.shape[0], max(call.pre_columns))

@@ -31,6 +31,8 @@ def why_not(device: torch.device, facts: Facts) -> str | None:
 
 
 _Kept = tuple[Tensor, Tensor, Tensor | None]  # h1, act(h1) and h2 for an expert's rows
+# Of one expert's parameter; a list of two if it is separate for gate and value.
+_Gradient = Tensor | list[Tensor | None] | None
 
 
 def pre_shape(call: Call) -> tuple[int, int]:
@@ -43,14 +45,14 @@ def pre_shape(call: Call) -> tuple[int, int]:
 
 def _kept_columns(call: Call) -> list[int]:
     """Columns of h1, act(h1) and h2 of the widest expert."""
-    found = [max(len(w) for w in call.w1), max(w.shape[1] for w in call.w2)]
+    found = [max(call.pre_columns), max(w.shape[1] for w in call.w2)]
     return found if call.layer_scale is None else [*found, len(call.w2[0])]
 
 
 def _kept(rows: ExpertRows, pre: Tensor, call: Call, e: int) -> _Kept:
     """Views of an expert's rows of the tensors that :func:`forward` saves, see ``_Kept``."""
     found, start = [], 0
-    sizes = (len(call.w1[e]), call.w2[e].shape[1], len(call.w2[e]))
+    sizes = (call.pre_columns[e], call.w2[e].shape[1], len(call.w2[e]))
     for columns, widest in zip(sizes, _kept_columns(call), strict=False):
         first = start + rows.first * widest
         part = pre.view(-1)[first : first + rows.count * columns]
@@ -79,13 +81,13 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 def _branch(rows: ExpertRows, kept: _Kept | None, call: Call, e: int) -> Tensor:
     """W2_e act(W1_e norm_e(x) + b1_e) + b2_e; writes the tensors in ``kept``."""
     normed, _ = _norm(rows, call, e)
-    b1, b2 = call.b1[e] if call.b1 else None, call.b2[e] if call.b2 else None
+    b2 = call.b2[e] if call.b2 else None
     if kept is None:
         hidden, _ = _sub_norm(_linear_act(normed, call, e), call, e)
         return products.linear(hidden, call.w2[e], b2)
     h1, act, h2 = (None if t is None else _room(t, normed.dtype) for t in kept)
     assert h1 is not None and act is not None
-    products.linear_into(h1, normed, call.w1[e], b1)
+    _first_products(normed, call, e, h1)
     _act_into(act, h1, call.activation)
     hidden, _ = _sub_norm(act, call, e)
     if h2 is None:
@@ -116,13 +118,20 @@ def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list
     if call.layer_scale is not None and needs[-1]:
         dscale = torch.zeros_like(call.layer_scale)
     dx = torch.empty_like(call.x, memory_format=torch.contiguous_format) if needs[0] else None
+    experts = len(call.w2)
     for e, rows in _experts(call):
-        wants = [bool(flags) and flags[e] for flags in wanted]
+        # Of w1 and b1, an expert has two tensors if gate and value are separate.
+        places = [
+            range(len(flags) * e // experts, len(flags) * (e + 1) // experts) for flags in wanted
+        ]
+        own = [[flags[i] for i in at] for flags, at in zip(wanted, places, strict=True)]
         kept = _kept(rows, pre, call, e) if pre.numel() else None
-        found = _expert_backward(dy, kept, _widened(call, e), e, rows, wants, dx, dscale)
+        found = _expert_backward(dy, kept, _widened(call, e), e, rows, own, dx, dscale)
         for slot, gradient in enumerate(found):
-            if wants[slot] and gradient is not None:
-                gradients[slot][e] = gradient.to(lists[slot][e].dtype)
+            parts = gradient if isinstance(gradient, list) else [gradient]
+            for i, part in zip(places[slot], parts, strict=False):
+                if wanted[slot][i] and part is not None:
+                    gradients[slot][i] = part.to(lists[slot][i].dtype)
     dx = call.x.new_empty(0) if dx is None else dx.to(given_x.dtype)
     flat = [dx, *itertools.chain.from_iterable(gradients)]
     if given_scale is not None:
@@ -136,19 +145,19 @@ def _expert_backward(
     call: Call,
     e: int,
     rows: ExpertRows,
-    wants: Sequence[bool],
+    own: Sequence[Sequence[bool]],  # by field of the schema: which gradients are needed
     dx: Tensor | None,  # [T, D], of which the expert's rows are written
     dscale: Tensor | None,  # [D], accumulated
-) -> list[Tensor | None]:
+) -> list[_Gradient]:
     """Gradients of one expert's parameters in the order of the schema, if needed."""
-    w1, w2 = call.w1[e], call.w2[e]
+    w2, wants = call.w2[e], [any(flags) for flags in own]
     normed, statistics = _norm(rows, call, e)
     h2: Tensor | None = None
     if kept is not None:
-        h1, act = (t.to(w1.dtype) for t in kept[:2])
+        h1, act = (t.to(w2.dtype) for t in kept[:2])
         h2 = kept[2]
     else:
-        h1 = products.linear(normed, w1, call.b1[e] if call.b1 else None)
+        h1 = _first_products(normed, call, e)
         act = _act_into(h1.new_empty(len(h1), w2.shape[1]), h1, call.activation)
     hidden, of_hidden = _sub_norm(act, call, e)
     if dscale is not None and h2 is None:
@@ -176,11 +185,18 @@ def _expert_backward(
         d = dact
     del act
     dh1 = _act_backward(d, h1, call.activation)
-    dw1 = products.product(dh1.T, normed) if wants[0] else None
-    db1 = passes.column_sums(dh1) if wants[2] else None
+    first = call.first_layer(e)
+    parts = dh1.chunk(len(first), dim=1)
+    dw1: list[Tensor | None] = [
+        products.product(part.T, normed) if need else None
+        for part, need in zip(parts, own[0], strict=True)
+    ]
+    db1: list[Tensor | None] = [passes.column_sums(part) for part in parts] if wants[2] else []
     of_norm: tuple[Tensor | None, Tensor | None] = None, None
     if below:
-        d = products.product(dh1, w1)
+        d = products.product(parts[0], first[0][0])
+        for part, (weight, _) in zip(parts[1:], first[1:], strict=True):
+            products.add_product(d, part, weight)
         if statistics is not None:
             of_norm = passes.norm_backward(rows, d, call.x, statistics, call.norm_weight[e], dx)
         elif dx is not None:
@@ -192,7 +208,7 @@ def _norm(
     rows: ExpertRows, call: Call, e: int
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor] | None]:
     """norm_e(x) of the expert's rows in the dtype of its weights, and the statistics."""
-    dtype = call.w1[e].dtype
+    dtype = call.w2[e].dtype
     if call.norm == "none":
         return rows.of(call.x).to(dtype), None
     normed = call.x.new_empty(rows.count, call.x.shape[1], dtype=dtype)
@@ -241,11 +257,15 @@ def _prepared(call: Call) -> Call:
 
 def _widened(call: Call, e: int) -> Call:
     """The call with the parameters of expert ``e`` converted to this CPU's operand dtype."""
-    dtype = call.w1[e].dtype
+    dtype = call.w2[e].dtype
     operand = cpu_target.operand_dtype(dtype)
     if operand == dtype:
         return call
-    wide = [[t.to(operand) if i == e else t for i, t in enumerate(one)] for one in call[1:5]]
+    experts = len(call.w2)
+    wide = [
+        [t.to(operand) if i * experts // len(one) == e else t for i, t in enumerate(one)]
+        for one in call[1:5]
+    ]
     return Call._make((call.x, *wide, *call[5:]))
 
 
@@ -254,12 +274,24 @@ def _room(kept: Tensor, dtype: torch.dtype) -> Tensor:
     return kept if kept.dtype == dtype else torch.empty_like(kept, dtype=dtype)
 
 
+def _first_products(x: Tensor, call: Call, e: int, out: Tensor | None = None) -> Tensor:
+    """W1_e x + b1_e [rows, P], written to ``out`` if given."""
+    layer = call.first_layer(e)
+    if out is None:
+        if len(layer) == 1:
+            return products.linear(x, *layer[0])
+        out = x.new_empty(len(x), call.pre_columns[e])
+    for columns, (weight, bias) in zip(out.chunk(len(layer), dim=1), layer, strict=True):
+        products.linear_into(columns, x, weight, bias)
+    return out
+
+
 def _linear_act(x: Tensor, call: Call, e: int) -> Tensor:
     """act(W1_e x + b1_e)."""
-    bias = call.b1[e] if call.b1 else None
     if call.activation in products.GELU:
-        return products.linear_gelu(x, call.w1[e], bias, call.activation)
-    h1 = products.linear(x, call.w1[e], bias)
+        ((weight, bias),) = call.first_layer(e)
+        return products.linear_gelu(x, weight, bias, call.activation)
+    h1 = _first_products(x, call, e)
     return _act_into(h1.new_empty(len(h1), call.w2[e].shape[1]), h1, call.activation)
 
 

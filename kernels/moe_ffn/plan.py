@@ -48,7 +48,7 @@ class Problem(NamedTuple):
             tokens=tokens,
             dim=dim,
             hidden=tuple([weight.shape[1] for weight in call.w2]),
-            pre=tuple([weight.shape[0] for weight in call.w1]),
+            pre=call.pre_columns,
             lengths=rows.lengths,
             sequences=rows.sequences,
             dtype=call.w1[0].dtype,
@@ -68,7 +68,7 @@ class Needed(NamedTuple):
     """Which gradients are needed; those without elements are not."""
 
     x: bool
-    w1: tuple[bool, ...]
+    w1: tuple[bool, ...]  # 2 E if gate and value are separate, like b1
     w2: tuple[bool, ...]
     b1: tuple[bool, ...]
     b2: tuple[bool, ...]
@@ -279,9 +279,10 @@ def plan_weights(
     experts, dim, scales = len(problem.hidden), problem.dim, needed.layer_scale
     down, across = -(-dim // block_t), -(-dim // block_n)
     hidden_blocks = [-(-hidden // block_n) for hidden in problem.hidden]
+    each = len(needed.w1) // experts
     w1_tiles = tuple(
-        -(-pre // block_t) * across if need else 0
-        for pre, need in zip(problem.pre, needed.w1, strict=True)
+        -(-pre // block_t) * across if any(needed.w1[each * e : each * (e + 1)]) else 0
+        for e, pre in enumerate(problem.pre)
     )
     w2_tiles = tuple(
         down * blocks if need or scales else 0

@@ -48,8 +48,9 @@ def moe_ffn_reference(call: Call) -> Tensor:
 
 def _expert(x: Tensor, e: int, call: Call) -> Tensor:
     """``layer_scale * (W2_e sub_norm_e(act(W1_e norm_e(x) + b1_e)) + b2_e)`` for rows [n, D]."""
-    h1 = F.linear(_norm(x, e, call), call.w1[e], _at(call.b1, e))
-    hidden = _sub_norm(_act(h1, call.activation), e, call)
+    normed = _norm(x, e, call)
+    h1 = [F.linear(normed, weight, bias) for weight, bias in call.first_layer(e)]
+    hidden = _sub_norm(_act(*h1, activation=call.activation), e, call)
     h2 = F.linear(hidden, call.w2[e], _at(call.b2, e))
     return h2 if call.layer_scale is None else h2 * call.layer_scale
 
@@ -61,9 +62,9 @@ def _norm(x: Tensor, e: int, call: Call) -> Tensor:
     wide, width = torch.promote_types(x.dtype, torch.float32), x.shape[-1:]
     weight = call.norm_weight[e].to(wide)
     if call.norm == "rms":
-        return F.rms_norm(x.to(wide), width, weight, call.norm_eps).to(call.w1[e].dtype)
+        return F.rms_norm(x.to(wide), width, weight, call.norm_eps).to(call.w2[e].dtype)
     bias = call.norm_bias[e].to(wide) if call.norm_bias else None
-    return F.layer_norm(x.to(wide), width, weight, bias, call.norm_eps).to(call.w1[e].dtype)
+    return F.layer_norm(x.to(wide), width, weight, bias, call.norm_eps).to(call.w2[e].dtype)
 
 
 def _sub_norm(hidden: Tensor, e: int, call: Call) -> Tensor:
@@ -78,12 +79,12 @@ def _sub_norm(hidden: Tensor, e: int, call: Call) -> Tensor:
     )
 
 
-def _act(h: Tensor, activation: str) -> Tensor:
-    """act(h): [n, F], from [n, F] or, gated, [n, 2 F]."""
+def _act(*h: Tensor, activation: str) -> Tensor:
+    """act(h): [n, F], from [n, F] or, gated, [n, 2 F] or two tensors [n, F]."""
     if activation in GATED:
-        gate, value = h.chunk(2, dim=1)
+        gate, value = h if len(h) == 2 else h[0].chunk(2, dim=1)
         return _gate(gate, activation) * value
-    return _gate(h, activation)
+    return _gate(h[0], activation)
 
 
 def _gate(h: Tensor, activation: str) -> Tensor:
@@ -104,7 +105,7 @@ def _rows_of_experts(call: Call) -> Iterator[tuple[int, Any]]:
     """
     traced = not exporting() and (torch.compiler.is_compiling() or is_fake(call.x))
     counts_rows = call.x.device.type == "cpu" and not traced
-    for e in range(len(call.w1)):
+    for e in range(len(call.w2)):
         if call.ids is not None:
             mask = call.ids == e
             yield e, mask.nonzero()[:, 0] if counts_rows else mask

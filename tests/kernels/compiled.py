@@ -42,10 +42,11 @@ from vlmo.kernels.moe_ffn.triton import tiles
 
 INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 SEQUENCES, DIM, HIDDEN = 32, 768, 3072
-LAYERS = {  # VLMo's layer; a decoder's, routed by ids; BEiT-3's; without a saved pre-activation
+LAYERS = {  # VLMo's layer; a decoder's, routed by ids; BEiT-3's; a decoder's with separate gates; without a saved pre-activation
     "vlmo": dict(activation="gelu", norm="layer", ids=False, save_pre=True),
     "decoder": dict(activation="swiglu", norm="rms", ids=True, save_pre=True),
     "beit3": dict(activation="gelu", norm="layer", ids=False, save_pre=True, sub_norm=True),
+    "split": dict(activation="swiglu", norm="rms", ids=True, save_pre=True, split=True),
     "vlmo, recomputed": dict(activation="gelu", norm="layer", ids=False, save_pre=False),
     "decoder, recomputed": dict(activation="swiglu", norm="rms", ids=True, save_pre=False),
     "beit3, recomputed": dict(
@@ -70,22 +71,37 @@ class NoDriver:
         return 0
 
 
-def run_case(dtype, activation, norm, ids, save_pre, sub_norm=False, implementation=triton_impl):
+def run_case(
+    dtype,
+    activation,
+    norm,
+    ids,
+    save_pre,
+    sub_norm=False,
+    split=False,
+    implementation=triton_impl,
+):
     """Forward and backward of a call on tensors without storage."""
-    experts, halves = 2, 2 if activation in GATED else 1
+    experts, halves = 2, 2 if activation in GATED and not split else 1
+    first = 2 * experts if split else experts  # tensors of the first layers
     tokens = SEQUENCES * 237
 
     def new(*shape, of=dtype):
         return torch.empty(shape, dtype=of, device="meta")
 
-    def each(*shape):
-        return [new(*shape) for _ in range(experts)]
+    def each(*shape, number=experts):
+        return [new(*shape) for _ in range(number)]
 
     index = [new(tokens, of=torch.int32)] * 2 + [new(experts + 1, of=torch.int32)]
     call = Call._make(
         [
-            *(new(tokens, DIM), each(halves * HIDDEN, DIM), each(DIM, HIDDEN)),
-            *(each(halves * HIDDEN), each(DIM), each(DIM), each(DIM) if norm == "layer" else []),
+            *(new(tokens, DIM), each(halves * HIDDEN, DIM, number=first), each(DIM, HIDDEN)),
+            *(
+                each(halves * HIDDEN, number=first),
+                each(DIM),
+                each(DIM),
+                each(DIM) if norm == "layer" else [],
+            ),
             *((each(HIDDEN), each(HIDDEN)) if sub_norm else ([], [])),
             *(new(DIM), new(tokens), new(tokens, DIM)),
             *(index if ids else [None] * 3),

@@ -41,6 +41,7 @@ class Case:
     bias: bool = True
     norm_bias: bool = True
     sub_norm: bool = False
+    split: bool = False  # whether gate and value are separate tensors
     layer_scale: bool = True
     token_scale: bool = True
     residual: bool = True
@@ -50,6 +51,8 @@ class Case:
         changed = [f"{k}={v}" for k, v in vars(self).items() if v != getattr(Case, k, ())]
         return ",".join(changed).replace(" ", "") or "vlmo"
 
+
+SPARSE = ((0, 3), (3, 5), (1, 4))
 
 CASES = [
     Case(),
@@ -94,6 +97,11 @@ CASES = [
     Case(sub_norm=True, pieces=((0, 3), (3, 5), (1, 4)), hidden=(17, 64, 8, 33), norm="none"),
     Case(activation="relu2", batch=5),
     Case(activation="geglu_tanh", norm="rms", norm_bias=False),
+    # gate and value as separate tensors
+    Case(split=True, activation="swiglu", norm="rms", bias=False, norm_bias=False),
+    Case(split=True, activation="geglu", form="ids", hidden=(17, 64, 8, 33), pieces=SPARSE),
+    Case(split=True, activation="geglu_tanh", hidden=(40,), pieces=((0, 20),), norm="none"),
+    Case(split=True, activation="swiglu", form="packed", sub_norm=True),
 ]
 
 
@@ -117,7 +125,10 @@ def make_routing(case: Case, device) -> ModalityRouting:
 
 
 def make_tensors(case: Case, device, dtype) -> dict:
-    """Inputs by argument name, values drawn in float64; lists hold one tensor per expert."""
+    """Inputs by argument name, values drawn in float64; lists hold one tensor per expert.
+
+    With ``split``, w1 and b1 hold two: gate and value.
+    """
     generator = torch.Generator().manual_seed(2)
 
     def draw(*shape, scale=1.0, shift=0.0):
@@ -127,13 +138,18 @@ def make_tensors(case: Case, device, dtype) -> dict:
     length = sum(n for _, n in case.pieces)
     leading = (case.batch, length) if case.form == "segments" else (case.batch * length,)
     dim, rows = case.dim, [h * (2 if case.activation in GATED else 1) for h in case.hidden]
+
+    def first(tensors):
+        # Copies, because views would share their storage.
+        return [t.clone() for pair in tensors for t in pair.chunk(2)] if case.split else tensors
+
     tensors = {
         "x": draw(*leading, dim),
-        "w1": [draw(r, dim, scale=dim**-0.5) for r in rows],
+        "w1": first([draw(r, dim, scale=dim**-0.5) for r in rows]),
         "w2": [draw(dim, h, scale=h**-0.5) for h in case.hidden],
     }
     if case.bias:
-        tensors |= {"b1": [draw(r) for r in rows], "b2": [draw(dim) for _ in rows]}
+        tensors |= {"b1": first([draw(r) for r in rows]), "b2": [draw(dim) for _ in rows]}
     if case.norm != "none":
         tensors["norm_weight"] = [draw(dim, scale=0.1, shift=1.0) for _ in rows]
         if case.norm_bias:
@@ -166,6 +182,11 @@ def leaves(tensors: dict) -> dict[str, Tensor]:
     return flat
 
 
+def pairs(tensors: list) -> list[tuple]:
+    """Gate and value of each expert."""
+    return [*zip(tensors[::2], tensors[1::2], strict=True)]
+
+
 def eager(case: Case, ids: Tensor, tensors: dict) -> Tensor:
     """moe_ffn in its usual form: boolean masks, F.linear, F.layer_norm, autograd."""
     x = tensors["x"].reshape(-1, case.dim)
@@ -178,9 +199,14 @@ def eager(case: Case, ids: Tensor, tensors: dict) -> Tensor:
             h = F.layer_norm(h, (case.dim,), at["norm_weight"], at.get("norm_bias"), 1e-6)
         elif case.norm == "rms":
             h = F.rms_norm(h, (case.dim,), at["norm_weight"], 1e-6)
-        h = F.linear(h, at["w1"], at.get("b1"))
+        if case.split:
+            weights = pairs(tensors["w1"])[e]
+            biases = pairs(tensors["b1"])[e] if case.bias else (None, None)
+            h = [F.linear(h, *layer) for layer in zip(weights, biases, strict=True)]
+        else:
+            h = F.linear(h, at["w1"], at.get("b1"))
         if case.activation in GATED:
-            gate, value = h.chunk(2, -1)
+            gate, value = h if case.split else h.chunk(2, -1)
             h = ACTIVATIONS[case.activation](gate) * value
         else:
             h = ACTIVATIONS[case.activation](h)
@@ -216,19 +242,16 @@ def eager_autocast(case: Case, ids: Tensor, tensors: dict) -> Tensor:
 def skip_unless_possible(place, case: Case, dtype: torch.dtype) -> None:
     """Skip a test, with the reason, if the backend does not support the call."""
     counted = bool(make_routing(case, place.device).counts) or place.device.type == "cpu"
-    facts = Facts(dtype, case.dim, case.hidden, case.activation, counted, case.sub_norm)
+    facts = Facts(dtype, case.dim, case.hidden, case.activation, counted, case.sub_norm, case.split)
     if reason := BACKENDS[place.backend].why_not(place.device, facts):
         pytest.skip(f"{place.backend}: {reason}")
 
 
 def call(case: Case, routing: ModalityRouting, tensors: dict, **options) -> Tensor:
-    arguments = {k: v for k, v in tensors.items() if k not in ("x", "w1", "w2")}
+    paired = {k: pairs(tensors[k]) for k in ("w1", "b1") if case.split and k in tensors}
     return moe_ffn(
-        tensors["x"],
-        routing,
-        tensors["w1"],
-        tensors["w2"],
-        **arguments,
+        routing=routing,
+        **(tensors | paired),
         norm=case.norm,
         activation=case.activation,
         **options,

@@ -60,7 +60,7 @@ class Passes:
         """Add up the lines of ``sums`` to gradients."""
         needed = gradients.needed
         given = [tuple(gradients.lists[name]) if needed.wants(name) else None for name in _SUMMED]
-        sizes = [max(map(len, self.call.w1)), *[self.call.x.shape[1]] * 4]
+        sizes = [max(self.call.pre_columns), *[self.call.x.shape[1]] * 4]
         if self.call.sub_norm_weight:
             sizes += [max(map(len, self.call.sub_norm_weight))] * 2
         blocks = sum(-(-size // passes.LINE_COLUMNS.value) for size in sizes)
@@ -196,9 +196,9 @@ def _differentiate(dy: Tensor, kept: Tensor, layer: _Layer, gradients: Gradients
         normed = dnormed if late else normed
     if needed.wants("w1"):
         assert dh1 is not None and normed is not None
-        for gradient, rows in layer.experts(gradients.lists["w1"]):
+        for gradient, rows, columns in layer.first_layers(gradients.lists["w1"]):
             if wanted(gradient):
-                torch.mm(dh1[rows, : len(gradient)].t(), normed[rows], out=gradient)
+                torch.mm(dh1[rows, columns].t(), normed[rows], out=gradient)
     if sums is not None:
         run.add_up(sums, gradients)
 
@@ -215,7 +215,7 @@ class _Layer:
         self.call, self.passes = call, Passes(call, tile, held)
         self.x = call.x.contiguous()
         self.dim, self.hidden = call.x.shape[1], max(w.shape[1] for w in call.w2)
-        self.width = max(len(w) for w in call.w1)
+        self.width = max(call.pre_columns)
         self.b1, self.b2 = arguments.pointers(call.b1), arguments.pointers(call.b2)
         self.passes_x = call.norm == "none" and self.passes.in_order
 
@@ -226,6 +226,14 @@ class _Layer:
     def experts(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, slice]]:
         """The tensor of each expert, and the expert's grouped rows."""
         return zip(tensors, self.passes.slices, strict=True)
+
+    def first_layers(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, slice, slice]]:
+        """The tensors of the first layers, and their rows and columns of h1."""
+        parts = 2 if self.call.split else 1
+        for i, tensor in enumerate(tensors):
+            e, part = divmod(i, parts)
+            size = self.call.pre_columns[e] // parts
+            yield tensor, self.passes.slices[e], slice(part * size, (part + 1) * size)
 
     def kept(self, kept: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """h1 [T, P] and h2 [T, D] in the tensor that the forward saves; None if not saved."""
@@ -249,8 +257,8 @@ class _Layer:
     def first_products(self, normed: Tensor, out: Tensor | None = None) -> Tensor:
         """h1 = W1_e normed [T, P]."""
         out = self.new(self.width) if out is None else out
-        for w1, rows in self.experts(self.call.w1):
-            torch.mm(normed[rows], w1.t(), out=out[rows, : len(w1)])
+        for w1, rows, columns in self.first_layers(self.call.w1):
+            torch.mm(normed[rows], w1.t(), out=out[rows, columns])
         return out
 
     def activated(self, h1: Tensor, *, overwrite: bool = False) -> Tensor:
@@ -294,8 +302,12 @@ class _Layer:
         """Write dx and the sums for the norm; returns scratch that holds norm_e(x) if wanted."""
         call, needed = self.call, gradients.needed
         dnormed = gradients.x if self.passes_x else self.new(self.dim)
-        for w1, rows in self.experts(call.w1):
-            torch.mm(dh1[rows, : len(w1)], w1, out=dnormed[rows])
+        for w1, rows, columns in self.first_layers(call.w1):
+            part, out = dh1[rows, columns], dnormed[rows]
+            if columns.start:  # the value, after the gate
+                torch.addmm(out, part, w1, out=out)
+            else:
+                torch.mm(part, w1, out=out)
         if not self.passes_x:
             self.passes.over_rows(
                 *(passes.moe_ffn_bwd_norm_kernel, self.dim, call.norm_eps, self.x, dnormed),

@@ -25,6 +25,7 @@ from ..triton.device import (
     gate_with_slope,
     normalise,
     select,
+    select_rows,
     sub_normalise,
     sub_normed,
     sum_rows,
@@ -55,7 +56,8 @@ def with_bias(h, B, expert, columns, within, C: tl.constexpr):
     """h + b_e for some columns, or h without biases; float32."""
     h = h.to(tl.float32)
     if B is not None:
-        bias = tl.load(select(B, expert, C) + columns, mask=within, other=0.0)
+        base, at = select_rows(B, expert, columns, C)
+        bias = tl.load(base + at, mask=within, other=0.0)
         h += bias.to(tl.float32)[None, :]
     return h
 
@@ -448,9 +450,18 @@ def tile_of_expert(expert, rows, C: tl.constexpr):
 
 @triton.jit
 def store_sum(SUMS, OUT, WANTED: tl.constexpr, expert, columns, width, rows, C: tl.constexpr):
-    if select(WANTED, expert, C):
-        begin, end = tile_of_expert(expert, rows, C), tile_of_expert(expert + 1, rows, C)
-        within = columns < width
-        total = sum_rows(SUMS, begin, end, length_of_line(C), columns, within, LINES)
-        out = select(OUT, expert, C) + columns
-        tl.store(out, total.to(out.dtype.element_ty), mask=within)
+    wanted, _ = select_rows(WANTED, expert, columns, C)
+    if len(OUT) > len(C.hidden):
+        add_up_lines(SUMS, OUT, expert, columns, width, wanted, rows, C)
+    elif wanted:
+        add_up_lines(SUMS, OUT, expert, columns, width, True, rows, C)
+
+
+@triton.jit
+def add_up_lines(SUMS, OUT, expert, columns, width, wanted, rows, C: tl.constexpr):
+    begin, end = tile_of_expert(expert, rows, C), tile_of_expert(expert + 1, rows, C)
+    within = columns < width
+    total = sum_rows(SUMS, begin, end, length_of_line(C), columns, within, LINES)
+    base, at = select_rows(OUT, expert, columns, C)
+    out = base + at
+    tl.store(out, total.to(out.dtype.element_ty), mask=within & wanted)

@@ -25,6 +25,8 @@ def why_not(device: torch.device, facts: Facts) -> str | None:
         return f"its kernels have no activation {facts.activation!r}."
     if facts.sub_norm:
         return "its kernels have no sub_norm."
+    if facts.split:
+        return "its kernels read gate and value from one matrix."
     if len(facts.hidden) > host.MAX_EXPERTS:
         return f"{len(facts.hidden)} experts; the kernels take at most {host.MAX_EXPERTS}."
     if facts.width % 8:

@@ -130,6 +130,8 @@ def uses_descriptors(tile: Tile, w1: Sequence[Tensor], w2: Sequence[Tensor]) -> 
     """
     if not tile.descriptors or w1[0].dtype == torch.float32:
         return False
+    if len(w1) > len(w2):  # a block has rows of gate and value, which are separate tensors
+        return False
     triton_target.require_descriptors()
     sizes = [size for weight in w2 for size in weight.shape]
     return all(size % 8 == 0 for size in sizes) and all(

@@ -75,6 +75,25 @@ def select(values, index, C: tl.constexpr):
 
 
 @triton.jit
+def select_rows(values, expert, rows, C: tl.constexpr):
+    """The values of an expert for some rows of its first layer, and the rows' numbers in them.
+
+    Usually that is one value, and the rows themselves. If gate and value are separate, there are
+    2 E values, and the rows from F on are those of the expert's second one, beginning with 0.
+    """
+    if len(values) > len(C.hidden):
+        width = width_of(expert, C)
+        of_value = rows >= width
+        chosen = tl.where(of_value, values[1], values[0])
+        for i in tl.static_range(1, len(C.hidden)):
+            other = tl.where(of_value, values[2 * i + 1], values[2 * i])
+            chosen = tl.where(expert == i, other, chosen)
+        return chosen, tl.where(of_value, rows - width, rows)
+    else:
+        return select(values, expert, C), rows
+
+
+@triton.jit
 def width_of(expert, C: tl.constexpr):
     """F of an expert."""
     HIDDEN: tl.constexpr = C.hidden  # up to Triton 3.6 a field cannot be passed directly
