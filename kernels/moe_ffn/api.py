@@ -250,8 +250,8 @@ def _gates_and_values(name: str, pairs: Any, num_experts: int, activation: str) 
     for e, pair in enumerate(pairs):
         if not isinstance(pair, Sequence):
             raise TypeError(
-                f"{name}[{e}]: expected a pair of gate and value, because other experts or "
-                f"parameters have pairs, got {'a tensor' if isinstance(pair, Tensor) else pair!r}"
+                f"{name}[{e}]: expected a pair of gate and value, because w1 or b1 has pairs, got "
+                f"{type(pair).__name__}"
             )
         if len(pair) != 2:
             raise ValueError(f"{name}[{e}]: {len(pair)} tensors, expected gate and value")

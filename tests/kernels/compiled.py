@@ -42,7 +42,9 @@ from vlmo.kernels.moe_ffn.triton import tiles
 
 INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 SEQUENCES, DIM, HIDDEN = 32, 768, 3072
-LAYERS = {  # VLMo's layer; a decoder's, routed by ids; BEiT-3's; a decoder's with separate gates; without a saved pre-activation
+# VLMo's layer; a decoder's, routed by ids; BEiT-3's; a decoder's with gate and value as separate
+# tensors; without a saved pre-activation.
+LAYERS = {
     "vlmo": dict(activation="gelu", norm="layer", ids=False, save_pre=True),
     "decoder": dict(activation="swiglu", norm="rms", ids=True, save_pre=True),
     "beit3": dict(activation="gelu", norm="layer", ids=False, save_pre=True, sub_norm=True),
@@ -77,6 +79,7 @@ def run_case(
     norm,
     ids,
     save_pre,
+    *,
     sub_norm=False,
     split=False,
     implementation=triton_impl,
@@ -96,12 +99,8 @@ def run_case(
     call = Call._make(
         [
             *(new(tokens, DIM), each(halves * HIDDEN, DIM, number=first), each(DIM, HIDDEN)),
-            *(
-                each(halves * HIDDEN, number=first),
-                each(DIM),
-                each(DIM),
-                each(DIM) if norm == "layer" else [],
-            ),
+            *(each(halves * HIDDEN, number=first), each(DIM), each(DIM)),
+            each(DIM) if norm == "layer" else [],
             *((each(HIDDEN), each(HIDDEN)) if sub_norm else ([], [])),
             *(new(DIM), new(tokens), new(tokens, DIM)),
             *(index if ids else [None] * 3),
@@ -279,7 +278,8 @@ def compile_for(generation: str, what: str) -> None:
                     continue
                 if what == "layer" and (layer, dtype) != ("vlmo", torch.bfloat16):
                     continue
-                if what == "descriptors" and dtype != torch.bfloat16:
+                described = dtype == torch.bfloat16 and not options.get("split")
+                if what == "descriptors" and not described:
                     continue
                 every = saved or implementation is composed_impl
                 facts["wanted"] = (lambda name: True) if every else (lambda name: "rows" in name)

@@ -53,6 +53,7 @@ class Case:
 
 
 SPARSE = ((0, 3), (3, 5), (1, 4))
+PAIRS = dict(split=True, activation="swiglu")
 
 CASES = [
     Case(),
@@ -187,6 +188,20 @@ def pairs(tensors: list) -> list[tuple]:
     return [*zip(tensors[::2], tensors[1::2], strict=True)]
 
 
+def activations(case: Case, h: Tensor, e: int, tensors: dict) -> Tensor:
+    """The hidden activations of an expert."""
+    act, w1, b1 = ACTIVATIONS[case.activation], tensors["w1"], tensors.get("b1")
+    if case.split:
+        bias = pairs(b1)[e] if b1 else (None, None)
+        gate, value = [F.linear(h, *layer) for layer in zip(pairs(w1)[e], bias, strict=True)]
+        return act(gate) * value
+    h = F.linear(h, w1[e], b1[e] if b1 else None)
+    if case.activation not in GATED:
+        return act(h)
+    gate, value = h.chunk(2, -1)
+    return act(gate) * value
+
+
 def eager(case: Case, ids: Tensor, tensors: dict) -> Tensor:
     """moe_ffn in its usual form: boolean masks, F.linear, F.layer_norm, autograd."""
     x = tensors["x"].reshape(-1, case.dim)
@@ -199,17 +214,7 @@ def eager(case: Case, ids: Tensor, tensors: dict) -> Tensor:
             h = F.layer_norm(h, (case.dim,), at["norm_weight"], at.get("norm_bias"), 1e-6)
         elif case.norm == "rms":
             h = F.rms_norm(h, (case.dim,), at["norm_weight"], 1e-6)
-        if case.split:
-            weights = pairs(tensors["w1"])[e]
-            biases = pairs(tensors["b1"])[e] if case.bias else (None, None)
-            h = [F.linear(h, *layer) for layer in zip(weights, biases, strict=True)]
-        else:
-            h = F.linear(h, at["w1"], at.get("b1"))
-        if case.activation in GATED:
-            gate, value = h if case.split else h.chunk(2, -1)
-            h = ACTIVATIONS[case.activation](gate) * value
-        else:
-            h = ACTIVATIONS[case.activation](h)
+        h = activations(case, h, e, tensors)
         if case.sub_norm:
             weight = at["sub_norm_weight"]
             h = F.layer_norm(h, weight.shape, weight, at.get("sub_norm_bias"), 1e-5)
@@ -224,7 +229,7 @@ def eager(case: Case, ids: Tensor, tensors: dict) -> Tensor:
 
 
 def eager_autocast(case: Case, ids: Tensor, tensors: dict) -> Tensor:
-    """eager() without its masked_scatter, which autocast does not promote; LayerNorm and GELU."""
+    """eager() without its masked_scatter, which autocast does not promote; with LayerNorm."""
     x = tensors["x"].reshape(-1, case.dim)
     parts = []
     for e in range(len(case.hidden)):
@@ -232,7 +237,7 @@ def eager_autocast(case: Case, ids: Tensor, tensors: dict) -> Tensor:
         h = x[ids == e]
         if case.norm == "layer":
             h = F.layer_norm(h, (case.dim,), at["norm_weight"], at["norm_bias"], 1e-6)
-        parts.append(F.linear(F.gelu(F.linear(h, at["w1"], at["b1"])), at["w2"], at["b2"]))
+        parts.append(F.linear(activations(case, h, e, tensors), at["w2"], at["b2"]))
     order = torch.cat([(ids == e).nonzero()[:, 0] for e in range(len(case.hidden))]).argsort()
     out = torch.cat(parts)[order] * tensors["layer_scale"]
     out = tensors["residual"].reshape(-1, case.dim) + out * tensors["token_scale"].reshape(-1, 1)

@@ -12,6 +12,7 @@ from accuracy import assert_as_accurate_as, labelled
 from attention_cases import on
 from moe_ffn_cases import (
     CASES,
+    PAIRS,
     PLACES,
     Case,
     Spy,
@@ -67,12 +68,15 @@ def test_gradcheck(case):
     assert torch.autograd.gradcheck(function, tuple(flat.values()), fast_mode=True)
 
 
-@pytest.mark.parametrize(("form", "save_pre"), [("segments", True), ("ids", False)])
+@pytest.mark.parametrize(
+    ("form", "save_pre", "gated"),
+    [("segments", True, {}), ("ids", False, {}), ("segments", True, PAIRS)],
+)
 @on("cpu", "triton", "composed", "cuda", places=PLACES)
-def test_opcheck(form, save_pre, place):
+def test_opcheck(form, save_pre, gated, place):
     device = place.device
     # Equal widths, or some of the pre-activation would be padding that no kernel writes.
-    case = Case(pieces=((0, 3), (1, 5)), form=form, batch=2, dim=8, hidden=(16, 16))
+    case = Case(pieces=((0, 3), (1, 5)), form=form, batch=2, dim=8, hidden=(16, 16), **gated)
     skip_unless_possible(place, case, place.dtype)
     tensors = make_tensors(case, device, place.dtype)
     leaves(tensors)
@@ -85,7 +89,7 @@ def test_opcheck(form, save_pre, place):
         residual.detach().reshape(-1, 8).requires_grad_(),
         *(routing.grouping(16, device) if routing.ids is not None else (None, None, None)),
         [n for piece in routing.pieces for n in piece],
-        *("layer", 1e-6, 1e-5, "gelu", save_pre, place.backend),
+        *("layer", 1e-6, 1e-5, case.activation, save_pre, place.backend),
     )
     torch.library.opcheck(ops.MOE_FFN.forward, arguments)
 
@@ -116,9 +120,9 @@ def test_single_gradients_with_a_sub_norm(wanted, recompute, place):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("form", ["segments", "ids"])
-def test_compile_fullgraph(form, place):
-    case, device = Case(form=form), place.device
+@pytest.mark.parametrize("case", [Case(), Case(form="ids"), Case(form="ids", **PAIRS)], ids=str)
+def test_compile_fullgraph(case, place):
+    device = place.device
     skip_unless_possible(place, case, place.dtype)
     routing = make_routing(case, device)
 
@@ -133,11 +137,12 @@ def test_compile_fullgraph(form, place):
         torch.testing.assert_close(value, expected[name], msg=labelled(name))
 
 
-@pytest.mark.parametrize("norm", ["none", "layer"])
-def test_autocast(norm, place):
+@pytest.mark.parametrize("options", [dict(norm="none"), dict(norm="layer"), PAIRS], ids=str)
+def test_autocast(options, place):
     """Weights are cast, the residual stream stays float32, gradients come in the leaves' dtype."""
     # Wide enough that an expert's largest error is no accident.
-    case, device = Case(norm=norm, dim=64, hidden=(96, 96)), place.device
+    case, device = Case(dim=64, hidden=(96, 96), **options), place.device
+    skip_unless_possible(place, case, place.autocast_dtype)
     routing = make_routing(case, device)
     ids = routing.expert_ids(60, device)
     with torch.autocast(device.type, dtype=place.autocast_dtype):
@@ -162,6 +167,37 @@ def test_autocast(norm, place):
     with torch.autocast(device.type, dtype=place.autocast_dtype):
         y = call(case, routing, no_residual, backend=place.backend)
         assert y.dtype == place.autocast_dtype
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("wanted", ["w1[0]", "w1[3]", "b1[1]", "b1[2]", "w1[1] b1[0]"])
+def test_gradients_of_a_gate_or_a_value_alone(wanted, recompute, place):
+    case, device = Case(hidden=(17, 40), **PAIRS), place.device
+    skip_unless_possible(place, case, torch.float32)
+    routing, names = make_routing(case, device), wanted.split()
+
+    def gradients(backend: str, **options) -> dict[str, torch.Tensor | None]:
+        flat = leaves(tensors := make_tensors(case, device, torch.float32))
+        for name, tensor in flat.items():
+            tensor.requires_grad_(name in names)
+        call(case, routing, tensors, backend=backend, **options).square().sum().backward()
+        return {name: tensor.grad for name, tensor in flat.items()}
+
+    found, expected = gradients(place.backend, recompute=recompute), gradients("reference")
+    assert {name for name, grad in found.items() if grad is not None} == {*names}
+    for name in names:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4)
+        assert found[name].untyped_storage().nbytes() == found[name].nbytes
+
+
+def test_separate_gates_are_not_copied(spy):
+    case = Case(**PAIRS)
+    tensors = make_tensors(case, "cpu", torch.float32)
+    call(case, make_routing(case, "cpu"), tensors, backend="triton")
+    (seen,) = spy.calls
+    assert seen.split and seen.pre_columns == (80, 80)
+    assert [t.data_ptr() for t in seen.w1] == [t.data_ptr() for t in tensors["w1"]]
+    assert [t.data_ptr() for t in seen.b1] == [t.data_ptr() for t in tensors["b1"]]
 
 
 def test_frozen_expert_gets_no_gradient_and_costs_none(monkeypatch):
@@ -239,6 +275,9 @@ def test_a_kernel_gets_one_run_per_expert_or_rows_and_offsets(case, arithmetic, 
         Case(activation="swiglu", norm="rms", bias=False, norm_bias=False, layer_scale=False),
         Case(pieces=((0, 3), (3, 5), (1, 4)), hidden=(17, 64, 8, 33), form="ids", norm="none"),
         Case(batch=0),
+        Case(hidden=(17, 40), **PAIRS),
+        Case(sub_norm=True, **PAIRS),
+        Case(batch=0, **PAIRS),
     ],
     ids=str,
 )
@@ -350,6 +389,7 @@ def test_experts_do_not_see_each_other(place):
 
 
 GOOD = Case()
+HALVES = torch.zeros(40, 24), torch.zeros(40, 24)
 BAD: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "x: expected a tensor": (TypeError, dict(x=[1.0])),
     "x: dtype int64": (TypeError, dict(x=torch.zeros(3, 20, 24, dtype=torch.int64))),
@@ -361,6 +401,40 @@ BAD: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     r"w1\[1\]: shape \(40, 25\) does not fit \(40, 24\)": (
         ValueError,
         dict(w1=[torch.zeros(40, 24), torch.zeros(40, 25)]),
+    ),
+    "w1: pairs, but activation 'gelu' is not gated": (ValueError, dict(w1=[HALVES] * 2)),
+    "w1: 1 pairs for 2 experts": (ValueError, dict(w1=[HALVES], activation="geglu")),
+    r"w1\[1\]: 3 tensors, expected gate and value": (
+        ValueError,
+        dict(w1=[HALVES, [torch.zeros(40, 24)] * 3], activation="geglu"),
+    ),
+    r"w1\[1\]: expected a pair of gate and value, .* got Tensor": (
+        TypeError,
+        dict(w1=[HALVES, torch.zeros(80, 24)], activation="geglu"),
+    ),
+    r"w1\[0\]: expected a pair of gate and value, .* got Tensor": (
+        TypeError,
+        dict(b1=[[torch.zeros(40)] * 2] * 2, activation="geglu"),
+    ),
+    r"w1\[1\]\[0\]: shape \(41, 24\) does not fit \(40, 24\)": (
+        ValueError,
+        dict(w1=[HALVES, (torch.zeros(41, 24), HALVES[1])], activation="geglu", b1=None),
+    ),
+    r"w1\[0\]\[1\]: expected a tensor, got float": (
+        TypeError,
+        dict(w1=[(HALVES[0], 1.0), HALVES], activation="geglu", b1=None),
+    ),
+    r"b1\[1\]\[1\]: shape \(1,\)": (
+        ValueError,
+        dict(
+            w1=[HALVES] * 2,
+            b1=[[torch.zeros(40)] * 2, (torch.zeros(40), torch.zeros(1))],
+            activation="geglu",
+        ),
+    ),
+    r"b1\[0\]: expected a pair of gate and value, .* got Tensor": (
+        TypeError,
+        dict(w1=[HALVES] * 2, activation="geglu"),
     ),
     r"w2\[0\]: dtype float64 is not one of: float32": (
         TypeError,

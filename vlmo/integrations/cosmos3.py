@@ -17,10 +17,9 @@ def apply_to_cosmos3(model: nn.Module, *, backend: str | None = None) -> Handle:
     """Let :func:`vlmo.kernels.moe_ffn` compute norm, SwiGLU and residual of both towers.
 
     The towers are two tensors, :func:`vlmo.kernels.moe_ffn` takes one: their tokens are
-    concatenated in every layer, one copy more. So are gate and up projections
-    (:mod:`vlmo.integrations.gated`). Against that stand the norm, the activation and the residual,
-    which are no passes of their own any more. At the published width of 4096 the products dominate
-    all of these; whether a layer gains has not been measured.
+    concatenated in every layer, one copy more. Against that stand the norm, the activation and the
+    residual, which are no passes of their own any more. At the published width of 4096 the products
+    dominate all of these; whether a layer gains has not been measured.
 
     Layers whose modules are wrapped or hooked later, as by LoRA, compute as before.
 
