@@ -78,7 +78,9 @@ def _products(call: MoeFfnCall) -> list[tuple[int, int]]:
 
 def _tokens(call: MoeFfnCall) -> Sequence[int]:
     """Tokens of each expert; equal shares if ids have no values (FakeTensor, meta)."""
-    total, experts = call.x.shape[0], len(call.w2)
+    total, experts = call.tokens, len(call.w2)
+    if call.streams:
+        return call.counts
     if call.pieces:
         counts = [0] * experts
         for expert, length in zip(call.pieces[::2], call.pieces[1::2], strict=True):

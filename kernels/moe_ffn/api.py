@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,10 +17,13 @@ from .call import ACTIVATIONS, GATED, NORMS, Call, Facts
 from .op import BACKENDS, COUNTING, MOE_FFN
 from .reference import moe_ffn_reference
 
+# One tensor, or one for each expert.
+Tokens = TypeVar("Tokens", Tensor, Sequence[Tensor])
+
 
 def moe_ffn(
-    x: Tensor,  # [..., D]
-    routing: ModalityRouting,
+    x: Tokens,  # [..., D], or E such tensors: the tokens of each expert
+    routing: ModalityRouting | None,  # None if x is a sequence
     # E x [F, D]; for a gated activation E x [2 F, D], or pairs ([F, D], [F, D]) of gate and value
     w1: Sequence[Tensor] | Sequence[Sequence[Tensor]],
     w2: Sequence[Tensor],  # E x [D, F]
@@ -38,11 +40,11 @@ def moe_ffn(
     sub_norm_eps: float = 1e-5,
     activation: str = "gelu",
     layer_scale: Tensor | None = None,  # [D]
-    token_scale: Tensor | None = None,  # x.shape[:-1]
-    residual: Tensor | None = None,  # [..., D]
+    token_scale: Tokens | None = None,  # x.shape[:-1]; a sequence like x, as is residual
+    residual: Tokens | None = None,  # [..., D]
     recompute: bool = False,
     backend: str | None = None,
-) -> Tensor:  # [..., D]
+) -> Tokens:  # [..., D], or a list of E such tensors
     """Feed-forward layer that routes each token to the expert of its modality, in one operation.
 
     For a token t that ``routing`` sends to expert e::
@@ -54,8 +56,11 @@ def moe_ffn(
     unchanged. Experts may have no tokens, and may differ in hidden width F.
 
     Args:
-        x: input, floating point; the last dimension is D.
-        routing: the expert of each token of ``x.shape[:-1]``.
+        x: input, floating point; the last dimension is D. If the tokens of each expert are a tensor
+            of their own, as text and image in a dual-stream block, x is the sequence of these, on
+            every backend but ``"cuda"``. Their shapes differ in all dimensions but the last. They,
+            ``residual`` and ``token_scale`` are read where they are, not concatenated.
+        routing: the expert of each token of ``x.shape[:-1]``; None if x is a sequence.
         w1, w2: one matrix per expert, in the layout of the weight of :class:`torch.nn.Linear`. For
             a gated activation the first F rows of ``w1[e]`` are for the gate, the rest for the
             value; or ``w1[e]`` is a pair of two matrices, gate and value, for every expert, on
@@ -84,7 +89,8 @@ def moe_ffn(
             :meth:`~vlmo.kernels.ModalityRouting.from_ids` on a GPU.
 
     Returns:
-        y, in the shape of x; its dtype is that of ``residual`` if given, else that of ``w2``.
+        y, in the shape of x; its dtype is that of ``residual`` if given, else that of ``w2``. If x
+        is a sequence, a list of tensors, which are successive rows of one.
 
     Dtypes: float16, bfloat16, float32 or float64. x, weights and biases share one dtype; norm
     parameters, ``layer_scale``, ``token_scale`` and ``residual`` may be float32 if x is 16-bit.
@@ -104,48 +110,65 @@ def moe_ffn(
             not the routing's number of experts.
         NotImplementedError: the requested backend cannot run this call (with its reason).
     """
-    if not isinstance(routing, ModalityRouting):
+    streams = not isinstance(x, Tensor) and isinstance(x, Sequence)
+    if streams and routing is not None:
+        raise TypeError("routing: expected None, because x is a sequence of tensors")
+    if not streams and not isinstance(routing, ModalityRouting):
         raise TypeError(f"routing: expected a ModalityRouting, got {type(routing).__name__}")
-    check_tensor("x", x, dtypes=FLOATS)
-    if x.dim() < 2:
-        raise ValueError(f"x: shape {tuple(x.shape)} has no token dimension before the model's")
+    xs: list[Tensor] = _listed("x", x, len(x) if streams else None)
+    _check_inputs(xs, streams)
+    if routing is not None:
+        routing.check_tokens(xs[0].shape[:-1], xs[0].device)
+    num_experts = len(xs) if routing is None else routing.num_experts
     check_choice("activation", activation, ACTIVATIONS)
     check_choice("norm", norm, NORMS)
-    routing.check_tokens(x.shape[:-1], x.device)
 
     split = _has_pairs(w1) or _has_pairs(b1)
     if split:
-        w1 = _gates_and_values("w1", w1, routing.num_experts, activation)
-        b1 = _gates_and_values("b1", b1, routing.num_experts, activation)
+        w1 = _gates_and_values("w1", w1, num_experts, activation)
+        b1 = _gates_and_values("b1", b1, num_experts, activation)
     given: Any = (w1, w2, b1, b2, norm_weight, norm_bias, sub_norm_weight, sub_norm_bias)
     experts = Experts(*[() if tensors is None else tensors for tensors in given])
-    operand_dtype = autocast_dtype(x.device.type)
+    device = xs[0].device
+    operand_dtype = autocast_dtype(device.type)
     experts = experts.autocast(operand_dtype)
     if operand_dtype is not None and norm == "none":
-        x = x.to(operand_dtype)
+        xs = [t.to(operand_dtype) for t in xs]
     cast = operand_dtype is not None
-    experts.check(x, routing.num_experts, activation, norm, cast, split)
-    _check_vectors(x, layer_scale, token_scale, residual)
+    experts.check(xs[0], num_experts, activation, norm, cast, split)
+    residuals: list[Tensor] = _listed("residual", residual, len(xs) if streams else None)
+    token_scales: list[Tensor] = _listed("token_scale", token_scale, len(xs) if streams else None)
+    _check_vectors(xs, layer_scale, token_scales, residuals, streams)
     experts = Experts(*map(list, experts))
 
-    width = x.shape[-1]
+    width = xs[0].shape[-1]
     hidden = tuple([weight.shape[1] for weight in experts.w2])
-    counted = bool(routing.counts) or x.device.type == "cpu"
+    counted = routing is None or bool(routing.counts) or device.type == "cpu"
     sub_norm = bool(experts.sub_norm_weight)
-    facts = Facts(experts.w1[0].dtype, width, hidden, activation, counted, sub_norm, split)
-    tensors = (x, *itertools.chain.from_iterable(experts), layer_scale, token_scale, residual)
-    name = resolve("moe_ffn", BACKENDS, backend, tensors, x.device, facts)
-    ids, rows, offsets, pieces = routing.ids, None, None, routing.pieces
-    if name != "reference" and not routing.by_arithmetic:
-        ids, rows, offsets = routing.grouping(math.prod(x.shape[:-1]), x.device)
-        # Counts vary between batches: in a compiled graph they would be guarded on.
-        pieces = tuple(enumerate(routing.counts)) if name in COUNTING else ()
+    dtype = experts.w1[0].dtype
+    facts = Facts(dtype, width, hidden, activation, counted, sub_norm, split, streams)
+    parameters: list[Tensor] = [t for one in experts for t in one]
+    tensors: Any = (*xs, *parameters, layer_scale, *token_scales, *residuals)
+    name = resolve("moe_ffn", BACKENDS, backend, tensors, device, facts)
+    shapes = [t.shape for t in xs]
+    xs = [t.reshape(-1, width) for t in xs]
+    token_scales = [t.reshape(-1) for t in token_scales]
+    residuals = [t.reshape(-1, width) for t in residuals]
+    ids, rows, offsets = None, None, None
+    if routing is None:
+        pieces = tuple(enumerate([t.shape[0] for t in xs]))
+    else:
+        ids, pieces = routing.ids, routing.pieces
+        if name != "reference" and not routing.by_arithmetic:
+            ids, rows, offsets = routing.grouping(xs[0].shape[0], device)
+            # Counts vary between batches: in a compiled graph they would be guarded on.
+            pieces = tuple(enumerate(routing.counts)) if name in COUNTING else ()
     call = Call(
-        x.reshape(-1, width),
+        xs[0].new_empty(0, width) if streams else xs[0],
         *experts,
         layer_scale,
-        None if token_scale is None else token_scale.reshape(-1),
-        None if residual is None else residual.reshape(-1, width),
+        token_scales[0] if token_scales and not streams else None,
+        residuals[0] if residuals and not streams else None,
         *(ids, rows, offsets),
         [number for piece in pieces for number in piece],
         norm,
@@ -153,11 +176,24 @@ def moe_ffn(
         sub_norm_eps,
         activation,
         save_pre=not recompute and recorded(tensors),
+        streams=xs if streams else [],
+        residuals=residuals if streams else [],
+        token_scales=token_scales if streams else [],
     )
-    if name == "reference":
-        return moe_ffn_reference(call).reshape(x.shape)
-    # Like nn.Linear, this returns a tensor that is not a view; FSDP warns about views.
-    return torch.ops.aten._unsafe_view.default(MOE_FFN.run(call, name), x.shape)
+    result: Any
+    if name == "reference" and streams:
+        alone = [moe_ffn_reference(call.alone(e)) for e in range(len(xs))]
+        result = [y.reshape(shape) for y, shape in zip(alone, shapes, strict=True)]
+    elif name == "reference":
+        result = moe_ffn_reference(call).reshape(shapes[0])
+    elif streams:
+        # Of no tensor that autograd knows these are views: they may be changed in place.
+        parts = torch.unsafe_split_with_sizes(MOE_FFN.run(call, name), [t.shape[0] for t in xs])
+        result = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    else:
+        # Like nn.Linear, this returns a tensor that is not a view; FSDP warns about views.
+        result = torch.ops.aten._unsafe_view.default(MOE_FFN.run(call, name), shapes[0])
+    return result
 
 
 class Experts(NamedTuple):
@@ -260,15 +296,51 @@ def _gates_and_values(name: str, pairs: Any, num_experts: int, activation: str) 
     return list(itertools.chain.from_iterable(pairs))
 
 
+def _listed(name: str, value: Any, count: int | None) -> list[Tensor]:
+    """The tensors of ``count`` streams, or the only tensor if that is None; none for None."""
+    if value is None:
+        return []
+    if count is None:
+        return [value]
+    if isinstance(value, Tensor) or not isinstance(value, Sequence):
+        raise TypeError(f"{name}: expected a sequence like x, got {type(value).__name__}")
+    if len(value) != count or not count:
+        raise ValueError(f"{name}: {len(value)} tensors, but x is a sequence of {count}")
+    return list(value)
+
+
+def _check_inputs(xs: list[Tensor], streams: bool) -> None:
+    for e, x in enumerate(xs):
+        item = e if streams else None
+        dtypes, device = ((xs[0].dtype,), xs[0].device) if e else (FLOATS, None)
+        check_tensor("x", x, dtypes=dtypes, device=device, item=item)
+        name = f"x[{e}]" if streams else "x"
+        if x.dim() < 2:
+            raise ValueError(
+                f"{name}: shape {tuple(x.shape)} has no token dimension before the model's"
+            )
+        if x.shape[-1] != xs[0].shape[-1]:
+            raise ValueError(f"{name}: width {x.shape[-1]}, but x[0] has {xs[0].shape[-1]}")
+
+
 def _check_vectors(
-    x: Tensor, layer_scale: Tensor | None, token_scale: Tensor | None, residual: Tensor | None
+    xs: list[Tensor],
+    layer_scale: Tensor | None,
+    token_scales: list[Tensor],
+    residuals: list[Tensor],
+    streams: bool,
 ) -> None:
-    dtypes = tuple({x.dtype, torch.float32})
+    dtypes, device = tuple({xs[0].dtype, torch.float32}), xs[0].device
     if layer_scale is not None:
-        check_tensor("layer_scale", layer_scale, shape=x.shape[-1:], dtypes=dtypes, device=x.device)
-    if token_scale is not None:
-        check_tensor("token_scale", token_scale, shape=x.shape[:-1], dtypes=dtypes, device=x.device)
-        if token_scale.requires_grad:
+        check_tensor(
+            "layer_scale", layer_scale, shape=xs[0].shape[-1:], dtypes=dtypes, device=device
+        )
+    for e, (scale, x) in enumerate(zip(token_scales, xs, strict=True) if token_scales else ()):
+        item, of_first = e if streams else None, (token_scales[0].dtype,) if e else dtypes
+        shape = x.shape[:-1]
+        check_tensor("token_scale", scale, shape=shape, dtypes=of_first, device=device, item=item)
+        if scale.requires_grad:
             raise ValueError("token_scale: requires a gradient, but moe_ffn gives it none")
-    if residual is not None:
-        check_tensor("residual", residual, shape=x.shape, dtypes=FLOATS, device=x.device)
+    for e, (residual, x) in enumerate(zip(residuals, xs, strict=True) if residuals else ()):
+        item, of_first = e if streams else None, (residuals[0].dtype,) if e else FLOATS
+        check_tensor("residual", residual, shape=x.shape, dtypes=of_first, device=device, item=item)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ NORMS = ("none", "layer", "rms")
 class Call(NamedTuple):
     """The arguments of one call, in the order of the operation's schema."""
 
-    x: Tensor  # [T, D]
+    x: Tensor  # [T, D]; [0, D] with streams
     # E x [F, D] or [2 F, D]; if gate and value are separate 2 E x [F, D], the gate of expert 0, its
     # value, the gate of expert 1, ... b1 likewise.
     w1: Sequence[Tensor]
@@ -44,6 +44,46 @@ class Call(NamedTuple):
     sub_norm_eps: float
     activation: str
     save_pre: bool
+    # With streams, the tokens of each expert are a tensor of their own. The streams take the place
+    # of x, with pieces of one run per expert, and these of residual and token_scale.
+    streams: Sequence[Tensor] = ()  # E x [T_e, D]
+    residuals: Sequence[Tensor] = ()  # E x [T_e, D]
+    token_scales: Sequence[Tensor] = ()  # E x [T_e]
+
+    @property
+    def counts(self) -> list[int]:
+        """The lengths of the streams."""
+        return [stream.shape[0] for stream in self.streams]
+
+    @property
+    def firsts(self) -> list[int]:
+        """The first row of each stream in y."""
+        return [sum(self.counts[:e]) for e in range(len(self.streams))]
+
+    @property
+    def tokens(self) -> int:
+        """T, of all streams if there are."""
+        return sum(self.counts) if self.streams else self.x.shape[0]
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """The dtype of y."""
+        added = self.residuals[0] if self.residuals else self.residual
+        return (self.w2[0] if added is None else added).dtype
+
+    def alone(self, e: int) -> Call:
+        """The call of a stream and its expert alone."""
+        x = self.streams[e]
+        lists: list[Sequence[Tensor]] = []
+        for name in LISTS:
+            tensors = getattr(self, name)
+            each = len(tensors) // len(self.w2)
+            lists.append(tensors[each * e : each * (e + 1)])
+        token_scale = self.token_scales[e] if self.token_scales else None
+        residual = self.residuals[e] if self.residuals else None
+        options = (self.norm, self.norm_eps, self.sub_norm_eps, self.activation, self.save_pre)
+        fields: Any = (x, *lists, self.layer_scale, token_scale, residual, None, None, None)
+        return Call._make((*fields, [0, x.shape[0]], *options, [], [], []))
 
     @property
     def split(self) -> bool:
@@ -78,6 +118,7 @@ class Facts(NamedTuple):
     counted: bool = True  # whether the host knows the number of rows of each expert
     sub_norm: bool = False
     split: bool = False  # whether gate and value of the first layer are separate tensors
+    streams: bool = False  # whether the tokens of each expert are a tensor of their own
 
 
 _MAX_WEIGHT = 2**31  # elements of w1, which kernels partly address in int32
@@ -95,4 +136,4 @@ def pre_shape(call: Call) -> tuple[int, int]:
     """Shape [T, max F] (max 2 F if gated) of the saved pre-activation; (0, 0) if not saved."""
     if not call.save_pre:
         return (0, 0)
-    return (call.x.shape[0], max(call.pre_columns))
+    return (call.tokens, max(call.pre_columns))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def pre_shape(call: Call) -> tuple[int, int]:
 
     It contains h1 of all rows, then act(h1), then with a layer scale h2; each expert by expert.
     """
-    return (call.x.shape[0], sum(_kept_columns(call))) if call.save_pre else (0, 0)
+    return (call.tokens, sum(_kept_columns(call))) if call.save_pre else (0, 0)
 
 
 def _kept_columns(call: Call) -> list[int]:
@@ -57,24 +58,30 @@ def _kept(rows: ExpertRows, pre: Tensor, call: Call, e: int) -> _Kept:
         first = start + rows.first * widest
         part = pre.view(-1)[first : first + rows.count * columns]
         found.append(part.view(rows.count, columns))
-        start += len(call.x) * widest
+        start += call.tokens * widest
     h1, act, *h2 = found
     return h1, act, h2[0] if h2 else None
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """y [T, D], and the tensor saved for the backward, in the shape :func:`pre_shape`."""
-    if call.residual is not None and call.residual.dtype == torch.float64:
-        y, pre = forward(call._replace(residual=None))
-        return call.residual + y, pre
+    if call.result_dtype == torch.float64:  # that of the residual
+        y, pre = forward(call._replace(residual=None, residuals=[]))
+        if call.residual is not None:
+            return call.residual + y, pre
+        y = y.double()
+        for part, residual in zip(y.split(call.counts), call.residuals, strict=True):
+            part += residual
+        return y, pre
     call = _prepared(call)
-    dtype = call.w2[0].dtype if call.residual is None else call.residual.dtype
-    y = call.x.new_empty(call.x.shape, dtype=dtype)
+    y = call.x.new_empty((call.tokens, call.x.shape[1]), dtype=call.result_dtype)
     pre = call.x.new_empty(pre_shape(call), dtype=call.w1[0].dtype)
     for e, rows in _experts(call):
         kept = _kept(rows, pre, call, e) if call.save_pre else None
-        branch = _branch(rows, kept, _widened(call, e), e)
-        passes.add_branch(rows, y, branch, call.residual, call.layer_scale, call.token_scale)
+        own = _own(call, e)
+        branch = _branch(rows, kept, _widened(own, e), e)
+        out = _own_rows(y, call, rows)
+        passes.add_branch(rows, out, branch, own.residual, own.layer_scale, own.token_scale)
     return y, pre
 
 
@@ -107,17 +114,21 @@ def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list
     An empty ``pre`` was not saved and is recomputed.
     """
     lists = [list(tensors) for tensors in call[1:9]]
-    flags = iter(needs[1:])
+    flags = iter(needs)
+    of_x = next(flags)
     wanted = [list(itertools.islice(flags, len(tensors))) for tensors in lists]
+    of_scale = call.layer_scale is not None and next(flags)
+    of_x = any(flags) or of_x  # of any stream
     gradients = [[t.new_empty(0) for t in tensors] for tensors in lists]
     given_x, given_scale = call.x, call.layer_scale
     if dy.dtype == torch.float64:  # that of the residual
         dy = dy.float()
     call = _prepared(call)
     dscale = None
-    if call.layer_scale is not None and needs[-1]:
+    if of_scale:
+        assert call.layer_scale is not None
         dscale = torch.zeros_like(call.layer_scale)
-    dx = torch.empty_like(call.x, memory_format=torch.contiguous_format) if needs[0] else None
+    dx = call.x.new_empty((call.tokens, call.x.shape[1])) if of_x else None
     experts = len(call.w2)
     for e, rows in _experts(call):
         # Of w1 and b1, an expert has two tensors if gate and value are separate.
@@ -126,7 +137,11 @@ def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list
         ]
         own = [[flags[i] for i in at] for flags, at in zip(wanted, places, strict=True)]
         kept = _kept(rows, pre, call, e) if pre.numel() else None
-        found = _expert_backward(dy, kept, _widened(call, e), e, rows, own, dx, dscale)
+        alone = _widened(_own(call, e), e)
+        dy_own, dx_own = _own_rows(dy, call, rows), dx
+        if dx is not None:
+            dx_own = _own_rows(dx, call, rows)
+        found = _expert_backward(dy_own, kept, alone, e, rows, own, dx_own, dscale)
         for slot, gradient in enumerate(found):
             parts = gradient if isinstance(gradient, list) else [gradient]
             for i, part in zip(places[slot], parts, strict=False):
@@ -136,6 +151,8 @@ def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list
     flat = [dx, *itertools.chain.from_iterable(gradients)]
     if given_scale is not None:
         flat.append(given_scale.new_empty(0) if dscale is None else dscale.to(given_scale.dtype))
+    if call.streams:
+        flat += dx.split(call.counts) if of_x else [dx] * len(call.streams)
     return flat
 
 
@@ -230,7 +247,11 @@ def _sub_norm(
 
 
 def _experts(call: Call) -> Iterator[tuple[int, ExpertRows]]:
-    """All experts, with their rows."""
+    """All experts, with their rows; with streams those of :func:`_own_rows`."""
+    if call.streams:
+        for e, (stream, first) in enumerate(zip(call.streams, call.firsts, strict=True)):
+            yield e, replace(ExpertRows.every(len(stream)), first=first)
+        return
     rows = rows_of(call)
     if rows.offsets is not None:
         for e, (start, stop) in enumerate(itertools.pairwise(rows.offsets.tolist())):
@@ -243,16 +264,35 @@ def _experts(call: Call) -> Iterator[tuple[int, ExpertRows]]:
         first += count
 
 
+def _own(call: Call, e: int) -> Call:
+    """The call with the stream of expert ``e`` as x; unchanged without streams."""
+    if not call.streams:
+        return call
+    residual = call.residuals[e] if call.residuals else None
+    token_scale = call.token_scales[e] if call.token_scales else None
+    return call._replace(x=call.streams[e], residual=residual, token_scale=token_scale)
+
+
+def _own_rows(t: Tensor, call: Call, rows: ExpertRows) -> Tensor:
+    """The rows of an expert's stream of a tensor [T, D]; all of them without streams."""
+    return t[rows.first : rows.first + rows.count] if call.streams else t
+
+
 def _prepared(call: Call) -> Call:
     """The call in the form that the passes take: adjacent columns, and vectors in float32."""
-    x, residual = call.x, call.residual
-    if x.dtype == torch.float64:  # under autocast
-        x = x.float()
-    x = cpu_target.with_adjacent_elements(x)
-    residual = None if residual is None else cpu_target.with_adjacent_elements(residual)
+    adjacent = cpu_target.with_adjacent_elements
+    x, *streams = (
+        adjacent(t.float() if t.dtype == torch.float64 else t)  # float64 under autocast
+        for t in (call.x, *call.streams)
+    )
+    residual = None if call.residual is None else adjacent(call.residual)
+    residuals = [adjacent(t) for t in call.residuals]
+    token_scales = [t.float().contiguous() for t in call.token_scales]
     scales = (None if t is None else t.float().contiguous() for t in call[9:11])
     norms = ([t.float().contiguous() for t in tensors] for tensors in call[5:9])
-    return Call._make((x, *call[1:5], *norms, *scales, residual, *call[12:]))
+    return Call._make(
+        (x, *call[1:5], *norms, *scales, residual, *call[12:-3], streams, residuals, token_scales)
+    )
 
 
 def _widened(call: Call, e: int) -> Call:

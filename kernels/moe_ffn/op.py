@@ -24,14 +24,14 @@ COUNTING = ("composed",)
 
 def _empty_outputs(call: Call, backend: str) -> tuple[Tensor, Tensor]:
     """y [T, D], and the pre-activation saved for the backward, in the backend's pre_shape."""
-    dtype = call.w2[0].dtype if call.residual is None else call.residual.dtype
-    y = call.x.new_empty(call.x.shape, dtype=dtype)
+    y = call.x.new_empty((call.tokens, call.x.shape[1]), dtype=call.result_dtype)
     return y, call.x.new_empty(BACKENDS[backend].pre_shape(call), dtype=call.w1[0].dtype)
 
 
 # A pre-activation that was not saved is empty, and the backward recomputes it.
 MOE_FFN = Operation(
     *("moe_ffn", "moe_ffn", Call, BACKENDS, _empty_outputs),
-    leaves=("x", *LISTS, "layer_scale"),
+    leaves=("x", *LISTS, "layer_scale", "streams"),
     added="residual",
+    added_parts="residuals",
 )

@@ -40,13 +40,13 @@ class Problem(NamedTuple):
     biased: bool  # whether there are b2
     scaled: bool  # whether there is a layer scale
     sub_norm: bool
+    streams: bool = False
 
     @classmethod
     def of(cls, call: Call, rows: Rows) -> Problem:
-        tokens, dim = call.x.shape
         return cls(
-            tokens=tokens,
-            dim=dim,
+            tokens=call.tokens,
+            dim=call.x.shape[1],
             hidden=tuple([weight.shape[1] for weight in call.w2]),
             pre=call.pre_columns,
             lengths=rows.lengths,
@@ -57,6 +57,7 @@ class Problem(NamedTuple):
             biased=bool(call.b2),
             scaled=call.layer_scale is not None,
             sub_norm=bool(call.sub_norm_weight),
+            streams=bool(call.streams),
         )
 
     def tiles(self, block_t: int) -> int:
@@ -95,7 +96,7 @@ class Needed(NamedTuple):
 class Gradients(NamedTuple):
     """The gradients to write; those that are not needed are empty."""
 
-    x: Tensor  # [T, D]
+    x: Tensor  # [T, D], of all streams if there are
     lists: dict[str, list[Tensor]]  # by the names of LISTS: one per expert, or none
     layer_scale: Tensor | None  # [D]
     needed: Needed
@@ -121,6 +122,8 @@ class Gradients(NamedTuple):
         scale = call.layer_scale
         if scale is not None:
             scale = _empty(scale, next(flags), scale.dtype)
+        if call.streams:
+            x = call.x.new_empty((call.tokens, call.x.shape[1]) if any(flags) else (0,))
         return cls(x, lists, scale, Needed(x=wanted(x), **needed, layer_scale=wanted(scale)))
 
     @property
@@ -130,23 +133,30 @@ class Gradients(NamedTuple):
 
     @property
     def flat(self) -> list[Tensor]:
-        """All gradients, in the order of the schema."""
+        """All gradients but those of the streams, in the order of the schema."""
         flat = [self.x, *itertools.chain(*self.lists.values())]
         return flat if self.layer_scale is None else [*flat, self.layer_scale]
 
     def result(self, call: Call) -> list[Tensor]:
-        """All gradients in the dtypes of the call; zeros if it has no tokens."""
+        """All gradients in the dtypes of the call; zeros if it has no tokens.
+
+        Those of the streams are successive rows of one tensor.
+        """
         lists = [getattr(call, name) for name in LISTS]
         leaves = [call.x, *itertools.chain(*lists), call.layer_scale]
         flat = self.flat
-        if call.x.shape[0] == 0:
+        if call.tokens == 0:
             for gradient in flat:
                 gradient.zero_()
         given = (leaf for leaf in leaves if leaf is not None)
-        return [
+        found = [
             gradient if gradient.dtype == leaf.dtype else gradient.to(leaf.dtype)
             for gradient, leaf in zip(flat, given, strict=True)
         ]
+        if not call.streams:
+            return found
+        parts = self.x.split(call.counts) if self.needed.x else [self.x] * len(call.streams)
+        return [*found, *parts]
 
 
 class RowsScratch(NamedTuple):

@@ -96,47 +96,56 @@ def run_case(
         return [new(*shape) for _ in range(number)]
 
     index = [new(tokens, of=torch.int32)] * 2 + [new(experts + 1, of=torch.int32)]
-    call = Call._make(
-        [
-            *(new(tokens, DIM), each(halves * HIDDEN, DIM, number=first), each(DIM, HIDDEN)),
-            *(each(halves * HIDDEN, number=first), each(DIM), each(DIM)),
-            each(DIM) if norm == "layer" else [],
-            *((each(HIDDEN), each(HIDDEN)) if sub_norm else ([], [])),
-            *(new(DIM), new(tokens), new(tokens, DIM)),
-            *(index if ids else [None] * 3),
-            *([0, 40, 1, 197], norm, 1e-6, 1e-5, activation, save_pre),
-        ]
+    call = Call(
+        *(new(tokens, DIM), each(halves * HIDDEN, DIM, number=first), each(DIM, HIDDEN)),
+        *(each(halves * HIDDEN, number=first), each(DIM), each(DIM)),
+        each(DIM) if norm == "layer" else [],
+        *((each(HIDDEN), each(HIDDEN)) if sub_norm else ([], [])),
+        *(new(DIM), new(tokens), new(tokens, DIM)),
+        *(index if ids else [None] * 3),
+        *([0, 40, 1, 197], norm, 1e-6, 1e-5, activation, save_pre),
     )
     y, pre = implementation.forward(call)
     needs = [True] * (2 + sum(len(getattr(call, name)) for name in LISTS))
     implementation.backward(y, pre, call, needs)
 
 
+def listed(value) -> list:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
 def run_options(case, x_dtype, half, save_pre, needs, implementation=triton_impl):
     """Forward and backward of a parity test's case; ``needs`` names the gradients to compute."""
     tensors = make_tensors(case, "meta", half)
-    tokens, experts = tensors["x"].numel() // case.dim, len(case.hidden)
+    tokens, experts = expert_ids(case).numel(), len(case.hidden)
     index = [
         torch.empty(n, dtype=torch.int32, device="meta") for n in (tokens, tokens, experts + 1)
     ]
     runs = [expert for expert, _ in case.pieces]
     indexed = case.form != "segments" or len(runs) > len(set(runs))
     counts = torch.bincount(expert_ids(case), minlength=experts).tolist()
-    counted = enumerate(counts) if indexed else case.pieces
+    counted = enumerate(counts) if indexed or case.streams else case.pieces
     lists = [tensors.get(name, []) for name in LISTS]
+    scales = [t.reshape(-1) for t in listed(tensors.get("token_scale"))]
+    x, residual = (
+        [t.reshape(-1, case.dim).to(x_dtype) for t in listed(tensors.get(name))]
+        for name in ("x", "residual")
+    )
+    singles = [None if case.streams or not parts else parts[0] for parts in (scales, residual)]
     call = Call._make(
         [
-            *(tensors["x"].reshape(-1, case.dim).to(x_dtype), *lists, tensors.get("layer_scale")),
-            tensors["token_scale"].reshape(-1) if case.token_scale else None,
-            tensors["residual"].reshape(-1, case.dim).to(x_dtype) if case.residual else None,
+            *(x[0].new_empty(0, case.dim) if case.streams else x[0], *lists),
+            *(tensors.get("layer_scale"), *singles),
             *(index if indexed else [None] * 3),
             [number for piece in counted for number in piece],
             *(case.norm, 1e-6, 1e-5, case.activation, save_pre),
+            *((x, residual, scales) if case.streams else ([], [], [])),
         ]
     )
     y, pre = implementation.forward(call)
     wanted = ["x" in needs, *(n in needs for n, t in zip(LISTS, lists, strict=True) for _ in t)]
     wanted += ["layer_scale" in needs] if case.layer_scale else []
+    wanted += ["x" in needs for _ in call.streams]
     implementation.backward(y, pre, call, wanted)
 
 

@@ -1,6 +1,6 @@
 """Calls of moe_ffn for the tests: cases, tensors, and the eager baseline."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -42,6 +42,7 @@ class Case:
     norm_bias: bool = True
     sub_norm: bool = False
     split: bool = False  # whether gate and value are separate tensors
+    streams: bool = False  # whether the tokens of each expert are a tensor of their own
     layer_scale: bool = True
     token_scale: bool = True
     residual: bool = True
@@ -101,18 +102,36 @@ CASES = [
     # gate and value as separate tensors
     Case(split=True, activation="swiglu", norm="rms", bias=False, norm_bias=False),
     Case(split=True, activation="geglu", form="ids", hidden=(17, 64, 8, 33), pieces=SPARSE),
-    Case(split=True, activation="geglu_tanh", hidden=(40,), pieces=((0, 20),), norm="none"),
+    Case(split=True, activation="geglu_tanh", hidden=(40,), pieces=((0, 20),)),
     Case(split=True, activation="swiglu", form="packed", sub_norm=True),
+    # text and image as separate tensors; one without tokens; without a norm, x is an operand
+    Case(streams=True),
+    Case(streams=True, pieces=SPARSE, hidden=(17, 64, 8, 33), norm="none"),
+    Case(streams=True, pieces=((0, 20),), hidden=(40,), norm="none", layer_scale=False),
+    Case(streams=True, norm="none", residual=False, token_scale=False, bias=False),
+    Case(streams=True, split=True, activation="swiglu", norm="rms", norm_bias=False, sub_norm=True),
 ]
 
 
 def expert_ids(case: Case) -> Tensor:
+    if case.streams:
+        return torch.arange(len(case.hidden)).repeat_interleave(torch.tensor(lengths(case)))
     one = [expert for expert, length in case.pieces for _ in range(length)]
     return torch.tensor(one * case.batch, dtype=torch.int64)
 
 
+def lengths(case: Case) -> list[int]:
+    """Number of tokens of each stream."""
+    counts = [0] * len(case.hidden)
+    for expert, length in case.pieces:
+        counts[expert] += case.batch * length
+    return counts
+
+
 def make_routing(case: Case, device) -> ModalityRouting:
     experts = len(case.hidden)
+    if case.streams:  # of the streams in a row
+        return ModalityRouting.segments([*enumerate(lengths(case))], num_experts=experts)
     if case.form == "segments":
         return ModalityRouting.segments(case.pieces, num_experts=experts)
     if case.form == "packed":
@@ -128,7 +147,8 @@ def make_routing(case: Case, device) -> ModalityRouting:
 def make_tensors(case: Case, device, dtype) -> dict:
     """Inputs by argument name, values drawn in float64; lists hold one tensor per expert.
 
-    With ``split``, w1 and b1 hold two: gate and value.
+    With ``split``, w1 and b1 hold two: gate and value. With ``streams``, x, residual and
+    token_scale are lists as well.
     """
     generator = torch.Generator().manual_seed(2)
 
@@ -136,6 +156,14 @@ def make_tensors(case: Case, device, dtype) -> dict:
         values = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale + shift
         return values.to(device, dtype)
 
+    def draw_tokens(*columns):
+        if not case.streams:
+            return draw(*leading, *columns)
+        # Of different shapes, which moe_ffn flattens.
+        shapes = [(n,) if e % 2 else (case.batch, n // case.batch) for e, n in counts]
+        return [draw(*shape, *columns) for shape in shapes]
+
+    counts = [*enumerate(lengths(case))]
     length = sum(n for _, n in case.pieces)
     leading = (case.batch, length) if case.form == "segments" else (case.batch * length,)
     dim, rows = case.dim, [h * (2 if case.activation in GATED else 1) for h in case.hidden]
@@ -145,7 +173,7 @@ def make_tensors(case: Case, device, dtype) -> dict:
         return [t.clone() for pair in tensors for t in pair.chunk(2)] if case.split else tensors
 
     tensors = {
-        "x": draw(*leading, dim),
+        "x": draw_tokens(dim),
         "w1": first([draw(r, dim, scale=dim**-0.5) for r in rows]),
         "w2": [draw(dim, h, scale=h**-0.5) for h in case.hidden],
     }
@@ -162,9 +190,12 @@ def make_tensors(case: Case, device, dtype) -> dict:
     if case.layer_scale:
         tensors["layer_scale"] = draw(dim, scale=0.1, shift=0.3)
     if case.residual:
-        tensors["residual"] = draw(*leading, dim)
+        tensors["residual"] = draw_tokens(dim)
     if case.token_scale:
-        tensors["token_scale"] = (draw(*leading) > 0).to(dtype) * 2
+        scales = draw_tokens()
+        tensors["token_scale"] = (
+            [(t > 0).to(dtype) * 2 for t in scales] if case.streams else (scales > 0).to(dtype) * 2
+        )
     return tensors
 
 
@@ -202,8 +233,22 @@ def activations(case: Case, h: Tensor, e: int, tensors: dict) -> Tensor:
     return act(gate) * value
 
 
+def joined(value, *columns: int) -> Tensor:
+    """The tokens of all streams in a row: [T, *columns]."""
+    parts = value if isinstance(value, list) else [value]
+    return torch.cat([part.reshape(-1, *columns) for part in parts])
+
+
+def in_a_row(case: Case, tensors: dict) -> dict:
+    """The tensors with all streams joined."""
+    columns = {"x": (case.dim,), "residual": (case.dim,), "token_scale": ()}
+    return tensors | {k: joined(tensors[k], *c) for k, c in columns.items() if k in tensors}
+
+
 def eager(case: Case, ids: Tensor, tensors: dict) -> Tensor:
     """moe_ffn in its usual form: boolean masks, F.linear, F.layer_norm, autograd."""
+    if case.streams:
+        return eager(replace(case, streams=False), ids, in_a_row(case, tensors))
     x = tensors["x"].reshape(-1, case.dim)
     out = torch.zeros_like(x)
     for e in range(len(case.hidden)):
@@ -230,6 +275,8 @@ def eager(case: Case, ids: Tensor, tensors: dict) -> Tensor:
 
 def eager_autocast(case: Case, ids: Tensor, tensors: dict) -> Tensor:
     """eager() without its masked_scatter, which autocast does not promote; with LayerNorm."""
+    if case.streams:
+        return eager_autocast(replace(case, streams=False), ids, in_a_row(case, tensors))
     x = tensors["x"].reshape(-1, case.dim)
     parts = []
     for e in range(len(case.hidden)):
@@ -248,19 +295,21 @@ def skip_unless_possible(place, case: Case, dtype: torch.dtype) -> None:
     """Skip a test, with the reason, if the backend does not support the call."""
     counted = bool(make_routing(case, place.device).counts) or place.device.type == "cpu"
     facts = Facts(dtype, case.dim, case.hidden, case.activation, counted, case.sub_norm, case.split)
+    facts = facts._replace(streams=case.streams)
     if reason := BACKENDS[place.backend].why_not(place.device, facts):
         pytest.skip(f"{place.backend}: {reason}")
 
 
 def call(case: Case, routing: ModalityRouting, tensors: dict, **options) -> Tensor:
     paired = {k: pairs(tensors[k]) for k in ("w1", "b1") if case.split and k in tensors}
-    return moe_ffn(
-        routing=routing,
+    y = moe_ffn(
+        routing=None if case.streams else routing,
         **(tensors | paired),
         norm=case.norm,
         activation=case.activation,
         **options,
     )
+    return joined(y, case.dim) if case.streams else y
 
 
 def outputs_and_gradients(function, tensors: dict) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ def pre_shape(call: Call) -> tuple[int, int]:
     """
     if not call.save_pre:
         return (0, 0)
-    tokens, dim = call.x.shape
+    tokens, dim = call.tokens, call.x.shape[1]
     columns = max(call.pre_columns)
     return (tokens, columns + (0 if call.layer_scale is None else dim))
 

@@ -25,6 +25,8 @@ def why_not(device: torch.device, facts: Facts) -> str | None:
         return f"its kernels have no activation {facts.activation!r}."
     if facts.sub_norm:
         return "its kernels have no sub_norm."
+    if facts.streams:
+        return "its kernels read all tokens from one tensor."
     if facts.split:
         return "its kernels read gate and value from one matrix."
     if len(facts.hidden) > host.MAX_EXPERTS:

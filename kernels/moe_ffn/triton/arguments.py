@@ -45,6 +45,13 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+def by_token(
+    tensor: Tensor | None, streams: Sequence[Tensor]
+) -> Tensor | tuple[Tensor, ...] | None:
+    """A tensor with a row for each token, or the streams in its place."""
+    return pointers(streams) if streams else contiguous(tensor)
+
+
 def passed(rows: Rows) -> Passed:
     """Rows in the form that the kernels take; a compiled kernel serves all lengths."""
     if rows.offsets is not None:
@@ -75,6 +82,7 @@ def make_config(
     tile: Tile,
     descriptors: bool = False,
     sub_norm: bool = False,
+    streams: bool = False,
 ) -> Config:
     """Compile-time constants of a kernel; the kernel's launcher sets its phases."""
     gated = activation in GATED
@@ -112,6 +120,7 @@ def make_config(
         sub_steps=1,
         num_warps=tile.num_warps,
         descriptors=descriptors,
+        streams=streams,
         overhead=TILE_OVERHEAD,
     )
 
@@ -119,7 +128,7 @@ def make_config(
 def config_of(problem: Problem, precision: str, tile: Tile, descriptors: bool = False) -> Config:
     rounds = problem.dtype != torch.float32
     facts = (problem.dim, problem.hidden, problem.norm, problem.activation, precision, rounds)
-    return make_config(*facts, tile, descriptors, problem.sub_norm)
+    return make_config(*facts, tile, descriptors, problem.sub_norm, problem.streams)
 
 
 def uses_descriptors(tile: Tile, w1: Sequence[Tensor], w2: Sequence[Tensor]) -> bool:

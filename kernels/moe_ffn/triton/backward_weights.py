@@ -26,6 +26,7 @@ from .device import (
     expert_offset,
     inside_tile,
     leave,
+    of_stream,
     select,
     select_rows,
     signal,
@@ -318,7 +319,11 @@ def weight_product(
     """dpre^T norm(x), or dbranch^T hidden, over the tokens of steps [step, last)."""
     first_m, first_n, tile_rows, tile_columns = corner
     A = tl.where(is_w1, DPRE, DBRANCH)
-    B = tl.where(is_w1, NORMED, HIDDEN)
+    if NORMED_BY_TOKEN and C.streams:
+        first_row, _ = rows_of(rows, expert, C)
+        B = tl.where(is_w1, of_stream(NORMED, expert, first_row, C.dim, C), HIDDEN)
+    else:
+        B = tl.where(is_w1, NORMED, HIDDEN)
     stride_a = tl.where(is_w1, C.max_pre, C.dim)
     stride_b = tl.where(is_w1, C.dim, C.max_hidden)
     begin, end = rows_of(rows, expert, C)

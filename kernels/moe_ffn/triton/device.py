@@ -48,6 +48,7 @@ class Config(NamedTuple):
     sub_steps: int  # number of iterations in a task of the sub-norm
     num_warps: int
     descriptors: bool  # whether grouped operands are read through tensor descriptors
+    streams: bool  # whether x, the residual and the token scale are one tensor per expert
     overhead: int  # empty positions before a tile of the weights that is divided
 
 
@@ -91,6 +92,19 @@ def select_rows(values, expert, rows, C: tl.constexpr):
         return chosen, tl.where(of_value, rows - width, rows)
     else:
         return select(values, expert, C), rows
+
+
+@triton.jit
+def of_stream(A, expert, begin, stride: tl.constexpr, C: tl.constexpr):
+    """A tensor that is addressed by token, where ``begin`` is the expert's first grouped row.
+
+    With streams it is one of E tensors, moved such that its first row has the number ``begin``:
+    tokens are then in grouped order.
+    """
+    if C.streams:
+        return select(A, expert, C) + (0 - begin).to(tl.int64) * stride
+    else:
+        return A
 
 
 @triton.jit

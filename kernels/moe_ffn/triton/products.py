@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..._backends.triton_device import dot
 from .descriptors import described_nn, described_nt
-from .device import select, select_rows, tokens_of, wait, width_of
+from .device import of_stream, select, select_rows, tokens_of, wait, width_of
 
 
 @triton.jit
@@ -181,12 +181,13 @@ def preactivation(
     Waits for the rows of norm(x).
     """
     a_rows = operand_rows(rows, start, expert, begin, end, BY_TOKEN, C)
+    A = of_stream(NORMED, expert, begin, C.dim, C) if BY_TOKEN else NORMED
     w_rows = w1_rows(first, width_of(expert, C), C)
     acc = first_sums(B1, expert, w_rows, C)
     if C.tasks[0] > 0:
         wait(normed_rows, C.tasks[0])
     acc = product_nt(
-        *(operands, NORMED, a_rows, W1, w_rows, acc, expert, start, first),
+        *(operands, A, a_rows, W1, w_rows, acc, expert, start, first),
         *(C.dim, C.dim, C.dim, C.even_dim, C),
     )
     return last_sums(acc, B1, expert, w_rows, C)
