@@ -56,6 +56,7 @@ class Operation:
         *,
         leaves: Sequence[str],
         added: str | None = None,
+        added_parts: str | None = None,
         keeps_output: bool = False,
     ) -> None:
         """Register both operations.
@@ -68,6 +69,7 @@ class Operation:
             empty_outputs: allocates the output and the saved tensor of a call on a backend.
             leaves: fields whose gradients the backward computes.
             added: field whose gradient equals that of the output (the residual), if any.
+            added_parts: a list of tensors whose gradients are successive rows of the output's.
             keeps_output: whether the first tensor in ``saved`` of a backward is the output.
         """
         self.name, self._call, self._backends = name, call, backends
@@ -76,6 +78,7 @@ class Operation:
         self._is_list = [kind == "Tensor[]" for kind in self._kinds]
         self._leaf_places = [call._fields.index(field) for field in leaves]
         self._added = None if added is None else call._fields.index(added)
+        self._parts = None if added_parts is None else call._fields.index(added_parts)
         self._tensor_places = [i for i, kind in enumerate(self._kinds) if kind[:6] == "Tensor"]
 
         pairs = zip(self._kinds, call._fields, strict=True)
@@ -106,8 +109,9 @@ class Operation:
         if torch.is_grad_enabled():
             leaves = self._tensors(call, self._leaf_places)
             added = None if self._added is None else call[self._added]
-            if recorded((added, *leaves)):
-                return _Direct.apply(self, call, backend, added, *leaves)
+            parts = () if self._parts is None else call[self._parts]
+            if recorded((added, *parts, *leaves)):
+                return _Direct.apply(self, call, backend, added, *parts, *leaves)
         return self._outputs(call, backend)[0]
 
     def decompose(self, reference: Callable[[Any], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -148,8 +152,7 @@ class Operation:
         call = self._call(*fields)
         found = self._differentiate(grad, saved, call, needs, backend)
         return [
-            # Contiguous: results of a registered operation may not be views of one tensor.
-            leaf.new_empty(0) if gradient is None or not need else gradient.contiguous()
+            leaf.new_empty(0) if gradient is None or not need else _owned(gradient)
             for leaf, gradient, need in zip(self._given_leaves(call), found, needs, strict=True)
         ]
 
@@ -168,8 +171,12 @@ class Operation:
         """Store in ``ctx`` what :meth:`_gradients` needs."""
         tensors: list[Tensor | None] = []
         rest: list[Any] = []  # per field: the length of a list of tensors, or a constant
+        ctx.part_sizes = []
         for place, (kind, value) in enumerate(zip(self._kinds, call, strict=True)):
-            if kind == "Tensor[]":
+            if place == self._parts:
+                ctx.part_sizes = [len(part) for part in value]
+                rest.append(0)
+            elif kind == "Tensor[]":
                 tensors.extend(value)
                 rest.append(len(value))
             elif kind[:6] == "Tensor":
@@ -225,6 +232,9 @@ class Operation:
         found = iter(self._gradients(ctx, grad, flags))
         # torch.library mistakes an empty list of integers for an empty list of tensors.
         result: list[Any] = [[] if value == [] else None for value in ctx.rest]
+        for place, is_list in enumerate(self._is_list):
+            if is_list:
+                result[place] = [None] * len(ctx.needs_input_grad[place] or ())
         for place in self._leaf_places:
             if self._kinds[place] == "Tensor[]":
                 result[place] = list(itertools.islice(found, ctx.rest[place]))
@@ -232,6 +242,9 @@ class Operation:
                 result[place] = next(found)
         if self._added is not None and ctx.needs_input_grad[self._added]:
             result[self._added] = grad  # the output has the dtype of this field
+        if self._parts is not None and ctx.part_sizes:
+            wanted = ctx.needs_input_grad[self._parts]
+            result[self._parts] = _parts_of(grad, ctx.part_sizes, wanted)
         return *result, None
 
     def _refuse(self, *_: Any) -> None:
@@ -239,19 +252,37 @@ class Operation:
 
 
 class _Direct(torch.autograd.Function):
-    """An operation that bypasses torch.library. Autograd tracks ``leaves``, but not ``call``."""
+    """An operation that bypasses torch.library. Autograd tracks ``tensors``, but not ``call``."""
 
     @staticmethod
-    def forward(ctx, operation: Operation, call: Any, backend: str, added, *leaves):
+    def forward(ctx, operation: Operation, call: Any, backend: str, added, *tensors):
         outputs = operation._outputs(call, backend)
         operation._save(ctx, call, outputs, backend)
         return outputs[0]
 
     @staticmethod
     def backward(ctx, grad):
-        _, _, _, wants_added, *wanted = ctx.needs_input_grad
-        gradients = ctx.operation._gradients(ctx, grad, wanted)
-        return None, None, None, grad if wants_added else None, *gradients
+        _, _, _, wants_added, *rest = ctx.needs_input_grad
+        count = len(ctx.part_sizes)
+        gradients = ctx.operation._gradients(ctx, grad, rest[count:])
+        parts = _parts_of(grad, ctx.part_sizes, rest[:count])
+        return None, None, None, grad if wants_added else None, *parts, *gradients
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    """Contiguous, with a storage of its own, as results of a registered operation must be."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.untyped_storage().nbytes() <= tensor.nbytes else tensor.clone()
+
+
+def _parts_of(
+    grad: Tensor | None, sizes: Sequence[int], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Successive rows of the gradient, None where they are not wanted."""
+    if grad is None or not any(wanted):
+        return [None] * len(sizes)
+    parts = grad.split(list(sizes))
+    return [part if want else None for part, want in zip(parts, wanted, strict=True)]
 
 
 def recorded(tensors: Iterable[Tensor | None]) -> bool:

@@ -59,11 +59,13 @@ def _moe_ffn_backward(grad, saved, *inputs, out_val=None) -> int:
     """
     *fields, needs, _ = inputs
     call, (pre,) = MoeFfnCall(*fields), saved
-    experts = len(call.w1)
-    of_w1, of_w2 = needs[1 : 1 + experts], needs[1 + experts : 1 + 2 * experts]
+    count, experts = len(call.w1), len(call.w2)
+    of_w1, of_w2 = needs[1 : 1 + count], needs[1 + count : 1 + count + experts]
     total = 0
     for e, (first, second) in enumerate(_products(call)):
-        total += first * (needs[0] + of_w1[e] + (pre.numel() == 0)) + second * (1 + of_w2[e])
+        total += first * (needs[0] + (pre.numel() == 0)) + second * (1 + of_w2[e])
+        own = of_w1[2 * e : 2 * e + 2] if call.split else of_w1[e : e + 1]
+        total += first * sum(own) // len(own)
     return total
 
 
@@ -77,16 +79,18 @@ def _moe_linear_backward(grad, saved, *inputs, out_val=None) -> int:
 
 def _products(call: MoeFfnCall) -> list[tuple[int, int]]:
     """Operations of the two products of each expert; none of the first for moe_linear."""
-    first = [w1.numel() for w1 in call.w1] or [0] * len(call.w2)
+    width = call.x.shape[1]
     return [
-        (2 * tokens * elements, 2 * tokens * w2.numel())
-        for tokens, elements, w2 in zip(_tokens(call), first, call.w2, strict=True)
+        (2 * tokens * width * columns, 2 * tokens * w2.numel())
+        for tokens, columns, w2 in zip(_tokens(call), call.pre_columns, call.w2, strict=True)
     ]
 
 
 def _tokens(call: MoeFfnCall) -> Sequence[int]:
     """Tokens of each expert; equal shares if ids have no values (FakeTensor, meta)."""
-    total, experts = call.x.shape[0], len(call.w2)
+    total, experts = call.tokens, len(call.w2)
+    if call.streams:
+        return call.counts
     if call.pieces:
         counts = [0] * experts
         for expert, length in zip(call.pieces[::2], call.pieces[1::2], strict=True):

@@ -196,7 +196,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.fc1(x)
-        hidden = _act(hidden.flatten(0, -2), self.activation).unflatten(0, x.shape[:-1])
+        hidden = _act(hidden.flatten(0, -2), activation=self.activation).unflatten(0, x.shape[:-1])
         if self.ffn_layernorm is not None:
             hidden = self.ffn_layernorm(hidden)
         return self.fc2(hidden)

@@ -6,9 +6,8 @@ The public function moe_linear (linear.py) shares the checks and the dispatch.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,14 +20,19 @@ from .call import ACTIVATIONS, GATED, NORMS, Call, Facts
 from .op import BACKENDS, COUNTING, MOE_FFN
 from .reference import moe_ffn_reference
 
+# One tensor, or one for each expert.
+Tokens = TypeVar("Tokens", Tensor, Sequence[Tensor])
+
 
 def moe_ffn(
-    x: Tensor,  # [..., D]
-    routing: ModalityRouting,
-    w1: Sequence[Tensor],  # E x [F, D], or E x [2 F, D] for a gated activation
+    x: Tokens,  # [..., D], or E such tensors: the tokens of each expert
+    routing: ModalityRouting | None,  # None if x is a sequence
+    # E x [F, D]; for a gated activation E x [2 F, D], or pairs ([F, D], [F, D]) of gate and value
+    w1: Sequence[Tensor] | Sequence[Sequence[Tensor]],
     w2: Sequence[Tensor],  # E x [D, F]
     *,
-    b1: Sequence[Tensor] | None = None,  # E x [F] or [2 F]
+    # E x [F] or [2 F], or pairs ([F], [F]) like w1
+    b1: Sequence[Tensor] | Sequence[Sequence[Tensor]] | None = None,
     b2: Sequence[Tensor] | None = None,  # E x [D]
     norm: str = "none",
     norm_weight: Sequence[Tensor] | None = None,  # E x [D]
@@ -39,11 +43,11 @@ def moe_ffn(
     sub_norm_eps: float = 1e-5,
     activation: str = "gelu",
     layer_scale: Tensor | None = None,  # [D]
-    token_scale: Tensor | None = None,  # x.shape[:-1]
-    residual: Tensor | None = None,  # [..., D]
+    token_scale: Tokens | None = None,  # x.shape[:-1]; a sequence like x, as is residual
+    residual: Tokens | None = None,  # [..., D]
     recompute: bool = False,
     backend: str | None = None,
-) -> Tensor:  # [..., D]
+) -> Tokens:  # [..., D], or a list of E such tensors
     """Feed-forward layer that routes each token to the expert of its modality, in one operation.
 
     For a token t that ``routing`` sends to expert e::
@@ -55,11 +59,16 @@ def moe_ffn(
     unchanged. Experts may have no tokens, and may differ in hidden width F.
 
     Args:
-        x: input, floating point; the last dimension is D.
-        routing: the expert of each token of ``x.shape[:-1]``.
+        x: input, floating point; the last dimension is D. If the tokens of each expert are a tensor
+            of their own, as text and image in a dual-stream block, x is the sequence of these, on
+            every backend but ``"cuda"``. Their shapes differ in all dimensions but the last. They,
+            ``residual`` and ``token_scale`` are read where they are, not concatenated.
+        routing: the expert of each token of ``x.shape[:-1]``; None if x is a sequence.
         w1, w2: one matrix per expert, in the layout of the weight of :class:`torch.nn.Linear`. For
-            a gated activation the first F rows of ``w1`` are for the gate, the rest for the value.
-        b1, b2: one bias per expert, or None.
+            a gated activation the first F rows of ``w1[e]`` are for the gate, the rest for the
+            value; or ``w1[e]`` is a pair of two matrices, gate and value, for every expert, on
+            every backend but ``"cuda"``. They are read where they are, not concatenated.
+        b1, b2: one bias per expert, or None; ``b1[e]`` is a pair if ``w1[e]`` is one.
         norm: ``"none"``, ``"layer"`` (LayerNorm) or ``"rms"`` (RMSNorm) of x, with one
             ``norm_weight`` per expert and, for LayerNorm, optionally one ``norm_bias``. For an
             RMSNorm that scales by 1 + w, as in Gemma, pass ``1 + w.float()``.
@@ -83,7 +92,8 @@ def moe_ffn(
             :meth:`~vlmo.kernels.ModalityRouting.from_ids` on a GPU.
 
     Returns:
-        y, in the shape of x; its dtype is that of ``residual`` if given, else that of ``w2``.
+        y, in the shape of x; its dtype is that of ``residual`` if given, else that of ``w2``. If x
+        is a sequence, a list of tensors, which are successive rows of one.
 
     Dtypes: float16, bfloat16, float32 or float64. x, weights and biases share one dtype; norm
     parameters, ``layer_scale``, ``token_scale`` and ``residual`` may be float32 if x is 16-bit.
@@ -103,59 +113,87 @@ def moe_ffn(
             not the routing's number of experts.
         NotImplementedError: the requested backend cannot run this call (with its reason).
     """
-    check_input(x, routing)
+    streams = not isinstance(x, Tensor) and isinstance(x, Sequence)
+    if streams and routing is not None:
+        raise TypeError("routing: expected None, because x is a sequence of tensors")
+    xs: list[Tensor] = _listed("x", x, len(x) if streams else None)
+    check_inputs(xs, routing, streams)
+    num_experts = len(xs) if routing is None else routing.num_experts
     check_choice("activation", activation, ACTIVATIONS)
     check_choice("norm", norm, NORMS)
-    given = (w1, w2, b1, b2, norm_weight, norm_bias, sub_norm_weight, sub_norm_bias)
+
+    split = _has_pairs(w1) or _has_pairs(b1)
+    if split:
+        w1 = _gates_and_values("w1", w1, num_experts, activation)
+        b1 = _gates_and_values("b1", b1, num_experts, activation)
+    given: Any = (w1, w2, b1, b2, norm_weight, norm_bias, sub_norm_weight, sub_norm_bias)
     experts = Experts(*[() if tensors is None else tensors for tensors in given])
-    operand_dtype = autocast_dtype(x.device.type)
+    device = xs[0].device
+    operand_dtype = autocast_dtype(device.type)
     experts = experts.autocast(operand_dtype)
     if operand_dtype is not None and norm == "none":
-        x = x.to(operand_dtype)
-    experts.check(x, routing.num_experts, activation, norm, cast=operand_dtype is not None)
-    check_vectors(x, x.shape[-1], layer_scale, token_scale, residual)
+        xs = [t.to(operand_dtype) for t in xs]
+    cast = operand_dtype is not None
+    experts.check(xs[0], num_experts, activation, norm, cast, split)
+    residuals: list[Tensor] = _listed("residual", residual, len(xs) if streams else None)
+    token_scales: list[Tensor] = _listed("token_scale", token_scale, len(xs) if streams else None)
+    vectors = (layer_scale, token_scales, residuals)
+    check_vectors(xs, xs[0].shape[-1], *vectors, streams)
     options = (norm, norm_eps, sub_norm_eps, activation)
-    vectors = (layer_scale, token_scale, residual)
-    return dispatch(MOE_FFN, x, routing, experts, vectors, options, recompute, backend)
+    made = dispatch(MOE_FFN, xs, routing, experts, vectors, options, streams, recompute, backend)
+    result: Any = made if streams else made[0]
+    return result
 
 
 def dispatch(
     operation: Operation,
-    x: Tensor,  # [..., D]
-    routing: ModalityRouting,
+    xs: list[Tensor],  # [..., D], or E such tensors
+    routing: ModalityRouting | None,  # None with streams
     experts: Experts,
-    vectors: tuple[Tensor | None, Tensor | None, Tensor | None],  # layer, token scale, residual
+    vectors: tuple[Tensor | None, list[Tensor], list[Tensor]],  # layer, token scales, residuals
     options: tuple[str, float, float, str],  # norm, norm_eps, sub_norm_eps, activation
+    streams: bool,
     recompute: bool,
     backend: str | None,
-) -> Tensor:  # [..., O]
+) -> list[Tensor]:  # [..., O] for each of xs
     """Run moe_ffn or moe_linear with checked arguments."""
     experts = Experts(*map(list, experts))
-    layer_scale, token_scale, residual = vectors
+    layer_scale, token_scales, residuals = vectors
     norm, norm_eps, sub_norm_eps, activation = options
-    width, out = x.shape[-1], (*x.shape[:-1], experts.w2[0].shape[0])
+    device, width, out = xs[0].device, xs[0].shape[-1], experts.w2[0].shape[0]
     facts = Facts(
         dtype=experts.w2[0].dtype,
         width=width,
         hidden=tuple([weight.shape[1] for weight in experts.w2]),
         activation=activation,
-        counted=bool(routing.counts) or x.device.type == "cpu",
+        counted=routing is None or bool(routing.counts) or device.type == "cpu",
         sub_norm=bool(experts.sub_norm_weight),
-        linear=0 if experts.w1 else out[-1],
+        split=len(experts.w1) > len(experts.w2),
+        streams=streams,
+        linear=0 if experts.w1 else out,
     )
-    tensors = (x, *itertools.chain.from_iterable(experts), *vectors)
-    name = resolve(operation.name, BACKENDS, backend, tensors, x.device, facts)
-    ids, rows, offsets, pieces = routing.ids, None, None, routing.pieces
-    if name != "reference" and not routing.by_arithmetic:
-        ids, rows, offsets = routing.grouping(math.prod(x.shape[:-1]), x.device)
-        # Counts vary between batches: in a compiled graph they would be guarded on.
-        pieces = tuple(enumerate(routing.counts)) if name in COUNTING else ()
+    parameters = itertools.chain.from_iterable(experts)
+    tensors: Any = (*xs, *parameters, layer_scale, *token_scales, *residuals)
+    name = resolve(operation.name, BACKENDS, backend, tensors, device, facts)
+    shapes = [(*t.shape[:-1], out) for t in xs]
+    xs = [t.reshape(-1, width) for t in xs]
+    token_scales = [t.reshape(-1) for t in token_scales]
+    residuals = [t.reshape(-1, out) for t in residuals]
+    ids, rows, offsets = None, None, None
+    if routing is None:
+        pieces = tuple(enumerate([t.shape[0] for t in xs]))
+    else:
+        ids, pieces = routing.ids, routing.pieces
+        if name != "reference" and not routing.by_arithmetic:
+            ids, rows, offsets = routing.grouping(xs[0].shape[0], device)
+            # Counts vary between batches: in a compiled graph they would be guarded on.
+            pieces = tuple(enumerate(routing.counts)) if name in COUNTING else ()
     call = Call(
-        x.reshape(-1, width),
+        xs[0].new_empty(0, width) if streams else xs[0],
         *experts,
         layer_scale,
-        None if token_scale is None else token_scale.reshape(-1),
-        None if residual is None else residual.reshape(-1, out[-1]),
+        token_scales[0] if token_scales and not streams else None,
+        residuals[0] if residuals and not streams else None,
         *(ids, rows, offsets),
         [number for piece in pieces for number in piece],
         norm,
@@ -163,21 +201,21 @@ def dispatch(
         sub_norm_eps,
         activation,
         save_pre=not recompute and recorded(tensors),
+        streams=xs if streams else [],
+        residuals=residuals if streams else [],
+        token_scales=token_scales if streams else [],
     )
+    if name == "reference" and streams:
+        alone = [moe_ffn_reference(call.alone(e)) for e in range(len(xs))]
+        return [y.reshape(shape) for y, shape in zip(alone, shapes, strict=True)]
     if name == "reference":
-        return moe_ffn_reference(call).reshape(out)
+        return [moe_ffn_reference(call).reshape(shapes[0])]
+    if streams:
+        # Of no tensor that autograd knows these are views: they may be changed in place.
+        parts = torch.unsafe_split_with_sizes(operation.run(call, name), [t.shape[0] for t in xs])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
     # Like nn.Linear, this returns a tensor that is not a view; FSDP warns about views.
-    return torch.ops.aten._unsafe_view.default(operation.run(call, name), out)
-
-
-def check_input(x: Tensor, routing: ModalityRouting) -> None:
-    """Raise TypeError or ValueError unless x [..., D] is a tensor that the routing fits."""
-    if not isinstance(routing, ModalityRouting):
-        raise TypeError(f"routing: expected a ModalityRouting, got {type(routing).__name__}")
-    check_tensor("x", x, dtypes=FLOATS)
-    if x.dim() < 2:
-        raise ValueError(f"x: shape {tuple(x.shape)} has no token dimension before the model's")
-    routing.check_tokens(x.shape[:-1], x.device)
+    return [torch.ops.aten._unsafe_view.default(operation.run(call, name), shapes[0])]
 
 
 # The public names of the fields of Experts in moe_linear.
@@ -185,7 +223,7 @@ _LINEAR = ("w1", "weight", "b1", "bias", "norm_weight", "norm_bias", "", "")
 
 
 class Experts(NamedTuple):
-    """The parameters of all experts: lists with E tensors or none."""
+    """The parameters of all experts: lists with E tensors or none; w1 and b1 as in Call."""
 
     w1: Sequence[Tensor]
     w2: Sequence[Tensor]
@@ -207,7 +245,13 @@ class Experts(NamedTuple):
         return Experts._make([*map(cast, self[:4]), *self[4:]])
 
     def check(
-        self, x: Tensor, num_experts: int, activation: str | None, norm: str, cast: bool
+        self,
+        x: Tensor,
+        num_experts: int,
+        activation: str | None,
+        norm: str,
+        cast: bool,
+        split: bool = False,
     ) -> None:
         """Raise TypeError or ValueError unless every parameter fits x and the routing.
 
@@ -215,13 +259,14 @@ class Experts(NamedTuple):
         """
         linear = activation is None
         names, required = (_LINEAR, ("weight",)) if linear else (Experts._fields, ("w1", "w2"))
+        each = {"w1": 2, "b1": 2} if split else {}
         for name, tensors in zip(names, self, strict=True):
             if isinstance(tensors, Tensor):
                 raise TypeError(
                     f"{name}: expected a sequence of one tensor per expert, got a tensor"
                 )
             optional = name not in required and len(tensors) == 0
-            if len(tensors) != num_experts and not optional:
+            if len(tensors) != num_experts * each.get(name, 1) and not optional:
                 raise ValueError(f"{name}: {len(tensors)} tensors for {num_experts} experts")
         if norm == "none" and (self.norm_weight or self.norm_bias):
             raise ValueError("norm: 'none', but norm_weight or norm_bias was given")
@@ -240,8 +285,8 @@ class Experts(NamedTuple):
         for e, w2 in enumerate(self.w2):
             shape = (-1 if e == 0 else first.shape[0], width) if linear else (width, -1)
             check_tensor(names[1], w2, shape=shape, dtypes=operands, device=device, item=e)
-        halves = 2 if activation in GATED else 1
-        rows = [w2.shape[1] * halves for w2 in self.w2]
+        halves = 2 if activation in GATED and not split else 1
+        rows = [w2.shape[1] * halves for w2 in self.w2 for _ in range(2 if split else 1)]
         of_rows, of_width = [(count,) for count in rows], [(width,)] * num_experts
         of_hidden = [(w2.shape[1],) for w2 in self.w2]
         for name, tensors, shapes, dtypes in (
@@ -261,26 +306,91 @@ class Experts(NamedTuple):
                     and tensor.dtype in dtypes
                     and tensor.device == device
                 ):
+                    if name in each:
+                        name, e = f"{name}[{e // 2}]", e % 2
                     check_tensor(
                         name, tensor, shape=shapes[e], dtypes=dtypes, device=device, item=e
                     )
 
 
+def _has_pairs(tensors: object) -> bool:
+    return isinstance(tensors, Sequence) and any(isinstance(t, Sequence) for t in tensors)
+
+
+def _gates_and_values(name: str, pairs: Any, num_experts: int, activation: str) -> Any:
+    """The pairs of all experts one after the other; what has no experts is left to check."""
+    if isinstance(pairs, Tensor) or not pairs:
+        return pairs
+    if activation not in GATED:
+        raise ValueError(f"{name}: pairs, but activation {activation!r} is not gated")
+    for e, pair in enumerate(pairs):
+        if not isinstance(pair, Sequence):
+            raise TypeError(
+                f"{name}[{e}]: expected a pair of gate and value, because w1 or b1 has pairs, got "
+                f"{type(pair).__name__}"
+            )
+        if len(pair) != 2:
+            raise ValueError(f"{name}[{e}]: {len(pair)} tensors, expected gate and value")
+    if len(pairs) != num_experts:
+        raise ValueError(f"{name}: {len(pairs)} pairs for {num_experts} experts")
+    return list(itertools.chain.from_iterable(pairs))
+
+
+def _listed(name: str, value: Any, count: int | None) -> list[Tensor]:
+    """The tensors of ``count`` streams, or the only tensor if that is None; none for None."""
+    if value is None:
+        return []
+    if count is None:
+        return [value]
+    if isinstance(value, Tensor) or not isinstance(value, Sequence):
+        raise TypeError(f"{name}: expected a sequence like x, got {type(value).__name__}")
+    if len(value) != count or not count:
+        raise ValueError(f"{name}: {len(value)} tensors, but x is a sequence of {count}")
+    return list(value)
+
+
+def check_inputs(xs: list[Tensor], routing: ModalityRouting | None, streams: bool = False) -> None:
+    """Raise TypeError or ValueError unless these are tensors [..., D] that the routing fits.
+
+    Args:
+        xs: x alone, or the streams.
+    """
+    if not streams and not isinstance(routing, ModalityRouting):
+        raise TypeError(f"routing: expected a ModalityRouting, got {type(routing).__name__}")
+    for e, x in enumerate(xs):
+        item = e if streams else None
+        dtypes, device = ((xs[0].dtype,), xs[0].device) if e else (FLOATS, None)
+        check_tensor("x", x, dtypes=dtypes, device=device, item=item)
+        name = f"x[{e}]" if streams else "x"
+        if x.dim() < 2:
+            raise ValueError(
+                f"{name}: shape {tuple(x.shape)} has no token dimension before the model's"
+            )
+        if x.shape[-1] != xs[0].shape[-1]:
+            raise ValueError(f"{name}: width {x.shape[-1]}, but x[0] has {xs[0].shape[-1]}")
+    if routing is not None:
+        routing.check_tokens(xs[0].shape[:-1], xs[0].device)
+
+
 def check_vectors(
-    x: Tensor,
+    xs: list[Tensor],
     out: int,  # O
     layer_scale: Tensor | None,
-    token_scale: Tensor | None,
-    residual: Tensor | None,
+    token_scales: list[Tensor],
+    residuals: list[Tensor],
+    streams: bool = False,
 ) -> None:
-    """Raise TypeError or ValueError unless these fit x [..., D] and y [..., O]."""
-    dtypes = tuple({x.dtype, torch.float32})
+    """Raise TypeError or ValueError unless these fit x [..., D] and y [..., O], or the streams."""
+    dtypes, device = tuple({xs[0].dtype, torch.float32}), xs[0].device
     if layer_scale is not None:
-        check_tensor("layer_scale", layer_scale, shape=(out,), dtypes=dtypes, device=x.device)
-    if token_scale is not None:
-        check_tensor("token_scale", token_scale, shape=x.shape[:-1], dtypes=dtypes, device=x.device)
-        if token_scale.requires_grad:
+        check_tensor("layer_scale", layer_scale, shape=(out,), dtypes=dtypes, device=device)
+    for e, (scale, x) in enumerate(zip(token_scales, xs, strict=True) if token_scales else ()):
+        item, of_first = e if streams else None, (token_scales[0].dtype,) if e else dtypes
+        tokens = x.shape[:-1]
+        check_tensor("token_scale", scale, shape=tokens, dtypes=of_first, device=device, item=item)
+        if scale.requires_grad:
             raise ValueError("token_scale: requires a gradient, but it is not differentiable")
-    if residual is not None:
+    for e, (residual, x) in enumerate(zip(residuals, xs, strict=True) if residuals else ()):
+        item, of_first = e if streams else None, (residuals[0].dtype,) if e else FLOATS
         shape = (*x.shape[:-1], out)
-        check_tensor("residual", residual, shape=shape, dtypes=FLOATS, device=x.device)
+        check_tensor("residual", residual, shape=shape, dtypes=of_first, device=device, item=item)

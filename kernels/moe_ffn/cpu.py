@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ def why_not(device: torch.device, facts: Facts) -> str | None:
 
 
 _Kept = tuple[Tensor, Tensor, Tensor | None]  # h1, act(h1) and h2 for an expert's rows
+# Of one expert's parameter; a list of two if it is separate for gate and value.
+_Gradient = Tensor | list[Tensor | None] | None
 
 
 def pre_shape(call: Call) -> tuple[int, int]:
@@ -39,48 +42,54 @@ def pre_shape(call: Call) -> tuple[int, int]:
     It contains h1 of all rows, then act(h1), then with a layer scale h2; each expert by expert.
     """
     saves = call.save_pre and len(call.w1) > 0
-    return (call.x.shape[0], sum(_kept_columns(call))) if saves else (0, 0)
+    return (call.tokens, sum(_kept_columns(call))) if saves else (0, 0)
 
 
 def _kept_columns(call: Call) -> list[int]:
     """Columns of h1, act(h1) and h2 of the widest expert."""
-    found = [max(len(w) for w in call.w1), max(w.shape[1] for w in call.w2)]
+    found = [max(call.pre_columns), max(w.shape[1] for w in call.w2)]
     return found if call.layer_scale is None else [*found, len(call.w2[0])]
 
 
 def _kept(rows: ExpertRows, pre: Tensor, call: Call, e: int) -> _Kept:
     """Views of an expert's rows of the tensors that :func:`forward` saves, see ``_Kept``."""
     found, start = [], 0
-    sizes = (len(call.w1[e]), call.w2[e].shape[1], len(call.w2[e]))
+    sizes = (call.pre_columns[e], call.w2[e].shape[1], len(call.w2[e]))
     for columns, widest in zip(sizes, _kept_columns(call), strict=False):
         first = start + rows.first * widest
         part = pre.view(-1)[first : first + rows.count * columns]
         found.append(part.view(rows.count, columns))
-        start += len(call.x) * widest
+        start += call.tokens * widest
     h1, act, *h2 = found
     return h1, act, h2[0] if h2 else None
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """y [T, O], and the tensor saved for the backward, in the shape :func:`pre_shape`."""
-    if call.residual is not None and call.residual.dtype == torch.float64:
-        y, pre = forward(call._replace(residual=None))
-        return call.residual + y, pre
+    if call.result_dtype == torch.float64:  # that of the residual
+        y, pre = forward(call._replace(residual=None, residuals=[]))
+        if call.residual is not None:
+            return call.residual + y, pre
+        y = y.double()
+        for part, residual in zip(y.split(call.counts), call.residuals, strict=True):
+            part += residual
+        return y, pre
     call = _prepared(call)
-    dtype = call.w2[0].dtype if call.residual is None else call.residual.dtype
-    y = call.x.new_empty(call.out, dtype=dtype)
+    y = call.x.new_empty(call.out, dtype=call.result_dtype)
     pre = call.x.new_empty(pre_shape(call), dtype=call.w2[0].dtype)
     for e, rows in _experts(call):
         kept = _kept(rows, pre, call, e) if pre.numel() else None
-        branch = _branch(rows, kept, _widened(call, e), e)
-        passes.add_branch(rows, y, branch, call.residual, call.layer_scale, call.token_scale)
+        own = _own(call, e)
+        branch = _branch(rows, kept, _widened(own, e), e)
+        out = _own_rows(y, call, rows)
+        passes.add_branch(rows, out, branch, own.residual, own.layer_scale, own.token_scale)
     return y, pre
 
 
 def _branch(rows: ExpertRows, kept: _Kept | None, call: Call, e: int) -> Tensor:
     """W2_e act(W1_e norm_e(x) + b1_e) + b2_e; writes the tensors in ``kept``."""
     normed, _ = _norm(rows, call, e)
-    b1, b2 = call.b1[e] if call.b1 else None, call.b2[e] if call.b2 else None
+    b2 = call.b2[e] if call.b2 else None
     if not call.w1:
         return products.linear(normed, call.w2[e], b2)
     if kept is None:
@@ -88,7 +97,7 @@ def _branch(rows: ExpertRows, kept: _Kept | None, call: Call, e: int) -> Tensor:
         return products.linear(hidden, call.w2[e], b2)
     h1, act, h2 = (None if t is None else _room(t, normed.dtype) for t in kept)
     assert h1 is not None and act is not None
-    products.linear_into(h1, normed, call.w1[e], b1)
+    _first_products(normed, call, e, h1)
     _act_into(act, h1, call.activation)
     hidden, _ = _sub_norm(act, call, e)
     if h2 is None:
@@ -108,28 +117,45 @@ def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list
     An empty ``pre`` was not saved and is recomputed.
     """
     lists = [list(tensors) for tensors in call[1:9]]
-    flags = iter(needs[1:])
+    flags = iter(needs)
+    of_x = next(flags)
     wanted = [list(itertools.islice(flags, len(tensors))) for tensors in lists]
+    of_scale = call.layer_scale is not None and next(flags)
+    of_x = any(flags) or of_x  # of any stream
     gradients = [[t.new_empty(0) for t in tensors] for tensors in lists]
     given_x, given_scale = call.x, call.layer_scale
     if dy.dtype == torch.float64:  # that of the residual
         dy = dy.float()
     call = _prepared(call)
     dscale = None
-    if call.layer_scale is not None and needs[-1]:
+    if of_scale:
+        assert call.layer_scale is not None
         dscale = torch.zeros_like(call.layer_scale)
-    dx = torch.empty_like(call.x, memory_format=torch.contiguous_format) if needs[0] else None
+    dx = call.x.new_empty((call.tokens, call.x.shape[1])) if of_x else None
+    experts = len(call.w2)
     for e, rows in _experts(call):
-        wants = [bool(flags) and flags[e] for flags in wanted]
+        # Of w1 and b1, an expert has two tensors if gate and value are separate.
+        places = [
+            range(len(flags) * e // experts, len(flags) * (e + 1) // experts) for flags in wanted
+        ]
+        own = [[flags[i] for i in at] for flags, at in zip(wanted, places, strict=True)]
         kept = _kept(rows, pre, call, e) if pre.numel() else None
-        found = _expert_backward(dy, kept, _widened(call, e), e, rows, wants, dx, dscale)
+        alone = _widened(_own(call, e), e)
+        dy_own, dx_own = _own_rows(dy, call, rows), dx
+        if dx is not None:
+            dx_own = _own_rows(dx, call, rows)
+        found = _expert_backward(dy_own, kept, alone, e, rows, own, dx_own, dscale)
         for slot, gradient in enumerate(found):
-            if wants[slot] and gradient is not None:
-                gradients[slot][e] = gradient.to(lists[slot][e].dtype)
+            parts = gradient if isinstance(gradient, list) else [gradient]
+            for i, part in zip(places[slot], parts, strict=False):
+                if wanted[slot][i] and part is not None:
+                    gradients[slot][i] = part.to(lists[slot][i].dtype)
     dx = call.x.new_empty(0) if dx is None else dx.to(given_x.dtype)
     flat = [dx, *itertools.chain.from_iterable(gradients)]
     if given_scale is not None:
         flat.append(given_scale.new_empty(0) if dscale is None else dscale.to(given_scale.dtype))
+    if call.streams:
+        flat += dx.split(call.counts) if of_x else [dx] * len(call.streams)
     return flat
 
 
@@ -139,21 +165,21 @@ def _expert_backward(
     call: Call,
     e: int,
     rows: ExpertRows,
-    wants: Sequence[bool],
+    own: Sequence[Sequence[bool]],  # by field of the schema: which gradients are needed
     dx: Tensor | None,  # [T, D], of which the expert's rows are written
     dscale: Tensor | None,  # [D], accumulated
-) -> list[Tensor | None]:
+) -> list[_Gradient]:
     """Gradients of one expert's parameters in the order of the schema, if needed."""
+    w2, wants = call.w2[e], [any(flags) for flags in own]
     if not call.w1:
         return _linear_backward(dy, call, e, rows, wants, dx, dscale)
-    w1, w2 = call.w1[e], call.w2[e]
     normed, statistics = _norm(rows, call, e)
     h2: Tensor | None = None
     if kept is not None:
-        h1, act = (t.to(w1.dtype) for t in kept[:2])
+        h1, act = (t.to(w2.dtype) for t in kept[:2])
         h2 = kept[2]
     else:
-        h1 = products.linear(normed, w1, call.b1[e] if call.b1 else None)
+        h1 = _first_products(normed, call, e)
         act = _act_into(h1.new_empty(len(h1), w2.shape[1]), h1, call.activation)
     hidden, of_hidden = _sub_norm(act, call, e)
     if dscale is not None and h2 is None:
@@ -181,9 +207,17 @@ def _expert_backward(
         d = dact
     del act
     dh1 = _act_backward(d, h1, call.activation)
-    dw1 = products.product(dh1.T, normed) if wants[0] else None
-    db1 = passes.column_sums(dh1) if wants[2] else None
-    of_norm = _undo_norm(rows, dh1, w1, statistics, call, e, dx) if below else (None, None)
+    first = call.first_layer(e)
+    parts = dh1.chunk(len(first), dim=1)
+    dw1: list[Tensor | None] = [
+        products.product(part.T, normed) if need else None
+        for part, need in zip(parts, own[0], strict=True)
+    ]
+    db1: list[Tensor | None] = [passes.column_sums(part) for part in parts] if wants[2] else []
+    of_norm: tuple[Tensor | None, Tensor | None] = None, None
+    if below:
+        weights = [weight for weight, _ in first]
+        of_norm = _undo_norm(rows, parts, weights, statistics, call, e, dx)
     return [dw1, dw2, db1, db2, *of_norm, *of_sub_norm]
 
 
@@ -195,7 +229,7 @@ def _linear_backward(
     wants: Sequence[bool],
     dx: Tensor | None,
     dscale: Tensor | None,
-) -> list[Tensor | None]:
+) -> list[_Gradient]:
     """:func:`_expert_backward` of moe_linear."""
     w2 = call.w2[e]
     normed, statistics = _norm(rows, call, e)
@@ -210,21 +244,23 @@ def _linear_backward(
     dw2 = products.product(d.T, normed) if wants[1] else None
     of_norm: tuple[Tensor | None, Tensor | None] = None, None
     if dx is not None or wants[4] or wants[5]:
-        of_norm = _undo_norm(rows, d, w2, statistics, call, e, dx)
+        of_norm = _undo_norm(rows, [d], [w2], statistics, call, e, dx)
     return [None, dw2, None, db2, *of_norm, None, None]
 
 
 def _undo_norm(
     rows: ExpertRows,
-    d: Tensor,  # [n, P], the gradient of weight @ norm_e(x)
-    weight: Tensor,  # [P, D]
+    parts: Sequence[Tensor],  # each [n, P], the gradient of a weight @ norm_e(x)
+    weights: Sequence[Tensor],  # each [P, D]
     statistics: tuple[Tensor | None, Tensor] | None,
     call: Call,
     e: int,
     dx: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Write the expert's rows of dx; the gradients of the norm's weight and bias."""
-    d = products.product(d, weight)
+    d = products.product(parts[0], weights[0])
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        products.add_product(d, part, weight)
     if statistics is not None:
         return passes.norm_backward(rows, d, call.x, statistics, call.norm_weight[e], dx)
     if dx is not None:
@@ -258,7 +294,11 @@ def _sub_norm(
 
 
 def _experts(call: Call) -> Iterator[tuple[int, ExpertRows]]:
-    """All experts, with their rows."""
+    """All experts, with their rows; with streams those of :func:`_own_rows`."""
+    if call.streams:
+        for e, (stream, first) in enumerate(zip(call.streams, call.firsts, strict=True)):
+            yield e, replace(ExpertRows.every(len(stream)), first=first)
+        return
     rows = rows_of(call)
     if rows.offsets is not None:
         for e, (start, stop) in enumerate(itertools.pairwise(rows.offsets.tolist())):
@@ -271,16 +311,35 @@ def _experts(call: Call) -> Iterator[tuple[int, ExpertRows]]:
         first += count
 
 
+def _own(call: Call, e: int) -> Call:
+    """The call with the stream of expert ``e`` as x; unchanged without streams."""
+    if not call.streams:
+        return call
+    residual = call.residuals[e] if call.residuals else None
+    token_scale = call.token_scales[e] if call.token_scales else None
+    return call._replace(x=call.streams[e], residual=residual, token_scale=token_scale)
+
+
+def _own_rows(t: Tensor, call: Call, rows: ExpertRows) -> Tensor:
+    """The rows of an expert's stream of a tensor [T, D]; all of them without streams."""
+    return t[rows.first : rows.first + rows.count] if call.streams else t
+
+
 def _prepared(call: Call) -> Call:
     """The call in the form that the passes take: adjacent columns, and vectors in float32."""
-    x, residual = call.x, call.residual
-    if x.dtype == torch.float64:  # under autocast
-        x = x.float()
-    x = cpu_target.with_adjacent_elements(x)
-    residual = None if residual is None else cpu_target.with_adjacent_elements(residual)
+    adjacent = cpu_target.with_adjacent_elements
+    x, *streams = (
+        adjacent(t.float() if t.dtype == torch.float64 else t)  # float64 under autocast
+        for t in (call.x, *call.streams)
+    )
+    residual = None if call.residual is None else adjacent(call.residual)
+    residuals = [adjacent(t) for t in call.residuals]
+    token_scales = [t.float().contiguous() for t in call.token_scales]
     scales = (None if t is None else t.float().contiguous() for t in call[9:11])
     norms = ([t.float().contiguous() for t in tensors] for tensors in call[5:9])
-    return Call._make((x, *call[1:5], *norms, *scales, residual, *call[12:]))
+    return Call._make(
+        (x, *call[1:5], *norms, *scales, residual, *call[12:-3], streams, residuals, token_scales)
+    )
 
 
 def _widened(call: Call, e: int) -> Call:
@@ -289,7 +348,11 @@ def _widened(call: Call, e: int) -> Call:
     operand = cpu_target.operand_dtype(dtype)
     if operand == dtype:
         return call
-    wide = [[t.to(operand) if i == e else t for i, t in enumerate(one)] for one in call[1:5]]
+    experts = len(call.w2)
+    wide = [
+        [t.to(operand) if i * experts // len(one) == e else t for i, t in enumerate(one)]
+        for one in call[1:5]
+    ]
     return Call._make((call.x, *wide, *call[5:]))
 
 
@@ -298,12 +361,24 @@ def _room(kept: Tensor, dtype: torch.dtype) -> Tensor:
     return kept if kept.dtype == dtype else torch.empty_like(kept, dtype=dtype)
 
 
+def _first_products(x: Tensor, call: Call, e: int, out: Tensor | None = None) -> Tensor:
+    """W1_e x + b1_e [rows, P], written to ``out`` if given."""
+    layer = call.first_layer(e)
+    if out is None:
+        if len(layer) == 1:
+            return products.linear(x, *layer[0])
+        out = x.new_empty(len(x), call.pre_columns[e])
+    for columns, (weight, bias) in zip(out.chunk(len(layer), dim=1), layer, strict=True):
+        products.linear_into(columns, x, weight, bias)
+    return out
+
+
 def _linear_act(x: Tensor, call: Call, e: int) -> Tensor:
     """act(W1_e x + b1_e)."""
-    bias = call.b1[e] if call.b1 else None
     if call.activation in products.GELU:
-        return products.linear_gelu(x, call.w1[e], bias, call.activation)
-    h1 = products.linear(x, call.w1[e], bias)
+        ((weight, bias),) = call.first_layer(e)
+        return products.linear_gelu(x, weight, bias, call.activation)
+    h1 = _first_products(x, call, e)
     return _act_into(h1.new_empty(len(h1), call.w2[e].shape[1]), h1, call.activation)
 
 

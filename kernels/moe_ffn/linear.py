@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..arguments import autocast_dtype, check_choice
 from ..routing import ModalityRouting
-from .api import Experts, check_input, check_vectors, dispatch
+from .api import Experts, check_inputs, check_vectors, dispatch
 from .call import NORMS
 from .op import MOE_LINEAR
 
@@ -62,7 +62,7 @@ def moe_linear(
             not the routing's number of experts.
         NotImplementedError: the requested backend cannot run this call (with its reason).
     """
-    check_input(x, routing)
+    check_inputs([x], routing)
     check_choice("norm", norm, NORMS)
     given = ((), weight, (), bias, norm_weight, norm_bias, (), ())
     experts = Experts(*[() if tensors is None else tensors for tensors in given])
@@ -71,8 +71,9 @@ def moe_linear(
     if operand_dtype is not None and norm == "none":
         x = x.to(operand_dtype)
     experts.check(x, routing.num_experts, None, norm, cast=operand_dtype is not None)
-    vectors = (layer_scale, token_scale, residual)
-    check_vectors(x, experts.w2[0].shape[0], *vectors)
+    token_scales, residuals = ([] if t is None else [t] for t in (token_scale, residual))
+    vectors = (layer_scale, token_scales, residuals)
+    check_vectors([x], experts.w2[0].shape[0], *vectors)
     # Nothing reads the eps of a sub-norm and the activation.
     options = (norm, norm_eps, 0.0, "gelu")
-    return dispatch(MOE_LINEAR, x, routing, experts, vectors, options, False, backend)
+    return dispatch(MOE_LINEAR, [x], routing, experts, vectors, options, False, False, backend)[0]

@@ -24,8 +24,7 @@ COUNTING = ("composed",)
 
 def _empty_outputs(call: Call, backend: str) -> tuple[Tensor, Tensor]:
     """y [T, O], and the pre-activation saved for the backward, in the backend's pre_shape."""
-    dtype = call.w2[0].dtype if call.residual is None else call.residual.dtype
-    y = call.x.new_empty(call.out, dtype=dtype)
+    y = call.x.new_empty(call.out, dtype=call.result_dtype)
     return y, call.x.new_empty(BACKENDS[backend].pre_shape(call), dtype=call.w2[0].dtype)
 
 
@@ -33,8 +32,9 @@ def _empty_outputs(call: Call, backend: str) -> tuple[Tensor, Tensor]:
 MOE_FFN, MOE_LINEAR = (
     Operation(
         *(name, name, Call, BACKENDS, _empty_outputs),
-        leaves=("x", *LISTS, "layer_scale"),
+        leaves=("x", *LISTS, "layer_scale", "streams"),
         added="residual",
+        added_parts="residuals",
     )
     for name in ("moe_ffn", "moe_linear")
 )

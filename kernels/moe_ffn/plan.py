@@ -42,16 +42,16 @@ class Problem(NamedTuple):
     scaled: bool  # whether there is a layer scale
     sub_norm: bool
     linear: bool
+    streams: bool = False
 
     @classmethod
     def of(cls, call: Call, rows: Rows) -> Problem:
-        tokens, dim = call.x.shape
         return cls(
-            tokens=tokens,
-            dim=dim,
+            tokens=call.tokens,
+            dim=call.x.shape[1],
             out=call.w2[0].shape[0],
             hidden=tuple([weight.shape[1] for weight in call.w2]),
-            pre=tuple([weight.shape[0] for weight in call.w1] or [0] * len(call.w2)),
+            pre=call.pre_columns,
             lengths=rows.lengths,
             sequences=rows.sequences,
             dtype=call.w2[0].dtype,
@@ -61,6 +61,7 @@ class Problem(NamedTuple):
             scaled=call.layer_scale is not None,
             sub_norm=bool(call.sub_norm_weight),
             linear=not call.w1,
+            streams=bool(call.streams),
         )
 
     def tiles(self, block_t: int) -> int:
@@ -72,7 +73,7 @@ class Needed(NamedTuple):
     """Which gradients are needed; those without elements are not."""
 
     x: bool
-    w1: tuple[bool, ...]
+    w1: tuple[bool, ...]  # 2 E if gate and value are separate, like b1
     w2: tuple[bool, ...]
     b1: tuple[bool, ...]
     b2: tuple[bool, ...]
@@ -99,7 +100,7 @@ class Needed(NamedTuple):
 class Gradients(NamedTuple):
     """The gradients to write; those that are not needed are empty."""
 
-    x: Tensor  # [T, D]
+    x: Tensor  # [T, D], of all streams if there are
     lists: dict[str, list[Tensor]]  # by the names of LISTS: one per expert, or none
     layer_scale: Tensor | None  # [D]
     needed: Needed
@@ -125,6 +126,8 @@ class Gradients(NamedTuple):
         scale = call.layer_scale
         if scale is not None:
             scale = _empty(scale, next(flags), scale.dtype)
+        if call.streams:
+            x = call.x.new_empty((call.tokens, call.x.shape[1]) if any(flags) else (0,))
         return cls(x, lists, scale, Needed(x=wanted(x), **needed, layer_scale=wanted(scale)))
 
     @property
@@ -134,23 +137,30 @@ class Gradients(NamedTuple):
 
     @property
     def flat(self) -> list[Tensor]:
-        """All gradients, in the order of the schema."""
+        """All gradients but those of the streams, in the order of the schema."""
         flat = [self.x, *itertools.chain(*self.lists.values())]
         return flat if self.layer_scale is None else [*flat, self.layer_scale]
 
     def result(self, call: Call) -> list[Tensor]:
-        """All gradients in the dtypes of the call; zeros if it has no tokens."""
+        """All gradients in the dtypes of the call; zeros if it has no tokens.
+
+        Those of the streams are successive rows of one tensor.
+        """
         lists = [getattr(call, name) for name in LISTS]
         leaves = [call.x, *itertools.chain(*lists), call.layer_scale]
         flat = self.flat
-        if call.x.shape[0] == 0:
+        if call.tokens == 0:
             for gradient in flat:
                 gradient.zero_()
         given = (leaf for leaf in leaves if leaf is not None)
-        return [
+        found = [
             gradient if gradient.dtype == leaf.dtype else gradient.to(leaf.dtype)
             for gradient, leaf in zip(flat, given, strict=True)
         ]
+        if not call.streams:
+            return found
+        parts = self.x.split(call.counts) if self.needed.x else [self.x] * len(call.streams)
+        return [*found, *parts]
 
 
 class RowsScratch(NamedTuple):
@@ -281,12 +291,13 @@ def plan_weights(
 ) -> WeightsPlan:
     """Plan the launch of the weights after that of ``rows``, with tiles of block_t x block_n."""
     experts, dim, scales = len(problem.hidden), problem.dim, needed.layer_scale
-    out, of_w1 = problem.out, needed.w1 or (False,) * experts
+    out = problem.out
     down, across = -(-out // block_t), -(-dim // block_n)
     hidden_blocks = [-(-hidden // block_n) for hidden in problem.hidden]
+    each = len(needed.w1) // experts
     w1_tiles = tuple(
-        -(-pre // block_t) * across if need else 0
-        for pre, need in zip(problem.pre, of_w1, strict=True)
+        -(-pre // block_t) * across if any(needed.w1[each * e : each * (e + 1)]) else 0
+        for e, pre in enumerate(problem.pre)
     )
     w2_tiles = tuple(
         down * blocks if need or scales else 0

@@ -29,6 +29,14 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out += a @ b``."""
+    if cpu_target.multiplies_itself(a.dtype):
+        out += cpu_target.matmul(a, b)
+    else:
+        torch.addmm(out, a, b, out=out)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``."""
     if cpu_target.multiplies_itself(weight.dtype):

@@ -73,8 +73,8 @@ def _expert(x: Tensor, e: int, call: Call) -> Tensor:
     """
     hidden = _norm(x, e, call)
     if call.w1:
-        h1 = F.linear(hidden, call.w1[e], _at(call.b1, e))
-        hidden = _sub_norm(_act(h1, call.activation), e, call)
+        h1 = [F.linear(hidden, weight, bias) for weight, bias in call.first_layer(e)]
+        hidden = _sub_norm(_act(*h1, activation=call.activation), e, call)
     h2 = F.linear(hidden, call.w2[e], _at(call.b2, e))
     return h2 if call.layer_scale is None else h2 * call.layer_scale
 
@@ -103,12 +103,12 @@ def _sub_norm(hidden: Tensor, e: int, call: Call) -> Tensor:
     )
 
 
-def _act(h: Tensor, activation: str) -> Tensor:
-    """act(h): [n, F], from [n, F] or, gated, [n, 2 F]."""
+def _act(*h: Tensor, activation: str) -> Tensor:
+    """act(h): [n, F], from [n, F] or, gated, [n, 2 F] or two tensors [n, F]."""
     if activation in GATED:
-        gate, value = h.chunk(2, dim=1)
+        gate, value = h if len(h) == 2 else h[0].chunk(2, dim=1)
         return _gate(gate, activation) * value
-    return _gate(h, activation)
+    return _gate(h[0], activation)
 
 
 def _gate(h: Tensor, activation: str) -> Tensor:

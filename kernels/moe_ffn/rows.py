@@ -23,7 +23,7 @@ def rows_of(call: Call) -> Rows:
     """The description of the rows of each expert for the kernels."""
     if call.rows is not None:
         return Rows(None, None, 0, 0, call.rows, call.offsets)
-    return _segments(tuple(call.pieces), len(call.w2), call.x.shape[0])
+    return _segments(tuple(call.pieces), len(call.w2), call.tokens)
 
 
 @functools.lru_cache(maxsize=256)
@@ -38,7 +38,7 @@ def _segments(pieces: tuple[int, ...], experts: int, tokens: int) -> Rows:
 
 def bound_on_tiles(call: Call, rows: Rows, block_t: int) -> int:
     """The number of row tiles for segments, else an upper bound."""
-    return tiles_of(call.x.shape[0], len(call.w2), rows.lengths, rows.sequences, block_t)
+    return tiles_of(call.tokens, len(call.w2), rows.lengths, rows.sequences, block_t)
 
 
 def tiles_of(

@@ -42,10 +42,13 @@ from vlmo.kernels.moe_ffn.triton import tiles
 
 INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 SEQUENCES, DIM, HIDDEN = 32, 768, 3072
-LAYERS = {  # VLMo's layer; a decoder's, routed by ids; BEiT-3's; without a saved pre-activation
+# VLMo's layer; a decoder's, routed by ids; BEiT-3's; a decoder's with gate and value as separate
+# tensors; without a saved pre-activation.
+LAYERS = {
     "vlmo": dict(activation="gelu", norm="layer", ids=False, save_pre=True),
     "decoder": dict(activation="swiglu", norm="rms", ids=True, save_pre=True),
     "beit3": dict(activation="gelu", norm="layer", ids=False, save_pre=True, sub_norm=True),
+    "split": dict(activation="swiglu", norm="rms", ids=True, save_pre=True, split=True),
     "vlmo, recomputed": dict(activation="gelu", norm="layer", ids=False, save_pre=False),
     "decoder, recomputed": dict(activation="swiglu", norm="rms", ids=True, save_pre=False),
     "beit3, recomputed": dict(
@@ -70,58 +73,79 @@ class NoDriver:
         return 0
 
 
-def run_case(dtype, activation, norm, ids, save_pre, sub_norm=False, implementation=triton_impl):
+def run_case(
+    dtype,
+    activation,
+    norm,
+    ids,
+    save_pre,
+    *,
+    sub_norm=False,
+    split=False,
+    implementation=triton_impl,
+):
     """Forward and backward of a call on tensors without storage."""
-    experts, halves = 2, 2 if activation in GATED else 1
+    experts, halves = 2, 2 if activation in GATED and not split else 1
+    first = 2 * experts if split else experts  # tensors of the first layers
     tokens = SEQUENCES * 237
 
     def new(*shape, of=dtype):
         return torch.empty(shape, dtype=of, device="meta")
 
-    def each(*shape):
-        return [new(*shape) for _ in range(experts)]
+    def each(*shape, number=experts):
+        return [new(*shape) for _ in range(number)]
 
     index = [new(tokens, of=torch.int32)] * 2 + [new(experts + 1, of=torch.int32)]
-    call = Call._make(
-        [
-            *(new(tokens, DIM), each(halves * HIDDEN, DIM), each(DIM, HIDDEN)),
-            *(each(halves * HIDDEN), each(DIM), each(DIM), each(DIM) if norm == "layer" else []),
-            *((each(HIDDEN), each(HIDDEN)) if sub_norm else ([], [])),
-            *(new(DIM), new(tokens), new(tokens, DIM)),
-            *(index if ids else [None] * 3),
-            *([0, 40, 1, 197], norm, 1e-6, 1e-5, activation, save_pre),
-        ]
+    call = Call(
+        *(new(tokens, DIM), each(halves * HIDDEN, DIM, number=first), each(DIM, HIDDEN)),
+        *(each(halves * HIDDEN, number=first), each(DIM), each(DIM)),
+        each(DIM) if norm == "layer" else [],
+        *((each(HIDDEN), each(HIDDEN)) if sub_norm else ([], [])),
+        *(new(DIM), new(tokens), new(tokens, DIM)),
+        *(index if ids else [None] * 3),
+        *([0, 40, 1, 197], norm, 1e-6, 1e-5, activation, save_pre),
     )
     y, pre = implementation.forward(call)
     needs = [True] * (2 + sum(len(getattr(call, name)) for name in LISTS))
     implementation.backward(y, pre, call, needs)
 
 
+def listed(value) -> list:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
 def run_options(case, x_dtype, half, save_pre, needs, implementation=triton_impl):
     """Forward and backward of a parity test's case; ``needs`` names the gradients to compute."""
     tensors = make_tensors(case, "meta", half)
-    tokens, experts = tensors["x"].numel() // case.dim, len(case.hidden)
+    tokens, experts = expert_ids(case).numel(), len(case.hidden)
     index = [
         torch.empty(n, dtype=torch.int32, device="meta") for n in (tokens, tokens, experts + 1)
     ]
     runs = [expert for expert, _ in case.pieces]
     indexed = case.form != "segments" or len(runs) > len(set(runs))
     counts = torch.bincount(expert_ids(case), minlength=experts).tolist()
-    counted = enumerate(counts) if indexed else case.pieces
+    counted = enumerate(counts) if indexed or case.streams else case.pieces
     lists = [tensors.get(name, []) for name in LISTS]
+    scales = [t.reshape(-1) for t in listed(tensors.get("token_scale"))]
+    x, residual = (
+        [t.reshape(-1, case.dim).to(x_dtype) for t in listed(tensors.get(name))]
+        for name in ("x", "residual")
+    )
+    singles = [None if case.streams or not parts else parts[0] for parts in (scales, residual)]
     call = Call._make(
         [
-            *(tensors["x"].reshape(-1, case.dim).to(x_dtype), *lists, tensors.get("layer_scale")),
-            tensors["token_scale"].reshape(-1) if case.token_scale else None,
-            tensors["residual"].reshape(tokens, -1).to(x_dtype) if case.residual else None,
+            *(x[0].new_empty(0, case.dim) if case.streams else x[0], *lists),
+            *(tensors.get("layer_scale"), *singles),
             *(index if indexed else [None] * 3),
             [number for piece in counted for number in piece],
             *(case.norm, 1e-6, 1e-5, case.activation, save_pre),
+            *((x, residual, scales) if case.streams else ([], [], [])),
         ]
     )
     y, pre = implementation.forward(call)
     wanted = ["x" in needs, *(n in needs for n, t in zip(LISTS, lists, strict=True) for _ in t)]
     wanted += ["layer_scale" in needs] if case.layer_scale else []
+    wanted += ["x" in needs for _ in call.streams]
     implementation.backward(y, pre, call, wanted)
 
 
@@ -263,7 +287,8 @@ def compile_for(generation: str, what: str) -> None:
                     continue
                 if what == "layer" and (layer, dtype) != ("vlmo", torch.bfloat16):
                     continue
-                if what == "descriptors" and dtype != torch.bfloat16:
+                described = dtype == torch.bfloat16 and not options.get("split")
+                if what == "descriptors" and not described:
                     continue
                 every = saved or implementation is composed_impl
                 facts["wanted"] = (lambda name: True) if every else (lambda name: "rows" in name)

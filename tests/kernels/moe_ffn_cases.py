@@ -1,6 +1,6 @@
 """Calls of moe_ffn for the tests: cases, tensors, and the eager baseline."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -42,6 +42,8 @@ class Case:
     norm_bias: bool = True
     sub_norm: bool = False
     linear: int = 0  # output width of moe_linear, which has no first layer
+    split: bool = False  # whether gate and value are separate tensors
+    streams: bool = False  # whether the tokens of each expert are a tensor of their own
     layer_scale: bool = True
     token_scale: bool = True
     residual: bool = True
@@ -51,6 +53,9 @@ class Case:
         changed = [f"{k}={v}" for k, v in vars(self).items() if v != getattr(Case, k, ())]
         return ",".join(changed).replace(" ", "") or "vlmo"
 
+
+SPARSE = ((0, 3), (3, 5), (1, 4))
+PAIRS = dict(split=True, activation="swiglu")
 
 CASES = [
     Case(),
@@ -110,16 +115,39 @@ CASES = [
         residual=False,
         linear=24,
     ),
+    # gate and value as separate tensors
+    Case(split=True, activation="swiglu", norm="rms", bias=False, norm_bias=False),
+    Case(split=True, activation="geglu", form="ids", hidden=(17, 64, 8, 33), pieces=SPARSE),
+    Case(split=True, activation="geglu_tanh", hidden=(40,), pieces=((0, 20),)),
+    Case(split=True, activation="swiglu", form="packed", sub_norm=True),
+    # text and image as separate tensors; one without tokens; without a norm, x is an operand
+    Case(streams=True),
+    Case(streams=True, pieces=SPARSE, hidden=(17, 64, 8, 33), norm="none"),
+    Case(streams=True, pieces=((0, 20),), hidden=(40,), norm="none", layer_scale=False),
+    Case(streams=True, norm="none", residual=False, token_scale=False, bias=False),
+    Case(streams=True, split=True, activation="swiglu", norm="rms", norm_bias=False, sub_norm=True),
 ]
 
 
 def expert_ids(case: Case) -> Tensor:
+    if case.streams:
+        return torch.arange(len(case.hidden)).repeat_interleave(torch.tensor(lengths(case)))
     one = [expert for expert, length in case.pieces for _ in range(length)]
     return torch.tensor(one * case.batch, dtype=torch.int64)
 
 
+def lengths(case: Case) -> list[int]:
+    """Number of tokens of each stream."""
+    counts = [0] * len(case.hidden)
+    for expert, length in case.pieces:
+        counts[expert] += case.batch * length
+    return counts
+
+
 def make_routing(case: Case, device) -> ModalityRouting:
     experts = len(case.hidden)
+    if case.streams:  # of the streams in a row
+        return ModalityRouting.segments([*enumerate(lengths(case))], num_experts=experts)
     if case.form == "segments":
         return ModalityRouting.segments(case.pieces, num_experts=experts)
     if case.form == "packed":
@@ -133,26 +161,43 @@ def make_routing(case: Case, device) -> ModalityRouting:
 
 
 def make_tensors(case: Case, device, dtype) -> dict:
-    """Inputs by argument name, values drawn in float64; lists hold one tensor per expert."""
+    """Inputs by argument name, values drawn in float64; lists hold one tensor per expert.
+
+    With ``split``, w1 and b1 hold two: gate and value. With ``streams``, x, residual and
+    token_scale are lists as well.
+    """
     generator = torch.Generator().manual_seed(2)
 
     def draw(*shape, scale=1.0, shift=0.0):
         values = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale + shift
         return values.to(device, dtype)
 
+    def draw_tokens(*columns):
+        if not case.streams:
+            return draw(*leading, *columns)
+        # Of different shapes, which moe_ffn flattens.
+        shapes = [(n,) if e % 2 else (case.batch, n // case.batch) for e, n in counts]
+        return [draw(*shape, *columns) for shape in shapes]
+
+    counts = [*enumerate(lengths(case))]
     length = sum(n for _, n in case.pieces)
     leading = (case.batch, length) if case.form == "segments" else (case.batch * length,)
     dim, rows = case.dim, [h * (2 if case.activation in GATED else 1) for h in case.hidden]
-    out, tensors = case.linear or dim, {"x": draw(*leading, dim)}
+
+    def first(tensors):
+        # Copies, because views would share their storage.
+        return [t.clone() for pair in tensors for t in pair.chunk(2)] if case.split else tensors
+
+    out, tensors = case.linear or dim, {"x": draw_tokens(dim)}
     if case.linear:
         tensors["w2"] = [draw(out, dim, scale=dim**-0.5) for _ in rows]
         if case.bias:
             tensors["b2"] = [draw(out) for _ in rows]
     else:
-        tensors["w1"] = [draw(r, dim, scale=dim**-0.5) for r in rows]
+        tensors["w1"] = first([draw(r, dim, scale=dim**-0.5) for r in rows])
         tensors["w2"] = [draw(dim, h, scale=h**-0.5) for h in case.hidden]
         if case.bias:
-            tensors |= {"b1": [draw(r) for r in rows], "b2": [draw(dim) for _ in rows]}
+            tensors |= {"b1": first([draw(r) for r in rows]), "b2": [draw(dim) for _ in rows]}
     if case.norm != "none":
         tensors["norm_weight"] = [draw(dim, scale=0.1, shift=1.0) for _ in rows]
         if case.norm_bias:
@@ -164,9 +209,12 @@ def make_tensors(case: Case, device, dtype) -> dict:
     if case.layer_scale:
         tensors["layer_scale"] = draw(out, scale=0.1, shift=0.3)
     if case.residual:
-        tensors["residual"] = draw(*leading, out)
+        tensors["residual"] = draw_tokens(out)
     if case.token_scale:
-        tensors["token_scale"] = (draw(*leading) > 0).to(dtype) * 2
+        scales = draw_tokens()
+        tensors["token_scale"] = (
+            [(t > 0).to(dtype) * 2 for t in scales] if case.streams else (scales > 0).to(dtype) * 2
+        )
     return tensors
 
 
@@ -185,8 +233,41 @@ def leaves(tensors: dict) -> dict[str, Tensor]:
     return flat
 
 
+def pairs(tensors: list) -> list[tuple]:
+    """Gate and value of each expert."""
+    return [*zip(tensors[::2], tensors[1::2], strict=True)]
+
+
+def activations(case: Case, h: Tensor, e: int, tensors: dict) -> Tensor:
+    """The hidden activations of an expert."""
+    act, w1, b1 = ACTIVATIONS[case.activation], tensors["w1"], tensors.get("b1")
+    if case.split:
+        bias = pairs(b1)[e] if b1 else (None, None)
+        gate, value = [F.linear(h, *layer) for layer in zip(pairs(w1)[e], bias, strict=True)]
+        return act(gate) * value
+    h = F.linear(h, w1[e], b1[e] if b1 else None)
+    if case.activation not in GATED:
+        return act(h)
+    gate, value = h.chunk(2, -1)
+    return act(gate) * value
+
+
+def joined(value, *columns: int) -> Tensor:
+    """The tokens of all streams in a row: [T, *columns]."""
+    parts = value if isinstance(value, list) else [value]
+    return torch.cat([part.reshape(-1, *columns) for part in parts])
+
+
+def in_a_row(case: Case, tensors: dict) -> dict:
+    """The tensors with all streams joined."""
+    columns = {"x": (case.dim,), "residual": (case.dim,), "token_scale": ()}
+    return tensors | {k: joined(tensors[k], *c) for k, c in columns.items() if k in tensors}
+
+
 def eager(case: Case, ids: Tensor, tensors: dict) -> Tensor:
     """moe_ffn in its usual form: boolean masks, F.linear, F.layer_norm, autograd."""
+    if case.streams:
+        return eager(replace(case, streams=False), ids, in_a_row(case, tensors))
     x = tensors["x"].reshape(-1, case.dim)
     shape = (*tensors["x"].shape[:-1], case.linear or case.dim)
     out = x.new_zeros(len(x), shape[-1])
@@ -199,12 +280,7 @@ def eager(case: Case, ids: Tensor, tensors: dict) -> Tensor:
         elif case.norm == "rms":
             h = F.rms_norm(h, (case.dim,), at["norm_weight"], 1e-6)
         if not case.linear:
-            h = F.linear(h, at["w1"], at.get("b1"))
-        if case.activation in GATED:
-            gate, value = h.chunk(2, -1)
-            h = ACTIVATIONS[case.activation](gate) * value
-        elif not case.linear:
-            h = ACTIVATIONS[case.activation](h)
+            h = activations(case, h, e, tensors)
         if case.sub_norm:
             weight = at["sub_norm_weight"]
             h = F.layer_norm(h, weight.shape, weight, at.get("sub_norm_bias"), 1e-5)
@@ -219,7 +295,9 @@ def eager(case: Case, ids: Tensor, tensors: dict) -> Tensor:
 
 
 def eager_autocast(case: Case, ids: Tensor, tensors: dict) -> Tensor:
-    """eager() without its masked_scatter, which autocast does not promote; LayerNorm and GELU."""
+    """eager() without its masked_scatter, which autocast does not promote; with LayerNorm."""
+    if case.streams:
+        return eager_autocast(replace(case, streams=False), ids, in_a_row(case, tensors))
     x = tensors["x"].reshape(-1, case.dim)
     parts = []
     for e in range(len(case.hidden)):
@@ -227,7 +305,7 @@ def eager_autocast(case: Case, ids: Tensor, tensors: dict) -> Tensor:
         h = x[ids == e]
         if case.norm == "layer":
             h = F.layer_norm(h, (case.dim,), at["norm_weight"], at["norm_bias"], 1e-6)
-        parts.append(F.linear(F.gelu(F.linear(h, at["w1"], at["b1"])), at["w2"], at["b2"]))
+        parts.append(F.linear(activations(case, h, e, tensors), at["w2"], at["b2"]))
     order = torch.cat([(ids == e).nonzero()[:, 0] for e in range(len(case.hidden))]).argsort()
     out = torch.cat(parts)[order] * tensors["layer_scale"]
     out = tensors["residual"].reshape(-1, case.dim) + out * tensors["token_scale"].reshape(-1, 1)
@@ -238,7 +316,8 @@ def skip_unless_possible(place, case: Case, dtype: torch.dtype) -> None:
     """Skip a test, with the reason, if the backend does not support the call."""
     counted = bool(make_routing(case, place.device).counts) or place.device.type == "cpu"
     hidden = (case.dim,) * len(case.hidden) if case.linear else case.hidden
-    facts = Facts(dtype, case.dim, hidden, case.activation, counted, case.sub_norm, case.linear)
+    facts = Facts(dtype, case.dim, hidden, case.activation, counted, case.sub_norm)
+    facts = facts._replace(split=case.split, streams=case.streams, linear=case.linear)
     if reason := BACKENDS[place.backend].why_not(place.device, facts):
         pytest.skip(f"{place.backend}: {reason}")
 
@@ -248,17 +327,15 @@ def call(case: Case, routing: ModalityRouting, tensors: dict, **options) -> Tens
         names = {"w2": "weight", "b2": "bias"}
         given = {names.get(k, k): v for k, v in tensors.items()}
         return moe_linear(routing=routing, norm=case.norm, **given, **options)
-    arguments = {k: v for k, v in tensors.items() if k not in ("x", "w1", "w2")}
-    return moe_ffn(
-        tensors["x"],
-        routing,
-        tensors["w1"],
-        tensors["w2"],
-        **arguments,
+    paired = {k: pairs(tensors[k]) for k in ("w1", "b1") if case.split and k in tensors}
+    y = moe_ffn(
+        routing=None if case.streams else routing,
+        **(tensors | paired),
         norm=case.norm,
         activation=case.activation,
         **options,
     )
+    return joined(y, case.dim) if case.streams else y
 
 
 def outputs_and_gradients(function, tensors: dict) -> dict[str, Tensor]:

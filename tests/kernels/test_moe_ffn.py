@@ -12,6 +12,7 @@ from accuracy import assert_as_accurate_as, labelled
 from attention_cases import on
 from moe_ffn_cases import (
     CASES,
+    PAIRS,
     PLACES,
     Case,
     Spy,
@@ -26,7 +27,7 @@ from moe_ffn_cases import (
     outputs_and_gradients,
     skip_unless_possible,
 )
-from vlmo.kernels import moe_ffn
+from vlmo.kernels import ModalityRouting, moe_ffn
 from vlmo.kernels.moe_ffn import op as ops
 from vlmo.kernels.moe_ffn.call import LISTS
 
@@ -67,25 +68,39 @@ def test_gradcheck(case):
     assert torch.autograd.gradcheck(function, tuple(flat.values()), fast_mode=True)
 
 
-@pytest.mark.parametrize(("form", "save_pre"), [("segments", True), ("ids", False)])
+@pytest.mark.parametrize(
+    ("form", "save_pre", "options"),
+    [
+        ("segments", True, {}),
+        ("ids", False, {}),
+        ("segments", True, PAIRS),
+        ("segments", True, dict(streams=True)),
+    ],
+)
 @on("cpu", "triton", "composed", "cuda", places=PLACES)
-def test_opcheck(form, save_pre, place):
+def test_opcheck(form, save_pre, options, place):
     device = place.device
     # Equal widths, or some of the pre-activation would be padding that no kernel writes.
-    case = Case(pieces=((0, 3), (1, 5)), form=form, batch=2, dim=8, hidden=(16, 16))
+    case = Case(pieces=((0, 3), (1, 5)), form=form, batch=2, dim=8, hidden=(16, 16), **options)
     skip_unless_possible(place, case, place.dtype)
     tensors = make_tensors(case, device, place.dtype)
     leaves(tensors)
-    x, residual, scale = tensors["x"], tensors["residual"], tensors["token_scale"]
+    scale = tensors["token_scale"]
+    x, residual = (
+        [t.detach().reshape(-1, 8).requires_grad_() for t in (v if case.streams else [v])]
+        for v in (tensors["x"], tensors["residual"])
+    )
     routing = make_routing(case, device)
     arguments = (
-        x.detach().reshape(-1, 8).requires_grad_(),
+        x[0].new_empty(0, 8) if case.streams else x[0],
         *(tensors.get(name, []) for name in LISTS),
-        *(tensors["layer_scale"], scale.reshape(-1)),
-        residual.detach().reshape(-1, 8).requires_grad_(),
+        tensors["layer_scale"],
+        *((None, None) if case.streams else (scale.reshape(-1), residual[0])),
         *(routing.grouping(16, device) if routing.ids is not None else (None, None, None)),
         [n for piece in routing.pieces for n in piece],
-        *("layer", 1e-6, 1e-5, "gelu", save_pre, place.backend),
+        *("layer", 1e-6, 1e-5, case.activation, save_pre),
+        *((x, residual, [t.reshape(-1) for t in scale]) if case.streams else ([], [], [])),
+        place.backend,
     )
     torch.library.opcheck(ops.MOE_FFN.forward, arguments)
 
@@ -116,9 +131,13 @@ def test_single_gradients_with_a_sub_norm(wanted, recompute, place):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("form", ["segments", "ids"])
-def test_compile_fullgraph(form, place):
-    case, device = Case(form=form), place.device
+@pytest.mark.parametrize(
+    "case",
+    [Case(), Case(form="ids"), Case(form="ids", **PAIRS), Case(streams=True)],
+    ids=str,
+)
+def test_compile_fullgraph(case, place):
+    device = place.device
     skip_unless_possible(place, case, place.dtype)
     routing = make_routing(case, device)
 
@@ -133,11 +152,16 @@ def test_compile_fullgraph(form, place):
         torch.testing.assert_close(value, expected[name], msg=labelled(name))
 
 
-@pytest.mark.parametrize("norm", ["none", "layer"])
-def test_autocast(norm, place):
+@pytest.mark.parametrize(
+    "options",
+    [dict(norm="none"), dict(norm="layer"), PAIRS, dict(norm="none", streams=True)],
+    ids=str,
+)
+def test_autocast(options, place):
     """Weights are cast, the residual stream stays float32, gradients come in the leaves' dtype."""
     # Wide enough that an expert's largest error is no accident.
-    case, device = Case(norm=norm, dim=64, hidden=(96, 96)), place.device
+    case, device = Case(dim=64, hidden=(96, 96), **options), place.device
+    skip_unless_possible(place, case, place.autocast_dtype)
     routing = make_routing(case, device)
     ids = routing.expert_ids(60, device)
     with torch.autocast(device.type, dtype=place.autocast_dtype):
@@ -162,6 +186,124 @@ def test_autocast(norm, place):
     with torch.autocast(device.type, dtype=place.autocast_dtype):
         y = call(case, routing, no_residual, backend=place.backend)
         assert y.dtype == place.autocast_dtype
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("wanted", ["w1[0]", "w1[3]", "b1[1]", "b1[2]", "w1[1] b1[0]"])
+def test_gradients_of_a_gate_or_a_value_alone(wanted, recompute, place):
+    case, device = Case(hidden=(17, 40), **PAIRS), place.device
+    skip_unless_possible(place, case, torch.float32)
+    routing, names = make_routing(case, device), wanted.split()
+
+    def gradients(backend: str, **options) -> dict[str, torch.Tensor | None]:
+        flat = leaves(tensors := make_tensors(case, device, torch.float32))
+        for name, tensor in flat.items():
+            tensor.requires_grad_(name in names)
+        call(case, routing, tensors, backend=backend, **options).square().sum().backward()
+        return {name: tensor.grad for name, tensor in flat.items()}
+
+    found, expected = gradients(place.backend, recompute=recompute), gradients("reference")
+    assert {name for name, grad in found.items() if grad is not None} == {*names}
+    for name in names:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4)
+        assert found[name].untyped_storage().nbytes() == found[name].nbytes
+
+
+def test_separate_gates_are_not_copied(spy):
+    case = Case(**PAIRS)
+    tensors = make_tensors(case, "cpu", torch.float32)
+    call(case, make_routing(case, "cpu"), tensors, backend="triton")
+    (seen,) = spy.calls
+    assert seen.split and seen.pre_columns == (80, 80)
+    assert [t.data_ptr() for t in seen.w1] == [t.data_ptr() for t in tensors["w1"]]
+    assert [t.data_ptr() for t in seen.b1] == [t.data_ptr() for t in tensors["b1"]]
+
+
+def test_streams_are_not_copied(spy):
+    case = Case(streams=True)
+    tensors = make_tensors(case, "cpu", torch.float32)
+    leaves(tensors)
+    routing = make_routing(case, "cpu")
+    y = moe_ffn(routing=None, **tensors, norm="layer", backend="triton")
+    assert [t.shape for t in y] == [t.shape for t in tensors["x"]]
+    assert len({t.untyped_storage().data_ptr() for t in y}) == 1
+    sum(t.sum() for t in y).backward()
+    forward, backward = spy.calls
+    for seen in (forward, backward):
+        for given, name in ((seen.streams, "x"), (seen.token_scales, "token_scale")):
+            assert [t.data_ptr() for t in given] == [t.data_ptr() for t in tensors[name]]
+        assert seen.x.shape == (0, 24) and seen.tokens == routing.max_length
+    assert [t.data_ptr() for t in forward.residuals] == [t.data_ptr() for t in tensors["residual"]]
+    assert not backward.residuals  # nothing of them is saved
+    for name in ("x", "residual"):
+        assert len({t.grad.untyped_storage().data_ptr() for t in tensors[name]}) == 1
+
+
+@pytest.mark.parametrize("wanted", ["x[0]", "x[1]", "residual[1]", "layer_scale", "x[0] w2[1]"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("norm", ["none", "layer"])
+def test_gradients_of_some_streams(wanted, recompute, norm, place):
+    case, device = Case(streams=True, norm=norm), place.device
+    skip_unless_possible(place, case, torch.float32)
+    routing, names = make_routing(case, device), wanted.split()
+
+    def gradients(backend: str, **options) -> list[torch.Tensor]:
+        flat = leaves(tensors := make_tensors(case, device, torch.float32))
+        for name, tensor in flat.items():
+            tensor.requires_grad_(name in names)
+        call(case, routing, tensors, backend=backend, **options).square().sum().backward()
+        assert {name for name, tensor in flat.items() if tensor.grad is not None} == {*names}
+        return [flat[name].grad for name in names]
+
+    found = gradients(place.backend, recompute=recompute)
+    torch.testing.assert_close(found, gradients("reference"), rtol=1e-4, atol=1e-4)
+
+
+def test_streams_of_which_one_is_used_and_written_over(place):
+    case, device = Case(streams=True, residual=False), place.device
+    skip_unless_possible(place, case, torch.float32)
+
+    def gradients(backend: str, detour) -> list[torch.Tensor]:
+        tensors = make_tensors(case, device, torch.float32)
+        flat = leaves(tensors)
+        _, image = moe_ffn(routing=None, **tensors, norm="layer", backend=backend)
+        detour(image).square().sum().backward()
+        return [torch.zeros_like(t) if t.grad is None else t.grad for t in flat.values()]
+
+    expected = gradients("reference", lambda t: 2 * t)
+    found = gradients(place.backend, lambda t: t.mul_(2))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [(0, 5), (0, 0)])
+def test_streams_without_tokens(lengths, place):
+    case, device = Case(streams=True), place.device
+    skip_unless_possible(place, case, torch.float32)
+    tensors = make_tensors(case, device, torch.float32)
+    for name in ("x", "residual", "token_scale"):
+        parts = zip(tensors[name], lengths, strict=True)
+        columns = () if name == "token_scale" else (24,)
+        tensors[name] = [t.reshape(-1, *columns)[:n].clone() for t, n in parts]
+    flat = leaves(tensors)
+    y = moe_ffn(routing=None, **tensors, norm="layer", backend=place.backend)
+    assert [len(t) for t in y] == [*lengths]
+    sum(t.sum() for t in y).backward()
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in flat.values())
+    assert not tensors["w1"][0].grad.any()
+
+
+def test_residual_streams_keep_their_float64(place):
+    case, device = Case(streams=True), place.device
+    skip_unless_possible(place, case, torch.float32)
+    tensors = make_tensors(case, device, torch.float32)
+    tensors["residual"] = [t.double() + 1e-9 for t in tensors["residual"]]
+    plain = {k: v for k, v in tensors.items() if k != "residual"}
+    options = dict(routing=None, norm="layer", backend=place.backend)
+    y, branch = moe_ffn(**tensors, **options), moe_ffn(**plain, **options)
+    for out, added, residual in zip(y, branch, tensors["residual"], strict=True):
+        assert out.dtype == torch.float64
+        # The branch is rounded to float32 where it is written alone.
+        torch.testing.assert_close(out - residual, added.double(), rtol=1e-6, atol=1e-7)
 
 
 def test_frozen_expert_gets_no_gradient_and_costs_none(monkeypatch):
@@ -239,6 +381,11 @@ def test_a_kernel_gets_one_run_per_expert_or_rows_and_offsets(case, arithmetic, 
         Case(activation="swiglu", norm="rms", bias=False, norm_bias=False, layer_scale=False),
         Case(pieces=((0, 3), (3, 5), (1, 4)), hidden=(17, 64, 8, 33), form="ids", norm="none"),
         Case(batch=0),
+        Case(hidden=(17, 40), **PAIRS),
+        Case(sub_norm=True, **PAIRS),
+        Case(batch=0, **PAIRS),
+        Case(streams=True),
+        Case(streams=True, norm="none", activation="swiglu", bias=False),
     ],
     ids=str,
 )
@@ -350,8 +497,53 @@ def test_experts_do_not_see_each_other(place):
 
 
 GOOD = Case()
+HALVES = torch.zeros(40, 24), torch.zeros(40, 24)
+STREAMS: dict[str, Any] = dict(
+    routing=None, x=[torch.zeros(2, 24), torch.zeros(3, 24)], residual=None, token_scale=None
+)
 BAD: dict[str, tuple[type[Exception], dict[str, Any]]] = {
-    "x: expected a tensor": (TypeError, dict(x=[1.0])),
+    "x: expected a tensor": (TypeError, dict(x=1.0)),
+    r"x\[0\]: expected a tensor, got float": (TypeError, STREAMS | dict(x=[1.0])),
+    "x: 0 tensors": (ValueError, STREAMS | dict(x=[])),
+    "routing: expected None, because x is a sequence": (
+        TypeError,
+        STREAMS | dict(routing=ModalityRouting.segments([(0, 2), (1, 3)])),
+    ),
+    "routing: expected a ModalityRouting, got NoneType": (TypeError, dict(routing=None)),
+    r"x\[1\]: width 23, but x\[0\] has 24": (
+        ValueError,
+        STREAMS | dict(x=[torch.zeros(2, 24), torch.zeros(3, 23)]),
+    ),
+    r"x\[1\]: dtype float64 is not one of: float32": (
+        TypeError,
+        STREAMS | dict(x=[torch.zeros(2, 24), torch.zeros(3, 24).double()]),
+    ),
+    r"x\[1\]: shape \(24,\) has no token dimension": (
+        ValueError,
+        STREAMS | dict(x=[torch.zeros(2, 24), torch.zeros(24)]),
+    ),
+    "w1: 2 tensors for 3 experts": (ValueError, STREAMS | dict(x=[torch.zeros(2, 24)] * 3)),
+    "residual: expected a sequence like x, got Tensor": (
+        TypeError,
+        STREAMS | dict(residual=torch.zeros(5, 24)),
+    ),
+    "residual: 1 tensors, but x is a sequence of 2": (
+        ValueError,
+        STREAMS | dict(residual=[torch.zeros(2, 24)]),
+    ),
+    r"residual\[1\]: shape \(2, 24\) does not fit \(3, 24\)": (
+        ValueError,
+        STREAMS | dict(residual=[torch.zeros(2, 24)] * 2),
+    ),
+    r"residual\[1\]: dtype float64 is not one of: float32": (
+        TypeError,
+        STREAMS | dict(residual=[torch.zeros(2, 24), torch.zeros(3, 24).double()]),
+    ),
+    "residual: expected a tensor, got list": (TypeError, dict(residual=[torch.zeros(3, 20, 24)])),
+    r"token_scale\[0\]: shape \(3,\) does not fit \(2\)": (
+        ValueError,
+        STREAMS | dict(token_scale=[torch.zeros(3), torch.zeros(3)]),
+    ),
     "x: dtype int64": (TypeError, dict(x=torch.zeros(3, 20, 24, dtype=torch.int64))),
     r"x: shape \(24,\) has no token dimension": (ValueError, dict(x=torch.zeros(24))),
     "routing: made for sequences of 20 tokens": (ValueError, dict(x=torch.zeros(3, 19, 24))),
@@ -361,6 +553,40 @@ BAD: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     r"w1\[1\]: shape \(40, 25\) does not fit \(40, 24\)": (
         ValueError,
         dict(w1=[torch.zeros(40, 24), torch.zeros(40, 25)]),
+    ),
+    "w1: pairs, but activation 'gelu' is not gated": (ValueError, dict(w1=[HALVES] * 2)),
+    "w1: 1 pairs for 2 experts": (ValueError, dict(w1=[HALVES], activation="geglu")),
+    r"w1\[1\]: 3 tensors, expected gate and value": (
+        ValueError,
+        dict(w1=[HALVES, [torch.zeros(40, 24)] * 3], activation="geglu"),
+    ),
+    r"w1\[1\]: expected a pair of gate and value, .* got Tensor": (
+        TypeError,
+        dict(w1=[HALVES, torch.zeros(80, 24)], activation="geglu"),
+    ),
+    r"w1\[0\]: expected a pair of gate and value, .* got Tensor": (
+        TypeError,
+        dict(b1=[[torch.zeros(40)] * 2] * 2, activation="geglu"),
+    ),
+    r"w1\[1\]\[0\]: shape \(41, 24\) does not fit \(40, 24\)": (
+        ValueError,
+        dict(w1=[HALVES, (torch.zeros(41, 24), HALVES[1])], activation="geglu", b1=None),
+    ),
+    r"w1\[0\]\[1\]: expected a tensor, got float": (
+        TypeError,
+        dict(w1=[(HALVES[0], 1.0), HALVES], activation="geglu", b1=None),
+    ),
+    r"b1\[1\]\[1\]: shape \(1,\)": (
+        ValueError,
+        dict(
+            w1=[HALVES] * 2,
+            b1=[[torch.zeros(40)] * 2, (torch.zeros(40), torch.zeros(1))],
+            activation="geglu",
+        ),
+    ),
+    r"b1\[0\]: expected a pair of gate and value, .* got Tensor": (
+        TypeError,
+        dict(w1=[HALVES] * 2, activation="geglu"),
     ),
     r"w2\[0\]: dtype float64 is not one of: float32": (
         TypeError,

@@ -21,6 +21,7 @@ CASES = [
     Case(dim=8, hidden=(6, 10)),
     Case(dim=8, hidden=(6, 10), form="ids", activation="swiglu"),
     Case(dim=8, hidden=(6, 10), pieces=((1, 2), (0, 5), (1, 9))),
+    Case(dim=8, hidden=(6, 10), split=True, activation="swiglu"),
     Case(
         dim=8,
         hidden=(6, 10),

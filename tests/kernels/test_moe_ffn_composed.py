@@ -9,6 +9,7 @@ import torch
 
 from attention_cases import on
 from moe_ffn_cases import (
+    PAIRS,
     PLACES,
     Case,
     assert_parity,
@@ -80,13 +81,13 @@ SUBSETS = [
 
 
 @on_composed
-@pytest.mark.parametrize("norm", ["layer", "none"])
+@pytest.mark.parametrize("options", [dict(norm="layer"), dict(norm="none"), PAIRS], ids=str)
 @pytest.mark.parametrize("recompute", [False, True])
-def test_any_subset_of_the_gradients(norm, recompute, place):
-    case = Case(norm=norm, dim=8, hidden=(6, 10), pieces=((0, 2), (1, 3)))
-    routing, options = make_routing(case, place.device), dict(recompute=recompute)
+def test_any_subset_of_the_gradients(options, recompute, place):
+    case = Case(**options, dim=8, hidden=(6, 10), pieces=((0, 2), (1, 3)))
+    routing = make_routing(case, place.device)
     every = outputs_and_gradients(
-        lambda t: call(case, routing, t, backend=place.backend, **options),
+        lambda t: call(case, routing, t, backend=place.backend, recompute=recompute),
         make_tensors(case, place.device, torch.float32),
     )
     tensors = make_tensors(case, place.device, torch.float32)
@@ -101,7 +102,7 @@ def test_any_subset_of_the_gradients(norm, recompute, place):
             continue
         for name, tensor in flat.items():
             tensor.requires_grad_(name in chosen)
-        y = call(case, routing, tensors, backend=place.backend, **options)
+        y = call(case, routing, tensors, backend=place.backend, recompute=recompute)
         found = torch.autograd.grad(y, [flat[name] for name in chosen], dy)
         for name, gradient in zip(chosen, found, strict=True):
             torch.testing.assert_close(gradient, every[name], rtol=1e-5, atol=1e-6)

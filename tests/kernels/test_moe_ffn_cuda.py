@@ -376,6 +376,7 @@ def test_why_not_names_the_obstacle(monkeypatch):
     assert refuses(hidden=(3072,) * 33) == "33 experts; the kernels take at most 32."
     assert refuses(activation="relu2") == "its kernels have no activation 'relu2'."
     assert refuses(sub_norm=True) == "its kernels have no sub_norm."
+    assert refuses(split=True) == "its kernels read gate and value from one matrix."
     eight = "is not a multiple of 8, as loads of 16 bytes need."
     assert refuses(width=772) == f"model dimension 772 {eight}"
     assert refuses(hidden=(3072, 3076)) == f"hidden width 3076 {eight}"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_ffn_cases import Case, call, leaves, make_routing, make_tensors
+from moe_ffn_cases import PAIRS, Case, call, leaves, make_routing, make_tensors
 from vlmo.kernels.moe_ffn import api
 from vlmo.kernels.moe_ffn.triton import launch, tiles
 from vlmo.kernels.moe_ffn.triton.tiles import Tile, Tiles
@@ -57,6 +57,7 @@ CALLS: list[dict[str, Any]] = [
     dict(case=Case(layer_scale=False)),
     dict(case=Case(bias=False)),
     dict(case=Case(hidden=(40, 24))),
+    dict(case=Case(**PAIRS), frozen=("w1[1]", "b1[2]")),
     dict(dtype=torch.bfloat16),
     dict(recompute=True),
     dict(frozen=("w1[0]", "b2[1]")),

@@ -1,11 +1,21 @@
 """moe_ffn's Triton kernels: launches, counters, determinism, gradients that are not computed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from moe_ffn_cases import Case, call, leaves, make_routing, make_tensors, outputs_and_gradients
+from moe_ffn_cases import (
+    PAIRS,
+    Case,
+    call,
+    leaves,
+    make_routing,
+    make_tensors,
+    outputs_and_gradients,
+)
 from vlmo.kernels._backends import triton as triton_target
 from vlmo.kernels.moe_ffn import counters as launch_counters
 from vlmo.kernels.moe_ffn.counters import Counters
@@ -69,6 +79,7 @@ MANY_TILES = [
     Case(batch=3, form="ids", activation="swiglu", norm="rms", norm_bias=False, hidden=(48, 33)),
     Case(batch=3, norm="none", token_scale=False, layer_scale=False, hidden=(48, 32)),
     Case(batch=3, sub_norm=True, hidden=(48, 33)),
+    Case(batch=3, form="ids", hidden=(48, 33), **PAIRS),
 ]
 
 
@@ -158,10 +169,11 @@ def configs(launches) -> set[bool]:
     return {config.descriptors for config in found}
 
 
-@pytest.mark.parametrize("reason", ["D", "F", "address", "float32"])
+@pytest.mark.parametrize("reason", ["D", "F", "address", "float32", "pairs"])
 def test_operands_that_have_no_descriptor(reason, triton_place, launches):
     device, backend = triton_place
     case = Case(dim=20 if reason == "D" else 24, hidden=(40, 36) if reason == "F" else (40, 40))
+    case = replace(case, **PAIRS) if reason == "pairs" else case
     dtype = torch.float32 if reason == "float32" else torch.bfloat16
     tensors = make_tensors(case, device, dtype)
     if reason == "address":

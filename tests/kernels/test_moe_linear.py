@@ -45,7 +45,7 @@ def registered(case: Case, routing: ModalityRouting, tensors: dict) -> Call:
             tensors["residual"].reshape(tokens, -1) if case.residual else None,
             *index,
             [n for piece in routing.pieces for n in piece],
-            *(case.norm, 1e-6, 1e-5, "gelu", True),
+            *(case.norm, 1e-6, 1e-5, "gelu", True, [], [], []),
         ]
     )
 

@@ -24,8 +24,7 @@ def apply_to_bagel(model: nn.Module, *, backend: str | None = None) -> Handle:
 
     It does in training, and in inference for ``mode="gen"`` without TaylorSeer. Otherwise there is
     one expert or a cache, and the layers compute as before; so do layers whose modules are wrapped
-    or hooked later, as by LoRA. Attention stays as it is. Gate and up projections are concatenated
-    in every call (:mod:`vlmo.integrations.gated`).
+    or hooked later, as by LoRA. Attention stays as it is.
 
     As in the original, tokens in neither list keep their values. The lists must be disjoint.
 

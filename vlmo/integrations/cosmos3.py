@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from vlmo.kernels import ModalityRouting, moe_ffn
+from vlmo.kernels import moe_ffn
 
 from . import gated
 from .handle import Handle, find_layers
@@ -16,11 +15,9 @@ from .handle import Handle, find_layers
 def apply_to_cosmos3(model: nn.Module, *, backend: str | None = None) -> Handle:
     """Let :func:`vlmo.kernels.moe_ffn` compute norm, SwiGLU and residual of both towers.
 
-    The towers are two tensors, :func:`vlmo.kernels.moe_ffn` takes one: their tokens are
-    concatenated in every layer, one copy more. So are gate and up projections
-    (:mod:`vlmo.integrations.gated`). Against that stand the norm, the activation and the residual,
-    which are no passes of their own any more. At the published width of 4096 the products dominate
-    all of these; whether a layer gains has not been measured.
+    The towers are two tensors, which are read where they are. The norm, the activation and the
+    residual are no passes of their own any more. At the published width of 4096 the products
+    dominate all of these; whether a layer gains has not been measured.
 
     Layers whose modules are wrapped or hooked later, as by LoRA, compute as before.
 
@@ -45,12 +42,9 @@ def apply_to_cosmos3(model: nn.Module, *, backend: str | None = None) -> Handle:
         und_out, gen_out = layer.self_attn(
             layer.input_layernorm(und_seq), layer.input_layernorm_moe_gen(gen_seq), rotary_emb
         )
-        lengths = und_seq.shape[0], gen_seq.shape[0]
-        x = torch.cat([und_seq + und_out, gen_seq + gen_out])
-        routing = ModalityRouting.segments([*enumerate(lengths)])
+        x = [und_seq + und_out, gen_seq + gen_out]
         parameters = gated.arguments(_networks(layer), _norms(layer))
-        y = moe_ffn(x, routing, residual=x, backend=backend, **parameters)
-        und, gen = y.split(lengths)
+        und, gen = moe_ffn(x, None, residual=x, backend=backend, **parameters)
         return und, gen
 
     return Handle(

@@ -1,9 +1,7 @@
 """Gated feed-forward networks of Qwen2's form, ``down(silu(gate(x)) * up(x))``, and RMSNorms.
 
-The gate's and the up projection's weights are two parameters, but :func:`vlmo.kernels.moe_ffn`
-takes them as one: they are concatenated in every call, and autograd splits the gradient again. The
-copy is as large as the weights, whatever the number of tokens: small beside the products of
-thousands of tokens per expert, not beside those of a few.
+The gate's and the up projection's weights are two parameters, which :func:`vlmo.kernels.moe_ffn`
+takes as a pair. Nothing is concatenated. The backend ``"cuda"`` cannot read pairs.
 """
 
 from __future__ import annotations
@@ -53,7 +51,7 @@ def why_not(networks: Sequence[Any], kind: str, norms: Sequence[Any] = ()) -> st
 def arguments(networks: Sequence[Any], norms: Sequence[Any] = ()) -> dict[str, Any]:
     """The arguments of :func:`vlmo.kernels.moe_ffn` for one network and norm per expert."""
     found: dict[str, Any] = dict(
-        w1=[torch.cat([n.gate_proj.weight, n.up_proj.weight]) for n in networks],  # E x [2 F, D]
+        w1=[(n.gate_proj.weight, n.up_proj.weight) for n in networks],  # E x ([F, D], [F, D])
         w2=[n.down_proj.weight for n in networks],  # E x [D, F]
         activation="swiglu",
     )

@@ -21,8 +21,7 @@ def apply_to_wall_x(model: nn.Module, *, backend: str | None = None) -> Handle:
     """Let :func:`vlmo.kernels.moe_ffn` compute every ``SparseMoeBlock`` of a model.
 
     Experts may differ in hidden width, but not in input width. Every token needs an expert: an
-    index outside ``0..num_experts-1`` is an error, where the original output is zero. Gate and up
-    projections are concatenated in every call (:mod:`vlmo.integrations.gated`). Blocks whose
+    index outside ``0..num_experts-1`` is an error, where the original output is zero. Blocks whose
     modules are wrapped or hooked later, as by LoRA, compute as before.
 
     Args:

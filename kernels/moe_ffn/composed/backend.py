@@ -37,8 +37,8 @@ def pre_shape(call: Call) -> tuple[int, int]:
     """
     if not call.save_pre or not call.w1:
         return (0, 0)
-    tokens, dim = call.x.shape
-    columns = max(weight.shape[0] for weight in call.w1)
+    tokens, dim = call.tokens, call.x.shape[1]
+    columns = max(call.pre_columns)
     return (tokens, columns + (0 if call.layer_scale is None else dim))
 
 

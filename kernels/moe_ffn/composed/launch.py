@@ -19,6 +19,7 @@ from ..triton.tiles import Tile
 from . import passes
 
 _COLUMNS = 256  # of a program that does not have whole rows
+_Rows = Tensor | tuple[Tensor, ...]  # grouped, or of each expert
 # Elements of each tensor that a program holds, in 4 warps: 32 or, in the backward, 16 per thread.
 _HELD_FORWARD, _HELD_BACKWARD = 4096, 2048
 _WIDE = 4096  # from this model dimension on, programs with whole rows have 16 warps
@@ -41,7 +42,7 @@ class Passes:
         counts = _counts(call)
         ends = itertools.accumulate(counts)
         self.slices = [slice(end - n, end) for end, n in zip(ends, counts, strict=True)]
-        self.in_order = rows.offsets is None and len(call.x) in counts
+        self.in_order = rows.offsets is None and call.tokens in counts
         self.tiles = bound_on_tiles(call, rows, tile.block_t)
         self._rows, self._problem = arguments.passed(rows), Problem.of(call, rows)
 
@@ -60,7 +61,7 @@ class Passes:
         """Add up the lines of ``sums`` to gradients."""
         needed = gradients.needed
         given = [tuple(gradients.lists[name]) if needed.wants(name) else None for name in _SUMMED]
-        sizes = [max(map(len, self.call.w1), default=0)]
+        sizes = [max(self.call.pre_columns)]
         sizes += [max(self.call.x.shape[1], len(self.call.w2[0]))] * 4
         if self.call.sub_norm_weight:
             sizes += [max(map(len, self.call.sub_norm_weight))] * 2
@@ -84,7 +85,7 @@ def _counts(call: Call) -> list[int]:
         return [length * rows.sequences for length in rows.lengths]
     if call.pieces:
         counts = call.pieces[1::2]
-        return [count * (len(call.x) // sum(counts)) for count in counts]
+        return [count * (call.tokens // sum(counts)) for count in counts]
     return rows.offsets.diff().tolist()  # on the CPU
 
 
@@ -93,9 +94,8 @@ def forward(call: Call, kept: Tensor) -> Tensor:
 
     There are three launches of passes, four with a sub-norm, two for moe_linear.
     """
-    dtype = call.w2[0].dtype if call.residual is None else call.residual.dtype
-    y = call.x.new_empty(call.out, dtype=dtype)
-    if len(call.x) == 0:
+    y = call.x.new_empty(call.out, dtype=call.result_dtype)
+    if call.tokens == 0:
         return y
     layer = _Layer(call, _TILE, _HELD_FORWARD)
     normed = layer.normed()
@@ -103,16 +103,18 @@ def forward(call: Call, kept: Tensor) -> Tensor:
         h1, h2 = layer.kept(kept)
         h1 = layer.first_products(normed, h1)
         if h2 is None and not layer.passes_x:
+            assert isinstance(normed, Tensor)
             h2 = normed  # overwritten
         del normed
         act = layer.activated(h1, overwrite=not call.save_pre)
         h2 = layer.second_products(layer.sub_normed(act, act), h2)
     else:
+        assert isinstance(normed, Tensor)
         h2 = layer.second_products(normed)
-    vectors = (call.layer_scale, call.token_scale, call.residual)
     layer.passes.over_columns(
         *(passes.moe_ffn_branch_kernel, layer.out, h2, y, layer.b2),
-        *(arguments.contiguous(t) for t in vectors),
+        *(arguments.contiguous(call.layer_scale), layer.token_scale),
+        arguments.by_token(call.residual, call.residuals),
     )
     return y
 
@@ -123,10 +125,10 @@ def backward(dy: Tensor, kept: Tensor, call: Call, needs: Sequence[bool]) -> lis
     If ``kept`` is empty, h1 and h2 are computed again.
     """
     gradients = Gradients.empty(call, needs)
-    if len(call.x):
+    if call.tokens:
         # As many rows per tile as leave each multiprocessor four tiles: a line of sums is written
         # per tile.
-        each = len(call.x) // (4 * arguments.workers_on(dy.device, _TILE))
+        each = call.tokens // (4 * arguments.workers_on(dy.device, _TILE))
         block_t = min(64, max(16, 1 << max(each, 1).bit_length() - 1))
         layer = _Layer(call, replace(_TILE, block_t=block_t), _HELD_BACKWARD)
         if call.w1:
@@ -193,9 +195,10 @@ def _differentiate(dy: Tensor, kept: Tensor, layer: _Layer, gradients: Gradients
         normed = dnormed if late else normed
     if needed.wants("w1"):
         assert dh1 is not None and normed is not None
-        for gradient, rows in layer.experts(gradients.lists["w1"]):
+        for gradient, e, columns in layer.first_layers(gradients.lists["w1"]):
             if wanted(gradient):
-                torch.mm(dh1[rows, : len(gradient)].t(), normed[rows], out=gradient)
+                part = dh1[run.slices[e], columns]
+                torch.mm(part.t(), layer.of_expert(normed, e), out=gradient)
     if sums is not None:
         run.add_up(sums, gradients)
 
@@ -205,6 +208,7 @@ def _differentiate_linear(dy: Tensor, layer: _Layer, gradients: Gradients) -> No
     call, needed = layer.call, gradients.needed
     of_weight, of_scale = needed.wants("w2"), gradients.scale is not None
     normed = layer.normed() if of_weight or of_scale else None
+    assert not isinstance(normed, tuple)  # moe_linear has no streams
     h2 = layer.second_products(normed) if of_scale and normed is not None else None
     sums = layer.sums(gradients)
     dh2 = layer.undo_branch(dy, h2, gradients, sums)
@@ -224,35 +228,54 @@ class _Layer:
     Attributes:
         dim, out, hidden: D, O and the largest F.
         width: the columns of h1: the largest F, or 2 F if gated; 0 for moe_linear.
-        passes_x: whether x serves as norm_e(x): there is no norm, and one expert has all tokens.
+        passes_x: whether x serves as norm_e(x): there is no norm, and one expert has all tokens, or
+            each expert has a stream.
     """
 
     def __init__(self, call: Call, tile: Tile, held: int) -> None:
         self.call, self.passes = call, Passes(call, tile, held)
-        self.x = call.x.contiguous()
+        self.x: Any = arguments.by_token(call.x, call.streams)
+        self.token_scale = arguments.by_token(call.token_scale, call.token_scales)
         self.dim, self.hidden = call.x.shape[1], max(w.shape[1] for w in call.w2)
-        self.out, self.width = len(call.w2[0]), max(map(len, call.w1), default=0)
+        self.out, self.width = len(call.w2[0]), max(call.pre_columns)
         self.b1, self.b2 = arguments.pointers(call.b1), arguments.pointers(call.b2)
-        self.passes_x = call.norm == "none" and self.passes.in_order
+        in_place = self.passes.in_order or bool(call.streams)
+        self.passes_x = call.norm == "none" and in_place
 
     def new(self, columns: int) -> Tensor:
         """Uninitialised scratch [T, columns] in the dtype of the weights."""
-        return self.x.new_empty(len(self.x), columns, dtype=self.call.w2[0].dtype)
+        call = self.call
+        return call.x.new_empty(call.tokens, columns, dtype=call.w2[0].dtype)
 
     def experts(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, slice]]:
         """The tensor of each expert, and the expert's grouped rows."""
         return zip(tensors, self.passes.slices, strict=True)
 
+    def first_layers(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, int, slice]]:
+        """The tensors of the first layers, their experts, and their columns of h1.
+
+        In moe_linear, the tensors of the only layer, and their columns of h2.
+        """
+        parts = 2 if self.call.split else 1
+        for i, tensor in enumerate(tensors):
+            e, part = divmod(i, parts)
+            size = self.call.pre_columns[e] // parts or self.out
+            yield tensor, e, slice(part * size, (part + 1) * size)
+
+    def of_expert(self, normed: _Rows, e: int) -> Tensor:
+        """The rows of an expert."""
+        return normed[self.passes.slices[e]] if isinstance(normed, Tensor) else normed[e]
+
     def kept(self, kept: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """h1 [T, P] and h2 [T, D] in the tensor that the forward saves; None if not saved."""
         if not kept.numel():
             return None, None
-        size = len(self.x) * self.width
+        size = self.call.tokens * self.width
         h1, h2 = kept.view(-1)[:size], kept.view(-1)[size:]
         return h1.view(-1, self.width), h2.view(-1, self.dim) if h2.numel() else None
 
-    def normed(self) -> Tensor:
-        """norm_e(x) [T, D] in grouped order."""
+    def normed(self) -> _Rows:
+        """norm_e(x) [T, D] in grouped order, or of each expert."""
         if self.passes_x:
             return self.x
         call, out = self.call, self.new(self.dim)
@@ -262,11 +285,12 @@ class _Layer:
         )
         return out
 
-    def first_products(self, normed: Tensor, out: Tensor | None = None) -> Tensor:
+    def first_products(self, normed: _Rows, out: Tensor | None = None) -> Tensor:
         """h1 = W1_e normed [T, P]."""
         out = self.new(self.width) if out is None else out
-        for w1, rows in self.experts(self.call.w1):
-            torch.mm(normed[rows], w1.t(), out=out[rows, : len(w1)])
+        for w1, e, columns in self.first_layers(self.call.w1):
+            part = out[self.passes.slices[e], columns]
+            torch.mm(self.of_expert(normed, e), w1.t(), out=part)
         return out
 
     def activated(self, h1: Tensor, *, overwrite: bool = False) -> Tensor:
@@ -305,7 +329,7 @@ class _Layer:
             return None
         of_hidden = 2 * self.hidden if self.call.sub_norm_weight else 0
         lines = (self.passes.tiles, self.width + 4 * max(self.dim, self.out) + of_hidden)
-        return self.x.new_empty(lines, dtype=torch.float32)
+        return self.call.x.new_empty(lines, dtype=torch.float32)
 
     def undo_branch(
         self, dy: Tensor, h2: Tensor | None, gradients: Gradients, sums: Tensor | None
@@ -315,7 +339,7 @@ class _Layer:
         self.passes.over_columns(
             *(passes.moe_ffn_bwd_branch_kernel, self.out, dy, None if scale is None else h2, dh2),
             *(sums if gradients.needed.wants("b2") or scale is not None else None, self.b2),
-            *(arguments.contiguous(t) for t in (self.call.layer_scale, self.call.token_scale)),
+            *(arguments.contiguous(self.call.layer_scale), self.token_scale),
         )
         return dh2
 
@@ -331,8 +355,13 @@ class _Layer:
         """Write dx and the sums for the norm; returns scratch that holds norm_e(x) if wanted."""
         call, needed = self.call, gradients.needed
         dnormed = gradients.x if self.passes_x else self.new(self.dim)
-        for weight, rows in self.experts(weights):
-            torch.mm(d[rows, : len(weight)], weight, out=dnormed[rows])
+        for weight, e, columns in self.first_layers(weights):
+            rows = self.passes.slices[e]
+            part, out = d[rows, columns], dnormed[rows]
+            if columns.start:  # the value, after the gate
+                torch.addmm(out, part, weight, out=out)
+            else:
+                torch.mm(part, weight, out=out)
         if not self.passes_x:
             self.passes.over_rows(
                 *(passes.moe_ffn_bwd_norm_kernel, self.dim, call.norm_eps, self.x, dnormed),

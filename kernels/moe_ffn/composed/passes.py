@@ -25,7 +25,9 @@ from ..triton.device import (
     gate,
     gate_with_slope,
     normalise,
+    of_stream,
     select,
+    select_rows,
     sub_normalise,
     sub_normed,
     sum_rows,
@@ -56,14 +58,15 @@ def with_bias(h, B, expert, columns, within, C: tl.constexpr):
     """h + b_e for some columns, or h without biases; float32."""
     h = h.to(tl.float32)
     if B is not None:
-        bias = tl.load(select(B, expert, C) + columns, mask=within, other=0.0)
+        base, at = select_rows(B, expert, columns, C)
+        bias = tl.load(base + at, mask=within, other=0.0)
         h += bias.to(tl.float32)[None, :]
     return h
 
 
 @triton.jit
 def moe_ffn_norm_kernel(
-    X,  # [T, D]
+    X,  # [T, D]; with streams E pointers, like TOKEN_SCALE and RESIDUAL elsewhere
     NORMED,  # [T, D] grouped
     NORM_WEIGHT,  # E pointers, like all tuples in capitals
     NORM_BIAS,
@@ -77,11 +80,13 @@ def moe_ffn_norm_kernel(
         grouped = block_of_rows(start, step, C)
         token = tokens_of(rows, grouped, expert, begin, end, C)
         if C.norm != "none":
-            normalise(X, NORMED, NORM_WEIGHT, NORM_BIAS, token, grouped, end, expert, norm_eps, C)
+            x = of_stream(X, expert, begin, C.dim, C)
+            normalise(x, NORMED, NORM_WEIGHT, NORM_BIAS, token, grouped, end, expert, norm_eps, C)
         else:
             columns = tl.arange(0, C.block_d)
             inside = (grouped[:, None] < end) & (columns[None, :] < C.dim)
-            x = tl.load(X + token[:, None] * C.dim + columns[None, :], mask=inside, other=0.0)
+            x_rows = of_stream(X, expert, begin, C.dim, C) + token[:, None] * C.dim
+            x = tl.load(x_rows + columns[None, :], mask=inside, other=0.0)
             at = NORMED + grouped[:, None].to(tl.int64) * C.dim + columns[None, :]
             tl.store(at, x.to(NORMED.dtype.element_ty), mask=inside)
 
@@ -140,10 +145,12 @@ def moe_ffn_branch_kernel(
             scale = tl.load(LAYER_SCALE + columns, mask=within, other=0.0)
             y *= scale.to(tl.float32)[None, :]
         if TOKEN_SCALE is not None:
-            y *= tl.load(TOKEN_SCALE + token).to(tl.float32)[:, None]
+            scales = of_stream(TOKEN_SCALE, expert, begin, 1, C)
+            y *= tl.load(scales + token).to(tl.float32)[:, None]
         at = token[:, None] * C.out + columns[None, :]
         if RESIDUAL is not None:
-            residual = tl.load(RESIDUAL + at, mask=inside, other=0.0)
+            residual_rows = of_stream(RESIDUAL, expert, begin, C.out, C)
+            residual = tl.load(residual_rows + at, mask=inside, other=0.0)
             if Y.dtype.element_ty == tl.float64:
                 y = y.to(tl.float64) + residual
             else:
@@ -181,7 +188,8 @@ def moe_ffn_bwd_branch_kernel(
         dy = tl.load(DY + token[:, None] * C.out + columns[None, :], mask=inside, other=0.0)
         d = dy.to(tl.float32)
         if TOKEN_SCALE is not None:
-            d *= tl.load(TOKEN_SCALE + token).to(tl.float32)[:, None]
+            scales = of_stream(TOKEN_SCALE, expert, begin, 1, C)
+            d *= tl.load(scales + token).to(tl.float32)[:, None]
         if H2 is not None:
             h2 = tl.load(H2 + at, mask=inside, other=0.0)
             dscale += d * with_bias(h2, B2, expert, columns, within, C)
@@ -281,7 +289,8 @@ def moe_ffn_bwd_norm_kernel(
         at = grouped[:, None].to(tl.int64) * C.dim + columns[None, :]
         d = tl.load(DNORMED + at, mask=inside, other=0.0).to(tl.float32)
         if C.norm != "none":
-            x = tl.load(X + token[:, None] * C.dim + columns[None, :], mask=inside, other=0.0)
+            x_rows = of_stream(X, expert, begin, C.dim, C) + token[:, None] * C.dim
+            x = tl.load(x_rows + columns[None, :], mask=inside, other=0.0)
             unit, inverse = unit_rows(x.to(tl.float32), columns, C.dim, norm_eps, NORM)
             dweight += term(d, unit)
             dbias += d
@@ -449,9 +458,18 @@ def tile_of_expert(expert, rows, C: tl.constexpr):
 
 @triton.jit
 def store_sum(SUMS, OUT, WANTED: tl.constexpr, expert, columns, width, rows, C: tl.constexpr):
-    if select(WANTED, expert, C):
-        begin, end = tile_of_expert(expert, rows, C), tile_of_expert(expert + 1, rows, C)
-        within = columns < width
-        total = sum_rows(SUMS, begin, end, length_of_line(C), columns, within, LINES)
-        out = select(OUT, expert, C) + columns
-        tl.store(out, total.to(out.dtype.element_ty), mask=within)
+    wanted, _ = select_rows(WANTED, expert, columns, C)
+    if len(OUT) > len(C.hidden):
+        add_up_lines(SUMS, OUT, expert, columns, width, wanted, rows, C)
+    elif wanted:
+        add_up_lines(SUMS, OUT, expert, columns, width, True, rows, C)
+
+
+@triton.jit
+def add_up_lines(SUMS, OUT, expert, columns, width, wanted, rows, C: tl.constexpr):
+    begin, end = tile_of_expert(expert, rows, C), tile_of_expert(expert + 1, rows, C)
+    within = columns < width
+    total = sum_rows(SUMS, begin, end, length_of_line(C), columns, within, LINES)
+    base, at = select_rows(OUT, expert, columns, C)
+    out = base + at
+    tl.store(out, total.to(out.dtype.element_ty), mask=within & wanted)

@@ -31,6 +31,10 @@ def why_not(device: torch.device, facts: Facts) -> str | None:
         return f"its kernels have no activation {facts.activation!r}."
     if facts.sub_norm:
         return "its kernels have no sub_norm."
+    if facts.streams:
+        return "its kernels read all tokens from one tensor."
+    if facts.split:
+        return "its kernels read gate and value from one matrix."
     if len(facts.hidden) > host.MAX_EXPERTS:
         return f"{len(facts.hidden)} experts; the kernels take at most {host.MAX_EXPERTS}."
     if facts.width % 8:

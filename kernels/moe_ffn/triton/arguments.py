@@ -45,6 +45,13 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+def by_token(
+    tensor: Tensor | None, streams: Sequence[Tensor]
+) -> Tensor | tuple[Tensor, ...] | None:
+    """A tensor with a row for each token, or the streams in its place."""
+    return pointers(streams) if streams else contiguous(tensor)
+
+
 def passed(rows: Rows) -> Passed:
     """Rows in the form that the kernels take; a compiled kernel serves all lengths."""
     if rows.offsets is not None:
@@ -76,6 +83,7 @@ def make_config(
     descriptors: bool = False,
     sub_norm: bool = False,
     linear: int = 0,
+    streams: bool = False,
 ) -> Config:
     """Compile-time constants of a kernel; the kernel's launcher sets its phases.
 
@@ -121,6 +129,7 @@ def make_config(
         sub_steps=1,
         num_warps=tile.num_warps,
         descriptors=descriptors,
+        streams=streams,
         overhead=TILE_OVERHEAD,
     )
 
@@ -129,7 +138,8 @@ def config_of(problem: Problem, precision: str, tile: Tile, descriptors: bool = 
     rounds = problem.dtype != torch.float32
     facts = (problem.dim, problem.hidden, problem.norm, problem.activation, precision, rounds)
     linear = problem.out if problem.linear else 0
-    return make_config(*facts, tile, descriptors, problem.sub_norm, linear)
+    kind = (problem.sub_norm, linear, problem.streams)
+    return make_config(*facts, tile, descriptors, *kind)
 
 
 def uses_descriptors(tile: Tile, w1: Sequence[Tensor], w2: Sequence[Tensor]) -> bool:
@@ -139,6 +149,8 @@ def uses_descriptors(tile: Tile, w1: Sequence[Tensor], w2: Sequence[Tensor]) -> 
         NotImplementedError: the tile asks for them, and Triton is too old.
     """
     if not tile.descriptors or w2[0].dtype == torch.float32:
+        return False
+    if len(w1) > len(w2):  # a block has rows of gate and value, which are separate tensors
         return False
     triton_target.require_descriptors()
     sizes = [size for weight in w2 for size in weight.shape]

@@ -36,6 +36,7 @@ from .device import (
     leave,
     locate,
     normalise,
+    of_stream,
     prefetch_tile,
     quarters,
     select,
@@ -57,7 +58,7 @@ OUTSIDE = tl.constexpr(-30000.0)
 @triton.jit(do_not_specialize=["bound", "band"])
 def moe_ffn_bwd_rows_kernel(
     DY,  # [T, O]
-    X,  # [T, D]
+    X,  # [T, D]; with streams E pointers, like TOKEN_SCALE
     PRE,  # [T, P] grouped, P = max F or, gated, max 2 F; None: recomputed
     # Scratch in grouped order, None if not needed
     DBRANCH,  # [T, O]
@@ -235,7 +236,8 @@ def prepare(
         dy = tl.load(DY + token[:, None] * C.out + columns[None, :], mask=inside, other=0.0)
         dbranch = dy.to(tl.float32)
         if TOKEN_SCALE is not None:
-            dbranch *= tl.load(TOKEN_SCALE + token).to(tl.float32)[:, None]
+            scales = of_stream(TOKEN_SCALE, expert, begin, 1, C)
+            dbranch *= tl.load(scales + token).to(tl.float32)[:, None]
         if SUM_DBRANCH is not None:
             total += dbranch
         if DBRANCH is not None:
@@ -246,8 +248,9 @@ def prepare(
                 dbranch *= scale.to(tl.float32)[None, :]
             tl.store(DH2 + at, dbranch.to(DH2.dtype.element_ty), mask=inside)
         if NORMED is not None:
+            x = of_stream(X, expert, begin, C.dim, C)
             normalise(
-                *(X, NORMED, NORM_WEIGHT, NORM_BIAS),
+                *(x, NORMED, NORM_WEIGHT, NORM_BIAS),
                 *(token, grouped, end, expert, norm_eps, C),
             )
     if SUM_DBRANCH is not None:
@@ -570,7 +573,8 @@ def undo_norm(
         inside = (grouped[:, None] < end) & within[None, :]
 
         at = token[:, None] * C.dim + columns[None, :]
-        x = tl.load(X + at, mask=within[None, :], other=0.0)
+        x_rows = of_stream(X, expert, begin, C.dim, C)
+        x = tl.load(x_rows + at, mask=within[None, :], other=0.0)
         unit, inverse = unit_rows(x.to(tl.float32), columns, C.dim, norm_eps, NORM)
         dnormed = DNORMED + grouped[:, None].to(tl.int64) * C.dim + columns[None, :]
         d = tl.load(dnormed, mask=inside, other=0.0).to(tl.float32)

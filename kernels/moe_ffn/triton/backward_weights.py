@@ -28,7 +28,9 @@ from .device import (
     expert_offset,
     inside_tile,
     leave,
+    of_stream,
     select,
+    select_rows,
     signal,
     sum_rows,
     tokens_of,
@@ -47,7 +49,7 @@ class Work(NamedTuple):
     w2_tiles: tuple[int, ...]
     whole: tuple[int, ...]  # tiles that are not divided
     workers: int  # number of shares of the other tiles
-    # Gradients to store
+    # Gradients to store; of w1 and b1 two for each expert if gate and value are separate
     w1: tuple[bool, ...]
     w2: tuple[bool, ...]
     b1: tuple[bool, ...]
@@ -319,7 +321,11 @@ def weight_product(
     """dpre^T norm(x), or dbranch^T hidden, over the tokens of steps [step, last)."""
     first_m, first_n, tile_rows, tile_columns = corner
     A = tl.where(is_w1, DPRE, DBRANCH)
-    B = tl.where(is_w1, NORMED, HIDDEN)
+    if NORMED_BY_TOKEN and C.streams:
+        first_row, _ = rows_of(rows, expert, C)
+        B = tl.where(is_w1, of_stream(NORMED, expert, first_row, C.dim, C), HIDDEN)
+    else:
+        B = tl.where(is_w1, NORMED, HIDDEN)
     stride_a = tl.where(is_w1, C.max_pre, C.out)
     stride_b = tl.where(is_w1, C.dim, C.max_hidden)
     begin, end = rows_of(rows, expert, C)
@@ -474,10 +480,16 @@ def finish_tile(
             part += tl.load(partial_at(PARTIAL, peer, i, C))
         if is_w1:
             if DW1 is not None:
-                out = select(DW1, expert, C) + at
-                tl.store(
-                    out, part.to(out.dtype.element_ty), mask=inside & select(W1_WANTED, expert, C)
-                )
+                if len(DW1) > len(C.hidden):
+                    base, own_row = select_rows(DW1, expert, m, C)
+                    wanted, _ = select_rows(W1_WANTED, expert, m, C)
+                    out = (base + own_row * tile_columns)[:, None] + n[None, :]
+                    inside = inside & wanted[:, None]
+                    tl.store(out, part.to(out.dtype.element_ty), mask=inside)
+                else:
+                    out = select(DW1, expert, C) + at
+                    wanted = select(W1_WANTED, expert, C)
+                    tl.store(out, part.to(out.dtype.element_ty), mask=inside & wanted)
         else:
             if SUM_SCALE is not None:
                 w2 = tl.load(select(W2, expert, C) + at, mask=inside, other=0.0)
@@ -565,6 +577,7 @@ def add_up(
 
 @triton.jit
 def store_sum(OUT, wanted, expert, columns, width, sums, C: tl.constexpr):
-    out = select(OUT, expert, C) + columns
-    inside = (columns < width) & select(wanted, expert, C)
-    tl.store(out, sums.to(out.dtype.element_ty), mask=inside)
+    base, at = select_rows(OUT, expert, columns, C)
+    own, _ = select_rows(wanted, expert, columns, C)
+    out = base + at
+    tl.store(out, sums.to(out.dtype.element_ty), mask=(columns < width) & own)

@@ -52,6 +52,7 @@ class Config(NamedTuple):
     sub_steps: int  # number of iterations in a task of the sub-norm
     num_warps: int
     descriptors: bool  # whether grouped operands are read through tensor descriptors
+    streams: bool  # whether x, the residual and the token scale are one tensor per expert
     overhead: int  # empty positions before a tile of the weights that is divided
 
 
@@ -76,6 +77,38 @@ def select(values, index, C: tl.constexpr):
     for i in tl.static_range(1, len(C.hidden)):
         chosen = tl.where(index == i, values[i], chosen)
     return chosen
+
+
+@triton.jit
+def select_rows(values, expert, rows, C: tl.constexpr):
+    """The values of an expert for some rows of its first layer, and the rows' numbers in them.
+
+    Usually that is one value, and the rows themselves. If gate and value are separate, there are
+    2 E values, and the rows from F on are those of the expert's second one, beginning with 0.
+    """
+    if len(values) > len(C.hidden):
+        width = width_of(expert, C)
+        of_value = rows >= width
+        chosen = tl.where(of_value, values[1], values[0])
+        for i in tl.static_range(1, len(C.hidden)):
+            other = tl.where(of_value, values[2 * i + 1], values[2 * i])
+            chosen = tl.where(expert == i, other, chosen)
+        return chosen, tl.where(of_value, rows - width, rows)
+    else:
+        return select(values, expert, C), rows
+
+
+@triton.jit
+def of_stream(A, expert, begin, stride: tl.constexpr, C: tl.constexpr):
+    """A tensor that is addressed by token, where ``begin`` is the expert's first grouped row.
+
+    With streams it is one of E tensors, moved such that its first row has the number ``begin``:
+    tokens are then in grouped order.
+    """
+    if C.streams:
+        return select(A, expert, C) + (0 - begin).to(tl.int64) * stride
+    else:
+        return A
 
 
 @triton.jit

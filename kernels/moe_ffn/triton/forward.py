@@ -28,6 +28,7 @@ from .device import (
     leave,
     locate,
     normalise,
+    of_stream,
     prefetch_tile,
     quarters,
     signal,
@@ -41,7 +42,7 @@ from .products import first_sums, last_sums, operand_rows, preactivation, produc
 
 @triton.jit(do_not_specialize=["bound", "band"])
 def moe_ffn_fwd_kernel(
-    X,  # [T, D]
+    X,  # [T, D]; with streams E pointers, like TOKEN_SCALE and RESIDUAL
     NORMED,  # [T, D] grouped scratch; None without norm
     PRE,  # [T, P] grouped, P = max F or, gated, max 2 F; None if not saved
     HIDDEN,  # [T, max F] grouped scratch; None in moe_linear
@@ -150,7 +151,8 @@ def norm_rows(
     """Phase 0: block_r rows."""
     grouped = start + part * C.block_r + tl.arange(0, C.block_r)
     token = tokens_of(rows, grouped, expert, begin, end, C)
-    normalise(X, NORMED, NORM_WEIGHT, NORM_BIAS, token, grouped, end, expert, norm_eps, C)
+    x = of_stream(X, expert, begin, C.dim, C)
+    normalise(x, NORMED, NORM_WEIGHT, NORM_BIAS, token, grouped, end, expert, norm_eps, C)
 
 
 @triton.jit
@@ -258,7 +260,8 @@ def output_tile(
     acc = first_sums(B2, expert, w_rows, C)
     token = tokens_of(rows, grouped, expert, begin, end, C)
     if RESIDUAL is not None:
-        prefetch_tile(RESIDUAL + token * C.out, first, C.out, C.block_n)
+        residual_rows = of_stream(RESIDUAL, expert, begin, C.out, C)
+        prefetch_tile(residual_rows + token * C.out, first, C.out, C.block_n)
     if C.tasks[BEFORE] > 0:
         wait(hidden_rows, C.tasks[BEFORE])
     acc = product_nt(
@@ -271,7 +274,7 @@ def output_tile(
     token = tokens_of(rows, grouped, expert, begin, end, C)
     out = token[:, None] * C.out
     if TOKEN_SCALE is not None:
-        token_scale = tl.load(TOKEN_SCALE + token).to(tl.float32)
+        token_scale = tl.load(of_stream(TOKEN_SCALE, expert, begin, 1, C) + token).to(tl.float32)
     for i in tl.static_range(4):
         columns = first + i * QUARTER + tl.arange(0, QUARTER)
         inside = inside_tile(grouped, end, columns, C.out, C)
@@ -282,7 +285,7 @@ def output_tile(
         if TOKEN_SCALE is not None:
             y *= token_scale[:, None]
         if RESIDUAL is not None:
-            residual = tl.load(RESIDUAL + out + columns[None, :], mask=inside, other=0.0)
+            residual = tl.load(residual_rows + out + columns[None, :], mask=inside, other=0.0)
             if Y.dtype.element_ty == tl.float64:
                 y = y.to(tl.float64) + residual
             else:

@@ -97,12 +97,10 @@ def _launches(
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """y [T, O], and the pre-activation in grouped order; one launch."""
-    x, dtype = call.x, call.w2[0].dtype
-    y = x.new_empty(
-        call.out, dtype=(call.residual if call.residual is not None else call.w2[0]).dtype
-    )
+    x, dtype, tokens = call.x, call.w2[0].dtype, call.tokens
+    y = x.new_empty(call.out, dtype=call.result_dtype)
     pre = x.new_empty(pre_shape(call), dtype=dtype)
-    if x.shape[0] == 0:
+    if tokens == 0:
         return y, pre
 
     device, rows = x.device, rows_of(call)
@@ -112,17 +110,20 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     assert w2 is not None
     plan = _plan_forward(
         *(Problem.of(call, rows), arguments.precision(), tile, workers),
-        *(tiles.overheads(device, dtype), tiles.are_separate(device, dtype, x.shape[0])),
+        *(tiles.overheads(device, dtype), tiles.are_separate(device, dtype, tokens)),
         arguments.uses_descriptors(tile, w1 or (), w2),
     )
-    normed = None if call.norm == "none" else x.new_empty(x.shape, dtype=dtype)
-    of_hidden = (x.shape[0], plan.launches[0][0].max_hidden)
+    normed = None if call.norm == "none" else x.new_empty((tokens, x.shape[1]), dtype=dtype)
+    of_hidden = (tokens, plan.launches[0][0].max_hidden)
     hidden = x.new_empty(of_hidden, dtype=dtype) if call.w1 else None
     sub_normed = x.new_empty(of_hidden, dtype=dtype) if call.sub_norm_weight else None
     tensors = (
-        *(x.contiguous(), normed, pre if call.save_pre else None, hidden, sub_normed, y),
+        *(arguments.by_token(x, call.streams), normed, pre if call.save_pre else None),
+        *(hidden, sub_normed, y),
         *(w1, w2, *others),
-        *map(arguments.contiguous, (call.layer_scale, call.token_scale, call.residual)),
+        arguments.contiguous(call.layer_scale),
+        arguments.by_token(call.token_scale, call.token_scales),
+        arguments.by_token(call.residual, call.residuals),
         arguments.passed(rows),
     )
     for config, programs in plan.launches:
@@ -241,17 +242,19 @@ def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list
     that of the weights the gradients that are sums over tokens (backward_weights.py).
     """
     gradients = Gradients.empty(call, needs)
-    if call.x.shape[0]:
+    if call.tokens:
         _launch(dy.contiguous(), pre if pre.numel() else None, call, gradients)
     return gradients.result(call)
 
 
 def _launch(dy: Tensor, pre: Tensor | None, call: Call, gradients: Gradients) -> None:
-    x, dtype, needed = call.x.contiguous(), call.w2[0].dtype, gradients.needed
+    x, dtype, needed = call.x, call.w2[0].dtype, gradients.needed
+    by_token = arguments.by_token(x, call.streams)
+    token_scale = arguments.by_token(call.token_scale, call.token_scales)
     device, rows, row = x.device, rows_of(call), tiles.choose(x.device, dtype)
     recomputes = pre is None and len(call.w1) > 0
     tile = row.recompute if recomputes else row.rows
-    scaled = call.layer_scale is not None or call.token_scale is not None
+    scaled = call.layer_scale is not None or token_scale is not None
     w1, w2, b1, b2, *norms = map(arguments.pointers, call[1:9])
     assert w2 is not None
     plan = _plan_backward(
@@ -259,16 +262,16 @@ def _launch(dy: Tensor, pre: Tensor | None, call: Call, gradients: Gradients) ->
         *(recomputes, scaled or dy.dtype != dtype),
         *(tile, arguments.workers_on(device, tile)),
         *(row.weights, arguments.workers_on(device, row.weights)),
-        *(tiles.overheads(device, dtype), tiles.are_separate(device, dtype, x.shape[0])),
+        *(tiles.overheads(device, dtype), tiles.are_separate(device, dtype, call.tokens)),
         *(arguments.uses_descriptors(each, w1 or (), w2) for each in (tile, row.weights)),
     )
     made, bound, passed = plan.rows.allocate(call), plan.rows.bound, arguments.passed(rows)
     layer_scale = arguments.contiguous(call.layer_scale)
     dhidden, again, sum_sub_norm = _sub_norm_scratch(call, needed, plan, recomputes)
     tensors = (
-        *(dy, x, pre, *made[:6], dhidden, again, *made[6:], sum_sub_norm),
+        *(dy, by_token, pre, *made[:6], dhidden, again, *made[6:], sum_sub_norm),
         *(gradients.x if needed.x else None, w1, w2, b1, *norms),
-        *(layer_scale, arguments.contiguous(call.token_scale), passed),
+        *(layer_scale, token_scale, passed),
     )
     for config, programs in plan.rows_launches:
         with take_counters(device, 2 + (len(config.tasks) - 1) * bound) as counters:
@@ -284,7 +287,7 @@ def _launch(dy: Tensor, pre: Tensor | None, call: Call, gradients: Gradients) ->
     given = made.dbranch if made.dbranch is not None else made.dh2
     dbranch = dy if given is None else given
     dpre = dbranch if made.dpre is None else made.dpre
-    normed = x if call.norm == "none" else dpre if made.normed is None else made.normed
+    normed = by_token if call.norm == "none" else dpre if made.normed is None else made.normed
     hidden = dpre if made.hidden is None else made.hidden
     sums = (made.sum_dpre, made.sum_dbranch, made.sum_norm, sum_sub_norm)
     with take_counters(device, 3 + plan.weights.workers) as counters:
@@ -306,8 +309,8 @@ def _sub_norm_scratch(
     if not call.sub_norm_weight:
         return None, None, None
     x, config = call.x, plan.rows_launches[0][0]
-    dhidden = x.new_empty((len(x), config.max_hidden), dtype=call.w1[0].dtype)
-    again = dhidden.new_empty((len(x), config.max_pre)) if recomputes else None
+    dhidden = x.new_empty((call.tokens, config.max_hidden), dtype=call.w1[0].dtype)
+    again = dhidden.new_empty((call.tokens, config.max_pre)) if recomputes else None
     sums = None
     if needed.wants("sub_norm_weight", "sub_norm_bias"):
         shape = (plan.sub_norm_lines, 2 * config.max_hidden)

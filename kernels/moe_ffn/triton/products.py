@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..._backends.triton_device import dot
 from .descriptors import described_nn, described_nt
-from .device import select, tokens_of, wait, width_of
+from .device import of_stream, select, select_rows, tokens_of, wait, width_of
 
 
 @triton.jit
@@ -19,7 +19,7 @@ def product_nt(
     operands,
     A,  # [rows, >= K], row stride stride_a
     a_rows,  # [block_t] int64, valid rows of A
-    W,  # E pointers to [N, K], row stride stride_w
+    W,  # E pointers to [N, K], row stride stride_w; or 2 E to [N / 2, K], see select_rows
     w_rows,  # [columns] valid rows of W
     acc,  # [block_t, columns] float32
     expert,
@@ -40,7 +40,11 @@ def product_nt(
         return described_nt(operands, expert, start, first, acc, K, C)
     k = tl.arange(0, C.block_k)
     a_pointers = A + a_rows[:, None] * stride_a + k[None, :]
-    w_pointers = select(W, expert, C) + w_rows.to(tl.int64)[None, :] * stride_w + k[:, None]
+    if len(W) > len(C.hidden):
+        base, w_rows = select_rows(W, expert, w_rows, C)
+        w_pointers = (base + w_rows.to(tl.int64) * stride_w)[None, :] + k[:, None]
+    else:
+        w_pointers = select(W, expert, C) + w_rows.to(tl.int64)[None, :] * stride_w + k[:, None]
     for begin in tl.range(0, K, C.block_k):
         if EVEN_K:
             a = tl.load(a_pointers)
@@ -59,7 +63,7 @@ def product_nn(
     operands,
     A,  # [rows, >= K], row stride stride_a
     a_rows,  # [block_t] int64, valid rows of A
-    W,  # E pointers to [K, N], row stride N
+    W,  # E pointers to [K, N], row stride N; or 2 E to [K / 2, N], one after the other
     expert,
     start,  # first grouped row of the tile
     first,  # first column of W
@@ -75,9 +79,24 @@ def product_nn(
     k = tl.arange(0, C.block_k)
     columns = first + tl.arange(0, BLOCK_N)
     a_pointers = A + a_rows[:, None] * stride_a + k[None, :]
-    w_pointers = select(W, expert, C) + k[:, None].to(tl.int64) * N + columns[None, :]
     BLOCK_T: tl.constexpr = C.block_t
-    acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    if len(W) > len(C.hidden):
+        acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+        for part in range(2):
+            first_k = part * (K // 2)
+            base, _ = select_rows(W, expert, first_k, C)
+            w_pointers = base + k[:, None].to(tl.int64) * N + columns[None, :]
+            acc = add_nn(acc, a_pointers + first_k, w_pointers, k, columns, N, K // 2, C)
+        return acc
+    else:
+        w_pointers = select(W, expert, C) + k[:, None].to(tl.int64) * N + columns[None, :]
+        acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+        return add_nn(acc, a_pointers, w_pointers, k, columns, N, K, C)
+
+
+@triton.jit
+def add_nn(acc, a_pointers, w_pointers, k, columns, N, K, C: tl.constexpr):
+    """The main loop of :func:`product_nn`: acc and the products of K columns of A."""
     for begin in tl.range(0, K, C.block_k):
         if C.even:
             a = tl.load(a_pointers)
@@ -121,7 +140,8 @@ def first_sums(BIAS, expert, rows, C: tl.constexpr):
     BLOCK_N: tl.constexpr = rows.shape[0]
     sums = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     if BIAS is not None and C.rounds:
-        sums += tl.load(select(BIAS, expert, C) + rows).to(tl.float32)[None, :]
+        base, at = select_rows(BIAS, expert, rows, C)
+        sums += tl.load(base + at).to(tl.float32)[None, :]
     return sums
 
 
@@ -133,7 +153,8 @@ def last_sums(acc, BIAS, expert, rows, C: tl.constexpr):
     large beside the product would make the rounding errors of all partial sums larger.
     """
     if BIAS is not None and not C.rounds:
-        bias = tl.load(select(BIAS, expert, C) + rows).to(tl.float32)
+        base, at = select_rows(BIAS, expert, rows, C)
+        bias = tl.load(base + at).to(tl.float32)
         # Triton would make a sum the accumulator's first value.
         acc = tl.fma(acc, 1.0, bias[None, :])
     return acc
@@ -160,12 +181,13 @@ def preactivation(
     Waits for the rows of norm(x).
     """
     a_rows = operand_rows(rows, start, expert, begin, end, BY_TOKEN, C)
+    A = of_stream(NORMED, expert, begin, C.dim, C) if BY_TOKEN else NORMED
     w_rows = w1_rows(first, width_of(expert, C), C)
     acc = first_sums(B1, expert, w_rows, C)
     if C.tasks[0] > 0:
         wait(normed_rows, C.tasks[0])
     acc = product_nt(
-        *(operands, NORMED, a_rows, W1, w_rows, acc, expert, start, first),
+        *(operands, A, a_rows, W1, w_rows, acc, expert, start, first),
         *(C.dim, C.dim, C.dim, C.even_dim, C),
     )
     return last_sums(acc, B1, expert, w_rows, C)
