@@ -96,14 +96,16 @@ def run_case(
         return [new(*shape) for _ in range(number)]
 
     index = [new(tokens, of=torch.int32)] * 2 + [new(experts + 1, of=torch.int32)]
-    call = Call(
-        *(new(tokens, DIM), each(halves * HIDDEN, DIM, number=first), each(DIM, HIDDEN)),
-        *(each(halves * HIDDEN, number=first), each(DIM), each(DIM)),
-        each(DIM) if norm == "layer" else [],
-        *((each(HIDDEN), each(HIDDEN)) if sub_norm else ([], [])),
-        *(new(DIM), new(tokens), new(tokens, DIM)),
-        *(index if ids else [None] * 3),
-        *([0, 40, 1, 197], norm, 1e-6, 1e-5, activation, save_pre),
+    call = Call._make(
+        [
+            *(new(tokens, DIM), each(halves * HIDDEN, DIM, number=first), each(DIM, HIDDEN)),
+            *(each(halves * HIDDEN, number=first), each(DIM), each(DIM)),
+            each(DIM) if norm == "layer" else [],
+            *((each(HIDDEN), each(HIDDEN)) if sub_norm else ([], [])),
+            *(new(DIM), new(tokens), new(tokens, DIM)),
+            *(index if ids else [None] * 3),
+            *([0, 40, 1, 197], norm, 1e-6, 1e-5, activation, save_pre, [], [], []),
+        ]
     )
     y, pre = implementation.forward(call)
     needs = [True] * (2 + sum(len(getattr(call, name)) for name in LISTS))

@@ -1,6 +1,7 @@
 """Calls of moe_ffn for the tests: cases, tensors, and the eager baseline."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ class Case:
 
 
 SPARSE = ((0, 3), (3, 5), (1, 4))
-PAIRS = dict(split=True, activation="swiglu")
+PAIRS: dict[str, Any] = dict(split=True, activation="swiglu")
 
 CASES = [
     Case(),
