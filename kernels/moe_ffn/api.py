@@ -116,7 +116,7 @@ def moe_ffn(
     streams = not isinstance(x, Tensor) and isinstance(x, Sequence)
     if streams and routing is not None:
         raise TypeError("routing: expected None, because x is a sequence of tensors")
-    xs: list[Tensor] = _listed("x", x, len(x) if streams else None)
+    xs: list[Any] = _listed("x", x, len(x)) if streams else [x]
     check_inputs(xs, routing, streams)
     num_experts = len(xs) if routing is None else routing.num_experts
     check_choice("activation", activation, ACTIVATIONS)

@@ -502,7 +502,8 @@ STREAMS: dict[str, Any] = dict(
     routing=None, x=[torch.zeros(2, 24), torch.zeros(3, 24)], residual=None, token_scale=None
 )
 BAD: dict[str, tuple[type[Exception], dict[str, Any]]] = {
-    "x: expected a tensor": (TypeError, dict(x=1.0)),
+    "x: expected a tensor, got float": (TypeError, dict(x=1.0)),
+    "x: expected a tensor, got NoneType": (TypeError, dict(x=None)),
     r"x\[0\]: expected a tensor, got float": (TypeError, STREAMS | dict(x=[1.0])),
     "x: 0 tensors": (ValueError, STREAMS | dict(x=[])),
     "routing: expected None, because x is a sequence": (

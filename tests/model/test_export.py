@@ -163,6 +163,28 @@ def test_onnx_of_the_dual_encoder(kind, tmp_path):
         np.testing.assert_allclose(found, module(*given).numpy(), rtol=1e-4, atol=1e-5)
 
 
+def test_streams_and_pairs_are_lowered_to_plain_operations():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w1 = nn.ParameterList([torch.randn(12, 8) for _ in range(4)])
+            self.w2 = nn.ParameterList([torch.randn(8, 12) for _ in range(2)])
+
+        def forward(self, text, image):
+            pairs = [(self.w1[0], self.w1[1]), (self.w1[2], self.w1[3])]
+            options = dict(activation="swiglu", residual=[text, image], backend="cpu")
+            return moe_ffn([text, image], None, pairs, [*self.w2], **options)
+
+    layer, inputs = Layer().eval(), (torch.randn(3, 8), torch.randn(2, 5, 8))
+    program = torch.export.export(layer, inputs)
+    assert ours(program) == {"vlmo.moe_ffn_fwd.default"}
+    table = torch.export.default_decompositions()
+    table.update(decompositions())
+    lowered = program.run_decompositions(table)
+    assert not ours(lowered)
+    torch.testing.assert_close(lowered.module()(*inputs), layer(*inputs))
+
+
 def test_ids_are_exported_too():
     class Routed(nn.Module):
         def __init__(self):
