@@ -39,6 +39,9 @@ REPEATED = {
     ),
     ("kernels/attention/triton/bias_gradient.py",): "arguments of two kernels",
     ("kernels/moe_ffn/triton/backward_rows.py",): "arguments of two kernels",
+    ("kernels/moe_ffn/triton/backward_rows.py", "kernels/moe_ffn/triton/forward.py"): (
+        "arguments of two kernels"
+    ),
 }
 
 

@@ -391,7 +391,7 @@ def prefetch_tile(rows, first, width, COLUMNS: tl.constexpr):
 
 @triton.jit
 def gate_and_value(h, C: tl.constexpr):
-    """The columns that :func:`preactivation` interleaves; without a gate both are the same."""
+    """The columns that ``preactivation`` interleaves; without a gate both are the same."""
     if C.gated:
         return tl.split(tl.reshape(h, (h.shape[0], h.shape[1] // 2, 2)))
     else:
