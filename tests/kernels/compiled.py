@@ -130,8 +130,8 @@ def run_options(case, x_dtype, half, save_pre, needs, implementation=triton_impl
     lists = [tensors.get(name, []) for name in LISTS]
     scales = [t.reshape(-1) for t in listed(tensors.get("token_scale"))]
     x, residual = (
-        [t.reshape(-1, case.dim).to(x_dtype) for t in listed(tensors.get(name))]
-        for name in ("x", "residual")
+        [t.reshape(-1, columns).to(x_dtype) for t in listed(tensors.get(name))]
+        for name, columns in (("x", case.dim), ("residual", case.linear or case.dim))
     )
     singles = [None if case.streams or not parts else parts[0] for parts in (scales, residual)]
     call = Call._make(

@@ -172,7 +172,9 @@ def test_streams_and_pairs_are_lowered_to_plain_operations():
 
         def forward(self, text, image):
             pairs = [(self.w1[0], self.w1[1]), (self.w1[2], self.w1[3])]
-            options = dict(activation="swiglu", residual=[text, image], backend="cpu")
+            options: dict[str, Any] = dict(
+                activation="swiglu", residual=[text, image], backend="cpu"
+            )
             return moe_ffn([text, image], None, pairs, [*self.w2], **options)
 
     layer, inputs = Layer().eval(), (torch.randn(3, 8), torch.randn(2, 5, 8))
