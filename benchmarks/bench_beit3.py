@@ -94,6 +94,8 @@ class Twofold(BEiT3):
 class BEiT3Problem(WholeModel):
     """Pairs of images and texts, and a model that answers them or is trained on the answers."""
 
+    operations = ("moe_ffn", "moe_linear", "shared_attention")
+
     def __init__(self, case: Case, device: torch.device) -> None:
         super().__init__(case, device, trains=case.phase == STEP)
         self.config = config_of(case.size, int(case.shape["pixels"]))

@@ -232,6 +232,8 @@ class LayersProblem(WholeModel):
     Nothing is made or imported before it is needed, because not every library may be installed.
     """
 
+    operations = ("moe_ffn",)
+
     def __init__(self, case: Case, device: torch.device) -> None:
         self.library, _, phase = case.phase.partition(" ")
         super().__init__(case, device, trains=phase == BACKWARD)
@@ -245,7 +247,9 @@ class LayersProblem(WholeModel):
                 return reason
         if contender == "unpatched":
             return None
-        return self.why_not_ours(contender, operations=("moe_ffn",))
+        if contender == "vlmo:cuda" and self.library == "torchscale":
+            return "its kernels have no sub_norm."
+        return self.why_not_ours(contender)
 
     @functools.cached_property
     def layers(self) -> Layers:

@@ -1,12 +1,13 @@
 """All stages and tasks on digit scenes: what the paper's ablations show, in small.
 
-    python benchmarks/digit_tasks.py WORK_FOLDER
+    python benchmarks/digit_tasks.py WORK_FOLDER [--only beit3]
 
 Pre-trains and fine-tunes a model of half a million parameters by the digit recipes of
 vlmo.training.recipes, with three seeds, and writes benchmarks/results/digits.{json,md,png}: shared
 against separate attention (Table 1 of the supplement), the dual encoder against re-ranking (its
-Table 2), and image-text contrast alone against all three losses. Runs are kept in WORK_FOLDER, and
-the same command continues after an interruption.
+Table 2), image-text contrast alone against all three losses, and VLMo beside BEiT-3. Runs are kept
+in WORK_FOLDER, and the same command continues after an interruption. With --only, the runs of one
+variant replace those in digits.json, and the others stay as they are there.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Run(NamedTuple):
     """A training run.
 
     Attributes:
-        variant: variant of the pre-training: "all", "separate" or "itc".
+        variant: variant of the pre-training: "all", "separate" or "itc"; or "beit3", which has
+            none.
         recipe: name of a recipe in vlmo.training.recipes.
         seed: seed of all random numbers.
     """
@@ -50,6 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all": {},
     "separate": {"separate_attention": True},
     "itc": {"losses": ("itc",)},
+    "beit3": {},
 }
 TUNED = {
     "all": ("digits_retrieval", "digits_rerank", "digits_vqa", "digits_nlvr2"),
@@ -99,6 +102,21 @@ TABLES: list[tuple[str, str, list[Row]]] = [
             ("ITC + ITM + MLM", "all", "digits_nlvr2", ("accuracy",)),
         ],
     ),
+    (
+        "VLMo and BEiT-3",
+        "Published base models, VLMo and BEiT-3 (unilm): VQA 76.64 and 77.65 (test-dev), Flickr30k "
+        "TR@1 92.3 and 96.3, IR@1 79.3 and 86.2. The recipes here differ in more than the model: "
+        "VLMo is pre-trained, and then fine-tuned on each task; BEiT-3 is trained on retrieval "
+        "from random weights, and then fine-tuned on questions.",
+        [
+            (model, variant, f"{prefix}_{task}", metrics)
+            for task, metrics in (("vqa", ("vqa_score",)), ("retrieval", ("tr@1", "ir@1")))
+            for model, variant, prefix in (
+                ("VLMo", "all", "digits"),
+                ("BEiT-3", "beit3", "digits_beit3"),
+            )
+        ],
+    ),
 ]
 TITLES = {
     "vqa_score": "VQA",
@@ -110,8 +128,12 @@ TITLES = {
 }
 
 
-def origin(run: Run) -> Run:
-    """The run whose weights another run starts from."""
+def origin(run: Run) -> Run | None:
+    """The run whose weights another run starts from; None if it starts from random ones."""
+    if run.recipe in ("digits_textmlm", "digits_beit3_retrieval"):
+        return None
+    if run.variant == "beit3":
+        return run._replace(recipe="digits_beit3_retrieval")
     if run.recipe != "digits_pretrain":
         return run._replace(recipe="digits_pretrain")
     # The losses of pre-training do not affect earlier stages.
@@ -141,11 +163,12 @@ def train(run: Run, work: Path) -> dict[str, Any]:
     if not pretrains:
         changes = {name: value for name, value in changes.items() if name != "losses"}
     chosen = recipe(run.recipe).replace(**changes)
+    start_from = origin(run)
     settings = Settings(
         recipe=chosen,
         data="digits",
         output=folder,
-        initial=None if run.recipe == "digits_textmlm" else work / origin(run).name,
+        initial=None if start_from is None else work / start_from.name,
         seed=run.seed,
         board=False,
     )
@@ -168,13 +191,20 @@ def train(run: Run, work: Path) -> dict[str, Any]:
 
 def stages() -> Iterator[list[Run]]:
     """Groups of independent runs; each group depends on the one before."""
-    yield [
-        Run(variant, "digits_textmlm", seed) for variant in ("all", "separate") for seed in SEEDS
+    groups: list[dict[str, tuple[str, ...]]] = [
+        {"all": ("digits_textmlm",), "separate": ("digits_textmlm",)},
+        dict.fromkeys(TUNED, ("digits_pretrain",)),
+        TUNED,
+        {"beit3": ("digits_beit3_retrieval",)},
+        {"beit3": ("digits_beit3_vqa",)},
     ]
-    yield [Run(variant, "digits_pretrain", seed) for variant in VARIANTS for seed in SEEDS]
-    yield [
-        Run(variant, name, seed) for variant in TUNED for name in TUNED[variant] for seed in SEEDS
-    ]
+    for group in groups:
+        yield [
+            Run(variant, name, seed)
+            for variant, names in group.items()
+            for name in names
+            for seed in SEEDS
+        ]
 
 
 def spread(results: list[dict[str, Any]], row: Row, metric: str) -> tuple[float, float]:
@@ -227,7 +257,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Each comparison as bars with every seed as a dot."""
     from vlmo.plotting import pyplot, save_figure
 
-    figure, axes = pyplot().subplots(1, len(TABLES), figsize=(13, 3.6), sharey=True)
+    figure, axes = pyplot().subplots(1, len(TABLES), figsize=(3.3 * len(TABLES), 3.6), sharey=True)
     colours = ("#1f77b4", "#d62728", "#2ca02c")
     for axis, (title, _, rows) in zip(axes, TABLES, strict=True):
         bars = [(row, metric) for row in rows for metric in row[3]]
@@ -256,20 +286,37 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     save_figure(figure, path, dpi=130, bbox_inches="tight")
 
 
+def kept(path: Path, only: str | None, versions: dict[str, str]) -> list[dict[str, Any]]:
+    """The runs of a record that stay if only one variant is run.
+
+    Raises:
+        ValueError: they are of other versions of the software, so a page would compare both.
+    """
+    if only is None:
+        return []
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record["versions"] != versions:
+        raise ValueError(f"{path}: its runs are of {record['versions']}, not {versions}: run all")
+    return [run for run in record["runs"] if run["variant"] != only]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path, help="folder of the runs; it may hold some already")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    # The others share runs that they start from.
+    parser.add_argument("--only", choices=["beit3"], help="variant to run; others stay as they are")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from vlmo.device import versions
     from vlmo.files import replacing, write_json
 
-    results = []
+    results = kept(RESULTS / "digits.json", arguments.only, versions())
     with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
         for runs in stages():
-            futures = [pool.submit(train, run, arguments.work) for run in runs]
+            chosen = [run for run in runs if arguments.only in (None, run.variant)]
+            futures = [pool.submit(train, run, arguments.work) for run in chosen]
             results += [future.result() for future in futures]
     record = {"command": COMMAND, "versions": versions(), "runs": results}
     write_json(RESULTS / "digits.json", record)

@@ -49,8 +49,12 @@ class WholeModel(abc.ABC):
         case: the case, whose phase is given to the forms.
         device: device of the model and the batch.
         trains: whether the phase is a step, forward and backward.
+
+    Attributes:
+        operations: those of this library that the model consists of.
     """
 
+    operations: Sequence[str] = ("moe_ffn", "shared_attention")
     contenders: Sequence[str]
     cost: Cost
     samples: int
@@ -80,22 +84,20 @@ class WholeModel(abc.ABC):
     def official(self, compiler: str | None) -> Form:
         """That of the reference implementation; ``compiler`` is a backend of torch.compile."""
 
-    def why_not_ours(
-        self, contender: str, operations: Sequence[str] = ("moe_ffn", "shared_attention")
-    ) -> str | None:
+    def why_not_ours(self, contender: str) -> str | None:
         """The reason if one of this library's contenders cannot run on this machine, else None."""
         if contender == "vlmo:reference" and self.device.type == "cpu" and self.case.size != "tiny":
             return "the oracle of tests: on a CPU it would take a third of the time."
         backend = backend_of(contender)
-        for operation in operations:
-            # Attention has no backend "composed": it runs on the first that can.
-            if (operation, backend) != ("shared_attention", "composed") and (
-                reason := why_not_ours(
-                    operation, backend=backend, case=self.case, device=self.device
-                )
-            ):
+        for operation in self._of_backend(backend):
+            if reason := why_not_ours(operation, self.case, self.device, backend):
                 return reason
         return None
+
+    def _of_backend(self, backend: str) -> list[str]:
+        """The operations that a backend computes; for the others, the first that can is chosen."""
+        without = "shared_attention" if backend == "composed" else None
+        return [operation for operation in self.operations if operation != without]
 
     def work(self, contender: str) -> Work:
         """A call of the contender: forward without gradients, or forward and backward."""
@@ -167,8 +169,8 @@ class WholeModel(abc.ABC):
         if contender not in OURS:
             return self.official(compiler)
         form = self.ours() if compiler is None else compiled(self.ours(), compiler)
-        name = backend_of(contender)
-        name = "moe_ffn=composed" if name == "composed" else name
+        backend = backend_of(contender)
+        name = ",".join(f"{operation}={backend}" for operation in self._of_backend(backend))
 
         def on_backend(phase: str, model: nn.Module, batch: Batch) -> Named:
             with use_backend(name):

@@ -91,7 +91,8 @@ def block(
     weights: Block, x: Tensor, layout: Padded, bias: Tensor | None, *, wide_scores: bool = False
 ) -> Tensor:
     """One block: attention over materialised scores, then each expert on its slice."""
-    q, k, v = weights.attn.project(weights.norm1(x)).permute(2, 0, 3, 1, 4)
+    qkv = weights.attn.project(weights.norm1(x)).unflatten(-1, (3, weights.attn.heads, -1))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
     scores = scores_of(q * q.shape[-1] ** -0.5, k, wide=wide_scores)
     if bias is not None:
         scores = scores + bias[None]

@@ -63,6 +63,11 @@ def test_a_backward_has_every_gradient(name):
     assert len([name for name in gradients if name.startswith("tokens.")]) == tokens
 
 
+def test_torchscale_has_a_sub_norm_that_cuda_has_not():
+    reasons = {name: problem_of(name).why_not("vlmo:cuda") for name in LAYERS}
+    assert {name for name, reason in reasons.items() if "sub_norm" in str(reason)} == {"torchscale"}
+
+
 def test_parameters_are_shared():
     model = problem_of("bagel").model
     theirs = dict(model.patched.named_parameters())

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import digit_tasks
-from digit_tasks import RESULTS, SEEDS, TABLES, VARIANTS, Run, draw, report, spread, stages
+from digit_tasks import RESULTS, SEEDS, TABLES, VARIANTS, Run, draw, kept, report, spread, stages
 from vlmo.training.recipes import RECIPES
 
 pytestmark = pytest.mark.heavy
@@ -17,8 +17,10 @@ def test_every_number_has_its_trainings():
     for runs in stages():
         for run in runs:
             assert run.recipe in RECIPES and run.variant in VARIANTS
-            if run.recipe != "digits_textmlm":
-                assert digit_tasks.origin(run) in done
+            start = digit_tasks.origin(run)
+            assert start is None or start in done
+            initial = RECIPES[run.recipe].initial_from
+            assert (None if start is None else start.recipe) == initial
         done |= set(runs)
     for _, _, rows in TABLES:
         for _, variant, recipe, _ in rows:
@@ -32,6 +34,16 @@ def test_spread_is_over_the_seeds_of_one_row():
     ]
     mean, deviation = spread(runs, ("", "all", "digits_nlvr2", ()), "accuracy")
     assert (mean, deviation) == pytest.approx((85, 50**0.5))
+
+
+def test_one_variant_leaves_the_runs_of_others_as_they_are(tmp_path):
+    runs = [{"variant": "all", "seed": 1}, {"variant": "beit3", "seed": 1}]
+    path = tmp_path / "digits.json"
+    path.write_text(json.dumps({"versions": {"torch": "2.13.0"}, "runs": runs}))
+    assert kept(path, None, {}) == []
+    assert kept(path, "beit3", {"torch": "2.13.0"}) == runs[:1]
+    with pytest.raises(ValueError, match=r"digits\.json: its runs are of .*2\.13\.0"):
+        kept(path, "beit3", {"torch": "2.14.0"})
 
 
 def test_the_committed_page_is_of_the_committed_runs(tmp_path):
