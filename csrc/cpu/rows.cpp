@@ -108,6 +108,7 @@ void branch(const RowsCall& call, std::int64_t first, std::int64_t last, float*,
     const Floats factor = splat(call.token_scale == nullptr ? 1 : call.token_scale[token]);
     for_vectors(call.columns, [&](auto at, auto count) {
       Floats value = from.load(at, count);
+      if (call.bias != nullptr) value += load_some(call.bias + at, count);
       if (call.scale != nullptr) value *= load_some(call.scale + at, count);
       value *= factor;
       if (call.residual.data != nullptr) value += row_of(call.residual, token).load(at, count);

@@ -42,7 +42,7 @@ using RowsKernel = void (*)(const RowsCall&, std::int64_t first, std::int64_t la
 struct RowsKernels {
   RowsKernel norm;             // normed, mean and deviation, from x
   RowsKernel norm_backward;    // dx, from d = dnormed and x; sums: dweight, dbias
-  RowsKernel branch;           // y = residual + token_scale scale branch
+  RowsKernel branch;           // y = residual + token_scale scale (branch + bias)
   RowsKernel branch_backward;  // d = dbranch, from dy; sums: of d, dscale
   RowsKernel column_sums;      // sums: of d
 };

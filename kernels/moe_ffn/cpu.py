@@ -80,10 +80,19 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     for e, rows in _experts(call):
         kept = _kept(rows, pre, call, e) if pre.numel() else None
         own = _own(call, e)
-        branch = _branch(rows, kept, _widened(own, e), e)
+        wide, bias = _widened(own, e), None
+        if call.b2 and products.copies_bias(wide.w2[e].dtype) and not _keeps_h2(call, kept):
+            wide, bias = wide._replace(b2=[]), wide.b2[e].contiguous()
+        branch = _branch(rows, kept, wide, e)
         out = _own_rows(y, call, rows)
-        passes.add_branch(rows, out, branch, own.residual, own.layer_scale, own.token_scale)
+        scales = own.layer_scale, own.token_scale
+        passes.add_branch(rows, out, branch, own.residual, *scales, bias)
     return y, pre
+
+
+def _keeps_h2(call: Call, kept: _Kept | None) -> bool:
+    """Whether W2_e h + b2_e is saved, so that the bias must be in it."""
+    return kept is not None and call.layer_scale is not None
 
 
 def _branch(rows: ExpertRows, kept: _Kept | None, call: Call, e: int) -> Tensor:

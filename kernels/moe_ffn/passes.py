@@ -91,10 +91,11 @@ def add_branch(
     residual: Tensor | None,  # [T, D]
     scale: Tensor | None,  # [D]
     token_scale: Tensor | None,  # [T]
+    bias: Tensor | None = None,  # [D]
 ) -> None:
-    """Write residual + token_scale * scale * branch."""
+    """Write residual + token_scale * scale * (branch + bias)."""
     matrices = dict(y=y, branch=branch, residual=residual)
-    _run("branch", rows, matrices, dict(scale=scale, token_scale=token_scale))
+    _run("branch", rows, matrices, dict(bias=bias, scale=scale, token_scale=token_scale))
 
 
 def branch_backward(

@@ -22,6 +22,11 @@ from .._backends import cpu as cpu_target
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # ATen's names of the approximation
 
 
+def copies_bias(dtype: torch.dtype) -> bool:
+    """Whether a bias costs a pass of its own: PyTorch's addmm first copies it to every row."""
+    return dtype == torch.float32 and not cpu_target.multiplies_itself(dtype)
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b``; either may be a transposed view."""
     if cpu_target.multiplies_itself(a.dtype):
