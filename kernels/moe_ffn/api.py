@@ -168,7 +168,6 @@ def dispatch(
         activation=activation,
         counted=routing is None or bool(routing.counts) or device.type == "cpu",
         sub_norm=bool(experts.sub_norm_weight),
-        split=len(experts.w1) > len(experts.w2),
         streams=streams,
         linear=0 if experts.w1 else out,
     )

@@ -123,7 +123,6 @@ class Facts(NamedTuple):
     activation: str = "gelu"
     counted: bool = True  # whether the host knows the number of rows of each expert
     sub_norm: bool = False
-    split: bool = False  # whether gate and value of the first layer are separate tensors
     streams: bool = False  # whether the tokens of each expert are a tensor of their own
     linear: int = 0  # O of moe_linear, whose ``hidden`` is E x D
 

@@ -318,7 +318,7 @@ def skip_unless_possible(place, case: Case, dtype: torch.dtype) -> None:
     counted = bool(make_routing(case, place.device).counts) or place.device.type == "cpu"
     hidden = (case.dim,) * len(case.hidden) if case.linear else case.hidden
     facts = Facts(dtype, case.dim, hidden, case.activation, counted, case.sub_norm)
-    facts = facts._replace(split=case.split, streams=case.streams, linear=case.linear)
+    facts = facts._replace(streams=case.streams, linear=case.linear)
     if reason := BACKENDS[place.backend].why_not(place.device, facts):
         pytest.skip(f"{place.backend}: {reason}")
 

@@ -74,6 +74,7 @@ CASES = [
     LARGE,
     Case(pieces=((0, 150), (2, 131)), batch=1, dim=72, hidden=(264, 72, 136), form="ids"),
     Case(pieces=((1, 3), (0, 129), (1, 2)), batch=1, dim=264, hidden=(72, 136), form="packed"),
+    Case(pieces=((0, 20), (1, 50)), batch=1, dim=72, activation="swiglu", split=True),
 ]
 
 
@@ -149,6 +150,24 @@ def test_parity(case, place):
     for name, value in actual.items():
         assert_as_accurate_as(name, value, exact[name], baseline[name])
     assert_equal(run(case, device, recompute=True), actual)
+
+
+@in_cuda
+@pytest.mark.parametrize("wanted", ["w1[0]", "w1[3] b1[2]"])
+def test_gradients_of_a_gate_or_a_value_alone(wanted, place):
+    case, device, names = CASES[-1], place.device, wanted.split()
+
+    def gradients(backend: str) -> list[Any]:
+        flat = leaves(tensors := make_tensors(case, device, torch.float16))
+        for name, tensor in flat.items():
+            tensor.requires_grad_(name in names)
+        routing = make_routing(case, device)
+        with emulated() if device.type == "cpu" else contextlib.nullcontext():
+            call(case, routing, tensors, backend=backend).float().sum().backward()
+        assert {name for name, tensor in flat.items() if tensor.grad is not None} == {*names}
+        return [flat[name].grad for name in names]
+
+    torch.testing.assert_close(gradients("cuda"), gradients("reference"), rtol=0.01, atol=0.01)
 
 
 @in_cuda
@@ -376,7 +395,7 @@ def test_why_not_names_the_obstacle(monkeypatch):
     assert refuses(hidden=(3072,) * 33) == "33 experts; the kernels take at most 32."
     assert refuses(activation="relu2") == "its kernels have no activation 'relu2'."
     assert refuses(sub_norm=True) == "its kernels have no sub_norm."
-    assert refuses(split=True) == "its kernels read gate and value from one matrix."
+    assert refuses(streams=True) == "its kernels read all tokens from one tensor."
     eight = "is not a multiple of 8, as loads of 16 bytes need."
     assert refuses(width=772) == f"model dimension 772 {eight}"
     assert refuses(hidden=(3072, 3076)) == f"hidden width 3076 {eight}"

@@ -1,7 +1,7 @@
 """Gated feed-forward networks of Qwen2's form, ``down(silu(gate(x)) * up(x))``, and RMSNorms.
 
 The gate's and the up projection's weights are two parameters, which :func:`vlmo.kernels.moe_ffn`
-takes as a pair. Nothing is concatenated. The backend ``"cuda"`` cannot read pairs.
+takes as a pair. Only the backend ``"cuda"`` concatenates them, in every call.
 """
 
 from __future__ import annotations

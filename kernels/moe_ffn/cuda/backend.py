@@ -1,6 +1,7 @@
 """The CUDA backend of moe_ffn, for the tensor cores of sm_70 and sm_75: host side.
 
-moe_linear has no kernel of its own: PyTorch multiplies the rows of each expert.
+moe_linear has no kernel of its own: PyTorch multiplies the rows of each expert. Gate and value that
+are separate tensors are concatenated in every call.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..._backends import cuda as cuda_target
-from ..call import Call, Facts, pre_shape, why_not_weight
+from ..call import LISTS, Call, Facts, pre_shape, why_not_weight
 from ..plan import Gradients
 from ..reference import moe_ffn_gradients, moe_ffn_reference
 from ..rows import rows_of
@@ -33,8 +34,6 @@ def why_not(device: torch.device, facts: Facts) -> str | None:
         return "its kernels have no sub_norm."
     if facts.streams:
         return "its kernels read all tokens from one tensor."
-    if facts.split:
-        return "its kernels read gate and value from one matrix."
     if len(facts.hidden) > host.MAX_EXPERTS:
         return f"{len(facts.hidden)} experts; the kernels take at most {host.MAX_EXPERTS}."
     if facts.width % 8:
@@ -49,6 +48,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     """y [T, O], and the pre-activation in grouped order; one launch."""
     if not call.w1:
         return moe_ffn_reference(call), call.x.new_empty(0, 0)
+    if call.split:
+        call = _joined(call)
     residual = call.residual
     # A residual that the kernel cannot read is added afterwards.
     fused = residual is None or residual.dtype in (torch.float16, torch.float32)
@@ -71,6 +72,8 @@ def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list
     """
     if not call.w1:
         return moe_ffn_gradients(dy, call, needs)
+    if call.split:
+        return _backward_of_pairs(dy, pre, call, needs)
     readable = host.readable_call(call)
     gradients = Gradients.empty(readable, needs)
     if len(call.x):
@@ -83,3 +86,37 @@ def backward(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list
         if gradients.needed.sums:
             launch_weights(readable, rows, made, gradients)
     return gradients.result(call)
+
+
+def _joined(call: Call) -> Call:
+    """The call with gate and value of each expert in one tensor."""
+
+    def join(tensors: Sequence[Tensor]) -> list[Tensor]:
+        pairs = zip(tensors[::2], tensors[1::2], strict=True)
+        return [torch.cat(pair) for pair in pairs]
+
+    return call._replace(w1=join(call.w1), b1=join(call.b1))
+
+
+def _backward_of_pairs(dy: Tensor, pre: Tensor, call: Call, needs: Sequence[bool]) -> list[Tensor]:
+    """:func:`backward` of a call whose gates and values are separate tensors."""
+    flags = iter(needs)
+    of_joined = [next(flags)]
+    wanted: dict[int, list[bool]] = {}  # by place in the result: of the gate and of the value
+    for name in LISTS:
+        parts = 2 if name in ("w1", "b1") else 1
+        for _ in range(len(getattr(call, name)) // parts):
+            own = [next(flags) for _ in range(parts)]
+            if parts == 2:
+                wanted[len(of_joined)] = own
+            of_joined.append(any(own))
+    of_joined += flags
+    gradients: list[Tensor] = []
+    for place, gradient in enumerate(backward(dy, pre, _joined(call), of_joined)):
+        if place not in wanted:
+            gradients.append(gradient)
+        elif of_joined[place]:
+            gradients += gradient.chunk(2)
+        else:
+            gradients += [gradient, gradient]
+    return gradients

@@ -68,7 +68,7 @@ def _plan_forward(
         *(bound, tasks, workers, depths),
         step=config.block_k,
         rows_cost=arguments.ROWS_COST,
-        overheads=overheads[:2],
+        overheads=overheads[1:2] if problem.linear else overheads[:2],
     )
     launches = _launches(config, tasks, separate, bound, workers)
     return _Forward(launches, bound, band)
@@ -188,7 +188,7 @@ def _plan_backward(
         *(rows.bound, tasks, rows_workers, depths),
         step=config.block_k,
         rows_cost=arguments.ROWS_COST,
-        overheads=overheads[2:4],
+        overheads=overheads[3:4] if problem.linear else overheads[2:4],
     )
     config = config._replace(block_r=block_r, row_steps=row_steps)
 
