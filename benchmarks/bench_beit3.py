@@ -193,13 +193,7 @@ def _model(config: BEiT3Config) -> Twofold:
 
 
 def _batch(config: BEiT3Config, rows: int, device: torch.device) -> Batch:
-    batch = pair_batch(
-        rows,
-        length=config.max_text_length,
-        words=config.vocab_size,
-        pixels=config.image_size,
-        answers=config.vqa_labels,
-    )
+    batch = pair_batch(config, rows)
     lengths = batch.pop("text_lengths")
     return on_device(batch, device, torch.float32) | dict(text_lengths=lengths)
 

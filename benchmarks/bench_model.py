@@ -192,13 +192,7 @@ def _random_model(config: VLMoConfig) -> SwitchedVLMo:
 
 
 def _batch(config: VLMoConfig, rows: int, device: torch.device, dtype: torch.dtype) -> Batch:
-    batch = pair_batch(
-        rows,
-        length=config.max_text_length,
-        words=config.vocab_size,
-        pixels=config.image_size,
-        answers=config.vqa_labels,
-    )
+    batch = pair_batch(config, rows)
     lengths, ids = batch.pop("text_lengths"), batch["text_ids"]
     labels = torch.full_like(ids, -100)
     labels[:, 1 : 1 + _MASKED] = ids[:, 1 : 1 + _MASKED]

@@ -23,6 +23,8 @@ from harness.contenders import (
 )
 from harness.cost import Cost
 from vlmo.kernels import BACKEND_NAMES, use_backend
+from vlmo.model.beit3 import BEiT3Config
+from vlmo.model.config import VLMoConfig
 from vlmo.testing import Deviation, allowed_error
 
 Batch = dict[str, Any]
@@ -75,6 +77,10 @@ class WholeModel(abc.ABC):
     @abc.abstractmethod
     def small(self) -> Small:
         """Model and batch of the accuracy check; "eager" is the reference implementation."""
+
+    @abc.abstractmethod
+    def why_not(self, contender: str) -> str | None:
+        """The reason if it cannot run on this machine, else None."""
 
     @abc.abstractmethod
     def ours(self) -> Form:
@@ -239,27 +245,23 @@ class Exactly(TorchFunctionMode):
         return wider(*args, **options)
 
 
-def pair_batch(
-    pairs: int, *, length: int, words: int, pixels: int, answers: int
-) -> dict[str, Tensor]:
-    """Texts of 12 tokens on average, like captions of COCO, padded to ``length``, with images.
+def pair_batch(config: VLMoConfig | BEiT3Config, pairs: int) -> dict[str, Tensor]:
+    """Texts of 12 tokens on average, like captions of COCO, and as many images.
 
     Args:
+        config: determines the padded length, the vocabulary, the pixels and the answers of VQA.
         pairs: number of texts and of images.
-        length: tokens of a padded text.
-        words: size of the vocabulary.
-        pixels: side of an image.
-        answers: number of answers of VQA.
 
     Returns:
         The tensors of a batch on the CPU, with the number of tokens of each text.
     """
     random = torch.Generator().manual_seed(0)
     lengths = 8 + 5 * torch.arange(pairs) % 9
+    length, pixels = config.max_text_length, config.image_size
     masks = torch.arange(length) < lengths[:, None]
-    ids = torch.randint(1, words, (pairs, length), generator=random) * masks
+    ids = torch.randint(1, config.vocab_size, (pairs, length), generator=random) * masks
     image = torch.rand(pairs, 3, pixels, pixels, generator=random) * 2 - 1
-    targets = torch.rand(pairs, answers, generator=random)
+    targets = torch.rand(pairs, config.vqa_labels, generator=random)
     return dict(
         text_ids=ids,
         text_masks=masks.long(),

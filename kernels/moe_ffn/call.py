@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ class Call(NamedTuple):
     @property
     def firsts(self) -> list[int]:
         """The first row of each stream in y."""
-        return [sum(self.counts[:e]) for e in range(len(self.streams))]
+        return [0, *itertools.accumulate(self.counts)][:-1]
 
     @property
     def tokens(self) -> int:

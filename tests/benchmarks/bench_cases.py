@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 
+from harness.models import WholeModel
 from report import Record, Report
 
 
@@ -61,6 +62,21 @@ def report(*records: Record, **changes: Any) -> Report:
         records=list(records),
     )
     return Report(**(content | changes))
+
+
+def wrong(problem: WholeModel, contender: str) -> list[str]:
+    """Names of the results of a contender that exceed the error bound."""
+    return [deviation.name for deviation in problem.check(contender) if not deviation.ok]
+
+
+def assert_contenders_run(problem: WholeModel, *names: str) -> None:
+    """Contenders can run, pass the accuracy check, and leave no gradient in the model."""
+    assert set(names) < set(problem.contenders)
+    for name in names:
+        assert problem.why_not(name) is None
+        assert not wrong(problem, name)
+        problem.work(name)()
+    assert all(parameter.grad is None for parameter in problem.model.parameters())
 
 
 @contextlib.contextmanager

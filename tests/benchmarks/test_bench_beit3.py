@@ -7,7 +7,7 @@ import torch
 
 import bench_beit3 as beit3
 from bench_beit3 import PHASES, BEiT3Problem
-from bench_cases import float64_only
+from bench_cases import assert_contenders_run, float64_only, wrong
 from harness import models
 from harness.contenders import Case, Scale
 
@@ -18,22 +18,10 @@ def problem_of(phase: str, dtype: torch.dtype = torch.float32) -> BEiT3Problem:
     return BEiT3Problem(Case("beit3", "tiny", dtype, phase, dict(pairs=3, pixels=32)), CPU)
 
 
-def wrong(problem: BEiT3Problem, contender: str) -> list[str]:
-    return [deviation.name for deviation in problem.check(contender) if not deviation.ok]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("phase", PHASES)
 def test_contenders_of_beit3(phase, dtype):
-    problem = problem_of(phase, dtype)
-    ran = []
-    for contender in ("vlmo:cpu", "vlmo:reference", "torchscale"):
-        assert problem.why_not(contender) is None
-        assert not wrong(problem, contender)
-        problem.work(contender)()
-        ran.append(contender)
-    assert set(ran) < set(problem.contenders)
-    assert all(parameter.grad is None for parameter in problem.model.parameters())
+    assert_contenders_run(problem_of(phase, dtype), "vlmo:cpu", "vlmo:reference", "torchscale")
 
 
 @pytest.mark.parametrize("phase", PHASES)

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench_integrations as integrations
-from bench_cases import float64_only
+from bench_cases import float64_only, wrong
 from bench_integrations import BACKWARD, FORWARD, LAYERS, PACKAGES, LayersProblem
 from harness.contenders import Case, Scale
 from harness.models import widened
@@ -23,10 +23,6 @@ def problem_of(
     name: str, phase: str = BACKWARD, dtype: torch.dtype = torch.float32
 ) -> LayersProblem:
     return LayersProblem(Case("integrations", "tiny", dtype, f"{name} {phase}"), CPU)
-
-
-def wrong(problem: LayersProblem, contender: str) -> list[str]:
-    return [deviation.name for deviation in problem.check(contender) if not deviation.ok]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

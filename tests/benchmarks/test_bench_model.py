@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench_model as model
-from bench_cases import float64_only
+from bench_cases import assert_contenders_run, float64_only, wrong
 from bench_model import PHASES, ModelProblem
 from harness import contenders, models, official
 from harness.contenders import Case, Scale
@@ -19,22 +19,12 @@ def problem_of(phase: str, dtype: torch.dtype = torch.float32, pairs: int = 3) -
     return ModelProblem(Case("model", "tiny", dtype, phase, dict(pairs=pairs, pixels=32)), CPU)
 
 
-def wrong(problem: ModelProblem, contender: str) -> list[str]:
-    return [deviation.name for deviation in problem.check(contender) if not deviation.ok]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("phase", PHASES)
 def test_contenders_of_the_model(phase, dtype):
-    problem = problem_of(phase, dtype)
-    ran = []
-    for contender in ("vlmo:cpu", "vlmo:cpu-compiled", "vlmo:reference", "official"):
-        assert problem.why_not(contender) is None
-        assert not wrong(problem, contender)
-        problem.work(contender)()
-        ran.append(contender)
-    assert set(ran) < set(problem.contenders)
-    assert all(parameter.grad is None for parameter in problem.model.parameters())
+    assert_contenders_run(
+        problem_of(phase, dtype), "vlmo:cpu", "vlmo:cpu-compiled", "vlmo:reference", "official"
+    )
 
 
 @pytest.mark.parametrize("phase", [model.PRETRAINING, model.RERANKING])
